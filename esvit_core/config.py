@@ -1,0 +1,369 @@
+"""The configuration of a run: one typed tree, read from YAML, changed with ``--set a.b=c``.
+
+A *recipe* is such a tree in a file. Those that ship with the library are in ``esvit_core/presets``;
+every default below is the published ImageNet recipe (EsViT, section 4 and appendix A.1).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from esvit_core.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(_Section):
+    """How pictures become shards."""
+
+    max_images: int | None = Field(
+        None,
+        gt=0,
+        description="Take at most this many pictures (a fixed, class-balanced choice; train and val together).",
+    )
+    shard_mib: float = Field(64.0, gt=0, description="Upper bound of a shard's size, MiB.")
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1, description="More unreadable pictures than this share is an error."
+    )
+    max_megapixels: float = Field(
+        100.0, gt=0, description="Pictures with more pixels are left out (decompression bombs)."
+    )
+    store_short_side: int | None = Field(
+        None, gt=0, description="Shrink pictures whose shorter side is longer than this before storing them, pixels."
+    )
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share held out for evaluation where the source has no val/test folder of its own."
+    )
+
+
+class CropConfig(_Section):
+    """One kind of crop."""
+
+    size: int = Field(gt=0, description="Side of the crop, pixels.")
+    number: int = Field(ge=0, description="Crops of this kind per picture.")
+    scale: tuple[float, float] = Field(
+        description="Area of the crop as a share of the picture's, smallest and largest."
+    )
+
+
+class AugmentConfig(_Section):
+    """Multi-crop augmentation (EsViT, appendix A.1; DINO's)."""
+
+    global_crops: CropConfig = CropConfig(size=224, number=2, scale=(0.4, 1.0))
+    local_crops: CropConfig = CropConfig(size=96, number=8, scale=(0.05, 0.4))
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.2, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of losing the colour.")
+    blur: tuple[float, float, float] = Field(
+        (1.0, 0.1, 0.5), description="Probability of Gaussian blur: first global crop, second, local."
+    )
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="Standard deviation of the blur, pixels.")
+    solarize: float = Field(0.2, ge=0, le=1, description="Probability of solarising the second global crop.")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class ModelConfig(_Section):
+    """The backbone. ``None`` means: what the named architecture has."""
+
+    arch: str = Field(
+        "swin_tiny_w7", description="Name of an architecture; `swin` alone takes every size from the keys below."
+    )
+    img_size: int | None = Field(
+        None, gt=0, description="Side the network is built for, pixels; None: the global crop's."
+    )
+    patch_size: int | None = Field(None, gt=0)
+    embed_dim: int | None = Field(None, gt=0)
+    depths: tuple[int, ...] | None = None
+    num_heads: tuple[int, ...] | None = None
+    window_size: int | None = Field(None, gt=0)
+    drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student; the teacher has none.")
+
+
+class HeadConfig(_Section):
+    """The projection heads, one for views and one for regions."""
+
+    out_dim: int = Field(65536, gt=1, description="Number of prototypes K.")
+    hidden_dim: int = Field(2048, gt=0)
+    bottleneck_dim: int = Field(256, gt=0)
+    norm_last_layer: bool = Field(False, description="Keep the prototypes' norms at one.")
+
+
+class ObjectiveConfig(_Section):
+    """The objective (EsViT, equations 1 to 3)."""
+
+    region: bool = Field(True, description="Add the region-level task; without it the run is view-only (DINO).")
+    student_temp: float = Field(0.1, gt=0)
+    warmup_teacher_temp: float = Field(0.04, gt=0)
+    teacher_temp: float = Field(0.07, gt=0)
+    warmup_teacher_temp_epochs: int = Field(30, ge=0)
+    centre_momentum: float = Field(0.9, ge=0, le=1)
+
+
+class OptimizerConfig(_Section):
+    """AdamW and the schedules."""
+
+    lr: float = Field(0.0005, gt=0, description="Peak learning rate per 256 pictures of global batch.")
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: int = Field(10, ge=0)
+    weight_decay: float = Field(0.04, ge=0)
+    weight_decay_end: float = Field(0.4, ge=0)
+    clip_grad: float = Field(3.0, ge=0, description="Norm at which each parameter's gradient is clipped; 0: never.")
+    freeze_last_layer_epochs: int = Field(1, ge=0)
+    teacher_momentum: float = Field(
+        0.996, ge=0, le=1, description="Moving average of the teacher at the start; rises to 1."
+    )
+
+
+class TrainingConfig(_Section):
+    """How the run is carried out."""
+
+    epochs: int = Field(300, gt=0)
+    batch_size: int = Field(512, gt=0, description="Global batch: pictures per step over all processes.")
+    processes: int | Literal["auto"] = Field(
+        "auto", description="Processes on this machine; auto: one per GPU, else one per core up to 2."
+    )
+    workers: int = Field(
+        0, ge=0, description="Data-loading processes per training process; 0: in the training process."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Arithmetic of the networks; auto: bfloat16 where the processor or GPU computes it, else float32.",
+    )
+    deterministic: bool = Field(
+        True, description="Bit for bit the same result for the same seed, processes and machine."
+    )
+    checkpoint_steps: int = Field(1000, gt=0, description="Steps between checkpoints.")
+    checkpoint_minutes: float = Field(15.0, gt=0, description="Minutes between checkpoints, whichever comes first.")
+    keep_checkpoints: int = Field(3, gt=0)
+    log_steps: int = Field(10, gt=0, description="Steps between lines of the log.")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of /metrics; 0: any free one; None: not served."
+    )
+    collapse_patience: int = Field(
+        100, gt=0, description="Steps that the diagnostics may show a collapsed teacher before the run stops."
+    )
+
+
+class TransferSet(_Section):
+    """A labelled set for the transfer protocol."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder a class.")
+    metric: Literal["accuracy", "mean_per_class"] = "accuracy"
+
+
+class LinearConfig(_Section):
+    """The linear probe on frozen features."""
+
+    epochs: int = Field(100, gt=0)
+    lr: float = Field(0.001, gt=0, description="Learning rate per 256 pictures.")
+    batch_size: int = Field(1024, gt=0)
+    last_blocks: int = Field(4, gt=0, description="Blocks whose averaged features are concatenated.")
+
+
+class EvaluationConfig(_Section):
+    """The measured steps."""
+
+    resize: int = Field(256, gt=0, description="Shorter side before the centre crop, pixels.")
+    crop: int = Field(224, gt=0, description="Side of the centre crop, pixels.")
+    batch_size: int = Field(64, gt=0)
+    knn_k: tuple[int, ...] = (10, 20, 100, 200)
+    knn_temperature: float = Field(0.07, gt=0)
+    linear: LinearConfig = LinearConfig()
+    transfer: tuple[TransferSet, ...] = ()
+    pictures: int = Field(6, ge=0, description="Pictures shown in the correspondence and attention figures.")
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        names = [s.name for s in self.transfer]
+        if len(set(names)) != len(names):
+            raise ValueError(f"transfer sets need distinct names, got {', '.join(names)}")
+        return self
+
+
+class PromotionConfig(_Section):
+    """When a backbone becomes the champion."""
+
+    metric: str = Field("knn/20", description="Measured figure that decides: knn/<k>, linear, or transfer/<set>.")
+    margin: float = Field(0.0, ge=0, description="Percentage points by which the present champion must be beaten.")
+    pointer: str = Field("champion", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+
+
+class ClusterConfig(_Section):
+    """Where the compiled pipeline runs."""
+
+    image: str = Field("esvit/trainer:0.1.0", description="Image of the steps.")
+    secret: str = Field("esvit-object-store", description="Kubernetes secret with the ESVIT_S3_* keys.")
+
+
+class Config(_Section):
+    """Everything that determines a run."""
+
+    recipe: str = Field("custom", description="Name shown in reports.")
+    seed: int = Field(0, ge=0)
+    bucket: str = Field("esvit", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig = PromotionConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], origin: str = "configuration") -> Self:
+        """Validate ``values``.
+
+        Raises:
+            UserError: a key is unknown (names the nearest valid one) or a value has the wrong type.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{origin}: {_explain(error)}") from None
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a recipe and apply ``key=value`` overrides.
+
+        Args:
+            recipe: name of a preset (see :func:`preset_names`) or path of a YAML file.
+            overrides: such as ``"training.epochs=10"``; the value is read as YAML.
+
+        Raises:
+            UserError: the recipe does not exist, is not YAML, or does not validate.
+        """
+        values = _read_recipe(str(recipe))
+        for item in overrides:
+            _override(values, item)
+        return cls.from_mapping(values, origin=f"recipe {recipe}")
+
+    def to_yaml(self) -> str:
+        """The whole resolved tree as YAML; :meth:`from_yaml` reads it back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, origin: str = "configuration") -> Self:
+        return cls.from_mapping(_parse_yaml(text, origin), origin)
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved tree, hexadecimal."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that ship with the library."""
+    return sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml"))
+
+
+def valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from valid_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _presets() -> Any:
+    return resources.files("esvit_core") / "presets"
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    if recipe in preset_names():
+        return _parse_yaml((_presets() / f"{recipe}.yaml").read_text(encoding="utf-8"), f"preset {recipe}")
+    path = Path(recipe)
+    if not path.is_file():
+        names = preset_names()
+        raise UserError(
+            f"recipe {recipe}: neither a preset nor a YAML file{_nearest(recipe, names)}; presets: {', '.join(names)}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {recipe}: cannot be read ({error}); expected a YAML text file") from None
+    return _parse_yaml(text, f"recipe {recipe}")
+
+
+def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{origin}: not valid YAML ({error}); expected nested keys as in `esvit recipe show demo`"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: expected a mapping of sections such as `training:`, got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"--set {item}: expected key=value, such as --set training.epochs=10")
+    known = list(valid_keys())
+    if key not in known:
+        raise UserError(f"--set {item}: unknown key {key!r}{_nearest(key, known)}")
+    *sections, leaf = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {item}: {section!r} is not a section of this recipe; write it as nested keys")
+    place[leaf] = _parse_value(text, item)
+
+
+def _parse_value(text: str, item: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {item}: the value is not valid YAML ({error})") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    known = list(valid_keys())
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{_nearest(key, known)}")
+        else:
+            given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+            lines.append(f"{key or 'the whole'}: {item['msg'][0].lower()}{item['msg'][1:]}{given}")
+    return "; ".join(lines)
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    if not match:  # a right leaf in the wrong section is the commonest mistake
+        leaf = given.rsplit(".", 1)[-1]
+        match = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    return f", did you mean {match[0]!r}?" if match else ""
