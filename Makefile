@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` runs the whole job on the sample pictures, `make test` passes the tests.
+# Each sets up what it needs in .venv; nothing outside this folder is touched.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo-run
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+.PHONY: demo test lint types check format clean help
+.DEFAULT_GOAL := help
+
+help: ## Say what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than Python 3.11; install 3.11 or newer, or name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time: PyTorch is large)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Pre-train, measure, report, and publish on the sample pictures (under 10 minutes on two cores)
+	@$(BIN)/esvit run --recipe demo --data samples/clipart.tar \
+	    --transfer digits=samples/digits.zip --transfer clipart-other=samples/clipart-other.zip --out $(OUT)
+
+test: $(READY) ## Run the tests (under 15 minutes on two cores; no Docker, no root)
+	@$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY) ## Check the types
+	@$(BIN)/mypy
+
+check: lint types test ## Everything that has to pass before a commit
+
+format: $(READY) ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## Remove the environment and the demo's run
+	rm -rf $(VENV) $(OUT) build dist *.egg-info
