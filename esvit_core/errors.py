@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 ERROR_FILE_VARIABLE = "ESVIT_ERROR_FILE"
 USER_ERROR_EXIT_CODE = 2
@@ -39,6 +40,5 @@ def step(name: str) -> Iterator[None]:
         line = f"{name}: {error}"
         print(f"error: {line}", file=sys.stderr, flush=True)
         if path := os.environ.get(ERROR_FILE_VARIABLE):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(line)
+            Path(path).write_text(line, encoding="utf-8")
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
