@@ -1,0 +1,93 @@
+"""Weighted k-nearest-neighbour classification on frozen features (EsViT, section 4; Wu et al., 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# Values of a chunk of similarities or of votes: 16 M float32 are 64 MB.
+_CHUNK_VALUES = 1 << 24
+
+Array = np.ndarray | torch.Tensor
+
+
+def weighted_knn(
+    train: Array,
+    train_labels: Array,
+    test: Array,
+    test_labels: Array,
+    k: int,
+    temperature: float = 0.07,
+) -> tuple[float, float]:
+    """Accuracy of classifying each test feature by its ``k`` nearest training features.
+
+    Args:
+        train: features of the bank, (N, D); they are normalised here.
+        train_labels: their classes, (N,), from 0.
+        test: features to classify, (M, D).
+        test_labels: their true classes, (M,).
+        k: number of neighbours; the whole bank if that is smaller.
+        temperature: of the votes, ``exp(cosine / temperature)``.
+
+    Returns:
+        Top-1 and top-5 accuracy, percent (top-C with fewer than five classes C).
+
+    Raises:
+        ValueError: the bank or the test set is empty.
+
+    Source: ``eval_knn.py`` of the published code.
+    """
+    ranking = rank_classes(train, train_labels, test, (k,), temperature, classes=_count(train_labels, test_labels))[k]
+    return ranking_accuracy(ranking, test_labels)
+
+
+def rank_classes(
+    train: Array,
+    train_labels: Array,
+    test: Array,
+    ks: Sequence[int],
+    temperature: float,
+    classes: int,
+) -> dict[int, torch.Tensor]:
+    """The five classes with the most votes for each test feature, for several numbers of neighbours at once.
+
+    Classes without a vote follow by number, so that with a small ``k`` top-5 counts them, as the published figure does.
+
+    Returns:
+        for each ``k`` the classes, most votes first, (M, min(5, classes)).
+    """
+    bank, queries, labels = _normalised(train), _normalised(test), _labels(train_labels)
+    if not len(bank) or not len(queries):
+        raise ValueError(f"k-NN needs features on both sides, got {len(bank)} and {len(queries)}")
+    rows = max(1, _CHUNK_VALUES // max(len(bank), classes))
+    found: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    for part in queries.split(rows):
+        nearest = (part @ bank.T).topk(min(max(ks), len(bank)))  # (M', k)
+        # The common factor exp(-largest cosine / temperature) changes no rank and keeps a low temperature finite.
+        weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()  # (M', k)
+        neighbours = labels[nearest.indices]  # (M', k)
+        for k in ks:
+            votes = torch.zeros(len(part), classes).scatter_add_(1, neighbours[:, :k], weights[:, :k])  # (M', C)
+            found[k].append(votes.argsort(dim=1, descending=True, stable=True)[:, :5])
+    return {k: torch.cat(parts) for k, parts in found.items()}
+
+
+def ranking_accuracy(ranking: torch.Tensor, test_labels: Array) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy, percent, of the classes (M, <= 5) against the true ones (M,)."""
+    hits = ranking == _labels(test_labels)[:, None]
+    return int(hits[:, 0].sum()) * 100 / len(hits), int(hits.any(1).sum()) * 100 / len(hits)
+
+
+def _normalised(features: Array) -> torch.Tensor:
+    return F.normalize(torch.as_tensor(features).float(), dim=1)
+
+
+def _labels(labels: Array) -> torch.Tensor:
+    return torch.as_tensor(labels).long()
+
+
+def _count(*labels: Array) -> int:
+    return max(int(_labels(part).max()) for part in labels if len(part)) + 1
