@@ -1,0 +1,136 @@
+"""Progress of long work as plain lines: how much is done, how fast, how long it still takes.
+
+Lines rather than a bar that redraws itself, because pipelines, logs and files carry lines only.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self, TextIO
+
+RATE_WINDOW_SECONDS = 30.0  # the rate shown is that of the recent past, not of a slow first second
+
+
+class Progress:
+    """Prints at most one line every ``interval`` seconds.
+
+    >>> with Progress(1600, unit="pictures", label="prepare") as progress:
+    ...     for picture in pictures:
+    ...         progress.update(1)
+    prepare  1,024/1,600 pictures  64 %  512/s  0:01 left
+
+    Args:
+        total: units of work; None when it is not known.
+        unit: what is counted, in the plural.
+        label: what is being done, the first word of every line.
+        initial: units that an earlier attempt has done already.
+        interval: shortest time between two lines, seconds.
+        stream: where the lines go; None: standard output.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        unit: str = "pictures",
+        label: str = "",
+        *,
+        initial: int = 0,
+        interval: float = 2.0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.total, self.unit, self.label, self.done = total, unit, label, initial
+        self._interval, self._stream = interval, stream
+        self._figures: dict[str, float | int | str] = {}
+        self._lock = threading.Lock()
+        self._start = time.monotonic()
+        self._initial = initial
+        self._history: deque[tuple[float, int]] = deque([(self._start, initial)])
+        self._last_line = float("-inf")  # the first update prints at once
+        self._closed = False
+
+    def update(self, n: int = 1, **figures: float | int | str) -> None:
+        """Count ``n`` more units; ``figures`` are shown until they are given anew (names with spaces for ``_``)."""
+        with self._lock:
+            self.done += n
+            self._figures.update(figures)
+            now = time.monotonic()
+            if now - self._last_line >= self._interval:
+                self._note(now)
+                self._print(now)
+
+    def close(self) -> None:
+        """Print the last line, with the time that the whole took. Further calls do nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._print(time.monotonic(), last=True)
+
+    def rate(self) -> float:
+        """Units a second over the recent past."""
+        then, done = self._history[0]
+        seconds = time.monotonic() - then
+        return (self.done - done) / seconds if seconds > 0 else 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:  # after an error the error is the last word
+            self.close()
+
+    def _note(self, now: float) -> None:
+        self._history.append((now, self.done))
+        while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_SECONDS:
+            self._history.popleft()
+
+    def _print(self, now: float, last: bool = False) -> None:
+        self._last_line = now
+        parts = [self.label] if self.label else []
+        if self.total is None:
+            parts.append(f"{self.done:,} {self.unit}")
+        else:
+            share = 100 * self.done // self.total if self.total else 100
+            parts += [f"{self.done:,}/{self.total:,} {self.unit}", f"{share} %"]
+        parts += self._pace(now, last)
+        parts += [f"{name.replace('_', ' ')} {format_figure(value)}" for name, value in self._figures.items()]
+        print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
+
+    def _pace(self, now: float, last: bool) -> list[str]:
+        seconds = now - self._start
+        if last:
+            rate = (self.done - self._initial) / seconds if seconds > 0 else 0.0
+            return [f"{format_figure(rate)}/s", f"took {format_duration(seconds)}"]
+        rate = self.rate()
+        if rate <= 0 or seconds < 0.5:  # the first line of all: a rate would be noise
+            return []
+        pace = [f"{format_figure(rate)}/s"]
+        if self.total is not None:
+            pace.append(f"{format_duration((self.total - self.done) / rate)} left")
+        return pace
+
+
+def format_duration(seconds: float) -> str:
+    """``7:05`` (minutes and seconds), from an hour on ``1:07:05``, from a day on ``2 d 01:07``."""
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minutes}:{second:02}"
+
+
+def format_figure(value: float | int | str) -> str:
+    """Numbers as people read them: integers with commas, others with three or four digits."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"

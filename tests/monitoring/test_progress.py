@@ -1,0 +1,70 @@
+"""The progress lines."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from esvit_core.monitoring.progress import Progress, format_duration, format_figure
+
+
+def test_a_line_tells_share_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = Progress(1600, unit="pictures", label="prepare", stream=out)
+    now[0] += 2
+    progress.update(1024, loss=5.1234)
+    assert out.getvalue() == "prepare  1,024/1,600 pictures  64 %  512/s  0:01 left  loss 5.12\n"
+
+
+def test_lines_come_at_most_once_an_interval_and_the_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = Progress(100, unit="steps", label="train", stream=out)
+    for _ in range(50):
+        progress.update(1)
+        now[0] += 0.1
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "train  1/100 steps  1 %"
+    assert len(lines) == 3
+
+
+def test_the_last_line_tells_how_long_it_took_and_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Progress(None, unit="pictures", label="read", initial=10, stream=out) as progress:
+        now[0] += 65
+        progress.update(130)
+    progress.close()
+    assert out.getvalue().splitlines()[-1] == "read  140 pictures  2.00/s  took 1:05"
+    assert out.getvalue().count("took") == 1
+
+
+def test_an_error_stays_the_last_word() -> None:
+    out = io.StringIO()
+    with pytest.raises(ValueError), Progress(10, stream=out):
+        raise ValueError
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (65, "1:05"), (4025, "1:07:05"), (176_820, "2 d 01:07"), (-1, "0:00")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234567, "1,234,567"), (512.4, "512"), (5.1234, "5.12"), (0.00042, "0.00042"), ("a/b", "a/b")]
+)
+def test_figures(value: float | str, text: str) -> None:
+    assert format_figure(value) == text
+
+
+def test_progress_does_not_import_torch() -> None:
+    code = "import sys, esvit_core.monitoring.progress; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
