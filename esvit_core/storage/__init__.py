@@ -1,0 +1,31 @@
+"""The object store: S3 through the ``minio`` package, and a server of its own for one machine."""
+
+from __future__ import annotations
+
+from esvit_core.storage.address import StoreAddress
+from esvit_core.storage.errors import (
+    IntegrityError,
+    NotFound,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreUnavailable,
+)
+from esvit_core.storage.pointer import Pointer
+from esvit_core.storage.store import ObjectStat, ObjectStore
+from esvit_core.storage.uri import join_uri, split_uri
+
+__all__ = [
+    "IntegrityError",
+    "NotFound",
+    "ObjectStat",
+    "ObjectStore",
+    "Pointer",
+    "StoreAddress",
+    "StoreError",
+    "StoreFull",
+    "StoreRefused",
+    "StoreUnavailable",
+    "join_uri",
+    "split_uri",
+]

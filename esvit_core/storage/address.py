@@ -1,0 +1,111 @@
+"""Where the object store is and how to be let in: the ``ESVIT_S3_*`` variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from esvit_core.errors import UserError
+
+ENDPOINT = "ESVIT_S3_ENDPOINT"
+ACCESS_KEY = "ESVIT_S3_ACCESS_KEY"
+SECRET_KEY = "ESVIT_S3_SECRET_KEY"
+SECURE = "ESVIT_S3_SECURE"
+REGION = "ESVIT_S3_REGION"
+CA_FILE = "ESVIT_S3_CA_FILE"
+STORE_DIRECTORY = "ESVIT_STORE_DIR"
+VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, STORE_DIRECTORY)
+
+_TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """An S3 endpoint and the credentials for it.
+
+    Args:
+        endpoint: ``host:port``.
+        access_key: name of the credentials.
+        secret_key: never shown in a repr, a log, or an error.
+        secure: TLS.
+        region: ``None``: whatever the server says a bucket is in.
+        ca_file: certificates to trust instead of the system's.
+        directory: data directory, where the server is this machine's embedded one.
+    """
+
+    endpoint: str
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    secure: bool = True
+    region: str | None = None
+    ca_file: Path | None = None
+    directory: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """The endpoint as people write it."""
+        return f"{'https' if self.secure else 'http'}://{self.endpoint}"
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str] | None = None) -> StoreAddress:
+        """Read the ``ESVIT_S3_*`` variables.
+
+        Args:
+            environment: instead of the process's own.
+
+        Raises:
+            UserError: one is missing or malformed; says which and what it should look like.
+        """
+        values = os.environ if environment is None else environment
+        given = {name: values.get(name, "").strip() for name in VARIABLES}
+        missing = [name for name in (ENDPOINT, ACCESS_KEY, SECRET_KEY) if not given[name]]
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)}: not set; expected the address and the key of an S3 object store in "
+                f"{ENDPOINT}, {ACCESS_KEY} and {SECRET_KEY}"
+            )
+        endpoint, secure = _parse_endpoint(given[ENDPOINT], given[SECURE])
+        ca_file = Path(given[CA_FILE]) if given[CA_FILE] else None
+        if ca_file is not None and not ca_file.is_file():
+            raise UserError(f"{CA_FILE}={ca_file}: no such file; expected CA certificates in PEM form")
+        return cls(
+            endpoint=endpoint,
+            access_key=given[ACCESS_KEY],
+            secret_key=given[SECRET_KEY],
+            secure=secure,
+            region=given[REGION] or None,
+            ca_file=ca_file,
+            directory=Path(given[STORE_DIRECTORY]) if given[STORE_DIRECTORY] else None,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables that :meth:`from_env` reads back, for child processes."""
+        values = {
+            ENDPOINT: self.endpoint,
+            ACCESS_KEY: self.access_key,
+            SECRET_KEY: self.secret_key,
+            SECURE: "true" if self.secure else "false",
+            REGION: self.region,
+            CA_FILE: self.ca_file,
+            STORE_DIRECTORY: self.directory,
+        }
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _parse_endpoint(text: str, secure: str) -> tuple[str, bool]:
+    scheme, separator, rest = text.partition("://")
+    host = (rest if separator else text).rstrip("/")
+    if separator and scheme not in ("http", "https"):
+        raise UserError(f"{ENDPOINT}={text}: expected host:port, http://host:port or https://host:port")
+    if not host or any(c in host for c in "/?#@ "):
+        raise UserError(f"{ENDPOINT}={text}: expected host:port or http(s)://host:port, without a path or a key")
+    if secure and secure.lower() not in _TRUE | _FALSE:
+        raise UserError(f"{SECURE}={secure}: expected true or false")
+    wanted = secure.lower() in _TRUE if secure else None
+    if separator and wanted is not None and wanted != (scheme == "https"):
+        raise UserError(f"{ENDPOINT}={text} and {SECURE}={secure} contradict each other; leave {SECURE} unset")
+    if separator:
+        return host, scheme == "https"
+    return host, wanted if wanted is not None else True

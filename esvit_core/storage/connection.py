@@ -1,0 +1,150 @@
+"""One S3 endpoint: the requests that the library makes of it, repeated where that helps, errors told in one line."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import certifi
+import urllib3
+from minio import Minio
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+
+from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, SECRET_KEY, SECURE, StoreAddress
+from esvit_core.storage.errors import NotFound, StoreError, StoreRefused, StoreUnavailable
+from esvit_core.storage.retry import RetryPolicy, with_retries
+
+T = TypeVar("T")
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 60.0
+POOL_SIZE = 16
+_REFUSALS = frozenset(
+    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccountProblem"}
+)
+_ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFound", "NoSuchUpload"})
+
+
+class S3Client(Minio):
+    """``Minio`` with the requests of S3 that its public methods leave out: conditional puts and multipart by parts.
+
+    The package exposes these as protected methods only; a subclass is the place where they may be used.
+    """
+
+    def put(self, bucket: str, key: str, data: bytes, headers: dict[str, Any]) -> str:
+        """Put a whole object with exactly these headers and return its ETag.
+
+        ``Minio.put_object`` turns every header that it does not know, ``If-Match`` among them, into user metadata.
+        """
+        return str(self._put_object(bucket, key, data, dict(headers)).etag)
+
+    def begin_upload(self, bucket: str, key: str, headers: dict[str, Any]) -> str:
+        return self._create_multipart_upload(bucket, key, dict(headers))
+
+    def put_part(self, bucket: str, key: str, upload: str, number: int, data: bytes) -> str:
+        return str(self._upload_part(bucket, key, data, None, upload, number))
+
+    def finish_upload(self, bucket: str, key: str, upload: str, parts: list[Any]) -> None:
+        self._complete_multipart_upload(bucket, key, upload, parts)
+
+    def abort_upload(self, bucket: str, key: str, upload: str) -> None:
+        self._abort_multipart_upload(bucket, key, upload)
+
+    def pending_uploads(self, bucket: str, prefix: str) -> list[Any]:
+        return list(self._list_multipart_uploads(bucket, prefix=prefix).uploads)
+
+
+class Connection:
+    """Requests to one endpoint. Safe to share between threads, to fork, and to pickle."""
+
+    def __init__(self, address: StoreAddress, policy: RetryPolicy | None = None) -> None:
+        self.address = address
+        self.policy = policy or RetryPolicy()
+        self._client: S3Client | None = None
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+    @property
+    def client(self) -> S3Client:
+        """The client of this process: sockets must not be shared with a parent that forked it."""
+        if self._client is None or self._process != os.getpid():
+            self._client, self._process = _connect(self.address), os.getpid()
+        return self._client
+
+    def call(self, what: str, operation: Callable[[S3Client], T], policy: RetryPolicy | None = None) -> T:
+        """Make a request, again if the failure deserves it.
+
+        Args:
+            what: the ``s3://`` address or the action, for the error's first words.
+            operation: the request; must be safe to repeat.
+            policy: instead of the connection's own.
+
+        Raises:
+            NotFound: no such object or bucket.
+            StoreRefused: the key is not accepted, or may not do this.
+            StoreUnavailable: no answer, or only failures, after all attempts.
+            StoreError: the server says anything else.
+        """
+        try:
+            return with_retries(lambda: operation(self.client), policy or self.policy)
+        except (MinioException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise explain(error, what, self.address) from error
+
+
+def _connect(address: StoreAddress) -> S3Client:
+    pool = urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+        maxsize=POOL_SIZE,
+        retries=False,  # ours (retry.py) know which failures deserve one
+        cert_reqs="CERT_REQUIRED",
+        ca_certs=str(address.ca_file) if address.ca_file else os.environ.get("SSL_CERT_FILE") or certifi.where(),
+    )
+    return S3Client(
+        address.endpoint,
+        access_key=address.access_key,
+        secret_key=address.secret_key,
+        secure=address.secure,
+        region=address.region,
+        http_client=pool,
+    )
+
+
+def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
+    """The error that tells a person what happened, where, and what to do about it."""
+    store = f"object store {address.url}"
+    if isinstance(error, S3Error):
+        code = error.code or "unknown error"
+        if code in _ABSENT:
+            kind = "bucket" if code == "NoSuchBucket" else "object"
+            return NotFound(f"{what}: no such {kind} in the {store}")
+        if code in _REFUSALS:
+            return StoreRefused(
+                f"{what}: the {store} refuses the key ({code}); "
+                f"check {ACCESS_KEY} and {SECRET_KEY}, and what the key may do"
+            )
+        return StoreError(f"{what}: the {store} answers {code} ({error.message})")
+    if isinstance(error, (InvalidResponseError, ServerError)):
+        status = error._code if isinstance(error, InvalidResponseError) else error.status_code
+        return StoreUnavailable(
+            f"{what}: what answers at {address.url} is not a working S3 server (HTTP status {status}); check {ENDPOINT}"
+        )
+    if isinstance(error, (urllib3.exceptions.SSLError, ssl.SSLError)):
+        return StoreUnavailable(
+            f"{what}: no TLS connection with {address.url} ({_reason(error)}); "
+            f"set {CA_FILE} to the server's CA, or {SECURE}=false if it speaks plain HTTP"
+        )
+    return StoreUnavailable(
+        f"{what}: no answer from the {store} ({_reason(error)}); check {ENDPOINT}, and that it runs"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
+        error = error.reason
+    if isinstance(error, urllib3.exceptions.NewConnectionError):
+        return str(error).rsplit(": ", 1)[-1]
+    return str(error) or type(error).__name__

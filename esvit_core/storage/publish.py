@@ -1,0 +1,140 @@
+"""Sets of files that are complete or absent: the manifest is written last and read first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esvit_core.errors import UserError
+from esvit_core.storage.errors import IntegrityError, NotFound
+from esvit_core.storage.transfer import sha256_of
+from esvit_core.storage.uri import join_uri
+
+if TYPE_CHECKING:
+    from esvit_core.storage.store import ObjectStore
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+def publish(
+    store: ObjectStore,
+    prefix_uri: str,
+    files: Mapping[str, Path | bytes],
+    kind: str,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Store a set of files so that it becomes visible at once.
+
+    Args:
+        store: where to.
+        prefix_uri: the set's folder, ``s3://bucket/...``.
+        files: contents by name (names may have slashes), as local files or as bytes.
+        kind: what the set is; its format is ``esvit-<kind>/1``.
+        extra: further keys of the manifest.
+
+    Returns:
+        The manifest: ``{"format", "files": {name: {"bytes", "sha256"}}, **extra}``. A complete set with the same
+        content is left as it is.
+
+    Raises:
+        UserError: a complete set with other content is already there (objects are written once), or a file cannot
+            be read.
+    """
+    manifest = {**(extra or {}), "format": f"esvit-{kind}/{VERSION}", "files": _describe(files)}
+    present = read_manifest(store, prefix_uri)
+    if present is not None:
+        if present == manifest:
+            return present
+        raise UserError(f"{prefix_uri}: another complete {kind} is already there; publish under a new name")
+    for name, content in files.items():
+        uri = join_uri(prefix_uri, name)
+        if isinstance(content, bytes):
+            store.put_bytes(uri, content)
+        else:
+            store.put_file(uri, content, sha256=manifest["files"][name]["sha256"])
+    store.put_json(join_uri(prefix_uri, MANIFEST), manifest)
+    return manifest
+
+
+def read_manifest(store: ObjectStore, prefix_uri: str) -> dict[str, Any] | None:
+    """The manifest of a complete set, None where the set is absent or incomplete.
+
+    Raises:
+        IntegrityError: there is one, but it is not a manifest.
+    """
+    uri = join_uri(prefix_uri, MANIFEST)
+    try:
+        manifest = store.get_json(uri)
+    except NotFound:
+        return None
+    if not isinstance(manifest, dict):
+        raise IntegrityError(f"{uri}: not a manifest; remove the set and make it again")
+    return manifest
+
+
+def fetch(
+    store: ObjectStore, prefix_uri: str, directory: Path, names: Iterable[str] | None = None, verify: bool = True
+) -> dict[str, Any]:
+    """Download a published set into a local directory.
+
+    Args:
+        store: where from.
+        prefix_uri: the set's folder.
+        directory: made if need be; files that are there already and are right are not fetched again.
+        names: only these files.
+        verify: compare SHA-256 too, not only sizes.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        NotFound: no complete set is there.
+        IntegrityError: an object is missing, of another size, or of other content than the manifest says.
+    """
+    manifest = read_manifest(store, prefix_uri)
+    if manifest is None:
+        raise NotFound(f"{prefix_uri}: no complete set of files is there (no {MANIFEST})")
+    for name in manifest["files"] if names is None else names:
+        if name not in manifest["files"]:
+            raise NotFound(f"{join_uri(prefix_uri, name)}: not in the set; it has {', '.join(manifest['files'])}")
+        _fetch_file(store, join_uri(prefix_uri, name), Path(directory) / name, manifest["files"][name], verify)
+    return manifest
+
+
+def _fetch_file(store: ObjectStore, uri: str, path: Path, entry: dict[str, Any], verify: bool) -> None:
+    if path.is_file() and not _difference(path, entry, verify):
+        return
+    try:
+        store.get_file(uri, path)
+    except NotFound:
+        raise IntegrityError(f"{uri}: named in the manifest but missing; remove the set and make it again") from None
+    if difference := _difference(path, entry, verify):
+        path.unlink(missing_ok=True)
+        raise IntegrityError(f"{uri}: damaged, {difference}; remove the set and make it again")
+
+
+def _difference(path: Path, entry: dict[str, Any], verify: bool) -> str | None:
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{size} bytes instead of {entry['bytes']}"
+    if verify and (digest := sha256_of(path)) != entry["sha256"]:
+        return f"SHA-256 {digest[:12]}... instead of {entry['sha256'][:12]}..."
+    return None
+
+
+def _describe(files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:
+    described = {}
+    for name, content in files.items():
+        if name == MANIFEST or not name:
+            raise ValueError(f"a published file may not be called {name!r}")
+        if isinstance(content, bytes):
+            described[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            continue
+        try:
+            described[name] = {"bytes": content.stat().st_size, "sha256": sha256_of(content)}
+        except OSError as error:
+            raise UserError(f"{content}: cannot be read ({error.strerror}); expected a file to publish") from error
+    return described

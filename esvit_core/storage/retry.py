@@ -1,0 +1,98 @@
+"""Which failures deserve another attempt, and how long to wait before it."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import urllib3.exceptions
+from minio.error import InvalidResponseError, S3Error, ServerError
+
+T = TypeVar("T")
+
+# S3's own words for "not now". Everything else that it says with a 4xx status stays true however often one asks.
+_TRANSIENT_CODES = frozenset(
+    {
+        "InternalError",
+        "OperationAborted",
+        "ConditionalRequestConflict",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    }
+)
+# 501: not implemented; 507: no room. Neither passes by waiting.
+_LASTING_STATUSES = frozenset({501, 505, 507})
+
+
+class ShortBody(ConnectionError):
+    """The connection ended before the body did."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential back-off with jitter.
+
+    Args:
+        attempts: in all, the first included.
+        base: upper bound of the first wait, seconds; doubles every time.
+        cap: longest wait, seconds.
+    """
+
+    attempts: int = 9
+    base: float = 0.1
+    cap: float = 6.0
+
+    def waits(self) -> Iterator[float]:
+        """Seconds to wait before each further attempt.
+
+        Half of each wait is fixed, so that a restarting server gets its time; half is random, so that many clients
+        do not come back at once.
+        """
+        for attempt in range(self.attempts - 1):
+            bound = min(self.cap, self.base * 2**attempt)
+            yield bound * (0.5 + 0.5 * random.random())
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed if it is made again: connection errors, 5xx, throttling."""
+    if isinstance(error, S3Error):
+        status = getattr(error.response, "status", 0) or 0
+        return error.code in _TRANSIENT_CODES or (status >= 500 and status not in _LASTING_STATUSES)
+    if isinstance(error, InvalidResponseError):
+        return int(error._code) >= 500 and int(error._code) not in _LASTING_STATUSES
+    if isinstance(error, ServerError):
+        return error.status_code >= 500 and error.status_code not in _LASTING_STATUSES
+    if isinstance(error, urllib3.exceptions.SSLError):
+        return False  # a certificate does not become valid by asking again
+    return isinstance(error, (urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError))
+
+
+def with_retries(
+    operation: Callable[[], T],
+    policy: RetryPolicy,
+    give_up: Callable[[BaseException], None] = lambda error: None,
+) -> T:
+    """Call ``operation`` until it succeeds, fails for good, or the attempts are used up.
+
+    Args:
+        operation: must be safe to repeat.
+        policy: how often and how long.
+        give_up: called with each transient failure; raises if a better explanation than "try again" is at hand.
+    """
+    for wait in policy.waits():
+        try:
+            return operation()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            give_up(error)
+        time.sleep(wait)
+    return operation()

@@ -1,0 +1,284 @@
+"""An S3 object store: put, get, list, and what is built on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from minio.error import S3Error
+
+from esvit_core.errors import UserError
+from esvit_core.storage import pointer, publish, transfer
+from esvit_core.storage.address import StoreAddress
+from esvit_core.storage.connection import Connection, S3Client
+from esvit_core.storage.errors import NotFound
+from esvit_core.storage.pointer import Pointer
+from esvit_core.storage.retry import RetryPolicy
+from esvit_core.storage.uri import SCHEME, split_uri
+
+_TYPES = {
+    ".json": "application/json",
+    ".jsonl": "application/x-ndjson",
+    ".html": "text/html; charset=utf-8",
+    ".yaml": "application/yaml",
+    ".png": "image/png",
+    ".tar": "application/x-tar",
+}
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """What a listing says of an object."""
+
+    uri: str
+    size: int
+    etag: str
+    modified: datetime | None
+
+
+class ObjectStore:
+    """The objects of an S3 server, addressed as ``s3://bucket/key``.
+
+    An instance may be shared between threads, passed to other processes, and used after a fork.
+
+    Example:
+        >>> store = ObjectStore.from_env()
+        >>> store.put_json("s3://esvit/runs/a/figures.json", {"knn": 36.3})
+        >>> store.get_json("s3://esvit/runs/a/figures.json")
+        {'knn': 36.3}
+
+    Args:
+        address: endpoint and credentials.
+        policy: how often and after how long failed requests are repeated.
+    """
+
+    def __init__(self, address: StoreAddress, policy: RetryPolicy | None = None) -> None:
+        self.address = address
+        self.connection = Connection(address, policy)
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.address.url!r})"
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str] | None = None) -> ObjectStore:
+        """The store that the ``ESVIT_S3_*`` variables name.
+
+        Raises:
+            UserError: a variable is missing or malformed.
+        """
+        return cls(StoreAddress.from_env(environment))
+
+    def check(self) -> None:
+        """Ask the server for something that only a valid key gets.
+
+        Raises:
+            StoreUnavailable: nothing answers, or it is not S3.
+            StoreRefused: the key is not accepted.
+        """
+        self.connection.call("connecting", lambda client: client.list_buckets(), RetryPolicy(attempts=3))
+
+    def ensure_bucket(self, bucket: str) -> None:
+        """Make the bucket unless it exists."""
+
+        def make(client: S3Client) -> None:
+            if client.bucket_exists(bucket):
+                return
+            try:
+                client.make_bucket(bucket)
+            except S3Error as error:  # another process was quicker
+                if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+        split_uri(f"{SCHEME}{bucket}")
+        self.connection.call(f"{SCHEME}{bucket}", make)
+
+    def put_bytes(self, uri: str, data: bytes, *, content_type: str | None = None) -> None:
+        """Store ``data`` as the object ``uri``, whole or not at all."""
+        bucket, key = _object(uri)
+        headers = {"Content-Type": content_type or _content_type(key)}
+        self.connection.call(uri, lambda client: client.put(bucket, key, data, headers))
+
+    def get_bytes(self, uri: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return self._read(uri, 0, None)
+
+    def open_range(self, uri: str, offset: int, length: int) -> bytes:
+        """``length`` bytes from byte ``offset`` on; fewer where the object ends before.
+
+        Raises:
+            NotFound: there is no such object.
+        """
+        if offset < 0 or length < 0:
+            raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
+        if length == 0:
+            return b""
+        return self._read(uri, offset, length)
+
+    def put_json(self, uri: str, value: Any) -> None:
+        """Store ``value`` as JSON text."""
+        self.put_bytes(uri, encode_json(value), content_type="application/json")
+
+    def get_json(self, uri: str) -> Any:
+        """The value that the object's JSON text stands for.
+
+        Raises:
+            NotFound: there is no such object.
+            UserError: it is not JSON.
+        """
+        data = self.get_bytes(uri)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise UserError(f"{uri}: not JSON ({error}); expected an object that this program wrote") from None
+
+    def put_file(self, uri: str, path: Path, *, sha256: str | None = None) -> None:
+        """Store a local file as the object ``uri``; large ones go in several parts at a time.
+
+        Args:
+            uri: destination.
+            path: the file.
+            sha256: what the file's digest must be, hexadecimal, if known.
+
+        Raises:
+            IntegrityError: the file is not the one that ``sha256`` describes.
+        """
+        bucket, key = _object(uri)
+        transfer.upload(self.connection, bucket, key, Path(path), _content_type(key), sha256)
+
+    def get_file(self, uri: str, path: Path) -> None:
+        """Download the object to ``path``, which appears whole or not at all."""
+        bucket, key = _object(uri)
+        transfer.download(self.connection, bucket, key, Path(path))
+
+    def exists(self, uri: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.stat(uri)
+        except NotFound:
+            return False
+        return True
+
+    def stat(self, uri: str) -> ObjectStat:
+        """Size, ETag and time of an object.
+
+        Raises:
+            NotFound: there is none.
+        """
+        bucket, key = _object(uri)
+        found = self.connection.call(uri, lambda client: client.stat_object(bucket, key))
+        return ObjectStat(uri, found.size or 0, (found.etag or "").strip('"'), found.last_modified)
+
+    def list(self, prefix_uri: str, recursive: bool = True) -> Iterator[ObjectStat]:
+        """The objects below a prefix, in the order of their keys.
+
+        Args:
+            prefix_uri: taken as a folder: ``s3://b/runs/a`` lists ``runs/a/...`` but not ``runs/ab``.
+            recursive: False: one level only; what has objects below it is listed with a slash at its end and size 0.
+        """
+        bucket, key = split_uri(prefix_uri)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        found = self.connection.call(
+            prefix_uri,
+            lambda client: list(client.list_objects(bucket, prefix=prefix, recursive=recursive)),
+        )
+        for item in found:
+            if item.object_name == prefix:
+                continue
+            uri = f"{SCHEME}{bucket}/{item.object_name}"
+            yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
+
+    def remove(self, uri: str) -> None:
+        """Delete the object; one that does not exist is no error."""
+        bucket, key = _object(uri)
+        self.connection.call(uri, lambda client: client.remove_object(bucket, key))
+
+    def remove_prefix(self, uri: str) -> int:
+        """Delete all objects below a prefix, and say how many they were.
+
+        A manifest goes first, so that a reader never takes a half-deleted set for a complete one.
+        """
+        if not split_uri(uri)[1]:
+            raise UserError(f"{uri}: refusing to empty a whole bucket; name a prefix in it")
+        found = sorted(
+            (item.uri for item in self.list(uri)), key=lambda item: not item.endswith("/" + publish.MANIFEST)
+        )
+        for item in found:
+            self.remove(item)
+        return len(found)
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        """Store ``data`` unless the object exists already; of several callers at once exactly one gets True."""
+        bucket, key = _object(uri)
+        return pointer.put_if_absent(self.connection, bucket, key, data, _content_type(key))
+
+    def read_pointer(self, uri: str) -> Pointer | None:
+        """The pointer's present value, or None where it was never set."""
+        bucket, key = _object(uri)
+        return pointer.read(self.connection, bucket, key)
+
+    def swap_pointer(self, uri: str, value: dict[str, Any], expected: Pointer | None) -> bool:
+        """Set the pointer to ``value`` if it still is what ``expected`` says; of several callers at once one wins.
+
+        Args:
+            uri: the pointer.
+            value: what it shall say.
+            expected: what :meth:`read_pointer` returned; None: it must not exist.
+
+        Returns:
+            False if someone else changed it in between: read it again and decide anew.
+        """
+        bucket, key = _object(uri)
+        return pointer.swap(self.connection, bucket, key, value, expected)
+
+    def publish(
+        self, prefix_uri: str, files: Mapping[str, Path | bytes], kind: str, extra: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Store a set of files that becomes visible at once: the manifest goes last. See :mod:`.publish`."""
+        return publish.publish(self, prefix_uri, files, kind, extra)
+
+    def read_manifest(self, prefix_uri: str) -> dict[str, Any] | None:
+        """The manifest of a complete set, or None where there is none."""
+        return publish.read_manifest(self, prefix_uri)
+
+    def fetch(
+        self, prefix_uri: str, directory: Path, names: Sequence[str] | None = None, verify: bool = True
+    ) -> dict[str, Any]:
+        """Download a published set and check it against its manifest. See :mod:`.publish`."""
+        return publish.fetch(self, prefix_uri, directory, names, verify)
+
+    def _read(self, uri: str, offset: int, length: int | None) -> bytes:
+        bucket, key = _object(uri)
+
+        def read(client: S3Client) -> bytes:
+            try:
+                return transfer.read_range(client, bucket, key, offset, length)
+            except S3Error as error:
+                if error.code == "InvalidRange":  # begins behind the object's end
+                    return b""
+                raise
+
+        return self.connection.call(uri, read)
+
+
+def encode_json(value: Any) -> bytes:
+    """The JSON text that is stored: readable, and the same bytes for the same value."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _object(uri: str) -> tuple[str, str]:
+    bucket, key = split_uri(uri)
+    if not key or key.endswith("/"):
+        raise UserError(f"{uri}: expected the address of an object, s3://bucket/key, not of a folder")
+    return bucket, key
+
+
+def _content_type(key: str) -> str:
+    return _TYPES.get(Path(key).suffix.lower(), "application/octet-stream")

@@ -1,0 +1,52 @@
+"""Fixtures that every part of the tests may use."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from esvit_core.storage import ObjectStore, StoreAddress
+from esvit_core.storage.address import VARIABLES
+from esvit_core.storage.embedded import EmbeddedStore
+
+_numbers = itertools.count(1)
+
+
+class BucketStore(ObjectStore):
+    """A store with the name of a bucket that is the test's own."""
+
+    def __init__(self, address: StoreAddress, bucket: str) -> None:
+        super().__init__(address)
+        self.bucket = bucket
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.bucket}/{key}"
+
+
+@pytest.fixture(scope="session")
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
+    """A real S3 server, one for all tests."""
+    server = EmbeddedStore(tmp_path_factory.mktemp("store"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(store_server: EmbeddedStore) -> BucketStore:
+    """The session's server with a fresh bucket: ``store.bucket``, ``store.uri("runs/a/x")``."""
+    made = BucketStore(store_server.start(), f"test-{next(_numbers)}")
+    made.ensure_bucket(made.bucket)
+    return made
+
+
+@pytest.fixture
+def store_env(store: BucketStore, monkeypatch: pytest.MonkeyPatch) -> BucketStore:
+    """The same store, with the ``ESVIT_S3_*`` variables naming it to this process and its children."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in store.address.environment().items():
+        monkeypatch.setenv(name, value)
+    return store
