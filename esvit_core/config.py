@@ -188,6 +188,7 @@ class EvaluationConfig(_Section):
     linear: LinearConfig = LinearConfig()
     transfer: tuple[TransferSet, ...] = ()
     pictures: int = Field(6, ge=0, description="Pictures shown in the correspondence and attention figures.")
+    correspondence_pictures: int = Field(256, gt=0, description="Pictures over which correspondence is measured.")
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:

@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -26,7 +27,6 @@ from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.models.registry import create_backbone
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.errors import IntegrityError, NotFound
 from esvit_core.storage.session import open_store
 
 BACKBONE_FORMAT = "esvit-backbone/1"
@@ -106,12 +106,7 @@ def load_backbone(where: str | Path, store: ObjectStore | None = None) -> nn.Mod
             raise UserError(
                 f"backbone {uri}: nothing complete is published there; expected {DESCRIPTION} and {WEIGHTS}"
             )
-        try:
-            opened.fetch(uri, Path(folder))
-        except IntegrityError as error:
-            raise UserError(f"backbone {uri}: damaged ({error}); publish it again") from None
-        except NotFound as error:
-            raise UserError(f"backbone {uri}: a file of its manifest is gone ({error}); publish it again") from None
+        opened.fetch(uri, Path(folder))
         return _load_directory(Path(folder), uri)
 
 
@@ -127,9 +122,14 @@ def _load_directory(folder: Path, shown: str) -> nn.Module:
         raise UserError(f"backbone {shown}: {WEIGHTS} is damaged (its SHA-256 differs); fetch or publish it again")
     # Outside torch's inference and autograd modes of the caller the module has to be an ordinary trainable one.
     with torch.inference_mode(False):
-        backbone = create_backbone(
-            ModelConfig.model_validate(description["model"]), img_size=description["img_size"], drop_path=0.0
-        )
+        try:
+            model = ModelConfig.model_validate(description["model"])
+        except ValidationError as error:
+            reason = error.errors()[0]
+            raise UserError(
+                f"backbone {shown}: its architecture is not one this version knows ({reason['loc']}: {reason['msg']})"
+            ) from None
+        backbone = create_backbone(model, img_size=description["img_size"], drop_path=0.0)
         try:
             backbone.load_state_dict(safetensors.torch.load(weights), strict=True)
         except (RuntimeError, SafetensorError) as error:
@@ -171,7 +171,9 @@ def _follow_pointer(name: str, store: ObjectStore) -> str:
             f"backbone {name}: no such pointer ({uri}), and no folder of that name; "
             "promote a run first, or name another bucket in ESVIT_BUCKET"
         )
-    return str(pointer.value["backbone"])
+    if not isinstance(pointer.value.get("backbone"), str):
+        raise UserError(f"backbone {name}: the pointer {uri} names no backbone; promote a run again")
+    return pointer.value["backbone"]
 
 
 @contextlib.contextmanager
@@ -185,5 +187,7 @@ def _store_for(where: str, store: ObjectStore | None) -> Iterator[ObjectStore]:
             f"backbone {where}: no object store is named; set ESVIT_S3_ENDPOINT and its keys, "
             "or ESVIT_STORE_DIR to the store folder of a run on this machine"
         )
+    if directory and not os.environ.get("ESVIT_S3_ENDPOINT") and not Path(directory).is_dir():
+        raise UserError(f"backbone {where}: ESVIT_STORE_DIR names {directory}, which is not a folder")
     with open_store(Path(directory) if directory else None) as opened:
         yield opened

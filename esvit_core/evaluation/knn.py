@@ -8,6 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from esvit_core.config import Config
+from esvit_core.evaluation.labels import Task, run_task
+from esvit_core.evaluation.results import Result, left_out, measured, once
+from esvit_core.storage import ObjectStore
+
 # Values of a chunk of similarities or of votes: 16 M float32 are 64 MB.
 _CHUNK_VALUES = 1 << 24
 
@@ -79,6 +84,34 @@ def ranking_accuracy(ranking: torch.Tensor, test_labels: Array) -> tuple[float, 
     """Top-1 and top-5 accuracy, percent, of the classes (M, <= 5) against the true ones (M,)."""
     hits = ranking == _labels(test_labels)[:, None]
     return int(hits[:, 0].sum()) * 100 / len(hits), int(hits.any(1).sum()) * 100 / len(hits)
+
+
+def evaluate_knn(run_uri: str, store: ObjectStore, config: Config) -> Result:
+    """Weighted k-NN of both backbones' view features, for every ``k`` of the configuration.
+
+    The training pictures are the bank, the held-out ones are classified. Written once to
+    ``evaluation/knn.json``: top-1 under ``results``, top-5 under ``top5``.
+    """
+    return once(store, run_uri, "knn", lambda: _measure(run_task(run_uri, store), config))
+
+
+def _measure(task: Task | str, config: Config) -> Result:
+    ks, temperature = config.evaluation.knn_k, config.evaluation.knn_temperature
+    headline = f"knn/{20 if 20 in ks else ks[0]}" if ks else "knn"
+    if not ks:
+        return left_out(headline, "evaluation.knn_k is empty")
+    if isinstance(task, str):
+        return left_out(headline, task)
+    top1: dict[str, dict[str, float]] = {}
+    top5: dict[str, dict[str, float]] = {}
+    for model, (train, val) in task.splits.items():
+        rankings = rank_classes(train.view, train.labels, val.view, ks, temperature, len(task.classes))
+        figures = {f"knn/{k}": ranking_accuracy(ranking, val.labels) for k, ranking in rankings.items()}
+        top1[model] = {key: first for key, (first, _) in figures.items()}
+        top5[model] = {key: round(fifth, 4) for key, (_, fifth) in figures.items()}
+    bank = len(next(iter(task.splits.values()))[0])
+    notes = [f"knn/{k}: there are only {bank:,} training pictures, so all of them vote" for k in ks if k > bank]
+    return measured(headline, top1, task.classes, notes=notes + task.notes, top5=top5)
 
 
 def _normalised(features: Array) -> torch.Tensor:

@@ -1,0 +1,34 @@
+"""Attention of the last block, one heat map per head (EsViT, section 4.3 and appendix)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def has_attention(backbone: nn.Module) -> bool:
+    """Whether the backbone has attention to show (ResNet does not)."""
+    return callable(getattr(backbone, "attention_map", None))
+
+
+def attention_maps(backbone: nn.Module, pictures: torch.Tensor) -> np.ndarray:
+    """How much attention each region receives in the last block, scaled to 0..1 per head.
+
+    Args:
+        backbone: in eval mode, where it is.
+        pictures: network input, (B, 3, S, S).
+
+    Returns:
+        Mean over the queries, (B, heads, h, w).
+    """
+    device = next(backbone.parameters()).device
+    with torch.inference_mode():
+        maps = backbone.attention_map(pictures.to(device)).float().cpu().numpy()
+    return scale_maps(maps)
+
+
+def scale_maps(maps: np.ndarray) -> np.ndarray:
+    """Each map of (..., h, w) stretched to 0..1; a flat one becomes 0."""
+    low, high = maps.min((-2, -1), keepdims=True), maps.max((-2, -1), keepdims=True)
+    return (maps - low) / np.maximum(high - low, 1e-12)

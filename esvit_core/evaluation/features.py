@@ -1,0 +1,216 @@
+"""Frozen features of the trained and of the untrained backbone.
+
+The untrained one, the same network at step 0, is the baseline of every figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from esvit_core.config import Config
+from esvit_core.data.augment import EvalTransform
+from esvit_core.data.manifest import Manifest
+from esvit_core.data.stream import ShardDataset
+from esvit_core.errors import UserError
+from esvit_core.evaluation.results import MODELS
+from esvit_core.export import load_backbone
+from esvit_core.monitoring.progress import Progress
+from esvit_core.storage import ObjectStore, join_uri
+
+SPLITS = ("train", "val")
+# Where the run keeps each model.
+_PLACES = {"trained": "backbone", "untrained": "untrained"}
+
+
+class Pictures(Protocol):
+    """What features are computed of; :class:`esvit_core.data.stream.ShardDataset` is one."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of N pictures in the order of the data set.
+
+    Attributes:
+        view: the view feature, (N, D) float32.
+        blocks: the linear-probe feature, averages of the last blocks concatenated, (N, D') float32.
+        labels: classes from 0, -1 for a picture without one, (N,) int64.
+    """
+
+    view: np.ndarray
+    blocks: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def compute_features(
+    backbone: nn.Module,
+    dataset: Pictures,
+    transform: Callable[[np.ndarray], torch.Tensor],
+    batch_size: int,
+    blocks: int = 4,
+    *,
+    precision: str = "float32",
+    label: str = "features",
+) -> Features:
+    """Features of every picture, in order.
+
+    Args:
+        backbone: in eval mode; it runs on the GPU if there is one.
+        transform: from a picture (H, W, 3) uint8 to the network's input (3, S, S).
+        blocks: number of last blocks of the linear-probe feature.
+        precision: ``bfloat16`` runs the network under autocast; all else in float32, the default also where
+            training used bfloat16, for its rounding reorders the neighbours of small networks.
+        label: first word of the progress lines.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = backbone.to(device)
+    views: list[np.ndarray] = []
+    last: list[np.ndarray] = []
+    with torch.inference_mode(), _arithmetic(device, precision), Progress(len(dataset), label=label) as progress:
+        for batch in _batches(dataset, transform, batch_size):
+            x = batch.to(device, non_blocking=True)  # (B, 3, S, S)
+            views.append(backbone(x).float().cpu().numpy())  # (B, D)
+            last.append(backbone.last_blocks(x, blocks).float().cpu().numpy())  # (B, D')
+            progress.update(len(batch))
+    empty = np.zeros((0, 0), np.float32)
+    return Features(
+        view=np.concatenate(views) if views else empty,
+        blocks=np.concatenate(last) if last else empty,
+        labels=np.asarray(dataset.labels, dtype=np.int64),
+    )
+
+
+def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    """Write ``features/<trained|untrained>-<train|val>.safetensors`` and their manifest below the run.
+
+    Returns what is there when it is complete already.
+
+    Returns:
+        The manifest; its ``samples`` counts the pictures of each split.
+
+    Raises:
+        UserError: the run has no prepared data or no exported backbone.
+    """
+    prefix = join_uri(run_uri, "features")
+    if (found := store.read_manifest(prefix)) is not None:
+        return found
+    data = join_uri(run_uri, "data")
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        datasets = split_datasets(store, data, Path(folder) / "shards")
+        files = {}
+        for model in MODELS:
+            backbone = load_model(run_uri, model, store)
+            for split, dataset in datasets.items():
+                features = features_of(backbone, dataset, config, label=f"features of the {model} backbone, {split}")
+                name = f"{model}-{split}.safetensors"
+                files[name] = Path(folder) / name
+                _save(features, files[name])
+        samples = {split: len(dataset) for split, dataset in datasets.items()}
+        return store.publish(prefix, files, "features", {"samples": samples})
+
+
+def features_of(backbone: nn.Module, dataset: Pictures, config: Config, label: str) -> Features:
+    """:func:`compute_features` with the transform, batch and arithmetic of the configuration."""
+    return compute_features(
+        backbone,
+        dataset,
+        eval_transform(config),
+        config.evaluation.batch_size,
+        config.evaluation.linear.last_blocks,
+        precision="bfloat16" if config.training.precision == "bfloat16" else "float32",
+        label=label,
+    )
+
+
+def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> Features:
+    """Features that :func:`extract_features` wrote; none where the data has no such split.
+
+    Args:
+        model: ``trained`` or ``untrained``.
+        split: ``train`` or ``val``.
+
+    Raises:
+        UserError: they are not there yet.
+    """
+    prefix = join_uri(run_uri, "features")
+    manifest = store.read_manifest(prefix)
+    if manifest is None:
+        raise UserError(f"features of {run_uri}: not extracted yet; run the step extract_features first")
+    name = f"{model}-{split}.safetensors"
+    if name not in manifest["files"]:
+        empty = np.zeros((0, 0), np.float32)
+        return Features(empty, empty, np.zeros(0, np.int64))
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        store.fetch(prefix, Path(folder), names=[name])
+        arrays = load_file(Path(folder) / name)
+    return Features(**{key: arrays[key] for key in ("view", "blocks", "labels")})
+
+
+def load_model(run_uri: str, model: str, store: ObjectStore) -> nn.Module:
+    """The run's backbone, ``trained`` or ``untrained``."""
+    return load_backbone(join_uri(run_uri, _PLACES[model]), store)
+
+
+def split_datasets(store: ObjectStore, data: str, cache: Path) -> dict[str, ShardDataset]:
+    """The splits of prepared data that hold pictures."""
+    manifest = Manifest.read(store, data)
+    return {
+        split: ShardDataset(store, data, split, cache)
+        for split in SPLITS
+        if split in manifest.splits and manifest.splits[split].samples
+    }
+
+
+def eval_transform(config: Config) -> EvalTransform:
+    """The transform of the measured steps: resize, centre crop, normalise (EsViT, section 4)."""
+    return EvalTransform(
+        config.evaluation.resize, config.evaluation.crop, mean=config.augment.mean, std=config.augment.std
+    )
+
+
+@contextlib.contextmanager
+def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+def _batches(
+    dataset: Pictures, transform: Callable[[np.ndarray], torch.Tensor], batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Batches in order; the next one is decoded while the network works on this one."""
+
+    def load(start: int) -> torch.Tensor:
+        stop = min(start + batch_size, len(dataset))
+        return torch.stack([transform(dataset.image(i)) for i in range(start, stop)])
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = None
+        for start in range(0, len(dataset), batch_size):
+            ready = coming.result() if coming else load(start)
+            following = start + batch_size
+            coming = pool.submit(load, following) if following < len(dataset) else None
+            yield ready
+
+
+def _save(features: Features, path: Path) -> None:
+    arrays = {"view": features.view, "blocks": features.blocks, "labels": features.labels}
+    safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)

@@ -1,0 +1,104 @@
+"""Which labels there are to measure with, and what the reader of a figure has to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from esvit_core.data.manifest import Manifest
+from esvit_core.evaluation.features import Features, load_features
+from esvit_core.evaluation.results import MODELS
+from esvit_core.storage import ObjectStore, join_uri
+
+Splits = tuple[Features, Features]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification that can be measured.
+
+    Attributes:
+        splits: labelled features of each of :data:`MODELS`, to train on and to measure on.
+        classes: a name for each class.
+        notes: what the reader of a figure has to know.
+    """
+
+    splits: dict[str, Splits]
+    classes: list[str]
+    notes: list[str]
+
+
+def run_task(run_uri: str, store: ObjectStore) -> Task | str:
+    """The classification of the run's own pictures, or why there is none."""
+    manifest = Manifest.read(store, join_uri(run_uri, "data"))
+    return task_of(
+        {m: (load_features(store, run_uri, m, "train"), load_features(store, run_uri, m, "val")) for m in MODELS},
+        manifest.classes,
+    )
+
+
+def task_of(splits: Mapping[str, Splits], classes: Sequence[str]) -> Task | str:
+    """A task of the features of both models, or why there is none."""
+    train, val = next(iter(splits.values()))
+    if reason := why_not(train.labels, val.labels):
+        return reason
+    names = class_names(classes, train.labels, val.labels)
+    return Task(
+        {model: (_labelled(a), _labelled(b)) for model, (a, b) in splits.items()},
+        names,
+        label_notes(train.labels, val.labels, names),
+    )
+
+
+def _labelled(features: Features) -> Features:
+    keep = features.labels >= 0
+    if keep.all():
+        return features
+    return Features(features.view[keep], features.blocks[keep], features.labels[keep])
+
+
+def why_not(train_labels: np.ndarray, val_labels: np.ndarray) -> str | None:
+    """Why nothing can be measured with these labels (classes from 0, -1: none); None if it can."""
+    if not len(train_labels):
+        return "there are no training pictures"
+    known = train_labels[train_labels >= 0]
+    if not len(known):
+        return "the pictures have no labels; put each class into a folder of its own to measure this"
+    if len(np.unique(known)) < 2:
+        return "the training pictures are all of one class; a classifier needs two"
+    if not len(val_labels):
+        return "no pictures are held out; give a val folder or set data.val_fraction above 0"
+    if not (val_labels >= 0).any():
+        return "the held-out pictures have no labels"
+    return None
+
+
+def label_notes(train_labels: np.ndarray, val_labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """What limits a figure: classes without pictures on one side, a single picture of a class, pictures without one."""
+    train = np.bincount(train_labels[train_labels >= 0], minlength=len(classes))
+    val = np.bincount(val_labels[val_labels >= 0], minlength=len(classes))
+    notes = [
+        _note(classes, (train > 0) & (val == 0), "without held-out pictures, so not measured"),
+        _note(classes, (train == 0) & (val > 0), "without training pictures, so always wrong"),
+        _note(classes, train == 1, "with a single training picture"),
+    ]
+    unlabelled = int((train_labels < 0).sum() + (val_labels < 0).sum())
+    if unlabelled:
+        notes.append(f"{unlabelled:,} pictures without a label are not used")
+    return [note for note in notes if note]
+
+
+def class_names(classes: Sequence[str], *labels: np.ndarray) -> list[str]:
+    """A name for every class that occurs, by number where the manifest has none."""
+    count = max([len(classes), *(int(part.max(initial=-1)) + 1 for part in labels)])
+    return [*classes, *(str(number) for number in range(len(classes), count))]
+
+
+def _note(classes: Sequence[str], which: np.ndarray, what: str) -> str:
+    names = [name for name, chosen in zip(classes, which, strict=True) if chosen]
+    if not names:
+        return ""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} {what}: {shown}"

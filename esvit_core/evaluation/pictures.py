@@ -1,0 +1,167 @@
+"""Pictures of what the backbone sees: correspondence of regions and attention, trained beside untrained."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from esvit_core.config import Config
+from esvit_core.data.augment import MultiCrop
+from esvit_core.data.stream import ShardDataset
+from esvit_core.evaluation import plots
+from esvit_core.evaluation.attention import attention_maps, has_attention
+from esvit_core.evaluation.correspondence import Pair, chance, draw_pairs, match_pairs, regions_per_side, share_right
+from esvit_core.evaluation.features import eval_transform, load_model, split_datasets
+from esvit_core.monitoring.progress import Progress
+from esvit_core.storage import ObjectStore, join_uri
+
+INDEX = "pictures.json"
+# Left to right in the figures: before, after.
+_COLUMNS = ("untrained", "trained")
+
+
+@dataclass
+class _Drawn:
+    """What :func:`draw_pictures` collects."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, file: str, png: bytes, title: str, caption: str) -> None:
+        self.files[file] = png
+        self.pictures.append({"file": file, "title": title, "caption": caption})
+
+    def leave_out(self, what: str, reason: str) -> None:
+        self.left_out.append({"what": what, "reason": reason})
+
+
+def draw_pictures(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    """Measure correspondence, draw it and the attention maps, and publish all below ``pictures/`` of the run.
+
+    The pictures are held-out ones, or training ones where none are held out. Returns what is there when it is
+    complete already.
+
+    Returns:
+        The content of ``pictures/pictures.json``: ``pictures`` (file, title, caption), ``figures`` (correspondence:
+        trained, untrained and chance in percent, pictures and regions counted), ``left_out`` (what, reason).
+    """
+    prefix = join_uri(run_uri, "pictures")
+    if store.read_manifest(prefix) is not None:
+        return store.get_json(join_uri(prefix, INDEX))
+    drawn = _Drawn()
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        datasets = split_datasets(store, join_uri(run_uri, "data"), Path(folder))
+        dataset = datasets.get("val") or datasets["train"]
+        models = {model: _on_device(load_model(run_uri, model, store)) for model in _COLUMNS}
+        chosen = spread(dataset.labels, config.evaluation.correspondence_pictures, config.seed)
+        _correspondence(drawn, dataset, chosen, models, config)
+        _attention(drawn, dataset, chosen[: config.evaluation.pictures], models, config)
+    index = {"pictures": drawn.pictures, "figures": drawn.figures, "left_out": drawn.left_out}
+    drawn.files[INDEX] = (json.dumps(index, indent=1) + "\n").encode()
+    store.publish(prefix, drawn.files, "pictures")
+    return index
+
+
+def spread(labels: np.ndarray, count: int, seed: int) -> list[int]:
+    """A seeded choice of pictures that takes the classes in turn.
+
+    Args:
+        labels: (N,); -1 counts as a class too.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    # The rank of a picture within its class says in which round it is taken.
+    rounds = np.zeros(len(labels), dtype=int)
+    for value in np.unique(labels):
+        members = order[labels[order] == value]
+        rounds[members] = np.arange(len(members))
+    return order[np.argsort(rounds[order], kind="stable")][:count].tolist()
+
+
+def _correspondence(
+    drawn: _Drawn, dataset: ShardDataset, chosen: list[int], models: Mapping[str, nn.Module], config: Config
+) -> None:
+    side = regions_per_side(models["trained"], config.augment.global_crops.size)
+    pairs, _ = draw_pairs(dataset, chosen, MultiCrop(config.augment), config.seed, side)
+    if not pairs:
+        drawn.leave_out("correspondence", "no picture gave two crops that share a region that is not blank")
+        return
+    matches = {}
+    with Progress(len(pairs) * len(models), unit="pairs of crops", label="correspondence") as progress:
+        for model, backbone in models.items():
+            matches[model] = match_pairs(backbone, pairs, config.evaluation.batch_size)
+            progress.update(len(pairs))
+    shares = {model: share_right(pairs, found) for model, found in matches.items()}
+    asked = [int(pair.asked.sum()) for pair in pairs]
+    by_chance = 100 * float(np.average([chance(pair) for pair in pairs], weights=asked))
+    drawn.figures["correspondence"] = {model: round(share, 4) for model, share in shares.items()} | {
+        "chance": round(by_chance, 4),
+        "pictures": len(pairs),
+        "regions": sum(asked),
+        "unit": "%",
+    }
+    if not config.evaluation.pictures:
+        drawn.leave_out("correspondence picture", "evaluation.pictures is 0")
+        return
+    shown = _tellable(pairs, config.evaluation.pictures)
+    png = plots.correspondence_figure(
+        [pairs[i] for i in shown], {model: [found[i] for i in shown] for model, found in matches.items()}, shares
+    )
+    drawn.add(
+        "correspondence.png",
+        png,
+        "Correspondence",
+        "Two crops of one picture; each line joins a region of the left crop to its most similar region of the right "
+        "one by the backbone's features. Green: at most one region away from the true place. Red, dashed: wrong. "
+        f"Over {sum(asked):,} regions of {len(pairs):,} pictures {shares['trained']:.1f} % are right, untrained "
+        f"{shares['untrained']:.1f} %, by chance {by_chance:.1f} %. Blank regions are not counted.",
+    )
+
+
+def _attention(
+    drawn: _Drawn, dataset: ShardDataset, chosen: list[int], models: Mapping[str, nn.Module], config: Config
+) -> None:
+    if not chosen:
+        drawn.leave_out("attention", "evaluation.pictures is 0")
+        return
+    if not has_attention(models["trained"]):
+        drawn.leave_out("attention", f"{config.model.arch} has no attention")
+        return
+    transform = eval_transform(config)
+    inputs = torch.stack([transform(dataset.image(i)) for i in chosen])  # (B, 3, S, S)
+    maps = {model: attention_maps(backbone, inputs) for model, backbone in models.items()}
+    heads = maps["trained"].shape[1]
+    of_heads = f"{plots.heads_shown(heads)} of the {heads} heads" if plots.heads_shown(heads) < heads else "the heads"
+    drawn.add(
+        "attention.png",
+        plots.attention_figure(_shown(inputs, config), list(maps["trained"]), list(maps["untrained"])),
+        "Attention",
+        "How much attention each place of the picture receives in the last block, the brighter the more: the mean over "
+        f"the heads, untrained and trained, and {of_heads} of the trained backbone.",
+    )
+
+
+def _tellable(pairs: list[Pair], count: int) -> list[int]:
+    """The first pairs, in their order, that ask at least a quarter of their regions; others if there are too few."""
+    order = sorted(range(len(pairs)), key=lambda i: (pairs[i].asked.mean() < 0.25, i))
+    return order[:count]
+
+
+def _shown(inputs: torch.Tensor, config: Config) -> list[np.ndarray]:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.augment.mean, config.augment.std))
+    pixels = ((inputs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return list(pixels.permute(0, 2, 3, 1).numpy())
+
+
+def _on_device(backbone: nn.Module) -> nn.Module:
+    return backbone.to("cuda" if torch.cuda.is_available() else "cpu")

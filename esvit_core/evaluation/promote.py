@@ -1,0 +1,191 @@
+"""Promotion: the ``champion`` pointer moves to a new backbone that is better than the present one.
+
+The pointer is the only thing that changes in the store; it is changed by compare-and-swap, so that of two runs that
+finish together one wins and the other is compared with the winner.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.evaluation.results import read_result
+from esvit_core.storage import ObjectStore, Pointer, join_uri, split_uri
+from esvit_core.storage.errors import NotFound
+
+HISTORY = 50  # former champions that the pointer remembers
+_ATTEMPTS = 20
+_TOLERANCE = 1e-9  # percentage points: 33.1 - 33.0 is a little less than 0.1 in binary
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The metric of one run.
+
+    Attributes:
+        value: of the trained backbone, percent.
+        baseline: of the untrained one.
+        task: digest of the classes measured: figures of different tasks do not compare.
+    """
+
+    value: float
+    baseline: float
+    task: str
+
+
+def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    """Make the run's backbone the champion if it beats the present one, and record the reason either way.
+
+    The first champion has to beat its own untrained baseline. Called again for the same run it returns the decision
+    that was taken; an attempt that died between the change and the record is recognised in the pointer.
+
+    Returns:
+        The decision, also in ``promotion.json``: ``promoted``, ``reason``, ``metric``, ``value``, ``baseline``,
+        ``margin``, ``champion`` (the one it was compared with: run and value; None for the first), ``pointer``, ``time``.
+
+    Raises:
+        UserError: the pointer changed under every one of many attempts.
+    """
+    record = join_uri(run_uri, "promotion.json")
+    try:
+        return store.get_json(record)
+    except NotFound:
+        pass
+    decision = _decide_and_swap(run_uri, store, config)
+    if store.put_if_absent(record, (json.dumps(decision, indent=1) + "\n").encode()):
+        return decision
+    return store.get_json(record)
+
+
+def metric_figure(store: ObjectStore, run_uri: str, metric: str) -> Figure | str:
+    """The run's figure of a metric (``knn/<k>``, ``linear``, ``transfer/<set>``), or why there is none."""
+    kind, _, rest = metric.partition("/")
+    name = f"transfer-{rest}" if kind == "transfer" else kind
+    result = read_result(store, run_uri, name)
+    if result is None:
+        return f"{metric} was not measured: the run has no result {name}"
+    if result["status"] != "measured":
+        return f"{metric} was left out: {result['reason']}"
+    figures = result["results"]
+    if metric not in figures["trained"]:
+        return f"{metric} was not measured; {name} has {', '.join(figures['trained'])}"
+    value, baseline = (float(figures[model][metric]) for model in ("trained", "untrained"))
+    if not math.isfinite(value) or not math.isfinite(baseline):
+        return f"{metric} is not a number: {value} trained, {baseline} untrained"
+    return Figure(value, baseline, _task_digest(result["classes"]))
+
+
+def beats(value: float, champion: float, margin: float) -> bool:
+    """Whether ``value`` is higher than the champion's by at least ``margin``; an equal one is not better."""
+    return value > champion and value - champion >= margin - _TOLERANCE
+
+
+def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    metric = config.promotion.metric
+    pointer_uri = join_uri(f"s3://{split_uri(run_uri)[0]}", "pointers", config.promotion.pointer)
+
+    def decision(promoted: bool, reason: str, champion: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {
+            "promoted": promoted,
+            "reason": reason,
+            "metric": metric,
+            "value": figure.value if isinstance(figure, Figure) else None,
+            "baseline": figure.baseline if isinstance(figure, Figure) else None,
+            "margin": config.promotion.margin,
+            "champion": champion,
+            "pointer": pointer_uri,
+            "time": _now(),
+        }
+
+    figure = metric_figure(store, run_uri, metric)
+    if isinstance(figure, str):
+        return decision(False, figure)
+    if store.read_manifest(join_uri(run_uri, "backbone")) is None:
+        return decision(False, "the run has published no backbone")
+    lost = ""
+    for _ in range(_ATTEMPTS):
+        present = store.read_pointer(pointer_uri)
+        if present is not None and (earlier := _own_entry(present.value, run_uri)):
+            # An earlier attempt of this run changed the pointer and died before it wrote so.
+            return decision(True, earlier.get("reason", "promoted earlier"), earlier.get("compared"))
+        champion = _compared(present)
+        promoted, reason = _verdict(figure, present, store, config)
+        if not promoted:
+            return decision(False, lost + reason, champion)
+        value = _pointer_value(run_uri, figure, metric, lost + reason, present)
+        if store.swap_pointer(pointer_uri, value, present):
+            return decision(True, lost + reason, champion)
+        lost = "another run became champion in the meantime; "
+    raise UserError(f"pointer {pointer_uri}: changed under {_ATTEMPTS} attempts; run the step again")
+
+
+def _verdict(figure: Figure, present: Pointer | None, store: ObjectStore, config: Config) -> tuple[bool, str]:
+    metric, margin = config.promotion.metric, config.promotion.margin
+    if present is None:
+        told = f"{metric} {figure.value:.2f} against {figure.baseline:.2f} untrained"
+        if figure.value > figure.baseline:
+            return True, f"first champion: {told}"
+        return False, f"no better than the untrained backbone: {told}"
+    champion = _champion_figure(store, present.value, metric)
+    if isinstance(champion, str):
+        return False, f"cannot be compared with the champion {present.value['run']}: {champion}"
+    if champion.task != figure.task:
+        return False, (
+            f"cannot be compared with the champion {present.value['run']}: it was measured on other classes; "
+            "name another promotion.pointer for another task"
+        )
+    told = f"{metric} {figure.value:.2f} against {champion.value:.2f} of the champion {present.value['run']}"
+    if beats(figure.value, champion.value, margin):
+        return True, f"better: {told}" + (f", margin {margin:g}" if margin else "")
+    short = "no better" if figure.value <= champion.value else f"not better by {margin:g}"
+    return False, f"{short}: {told}"
+
+
+def _champion_figure(store: ObjectStore, pointer: dict[str, Any], metric: str) -> Figure | str:
+    """The champion's figure: of the pointer if it tells this metric, else of its run's results."""
+    if pointer.get("metric") == metric and {"value", "baseline", "task"} <= pointer.keys():
+        return Figure(float(pointer["value"]), float(pointer["baseline"]), str(pointer["task"]))
+    return metric_figure(store, str(pointer["run"]), metric)
+
+
+def _pointer_value(run_uri: str, figure: Figure, metric: str, reason: str, present: Pointer | None) -> dict[str, Any]:
+    former = present.value if present is not None else None
+    history: list[dict[str, Any]] = list(former.get("history", [])) if former else []
+    if former:
+        history.append({key: value for key, value in former.items() if key not in ("history", "previous")})
+    return {
+        "run": run_uri,
+        "backbone": join_uri(run_uri, "backbone"),
+        "metric": metric,
+        "value": figure.value,
+        "baseline": figure.baseline,
+        "task": figure.task,
+        "reason": reason,
+        "compared": _compared(present),
+        "time": _now(),
+        "previous": former["backbone"] if former else None,
+        "history": history[-HISTORY:],
+    }
+
+
+def _own_entry(pointer: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
+    entries = [pointer, *reversed(pointer.get("history", []))]
+    return next((entry for entry in entries if entry.get("run") == run_uri), None)
+
+
+def _compared(present: Pointer | None) -> dict[str, Any] | None:
+    return None if present is None else {key: present.value.get(key) for key in ("run", "metric", "value")}
+
+
+def _task_digest(classes: list[str]) -> str:
+    return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

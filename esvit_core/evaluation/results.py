@@ -1,0 +1,75 @@
+"""The result of an evaluation: one JSON object below the run, written once.
+
+    {"name": "knn", "status": "measured", "reason": null, "headline": "knn/20", "unit": "%",
+     "results": {"trained": {"knn/20": 34.9}, "untrained": {"knn/20": 30.7}},
+     "classes": ["cat", ...], "notes": [...], "seconds": 1.2, ...}
+
+What cannot be measured has the status ``left_out`` and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.errors import NotFound
+
+MODELS = ("trained", "untrained")
+Result = dict[str, Any]
+
+
+def result_uri(run_uri: str, name: str) -> str:
+    return join_uri(run_uri, "evaluation", f"{name}.json")
+
+
+def read_result(store: ObjectStore, run_uri: str, name: str) -> Result | None:
+    """The result of the evaluation ``name`` (``knn``, ``linear``, ``transfer-<set>``); None before it is there."""
+    try:
+        return store.get_json(result_uri(run_uri, name))
+    except NotFound:
+        return None
+
+
+def once(store: ObjectStore, run_uri: str, name: str, measure: Callable[[], Result]) -> Result:
+    """The result that is there, or else the one that ``measure`` gives, written.
+
+    Of two attempts at once the first result stays, and both return it.
+    """
+    if (found := read_result(store, run_uri, name)) is not None:
+        return found
+    start = time.monotonic()
+    result: Result = {"name": name} | measure()
+    result["seconds"] = round(time.monotonic() - start, 2)
+    uri = result_uri(run_uri, name)
+    if store.put_if_absent(uri, (json.dumps(result, indent=1) + "\n").encode()):
+        return result
+    return store.get_json(uri)
+
+
+def measured(headline: str, results: dict[str, dict[str, float]], classes: Sequence[str], **more: Any) -> Result:
+    """A result with figures, percent, for each of :data:`MODELS`."""
+    return {
+        "status": "measured",
+        "reason": None,
+        "headline": headline,
+        "unit": "%",
+        "results": {model: {k: round(v, 4) for k, v in figures.items()} for model, figures in results.items()},
+        "classes": list(classes),
+        "notes": [],
+    } | more
+
+
+def left_out(headline: str, reason: str) -> Result:
+    """A result that says why there are no figures."""
+    return {
+        "status": "left_out",
+        "reason": reason,
+        "headline": headline,
+        "unit": "%",
+        "results": {},
+        "classes": [],
+        "notes": [],
+    }

@@ -1,0 +1,229 @@
+"""Transfer to a labelled set: L2-regularised logistic regression on frozen features (EsViT, section 4.2; the linear
+probe of CLIP: Radford et al., 2021, appendix A.3).
+
+The strength lambda is the weight of ``|w|^2 / 2`` against the sum of the losses, scikit-learn's ``1 / C``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from esvit_core.config import Config, TransferSet
+from esvit_core.data.manifest import Manifest
+from esvit_core.errors import UserError
+from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
+from esvit_core.evaluation.labels import Splits, Task, task_of, why_not
+from esvit_core.evaluation.results import MODELS, Result, left_out, measured, once
+from esvit_core.monitoring.progress import Progress
+from esvit_core.storage import ObjectStore, join_uri
+
+Metric = Literal["accuracy", "mean_per_class"]
+
+_LOWEST_EXPONENT, _DECADES, _STEPS_PER_DECADE = -6, 12, 8
+#: The strengths that the search can choose: 96 logarithmic steps over 1e-6 ... 1e6.
+LAMBDAS = 10.0 ** (_LOWEST_EXPONENT + np.arange(_DECADES * _STEPS_PER_DECADE + 1) / _STEPS_PER_DECADE)
+_FIRST_SPACING = 2 * _STEPS_PER_DECADE  # 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6
+_VALIDATION_SHARE = 0.2
+_MAX_ITERATIONS = 1000
+_DEFAULT_LAMBDA = 1.0
+
+
+@dataclass(frozen=True)
+class TransferOutcome:
+    """What the regression reached.
+
+    Attributes:
+        figure: the set's metric on the test pictures, percent.
+        strength: the lambda that was chosen.
+        validation: the metric on the validation split for every lambda tried.
+        converged: whether L-BFGS ended before its iterations did, in the last fit.
+        searched: False where no picture could be spared for validation, so that lambda is 1.
+    """
+
+    figure: float
+    strength: float
+    validation: dict[float, float]
+    converged: bool
+    searched: bool
+
+
+def search_lambda(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """Parametric binary search of the regularisation strength.
+
+    Starts with 1e-6, 1e-4, ..., 1e6 and halves the interval around the peak until there are eight steps per decade.
+    Of equal scores the stronger regularisation counts as the peak.
+
+    Args:
+        score: of a strength, on the validation split; higher is better.
+
+    Returns:
+        The best strength, and the score of every strength tried.
+    """
+    scores: dict[int, float] = {}
+
+    def peak(candidates: list[int]) -> int:
+        for i in candidates:
+            if 0 <= i < len(LAMBDAS) and i not in scores:
+                scores[i] = score(float(LAMBDAS[i]))
+        return max(scores, key=lambda i: (scores[i], i))
+
+    spacing = _FIRST_SPACING
+    best = peak(list(range(0, len(LAMBDAS), spacing)))
+    while spacing > 1:
+        spacing //= 2
+        best = peak([best - spacing, best + spacing])
+    return float(LAMBDAS[best]), {float(LAMBDAS[i]): scores[i] for i in sorted(scores)}
+
+
+def logistic_transfer(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    metric: Metric = "accuracy",
+    seed: int = 0,
+    label: str = "transfer",
+) -> TransferOutcome:
+    """Find lambda on a validation split of the training set, refit on the whole of it, measure on the test set.
+
+    Args:
+        train, test: features, (N, D) and (M, D).
+        train_labels, test_labels: classes, (N,) and (M,).
+        metric: also what the search looks at.
+        seed: of the validation split: a fifth of every class, but never its last picture.
+        label: first word of the progress lines.
+    """
+    train, test = train.astype(np.float64), test.astype(np.float64)
+    held_out = validation_split(train_labels, seed)
+    fit, fit_labels, validation, wanted = (
+        train[~held_out],
+        train_labels[~held_out],
+        train[held_out],
+        train_labels[held_out],
+    )
+    strength = _DEFAULT_LAMBDA
+    scores: dict[float, float] = {}
+    if held_out.any():
+        with Progress(None, unit="strengths of the regularisation", label=label) as progress:
+
+            def score(candidate: float) -> float:
+                value = metric_of(metric, wanted, _fit(fit, fit_labels, candidate).predict(validation))
+                progress.update(1, validation=value)
+                return value
+
+            strength, scores = search_lambda(score)
+    model = _fit(train, train_labels, strength)
+    figure = metric_of(metric, test_labels, model.predict(test))
+    return TransferOutcome(figure, strength, scores, bool(model.n_iter_.max() < _MAX_ITERATIONS), bool(scores))
+
+
+def validation_split(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Which training pictures are for validation: a fifth of every class, but never its last picture; (N,) bool."""
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for value in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == value))
+        count = min(max(1, round(len(members) * _VALIDATION_SHARE)), len(members) - 1)
+        chosen[members[:count]] = True
+    return chosen
+
+
+def metric_of(metric: Metric, truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Accuracy, or the mean over the classes that occur of the accuracy in each; percent."""
+    right = truth == predicted
+    if metric == "accuracy":
+        return int(right.sum()) * 100 / len(right)
+    _, place, count = np.unique(truth, return_inverse=True, return_counts=True)
+    return float((np.bincount(place, weights=right) / count).mean() * 100)
+
+
+def evaluate_transfer(run_uri: str, store: ObjectStore, config: Config, set_name: str) -> Result:
+    """Transfer of both backbones' view features to one set, prepared at ``transfer/<set>`` below the run.
+
+    Written once to ``evaluation/transfer-<set>.json``, with the ``metric`` and the ``lambda`` of each model.
+
+    Raises:
+        UserError: the configuration has no set of that name.
+    """
+    chosen = next((s for s in config.evaluation.transfer if s.name == set_name), None)
+    if chosen is None:
+        names = ", ".join(s.name for s in config.evaluation.transfer) or "none"
+        raise UserError(f"transfer set {set_name}: not in evaluation.transfer; the configuration has {names}")
+    return once(
+        store,
+        run_uri,
+        f"transfer-{set_name}",
+        lambda: _measure(_transfer_task(run_uri, store, config, set_name), chosen, config.seed),
+    )
+
+
+def _measure(task: Task | str, chosen: TransferSet, seed: int) -> Result:
+    key = f"transfer/{chosen.name}"
+    if isinstance(task, str):
+        return left_out(key, task) | {"metric": chosen.metric}
+    outcomes = {
+        model: logistic_transfer(
+            train.view,
+            train.labels,
+            val.view,
+            val.labels,
+            chosen.metric,
+            seed,
+            label=f"transfer to {chosen.name} of the {model} backbone",
+        )
+        for model, (train, val) in task.splits.items()
+    }
+    notes = list(task.notes)
+    if not all(o.searched for o in outcomes.values()):
+        notes.append("every class has a single training picture, so lambda could not be searched and is 1")
+    notes += [
+        f"{model}: L-BFGS stopped after {_MAX_ITERATIONS:,} iterations"
+        for model, o in outcomes.items()
+        if not o.converged
+    ]
+    train, val = task.splits["trained"]
+    return measured(
+        key,
+        {model: {key: o.figure} for model, o in outcomes.items()},
+        task.classes,
+        notes=notes,
+        metric=chosen.metric,
+        samples={"train": len(train), "val": len(val)},
+    ) | {"lambda": {model: o.strength for model, o in outcomes.items()}}
+
+
+def _transfer_task(run_uri: str, store: ObjectStore, config: Config, set_name: str) -> Task | str:
+    prefix = join_uri(run_uri, "transfer", set_name)
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        datasets = split_datasets(store, prefix, Path(folder))
+        labels = [datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS]
+        if reason := why_not(*labels):
+            return reason
+        splits: dict[str, Splits] = {}
+        for model in MODELS:
+            backbone = load_model(run_uri, model, store)
+            train, val = (
+                features_of(
+                    backbone, datasets[split], config, label=f"{set_name}: features of the {model} backbone, {split}"
+                )
+                for split in SPLITS
+            )
+            splits[model] = (train, val)
+    return task_of(splits, Manifest.read(store, prefix).classes)
+
+
+def _fit(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
+    model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=_MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        # Weak regularisation of separable features has no finite optimum to converge to; the last fit is checked.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x, labels)
