@@ -1,0 +1,195 @@
+"""Promotion against a real object store, alone and in a race."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.evaluation import promote as promotion
+from esvit_core.evaluation.promote import beats, promote
+from esvit_core.evaluation.results import left_out, measured, result_uri
+
+CONFIG = Config()
+CLASSES = ["ant", "bee"]
+
+
+@pytest.fixture
+def make_run(store):
+    """Publish what a run leaves for the promotion, and give its URI."""
+
+    def make(name, value=50.0, baseline=40.0, result=None, classes=CLASSES, backbone=True):
+        run = store.uri(f"runs/{name}")
+        if result is None:
+            result = measured("knn/20", {"trained": {"knn/20": value}, "untrained": {"knn/20": baseline}}, classes)
+        store.put_json(result_uri(run, "knn"), {"name": "knn"} | result)
+        if backbone:
+            store.publish(f"{run}/backbone", {"model.safetensors": name.encode()}, "backbone")
+        return run
+
+    return make
+
+
+def champion(store):
+    pointer = store.read_pointer(store.uri("pointers/champion"))
+    return pointer.value if pointer else None
+
+
+def with_margin(margin: float) -> Config:
+    return Config.from_mapping({"promotion": {"margin": margin}})
+
+
+def test_the_first_run_wins_if_it_beats_its_own_baseline(store, make_run):
+    run = make_run("a", 50, 40)
+    decision = promote(run, store, CONFIG)
+    assert decision["promoted"] and decision["champion"] is None
+    assert "first champion" in decision["reason"] and "40.00 untrained" in decision["reason"]
+    assert champion(store) | {"run": run, "backbone": f"{run}/backbone", "value": 50.0} == champion(store)
+    assert store.get_json(f"{run}/promotion.json") == decision
+
+
+def test_the_first_run_is_refused_where_training_did_not_help(store, make_run):
+    decision = promote(make_run("a", 40, 40), store, CONFIG)
+    assert not decision["promoted"]
+    assert "no better than the untrained backbone" in decision["reason"]
+    assert champion(store) is None
+
+
+def test_a_better_run_replaces_the_champion_and_remembers_it(store, make_run):
+    a, b = make_run("a", 50), make_run("b", 51)
+    promote(a, store, CONFIG)
+    decision = promote(b, store, CONFIG)
+    assert decision["promoted"] and decision["champion"] == {"run": a, "metric": "knn/20", "value": 50.0}
+    assert champion(store)["run"] == b
+    assert champion(store)["previous"] == f"{a}/backbone"
+    assert [entry["run"] for entry in champion(store)["history"]] == [a]
+
+
+def test_an_equal_run_does_not(store, make_run):
+    promote(make_run("a", 50), store, CONFIG)
+    decision = promote(make_run("b", 50), store, CONFIG)
+    assert not decision["promoted"] and "no better" in decision["reason"]
+    assert champion(store)["run"].endswith("/a")
+
+
+@pytest.mark.parametrize(("value", "wins"), [(50.4, False), (50.5, True), (49.0, False)])
+def test_the_margin_has_to_be_reached(store, make_run, value, wins):
+    promote(make_run("a", 50), store, with_margin(0.5))
+    decision = promote(make_run("b", value), store, with_margin(0.5))
+    assert decision["promoted"] is wins
+    assert decision["margin"] == 0.5
+
+
+def test_a_margin_is_decimal_not_binary():
+    assert beats(33.1, 33.0, 0.1)
+    assert not beats(33.0, 33.0, 0.0)
+
+
+def test_a_metric_that_was_left_out_is_not_promoted(store, make_run):
+    decision = promote(make_run("a", result=left_out("knn/20", "the pictures have no labels")), store, CONFIG)
+    assert not decision["promoted"]
+    assert decision["reason"] == "knn/20 was left out: the pictures have no labels"
+    assert decision["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [("knn/7", "knn has knn/20"), ("linear", "no result linear"), ("transfer/digits", "no result transfer-digits")],
+)
+def test_a_metric_that_was_not_measured_is_not_promoted(store, make_run, metric, told):
+    config = Config.from_mapping({"promotion": {"metric": metric}})
+    decision = promote(make_run("a"), store, config)
+    assert not decision["promoted"] and told in decision["reason"]
+
+
+def test_a_figure_that_is_not_a_number_is_not_promoted(store, make_run):
+    decision = promote(make_run("a", float("nan")), store, CONFIG)
+    assert not decision["promoted"] and "not a number" in decision["reason"]
+
+
+def test_a_run_without_a_backbone_is_not_promoted(store, make_run):
+    decision = promote(make_run("a", backbone=False), store, CONFIG)
+    assert not decision["promoted"] and "no backbone" in decision["reason"]
+
+
+def test_other_classes_do_not_compare(store, make_run):
+    promote(make_run("a", 50), store, CONFIG)
+    decision = promote(make_run("b", 90, classes=["car", "bus"]), store, CONFIG)
+    assert not decision["promoted"] and "other classes" in decision["reason"]
+
+
+def test_another_metric_is_looked_up_in_the_champion_s_run(store, make_run):
+    both = {"knn/20": 50.0, "knn/10": 60.0}
+    base = {"knn/20": 40.0, "knn/10": 40.0}
+    promote(make_run("a", result=measured("knn/20", {"trained": both, "untrained": base}, CLASSES)), store, CONFIG)
+    higher = {"knn/20": 10.0, "knn/10": 61.0}
+    run = make_run("b", result=measured("knn/20", {"trained": higher, "untrained": base}, CLASSES))
+    decision = promote(run, store, Config.from_mapping({"promotion": {"metric": "knn/10"}}))
+    assert decision["promoted"] and "61.00 against 60.00" in decision["reason"]
+
+
+def test_a_repeated_step_returns_the_decision(store, make_run):
+    run = make_run("a")
+    first = promote(run, store, CONFIG)
+    assert promote(run, store, CONFIG) == first
+
+
+def test_a_step_that_died_after_the_change_does_not_compare_the_run_with_itself(store, make_run):
+    run = make_run("a", 50)
+    reason = promote(run, store, CONFIG)["reason"]
+    store.remove(f"{run}/promotion.json")
+    again = promote(run, store, CONFIG)
+    assert again["promoted"] and again["reason"] == reason
+
+
+def test_a_step_that_died_is_recognised_even_when_another_run_has_won_since(store, make_run):
+    a, b = make_run("a", 50), make_run("b", 60)
+    promote(a, store, CONFIG)
+    store.remove(f"{a}/promotion.json")
+    promote(b, store, CONFIG)
+    assert promote(a, store, CONFIG)["promoted"]
+    assert champion(store)["run"] == b
+
+
+def test_the_history_is_bounded(store, make_run, monkeypatch):
+    monkeypatch.setattr(promotion, "HISTORY", 3)
+    for i in range(6):
+        promote(make_run(f"r{i}", 50 + i), store, CONFIG)
+    assert [entry["run"][-2:] for entry in champion(store)["history"]] == ["r2", "r3", "r4"]
+    assert all("history" not in entry for entry in champion(store)["history"])
+
+
+def test_of_runs_that_finish_together_the_best_ends_as_champion(store, make_run):
+    runs = [make_run(f"r{value}", value) for value in range(45, 53)]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        decisions = list(pool.map(lambda run: promote(run, store, CONFIG), runs))
+    assert champion(store)["run"] == runs[-1]
+    assert decisions[-1]["promoted"]
+    winners = [run for run, decision in zip(runs, decisions, strict=True) if decision["promoted"]]
+    # Whoever was promoted is in the chain, in rising order; whoever was not lost to one who is.
+    assert [entry["run"] for entry in champion(store)["history"]] == [r for r in runs if r in winners][:-1]
+    assert all(d["champion"]["run"] in winners for d in decisions if not d["promoted"])
+
+
+def test_the_loser_of_a_race_is_compared_again_and_says_so(store, make_run, monkeypatch):
+    slow, quick = make_run("slow", 50), make_run("quick", 55)
+    swap, pending = store.swap_pointer, [quick]
+
+    def overtaken(*args):
+        if pending:
+            promote(pending.pop(), store, CONFIG)
+        return swap(*args)
+
+    monkeypatch.setattr(store, "swap_pointer", overtaken)
+    decision = promote(slow, store, CONFIG)
+    assert not decision["promoted"]
+    assert decision["reason"].startswith("another run became champion in the meantime; no better")
+    assert champion(store)["run"] == quick
+
+
+def test_a_pointer_that_never_rests_is_told(store, make_run, monkeypatch):
+    monkeypatch.setattr(store, "swap_pointer", lambda *args: False)
+    with pytest.raises(UserError, match="run the step again"):
+        promote(make_run("a"), store, CONFIG)
