@@ -126,6 +126,8 @@ class EmbeddedStore:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # One volume at a time for each bucket instead of seven.
+                env={**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
             )
         state = {
             "pid": self._process.pid,
@@ -162,7 +164,7 @@ class EmbeddedStore:
             "-master.volumeSizeLimitMB=1024",
             f"-volume.port={ports['volume']}",
             f"-volume.port.grpc={ports['volume.grpc']}",
-            "-volume.max=50",
+            "-volume.max=100000",  # volumes are not preallocated: the disk is the limit
             "-volume.preStopSeconds=0",
             "-filer",
             f"-filer.port={ports['filer']}",
