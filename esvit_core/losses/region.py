@@ -1,0 +1,84 @@
+"""The region-level task (EsViT, equation 2): each region predicts its best match in the other crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esvit_core.losses.cross_entropy import matched_cross_entropy
+from esvit_core.losses.view import teacher_distribution
+
+
+def match_regions(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    """For each region of the student the most similar one of the teacher, by cosine of backbone features.
+
+    Args:
+        student_features: (B, N, D).
+        teacher_features: (B, T, D).
+
+    Returns:
+        Indices (B, N) into T.
+    """
+    query, key = F.normalize(student_features, dim=-1), F.normalize(teacher_features, dim=-1)
+    return (query @ key.mT).max(-1).indices
+
+
+def region_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_features: Tensor,
+    teacher_features: Tensor,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    student_regions: Sequence[int],
+    teacher_regions: int,
+) -> Tensor:
+    """Cross-entropy of each student region with its match, averaged over regions, pairs of crops and pictures.
+
+    Args:
+        student_logits: (sum of B * N_v, K), crop by crop, picture by picture, region by region.
+        teacher_logits: (2 * B * T, K) of the global crops.
+        student_features: (sum of B * N_v, D), backbone regions in the same order.
+        teacher_features: (2 * B * T, D).
+        centre: (1, K).
+        student_temp: tau_s.
+        teacher_temp: tau_t.
+        student_regions: regions N_v of each crop; crops may differ in size.
+        teacher_regions: regions T of a global crop.
+
+    Returns:
+        Scalar.
+    """
+    B = len(teacher_logits) // (2 * teacher_regions)
+    pairs = 2 * (len(student_regions) - 1)
+    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2 * B * T, K)
+    matches = match_crops(student_features, teacher_features, student_regions, teacher_regions)
+    weights = torch.cat([targets.new_full((B * n,), 1 / (pairs * B * n)) for n in student_regions])
+    return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
+
+
+@torch.no_grad()
+def match_crops(
+    student_features: Tensor, teacher_features: Tensor, student_regions: Sequence[int], teacher_regions: int
+) -> list[Tensor]:
+    """Rows of the teacher matched to each row of the student.
+
+    Returns:
+        For each crop (B * N_v, Q): Q is 1 for a global crop, which has one counterpart, and 2 for a local one.
+    """
+    B = len(teacher_features) // (2 * teacher_regions)
+    wide = torch.promote_types(teacher_features.dtype, torch.float32)
+    keys = teacher_features.to(wide).view(2, B, teacher_regions, -1)
+    first_row = torch.arange(B, device=keys.device)[:, None] * teacher_regions  # (B, 1)
+    matches = []
+    for v, features in enumerate(student_features.to(wide).split([B * n for n in student_regions])):
+        query = features.unflatten(0, (B, -1))  # (B, N, D)
+        columns = [
+            (match_regions(query, keys[q]) + first_row + q * B * teacher_regions).flatten() for q in (0, 1) if q != v
+        ]
+        matches.append(torch.stack(columns, 1))
+    return matches

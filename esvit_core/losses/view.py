@@ -1,0 +1,63 @@
+"""The view-level task (EsViT, equation 1; DINO, Caron et al., 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esvit_core.losses.cross_entropy import matched_cross_entropy
+
+
+def teacher_distribution(logits: Tensor, centre: Tensor, temp: float) -> Tensor:
+    """Centred and sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
+    wide = logits.detach().to(centre.dtype)
+    return F.softmax((wide - centre) / temp, -1)
+
+
+def view_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    n_crops: int,
+    mix: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Cross-entropy of each student crop with each teacher crop but itself, averaged over pairs and pictures.
+
+    Args:
+        student_logits: (V * B, K), crop by crop, the two global crops first.
+        teacher_logits: (2 * B, K) of the global crops.
+        centre: (1, K).
+        student_temp: tau_s.
+        teacher_temp: tau_t.
+        n_crops: V.
+        mix: for pictures mixed by mixup or CutMix, of each crop the shares (B, B): row i, column j is the weight of
+            the teacher's picture i in the loss of the student's picture j, as the published code multiplies them.
+
+    Returns:
+        Scalar.
+    """
+    B = len(teacher_logits) // 2
+    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
+    pairs = 2 * (n_crops - 1)
+    if mix is not None:
+        return _mixed_loss(student_logits, targets, student_temp, mix) / (pairs * B)
+    own = torch.arange(B, device=student_logits.device)
+    first, second = own[:, None], own[:, None] + B  # rows of the teacher's two crops
+    matches = [second, first, torch.cat((first, second), 1).repeat(n_crops - 2, 1)]
+    weights = targets.new_full((n_crops * B,), 1 / (pairs * B))
+    return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
+
+
+def _mixed_loss(student_logits: Tensor, targets: Tensor, student_temp: float, mix: Sequence[Tensor]) -> Tensor:
+    log_p = F.log_softmax(student_logits.to(targets.dtype) / student_temp, -1).chunk(len(mix))
+    total = targets.new_zeros(())
+    for v, (share, student) in enumerate(zip(mix, log_p, strict=True)):
+        for q, target in enumerate(targets.chunk(2)):
+            if v != q:
+                total = total - ((share.to(target.dtype).T @ target) * student).sum()
+    return total

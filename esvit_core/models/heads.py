@@ -1,0 +1,65 @@
+"""The projection head: backbone features to prototype logits (EsViT, section 3; Caron et al., 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """Linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``."""
+
+    def __init__(self, in_dim: int, out_dim: int, norm_last_layer: bool = False) -> None:
+        super().__init__()
+        # Names and initial values of the published layer, torch's weight_norm around a Linear.
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
+
+    def weight(self) -> Tensor:
+        """The prototypes, (K, in_dim)."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight())
+
+
+class ProjectionHead(nn.Module):
+    """Three-layer MLP, L2 normalisation, and the prototypes.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: number of prototypes K.
+        hidden_dim: width of the two hidden layers.
+        bottleneck_dim: width of the normalised features.
+        norm_last_layer: keep the prototypes' norms at one.
+        batch_norm: batch norm after the hidden layers.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = False,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (in_dim, hidden_dim):
+            layers.append(nn.Linear(width, hidden_dim))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (rows, in_dim) to logits (rows, K)."""
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))

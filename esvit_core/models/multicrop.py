@@ -1,0 +1,77 @@
+"""Student and teacher: a backbone with its heads, fed with crops of several sizes (EsViT, section 3)."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from esvit_core.config import Config
+from esvit_core.models.heads import ProjectionHead
+from esvit_core.models.registry import create_backbone
+
+
+class NetworkOutput(NamedTuple):
+    """What a network says of V crops of B pictures; rows: crop by crop, picture by picture, region by region."""
+
+    view_logits: Tensor  # (V * B, K)
+    region_logits: Tensor | None  # (sum of B * N, K)
+    region_features: Tensor | None  # (sum of B * N, D)
+    regions_per_crop: list[int]  # N of each crop
+
+
+class MultiCropNetwork(nn.Module):
+    """A backbone with a view head and, for the region task, a region head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, head_dense: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.head_dense = head_dense
+
+    def forward(self, crops: list[Tensor]) -> NetworkOutput:
+        """Crops (B, 3, S, S), neighbours of equal size in one pass, to logits and features."""
+        views, regions, counts = [], [], []
+        for _, same_size in groupby(crops, key=lambda crop: crop.shape[-2:]):
+            group = list(same_size)
+            view, region = self.backbone.views_and_regions(torch.cat(group))  # (n * B, D), (n * B, N, D)
+            views.append(view)
+            regions.append(region.flatten(0, 1))
+            counts += [region.shape[1]] * len(group)
+        view_logits = self.head(torch.cat(views))
+        if self.head_dense is None:
+            return NetworkOutput(view_logits, None, None, counts)
+        features = torch.cat(regions)
+        return NetworkOutput(view_logits, self.head_dense(features), features, counts)
+
+
+def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:
+    """A backbone with the heads of the recipe."""
+    backbone = create_backbone(config.model, config.augment.global_crops.size, drop_path)
+    heads = [
+        ProjectionHead(
+            backbone.num_features,
+            config.head.out_dim,
+            config.head.hidden_dim,
+            config.head.bottleneck_dim,
+            config.head.norm_last_layer,
+        )
+        for _ in range(2 if config.objective.region else 1)
+    ]
+    return MultiCropNetwork(backbone, *heads)
+
+
+def build_student_teacher(config: Config) -> tuple[MultiCropNetwork, MultiCropNetwork]:
+    """Student and teacher with equal weights, drawn from ``config.seed``.
+
+    The teacher takes no gradient and has no stochastic depth. It stays in training mode, as published: that
+    matters to batch norms only. torch's random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        student = build_network(config)
+        teacher = build_network(config, drop_path=0.0)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher.requires_grad_(False)

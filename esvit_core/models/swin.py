@@ -1,0 +1,503 @@
+"""Swin transformer with the numerics of the published EsViT code (Liu et al., 2021; microsoft/esvit).
+
+What the published network does, and stock implementations do not:
+
+* Layer norms use eps 1e-6, and patch merging is the last step of a stage.
+* A map that is not a multiple of the window is padded after the first norm; no mask hides the padding, so every
+  query also sees its tokens, whose query, key and value are the bias of the ``qkv`` layer.
+* Window and shift of a stage follow from the resolution it was *built* for and hold for every other resolution: a
+  stage built for 14 x 14 still shifts on the 6 x 6 map of a local crop.
+* Odd maps are padded in patch merging.
+
+Maps are (B, H, W, C) throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+MASKED = -100.0  # as published: not minus infinity
+
+
+class WindowLayout(NamedTuple):
+    """How the tokens of a map lie in its (shifted) windows; ``tokens`` stands for padding."""
+
+    index: Tensor  # (windows * N,) token at each place of the windows
+    inverse: Tensor  # (tokens,) place of each token
+    mask: Tensor | None  # (windows, 1, N, N) added to the logits of shifted windows
+    windows: int
+    padded: bool
+
+
+def window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
+    """The layout of a map, computed once per resolution and device."""
+    if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
+        return _window_layout.__wrapped__(height, width, window, shift, device)
+    return _window_layout(height, width, window, shift, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
+    with torch.inference_mode(False):  # a cached tensor may meet autograd later
+        tokens = height * width
+        bottom, right = -height % window, -width % window
+        places = torch.arange(tokens).view(height, width)
+        places = F.pad(places, (0, right, 0, bottom), value=tokens)  # (Hp, Wp)
+        index = _partition(places.roll((-shift, -shift), (0, 1)), window)  # (windows, N)
+        inverse = torch.empty(tokens + 1, dtype=torch.long)
+        inverse[index.flatten()] = torch.arange(index.numel())
+        mask = None
+        if shift > 0:
+            part = torch.zeros_like(places)
+            slices = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+            for i, rows in enumerate(slices):
+                for j, columns in enumerate(slices):
+                    part[rows, columns] = 3 * i + j
+            part = _partition(part, window)
+            mask = torch.where(part[:, None, :, None] == part[:, None, None, :], 0.0, MASKED).to(device)
+        return WindowLayout(
+            index.flatten().to(device), inverse[:tokens].to(device), mask, len(index), bottom + right > 0
+        )
+
+
+def _partition(grid: Tensor, window: int) -> Tensor:
+    """(H, W) -> (windows, N)."""
+    height, width = grid.shape
+    grid = grid.view(height // window, window, width // window, window)
+    return grid.transpose(1, 2).reshape(-1, window * window)
+
+
+class TakeRows(torch.autograd.Function):
+    """``tokens[:, index]`` where each row is taken once: the gradient is again a take, not a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return tokens.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(1, inverse), None, None
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within (shifted) windows with a relative position bias."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.scale = (dim // num_heads) ** -0.5
+        span = 2 * window_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(span**2, num_heads))
+        self.register_buffer("relative_position_index", self._position_index(window_size))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    @staticmethod
+    def _position_index(window: int) -> Tensor:
+        """Row of the bias table for each pair of places in a window, (N, N)."""
+        rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        rows, columns = rows.flatten(), columns.flatten()
+        rows = rows[:, None] - rows[None] + window - 1
+        columns = columns[:, None] - columns[None] + window - 1
+        return rows * (2 * window - 1) + columns
+
+    def layout(self, x: Tensor) -> WindowLayout:
+        return window_layout(x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
+
+    def _bias(self, layout: WindowLayout) -> Tensor:
+        """Relative position bias plus mask, (windows or 1, heads, N, N)."""
+        size = self.window_size**2
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
+        bias = bias.view(size, size, -1).permute(2, 0, 1)[None]  # (1, heads, N, N)
+        return bias if layout.mask is None else bias + layout.mask
+
+    def _qkv(self, x: Tensor, layout: WindowLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads)."""
+        B, _, _, C = x.shape
+        qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
+        if layout.padded:  # a token of padding is zero before this layer, hence the layer's bias after it
+            bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
+            qkv = torch.cat((qkv, bias.to(qkv.dtype).expand(B, 1, -1)), 1).index_select(1, layout.index)
+        else:
+            qkv = TakeRows.apply(qkv, layout.index, layout.inverse)
+        qkv = qkv.view(B, layout.windows, -1, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        layout = self.layout(x)
+        q, k, v = self._qkv(x, layout)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(layout).to(q.dtype), scale=self.scale)
+        out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
+        if layout.padded:
+            out = out.index_select(1, layout.inverse)
+        else:
+            out = TakeRows.apply(out, layout.inverse, layout.index)
+        return self.proj(out).view(B, H, W, C)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention itself, (B, windows, heads, N, N)."""
+        layout = self.layout(x)
+        q, k, _ = self._qkv(x, layout)
+        return (q * self.scale @ k.mT + self._bias(layout)).softmax(-1)
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each with a norm before and a residual connection around."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, shift_size: int, mlp_ratio: float, qkv_bias: bool, drop: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size, shift_size, qkv_bias)
+        self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one token of twice the width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        x = x.view(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, (H + 1) // 2, (W + 1) // 2, 4 * C)  # columns before rows
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution, then patch merging."""
+
+    def __init__(
+        self,
+        dim: int,
+        resolution: tuple[int, int],
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_path: Sequence[float],
+        downsample: bool,
+    ) -> None:
+        super().__init__()
+        whole = min(resolution) <= window_size  # the whole map in one window: no shift
+        window = min(resolution) if whole else window_size
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                dim, num_heads, window, 0 if whole or i % 2 == 0 else window // 2, mlp_ratio, qkv_bias, drop_path[i]
+            )
+            for i in range(len(drop_path))
+        )
+        self.downsample = PatchMerging(dim) if downsample else None
+        self.grad_checkpointing = False
+
+    def forward_blocks(self, x: Tensor) -> list[Tensor]:
+        """The output of every block, each (B, H, W, C)."""
+        outputs = []
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            outputs.append(x)
+        return outputs
+
+    def merge(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.forward_blocks(x)[-1])
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through a convolution and a norm."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.norm = LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class SwinTransformer(nn.Module):
+    """Swin transformer of any depth and width.
+
+    Args:
+        img_size: side (or height and width) of the pictures it is built for, pixels; others can be fed.
+        patch_size: side of a patch, pixels.
+        in_chans: channels of a picture.
+        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
+        global_pool: ``"avg"``, or ``""`` for no pooling in :meth:`forward_head`.
+        embed_dim: width of the first stage; each stage doubles it.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        window_size: side of a window, tokens.
+        mlp_ratio: hidden width of the MLPs over their width.
+        qkv_bias: bias in the layers of queries, keys and values.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+
+    Raises:
+        ValueError: the picture is too small for the stages, or heads do not divide a width.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        stages = len(depths)
+        if len(num_heads) != stages:
+            raise ValueError(f"depths and num_heads need one entry a stage, got {tuple(depths)} and {tuple(num_heads)}")
+        if any(embed_dim * 2**i % heads for i, heads in enumerate(num_heads)):
+            raise ValueError(f"num_heads {tuple(num_heads)} do not divide the widths of embed_dim {embed_dim}")
+        height, width = (side // patch_size for side in to_2tuple(img_size))
+        if min(height, width) >> (stages - 1) < 1:
+            raise ValueError(f"img_size {img_size} is too small for {stages} stages of patch_size {patch_size}")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.depths = tuple(depths)
+        self.embed_dim = embed_dim
+        self.num_features = self.head_hidden_size = embed_dim * 2 ** (stages - 1)
+        self.drop_rate = drop_rate
+        self.feature_info = [
+            dict(num_chs=embed_dim * 2**i, reduction=patch_size * 2**i, module=f"layers.{i}") for i in range(stages)
+        ]
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        drops = np.split(np.linspace(0, drop_path_rate, sum(depths)), np.cumsum(depths)[:-1])
+        self.layers = nn.ModuleList(
+            SwinStage(
+                embed_dim * 2**i,
+                (height // 2**i, width // 2**i),
+                num_heads[i],
+                window_size,
+                mlp_ratio,
+                qkv_bias,
+                drops[i].tolist(),
+                downsample=i < stages - 1,
+            )
+            for i in range(stages)
+        )
+        self.norm = LayerNorm(self.num_features)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    # timm's interface
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are to be spared beside biases and norms: none, the published recipe decays the tables."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.(?:blocks\.(\d+)|downsample)"
+        return dict(stem=r"^patch_embed", blocks=[(blocks, None), (r"^norm", (99999,))])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Regions after the last norm, (B, H, W, D)."""
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """View feature (B, D), or class logits, of regions (B, H, W, D)."""
+        if self.global_pool:
+            x = x.mean((1, 2))
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of the stages before patch merging, as in timm's models.
+
+        Returns:
+            The maps of the chosen stages (B, C, H, W); before them, unless ``intermediates_only``, the regions.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt}: expected NCHW or NHWC")
+        chosen, last = feature_take_indices(len(self.layers), indices)
+        maps = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = stage.forward_blocks(x)[-1]
+            if i in chosen:
+                y = self.norm(x) if norm and i == len(self.layers) - 1 else x
+                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+            x = stage.merge(x)
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if i == len(self.layers) - 1 else x), maps
+
+    # EsViT's interface
+
+    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """View features (B, D) and regions (B, N, D)."""
+        regions = self.forward_features(x).flatten(1, 2)  # (B, N, D)
+        return regions.mean(1), regions
+
+    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
+        """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
+        outputs = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.layers):
+            blocks = stage.forward_blocks(x)
+            outputs += [self.norm(y) if i == len(self.layers) - 1 else y for y in blocks]
+            x = stage.merge(blocks[-1])
+        return torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)  # (B, D')
+
+    def _before_last_attention(self, x: Tensor) -> tuple[WindowAttention, Tensor]:
+        x = self.patch_embed(x)
+        for stage in self.layers[:-1]:
+            x = stage(x)
+        *blocks, last = self.layers[-1].blocks
+        for block in blocks:
+            x = block(x)
+        return last.attn, last.norm1(x)
+
+    def last_attention(self, x: Tensor) -> Tensor:
+        """Attention of the last block, (B * windows, heads, N, N)."""
+        attention, x = self._before_last_attention(x)
+        return attention.weights(x).flatten(0, 1)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Attention that each region receives, averaged over the queries of its window, (B, heads, H, W)."""
+        attention, x = self._before_last_attention(x)
+        layout = attention.layout(x)
+        weights = attention.weights(x)  # (B, windows, heads, N, N)
+        real = (layout.index < len(layout.inverse)).view(1, layout.windows, 1, -1, 1).to(weights.dtype)
+        received = (weights * real).sum(3) / real.sum(3)  # (B, windows, heads, N)
+        received = received.transpose(1, 2).flatten(2)[..., layout.inverse]  # (B, heads, L)
+        return received.unflatten(2, x.shape[1:3])
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+}
+
+default_cfgs = generate_default_cfgs(
+    {"esvit_swin": _cfg()} | {f"esvit_swin_{size}_window{w}": _cfg() for size in _SIZES for w in (7, 14)}
+)
+
+
+def _create(name: str, pretrained: bool, defaults: dict[str, Any], given: dict[str, Any]) -> SwinTransformer:
+    values = defaults | given
+    out_indices = values.pop("out_indices", tuple(range(len(values["depths"]))))
+    feature_cfg = dict(out_indices=out_indices, feature_cls="getter")
+    return build_model_with_cfg(SwinTransformer, name, pretrained, feature_cfg=feature_cfg, **values)
+
+
+def _register(name: str, defaults: dict[str, Any]) -> Callable[..., SwinTransformer]:
+    """Make ``timm.create_model(name)`` known."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> SwinTransformer:
+        return _create(name, pretrained, defaults, kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    return register_model(entrypoint)
+
+
+_register("esvit_swin", dict(_SIZES["tiny"], window_size=7))
+for _size, _values in _SIZES.items():
+    for _window in (7, 14):
+        _register(f"esvit_swin_{_size}_window{_window}", dict(_values, window_size=_window))

@@ -1,0 +1,63 @@
+"""The update of student and teacher: AdamW, clipping, the frozen last layer, the moving average.
+
+Nothing here waits for the device: figures stay tensors until someone reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from esvit_core.config import Config
+
+
+def parameter_groups(student: nn.Module) -> list[dict]:
+    """Two groups: the parameters that decay, and biases and one-dimensional ones (norms), which do not."""
+    decayed, spared = [], []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (spared if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+
+
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with PyTorch's betas and eps; learning rate and weight decay are set anew each step."""
+    return torch.optim.AdamW(parameter_groups(student), lr=0.0, weight_decay=0.0, fused=True)
+
+
+def set_hyperparameters_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """The schedules' values of a step: the learning rate for all groups, the weight decay for the first."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale each parameter's gradient down to ``max_norm``, each by itself; 0: leave them.
+
+    Returns:
+        The norm of all gradients together before clipping, scalar tensor.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    stacked = torch.stack(norms)
+    if max_norm > 0:
+        factors = (max_norm / (stacked + 1e-6)).clamp_(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    return torch.linalg.vector_norm(stacked)
+
+
+def freeze_last_layer_(student: nn.Module) -> None:
+    """Drop the gradients of the prototypes, so that the optimizer passes them over (first epochs of a run)."""
+    for name, parameter in student.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def update_teacher_(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """Move the teacher's parameters to ``momentum * teacher + (1 - momentum) * student``."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
