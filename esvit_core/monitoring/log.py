@@ -1,0 +1,108 @@
+"""The log of a run: JSON lines in pieces below ``training/log/``, written once each.
+
+A piece is named ``<first step:08d>-<attempt>.jsonl``: an attempt is one start of the training processes. Where a
+later attempt went back to a checkpoint, its lines replace those of the earlier ones from its first step on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from esvit_core.storage import ObjectStore, join_uri
+
+LOG_PREFIX = "training/log"
+MIN_PIECE_SECONDS = 10.0
+# Pieces grow with the age of the attempt: a run of days has hundreds of them rather than tens of thousands.
+PIECE_SHARE_OF_AGE = 0.01
+
+
+class LogWriter:
+    """Collects the lines of one attempt and uploads them from time to time, beside the training.
+
+    Args:
+        store: where the run is.
+        run_uri: ``s3://bucket/runs/<id>``.
+    """
+
+    def __init__(self, store: ObjectStore, run_uri: str) -> None:
+        self._store = store
+        self._prefix = join_uri(run_uri, LOG_PREFIX)
+        self.attempt = 1 + max((attempt for _, attempt, _ in _pieces(store, run_uri)), default=0)
+        self._lines: list[str] = []
+        self._first_step = 0
+        self._start = self._last_flush = time.monotonic()
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._pending: Future[None] | None = None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line; it must have a ``step``. Figures that are None are left out."""
+        if not self._lines:
+            self._first_step = int(line["step"])
+        self._lines.append(json.dumps({k: _rounded(v) for k, v in line.items() if v is not None}))
+        now = time.monotonic()
+        if now - self._last_flush >= max(MIN_PIECE_SECONDS, PIECE_SHARE_OF_AGE * (now - self._start)):
+            self.flush()
+
+    def flush(self, wait: bool = False) -> None:
+        """Upload what is collected.
+
+        Raises:
+            StoreUnavailable: this or an earlier piece could not be written.
+        """
+        if self._pending is not None and (wait or self._lines):
+            self._pending.result()  # an upload that failed must not go unnoticed
+        if self._lines:
+            name = f"{self._first_step:08d}-{self.attempt}.jsonl"
+            data = ("\n".join(self._lines) + "\n").encode()
+            self._lines, self._last_flush = [], time.monotonic()
+            self._pending = self._uploads.submit(self._store.put_bytes, join_uri(self._prefix, name), data)
+        if wait and self._pending is not None:
+            self._pending.result()
+
+    def close(self) -> None:
+        """Upload the rest and wait for it."""
+        try:
+            self.flush(wait=True)
+        finally:
+            self._uploads.shutdown(wait=True)
+
+
+def read_log(store: ObjectStore, run_uri: str) -> list[dict[str, Any]]:
+    """The lines of a run in the order of their steps, one a step, the newest attempt's where several wrote one.
+
+    Args:
+        store: where the run is.
+        run_uri: ``s3://bucket/runs/<id>``.
+
+    Returns:
+        Lines with ``step``, ``epoch``, ``loss``, ``loss_view``, ``loss_region``, ``lr``, ... (the keys that the run
+        has measured); empty when nothing has been logged.
+    """
+    attempts: dict[int, dict[int, dict[str, Any]]] = {}
+    for _, attempt, uri in sorted(_pieces(store, run_uri)):
+        for text in store.get_bytes(uri).decode().splitlines():
+            line = json.loads(text)
+            attempts.setdefault(attempt, {})[int(line["step"])] = line
+    merged: dict[int, dict[str, Any]] = {}
+    for _, lines in sorted(attempts.items()):
+        first = min(lines)
+        merged = {step: line for step, line in merged.items() if step < first} | lines
+    return [merged[step] for step in sorted(merged)]
+
+
+def _pieces(store: ObjectStore, run_uri: str) -> list[tuple[int, int, str]]:
+    pieces = []
+    for stat in store.list(join_uri(run_uri, LOG_PREFIX)):
+        first, _, attempt = stat.uri.rsplit("/", 1)[-1].removesuffix(".jsonl").partition("-")
+        if first.isdigit() and attempt.isdigit():
+            pieces.append((int(first), int(attempt), stat.uri))
+    return pieces
+
+
+def _rounded(value: Any) -> Any:
+    # Six significant digits: the log is for people and plots, the checkpoint is exact.
+    return float(f"{value:.6g}") if isinstance(value, float) else value

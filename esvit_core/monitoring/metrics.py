@@ -1,0 +1,138 @@
+"""The run's figures for Prometheus, served on ``/metrics``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+
+from esvit_core.errors import UserError
+
+ADDRESS_VARIABLE = "ESVIT_METRICS_ADDRESS"
+LABELS = ("run", "recipe")
+STEP_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3.5, 5, 7.5, 10, 20, 60)
+CHECKPOINT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_GAUGES = {
+    "lr": ("esvit_train_learning_rate", "Learning rate of the last step."),
+    "weight_decay": ("esvit_train_weight_decay", "Weight decay of the last step."),
+    "teacher_temp": ("esvit_train_teacher_temperature", "Temperature of the teacher's softmax."),
+    "teacher_momentum": ("esvit_train_teacher_momentum", "Momentum of the moving-average teacher."),
+    "grad_norm": ("esvit_train_gradient_norm", "Norm of the student's gradient before clipping."),
+    "images_per_second": ("esvit_train_images_per_second", "Pictures a second over all processes."),
+    "data_wait": ("esvit_train_data_wait_ratio", "Share of the time spent waiting for data, 0 to 1."),
+    "epoch": ("esvit_train_epoch", "Epoch, counted from 0."),
+    "feature_std": ("esvit_teacher_feature_std", "Spread of the teacher's unit view features, 0 to 1."),
+}
+_TERMS = {"loss": "total", "loss_view": "view", "loss_region": "region"}
+
+
+class TrainingMetrics:
+    """The metrics of one run in this process.
+
+    Args:
+        run: id of the run.
+        recipe: name of its recipe.
+        world_size: processes that train.
+        total_steps: steps of the whole run.
+    """
+
+    def __init__(self, run: str, recipe: str, world_size: int, total_steps: int) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._who = {"run": run, "recipe": recipe}
+        self._started = time.time()
+        self._saved: float | None = None
+        self._step_seconds = self._histogram("esvit_train_step_seconds", "Time of a training step.", STEP_BUCKETS)
+        self._wait_seconds = self._counter("esvit_train_data_wait_seconds", "Time spent waiting for data.")
+        self._images = self._counter("esvit_train_images", "Pictures trained on, over all processes.")
+        self._resumes = self._counter("esvit_train_resumes", "Times that the run went on from a checkpoint.")
+        self._step = self._gauge("esvit_train_step", "Steps done.")
+        self._gauge("esvit_train_steps_planned", "Steps of the whole run.").set(total_steps)
+        self._gauge("esvit_train_world_size", "Processes that train.").set(world_size)
+        self._loss = Gauge("esvit_train_loss", "Loss.", (*LABELS, "term"), registry=self.registry)
+        self._entropy = Gauge(
+            "esvit_teacher_entropy_nats",
+            "Entropy of the teacher's mean distribution.",
+            (*LABELS, "level"),
+            registry=self.registry,
+        )
+        self._information = Gauge(
+            "esvit_teacher_kl_nats",
+            "Mean divergence of the teacher's distributions from their mean.",
+            (*LABELS, "level"),
+            registry=self.registry,
+        )
+        self._figures = {key: self._gauge(name, text) for key, (name, text) in _GAUGES.items()}
+        self._checkpoint_seconds = self._histogram(
+            "esvit_checkpoint_seconds", "Time to write a checkpoint.", CHECKPOINT_BUCKETS
+        )
+        self._checkpoint_bytes = self._gauge("esvit_checkpoint_bytes", "Size of the last checkpoint.")
+        self._gauge("esvit_checkpoint_age_seconds", "Time since the last checkpoint, or since the start.").set_function(
+            lambda: time.time() - (self._saved or self._started)
+        )
+
+    def step(self, step: int, seconds: float, wait_seconds: float, images: int) -> None:
+        """Count one step."""
+        self._step.set(step)
+        self._step_seconds.observe(seconds)
+        self._wait_seconds.inc(wait_seconds)
+        self._images.inc(images)
+
+    def line(self, line: Mapping[str, float | int | None]) -> None:
+        """Take over the figures of a line of the log."""
+        for key, value in line.items():
+            if value is None:
+                continue
+            if key in self._figures:
+                self._figures[key].set(value)
+            elif key in _TERMS:
+                self._loss.labels(**self._who, term=_TERMS[key]).set(value)
+            elif key.startswith("entropy_"):
+                self._entropy.labels(**self._who, level=key.removeprefix("entropy_")).set(value)
+            elif key.startswith("kl_"):
+                self._information.labels(**self._who, level=key.removeprefix("kl_")).set(value)
+
+    def resumed(self, times: int) -> None:
+        """The run has gone on from a checkpoint ``times`` times by now."""
+        self._resumes.inc(times)
+
+    def checkpoint(self, seconds: float, size: int) -> None:
+        """A checkpoint of ``size`` bytes is complete."""
+        self._saved = time.time()
+        self._checkpoint_seconds.observe(seconds)
+        self._checkpoint_bytes.set(size)
+
+    def serve(self, port: int) -> str:
+        """Serve ``/metrics`` from a thread; the address.
+
+        Listens on the loopback interface, in a pod on all (its monitoring scrapes the pod's address);
+        ``ESVIT_METRICS_ADDRESS`` overrides.
+
+        Args:
+            port: 0 for any free one.
+
+        Raises:
+            UserError: the port is taken.
+        """
+        in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+        address = os.environ.get(ADDRESS_VARIABLE, "0.0.0.0" if in_pod else "127.0.0.1")
+        try:
+            server, _ = start_http_server(port, address, registry=self.registry)
+        except OSError as error:
+            raise UserError(
+                f"training.metrics_port {port}: cannot listen on {address} ({error.strerror}); "
+                "expected a free port, choose another or 0 for any"
+            ) from None
+        return f"http://{address}:{server.server_port}/metrics"
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, LABELS, registry=self.registry).labels(**self._who)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, LABELS, registry=self.registry).labels(**self._who)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, LABELS, registry=self.registry, buckets=buckets).labels(**self._who)

@@ -1,0 +1,60 @@
+"""One training process: ``python -m esvit_core.training --run s3://bucket/runs/<id>``, usually under torchrun.
+
+Exit codes: 0 finished (or was finished already), 2 a mistake of the user or a run that had to be stopped (the reason
+is the last line), 75 stopped on request with a checkpoint: started again it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
+from esvit_core.training.agent import AGENT_VARIABLE
+from esvit_core.training.stop import StopRequest, end_with, leave_process_id
+
+
+def main() -> int:
+    """Train; the exit code."""
+    stop = StopRequest()  # before anything that takes time
+    if agent := os.environ.get(AGENT_VARIABLE):
+        end_with(int(agent))
+    leave_process_id()
+    parser = argparse.ArgumentParser(prog="python -m esvit_core.training", description="Pre-train the run's backbone.")
+    parser.add_argument("--run", required=True, help="s3://bucket/runs/<id>; its config.yaml and data/ must be there")
+    run_uri: str = parser.parse_args().run
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # the first process speaks for all  # noqa: SIM115
+
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from esvit_core.training.run import carry_out
+
+    errors = get_error_handler()
+    errors.initialize()
+    try:
+        return carry_out(run_uri, stop)
+    except UserError as error:
+        errors.record_exception(error)
+        if int(os.environ.get("RANK", 0)) == 0 and not agent:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
+    except Exception as error:
+        errors.record_exception(error)
+        raise
+
+
+if __name__ == "__main__":
+    # Not sys.exit: threads that wait for the store or for other processes must not keep a failed process alive.
+    code = 1
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,211 @@
+"""The processes that train together: who they are, and what they say to each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from esvit_core.training.stop import RENDEZVOUS_VARIABLE
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+BUCKET_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together.
+
+    Attributes:
+        rank, size: number of this process, and how many there are.
+        device: where its networks are.
+        control: gloo group for words between the processes on the CPU; None when alone.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all: prints, logs, writes checkpoints."""
+        return self.rank == 0
+
+    def mean_(self, value: Tensor) -> Tensor:
+        """Average ``value`` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value.div_(self.size)
+        return value
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank; each tensor arrives on the CPU."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def wait_for_all(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def leave(self) -> None:
+        """Part from the others in order."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join_world() -> World:
+    """Join the processes that torchrun has started; alone, without torchrun, this process is the world.
+
+    NCCL between GPUs, gloo between CPUs.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(0, 1, device, None)
+    store = None
+    if folder := os.environ.get(RENDEZVOUS_VARIABLE):
+        # On one machine a file does what a TCP server does, and listens on no interface.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.FileStore(str(Path(folder) / f"workers-{restart}"), size)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup)
+    return World(rank, size, device, control)
+
+
+class GradientReducer:
+    """Averages gradients over the processes while the backward pass still runs.
+
+    What DistributedDataParallel does, with one difference that exact resume needs: DDP regroups its buckets after
+    the first backward pass, so that the sums of a process that has just been resumed are grouped, and with three or
+    more processes rounded, differently from those of one that was not. Here buckets follow the order of the
+    parameters, always.
+
+    Args:
+        parameters: of the student, in the order of the forward pass.
+        world: the processes.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], world: World) -> None:
+        self._world = world
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._buckets: list[_Bucket] = []
+        self._next = 0
+        self._work: list[dist.Work] = []
+        if world.size == 1:
+            return
+        bucket_of: dict[nn.Parameter, _Bucket] = {}
+        for group in _grouped(reversed(self._parameters)):  # the last layers' gradients are ready first
+            bucket = _Bucket(group)
+            self._buckets.append(bucket)
+            bucket_of |= dict.fromkeys(group, bucket)
+        for p, bucket in bucket_of.items():
+            p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))
+
+    def zero(self) -> None:
+        """Forget the gradients; to be called before every backward pass."""
+        if self._world.size == 1:
+            for p in self._parameters:
+                p.grad = None
+            return
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.zero()
+
+    def finish(self) -> None:
+        """Wait until every gradient is the mean over the processes."""
+        while self._next < len(self._buckets):  # those with a parameter that took no part
+            self._launch()
+        for work in self._work:
+            work.wait()
+        self._work.clear()
+        for bucket in self._buckets:
+            bucket.flat.div_(self._world.size)
+
+    def _ready(self, bucket: _Bucket) -> None:
+        bucket.missing -= 1
+        # In order, whatever order they become ready in: the processes must agree on it.
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        work = dist.all_reduce(self._buckets[self._next].flat, async_op=True)
+        assert work is not None
+        self._work.append(work)
+        self._next += 1
+
+
+class _Bucket:
+    """Gradients that travel together, as views of one tensor."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.missing = 0
+        first = parameters[0]
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        parts = self.flat.split([p.numel() for p in parameters])
+        self._views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
+    def zero(self) -> None:
+        self.flat.zero_()
+        self.missing = len(self.parameters)
+        for p, view in zip(self.parameters, self._views, strict=True):
+            p.grad = view  # anew: a frozen layer's gradient is taken away after the backward pass
+
+
+def _grouped(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    group: list[nn.Parameter] = []
+    size = 0
+    for p in parameters:
+        if group and (size + p.nbytes > BUCKET_BYTES or p.dtype != group[0].dtype):
+            yield group
+            group, size = [], 0
+        group.append(p)
+        size += p.nbytes
+    if group:
+        yield group
+
+
+class StopVote:
+    """Lets all processes stop after the same step, though signals reach them at different moments.
+
+    The vote of a step is counted while the step runs, so it costs no time and no synchronisation with the device.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._votes = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def begin(self, stop: bool) -> None:
+        """Give this process's vote for the step that begins."""
+        self._votes.fill_(int(stop))
+        if self._world.size > 1:
+            self._work = dist.all_reduce(self._votes, group=self._world.control, async_op=True)
+
+    def stop(self) -> bool:
+        """Whether any process has voted to stop: the same answer on all."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return bool(self._votes.item())

@@ -1,0 +1,58 @@
+"""What a training runs on: the cores it may use, the machine, the versions of what it is made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, and the quota of its control group (a pod's limit)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or of the first version
+        pass
+    return max(1, cores)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library, and the packages that compute."""
+    from esvit_core import __version__
+
+    found = {"python": platform.python_version(), "esvit": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, str | int | float]:
+    """Processor, cores, memory and GPUs; no names of machines."""
+    import torch
+
+    found: dict[str, str | int | float] = {"processor": _processor(), "cores": available_cores()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpus"] = torch.cuda.device_count()
+    return found
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model.group(1).strip() if model else platform.processor() or platform.machine()

@@ -1,0 +1,91 @@
+"""Pre-training: the algorithm of EsViT (section 3, algorithm 1 of the appendix), one step after the other."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from esvit_core.data.loader import Batch
+from esvit_core.losses.objective import ObjectiveTerms
+from esvit_core.models.multicrop import NetworkOutput
+from esvit_core.training.checkpoint import Checkpointer
+from esvit_core.training.distributed import StopVote
+from esvit_core.training.optimizer import clip_gradients_, freeze_last_layer_, set_hyperparameters_, update_teacher_
+from esvit_core.training.parts import Parts, seed_step
+from esvit_core.training.schedules import ScheduleValues
+from esvit_core.training.stop import StopRequest
+from esvit_core.training.watch import Watch
+
+
+def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: StopRequest) -> bool:
+    """Train from the present position on.
+
+    Args:
+        parts: of the run.
+        watch: looks at every step.
+        checkpoints: of the first process, None in the others.
+        stop: whether this process has been asked to stop.
+
+    Returns:
+        True when the run is finished, False when it was asked to stop before; a checkpoint is written either way.
+
+    Raises:
+        UserError: the loss is not finite, or the teacher has collapsed.
+    """
+    position, training = parts.position, parts.config.training
+    vote, saved = StopVote(parts.world), time.monotonic()
+    start = time.monotonic() - position.seconds
+    stopped = False
+    for batch in parts.batches():
+        vote.begin(stop.requested)
+        at = parts.schedules.at(position.step)
+        terms, teacher_out, grad_norm = training_step(parts, batch, at)
+        position.step += 1
+        position.images += training.batch_size
+        position.seconds = time.monotonic() - start
+        watch.step(at, terms, teacher_out, grad_norm, batch.wait_seconds)
+        stopped = vote.stop()
+        due = (
+            position.step % training.checkpoint_steps == 0
+            or time.monotonic() - saved > 60 * training.checkpoint_minutes
+            or stopped
+        )
+        if checkpoints and due and watch.finite():
+            checkpoints.save(position.step, parts.stateful, wait=stopped)
+            saved = time.monotonic()
+        if stopped:
+            break
+    finished = position.step == parts.schedules.steps
+    if checkpoints and finished and checkpoints.last_step != position.step:
+        checkpoints.save(position.step, parts.stateful)
+    return finished
+
+
+def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> tuple[ObjectiveTerms, NetworkOutput, Tensor]:
+    """One step of the algorithm.
+
+    Returns:
+        The terms of the loss, what the teacher said, and the norm of the gradient before clipping.
+    """
+    config, student, teacher = parts.config, parts.student, parts.teacher
+    seed_step(config.seed, parts.position.step, parts.world.rank)
+    crops = [crop.to(parts.world.device, non_blocking=True) for crop in batch.crops]
+
+    with parts.precision.autocast():
+        with torch.no_grad():
+            teacher_out = teacher(crops[: config.augment.global_crops.number])
+        student_out = student(crops)
+    terms = parts.objective(student_out, teacher_out, at.teacher_temp)
+
+    parts.reducer.zero()
+    terms.total.backward()
+    parts.reducer.finish()
+    grad_norm = clip_gradients_(student.parameters(), config.optimizer.clip_grad)
+    if at.epoch < config.optimizer.freeze_last_layer_epochs:
+        freeze_last_layer_(student)
+    set_hyperparameters_(parts.optimizer, at.lr, at.weight_decay)
+    parts.optimizer.step()
+    update_teacher_(student, teacher, at.teacher_momentum)
+    return terms, teacher_out, grad_norm

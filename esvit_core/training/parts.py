@@ -1,0 +1,140 @@
+"""The parts of a training, built from the run's configuration, and the list of those that must survive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from esvit_core.config import Config
+from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.data.stream import ShardDataset
+from esvit_core.errors import UserError
+from esvit_core.losses.objective import Objective
+from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
+from esvit_core.monitoring.collapse import CollapseWatch
+from esvit_core.runs import Run
+from esvit_core.training.checkpoint import Stateful
+from esvit_core.training.distributed import GradientReducer, World
+from esvit_core.training.optimizer import build_optimizer
+from esvit_core.training.precision import Precision, choose_precision
+from esvit_core.training.schedules import Schedules
+
+
+@dataclass
+class Position:
+    """How far the run is.
+
+    Attributes:
+        step: steps done.
+        images: pictures trained on.
+        seconds: spent in the loop.
+        resumes: the steps from which it went on.
+    """
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    resumes: list[int] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "images": self.images, "seconds": self.seconds, "resumes": list(self.resumes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.images = int(state["step"]), int(state["images"])
+        self.seconds, self.resumes = float(state["seconds"]), list(state["resumes"])
+
+
+@dataclass
+class Parts:
+    """Everything that a training step needs."""
+
+    config: Config
+    world: World
+    precision: Precision
+    loader: TrainLoader
+    schedules: Schedules
+    student: MultiCropNetwork
+    teacher: MultiCropNetwork
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    reducer: GradientReducer
+    collapse: CollapseWatch
+    position: Position
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """All that must survive a restart. Random numbers need not: see :func:`seed_step`."""
+        return {
+            "student": self.student,
+            "teacher": self.teacher,
+            "objective": self.objective,
+            "optimizer": self.optimizer,
+            "collapse": self.collapse,
+            "position": self.position,
+        }
+
+    def load(self, states: dict[str, Any] | None) -> None:
+        """Take over a checkpoint: rank 0 gives its states, the others None."""
+        for name, thing in self.stateful.items():
+            # One at a time: the copies of a large model's states would not fit into memory side by side.
+            thing.load_state_dict(self.world.from_first(states[name] if states is not None else None))
+
+    def batches(self) -> Iterator[Batch]:
+        """From the present position to the end of the run."""
+        steps = self.loader.steps_per_epoch
+        for epoch in range(self.position.step // steps, self.config.training.epochs):
+            yield from self.loader.epoch(epoch, start_step=self.position.step % steps)
+
+
+def build_parts(run: Run, world: World) -> Parts:
+    """Build the parts of ``run`` as they are before its first step.
+
+    Raises:
+        UserError: the data and the configuration do not fit together.
+    """
+    config = run.config
+    batch_size = config.training.batch_size
+    if batch_size % world.size:
+        raise UserError(
+            f"training.batch_size {batch_size}: expected a multiple of the {world.size} processes; "
+            "change it or training.processes"
+        )
+    dataset = ShardDataset(run.store, run.at("data"), "train")
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"data of {run.uri}: {len(dataset)} training pictures, expected at least one batch of {batch_size}; "
+            f"give more pictures or lower training.batch_size"
+        )
+    loader = TrainLoader(dataset, config, config.seed, world.rank, world.size)
+    student, teacher = (network.to(world.device) for network in build_student_teacher(config))
+    return Parts(
+        config=config,
+        world=world,
+        precision=choose_precision(config.training.precision, world.device),
+        loader=loader,
+        schedules=Schedules(config, loader.steps_per_epoch),
+        student=student,
+        teacher=teacher,
+        objective=Objective(config.objective, config.head.out_dim).to(world.device),
+        optimizer=build_optimizer(student, config),
+        reducer=GradientReducer(student.parameters(), world),
+        collapse=CollapseWatch(config.training.collapse_patience),
+        position=Position(),
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make everything random in a step (stochastic depth) a function of these three, so that no state is kept."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def make_deterministic() -> None:
+    """Bit for bit the same result on the same machine with the same number of processes and threads."""
+    torch.use_deterministic_algorithms(True)
+    # It would fill every new tensor with NaN first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False

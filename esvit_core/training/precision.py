@@ -1,0 +1,62 @@
+"""The arithmetic of the networks: bfloat16 where it is computed natively, else float32."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the networks compute; the loss and the weights are always float32.
+
+    Attributes:
+        dtype: of matrix products and convolutions.
+        reason: why, in a few words.
+    """
+
+    dtype: torch.dtype
+    reason: str
+    device_type: str
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around the forward passes of the networks."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+
+def choose_precision(requested: str, device: torch.device) -> Precision:
+    """What ``training.precision`` means on this machine.
+
+    Args:
+        requested: ``auto``, ``float32`` or ``bfloat16``.
+    """
+    native = _native_bfloat16(device)
+    if requested == "float32" or (requested == "auto" and not native):
+        why = "as configured" if requested == "float32" else "bfloat16 is not native here"
+        return Precision(torch.float32, why, device.type)
+    return Precision(torch.bfloat16, native or "as configured, but not native here: slow", device.type)
+
+
+def _native_bfloat16(device: torch.device) -> str:
+    """What computes bfloat16 here; empty when nothing does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device) if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ""
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = set(line.group(1).split()) if line else set()
+    return next((name for flag, name in _CPU_FLAGS.items() if flag in flags), "")

@@ -1,0 +1,165 @@
+"""A training from beginning to end: set up or resume, train, publish the backbone, say that it is done."""
+
+from __future__ import annotations
+
+import torch
+
+from esvit_core.export import save_backbone
+from esvit_core.monitoring.log import LogWriter, read_log
+from esvit_core.monitoring.metrics import TrainingMetrics
+from esvit_core.monitoring.progress import Progress, format_duration
+from esvit_core.runs import Run, open_run
+from esvit_core.training.checkpoint import Checkpointer, Written
+from esvit_core.training.distributed import join_world
+from esvit_core.training.environment import hardware, versions
+from esvit_core.training.loop import train
+from esvit_core.training.parts import Parts, build_parts, make_deterministic
+from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
+from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
+from esvit_core.training.watch import Watch
+
+
+def carry_out(run_uri: str, stop: StopRequest) -> int:
+    """Train the run at ``run_uri`` in this process, with those that torchrun has started beside it.
+
+    Returns:
+        Exit code: 0 when the run is finished, 75 when it was asked to stop.
+
+    Raises:
+        UserError: the input is wrong, the loss is not finite, or the teacher has collapsed.
+    """
+    run = open_run(run_uri)
+    if summary := read_summary(run.store, run.uri):
+        _say_finished(summary)
+        return 0
+    if run.config.training.deterministic:
+        make_deterministic()
+    world = join_world()
+    parts = build_parts(run, world)
+    metrics = _metrics(run, parts) if world.first else None
+    checkpoints = _checkpointer(run, metrics) if world.first else None
+    resume(run, parts, checkpoints)
+    if metrics:
+        metrics.resumed(len(parts.position.resumes))
+    stop.arm()
+    finished, last_line = _train(run, parts, checkpoints, metrics, stop)
+    if world.first and finished:
+        _say_finished(finish(run, parts, last_line))
+    elif world.first:
+        print(f"train: stopped after step {parts.position.step}; the checkpoint is complete", flush=True)
+    world.wait_for_all()
+    world.leave()
+    return 0 if finished else STOPPED_EXIT_CODE
+
+
+def resume(run: Run, parts: Parts, checkpoints: Checkpointer | None) -> None:
+    """Take over the newest valid checkpoint, or publish the untrained network where there is none.
+
+    Args:
+        run: the run.
+        parts: as built.
+        checkpoints: of the first process, None in the others.
+    """
+    position = parts.position
+    restored = None
+    if checkpoints:
+        restored = checkpoints.restore()
+        for why in checkpoints.passed_over:
+            print(f"train: {why}", flush=True)
+    if parts.world.from_first(restored is not None):
+        parts.load(restored.states if restored else None)
+        position.resumes.append(position.step)
+    if not checkpoints:
+        return
+    if restored:
+        print(
+            f"train: resuming from step {position.step:,} of {parts.schedules.steps:,} (checkpoint {restored.uri})",
+            flush=True,
+        )
+    else:
+        save_backbone(run.store, run.at("untrained"), parts.teacher.backbone, run.config, {"run": run.uri, "step": 0})
+    _introduce(parts)
+
+
+def finish(run: Run, parts: Parts, last_line: dict[str, float | int | None]) -> TrainingSummary:
+    """Publish the trained teacher and the summary that marks the run as finished."""
+    position, world = parts.position, parts.world
+    backbone = run.at("backbone")
+    save_backbone(run.store, backbone, parts.teacher.backbone, run.config, {"run": run.uri, "step": position.step})
+    if not last_line:  # the run had been trained to the end, but not finished
+        last_line = (read_log(run.store, run.uri) or [{}])[-1]
+    summary = TrainingSummary(
+        steps=position.step,
+        epochs=run.config.training.epochs,
+        images=position.images,
+        seconds=round(position.seconds, 1),
+        images_per_second=round(position.images / max(position.seconds, 1e-9), 1),
+        final_loss=float(last_line.get("loss") or 0.0),
+        precision=parts.precision.name,
+        processes=world.size,
+        threads=torch.get_num_threads(),
+        resumes=position.resumes,
+        backbone=backbone,
+        versions=versions(),
+        hardware=hardware(),
+    )
+    run.store.put_json(run.at(SUMMARY), summary.as_json())
+    return summary
+
+
+def _train(
+    run: Run, parts: Parts, checkpoints: Checkpointer | None, metrics: TrainingMetrics | None, stop: StopRequest
+) -> tuple[bool, dict[str, float | int | None]]:
+    if checkpoints is None:
+        watch = Watch(parts)
+        return train(parts, watch, None, stop), watch.last_line
+    log = LogWriter(run.store, run.uri)
+    progress = Progress(parts.schedules.steps, unit="steps", label="train", initial=parts.position.step)
+    watch = Watch(parts, log, metrics, progress)
+    try:
+        finished = train(parts, watch, checkpoints, stop)
+        progress.close()
+    finally:
+        try:
+            checkpoints.close()
+        finally:
+            log.close()
+    return finished, watch.last_line
+
+
+def _metrics(run: Run, parts: Parts) -> TrainingMetrics:
+    name = run.uri.rsplit("/", 1)[-1]
+    metrics = TrainingMetrics(name, run.config.recipe, parts.world.size, parts.schedules.steps)
+    if run.config.training.metrics_port is not None:
+        print(f"train: metrics on {metrics.serve(run.config.training.metrics_port)}", flush=True)
+    return metrics
+
+
+def _checkpointer(run: Run, metrics: TrainingMetrics | None) -> Checkpointer:
+    def written(checkpoint: Written) -> None:
+        if metrics:
+            metrics.checkpoint(checkpoint.seconds, checkpoint.bytes)
+
+    return Checkpointer(run.store, run.uri, run.config.training.keep_checkpoints, written)
+
+
+def _introduce(parts: Parts) -> None:
+    config, world = parts.config, parts.world
+    parameters = sum(p.numel() for p in parts.student.parameters())
+    tasks = "view + region" if config.objective.region else "view only"
+    many = "process" if world.size == 1 else "processes"
+    print(
+        f"train: {config.model.arch}, {parameters / 1e6:.1f} M parameters with heads, {tasks}; "
+        f"{len(parts.loader.dataset):,} pictures, {config.training.epochs} epochs of {parts.loader.steps_per_epoch} "
+        f"steps of {config.training.batch_size}; {world.size} {many} on {world.device.type}, "
+        f"{torch.get_num_threads()} threads each, {parts.precision.name} ({parts.precision.reason})",
+        flush=True,
+    )
+
+
+def _say_finished(summary: TrainingSummary) -> None:
+    print(
+        f"train: done, {summary.steps:,} steps in {format_duration(summary.seconds)} "
+        f"({summary.images_per_second:,.0f} pictures/s); the backbone is at {summary.backbone}",
+        flush=True,
+    )

@@ -1,0 +1,72 @@
+"""How a training process is asked to stop, and how it makes sure that it does not outlive what started it.
+
+Nothing here imports torch: it is set up before the seconds that that takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; started again it goes on
+RENDEZVOUS_VARIABLE = "ESVIT_RENDEZVOUS_DIR"  # where processes of one machine meet, and leave their ids
+PROCESS_FILE_PREFIX = "process-"
+GRACE_VARIABLE = "ESVIT_GRACE_SECONDS"
+DEFAULT_GRACE_SECONDS = 25.0  # torch elastic kills 30 s after it has asked
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """SIGTERM and SIGINT as a flag that the loop looks at between steps.
+
+    Before :meth:`arm` there is nothing to save: a signal ends the process at once. Afterwards the process has
+    ``ESVIT_GRACE_SECONDS`` to come to the end of its step and write a checkpoint; then it ends regardless, so that
+    a process that waits for a dead one does not stay.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._armed = False
+        self.grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def arm(self) -> None:
+        """From here on a stop can be carried out in order."""
+        self._armed = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._armed:
+            os._exit(STOPPED_EXIT_CODE)
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            timer = threading.Timer(self.grace, os._exit, (STOPPED_EXIT_CODE,))
+            timer.daemon = True
+            timer.start()
+
+
+def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Let the kernel send this process ``number`` when its parent dies, however it dies (Linux only).
+
+    Args:
+        parent: process id that the parent must have: if it has died already, the signal comes at once.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def leave_process_id() -> None:
+    """Tell the launcher which processes to wait for, should the agent die before them."""
+    if folder := os.environ.get(RENDEZVOUS_VARIABLE):
+        (Path(folder) / f"{PROCESS_FILE_PREFIX}{os.getpid()}").touch()

@@ -1,0 +1,62 @@
+"""What is left of a finished training: ``training/summary.json``, which also marks it as complete."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from esvit_core.errors import UserError
+from esvit_core.storage import NotFound, ObjectStore, join_uri
+
+SUMMARY = "training/summary.json"
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """A finished training.
+
+    Attributes:
+        steps, epochs, images: done in all, attempts that were lost not counted.
+        seconds: spent in the loop, over all attempts that count.
+        images_per_second: over these seconds.
+        final_loss: mean over the steps of the last line of the log.
+        precision: of the networks' arithmetic.
+        processes, threads: of the last attempt; threads per process.
+        resumes: the steps from which the run went on.
+        backbone: where the trained teacher is published.
+        versions, hardware: of the last attempt.
+    """
+
+    steps: int
+    epochs: int
+    images: int
+    seconds: float
+    images_per_second: float
+    final_loss: float
+    precision: str
+    processes: int
+    threads: int
+    resumes: list[int]
+    backbone: str
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, str | int | float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_summary(store: ObjectStore, run_uri: str) -> TrainingSummary | None:
+    """The summary of a finished training; None when it is not finished.
+
+    Raises:
+        UserError: the object there is not a summary of this version.
+    """
+    uri = join_uri(run_uri, SUMMARY)
+    try:
+        value = store.get_json(uri)
+    except NotFound:
+        return None
+    try:
+        return TrainingSummary(**value)
+    except TypeError as error:
+        raise UserError(f"{uri}: not a training summary of this version ({error}); use a new run id") from None

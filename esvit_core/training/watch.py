@@ -1,0 +1,147 @@
+"""What is known of a training while it runs: log, metrics, progress line, and the reasons to stop it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from esvit_core.errors import UserError
+from esvit_core.losses.objective import ObjectiveTerms
+from esvit_core.models.multicrop import NetworkOutput
+from esvit_core.monitoring.collapse import Diagnostics, TeacherStatistics
+from esvit_core.monitoring.log import LogWriter
+from esvit_core.monitoring.metrics import TrainingMetrics
+from esvit_core.monitoring.progress import Progress, format_figure
+from esvit_core.training.parts import Parts
+from esvit_core.training.schedules import ScheduleValues
+
+
+class Watch:
+    """Looks at every step, and every ``training.log_steps`` steps waits for the device to read the figures.
+
+    All processes take part, for their figures are averaged; only the first has somewhere to write them.
+
+    Args:
+        parts: of the run.
+        log, metrics, progress: of the first process, None in the others.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        log: LogWriter | None = None,
+        metrics: TrainingMetrics | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._parts, self._log, self._metrics, self._progress = parts, log, metrics, progress
+        self.last_line: dict[str, float | int | None] = {}
+        # total, view, region, gradient norm: summed where they are made. One that is not finite stays visible.
+        self._sums = torch.zeros(4, device=parts.world.device)
+        self._steps = 0
+        self._wait_seconds = 0.0
+        self._line_time = self._step_time = time.monotonic()
+
+    def step(
+        self,
+        at: ScheduleValues,
+        terms: ObjectiveTerms,
+        teacher_out: NetworkOutput,
+        grad_norm: Tensor,
+        wait_seconds: float,
+    ) -> None:
+        """Take in one step.
+
+        Raises:
+            UserError: the loss is not finite, or the teacher has collapsed.
+        """
+        region = terms.region if terms.region is not None else torch.zeros_like(terms.view)
+        self._sums += torch.stack((terms.total.detach(), terms.view, region, grad_norm.to(terms.view)))
+        self._steps += 1
+        self._wait_seconds += wait_seconds
+        training, step = self._parts.config.training, self._parts.position.step
+        if step % training.log_steps == 0 or step == self._parts.schedules.steps:
+            self._line(at, teacher_out)
+        now = time.monotonic()
+        if self._metrics:
+            self._metrics.step(step, now - self._step_time, wait_seconds, training.batch_size)
+        if self._progress:
+            self._progress.update(1, **self._shown())
+        self._step_time = now
+
+    def finite(self) -> bool:
+        """Whether all is well since the last line. The gradient is every process's, so one tells for all."""
+        return bool(torch.isfinite(self._sums).all())
+
+    def _line(self, at: ScheduleValues, teacher_out: NetworkOutput) -> None:
+        parts, steps = self._parts, self._steps
+        seconds = time.monotonic() - self._line_time
+        wait = torch.full((1,), self._wait_seconds / max(seconds, 1e-9), device=self._sums.device)
+        figures = parts.world.mean_(torch.cat((self._sums / steps, wait))).tolist()
+        diagnostics = self._diagnose(at, teacher_out)
+        self.last_line = {
+            "step": parts.position.step,
+            "epoch": at.epoch,
+            "loss": figures[0],
+            "loss_view": figures[1],
+            "loss_region": figures[2] if parts.config.objective.region else None,
+            "lr": at.lr,
+            "weight_decay": at.weight_decay,
+            "teacher_temp": at.teacher_temp,
+            "teacher_momentum": at.teacher_momentum,
+            "grad_norm": figures[3],
+            "images_per_second": steps * parts.config.training.batch_size / seconds,
+            "data_wait": min(1.0, figures[4]),
+            **diagnostics.figures(),
+            "time": time.time(),
+        }
+        if self._metrics:
+            self._metrics.line(self.last_line)
+        self._check(figures[0], figures[3], steps, diagnostics)
+        if self._log:
+            self._log.write(self.last_line)
+        self._sums.zero_()
+        self._steps, self._wait_seconds, self._line_time = 0, 0.0, time.monotonic()
+
+    @torch.no_grad()
+    def _diagnose(self, at: ScheduleValues, teacher_out: NetworkOutput) -> Diagnostics:
+        objective = self._parts.objective
+        assert teacher_out.view_features is not None
+        statistics = TeacherStatistics(
+            teacher_out.view_logits,
+            teacher_out.view_features,
+            teacher_out.region_logits,
+            objective.centre_view.value,
+            None if objective.centre_region is None else objective.centre_region.value,
+            at.teacher_temp,
+        )
+        self._parts.world.mean_(statistics.vector)
+        return statistics.diagnostics()
+
+    def _check(self, loss: float, grad_norm: float, steps: int, diagnostics: Diagnostics) -> None:
+        step = self._parts.position.step
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
+            advice = "lower optimizer.lr or raise optimizer.warmup_epochs"
+            if self._parts.precision.dtype != torch.float32:
+                advice += ", or set training.precision=float32"
+            raise UserError(f"training: {what} between steps {step - steps + 1} and {step}, not finite; {advice}")
+        if reason := self._parts.collapse.observe(step, diagnostics):
+            raise UserError(f"training: {reason}")
+
+    def _shown(self) -> dict[str, str]:
+        line = self.last_line
+        if not line:
+            return {}
+        loss = format_figure(line["loss"] or 0.0)
+        if line["loss_region"] is not None:
+            view, region = format_figure(line["loss_view"] or 0.0), format_figure(line["loss_region"])
+            loss += f" (view {view}, region {region})"
+        return {
+            "loss": loss,
+            "lr": f"{line['lr']:.2e}",
+            "images/s": format_figure(round(line["images_per_second"] or 0.0)),
+            "waiting_for_data": f"{100 * (line['data_wait'] or 0.0):.0f} %",
+        }

@@ -1,0 +1,54 @@
+"""The log in pieces, and how attempts replace each other."""
+
+from typing import Any
+
+import pytest
+
+from esvit_core.monitoring import log
+from esvit_core.monitoring.log import LogWriter, read_log
+from esvit_core.storage import ObjectStore
+
+
+def write(store: ObjectStore, run: str, steps: range, loss: float) -> None:
+    writer = LogWriter(store, run)
+    for step in steps:
+        writer.write({"step": step, "loss": loss})
+    writer.close()
+
+
+def test_lines_come_back_in_order(store: Any) -> None:
+    run = store.uri("runs/a")
+    assert read_log(store, run) == []
+    write(store, run, range(10, 40, 10), 5.0)
+    assert read_log(store, run) == [{"step": s, "loss": 5.0} for s in (10, 20, 30)]
+
+
+def test_a_later_attempt_replaces_what_it_does_again(store: Any) -> None:
+    run = store.uri("runs/a")
+    write(store, run, range(10, 60, 10), 1.0)
+    write(store, run, range(30, 50, 10), 2.0)  # resumed from a checkpoint at 20, and not yet beyond 40
+    assert [(line["step"], line["loss"]) for line in read_log(store, run)] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 2.0),
+        (40, 2.0),
+    ]
+    names = [stat.uri.rsplit("/", 1)[-1] for stat in store.list(f"{run}/training/log")]
+    assert names == ["00000010-1.jsonl", "00000030-2.jsonl"]
+
+
+def test_a_long_log_is_written_in_pieces(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = store.uri("runs/a")
+    monkeypatch.setattr(log, "MIN_PIECE_SECONDS", 0.0)
+    monkeypatch.setattr(log, "PIECE_SHARE_OF_AGE", 0.0)
+    write(store, run, range(1, 6), 1.0)
+    assert len(list(store.list(f"{run}/training/log"))) == 5
+    assert [line["step"] for line in read_log(store, run)] == [1, 2, 3, 4, 5]
+
+
+def test_figures_that_are_none_are_left_out(store: Any) -> None:
+    run = store.uri("runs/a")
+    writer = LogWriter(store, run)
+    writer.write({"step": 1, "loss": 5.12345678, "loss_region": None})
+    writer.close()
+    assert read_log(store, run) == [{"step": 1, "loss": 5.12346}]
