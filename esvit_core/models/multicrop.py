@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class NetworkOutput(NamedTuple):
     region_logits: Tensor | None  # (sum of B * N, K)
     region_features: Tensor | None  # (sum of B * N, D)
     regions_per_crop: list[int]  # N of each crop
+    view_features: Tensor | None = None  # (V * B, D)
 
 
 class MultiCropNetwork(nn.Module):
@@ -27,7 +28,7 @@ class MultiCropNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module, head_dense: nn.Module | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.head = head
         self.head_dense = head_dense
 
@@ -40,16 +41,17 @@ class MultiCropNetwork(nn.Module):
             views.append(view)
             regions.append(region.flatten(0, 1))
             counts += [region.shape[1]] * len(group)
-        view_logits = self.head(torch.cat(views))
+        view_features = torch.cat(views)
+        view_logits = self.head(view_features)
         if self.head_dense is None:
-            return NetworkOutput(view_logits, None, None, counts)
+            return NetworkOutput(view_logits, None, None, counts, view_features)
         features = torch.cat(regions)
-        return NetworkOutput(view_logits, self.head_dense(features), features, counts)
+        return NetworkOutput(view_logits, self.head_dense(features), features, counts, view_features)
 
 
 def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:
     """A backbone with the heads of the recipe."""
-    backbone = create_backbone(config.model, config.augment.global_crops.size, drop_path)
+    backbone: Any = create_backbone(config.model, config.augment.global_crops.size, drop_path)
     heads = [
         ProjectionHead(
             backbone.num_features,
