@@ -1,0 +1,39 @@
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def extract_features(
+    run_uri: str,
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Input[dsl.Model],
+    features: dsl.Output[dsl.Dataset],
+):
+    """Compute the features of all pictures, by the trained network and by the same network untrained.
+
+    Writes features/ of the run: per network and split one safetensors file with the view feature, the features of
+    the last blocks, and the labels.
+
+    Args:
+        run_uri: The run, s3://bucket/runs/name.
+        dataset: The shards of the pictures.
+        model: The trained teacher.
+
+    Returns:
+        features: The feature files.
+    """
+    from esvit_core.errors import step
+
+    with step("extract features"):
+        from esvit_core.runs import open_run, point_to
+
+        run = open_run(run_uri)
+
+        def extract():
+            from esvit_core.evaluation.features import extract_features
+
+            extract_features(run.uri, run.store, run.config)
+
+        manifest = run.once("features/manifest.json", extract)
+        point_to(features, run.at("features"), samples=manifest["samples"])

@@ -1,0 +1,3 @@
+from esvit_components.evaluation.knn.component import knn
+
+__all__ = ["knn"]

@@ -1,0 +1,41 @@
+from typing import NamedTuple
+
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def knn(
+    run_uri: str,
+    features: dsl.Input[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+) -> NamedTuple("Outputs", [("result", str)]):
+    """Classify the held-out pictures by their nearest neighbours among the features (weighted k-NN).
+
+    Writes evaluation/knn.json of the run. Pictures without labels: the result says that it was left out, and why.
+
+    Args:
+        run_uri: The run, s3://bucket/runs/name.
+        features: The feature files.
+
+    Returns:
+        metrics: Accuracy in percent for each k, trained and untrained.
+        result: Address of the result in the object store.
+    """
+    from esvit_core.errors import step
+
+    with step("k-NN"):
+        from esvit_core.runs import figures, open_run
+
+        run = open_run(run_uri)
+
+        def measure():
+            from esvit_core.evaluation.knn import evaluate_knn
+
+            evaluate_knn(run.uri, run.store, run.config)
+
+        for name, value in figures(run.once("evaluation/knn.json", measure)).items():
+            metrics.log_metric(name, value)
+
+    return (run.at("evaluation/knn.json"),)

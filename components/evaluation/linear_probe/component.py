@@ -1,0 +1,47 @@
+from typing import NamedTuple
+
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def linear_probe(
+    run_uri: str,
+    features: dsl.Input[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
+) -> NamedTuple("Outputs", [("result", str)]):
+    """Train a linear classifier on the frozen features and measure it on the held-out pictures.
+
+    Writes evaluation/linear.json of the run. Pictures without labels: the result says that it was left out, and why.
+
+    Args:
+        run_uri: The run, s3://bucket/runs/name.
+        features: The feature files.
+
+    Returns:
+        metrics: Accuracy in percent, trained and untrained.
+        confusion: Confusion matrix of the trained network's probe, up to 100 classes.
+        result: Address of the result in the object store.
+    """
+    from esvit_core.errors import step
+
+    with step("linear probe"):
+        from esvit_core.runs import figures, open_run
+
+        run = open_run(run_uri)
+
+        def measure():
+            from esvit_core.evaluation.linear import evaluate_linear
+
+            evaluate_linear(run.uri, run.store, run.config)
+
+        result = run.once("evaluation/linear.json", measure)
+        for name, value in figures(result).items():
+            metrics.log_metric(name, value)
+        # KFP keeps a confusion matrix among an artifact's metadata, which has to stay small.
+        if result.get("confusion") and len(result["classes"]) <= 100:
+            confusion.log_confusion_matrix(result["classes"], result["confusion"])
+
+    return (run.at("evaluation/linear.json"),)

@@ -1,0 +1,3 @@
+from esvit_components.evaluation.pictures.component import pictures
+
+__all__ = ["pictures"]

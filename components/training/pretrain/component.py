@@ -1,0 +1,49 @@
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def pretrain(
+    run_uri: str,
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Pre-train a backbone without labels: EsViT's view and region tasks (ICLR 2022).
+
+    Launches one training process per GPU (or core) and waits for them. Checkpoints go to the object store; a step
+    that is repeated goes on from the newest valid one. Writes training/, untrained/ and backbone/ of the run.
+
+    Args:
+        run_uri: The run, s3://bucket/runs/name.
+        dataset: The shards of the pictures.
+
+    Returns:
+        model: The trained teacher, as safetensors with a description.
+        metrics: Steps, pictures, seconds, loss.
+    """
+    from esvit_core.errors import step
+
+    with step("pretrain"):
+        from esvit_core.runs import open_run, point_to
+
+        run = open_run(run_uri)
+
+        def train():
+            from esvit_core.training.launch import launch_training
+
+            launch_training(run.uri, run.config)
+
+        summary = run.once("training/summary.json", train)
+        for name, value in summary.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                metrics.log_metric(name, value)
+        point_to(
+            model,
+            run.at("backbone"),
+            arch=run.config.model.arch,
+            framework="PyTorch",
+            format="safetensors",
+            precision=summary.get("precision"),
+        )

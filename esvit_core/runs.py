@@ -1,0 +1,187 @@
+"""A run: its name, its configuration, and what of it is already there.
+
+Everything of one run lies under ``s3://<bucket>/runs/<run id>/``. The id is made of what determines the result, so
+the same command finds the same run again: it continues where that one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from esvit_core.config import ClusterConfig, Config, TransferSet
+from esvit_core.errors import UserError
+from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.errors import NotFound
+
+CONFIG = "config.yaml"
+_REMOTE = ("s3://", "minio://", "gs://")
+
+
+class Artifact(Protocol):
+    """What is used of a KFP artifact (this package imports no kfp)."""
+
+    uri: str
+    metadata: dict[str, Any]
+
+    @property
+    def path(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been started, as its steps see it."""
+
+    uri: str
+    store: ObjectStore
+    config: Config
+
+    def at(self, *parts: str) -> str:
+        """The address of something of this run."""
+        return join_uri(self.uri, *parts)
+
+    def transfer_set(self, name: str) -> TransferSet:
+        """The transfer set of that name.
+
+        Raises:
+            UserError: the run's configuration has none.
+        """
+        for transfer_set in self.config.evaluation.transfer:
+            if transfer_set.name == name:
+                return transfer_set
+        known = ", ".join(s.name for s in self.config.evaluation.transfer) or "none"
+        raise UserError(f"transfer set {name}: the run's configuration does not have it; it has {known}")
+
+    def once(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
+        """The JSON object ``name`` of this run; ``make`` is called to write it if it is not there.
+
+        A step that was done before costs one request, not the import of what it needs to do its work.
+        """
+        try:
+            found = self.store.get_json(self.at(name))
+        except NotFound:
+            make()
+            return self.store.get_json(self.at(name))
+        print(f"already done: found {name}", flush=True)
+        return found
+
+
+def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str, str] | None = None) -> str:
+    """The name of the run that ``config`` describes on this data.
+
+    Args:
+        config: the resolved configuration. Where it is to run (the cluster section) and where the transfer sets lie
+            do not count; what is in them does.
+        fingerprint: of the pictures, see :func:`esvit_core.data.manifest.source_fingerprint`.
+        transfer_fingerprints: the same of the transfer sets, by name.
+    """
+    prints = transfer_fingerprints or {}
+    sets = tuple(s.model_copy(update={"source": prints.get(s.name, s.source)}) for s in config.evaluation.transfer)
+    evaluation = config.evaluation.model_copy(update={"transfer": sets})
+    counted = config.model_copy(update={"evaluation": evaluation, "cluster": ClusterConfig()})
+    digest = hashlib.sha256(f"{counted.digest()}\n{fingerprint}".encode()).hexdigest()
+    recipe = re.sub(r"[^a-z0-9]+", "-", config.recipe.lower()).strip("-") or "run"
+    return f"{recipe[:40]}-{digest[:10]}"
+
+
+def identify_run(config: Config, source: str) -> str:
+    """Read the listings of the pictures and of the transfer sets, and name the run.
+
+    Raises:
+        UserError: one of them does not exist or cannot be read.
+    """
+    from esvit_core.data.manifest import source_fingerprint
+
+    prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
+    return run_id(config, source_fingerprint(source), prints)
+
+
+def run_uri(bucket: str, name: str) -> str:
+    return f"s3://{bucket}/runs/{name}"
+
+
+def start_run(store: ObjectStore, configuration: Mapping[str, Any], source: str, uri: str = "") -> Run:
+    """Write the configuration of a run once, or find the run that was started with the same one.
+
+    Args:
+        configuration: the whole tree.
+        source: where the pictures are.
+        uri: where the run shall lie; empty: the place that its content determines.
+
+    Raises:
+        UserError: the run exists and has another configuration.
+    """
+    config = Config.from_mapping(configuration)
+    uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
+    store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
+    run = Run(uri, store, config)
+    if not store.put_if_absent(run.at(CONFIG), config.to_yaml().encode()):
+        run = open_run(uri, store)
+        if difference := _difference(run.config, config):
+            raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
+    return run
+
+
+def open_run(uri: str, store: ObjectStore | None = None) -> Run:
+    """The run at ``uri``, with the configuration that it was started with.
+
+    Args:
+        uri: ``s3://bucket/runs/<run id>``.
+        store: by default the one that ``ESVIT_S3_*`` name.
+
+    Raises:
+        UserError: there is no run.
+    """
+    store = store or ObjectStore.from_env()
+    try:
+        text = store.get_bytes(join_uri(uri, CONFIG)).decode()
+    except NotFound:
+        raise UserError(f"run {uri}: there is none ({CONFIG} is missing); prepare the data first") from None
+    return Run(uri.rstrip("/"), store, Config.from_yaml(text, origin=join_uri(uri, CONFIG)))
+
+
+def point_to(artifact: Artifact, uri: str, **figures: Any) -> None:
+    """Make a KFP artifact stand for what lies at ``uri`` in the object store.
+
+    The large things stay where they are. KFP's launcher on a cluster accepts only addresses below its own pipeline
+    root for what a step puts out, and downloads everything at an input's address before a step starts. There the
+    artifact keeps the address that it was given and holds a few bytes that say where the thing is; elsewhere the
+    artifact's own ``uri`` says so. ``metadata["uri"]`` says so everywhere.
+    """
+    artifact.metadata.update({"uri": uri, **figures})
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(artifact.metadata, indent=1) + "\n", encoding="utf-8")
+    if not artifact.uri.startswith(_REMOTE):
+        artifact.uri = uri
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation by name, those of the untrained network marked; none if it was left out."""
+    return {
+        name if model == "trained" else f"{name} ({model})": value
+        for model, values in result.get("results", {}).items()
+        for name, value in values.items()
+    }
+
+
+def _difference(there: Config, here: Config) -> str:
+    """The first setting that differs, in words; where the run computes and where transfer sets lie do not count."""
+
+    def differs(a: Any, b: Any, key: str) -> str:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return next((d for k in a if (d := differs(a[k], b.get(k), f"{key}.{k}" if key else k))), "")
+        return "" if a == b else f"{key}: {a} there, {b} here"
+
+    def counted(config: Config) -> dict[str, Any]:
+        values = config.model_dump(mode="json", exclude={"cluster"})
+        for transfer_set in values["evaluation"]["transfer"]:
+            del transfer_set["source"]
+        return values
+
+    return differs(counted(there), counted(here), "")

@@ -1,0 +1,222 @@
+"""The command line: `esvit run`, `compile`, `store`, `recipe`.
+
+What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esvit_core import __version__
+from esvit_core.config import Config
+from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
+from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, resolve, store_in
+
+INTERRUPTED_EXIT_CODE = 130
+(_UsageError,) = typer.BadParameter.__bases__  # the root of what typer says of a wrong command line
+
+app = typer.Typer(
+    name="esvit",
+    help="Pre-train a vision backbone on your own pictures, without labels (EsViT), measure it, and publish it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="The object store of this machine, which keeps everything of a run.")
+recipe_app = typer.Typer(help="Recipes: complete configurations to start from.")
+app.add_typer(store_app, name="store")
+app.add_typer(recipe_app, name="recipe")
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the store, the reports, the backbones.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Preset or YAML file; see `esvit recipe list`.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as training.epochs=50. Repeatable."),
+]
+TransferOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transfer", metavar="NAME=SOURCE", help="A labelled set to measure on, one folder a class. Repeatable."
+    ),
+]
+BucketOption = Annotated[
+    str | None, typer.Option("--bucket", help="Bucket in the object store; default: the recipe's, esvit.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"esvit {__version__}")
+        raise typer.Exit
+
+
+@store_app.callback(invoke_without_command=True)
+@recipe_app.callback(invoke_without_command=True)
+def group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pre-train a vision backbone on your own pictures, without labels (EsViT), measure it, and publish it."""
+    group(context)
+
+
+@app.command()
+def run(
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="SOURCE", help="The pictures: a folder, a tar, a zip, or s3://bucket/prefix."),
+    ],
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    transfer: TransferOption = None,
+    out: Out = DEFAULT_OUT,
+    bucket: BucketOption = None,
+) -> None:
+    """Do the whole job on this machine: prepare, pre-train, measure, report, promote.
+
+    Labels are optional: one folder a class where there are any. Ctrl-C stops the run, and the same command goes on
+    with it. Everything is kept in an object store, in DIR/store, or in the one that ESVIT_S3_ENDPOINT names.
+    """
+    from esvit_pipelines.attempt import StepError, StoppedError
+    from esvit_pipelines.run import run as run_pipeline
+
+    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    try:
+        run_pipeline(settings)
+    except (StoppedError, KeyboardInterrupt):
+        print(f"interrupted; the same command goes on from here:\n    {command()}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command("compile")
+def compile_(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = Path(
+        "esvit-pretrain.yaml"
+    ),
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    transfer: TransferOption = None,
+    bucket: BucketOption = None,
+) -> None:
+    """Write the same pipeline as YAML for Kubeflow Pipelines.
+
+    The steps take the object store's address and keys from the Kubernetes secret cluster.secret, and run in the image
+    cluster.image. What is in the recipe is the default of the pipeline's parameter `configuration`.
+    """
+    from esvit_pipelines.compile import compile_pipeline
+
+    config = resolve(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
+    steps = compile_pipeline(config, output)
+    print(f"{output}: {len(steps)} steps")
+    for number, name in enumerate(steps, 1):
+        print(f"  {number:2} {name}")
+    for transfer_set in config.evaluation.transfer:
+        if not transfer_set.source.startswith("s3://"):
+            print(
+                f"note: the steps on the cluster look for transfer set {transfer_set.name} at {transfer_set.source}; "
+                "an s3://bucket/prefix is found from everywhere"
+            )
+
+
+@store_app.command("start")
+def store_start(out: Out = DEFAULT_OUT) -> None:
+    """Start the store of DIR, or find the one that runs; it stays until `esvit store stop`."""
+    from esvit_core.storage.embedded import EmbeddedStore
+
+    store = EmbeddedStore(store_in(out))
+    address = store.start()
+    print(f"running at {address.url}, data in {store_in(out)}")
+
+
+@store_app.command("stop")
+def store_stop(out: Out = DEFAULT_OUT) -> None:
+    """Stop the store of DIR."""
+    from esvit_core.storage.embedded import EmbeddedStore
+
+    print("stopped" if EmbeddedStore(store_in(out)).stop() else f"no store runs in {store_in(out)}")
+
+
+@store_app.command("status")
+def store_status(out: Out = DEFAULT_OUT) -> None:
+    """Say whether the store of DIR runs, and where."""
+    from esvit_core.storage.embedded import EmbeddedStore
+
+    status = EmbeddedStore(store_in(out)).status()
+    if status is None:
+        print(f"no store runs in {store_in(out)}")
+    else:
+        print(f"running at {status.address.url} (process {status.pid}), data in {status.directory}")
+
+
+@store_app.command("ls")
+def store_ls(
+    prefix: Annotated[str, typer.Argument(help="s3://bucket or s3://bucket/prefix.")] = "s3://esvit",
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """List the objects below a prefix, of the store of DIR or of the one that ESVIT_S3_ENDPOINT names."""
+    from esvit_core.storage.session import open_store
+
+    if not os.environ.get("ESVIT_S3_ENDPOINT") and not store_in(out).is_dir():
+        raise UserError(f"--out {out}: there is no store; name the folder of a run, or set ESVIT_S3_ENDPOINT")
+    with open_store(store_in(out)) as store:
+        number = size = 0
+        for found in store.list(prefix):
+            print(f"{found.size:>13,}  {found.uri}")
+            number, size = number + 1, size + found.size
+        print(f"{size:>13,}  bytes in {number} objects")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """Name the recipes."""
+    from esvit_pipelines import recipes
+
+    print(recipes.recipe_list())
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="Preset or YAML file.")],
+    set_: SetOption = None,
+) -> None:
+    """Print every setting of a recipe with what it means, as YAML that `esvit run --recipe FILE` takes."""
+    from esvit_pipelines import recipes
+
+    print(recipes.recipe_text(Config.load(recipe, set_ or ())), end="")
+
+
+def main() -> None:
+    """The console script: a mistake of the user's is one line on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = USER_ERROR_EXIT_CODE
+    except _UsageError as error:
+        print(f"error: {' '.join(error.format_message().split()).rstrip('.')}; see `esvit --help`", file=sys.stderr)
+        code = USER_ERROR_EXIT_CODE
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

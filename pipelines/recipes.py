@@ -1,0 +1,47 @@
+"""`esvit recipe list|show`: the recipes that ship with the library, and every setting with what it means."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import yaml
+from pydantic import BaseModel
+
+from esvit_core.config import Config, preset_names
+
+_COMMENT_COLUMN = 44
+
+
+def recipe_list() -> str:
+    """A line for each recipe: its name and the first line of its file."""
+    lines = []
+    for name in preset_names():
+        text = (resources.files("esvit_core") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+        first = text.splitlines()[0].removeprefix("#").strip()
+        lines.append(f"{name:24} {first}")
+    return "\n".join(lines)
+
+
+def recipe_text(config: Config) -> str:
+    """The whole configuration as YAML with a comment on each setting; it can be saved, changed, and used."""
+    return "\n".join(_section(config, 0)) + "\n"
+
+
+def _section(section: BaseModel, depth: int) -> list[str]:
+    lines = []
+    indent = "  " * depth
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            title = (type(value).__doc__ or "").splitlines()[0]
+            lines += [] if depth else [""]
+            lines += [_commented(f"{indent}{name}:", title), *_section(value, depth + 1)]
+            continue
+        text = section.model_dump(mode="json", include={name})[name]
+        flow = yaml.safe_dump(text, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
+        lines.append(_commented(f"{indent}{name}: {flow}", field.description or ""))
+    return lines
+
+
+def _commented(line: str, comment: str) -> str:
+    return f"{line:<{_COMMENT_COLUMN}}  # {comment}" if comment else line

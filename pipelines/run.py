@@ -1,0 +1,131 @@
+"""`esvit run`: from the user's pictures to the last words of a finished run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from esvit_core.config import Config
+from esvit_core.data.manifest import check_source
+from esvit_core.errors import UserError
+from esvit_core.monitoring.progress import format_duration
+from esvit_core.runs import CONFIG, Run, identify_run, run_uri
+from esvit_core.storage.errors import NotFound
+from esvit_core.storage.session import open_store
+from esvit_pipelines.attempt import in_progress, run_attempt
+from esvit_pipelines.settings import DEFAULT_RECIPE, Settings, command, program, resolve, sources, store_in
+
+
+def run(settings: Settings) -> None:
+    """Run the pipeline on this machine, or go on with it, and show the result.
+
+    Raises:
+        UserError: in the settings, the data, or the surroundings; before anything is started where that is possible.
+        StepError: a step failed.
+        StoppedError: the run was asked to stop; its state is saved.
+    """
+    config = resolve(settings)
+    local = [s for s in sources(config, settings.data) if not s.startswith("s3://")]
+    for source in local:
+        check_source(source)
+    _make_folder(settings.out)
+    with _told_of_the_disk(settings.out), open_store(store_in(settings.out)) as store:
+        store.check()
+        store.ensure_bucket(config.bucket)
+        for source in sources(config, settings.data):
+            if source not in local:
+                check_source(source)
+        name = identify_run(config, settings.data)
+        here = settings.out / name
+        here.mkdir(exist_ok=True)
+        current = Run(run_uri(config.bucket, name), store, config)
+        (here / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        log = here / "run.log"
+        start = time.monotonic()
+        _say_what_starts(settings, current, name, log)
+        with in_progress(here) as lock:
+            run_attempt(settings.data, here / CONFIG, current.uri, log, lock)
+        _keep(current, here)
+        _say_what_came_out(current, here, time.monotonic() - start)
+        if config.recipe == DEFAULT_RECIPE and settings.transfer:
+            print(
+                f"\nThe same on your own pictures:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
+            )
+
+
+def _say_what_starts(settings: Settings, current: Run, name: str, log: Path) -> None:
+    if settings.recipe is None:
+        print(
+            f"recipe {DEFAULT_RECIPE}, for none was named: a tiny network, minutes on a CPU; "
+            f"`{program()} recipe list` shows the others"
+        )
+    there = current.store.exists(current.at(CONFIG))
+    print(f"run {name}" + (", which was started before: finished steps are found, not repeated" if there else ""))
+    print(f"log {log}", flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
+
+
+def _keep(current: Run, here: Path) -> None:
+    """Copy out of the store what the user takes away: the report and the backbone."""
+    current.store.get_file(current.at("report/report.html"), here / "report.html")
+    current.store.fetch(current.at("backbone"), here / "backbone")
+
+
+def _say_what_came_out(current: Run, here: Path, seconds: float) -> None:
+    from esvit_core.reporting.console import results_table
+
+    backbone = (here / "backbone").absolute()
+    print(f"\n{results_table(current.uri, current.store)}\n")
+    print(f"report    {here / 'report.html'}")
+    print(f"backbone  {here / 'backbone'}")
+    print(f"champion  {_promotion(current)}")
+    print(f"finished in {format_duration(seconds)}\n\nUse it:")
+    for line in usage(backbone, current.config):
+        print(f"    {line}")
+
+
+def usage(backbone: Path, config: Config) -> list[str]:
+    """Three lines of Python that load the backbone and use it."""
+    size = config.evaluation.crop
+    return [
+        "import esvit_core, torch",
+        f"backbone = esvit_core.load_backbone({str(backbone)!r})",
+        f"features = backbone(torch.rand(1, 3, {size}, {size}))  # (1, {{}}); pictures as backbone.backbone_config says",
+    ]
+
+
+def _promotion(current: Run) -> str:
+    try:
+        decision: dict[str, Any] = current.store.get_json(current.at("promotion.json"))
+    except NotFound:
+        return "no decision was taken"
+    pointer = f"s3://{current.config.bucket}/pointers/{current.config.promotion.pointer}"
+    return f"{'yes' if decision['promoted'] else 'no'}, {decision['reason']} ({pointer})"
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be made ({error.strerror}); name a folder that can be written to"
+        ) from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: cannot be written to; name another folder")
+
+
+@contextmanager
+def _told_of_the_disk(out: Path) -> Iterator[None]:
+    """A full or write-protected disk is no bug of this program."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(f"--out {out}: {error.strerror}; make room, or name a folder on another disk") from None

@@ -1,0 +1,126 @@
+"""The one-way dependencies of STYLE.md, held by reading every import statement."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What each package may import of ours. A part of esvit_core imports only what stands below it.
+FOUNDATION = {"esvit_core.config", "esvit_core.errors"}
+STORAGE = FOUNDATION | {"esvit_core.storage"}
+NETWORKS = FOUNDATION | {"esvit_core.models", "esvit_core.losses"}
+WORK = STORAGE | {
+    "esvit_core.data",
+    "esvit_core.models",
+    "esvit_core.losses",
+    "esvit_core.monitoring",
+    "esvit_core.export",
+    "esvit_core.runs",
+}
+ALLOWED = {
+    "esvit_core.errors": set(),
+    "esvit_core.config": {"esvit_core.errors"},
+    "esvit_core.storage": FOUNDATION,
+    "esvit_core.models": NETWORKS,
+    "esvit_core.losses": NETWORKS,
+    "esvit_core.monitoring": STORAGE,
+    "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
+    "esvit_core.runs": STORAGE | {"esvit_core.data"},
+    "esvit_core.export": STORAGE | {"esvit_core.models"},
+    "esvit_core.training": WORK,
+    "esvit_core.evaluation": WORK | {"esvit_core.training"},
+    "esvit_core.reporting": WORK | {"esvit_core.training", "esvit_core.evaluation"},
+    "esvit_core": {"esvit_core"},
+    "esvit_components": {"esvit_core"},
+    "esvit_pipelines": {"esvit_core", "esvit_components"},
+}
+FOLDERS = {"esvit_core": "esvit_core", "esvit_components": "components", "esvit_pipelines": "pipelines"}
+NETWORK_LIBRARIES = {"torch", "timm", "numpy"}
+# These start fast: the command line and the steps that find their work done import them.
+LIGHT = [
+    "esvit_core",
+    "esvit_core.config",
+    "esvit_core.errors",
+    "esvit_core.runs",
+    "esvit_core.storage",
+    "esvit_core.storage.session",
+    "esvit_core.data.manifest",
+    "esvit_core.data.prepare",
+    "esvit_core.monitoring.progress",
+    "esvit_core.reporting.console",
+    "esvit_core.training.launch",
+    "esvit_pipelines.attempt",
+    "esvit_pipelines.cli",
+    "esvit_pipelines.run",
+]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Name and file of every module of ours, tests excluded."""
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if "tests" not in parts:
+                yield ".".join((package, *parts)).removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def imported(name: str, path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, anywhere in it."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            # `from package import name`: the name may be a module of the package.
+            found |= {m if (m := f"{base}.{alias.name}") in MODULES else base for alias in node.names}
+    return found
+
+
+def belongs(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dependencies_point_one_way(name: str) -> None:
+    layer = max((package for package in ALLOWED if belongs(name, {package})), key=len)
+    ours = {m for m in imported(name, MODULES[name]) if belongs(m, set(FOLDERS))}
+    allowed = ALLOWED[layer] | {layer}
+    wrong = sorted(m for m in ours if not belongs(m, allowed) and not (layer != "esvit_core" and m == "esvit_core"))
+    assert not wrong, f"{name} is in {layer}, which may import {sorted(allowed)}, but it imports {wrong}"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if belongs(n, {"esvit_core"})])
+def test_the_library_knows_no_orchestration(name: str) -> None:
+    assert not {m for m in imported(name, MODULES[name]) if belongs(m, {"kfp", "kfp_server_api", "typer"})}
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if belongs(n, {"esvit_core.models", "esvit_core.losses"})])
+def test_networks_and_losses_import_torch_and_timm_only(name: str) -> None:
+    foreign = {m.partition(".")[0] for m in imported(name, MODULES[name])} - set(FOLDERS)
+    assert foreign <= NETWORK_LIBRARIES | sys.stdlib_module_names, foreign
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_neither_torch_nor_kfp(name: str) -> None:
+    code = (
+        f"import sys, {name}; print([m for m in ('torch', 'timm', 'kfp', 'torchx', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    assert not {path.name for path in MODULES.values()} & {"utils.py", "helpers.py", "common.py", "misc.py"}
