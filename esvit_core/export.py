@@ -134,7 +134,7 @@ def _load_directory(folder: Path, shown: str) -> nn.Module:
             backbone.load_state_dict(safetensors.torch.load(weights), strict=True)
         except (RuntimeError, SafetensorError) as error:
             raise UserError(f"backbone {shown}: the weights do not fit {description['arch']}: {error}") from None
-    backbone.backbone_config = description
+    backbone.backbone_config = description  # type: ignore[assignment]
     return backbone.eval()
 
 

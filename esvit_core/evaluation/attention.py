@@ -24,7 +24,7 @@ def attention_maps(backbone: nn.Module, pictures: torch.Tensor) -> np.ndarray:
     """
     device = next(backbone.parameters()).device
     with torch.inference_mode():
-        maps = backbone.attention_map(pictures.to(device)).float().cpu().numpy()
+        maps = backbone.attention_map(pictures.to(device)).float().cpu().numpy()  # type: ignore[operator]
     return scale_maps(maps)
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from esvit_core.data.augment import MultiCrop
-
 if TYPE_CHECKING:
+    from esvit_core.data.augment import MultiCrop
     from esvit_core.evaluation.features import Pictures
+    from esvit_core.monitoring.progress import Progress
 
 Box = tuple[float, float, float, float]
 
@@ -134,10 +134,12 @@ def regions_per_side(backbone: nn.Module, size: int) -> int:
     """Side of the map of regions that the backbone makes of a square crop of ``size`` pixels."""
     device = next(backbone.parameters()).device
     with torch.inference_mode():
-        return math.isqrt(backbone.views_and_regions(torch.zeros(1, 3, size, size, device=device))[1].shape[1])
+        return math.isqrt(_regions(backbone, torch.zeros(1, 3, size, size, device=device)).shape[1])
 
 
-def match_pairs(backbone: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[Matches]:
+def match_pairs(
+    backbone: nn.Module, pairs: Sequence[Pair], batch_size: int, progress: Progress | None = None
+) -> list[Matches]:
     """Matches of every pair under a backbone (in eval mode, where it is)."""
     device = next(backbone.parameters()).device
     found = []
@@ -145,9 +147,11 @@ def match_pairs(backbone: nn.Module, pairs: Sequence[Pair], batch_size: int) -> 
         for start in range(0, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
             crops = torch.stack([crop.pixels for pair in part for crop in (pair.a, pair.b)]).to(device)
-            regions = backbone.views_and_regions(crops)[1]  # (2B, N, D)
+            regions = _regions(backbone, crops)  # (2B, N, D)
             for pair, a, b in zip(part, regions[::2], regions[1::2], strict=True):
                 found.append(judge(pair, match_regions(a, b)))
+            if progress is not None:
+                progress.update(len(part))
     return found
 
 
@@ -159,15 +163,17 @@ def share_right(pairs: Sequence[Pair], matches: Sequence[Matches]) -> float:
 
 def draw_pairs(
     dataset: Pictures, indices: Sequence[int], multicrop: MultiCrop, seed: int, side: int
-) -> tuple[list[Pair], list[int]]:
-    """One pair of each picture, the same for the same seed, and the pictures that gave one."""
-    pairs, used = [], []
-    for index in indices:
-        pair = draw_pair(dataset.image(index), multicrop, np.random.default_rng((seed, index)), side)
-        if pair is not None:
-            pairs.append(pair)
-            used.append(index)
-    return pairs, used
+) -> dict[int, Pair]:
+    """One pair of each picture that gives one, by the picture's index; the same for the same seed."""
+    drawn = (
+        (index, draw_pair(dataset.image(index), multicrop, np.random.default_rng((seed, index)), side))
+        for index in indices
+    )
+    return {index: pair for index, pair in drawn if pair is not None}
+
+
+def _regions(backbone: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    return backbone.views_and_regions(pictures)[1]  # type: ignore[operator]
 
 
 def _blank_regions(pixels: torch.Tensor, side: int) -> np.ndarray:

@@ -89,7 +89,7 @@ def compute_features(
         for batch in _batches(dataset, transform, batch_size):
             x = batch.to(device, non_blocking=True)  # (B, 3, S, S)
             views.append(backbone(x).float().cpu().numpy())  # (B, D)
-            last.append(backbone.last_blocks(x, blocks).float().cpu().numpy())  # (B, D')
+            last.append(backbone.last_blocks(x, blocks).float().cpu().numpy())  # type: ignore[operator]  # (B, D')
             progress.update(len(batch))
     empty = np.zeros((0, 0), np.float32)
     return Features(

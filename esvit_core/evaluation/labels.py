@@ -86,7 +86,8 @@ def label_notes(train_labels: np.ndarray, val_labels: np.ndarray, classes: Seque
     ]
     unlabelled = int((train_labels < 0).sum() + (val_labels < 0).sum())
     if unlabelled:
-        notes.append(f"{unlabelled:,} pictures without a label are not used")
+        noun = "picture" if unlabelled == 1 else "pictures"
+        notes.append(f"{unlabelled:,} {noun} without a label not used")
     return [note for note in notes if note]
 
 

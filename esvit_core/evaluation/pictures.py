@@ -26,6 +26,7 @@ from esvit_core.storage import ObjectStore, join_uri
 INDEX = "pictures.json"
 # Left to right in the figures: before, after.
 _COLUMNS = ("untrained", "trained")
+_TELLING = 0.4  # share of a crop's regions asked from which on a pair makes a picture
 
 
 @dataclass
@@ -64,8 +65,11 @@ def draw_pictures(run_uri: str, store: ObjectStore, config: Config) -> dict[str,
         dataset = datasets.get("val") or datasets["train"]
         models = {model: _on_device(load_model(run_uri, model, store)) for model in _COLUMNS}
         chosen = spread(dataset.labels, config.evaluation.correspondence_pictures, config.seed)
-        _correspondence(drawn, dataset, chosen, models, config)
-        _attention(drawn, dataset, chosen[: config.evaluation.pictures], models, config)
+        side = regions_per_side(models["trained"], config.augment.global_crops.size)
+        pairs = draw_pairs(dataset, chosen, MultiCrop(config.augment), config.seed, side)
+        shown = _telling(chosen, pairs)[: config.evaluation.pictures]
+        _correspondence(drawn, pairs, [i for i in shown if i in pairs], models, config)
+        _attention(drawn, dataset, shown, models, config)
     index = {"pictures": drawn.pictures, "figures": drawn.figures, "left_out": drawn.left_out}
     drawn.files[INDEX] = (json.dumps(index, indent=1) + "\n").encode()
     store.publish(prefix, drawn.files, "pictures")
@@ -89,18 +93,14 @@ def spread(labels: np.ndarray, count: int, seed: int) -> list[int]:
 
 
 def _correspondence(
-    drawn: _Drawn, dataset: ShardDataset, chosen: list[int], models: Mapping[str, nn.Module], config: Config
+    drawn: _Drawn, by_picture: Mapping[int, Pair], shown: list[int], models: Mapping[str, nn.Module], config: Config
 ) -> None:
-    side = regions_per_side(models["trained"], config.augment.global_crops.size)
-    pairs, _ = draw_pairs(dataset, chosen, MultiCrop(config.augment), config.seed, side)
+    pairs = list(by_picture.values())
     if not pairs:
         drawn.leave_out("correspondence", "no picture gave two crops that share a region that is not blank")
         return
-    matches = {}
     with Progress(len(pairs) * len(models), unit="pairs of crops", label="correspondence") as progress:
-        for model, backbone in models.items():
-            matches[model] = match_pairs(backbone, pairs, config.evaluation.batch_size)
-            progress.update(len(pairs))
+        matches = {m: match_pairs(b, pairs, config.evaluation.batch_size, progress) for m, b in models.items()}
     shares = {model: share_right(pairs, found) for model, found in matches.items()}
     asked = [int(pair.asked.sum()) for pair in pairs]
     by_chance = 100 * float(np.average([chance(pair) for pair in pairs], weights=asked))
@@ -110,12 +110,12 @@ def _correspondence(
         "regions": sum(asked),
         "unit": "%",
     }
-    if not config.evaluation.pictures:
+    if not shown:
         drawn.leave_out("correspondence picture", "evaluation.pictures is 0")
         return
-    shown = _tellable(pairs, config.evaluation.pictures)
+    rows = [list(by_picture).index(i) for i in shown]
     png = plots.correspondence_figure(
-        [pairs[i] for i in shown], {model: [found[i] for i in shown] for model, found in matches.items()}, shares
+        [pairs[row] for row in rows], {model: [found[row] for row in rows] for model, found in matches.items()}, shares
     )
     drawn.add(
         "correspondence.png",
@@ -147,14 +147,17 @@ def _attention(
         plots.attention_figure(_shown(inputs, config), list(maps["trained"]), list(maps["untrained"])),
         "Attention",
         "How much attention each place of the picture receives in the last block, the brighter the more: the mean over "
-        f"the heads, untrained and trained, and {of_heads} of the trained backbone.",
+        f"the heads, untrained and trained, and {of_heads} of the trained backbone. Each map has its own scale.",
     )
 
 
-def _tellable(pairs: list[Pair], count: int) -> list[int]:
-    """The first pairs, in their order, that ask at least a quarter of their regions; others if there are too few."""
-    order = sorted(range(len(pairs)), key=lambda i: (pairs[i].asked.mean() < 0.25, i))
-    return order[:count]
+def _telling(chosen: list[int], pairs: Mapping[int, Pair]) -> list[int]:
+    """The pictures in their order, but those last of which the crops show little: few regions asked, or none."""
+
+    def little(index: int) -> bool:
+        return index not in pairs or pairs[index].asked.mean() < _TELLING
+
+    return sorted(chosen, key=little)
 
 
 def _shown(inputs: torch.Tensor, config: Config) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from esvit_core.evaluation.correspondence import Crop, Matches, Pair, region_centres
 
@@ -22,7 +23,7 @@ _RIGHT, _WRONG = "#1a9f4b", "#e0453c"
 _GAP = 0.42  # between the two crops, in crop sides
 _LINES = 16  # more lines than this hide the picture
 _DPI = 110
-_HEADS = 6
+_HEADS = 4
 _HEAT = colormaps["inferno"]
 
 
@@ -40,15 +41,15 @@ def correspondence_figure(
         PNG.
     """
     columns = len(matches)
-    figure = Figure(figsize=(4.6 * columns, 0.75 + 2.12 * len(pairs)), dpi=_DPI)
+    figure = Figure(figsize=(4.6 * columns, 0.7 + 2.3 * len(pairs)), dpi=_DPI)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(pairs), columns, squeeze=False)
     for column, (model, found) in enumerate(matches.items()):
         for row, pair in enumerate(pairs):
             _draw_pair(axes[row, column], pair, found[row])
         axes[0, column].set_title(f"{model}: {shares[model]:.1f} % right", color=_INK, fontsize=17, pad=10)
-    top = 1 - 0.62 / figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=0.005, wspace=0.06, hspace=0.16)
+    top, bottom = 1 - 0.55 / figure.get_figheight(), 0.3 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, wspace=0.06, hspace=0.2)
     return _png(figure)
 
 
@@ -76,27 +77,25 @@ def attention_figure(
     axes = figure.subplots(len(pictures), columns, squeeze=False)
     titles = ["picture", "untrained", "trained", *(f"head {i + 1}" for i in range(heads))]
     for row, picture in enumerate(pictures):
-        _frame(axes[row, 0]).imshow(picture, interpolation="bicubic")
+        _frame(axes[row, 0]).imshow(picture, interpolation="lanczos")
         maps = [_stretch(untrained[row].mean(0)), _stretch(trained[row].mean(0)), *trained[row][:heads]]
         for ax, heat in zip(axes[row, 1:], maps, strict=True):
             _frame(ax).imshow(heat_over(picture, heat))
     for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, color=_INK, fontsize=14, pad=6)
-    top = 1 - 0.42 / figure.get_figheight()
+        ax.set_title(title, color=_INK, fontsize=16, pad=7)
+    top = 1 - 0.45 / figure.get_figheight()
     figure.subplots_adjust(left=0.005, right=0.995, top=top, bottom=0.005, wspace=0.05, hspace=0.05)
     return _png(figure)
 
 
 def heat_over(picture: np.ndarray, heat: np.ndarray, side: int = 160) -> np.ndarray:
     """A heat map (h, w) of 0..1 in colour over the greyed picture (S, S, 3) uint8; (side, side, 3) of 0..1."""
-    from PIL import Image
-
     grey = Image.fromarray(picture).convert("L").resize((side, side), Image.Resampling.BICUBIC)
-    smooth = Image.fromarray(heat.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
+    smooth = Image.fromarray(heat.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
     weight = np.clip(np.asarray(smooth), 0, 1)
     colour = _HEAT(weight)[..., :3]
-    background = 0.15 + 0.7 * np.asarray(grey, np.float32)[..., None] / 255
-    share = 0.35 + 0.4 * weight[..., None]
+    background = 0.05 + 0.6 * np.asarray(grey, np.float32)[..., None] / 255
+    share = 0.4 + 0.4 * weight[..., None]
     return colour * share + background * (1 - share)
 
 
@@ -112,30 +111,32 @@ def cut(picture: np.ndarray, crop: Crop) -> np.ndarray:
 def _draw_pair(ax: Axes, pair: Pair, matches: Matches) -> None:
     offset = 1 + _GAP
     for crop, x in ((pair.a, 0.0), (pair.b, offset)):
-        ax.imshow(cut(pair.picture, crop), extent=(x, x + 1, 1, 0), interpolation="bicubic")
+        ax.imshow(cut(pair.picture, crop), extent=(x, x + 1, 1, 0), interpolation="lanczos")
         ax.add_patch(Rectangle((x, 0), 1, 1, fill=False, edgecolor=_INK, linewidth=1))
-    centres = region_centres(math.isqrt(len(pair.asked)))
+    side = math.isqrt(len(pair.asked))
+    centres = region_centres(side)
     asked = np.flatnonzero(pair.asked)
     shown = asked[np.unique(np.linspace(0, len(asked) - 1, min(_LINES, len(asked))).round().astype(int))]
     for region in sorted(shown, key=lambda i: matches.right[i]):  # right ones on top
         (xa, ya), (xb, yb) = centres[region], centres[matches.chosen[region]]
+        # Lines of one row would lie on each other: each column has its own height, by less than half a region.
+        shift = (xa - 0.5) * 0.5 / side
         right = matches.right[region]
         style: dict[str, Any] = (
             {"color": _RIGHT, "linewidth": 1.8} if right else {"color": _WRONG, "linewidth": 1.2, "linestyle": "--"}
         )
         ax.plot(
-            [xa, xb + offset], [ya, yb], marker="o", markersize=4, markeredgecolor="white", markeredgewidth=0.6, **style
+            [xa, xb + offset],
+            [ya + shift, yb + shift],
+            marker="o",
+            markersize=4,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            **style,
         )
     ax.set(xlim=(-0.01, offset + 1.01), ylim=(1.01, -0.01), aspect="equal")
-    ax.text(
-        1 + _GAP / 2,
-        1.0,
-        f"{int(matches.right[asked].sum())} of {len(asked)}",
-        color=_INK,
-        fontsize=13,
-        ha="center",
-        va="bottom",
-    )
+    told = f"{int(matches.right[asked].sum())} of {len(asked)}"
+    ax.text(1 + _GAP / 2, 1.05, told, color=_INK, fontsize=14, ha="center", va="top")
     ax.axis("off")
 
 

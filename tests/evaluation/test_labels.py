@@ -1,0 +1,42 @@
+"""What is said where there is nothing, or little, to measure with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from esvit_core.evaluation.labels import class_names, label_notes, why_not
+
+NONE = np.full(4, -1)
+
+
+def test_labels_on_both_sides_can_be_measured():
+    assert why_not(np.array([0, 1]), np.array([1])) is None
+
+
+def test_each_gap_has_its_reason():
+    two, one = np.array([0, 1, 1]), np.array([2, 2])
+    assert "no labels" in why_not(NONE, NONE)
+    assert "all of one class" in why_not(one, two)
+    assert "no pictures are held out" in why_not(two, np.zeros(0, int))
+    assert "held-out pictures have no labels" in why_not(two, NONE)
+    assert "no training pictures" in why_not(np.zeros(0, int), two)
+
+
+def test_classes_missing_on_one_side_are_named():
+    notes = label_notes(np.array([0, 0, 1, 1, 2]), np.array([0, 3, -1]), ["ant", "bee", "cat", "dog"])
+    assert notes == [
+        "2 classes without held-out pictures, so not measured: bee, cat",
+        "1 class without training pictures, so always wrong: dog",
+        "1 class with a single training picture: cat",
+        "1 picture without a label not used",
+    ]
+
+
+def test_long_lists_are_cut():
+    names = [f"c{i}" for i in range(9)]
+    (note,) = label_notes(np.repeat(np.arange(9), 2), np.array([0]), names)
+    assert note.endswith("c1, c2, c3, c4, c5 and 3 more")
+
+
+def test_classes_without_a_name_get_their_number():
+    assert class_names(["ant"], np.array([0, 2])) == ["ant", "1", "2"]
