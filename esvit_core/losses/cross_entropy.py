@@ -61,7 +61,7 @@ class _MatchedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, weights, normaliser, *matches = ctx.saved_tensors
         out = torch.empty_like(student)
         scale = gradient * weights / ctx.student_temp  # (R,)

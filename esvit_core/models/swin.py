@@ -15,23 +15,26 @@ Maps are (B, H, W, C) throughout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from esvit_core.models.entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 MASKED = -100.0  # as published: not minus infinity
 
 
-class WindowLayout(NamedTuple):
+@dataclass(frozen=True)
+class WindowLayout:
     """How the tokens of a map lie in its (shifted) windows; ``tokens`` stands for padding."""
 
     index: Tensor  # (windows * N,) token at each place of the windows
@@ -88,7 +91,7 @@ class TakeRows(torch.autograd.Function):
         return tokens.index_select(1, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return gradient.index_select(1, inverse), None, None
 
@@ -306,7 +309,8 @@ class SwinTransformer(nn.Module):
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (stages - 1)
         self.drop_rate = drop_rate
         self.feature_info = [
-            dict(num_chs=embed_dim * 2**i, reduction=patch_size * 2**i, module=f"layers.{i}") for i in range(stages)
+            {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"layers.{i}"}
+            for i in range(stages)
         ]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         drops = np.split(np.linspace(0, drop_path_rate, sum(depths)), np.cumsum(depths)[:-1])
@@ -335,6 +339,9 @@ class SwinTransformer(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def _stages(self) -> list[SwinStage]:
+        return cast(list[SwinStage], list(self.layers))
+
     # timm's interface
 
     @torch.jit.ignore
@@ -345,11 +352,11 @@ class SwinTransformer(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.(?:blocks\.(\d+)|downsample)"
-        return dict(stem=r"^patch_embed", blocks=[(blocks, None), (r"^norm", (99999,))])
+        return {"stem": r"^patch_embed", "blocks": [(blocks, None), (r"^norm", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.layers:
+        for stage in self._stages():
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -398,7 +405,7 @@ class SwinTransformer(nn.Module):
         chosen, last = feature_take_indices(len(self.layers), indices)
         maps = []
         x = self.patch_embed(x)
-        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+        for i, stage in enumerate(self._stages()[: last + 1 if stop_early else None]):
             x = stage.forward_blocks(x)[-1]
             if i in chosen:
                 y = self.norm(x) if norm and i == len(self.layers) - 1 else x
@@ -419,7 +426,7 @@ class SwinTransformer(nn.Module):
         """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
         outputs = []
         x = self.patch_embed(x)
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(self._stages()):
             blocks = stage.forward_blocks(x)
             outputs += [self.norm(y) if i == len(self.layers) - 1 else y for y in blocks]
             x = stage.merge(blocks[-1])
@@ -427,9 +434,10 @@ class SwinTransformer(nn.Module):
 
     def _before_last_attention(self, x: Tensor) -> tuple[WindowAttention, Tensor]:
         x = self.patch_embed(x)
-        for stage in self.layers[:-1]:
+        *stages, final = self._stages()
+        for stage in stages:
             x = stage(x)
-        *blocks, last = self.layers[-1].blocks
+        *blocks, last = cast(list[SwinBlock], list(final.blocks))
         for block in blocks:
             x = block(x)
         return last.attn, last.norm1(x)
@@ -450,54 +458,19 @@ class SwinTransformer(nn.Module):
         return received.unflatten(2, x.shape[1:3])
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "mit",
-        **kwargs,
-    }
-
-
 _SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    "large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+}
+_NETWORKS = {"esvit_swin": _SIZES["tiny"]} | {
+    f"esvit_swin_{size}_window{window}": {**values, "window_size": window}
+    for size, values in _SIZES.items()
+    for window in (7, 14)
 }
 
-default_cfgs = generate_default_cfgs(
-    {"esvit_swin": _cfg()} | {f"esvit_swin_{size}_window{w}": _cfg() for size in _SIZES for w in (7, 14)}
-)
+default_cfgs = generate_default_cfgs({name: default_cfg() for name in _NETWORKS})
 
-
-def _create(name: str, pretrained: bool, defaults: dict[str, Any], given: dict[str, Any]) -> SwinTransformer:
-    values = defaults | given
-    out_indices = values.pop("out_indices", tuple(range(len(values["depths"]))))
-    feature_cfg = dict(out_indices=out_indices, feature_cls="getter")
-    return build_model_with_cfg(SwinTransformer, name, pretrained, feature_cfg=feature_cfg, **values)
-
-
-def _register(name: str, defaults: dict[str, Any]) -> Callable[..., SwinTransformer]:
-    """Make ``timm.create_model(name)`` known."""
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> SwinTransformer:
-        return _create(name, pretrained, defaults, kwargs)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    return register_model(entrypoint)
-
-
-_register("esvit_swin", dict(_SIZES["tiny"], window_size=7))
-for _size, _values in _SIZES.items():
-    for _window in (7, 14):
-        _register(f"esvit_swin_{_size}_window{_window}", dict(_values, window_size=_window))
+for _name, _values in _NETWORKS.items():
+    register(__name__, SwinTransformer, _name, **_values)

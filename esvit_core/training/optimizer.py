@@ -6,6 +6,7 @@ Nothing here waits for the device: figures stay tensors until someone reads them
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from esvit_core.config import Config
 
 
-def parameter_groups(student: nn.Module) -> list[dict]:
+def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
     """Two groups: the parameters that decay, and biases and one-dimensional ones (norms), which do not."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (spared if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)

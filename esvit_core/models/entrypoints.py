@@ -1,0 +1,51 @@
+"""How our networks enter timm's registry: the same few lines for each architecture file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+
+def default_cfg(**changes: Any) -> dict[str, Any]:
+    """timm's description of a network's input, as EsViT evaluates: resize to 256, centre crop of 224 pixels."""
+    return {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+        **changes,
+    }
+
+
+def register(module: str, network: Callable[..., nn.Module], name: str, **defaults: Any) -> None:
+    """Make ``timm.create_model(name)`` build ``network`` with ``defaults`` and what the caller gives.
+
+    Args:
+        module: name of the architecture's module, whose ``default_cfgs`` describe ``name``.
+        network: the class.
+        name: name in the registry.
+        defaults: keyword arguments of the class.
+    """
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        values = {**defaults, **kwargs}
+        # Taps of features_only: every stage, or the last three blocks where there are no stages.
+        taps = values.pop("out_indices", tuple(range(len(values["depths"]))) if "depths" in values else 3)
+        feature_cfg = {"feature_cls": "getter", "out_indices": taps}
+        return build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **values)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = module
+    register_model(entrypoint)
