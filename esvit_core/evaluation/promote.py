@@ -63,6 +63,24 @@ def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     return store.get_json(record)
 
 
+def foresee(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    """The decision on record, or else the one that :func:`promote` would take now; changes nothing.
+
+    Returns:
+        ``promoted``, ``reason``, and ``decided``: whether it is on record.
+    """
+    try:
+        return store.get_json(join_uri(run_uri, "promotion.json")) | {"decided": True}
+    except NotFound:
+        pass
+    figure = metric_figure(store, run_uri, config.promotion.metric)
+    if isinstance(figure, str):
+        return {"promoted": False, "reason": figure, "decided": False}
+    present = store.read_pointer(_pointer_uri(run_uri, config))
+    promoted, reason = _verdict(figure, present, store, config)
+    return {"promoted": promoted, "reason": reason, "decided": False}
+
+
 def metric_figure(store: ObjectStore, run_uri: str, metric: str) -> Figure | str:
     """The run's figure of a metric (``knn/<k>``, ``linear``, ``transfer/<set>``), or why there is none."""
     kind, _, rest = metric.partition("/")
@@ -88,7 +106,7 @@ def beats(value: float, champion: float, margin: float) -> bool:
 
 def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     metric = config.promotion.metric
-    pointer_uri = join_uri(f"s3://{split_uri(run_uri)[0]}", "pointers", config.promotion.pointer)
+    pointer_uri = _pointer_uri(run_uri, config)
 
     def decision(promoted: bool, reason: str, champion: dict[str, Any] | None = None) -> dict[str, Any]:
         return {
@@ -123,6 +141,10 @@ def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[s
             return decision(True, lost + reason, champion)
         lost = "another run became champion in the meantime; "
     raise UserError(f"pointer {pointer_uri}: changed under {_ATTEMPTS} attempts; run the step again")
+
+
+def _pointer_uri(run_uri: str, config: Config) -> str:
+    return join_uri(f"s3://{split_uri(run_uri)[0]}", "pointers", config.promotion.pointer)
 
 
 def _verdict(figure: Figure, present: Pointer | None, store: ObjectStore, config: Config) -> tuple[bool, str]:

@@ -9,7 +9,7 @@ import pytest
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.evaluation import promote as promotion
-from esvit_core.evaluation.promote import beats, promote
+from esvit_core.evaluation.promote import beats, foresee, promote
 from esvit_core.evaluation.results import left_out, measured, result_uri
 
 CONFIG = Config()
@@ -193,3 +193,13 @@ def test_a_pointer_that_never_rests_is_told(store, make_run, monkeypatch):
     monkeypatch.setattr(store, "swap_pointer", lambda *args: False)
     with pytest.raises(UserError, match="run the step again"):
         promote(make_run("a"), store, CONFIG)
+
+
+def test_foresight_tells_the_decision_and_changes_nothing(store, make_run):
+    first, worse = make_run("a", 50, 40), make_run("b", 45, 40)
+    assert foresee(first, store, CONFIG)["promoted"] and champion(store) is None
+    decision = promote(first, store, CONFIG)
+    assert foresee(first, store, CONFIG) == decision | {"decided": True}
+    before = foresee(worse, store, CONFIG)
+    assert not before["promoted"] and not before["decided"]
+    assert before["reason"] == promote(worse, store, CONFIG)["reason"]
