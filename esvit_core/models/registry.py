@@ -7,7 +7,9 @@ import difflib
 import timm
 from torch import nn
 
-import esvit_core.models.swin  # noqa: F401  (registers its architectures with timm)
+# These register their architectures with timm.
+import esvit_core.models.swin
+import esvit_core.models.vit  # noqa: F401
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
 
@@ -19,6 +21,7 @@ _ARCHITECTURES = {
         for size in ("tiny", "small", "base", "large")
         for window in (7, 14)
     },
+    **{name: f"esvit_{name}" for name in ("deit_small", "deit_tiny", "vit_base")},
 }
 
 
