@@ -15,8 +15,9 @@ SECRET_KEY = "ESVIT_S3_SECRET_KEY"
 SECURE = "ESVIT_S3_SECURE"
 REGION = "ESVIT_S3_REGION"
 CA_FILE = "ESVIT_S3_CA_FILE"
-STORE_DIRECTORY = "ESVIT_STORE_DIR"
-VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, STORE_DIRECTORY)
+# Set by the embedded store for the processes that use it: where its disk is, so that they see it fill.
+DISK = "ESVIT_S3_DISK"
+VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, DISK)
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
@@ -32,7 +33,7 @@ class StoreAddress:
         secure: TLS.
         region: ``None``: whatever the server says a bucket is in.
         ca_file: certificates to trust instead of the system's.
-        directory: data directory, where the server is this machine's embedded one.
+        directory: where the data are, if the server is this machine's embedded one.
     """
 
     endpoint: str
@@ -77,7 +78,7 @@ class StoreAddress:
             secure=secure,
             region=given[REGION] or None,
             ca_file=ca_file,
-            directory=Path(given[STORE_DIRECTORY]) if given[STORE_DIRECTORY] else None,
+            directory=Path(given[DISK]) if given[DISK] else None,
         )
 
     def environment(self) -> dict[str, str]:
@@ -89,7 +90,7 @@ class StoreAddress:
             SECURE: "true" if self.secure else "false",
             REGION: self.region,
             CA_FILE: self.ca_file,
-            STORE_DIRECTORY: self.directory,
+            DISK: self.directory,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 

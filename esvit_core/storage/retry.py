@@ -32,7 +32,7 @@ _TRANSIENT_CODES = frozenset(
 _LASTING_STATUSES = frozenset({501, 505, 507})
 
 
-class ShortBody(ConnectionError):
+class ShortBodyError(ConnectionError):
     """The connection ended before the body did."""
 
 
@@ -75,17 +75,12 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError))
 
 
-def with_retries(
-    operation: Callable[[], T],
-    policy: RetryPolicy,
-    give_up: Callable[[BaseException], None] = lambda error: None,
-) -> T:
+def with_retries(operation: Callable[[], T], policy: RetryPolicy) -> T:
     """Call ``operation`` until it succeeds, fails for good, or the attempts are used up.
 
     Args:
         operation: must be safe to repeat.
-        policy: how often and how long.
-        give_up: called with each transient failure; raises if a better explanation than "try again" is at hand.
+        policy: how often, and how long to wait in between.
     """
     for wait in policy.waits():
         try:
@@ -93,6 +88,5 @@ def with_retries(
         except Exception as error:
             if not is_transient(error):
                 raise
-            give_up(error)
         time.sleep(wait)
     return operation()

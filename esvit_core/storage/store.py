@@ -16,6 +16,7 @@ from esvit_core.storage import pointer, publish, transfer
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection, S3Client
 from esvit_core.storage.errors import NotFound
+from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.pointer import Pointer
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.uri import SCHEME, split_uri
@@ -100,6 +101,7 @@ class ObjectStore:
         """Store ``data`` as the object ``uri``, whole or not at all."""
         bucket, key = _object(uri)
         headers = {"Content-Type": content_type or _content_type(key)}
+        self.connection.require_room(len(data))
         self.connection.call(uri, lambda client: client.put(bucket, key, data, headers))
 
     def get_bytes(self, uri: str) -> bytes:
@@ -189,11 +191,11 @@ class ObjectStore:
             prefix_uri,
             lambda client: list(client.list_objects(bucket, prefix=prefix, recursive=recursive)),
         )
-        for item in found:
-            if item.object_name == prefix:
-                continue
-            uri = f"{SCHEME}{bucket}/{item.object_name}"
-            yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
+        # SeaweedFS lists folder by folder, where "a/b" comes before "a-b"; S3 promises the order of the keys.
+        for item in sorted(found, key=lambda item: item.object_name or ""):
+            if item.object_name != prefix:
+                uri = f"{SCHEME}{bucket}/{item.object_name}"
+                yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
 
     def remove(self, uri: str) -> None:
         """Delete the object; one that does not exist is no error."""
@@ -259,18 +261,13 @@ class ObjectStore:
 
         def read(client: S3Client) -> bytes:
             try:
-                return transfer.read_range(client, bucket, key, offset, length)
+                return client.read(bucket, key, offset, length)[0]
             except S3Error as error:
                 if error.code == "InvalidRange":  # begins behind the object's end
                     return b""
                 raise
 
         return self.connection.call(uri, read)
-
-
-def encode_json(value: Any) -> bytes:
-    """The JSON text that is stored: readable, and the same bytes for the same value."""
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _object(uri: str) -> tuple[str, str]:

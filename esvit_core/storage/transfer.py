@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from minio.datatypes import Part
 from minio.error import S3Error
 
-from esvit_core.errors import UserError
 from esvit_core.storage.connection import Connection, S3Client
-from esvit_core.storage.errors import IntegrityError
-from esvit_core.storage.retry import ShortBody
+from esvit_core.storage.disk import is_full
+from esvit_core.storage.errors import IntegrityError, NotFound, StoreError, StoreFull
 from esvit_core.storage.uri import SCHEME
 
-PART_BYTES = 16 * 2**20  # at most 10,000 parts: objects up to 156 GiB
+T = TypeVar("T")
+
+PART_BYTES = 16 * 2**20  # at most 10,000 parts: objects of up to 156 GiB
 PARALLEL = 4
-_HASH_BLOCK = 2**20
+_UPLOADS = 2  # attempts at a whole upload whose parts the server has lost
 
 
 def sha256_of(path: Path) -> str:
@@ -31,71 +33,82 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_range(client: S3Client, bucket: str, key: str, offset: int, length: int | None) -> bytes:
-    """Bytes of an object; a body that ends early is an error, which neither minio nor urllib3 make of it."""
-    response = client.get_object(bucket, key, offset=offset, length=length or 0)
-    try:
-        data = bytes(response.read())
-    finally:
-        response.close()
-        response.release_conn()
-    promised = int(response.headers.get("Content-Length", len(data)))
-    if len(data) != promised:
-        raise ShortBody(f"{len(data)} of {promised} bytes received")
-    return data
-
-
 def upload(connection: Connection, bucket: str, key: str, path: Path, content_type: str, sha256: str | None) -> None:
     """Store the file ``path`` as an object.
 
     Raises:
         UserError: the file cannot be read.
-        IntegrityError: it is not the one that ``sha256`` describes.
+        IntegrityError: it is not the one that ``sha256`` describes, or it changes while it is read.
     """
-    uri = f"{SCHEME}{bucket}/{key}"
+    headers = {"Content-Type": content_type}
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise IntegrityError(f"{path}: its SHA-256 is not {sha256}, the file changed; make it again")
+                raise IntegrityError(f"{path}: not the file whose SHA-256 is {sha256}; make it again")
+            connection.require_room(size)
             if size <= PART_BYTES:
-                data = _read_at(file, 0, size)
-                connection.call(uri, lambda client: client.put(bucket, key, data, {"Content-Type": content_type}))
+                data = _read_part(path, file, 0, size)
+                connection.call(f"{SCHEME}{bucket}/{key}", lambda client: client.put(bucket, key, data, headers))
             else:
-                _upload_parts(connection, bucket, key, file, size, content_type)
+                _upload_parts(connection, bucket, key, path, file, size, headers)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected a file to store") from error
+        raise StoreError(f"{path}: cannot be read ({error.strerror or error}); expected a file to store") from error
 
 
-def _upload_parts(connection: Connection, bucket: str, key: str, file: BinaryIO, size: int, content_type: str) -> None:
+def _upload_parts(
+    connection: Connection, bucket: str, key: str, path: Path, file: BinaryIO, size: int, headers: dict[str, Any]
+) -> None:
     uri = f"{SCHEME}{bucket}/{key}"
-    upload_id = connection.call(uri, lambda client: client.begin_upload(bucket, key, {"Content-Type": content_type}))
+    for attempt in range(1, _UPLOADS + 1):
+        upload_id = connection.call(uri, lambda client: client.begin_upload(bucket, key, headers))
 
-    def put(number: int) -> Part:
-        data = _read_at(file, (number - 1) * PART_BYTES, PART_BYTES)
-        etag = connection.call(uri, lambda client: client.put_part(bucket, key, upload_id, number, data))
-        return Part(number, etag)
+        def put(number: int, upload_id: str = upload_id) -> Part:
+            offset = (number - 1) * PART_BYTES
+            data = _read_part(path, file, offset, min(PART_BYTES, size - offset))
+            connection.require_room(len(data))
+            return Part(
+                number, connection.call(uri, lambda client: client.put_part(bucket, key, upload_id, number, data))
+            )
 
-    try:
-        with _pool() as pool:
-            parts = list(pool.map(put, range(1, -(-size // PART_BYTES) + 1)))
-        _finish(connection, bucket, key, upload_id, parts, size)
-    except BaseException:  # Ctrl-C too must leave no parts behind
-        with contextlib.suppress(Exception):
-            connection.call(uri, lambda client: client.abort_upload(bucket, key, upload_id))
-        raise
-
-
-def _finish(connection: Connection, bucket: str, key: str, upload_id: str, parts: list[Part], size: int) -> None:
-    def finish(client: S3Client) -> None:
         try:
-            client.finish_upload(bucket, key, upload_id, parts)
-        except S3Error as error:
-            # The answer to an earlier attempt may have been lost: then the upload is gone and the object is there.
-            if error.code != "NoSuchUpload" or client.stat_object(bucket, key).size != size:
+            parts = _in_parallel(put, range(1, -(-size // PART_BYTES) + 1))
+            connection.call(uri, lambda client: _finish(client, bucket, key, upload_id, parts, size))  # noqa: B023
+            return
+        except NotFound:  # the store was restarted, and threw away what it held of unfinished objects
+            if attempt == _UPLOADS:
                 raise
+        except BaseException:  # Ctrl-C, too, must leave no parts behind
+            with contextlib.suppress(Exception):
+                connection.call(uri, lambda client: client.abort_upload(bucket, key, upload_id))  # noqa: B023
+            raise
 
-    connection.call(f"{SCHEME}{bucket}/{key}", finish)
+
+def _finish(client: S3Client, bucket: str, key: str, upload_id: str, parts: list[Part], size: int) -> None:
+    try:
+        client.finish_upload(bucket, key, upload_id, parts)
+    except S3Error as error:
+        # The answer to an earlier attempt may have been lost: then the upload is gone and the object is there.
+        if error.code != "NoSuchUpload" or client.stat_object(bucket, key).size != size:
+            raise
+
+
+def abort_uploads(connection: Connection, bucket: str, prefix: str, before: datetime | None) -> int:
+    """Throw away the parts of uploads that were never finished, and say how many uploads they were.
+
+    Args:
+        before: only uploads that were begun earlier; None: all.
+    """
+    uri = f"{SCHEME}{bucket}/{prefix}"
+    pending = connection.call(uri, lambda client: client.pending_uploads(bucket, prefix))
+    old = [item for item in pending if before is None or item.initiated_time < before]
+    for item in old:
+        with contextlib.suppress(NotFound):
+            connection.call(
+                uri,
+                lambda client, item=item: client.abort_upload(bucket, item.object_name, item.upload_id),  # type: ignore[misc]
+            )
+    return len(old)
 
 
 def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
@@ -103,62 +116,55 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
 
     Raises:
         NotFound: there is no such object.
+        StoreFull: the file's disk is full.
         UserError: the file cannot be written.
     """
     uri = f"{SCHEME}{bucket}/{key}"
     found = connection.call(uri, lambda client: client.stat_object(bucket, key))
-    size, etag = found.size or 0, found.etag or ""
+    size, etag = found.size or 0, (found.etag or "").strip('"')
 
-    def get(file: BinaryIO, offset: int) -> None:
-        length = min(PART_BYTES, size - offset)
-        data = connection.call(uri, lambda client: _read_same(client, bucket, key, offset, length, etag))
+    def get(offset: int, file: BinaryIO) -> None:
+        data, now = connection.call(uri, lambda client: client.read(bucket, key, offset, PART_BYTES))
+        if now != etag:
+            raise IntegrityError(f"{uri}: the object was replaced while it was read; read it again")
         os.pwrite(file.fileno(), data, offset)
 
-    with _appearing(path) as file, _pool() as pool:
-        for _ in pool.map(lambda offset: get(file, offset), range(0, size, PART_BYTES)):
-            pass
-
-
-def _read_same(client: S3Client, bucket: str, key: str, offset: int, length: int, etag: str) -> bytes:
-    response = client.get_object(bucket, key, offset=offset, length=length)
     try:
-        now = response.headers.get("ETag", "").strip('"')
-        if now != etag:
-            raise IntegrityError(f"{SCHEME}{bucket}/{key}: the object was replaced while it was read; read it again")
-        data = bytes(response.read())
-    finally:
-        response.close()
-        response.release_conn()
-    if len(data) != length:
-        raise ShortBody(f"{len(data)} of {length} bytes received")
-    return data
+        with _appearing(path) as file:
+            _in_parallel(lambda offset: get(offset, file), range(0, size, PART_BYTES))
+    except OSError as error:
+        if is_full(error):
+            raise StoreFull(f"{path}: the disk is full, {size} bytes needed; free some space there") from error
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside ``path`` that takes its name if all goes well and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
-        try:
-            yield file  # type: ignore[misc]
-            file.flush()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-@contextlib.contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads for the parts; after a failure the parts that wait are dropped."""
+def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
+    """Results in order. After a failure nothing new is begun, and what is under way is waited for."""
+    if len(items) == 1:
+        return [work(items[0])]
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="store")
     try:
-        yield pool
-    except BaseException:
+        return list(pool.map(work, items))
+    finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown(wait=True)
 
 
-def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
-    return os.pread(file.fileno(), length, offset)
+def _read_part(path: Path, file: BinaryIO, offset: int, length: int) -> bytes:
+    data = os.pread(file.fileno(), length, offset)
+    if len(data) != length:
+        raise IntegrityError(f"{path}: became shorter while it was stored; store a file that does not change")
+    return data

