@@ -24,7 +24,8 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        # Not the base's text: of an error that is a KeyError too it would be the repr, with quotes.
+        return " ".join(" ".join(map(str, self.args)).split())
 
 
 @contextlib.contextmanager

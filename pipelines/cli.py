@@ -18,6 +18,7 @@ from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
 from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, resolve, store_in
 
 INTERRUPTED_EXIT_CODE = 130
+DEFAULT_PREFIX = "s3://esvit"
 (_UsageError,) = typer.BadParameter.__bases__  # the root of what typer says of a wrong command line
 
 app = typer.Typer(
@@ -168,7 +169,7 @@ def store_status(out: Out = DEFAULT_OUT) -> None:
 
 @store_app.command("ls")
 def store_ls(
-    prefix: Annotated[str, typer.Argument(help="s3://bucket or s3://bucket/prefix.")] = "s3://esvit",
+    prefix: Annotated[str, typer.Argument(help="s3://bucket or s3://bucket/prefix.")] = DEFAULT_PREFIX,
     out: Out = DEFAULT_OUT,
 ) -> None:
     """List the objects below a prefix, of the store of DIR or of the one that ESVIT_S3_ENDPOINT names."""
@@ -178,6 +179,8 @@ def store_ls(
         raise UserError(f"--out {out}: there is no store; name the folder of a run, or set ESVIT_S3_ENDPOINT")
     with open_store(store_in(out)) as store:
         number = size = 0
+        if prefix == DEFAULT_PREFIX:
+            store.ensure_bucket(DEFAULT_PREFIX.removeprefix("s3://"))
         for found in store.list(prefix):
             print(f"{found.size:>13,}  {found.uri}")
             number, size = number + 1, size + found.size

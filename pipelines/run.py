@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -78,25 +79,28 @@ def _keep(current: Run, here: Path) -> None:
 
 
 def _say_what_came_out(current: Run, here: Path, seconds: float) -> None:
-    from esvit_core.reporting.console import results_table
+    from rich.console import Console
 
-    backbone = (here / "backbone").absolute()
-    print(f"\n{results_table(current.uri, current.store)}\n")
+    from esvit_core.reporting.console import read_results, results_table
+
+    print(flush=True)
+    Console().print(results_table(read_results(current.store, current.uri, current.config)))
     print(f"report    {here / 'report.html'}")
     print(f"backbone  {here / 'backbone'}")
-    print(f"champion  {_promotion(current)}")
+    print(f"promoted  {_promotion(current)}")
     print(f"finished in {format_duration(seconds)}\n\nUse it:")
-    for line in usage(backbone, current.config):
+    for line in usage((here / "backbone").absolute()):
         print(f"    {line}")
 
 
-def usage(backbone: Path, config: Config) -> list[str]:
-    """Three lines of Python that load the backbone and use it."""
-    size = config.evaluation.crop
+def usage(backbone: Path) -> list[str]:
+    """Three lines of Python that load the published backbone in a folder, and use it."""
+    description = json.loads((backbone / "backbone.json").read_text(encoding="utf-8"))
+    size, width = description["img_size"], description["num_features"]
     return [
         "import esvit_core, torch",
         f"backbone = esvit_core.load_backbone({str(backbone)!r})",
-        f"features = backbone(torch.rand(1, 3, {size}, {size}))  # (1, {{}}); pictures as backbone.backbone_config says",
+        f"features = backbone(torch.rand(1, 3, {size}, {size}))  # (1, {width}); real pictures: backbone.backbone_config",
     ]
 
 
@@ -105,8 +109,7 @@ def _promotion(current: Run) -> str:
         decision: dict[str, Any] = current.store.get_json(current.at("promotion.json"))
     except NotFound:
         return "no decision was taken"
-    pointer = f"s3://{current.config.bucket}/pointers/{current.config.promotion.pointer}"
-    return f"{'yes' if decision['promoted'] else 'no'}, {decision['reason']} ({pointer})"
+    return f"{'yes' if decision['promoted'] else 'no'}, {decision['reason']}"
 
 
 def _make_folder(out: Path) -> None:

@@ -57,7 +57,7 @@ class StepConsole(io.TextIOBase):
     def record(self, text: str) -> None:
         """Write to the log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.log.writelines(f"{stamp}  {line}\n" for line in text.splitlines())
+        self.log.writelines(f"{stamp}  {line}\n" for line in _COLOUR.sub("", text).splitlines())
         self.log.flush()
 
     def _take(self, line: str) -> None:
@@ -120,8 +120,8 @@ class KfpRecords(logging.Filter):
         self._console = console
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = _COLOUR.sub("", record.getMessage())
+        message = record.getMessage()
         self._console.record(f"kfp: {message}")
-        if begin := _BEGIN.search(message):
+        if begin := _BEGIN.search(_COLOUR.sub("", message)):
             self._console.begin(begin["task"])
         return False

@@ -40,7 +40,11 @@ def promote(
             promote(run.uri, run.store, run.config)
 
         decided = run.once("promotion.json", decide)
-        point_to(decision, run.at("promotion.json"), **decided)
+        point_to(
+            decision,
+            run.at("promotion.json"),
+            **{key: decided[key] for key in ("promoted", "reason", "metric", "value")},
+        )
         print(decided["reason"], flush=True)
 
     return (decided["promoted"], decided["reason"])

@@ -1,0 +1,53 @@
+"""Prepare data: called directly, and run by kfp.local, on a real object store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from esvit_components.data.prepare_data import prepare_data
+from esvit_core.runs import Run
+
+
+def test_it_starts_the_run_and_finds_the_shards(run_there: Run, components: Any) -> None:
+    configuration = run_there.config.model_dump(mode="json", exclude_none=True)
+    before = [item.etag for item in run_there.store.list(run_there.at("data"))]
+    outputs, artifacts = components.directly(
+        prepare_data, source="pictures", configuration=configuration, run_uri=run_there.uri
+    )
+    assert outputs == (run_there.uri,)
+    dataset = artifacts["dataset"]
+    assert dataset.uri == dataset.metadata["uri"] == run_there.at("data")
+    assert (dataset.metadata["train"], dataset.metadata["val"], dataset.metadata["classes"]) == (36, 12, 3)
+    assert [item.etag for item in run_there.store.list(run_there.at("data"))] == before
+
+
+def test_without_an_address_the_run_lies_where_its_content_says(run_there: Run, components: Any) -> None:
+    configuration = run_there.config.model_dump(mode="json", exclude_none=True)
+    outputs = components.through_kfp(prepare_data, source="pictures", configuration=configuration)
+    assert outputs["run_uri"] == run_there.uri
+    assert outputs["dataset"]["uri"] == run_there.at("data")
+
+
+def test_another_configuration_is_refused(run_there: Run, components: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    configuration = {**run_there.config.model_dump(mode="json", exclude_none=True), "seed": 5}
+    with pytest.raises(SystemExit) as stop:
+        components.directly(prepare_data, source="pictures", configuration=configuration, run_uri=run_there.uri)
+    assert stop.value.code == 2
+    assert "another configuration (seed: 0 there, 5 here)" in capsys.readouterr().err
+
+
+def test_on_a_cluster_the_artifact_keeps_the_address_it_was_given(
+    run_there: Run, components: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP's launcher refuses another address, and would download what lies there before every step."""
+    from kfp import dsl
+
+    dataset = dsl.Dataset(name="dataset", uri="s3://kfp/v2/artifacts/dataset")
+    dataset.custom_path = str(components.folder / "dataset")
+    configuration = run_there.config.model_dump(mode="json", exclude_none=True)
+    prepare_data.python_func("pictures", configuration, dataset, run_there.uri)
+    assert dataset.uri == "s3://kfp/v2/artifacts/dataset"
+    assert dataset.metadata["uri"] == run_there.at("data")
+    assert run_there.at("data") in (components.folder / "dataset").read_text()

@@ -1,0 +1,239 @@
+"""A finished run in miniature, made once through the command line, for the tests of components and pipelines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from esvit_core.runs import Run, open_run
+from esvit_core.storage.address import VARIABLES
+from esvit_core.storage.embedded import EmbeddedStore
+
+MICRO_RECIPE = """# A network that trains in seconds.
+recipe: micro
+data: {val_fraction: 0.25}
+augment:
+  global_crops: {size: 32, number: 2, scale: [0.4, 1.0]}
+  local_crops: {size: 16, number: 2, scale: [0.05, 0.4]}
+model: {arch: swin, patch_size: 4, embed_dim: 16, depths: [1, 1], num_heads: [2, 2], window_size: 4, drop_path: 0.0}
+head: {out_dim: 64, hidden_dim: 32, bottleneck_dim: 16}
+objective: {warmup_teacher_temp_epochs: 0}
+optimizer: {lr: 0.004, warmup_epochs: 0, teacher_momentum: 0.9}
+training: {epochs: 2, batch_size: 8, processes: 1, checkpoint_steps: 4, log_steps: 1, precision: float32}
+evaluation:
+  resize: 36
+  crop: 32
+  batch_size: 16
+  knn_k: [1, 5]
+  linear: {epochs: 2, batch_size: 16, last_blocks: 2}
+  pictures: 1
+  correspondence_pictures: 4
+promotion: {metric: knn/5}
+"""
+
+
+def draw_picture(kind: int, number: int, size: int = 40) -> Image.Image:
+    """A picture whose class one can tell by its stripes: their direction and their colour."""
+    rng = np.random.default_rng((kind, number))
+    rows, columns = np.mgrid[:size, :size]
+    wave = np.sin((rows * np.cos(kind) + columns * np.sin(kind)) * (0.4 + 0.2 * kind) + rng.uniform(0, 6))
+    colour = np.roll([220, 120, 40], kind) + rng.integers(-20, 20, 3)
+    pixels = 128 + (wave[..., None] * (colour - 128)) + rng.normal(0, 8, (size, size, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def draw_folder(folder: Path, classes: Sequence[str], per_class: int) -> Path:
+    """One folder a class; a class named "" puts its pictures into ``folder`` itself."""
+    for kind, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            draw_picture(kind, number).save(folder / name / f"{kind}-{number:03}.png")
+    return folder
+
+
+def draw_archive(path: Path, classes: Sequence[str], per_class: int) -> Path:
+    """The same as a zip."""
+    folder = draw_folder(path.with_suffix(""), classes, per_class)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def run_esvit(*arguments: Any, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does, without the store of another test in the environment."""
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | more.pop("env", {})
+    return subprocess.run(
+        [sys.executable, "-m", "esvit_pipelines", *map(str, arguments)],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=more.pop("timeout", 240),
+        **more,
+    )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What the session's run left.
+
+    Args:
+        folder: the working directory, with ``pictures/``, ``marks.zip`` and ``micro.yaml``.
+        arguments: of the command.
+        output: what it printed.
+        seconds: that it took.
+        name: its run id.
+    """
+
+    folder: Path
+    arguments: tuple[str, ...]
+    output: str
+    seconds: float
+    name: str
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def here(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def uri(self) -> str:
+        return f"s3://esvit/runs/{self.name}"
+
+
+class Pictures:
+    """Draws test pictures."""
+
+    folder = staticmethod(draw_folder)
+    archive = staticmethod(draw_archive)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Pictures:
+    """Draws test pictures: ``pictures.folder(path, classes, per_class)``, ``pictures.archive(...)``."""
+    return Pictures()
+
+
+@pytest.fixture(scope="session")
+def esvit() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line: ``esvit("run", "--data", ...)``."""
+    return run_esvit
+
+
+@pytest.fixture(scope="session")
+def micro_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a network that trains in seconds."""
+    path = tmp_path_factory.mktemp("recipe") / "micro.yaml"
+    path.write_text(MICRO_RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """`esvit run` on labelled pictures with one transfer set, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("a run")
+    draw_folder(folder / "pictures", ["lines", "waves", "bars"], 16)
+    draw_archive(folder / "marks.zip", ["one", "two"], 12)
+    (folder / "micro.yaml").write_text(MICRO_RECIPE, encoding="utf-8")
+    arguments = ("run", "--data", "pictures", "--recipe", "micro.yaml", "--transfer", "marks=marks.zip", "--out", "out")
+    start = time.monotonic()
+    done = run_esvit(*arguments, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (here,) = folder.glob("out/micro-*")
+    return FinishedRun(folder, arguments, done.stdout, time.monotonic() - start, here.name)
+
+
+@pytest.fixture(scope="session")
+def finished_store(finished_run: FinishedRun) -> Iterator[EmbeddedStore]:
+    """The server on the finished run's data."""
+    server = EmbeddedStore(finished_run.out / "store")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run_there(finished_run: FinishedRun, finished_store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The finished run, with the environment naming its store, from its working directory."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in finished_store.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(finished_run.folder)
+    return open_run(finished_run.uri)
+
+
+class ComponentRunner:
+    """Calls a component in the two ways in which it is used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def directly(self, component: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Call the function; its output artifacts are made here, and returned by name."""
+        from kfp import dsl
+        from kfp.dsl.types import type_annotations
+
+        artifacts = {}
+        for name, annotation in component.python_func.__annotations__.items():
+            if name == "return" or not type_annotations.is_Input_Output_artifact_annotation(annotation):
+                continue
+            kind = type_annotations.get_io_artifact_class(annotation)
+            if type_annotations.is_artifact_wrapped_in_Output(annotation):
+                artifacts[name] = kind(name=name, uri=str(self.folder / name))
+            else:
+                arguments.setdefault(name, kind(name=name, uri="s3://esvit/unused"))
+        assert all(isinstance(artifact, dsl.Artifact) for artifact in artifacts.values())
+        return component.python_func(**arguments, **artifacts), artifacts
+
+    def through_kfp(self, component: Any, **arguments: Any) -> dict[str, Any]:
+        """Run it in a pipeline of its own with kfp.local; the outputs by name."""
+        from kfp import dsl, local
+        from kfp.dsl.types import type_annotations
+
+        spec = component.component_spec
+        kinds = {
+            name: type_annotations.get_io_artifact_class(annotation)
+            for name, annotation in component.python_func.__annotations__.items()
+            if name in (spec.inputs or {}) and type_annotations.is_Input_Output_artifact_annotation(annotation)
+        }
+
+        def alone() -> None:
+            made = {
+                name: dsl.importer(artifact_uri="s3://esvit/unused", artifact_class=kind).output
+                for name, kind in kinds.items()
+            }
+            component(**arguments, **made)
+
+        local.init(
+            runner=local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(self.folder / "kfp"),
+            workspace_root=str(self.folder / "workspace"),
+        )
+        dsl.pipeline(name="alone")(alone)()
+        (written,) = self.folder.glob(f"kfp/*/{component.name}/executor_output.json")
+        found = json.loads(written.read_text(encoding="utf-8"))
+        artifacts = {name: value["artifacts"][0] for name, value in found.get("artifacts", {}).items()}
+        return {**found.get("parameterValues", {}), **artifacts}
+
+
+@pytest.fixture
+def components(tmp_path: Path) -> ComponentRunner:
+    """Calls components directly and through kfp.local."""
+    return ComponentRunner(tmp_path)

@@ -1,0 +1,63 @@
+"""The small commands, and how fast the help is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core import __version__
+from esvit_core.config import Config, preset_names
+from esvit_pipelines.recipes import recipe_list, recipe_text
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["compile"], ["store"], ["store", "ls"], ["recipe"]])
+def test_help_explains_itself(esvit: Any, command: list[str]) -> None:
+    done = esvit(*command, "--help")
+    assert done.returncode == 0 and "Usage: " in done.stdout
+
+
+def test_help_imports_neither_torch_nor_kfp() -> None:
+    code = (
+        "import sys; sys.argv = ['esvit', '--help']\n"
+        "from esvit_pipelines.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print([m for m in ('torch', 'kfp', 'minio', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_version(esvit: Any) -> None:
+    assert esvit("--version").stdout == f"esvit {__version__}\n"
+
+
+def test_recipes_are_listed_with_what_they_are() -> None:
+    lines = recipe_list().splitlines()
+    assert [line.split()[0] for line in lines] == preset_names()
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_recipe_that_was_shown_can_be_used(name: str, tmp_path: Path) -> None:
+    config = Config.load(name)
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe_text(config), encoding="utf-8")
+    assert Config.load(path) == config
+    assert "# Global batch: pictures per step over all processes." in path.read_text()
+
+
+def test_the_store_starts_and_stops(esvit: Any, tmp_path: Path) -> None:
+    out = ["--out", tmp_path]
+    assert "no store runs" in esvit("store", "status", *out).stdout
+    try:
+        started = esvit("store", "start", *out)
+        assert started.returncode == 0 and "running at http://127.0.0.1:" in started.stdout, started.stderr
+        assert started.stdout.split()[2] == esvit("store", "start", *out).stdout.split()[2]
+        assert "0 objects" in esvit("store", "ls", *out).stdout
+    finally:
+        assert esvit("store", "stop", *out).stdout == "stopped\n"
+    assert "no store runs" in esvit("store", "stop", *out).stdout

@@ -1,0 +1,167 @@
+"""`esvit run`, from pictures to the last words, with everything real."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from esvit_core.runs import Run
+from esvit_core.storage.embedded import EmbeddedStore
+from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline, step_names
+
+
+def headers(output: str) -> list[str]:
+    return re.findall(r"^\[\d+/\d+\] (.*)$", output, re.MULTILINE)
+
+
+def test_every_step_has_its_header_in_order(finished_run: Any, run_there: Run) -> None:
+    assert headers(finished_run.output) == step_names(build_pretrain_pipeline(run_there.config))
+    assert headers(finished_run.output) == [
+        "prepare data",
+        "prepare marks",
+        "pretrain",
+        "extract features",
+        "k-NN",
+        "linear probe",
+        "transfer marks",
+        "pictures",
+        "report",
+        "promote",
+    ]
+
+
+def test_the_screen_has_progress_and_no_machinery(finished_run: Any) -> None:
+    assert re.search(r"^  .*images/s|^  .*/s", finished_run.output, re.MULTILINE)
+    for noise in ("KFP Executor", "executor_input", "Traceback", "Warning", "Streamed logs", "finished with status"):
+        assert noise not in finished_run.output
+    log = (finished_run.here / "run.log").read_text(encoding="utf-8")
+    assert "KFP Executor" in log and "step 3: pretrain" in log and "\x1b" not in log
+
+
+def test_it_ends_with_the_table_and_where_things_are(finished_run: Any, run_there: Run) -> None:
+    last = finished_run.output.partition("promote")[2]
+    assert "untrained" in last and "5-NN" in last and "%" in last
+    assert f"out/{finished_run.name}/report.html" in last
+    decision = run_there.store.get_json(run_there.at("promotion.json"))
+    assert ("promoted  yes" if decision["promoted"] else "promoted  no") in last
+    report = (finished_run.here / "report.html").read_bytes()
+    assert report == run_there.store.get_bytes(run_there.at("report/report.html"))
+
+
+def test_the_three_lines_at_the_end_work(finished_run: Any, tmp_path: Path) -> None:
+    lines = [line.strip() for line in finished_run.output.partition("Use it:")[2].strip().splitlines()[:3]]
+    assert lines[0].startswith("import") and len(lines) == 3
+    code = "\n".join([*lines, "print(tuple(features.shape))"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "(1, 32)", done.stderr
+
+
+def test_the_store_holds_what_the_layout_says_and_nothing_else(finished_run: Any, run_there: Run) -> None:
+    keys = [item.uri.removeprefix("s3://esvit/") for item in run_there.store.list("s3://esvit")]
+    places = {key.removeprefix(f"runs/{finished_run.name}/").partition("/")[0] for key in keys}
+    assert places <= {
+        "config.yaml",
+        "data",
+        "transfer",
+        "training",
+        "backbone",
+        "untrained",
+        "features",
+        "evaluation",
+        "pictures",
+        "report",
+        "promotion.json",
+        "pointers",
+    }
+    assert all(key.startswith((f"runs/{finished_run.name}/", "pointers/")) for key in keys)
+    assert not [key for key in keys if "tmp" in key or key.endswith(".part")]
+
+
+def test_it_left_nothing_running_and_nothing_lying_about(finished_run: Any) -> None:
+    ours = [p for p in psutil.process_iter(["cmdline"]) if finished_run.name in " ".join(p.info["cmdline"] or [])]
+    assert not ours
+    assert sorted(p.name for p in finished_run.here.iterdir()) == [
+        ".lock",
+        "backbone",
+        "config.yaml",
+        "report.html",
+        "run.log",
+    ]
+    assert sorted(p.name for p in finished_run.out.iterdir()) == [finished_run.name, "store"]
+
+
+def test_no_key_is_in_the_log_or_the_files(finished_run: Any) -> None:
+    identities = json.loads((finished_run.out / "store" / "identities.json").read_text(encoding="utf-8"))
+    secret = identities["identities"][0]["credentials"][0]["secretKey"]
+    for file in finished_run.here.rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+    assert secret not in finished_run.output
+
+
+def test_the_same_command_again_finds_everything(finished_run: Any, finished_store: EmbeddedStore, esvit: Any) -> None:
+    start = time.monotonic()
+    again = esvit(*finished_run.arguments, cwd=finished_run.folder)
+    assert again.returncode == 0, again.stderr
+    assert time.monotonic() - start < finished_run.seconds / 2
+    assert "started before" in again.stdout
+    assert headers(again.stdout) == headers(finished_run.output)
+    assert again.stdout.count("already done") >= 8
+    assert again.stdout.partition("promote")[2].splitlines()[-4:] == finished_run.output.splitlines()[-4:]
+    assert finished_store.status() is not None  # it ran before the command, so it runs after it
+
+
+def test_pictures_without_labels(finished_run: Any, tmp_path: Path, esvit: Any, pictures: Any) -> None:
+    """What needs labels is left out, and that is said; the rest is done, into a store that was named."""
+    pictures.folder(tmp_path / "python3 pictures", [""], 30)  # kfp.local would put an interpreter's path in here
+    server = EmbeddedStore(tmp_path / "elsewhere")
+    server.start()
+    try:
+        done = esvit(
+            "run",
+            *("--data", "python3 pictures", "--recipe", finished_run.folder / "micro.yaml", "--out", "out"),
+            *("--set", "training.epochs=1", "--bucket", "mine", "--set", "recipe=My own/One"),
+            cwd=tmp_path,
+            env=server.environment(),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (here,) = (tmp_path / "out").iterdir()  # no store of its own
+        assert here.name.startswith("my-own-one-")
+        assert "not measured" in done.stdout and "promoted  no" in done.stdout
+        assert (here / "backbone" / "model.safetensors").is_file() and (here / "report.html").is_file()
+        from esvit_core.storage import ObjectStore
+
+        store = ObjectStore.from_env(server.environment())
+        result = store.get_json(f"s3://mine/runs/{here.name}/evaluation/knn.json")
+        assert result["status"] == "left_out" and "label" in result["reason"]
+    finally:
+        server.stop()
+
+
+def test_an_archive_of_another_name_with_the_same_setting_is_another_run(run_there: Run) -> None:
+    from esvit_core.runs import run_id
+
+    sets = {"marks": "1"}
+    name = run_id(run_there.config, "a", sets)
+    assert name == run_id(run_there.config, "a", sets) and re.fullmatch(r"micro-[0-9a-f]{10}", name)
+    assert name != run_id(run_there.config, "b", sets)
+    assert name != run_id(run_there.config, "a", {"marks": "2"})
+    assert name != run_id(run_there.config.model_copy(update={"seed": 1}), "a", sets)
+    moved = run_there.config.evaluation.transfer[0].model_copy(update={"source": "/elsewhere/marks.zip"})
+    evaluation = run_there.config.evaluation.model_copy(update={"transfer": (moved,)})
+    assert name == run_id(run_there.config.model_copy(update={"evaluation": evaluation}), "a", sets)
+
+
+@pytest.mark.parametrize("command", [["store", "ls"], ["store", "status"]])
+def test_the_store_can_be_looked_at(finished_run: Any, finished_store: EmbeddedStore, esvit: Any, command: Any) -> None:
+    done = esvit(*command, "--out", finished_run.out)
+    assert done.returncode == 0, done.stderr
+    expected = f"s3://esvit/runs/{finished_run.name}/backbone/model.safetensors" if "ls" in command else "running at"
+    assert expected in done.stdout
