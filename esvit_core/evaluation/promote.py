@@ -21,6 +21,7 @@ from esvit_core.storage.errors import NotFound
 
 HISTORY = 50  # former champions that the pointer remembers
 _ATTEMPTS = 20
+_EARLIER = "promoted by an earlier attempt"
 _TOLERANCE = 1e-9  # percentage points: 33.1 - 33.0 is a little less than 0.1 in binary
 
 
@@ -77,6 +78,8 @@ def foresee(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     if isinstance(figure, str):
         return {"promoted": False, "reason": figure, "decided": False}
     present = store.read_pointer(_pointer_uri(run_uri, config))
+    if present is not None and (earlier := _own_entry(present.value, run_uri)):
+        return {"promoted": True, "reason": earlier.get("reason", _EARLIER), "decided": False}
     promoted, reason = _verdict(figure, present, store, config)
     return {"promoted": promoted, "reason": reason, "decided": False}
 
@@ -131,7 +134,7 @@ def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[s
         present = store.read_pointer(pointer_uri)
         if present is not None and (earlier := _own_entry(present.value, run_uri)):
             # An earlier attempt of this run changed the pointer and died before it wrote so.
-            return decision(True, earlier.get("reason", "promoted earlier"), earlier.get("compared"))
+            return decision(True, earlier.get("reason", _EARLIER), earlier.get("compared"))
         champion = _compared(present)
         promoted, reason = _verdict(figure, present, store, config)
         if not promoted:

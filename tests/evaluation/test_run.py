@@ -1,0 +1,160 @@
+"""The measured steps on a whole run: what they write, that they write it once, and what they leave out."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from esvit_core.config import Config
+from esvit_core.data.stream import ShardDataset
+from esvit_core.errors import UserError
+from esvit_core.evaluation.features import compute_features, eval_transform, extract_features, load_features
+from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
+from esvit_core.evaluation.linear import evaluate_linear
+from esvit_core.evaluation.pictures import draw_pictures
+from esvit_core.evaluation.promote import promote
+from esvit_core.evaluation.transfer import evaluate_transfer
+from esvit_core.export import load_backbone
+
+MODELS = ("trained", "untrained")
+
+
+@pytest.fixture(scope="module")
+def measured_run(run, bucket, config):
+    extract_features(run, bucket, config)
+    return run
+
+
+def objects(bucket, uri) -> dict:
+    return {s.uri: (s.etag, s.modified) for s in bucket.list(uri)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_features_are_those_of_the_backbone(measured_run, bucket, model, tmp_path, config):
+    place = {"trained": "backbone", "untrained": "untrained"}[model]
+    backbone = load_backbone(f"{measured_run}/{place}", bucket)
+    dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
+    features = load_features(bucket, measured_run, model, "val")
+    transform = eval_transform(config)
+    with torch.no_grad():
+        for i in range(len(dataset)):
+            x = transform(dataset.image(i))[None]
+            assert features.view[i] == pytest.approx(backbone(x)[0].numpy(), abs=1e-5)
+            assert features.blocks[i] == pytest.approx(backbone.last_blocks(x, 2)[0].numpy(), abs=1e-5)
+    assert features.labels.tolist() == [dataset.label(i) for i in range(len(dataset))]
+
+
+def test_features_are_extracted_once(measured_run, bucket, config):
+    manifest = bucket.read_manifest(f"{measured_run}/features")
+    assert manifest["samples"] == {"train": 25, "val": 11}
+    before = objects(bucket, f"{measured_run}/features")
+    assert extract_features(measured_run, bucket, config) == manifest
+    assert objects(bucket, f"{measured_run}/features") == before
+
+
+def test_features_do_not_depend_on_the_batch(measured_run, bucket, tmp_path, config):
+    backbone = load_backbone(f"{measured_run}/backbone", bucket)
+    dataset = ShardDataset(bucket, f"{measured_run}/data", "train", tmp_path)
+    one, all_at_once = (compute_features(backbone, dataset, eval_transform(config), size) for size in (1, 100))
+    assert one.view == pytest.approx(all_at_once.view, abs=1e-5)
+
+
+def test_features_come_before_what_needs_them(bucket):
+    with pytest.raises(UserError, match="run the step extract_features first"):
+        load_features(bucket, "s3://evaluation/runs/none", "trained", "val")
+
+
+def test_knn_of_a_run(measured_run, bucket, config):
+    result = evaluate_knn(measured_run, bucket, config)
+    assert (result["status"], result["headline"], result["unit"]) == ("measured", "knn/20", "%")
+    assert result["classes"] == ["blue", "green", "red"]
+    for model in MODELS:
+        train, val = (load_features(bucket, measured_run, model, split) for split in ("train", "val"))
+        for k in (1, 20, 200):
+            top1, top5 = weighted_knn(train.view, train.labels, val.view, val.labels, k)
+            assert result["results"][model][f"knn/{k}"] == pytest.approx(top1, abs=1e-4)
+            assert result["top5"][model][f"knn/{k}"] == pytest.approx(top5, abs=1e-4)
+    assert result["notes"] == [
+        "knn/200: there are only 25 training pictures, so all of them vote",
+        "1 class without held-out pictures, so not measured: blue",
+        "1 class with a single training picture: blue",
+    ]
+
+
+def test_linear_of_a_run(measured_run, bucket, config):
+    result = evaluate_linear(measured_run, bucket, config)
+    assert (result["status"], result["headline"]) == ("measured", "linear")
+    for model in MODELS:
+        assert 0 <= result["results"][model]["linear"] <= result["results"][model]["linear/best"] <= 100
+    confusion = np.array(result["confusion"])
+    assert confusion.sum(1).tolist() == [0, 5, 6]
+    assert np.trace(confusion) / 11 * 100 == pytest.approx(result["results"]["trained"]["linear"], abs=1e-4)
+
+
+def test_transfer_of_a_run(measured_run, bucket, config):
+    result = evaluate_transfer(measured_run, bucket, config, "stripes")
+    assert (result["status"], result["headline"], result["metric"]) == (
+        "measured",
+        "transfer/stripes",
+        "mean_per_class",
+    )
+    assert set(result["lambda"]) == set(MODELS)
+    assert result["samples"] == {"train": 25, "val": 11}
+    # The stripes' colours alone tell the classes: any network sees them.
+    assert result["results"]["trained"]["transfer/stripes"] > 80
+
+
+def test_transfer_to_an_unlabelled_set_is_left_out(measured_run, bucket, config):
+    result = evaluate_transfer(measured_run, bucket, config, "plain")
+    assert result["status"] == "left_out"
+    assert "no labels" in result["reason"]
+
+
+def test_transfer_to_an_unknown_set_is_told(measured_run, bucket, config):
+    with pytest.raises(UserError, match=r"transfer set stripe: not in evaluation.transfer; .* stripes, plain"):
+        evaluate_transfer(measured_run, bucket, config, "stripe")
+
+
+def test_results_are_written_once(measured_run, bucket, config):
+    first = evaluate_knn(measured_run, bucket, config)
+    before = objects(bucket, f"{measured_run}/evaluation")
+    assert evaluate_knn(measured_run, bucket, config) == first == bucket.get_json(f"{measured_run}/evaluation/knn.json")
+    assert objects(bucket, f"{measured_run}/evaluation") == before
+
+
+def test_pictures_of_a_run(measured_run, bucket, config):
+    index = draw_pictures(measured_run, bucket, config)
+    assert [p["file"] for p in index["pictures"]] == ["correspondence.png", "attention.png"]
+    assert index["left_out"] == []
+    figure = index["figures"]["correspondence"]
+    assert figure["pictures"] == 5 and figure["regions"] >= 5
+    assert all(0 <= figure[key] <= 100 for key in (*MODELS, "chance"))
+    for picture in index["pictures"]:
+        image = Image.open(io.BytesIO(bucket.get_bytes(f"{measured_run}/pictures/{picture['file']}")))
+        assert image.mode == "RGBA" and image.getpixel((0, 0))[3] == 0, "the page's own colour shows through"
+        assert min(image.size) > 200
+    before = objects(bucket, f"{measured_run}/pictures")
+    assert draw_pictures(measured_run, bucket, config) == index
+    assert objects(bucket, f"{measured_run}/pictures") == before
+
+
+def test_the_run_can_be_promoted(measured_run, bucket, config):
+    evaluate_knn(measured_run, bucket, config)
+    chosen = Config.from_mapping({"promotion": {"metric": "knn/200", "pointer": "whole-run"}})
+    decision = promote(measured_run, bucket, chosen)
+    assert decision["metric"] == "knn/200" and decision["reason"]
+
+
+def test_without_labels_figures_are_left_out_and_pictures_drawn(unlabelled_run, bucket, config):
+    extract_features(unlabelled_run, bucket, config)
+    for evaluate in (evaluate_knn, evaluate_linear):
+        result = evaluate(unlabelled_run, bucket, config)
+        assert (result["status"], result["results"]) == ("left_out", {})
+        assert "no labels" in result["reason"]
+    assert len(draw_pictures(unlabelled_run, bucket, config)["pictures"]) == 2
+    decision = promote(unlabelled_run, bucket, Config())
+    assert not decision["promoted"] and "left out" in decision["reason"]
