@@ -6,6 +6,8 @@ where the published code draws a new random crop and flip of every picture in ev
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from esvit_core.storage import ObjectStore
 
 _REFERENCE_BATCH = 256  # the learning rate of the configuration is for this many pictures
 _CONFUSION_CLASSES = 100  # a larger table serves nobody
+_VALUES_WORTH_THREADS = 1 << 20  # of a batch
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def linear_probe(
     optimizer = torch.optim.SGD(probe.parameters(), lr=config.lr * batch / _REFERENCE_BATCH, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs, eta_min=0)
     best, best_epoch, ranking = -1.0, 0, torch.empty(0)
-    with Progress(config.epochs, unit="epochs", label=label) as progress:
+    with _threads_for(batch * train.shape[1]), Progress(config.epochs, unit="epochs", label=label) as progress:
         for epoch in range(1, config.epochs + 1):
             for chosen in torch.randperm(len(x), generator=generator).to(device).split(batch):
                 loss = F.cross_entropy(probe(x[chosen]), y[chosen])
@@ -138,6 +141,17 @@ def _measure(task: Task | str, config: Config) -> Result:
         best_epoch={model: o.best_epoch for model, o in outcomes.items()},
         **more,
     )
+
+
+@contextlib.contextmanager
+def _threads_for(values: int) -> Iterator[None]:
+    """One thread for steps on few values: there the threads of a busy machine mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if values < _VALUES_WORTH_THREADS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _percent(right: torch.Tensor) -> float:
