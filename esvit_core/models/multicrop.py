@@ -52,15 +52,17 @@ class MultiCropNetwork(nn.Module):
 def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:
     """A backbone with the heads of the recipe."""
     backbone: Any = create_backbone(config.model, config.augment.global_crops.size, drop_path)
+    # Some networks of timm widen the view feature beyond the regions'.
+    widths = [backbone.num_features, getattr(backbone, "num_region_features", backbone.num_features)]
     heads = [
         ProjectionHead(
-            backbone.num_features,
+            width,
             config.head.out_dim,
             config.head.hidden_dim,
             config.head.bottleneck_dim,
             config.head.norm_last_layer,
         )
-        for _ in range(2 if config.objective.region else 1)
+        for width in (widths if config.objective.region else widths[:1])
     ]
     return MultiCropNetwork(backbone, *heads)
 

@@ -8,11 +8,16 @@ import timm
 from torch import nn
 
 # These register their architectures with timm.
+import esvit_core.models.cvt
+import esvit_core.models.resnet
 import esvit_core.models.swin
+import esvit_core.models.vil
 import esvit_core.models.vit  # noqa: F401
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
+from esvit_core.models.timm_backbone import TimmBackbone
 
+_TIMM = "timm:"
 # Name in a recipe -> name in timm's registry.
 _ARCHITECTURES = {
     "swin": "esvit_swin",
@@ -21,12 +26,12 @@ _ARCHITECTURES = {
         for size in ("tiny", "small", "base", "large")
         for window in (7, 14)
     },
-    **{name: f"esvit_{name}" for name in ("deit_small", "deit_tiny", "vit_base")},
+    **{name: f"esvit_{name}" for name in ("cvt_tiny", "deit_small", "deit_tiny", "resnet50", "vil_2262", "vit_base")},
 }
 
 
 def architecture_names() -> list[str]:
-    """The names that ``model.arch`` takes."""
+    """The names that ``model.arch`` takes, beside ``timm:<name>`` for a network of timm."""
     return sorted(_ARCHITECTURES)
 
 
@@ -45,21 +50,24 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
     Raises:
         UserError: no architecture of that name, or sizes that do not go together.
     """
-    if config.arch not in _ARCHITECTURES:
+    from_timm = config.arch.startswith(_TIMM)
+    if not from_timm and config.arch not in _ARCHITECTURES:
         match = difflib.get_close_matches(config.arch, architecture_names(), n=1)
         hint = f", did you mean {match[0]!r}?" if match else ""
-        raise UserError(f"model.arch {config.arch}: unknown{hint}; expected one of {', '.join(architecture_names())}")
+        raise UserError(
+            f"model.arch {config.arch}: unknown{hint}; expected one of {', '.join(architecture_names())}, "
+            f"or {_TIMM}<name> for a network of timm"
+        )
     sizes = {
         key: getattr(config, key)
         for key in ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
         if getattr(config, key) is not None
     }
+    sizes["img_size"] = config.img_size or img_size or 224
+    sizes["drop_path_rate"] = config.drop_path if drop_path is None else drop_path
     try:
-        return timm.create_model(
-            _ARCHITECTURES[config.arch],
-            img_size=config.img_size or img_size or 224,
-            drop_path_rate=config.drop_path if drop_path is None else drop_path,
-            **sizes,
-        )
+        if from_timm:
+            return TimmBackbone(config.arch.removeprefix(_TIMM), **sizes)
+        return timm.create_model(_ARCHITECTURES[config.arch], **sizes)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model {config.arch}: {error}; change the sizes in the recipe's `model` section") from None
+        raise UserError(f"model {config.arch}: {error}; change the recipe's `model` section") from None

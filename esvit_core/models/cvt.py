@@ -1,0 +1,366 @@
+"""CvT with windows, as the published EsViT code has it (Wu et al., 2021; microsoft/esvit, configuration s1).
+
+What the published network does, and one would not guess:
+
+* Attention logits are scaled by the width of the stage, not of a head.
+* Queries, keys and values come from a 3 x 3 depth-wise convolution with batch norm, over the map already padded to
+  whole windows; the window shrinks to the map where the map is smaller. No mask hides the padding.
+* Layer norms use eps 1e-5 and the activation is QuickGELU.
+
+Maps are (B, H, W, C) throughout: 1 x 1 convolutions are linear layers, and the depth-wise ones see channels-last
+memory. Their weights keep the published shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, QuickGELU, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from esvit_core.models.entrypoints import default_cfg, register
+
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1 x 1 convolution on (B, H, W, C)."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
+        super().__init__(in_dim, out_dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class DepthWiseConv(nn.Module):
+    """Depth-wise 3 x 3 convolution, batch norm, 1 x 1 convolution, on (B, H, W, C)."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(in_dim, in_dim, 3, padding=1, groups=in_dim, bias=False)
+        self.bn = nn.BatchNorm2d(in_dim)
+        self.pw = PointwiseConv(in_dim, out_dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw(self.bn(self.dw(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention within windows."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.scale = dim**-0.5
+        self.qkv = DepthWiseConv(dim, 3 * dim, qkv_bias)
+        self.proj_out = PointwiseConv(dim, dim)
+
+    def _window(self, x: Tensor) -> int:
+        return min(self.window_size, *x.shape[1:3])
+
+    def _windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values, each (B, rows, columns, heads, window ** 2, C / heads)."""
+        w = self._window(x)
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % w))
+        qkv = self.qkv(x).unflatten(1, (-1, w)).unflatten(3, (-1, w)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)
+        return q, k, v
+
+    def _map(self, windows: Tensor, height: int, width: int, w: int) -> Tensor:
+        """(B, rows, columns, heads, window ** 2, C / heads) -> (B, height, width, C)."""
+        x = windows.unflatten(4, (w, w)).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, w, columns, w, heads, d)
+        return x.flatten(5).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._windows(x)
+        out = F.scaled_dot_product_attention(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), scale=self.scale)
+        return self.proj_out(self._map(out.view(q.shape), x.shape[1], x.shape[2], self._window(x)))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention itself, (B, rows, columns, heads, N, N)."""
+        q, k, _ = self._windows(x)
+        return (q @ k.mT * self.scale).softmax(-1)
+
+    def received(self, x: Tensor) -> Tensor:
+        """Attention that each place receives, averaged over the queries of its window, (B, heads, H, W)."""
+        mean = self.weights(x).mean(-2)  # (B, rows, columns, heads, N)
+        return self._map(mean[..., None], x.shape[1], x.shape[2], self._window(x)).permute(0, 3, 1, 2)
+
+
+class FeedForward(nn.Module):
+    """Two layers with a QuickGELU between."""
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.net = nn.Sequential(PointwiseConv(dim, hidden), QuickGELU(), PointwiseConv(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PreNorm(nn.Module):
+    """A layer norm before a function."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.norm(x))
+
+
+class Transformer(nn.Module):
+    """The blocks of a stage; each is attention, MLP, stochastic depth."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_path: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PreNorm(dim, Attention(dim, num_heads, window_size, qkv_bias)),
+                    PreNorm(dim, FeedForward(dim, mlp_ratio)),
+                    DropPath(drop) if drop > 0 else nn.Identity(),
+                ]
+            )
+            for drop in drop_path
+        )
+        self.grad_checkpointing = False
+
+    def block(self, i: int, x: Tensor) -> Tensor:
+        attention, feed_forward, drop_path = cast(nn.ModuleList, self.layers[i])
+        x = x + drop_path(attention(x))
+        return x + drop_path(feed_forward(x))
+
+    def forward_blocks(self, x: Tensor) -> list[Tensor]:
+        """The output of every block, each (B, H, W, C)."""
+        outputs = []
+        for i in range(len(self.layers)):
+            x = checkpoint(functools.partial(self.block, i), x) if self.grad_checkpointing else self.block(i, x)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_blocks(x)[-1]
+
+    def before_last_attention(self, x: Tensor) -> tuple[Attention, Tensor]:
+        """The last block's attention and what it sees."""
+        for i in range(len(self.layers) - 1):
+            x = self.block(i, x)
+        last = cast(PreNorm, cast(nn.ModuleList, self.layers[-1])[0])
+        return cast(Attention, last.fn), last.norm(x)
+
+
+class ConvEmbed(nn.Module):
+    """Overlapping patches: a strided convolution and a norm; (B, C, H, W) pictures or (B, H, W, C) maps come in."""
+
+    def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, padding: int, first: bool) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding)
+        self.norm = LayerNorm(dim)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.first else x.permute(0, 3, 1, 2)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class CvT(nn.Module):
+    """Convolutional vision transformer with window attention.
+
+    Args:
+        img_size: accepted for the interface; the network fits every resolution.
+        in_chans: channels of a picture.
+        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
+        global_pool: ``"avg"``, or ``""`` for no pooling in :meth:`forward_head`.
+        dims: width of each stage.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        window_size: side of a window, tokens.
+        mlp_ratio: hidden width of the MLPs over their width.
+        qkv_bias: bias in the layers of queries, keys and values.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, or heads that do not divide a width.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        global_pool: str = "avg",
+        dims: Sequence[int] = (64, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (1, 3, 6, 12),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not len(dims) == len(depths) == len(num_heads):
+            raise ValueError(
+                f"dims {tuple(dims)}, depths {tuple(depths)} and num_heads {tuple(num_heads)} differ in length"
+            )
+        if any(dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
+            raise ValueError(f"num_heads {tuple(num_heads)} do not divide the widths {tuple(dims)}")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.depths = tuple(depths)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.drop_rate = drop_rate
+        self.num_stages = len(dims)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stage{i}"} for i, dim in enumerate(dims)
+        ]
+        drops = np.split(np.linspace(0, drop_path_rate, sum(depths)), np.cumsum(depths)[:-1])
+        for i, dim in enumerate(dims):
+            embed = ConvEmbed(in_chans, dim, 7, 4, 2, True) if i == 0 else ConvEmbed(dims[i - 1], dim, 3, 2, 1, False)
+            blocks = Transformer(dim, num_heads[i], window_size, mlp_ratio, qkv_bias, drops[i].tolist())
+            setattr(self, f"stage{i}", nn.Sequential(embed, blocks))
+        self.norm = LayerNorm(dims[-1])
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _stages(self) -> list[tuple[ConvEmbed, Transformer]]:
+        stages = (cast(nn.Sequential, getattr(self, f"stage{i}")) for i in range(self.num_stages))
+        return [(cast(ConvEmbed, stage[0]), cast(Transformer, stage[1])) for stage in stages]
+
+    # timm's interface
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are to be spared beside biases and norms: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^stage(\d+)" if coarse else r"^stage(\d+)\.(?:1\.layers\.(\d+)|0)"
+        return {"stem": r"^stage0\.0", "blocks": [(blocks, None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for _, blocks in self._stages():
+            blocks.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Regions after the last norm, (B, H, W, D)."""
+        for embed, blocks in self._stages():
+            x = blocks(embed(x))
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """View feature (B, D), or class logits, of regions (B, H, W, D)."""
+        if self.global_pool:
+            x = x.mean((1, 2))
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of the stages, as in timm's models.
+
+        Returns:
+            The maps of the chosen stages (B, C, H, W); before them, unless ``intermediates_only``, the regions.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt}: expected NCHW or NHWC")
+        chosen, last = feature_take_indices(self.num_stages, indices)
+        maps = []
+        for i, (embed, blocks) in enumerate(self._stages()[: last + 1 if stop_early else None]):
+            x = blocks(embed(x))
+            if i in chosen:
+                y = self.norm(x) if norm and i == self.num_stages - 1 else x
+                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if i == self.num_stages - 1 else x), maps
+
+    # EsViT's interface
+
+    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """View features (B, D) and regions (B, N, D)."""
+        regions = self.forward_features(x).flatten(1, 2)  # (B, N, D)
+        return regions.mean(1), regions
+
+    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
+        """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
+        outputs = []
+        for i, (embed, blocks) in enumerate(self._stages()):
+            found = blocks.forward_blocks(embed(x))
+            outputs += [self.norm(y) if i == self.num_stages - 1 else y for y in found]
+            x = found[-1]
+        return torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)  # (B, D')
+
+    def _before_last_attention(self, x: Tensor) -> tuple[Attention, Tensor]:
+        *stages, (last_embed, last_blocks) = self._stages()
+        for embed, blocks in stages:
+            x = blocks(embed(x))
+        return last_blocks.before_last_attention(last_embed(x))
+
+    def last_attention(self, x: Tensor) -> Tensor:
+        """Attention of the last block, (B * windows, heads, N, N)."""
+        attention, x = self._before_last_attention(x)
+        return attention.weights(x).flatten(0, 2)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Attention that each region receives, averaged over the queries of its window, (B, heads, H, W)."""
+        attention, x = self._before_last_attention(x)
+        return attention.received(x)
+
+
+default_cfgs = generate_default_cfgs({"esvit_cvt_tiny": default_cfg(first_conv="stage0.0.proj")})
+
+register(__name__, CvT, "esvit_cvt_tiny", depths=(2, 2, 6, 2))

@@ -1,0 +1,68 @@
+"""ResNet-50 as torchvision defines it (He et al., 2016), with the regions of its last feature map.
+
+timm's network, whose weights carry torchvision's names and whose numerics are the same, started like torchvision's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from timm.models import generate_default_cfgs
+from timm.models.resnet import Bottleneck
+from timm.models.resnet import ResNet as TimmResNet
+from torch import Tensor, nn
+
+from esvit_core.models.entrypoints import default_cfg, register
+
+
+class ResNet(TimmResNet):
+    """Residual network; regions are the places of the last feature map, the view feature is their mean.
+
+    Args:
+        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
+        img_size: accepted for the interface; the network fits every resolution.
+        drop_path_rate: accepted for the interface; the published ResNet has no stochastic depth.
+        kwargs: as timm's ``ResNet``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 0,
+        img_size: int | tuple[int, int] = 224,
+        drop_path_rate: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes=num_classes, zero_init_last=False, **kwargs)
+
+    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """View features (B, D) and regions (B, N, D)."""
+        regions = self.forward_features(x).flatten(2).mT  # (B, N, D)
+        return regions.mean(1), regions
+
+    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
+        """The linear-probe feature: averages of the last ``n`` residual blocks, concatenated, (B, D')."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        outputs = []
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            for block in cast(nn.Sequential, getattr(self, name)):
+                x = block(x)
+                outputs.append(x)
+        return torch.cat([y.mean((2, 3)) for y in outputs[-n:]], -1)
+
+    def last_attention(self, x: Tensor) -> Tensor:
+        """There is none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a ResNet has no attention; attention_map gives the strength of its regions")
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """In place of attention the norm of each region's feature, (B, 1, H, W)."""
+        return self.forward_features(x).norm(dim=1, keepdim=True)
+
+
+default_cfgs = generate_default_cfgs({"esvit_resnet50": default_cfg(first_conv="conv1", classifier="fc")})
+
+register(__name__, ResNet, "esvit_resnet50", block=Bottleneck, layers=(3, 4, 6, 3), out_indices=(0, 1, 2, 3, 4))

@@ -1,0 +1,148 @@
+"""Any backbone of timm that gives a feature map, behind EsViT's interface (``arch: timm:convnext_tiny``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from esvit_core.errors import UserError
+
+# What lets a network take crops of other sizes than its own is an option with another name in each family.
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"dynamic_img_size": True},
+    {"strict_img_size": False, "always_partition": True, "dynamic_mask": True},
+    {"strict_img_size": False},
+    {},
+)
+
+
+class TimmBackbone(nn.Module):
+    """A network of timm: regions from ``forward_features`` whatever their layout, the view from ``forward_head``.
+
+    Args:
+        name: as for ``timm.create_model``.
+        img_size: side the network is built for, pixels; networks that fit every resolution ignore it.
+        kwargs: further arguments of the network.
+
+    Raises:
+        ValueError: timm has no such network, or it gives no feature map.
+    """
+
+    def __init__(self, name: str, img_size: int = 224, **kwargs: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.model: Any = _create(name, img_size, kwargs)
+        with torch.no_grad():
+            training = self.model.training
+            features = self.model.eval().forward_features(torch.zeros(1, self.model.in_chans, img_size, img_size))
+            view = self.model.forward_head(features, pre_logits=True)
+            self.model.train(training)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4) or view.ndim != 2:
+            raise ValueError(f"timm:{name} gives no feature map; expected a network with regions")
+        self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
+        self.layout = _layout(features, int(self.model.num_features), getattr(self.model, "output_fmt", None))
+        self.num_features = self.head_hidden_size = view.shape[-1]
+        self.num_region_features = features.shape[1 if self.layout == "NCHW" else -1]
+        self.feature_info = getattr(self.model, "feature_info", None)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Regions, in the network's own layout.
+
+        Raises:
+            UserError: the network does not take pictures of this size.
+        """
+        try:
+            return self.model.forward_features(x)
+        except AssertionError as error:  # so timm's networks refuse a size
+            size = " x ".join(str(side) for side in x.shape[2:])
+            raise UserError(
+                f"timm:{self.name}: does not take crops of {size} px ({error}); change the crop sizes or the network"
+            ) from None
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """View feature (B, D), or class logits, of ``forward_features``."""
+        return self.model.forward_head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward_intermediates(x, *args, **kwargs)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+
+    def get_classifier(self) -> nn.Module:
+        return self.model.get_classifier()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"model.{name}" for name in names}
+
+    def _regions(self, features: Tensor) -> Tensor:
+        """(B, N, D) without prefix tokens."""
+        if self.layout == "NCHW":
+            return features.flatten(2).mT
+        return features.flatten(1, 2) if self.layout == "NHWC" else features[:, self.prefix_tokens :]
+
+    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """View features (B, D) and regions (B, N, D')."""
+        features = self.forward_features(x)
+        return self.forward_head(features, pre_logits=True), self._regions(features)
+
+    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
+        """The linear-probe feature: averages of the last ``n`` feature maps timm gives, concatenated, (B, D')."""
+        try:
+            maps = self.model.forward_intermediates(x, indices=None, intermediates_only=True)[-n:]
+        except AttributeError:  # a network without intermediates
+            return self._regions(self.forward_features(x)).mean(1)
+        return torch.cat([y.mean((2, 3)) for y in maps], -1)
+
+    def last_attention(self, x: Tensor) -> Tensor:
+        """Not given by timm's networks.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a network of timm does not show its attention; attention_map gives the strength of regions")
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """In place of attention the norm of each region's feature, (B, 1, H, W)."""
+        features = self.forward_features(x)
+        strength = self._regions(features).norm(dim=-1)  # (B, N)
+        if self.layout == "NCHW":
+            return strength.unflatten(1, features.shape[2:])[:, None]
+        if self.layout == "NHWC":
+            return strength.unflatten(1, features.shape[1:3])[:, None]
+        height = max(1, round((strength.shape[1] * x.shape[2] / x.shape[3]) ** 0.5))
+        return strength.unflatten(1, (height, -1))[:, None]
+
+
+def _create(name: str, img_size: int, given: dict[str, Any]) -> Any:
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no network {name}; `timm.list_models()` lists them")
+    refused: Exception | None = None
+    without_drop = {key: value for key, value in given.items() if key != "drop_path_rate"}
+    for values in (given, without_drop):  # nor has each family stochastic depth
+        for options in (*({"img_size": img_size, **options} for options in _ANY_SIZE), *_ANY_SIZE):
+            arguments: dict[str, Any] = {"num_classes": 0, **options, **values}
+            try:
+                return timm.create_model(name, **arguments)
+            except TypeError as error:  # an option this family does not have
+                refused = error
+    raise ValueError(f"timm:{name}: {refused}")
+
+
+def _layout(features: Tensor, width: int, stated: str | None) -> str:
+    if features.ndim == 3:
+        return "NLC"
+    if stated in ("NCHW", "NHWC"):
+        return stated
+    return "NHWC" if features.shape[-1] == width and features.shape[1] != width else "NCHW"
