@@ -7,9 +7,19 @@ import torch
 from torch import nn
 
 
-def has_attention(backbone: nn.Module) -> bool:
-    """Whether the backbone has attention to show (ResNet does not)."""
-    return callable(getattr(backbone, "attention_map", None))
+def shows_attention(backbone: nn.Module, pictures: torch.Tensor) -> bool:
+    """Whether :func:`attention_maps` shows attention: a ResNet has none, its map is the strength of its regions.
+
+    Args:
+        backbone: in eval mode, where it is.
+        pictures: network input, (B, 3, S, S); the first is tried.
+    """
+    with torch.inference_mode():
+        try:
+            backbone.last_attention(pictures[:1].to(next(backbone.parameters()).device))  # type: ignore[operator]
+        except ValueError:
+            return False
+    return True
 
 
 def attention_maps(backbone: nn.Module, pictures: torch.Tensor) -> np.ndarray:
@@ -20,7 +30,10 @@ def attention_maps(backbone: nn.Module, pictures: torch.Tensor) -> np.ndarray:
         pictures: network input, (B, 3, S, S).
 
     Returns:
-        Mean over the queries, (B, heads, h, w).
+        (B, heads, h, w); one head where the map is the strength of regions.
+
+    Raises:
+        ValueError: the backbone gives neither.
     """
     device = next(backbone.parameters()).device
     with torch.inference_mode():

@@ -131,10 +131,18 @@ def chance(pair: Pair) -> float:
 
 
 def regions_per_side(backbone: nn.Module, size: int) -> int:
-    """Side of the map of regions that the backbone makes of a square crop of ``size`` pixels."""
+    """Side of the map of regions that the backbone makes of a square crop of ``size`` pixels.
+
+    Raises:
+        ValueError: its regions are not a square map.
+    """
     device = next(backbone.parameters()).device
     with torch.inference_mode():
-        return math.isqrt(_regions(backbone, torch.zeros(1, 3, size, size, device=device)).shape[1])
+        regions = _regions(backbone, torch.zeros(1, 3, size, size, device=device)).shape[1]
+    side = math.isqrt(regions)
+    if side * side != regions:
+        raise ValueError(f"the backbone's {regions} regions are not a square map")
+    return side
 
 
 def match_pairs(

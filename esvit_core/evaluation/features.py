@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from esvit_core.config import Config
@@ -113,9 +112,8 @@ def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[s
     prefix = join_uri(run_uri, "features")
     if (found := store.read_manifest(prefix)) is not None:
         return found
-    data = join_uri(run_uri, "data")
+    datasets = split_datasets(store, join_uri(run_uri, "data"))
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        datasets = split_datasets(store, data, Path(folder) / "shards")
         files = {}
         for model in MODELS:
             backbone = load_model(run_uri, model, store)
@@ -170,11 +168,11 @@ def load_model(run_uri: str, model: str, store: ObjectStore) -> nn.Module:
     return load_backbone(join_uri(run_uri, _PLACES[model]), store)
 
 
-def split_datasets(store: ObjectStore, data: str, cache: Path) -> dict[str, ShardDataset]:
+def split_datasets(store: ObjectStore, data: str) -> dict[str, ShardDataset]:
     """The splits of prepared data that hold pictures."""
     manifest = Manifest.read(store, data)
     return {
-        split: ShardDataset(store, data, split, cache)
+        split: ShardDataset(store, data, split)
         for split in SPLITS
         if split in manifest.splits and manifest.splits[split].samples
     }
@@ -213,4 +211,4 @@ def _batches(
 
 def _save(features: Features, path: Path) -> None:
     arrays = {"view": features.view, "blocks": features.blocks, "labels": features.labels}
-    safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from esvit_core.config import Config
 from esvit_core.data.augment import MultiCrop
 from esvit_core.data.stream import ShardDataset
 from esvit_core.evaluation import plots
-from esvit_core.evaluation.attention import attention_maps, has_attention
+from esvit_core.evaluation.attention import attention_maps, shows_attention
 from esvit_core.evaluation.correspondence import Pair, chance, draw_pairs, match_pairs, regions_per_side, share_right
 from esvit_core.evaluation.features import eval_transform, load_model, split_datasets
 from esvit_core.monitoring.progress import Progress
@@ -60,16 +58,14 @@ def draw_pictures(run_uri: str, store: ObjectStore, config: Config) -> dict[str,
     if store.read_manifest(prefix) is not None:
         return store.get_json(join_uri(prefix, INDEX))
     drawn = _Drawn()
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        datasets = split_datasets(store, join_uri(run_uri, "data"), Path(folder))
-        dataset = datasets.get("val") or datasets["train"]
-        models = {model: _on_device(load_model(run_uri, model, store)) for model in _COLUMNS}
-        chosen = spread(dataset.labels, config.evaluation.correspondence_pictures, config.seed)
-        side = regions_per_side(models["trained"], config.augment.global_crops.size)
-        pairs = draw_pairs(dataset, chosen, MultiCrop(config.augment), config.seed, side)
-        shown = _telling(chosen, pairs)[: config.evaluation.pictures]
-        _correspondence(drawn, pairs, [i for i in shown if i in pairs], models, config)
-        _attention(drawn, dataset, shown, models, config)
+    datasets = split_datasets(store, join_uri(run_uri, "data"))
+    dataset = datasets.get("val") or datasets["train"]
+    models = {model: _on_device(load_model(run_uri, model, store)) for model in _COLUMNS}
+    chosen = spread(dataset.labels, config.evaluation.correspondence_pictures, config.seed)
+    pairs = _pairs(drawn, dataset, chosen, models["trained"], config)
+    shown = _telling(chosen, pairs)[: config.evaluation.pictures]
+    _correspondence(drawn, pairs, [i for i in shown if i in pairs], models, config)
+    _attention(drawn, dataset, shown, models, config)
     index = {"pictures": drawn.pictures, "figures": drawn.figures, "left_out": drawn.left_out}
     drawn.files[INDEX] = (json.dumps(index, indent=1) + "\n").encode()
     store.publish(prefix, drawn.files, "pictures")
@@ -92,12 +88,25 @@ def spread(labels: np.ndarray, count: int, seed: int) -> list[int]:
     return order[np.argsort(rounds[order], kind="stable")][:count].tolist()
 
 
+def _pairs(
+    drawn: _Drawn, dataset: ShardDataset, chosen: list[int], backbone: nn.Module, config: Config
+) -> dict[int, Pair]:
+    try:
+        side = regions_per_side(backbone, config.augment.global_crops.size)
+    except ValueError as error:
+        drawn.leave_out("correspondence", str(error))
+        return {}
+    pairs = draw_pairs(dataset, chosen, MultiCrop(config.augment), config.seed, side)
+    if not pairs:
+        drawn.leave_out("correspondence", "no picture gave two crops that share a region that is not blank")
+    return pairs
+
+
 def _correspondence(
     drawn: _Drawn, by_picture: Mapping[int, Pair], shown: list[int], models: Mapping[str, nn.Module], config: Config
 ) -> None:
     pairs = list(by_picture.values())
     if not pairs:
-        drawn.leave_out("correspondence", "no picture gave two crops that share a region that is not blank")
         return
     with Progress(len(pairs) * len(models), unit="pairs of crops", label="correspondence") as progress:
         matches = {m: match_pairs(b, pairs, config.evaluation.batch_size, progress) for m, b in models.items()}
@@ -134,17 +143,28 @@ def _attention(
     if not chosen:
         drawn.leave_out("attention", "evaluation.pictures is 0")
         return
-    if not has_attention(models["trained"]):
-        drawn.leave_out("attention", f"{config.model.arch} has no attention")
-        return
     transform = eval_transform(config)
     inputs = torch.stack([transform(dataset.image(i)) for i in chosen])  # (B, 3, S, S)
-    maps = {model: attention_maps(backbone, inputs) for model, backbone in models.items()}
+    try:
+        maps = {model: attention_maps(backbone, inputs) for model, backbone in models.items()}
+    except ValueError as error:
+        drawn.leave_out("attention", f"{config.model.arch}: {error}")
+        return
+    png = plots.attention_figure(_shown(inputs, config), list(maps["trained"]), list(maps["untrained"]))
+    if not shows_attention(models["trained"], inputs):
+        drawn.add(
+            "attention.png",
+            png,
+            "Strength of the regions",
+            "How long the feature of each place of the picture is, the brighter the longer, untrained and trained "
+            f"({config.model.arch} shows no attention). Each map has its own scale.",
+        )
+        return
     heads = maps["trained"].shape[1]
-    of_heads = f"{plots.heads_shown(heads)} of the {heads} heads" if plots.heads_shown(heads) < heads else "the heads"
+    of_heads = f"{plots.heads_shown(heads)} of the {heads} heads" if plots.heads_shown(heads) < heads else "each head"
     drawn.add(
         "attention.png",
-        plots.attention_figure(_shown(inputs, config), list(maps["trained"]), list(maps["untrained"])),
+        png,
         "Attention",
         "How much attention each place of the picture receives in the last block, the brighter the more: the mean over "
         f"the heads, untrained and trained, and {of_heads} of the trained backbone. Each map has its own scale.",

@@ -54,8 +54,8 @@ def correspondence_figure(
 
 
 def heads_shown(heads: int) -> int:
-    """Of how many heads :func:`attention_figure` shows the map by itself."""
-    return min(_HEADS, heads)
+    """Of how many heads :func:`attention_figure` shows the map by itself; a single one is its own mean."""
+    return min(_HEADS, heads) if heads > 1 else 0
 
 
 def attention_figure(
@@ -72,7 +72,8 @@ def attention_figure(
     """
     heads = heads_shown(len(trained[0]))
     columns = 3 + heads
-    figure = Figure(figsize=(1.5 * columns, 0.55 + 1.5 * len(pictures)), dpi=_DPI)
+    cell = 1.5 if heads else 2.2
+    figure = Figure(figsize=(cell * columns, 0.55 + cell * len(pictures)), dpi=_DPI)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(pictures), columns, squeeze=False)
     titles = ["picture", "untrained", "trained", *(f"head {i + 1}" for i in range(heads))]

@@ -6,11 +6,9 @@ The strength lambda is the weight of ``|w|^2 / 2`` against the sum of the losses
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -207,21 +205,20 @@ def _measure(task: Task | str, chosen: TransferSet, seed: int) -> Result:
 
 def _transfer_task(run_uri: str, store: ObjectStore, config: Config, set_name: str) -> Task | str:
     prefix = join_uri(run_uri, "transfer", set_name)
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        datasets = split_datasets(store, prefix, Path(folder))
-        labels = [datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS]
-        if reason := why_not(*labels):
-            return reason
-        splits: dict[str, Splits] = {}
-        for model in MODELS:
-            backbone = load_model(run_uri, model, store)
-            train, val = (
-                features_of(
-                    backbone, datasets[split], config, label=f"{set_name}: features of the {model} backbone, {split}"
-                )
-                for split in SPLITS
+    datasets = split_datasets(store, prefix)
+    labels = [datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS]
+    if reason := why_not(*labels):
+        return reason
+    splits: dict[str, Splits] = {}
+    for model in MODELS:
+        backbone = load_model(run_uri, model, store)
+        train, val = (
+            features_of(
+                backbone, datasets[split], config, label=f"{set_name}: features of the {model} backbone, {split}"
             )
-            splits[model] = (train, val)
+            for split in SPLITS
+        )
+        splits[model] = (train, val)
     return task_of(splits, Manifest.read(store, prefix).classes)
 
 

@@ -148,3 +148,12 @@ def test_matching_ignores_the_length_of_features():
     a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     b = torch.tensor([[0.1, 0.0], [5.0, 5.0], [0.0, 0.2]])
     assert match_regions(a, b).tolist() == [0, 2]
+
+
+def test_regions_that_are_not_a_square_map_are_told():
+    class Odd(KnowsThePlace):
+        def views_and_regions(self, x):
+            return x.mean((2, 3)), torch.zeros(len(x), 12, 3)
+
+    with pytest.raises(ValueError, match="12 regions are not a square map"):
+        regions_per_side(Odd(), 48)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from esvit_core.evaluation.attention import scale_maps
 from esvit_core.evaluation.correspondence import Crop
 from esvit_core.evaluation.pictures import spread
 from esvit_core.evaluation.plots import cut, heat_over
@@ -29,11 +28,6 @@ def test_heat_lies_where_the_attention_is():
     shown = heat_over(np.full((32, 32, 3), 128, np.uint8), heat, side=40)
     assert shown.shape == (40, 40, 3)
     assert shown[:8, 32:].mean() > shown[30:, :10].mean() + 0.1
-
-
-def test_maps_are_stretched_one_by_one():
-    scaled = scale_maps(np.array([[[1.0, 3.0]], [[10.0, 10.0]]]))
-    assert scaled.tolist() == [[[0.0, 1.0]], [[0.0, 0.0]]]
 
 
 def test_the_choice_of_pictures_takes_the_classes_in_turn():
