@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import certifi
 import urllib3
 from minio import Minio
+from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
 from esvit_core.storage import disk
@@ -62,6 +63,24 @@ class S3Client(Minio):
         if len(data) != promised:
             raise ShortBodyError(f"the connection ended after {len(data)} of {promised} bytes")
         return data, str(response.headers.get("ETag", "")).strip('"')
+
+    def remove_all(self, bucket: str, keys: list[str]) -> None:
+        """Delete objects, a thousand per request.
+
+        Raises:
+            S3Error: of the first that could not be deleted.
+        """
+        for error in self.remove_objects(bucket, [DeleteObject(key) for key in keys]):
+            raise S3Error(
+                None,
+                error.code,
+                error.message,
+                error.name,
+                None,
+                None,
+                bucket_name=bucket,
+                object_name=error.name,
+            )
 
     def begin_upload(self, bucket: str, key: str, headers: dict[str, Any]) -> str:
         return self._create_multipart_upload(bucket, key, dict(headers))

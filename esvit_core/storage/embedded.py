@@ -150,6 +150,7 @@ class EmbeddedStore:
             address = self._address(ports.s3)
             try:
                 if self._wait_until_ready(process, address):
+                    self._forget_unfinished(address)
                     return address
             except BaseException:  # Ctrl-C, or no answer in time
                 self._end(process.pid)
@@ -193,6 +194,12 @@ class EmbeddedStore:
             time.sleep(_POLL_SECONDS)
         return False
 
+    def _forget_unfinished(self, address: StoreAddress) -> None:
+        """Throw away the parts of objects whose writers were killed; who still lives begins the object anew."""
+        store = ObjectStore(address)
+        for bucket in store.buckets():
+            store.abort_uploads(f"s3://{bucket}")
+
     def _choose_ports(self, again: bool) -> weed.Ports:
         """The ports of last time, so that clients find the server again; others where those are taken."""
         wanted = _wanted_port()
@@ -212,7 +219,7 @@ class EmbeddedStore:
             while time.monotonic() < deadline:
                 if self._process is not None:
                     self._process.poll()  # our own child: let it not become a zombie
-                if not self._serves(pid):
+                if _ended(pid):
                     return
                 time.sleep(_POLL_SECONDS)
         raise StoreError(f"{self.directory}: the object store (process {pid}) does not end; end it by hand")
@@ -280,6 +287,14 @@ class EmbeddedStore:
                 yield
             except OSError as error:
                 raise _unusable(self.directory, error) from error
+
+
+def _ended(pid: int) -> bool:
+    """Whether the process has ended and let go of its files; it may still wait for its parent to notice."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _unusable(directory: Path, error: OSError) -> StoreError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ class ObjectStore:
 
         split_uri(f"{SCHEME}{bucket}")
         self.connection.call(f"{SCHEME}{bucket}", make)
+
+    def buckets(self) -> tuple[str, ...]:
+        """Names of the buckets that the key may see."""
+        found = self.connection.call("listing the buckets", lambda client: client.list_buckets())
+        return tuple(bucket.name for bucket in found)
 
     def put_bytes(self, uri: str, data: bytes, *, content_type: str | None = None) -> None:
         """Store ``data`` as the object ``uri``, whole or not at all."""
@@ -205,16 +210,33 @@ class ObjectStore:
     def remove_prefix(self, uri: str) -> int:
         """Delete all objects below a prefix, and say how many they were.
 
-        A manifest goes first, so that a reader never takes a half-deleted set for a complete one.
+        Manifests go first, so that no reader takes a half-deleted set for a complete one.
+
+        Raises:
+            UserError: the prefix is a whole bucket.
         """
-        if not split_uri(uri)[1]:
+        bucket, key = split_uri(uri)
+        if not key:
             raise UserError(f"{uri}: refusing to empty a whole bucket; name a prefix in it")
-        found = sorted(
-            (item.uri for item in self.list(uri)), key=lambda item: not item.endswith("/" + publish.MANIFEST)
-        )
-        for item in found:
-            self.remove(item)
+        found = [item.uri.removeprefix(f"{SCHEME}{bucket}/") for item in self.list(uri)]
+        manifests = [name for name in found if name.endswith(f"/{publish.MANIFEST}")]
+        for names in (manifests, sorted({*found} - {*manifests})):
+            self.connection.call(uri, lambda client, names=names: client.remove_all(bucket, names))  # type: ignore[misc]
         return len(found)
+
+    def abort_uploads(self, uri: str, older_than: timedelta | None = None) -> int:
+        """Throw away the parts that killed processes left of objects below a prefix, and say of how many objects.
+
+        A process that fails or is interrupted cleans up behind itself, and the embedded server forgets unfinished
+        uploads when it starts: this is for a store that is neither.
+
+        Args:
+            uri: prefix or bucket.
+            older_than: spare those begun later than so long ago; None: spare none.
+        """
+        bucket, key = split_uri(uri)
+        before = None if older_than is None else datetime.now(UTC) - older_than
+        return transfer.abort_uploads(self.connection, bucket, key, before)
 
     def put_if_absent(self, uri: str, data: bytes) -> bool:
         """Store ``data`` unless the object exists already; of several callers at once exactly one gets True."""
