@@ -104,5 +104,7 @@ def _pieces(store: ObjectStore, run_uri: str) -> list[tuple[int, int, str]]:
 
 
 def _rounded(value: Any) -> Any:
-    # Six significant digits: the log is for people and plots, the checkpoint is exact.
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    # Six significant digits: the log is for people and plots, the checkpoint is exact. Times keep their seconds.
+    if not isinstance(value, float):
+        return value
+    return round(value, 1) if abs(value) >= 1e6 else float(f"{value:.6g}")

@@ -1,4 +1,7 @@
-"""One training process: ``python -m esvit_core.training --run s3://bucket/runs/<id>``, usually under torchrun.
+"""One training process: ``python -m esvit_core.training --run s3://bucket/runs/<id>``.
+
+Several: ``torchrun --nproc-per-node 2 -m esvit_core.training --run-uri s3://bucket/runs/<id>`` (torchrun would take
+``--run`` for its own ``--run-path``).
 
 Exit codes: 0 finished (or was finished already), 2 a mistake of the user or a run that had to be stopped (the reason
 is the last line), 75 stopped on request with a checkpoint: started again it goes on.
@@ -18,23 +21,26 @@ from esvit_core.training.stop import StopRequest, end_with, leave_process_id
 
 def main() -> int:
     """Train; the exit code."""
-    stop = StopRequest()  # before anything that takes time
+    stop = StopRequest()
+    stop.listen()  # before anything that takes time
     if agent := os.environ.get(AGENT_VARIABLE):
         end_with(int(agent))
     leave_process_id()
     parser = argparse.ArgumentParser(prog="python -m esvit_core.training", description="Pre-train the run's backbone.")
-    parser.add_argument("--run", required=True, help="s3://bucket/runs/<id>; its config.yaml and data/ must be there")
+    parser.add_argument(
+        "--run", "--run-uri", required=True, help="s3://bucket/runs/<id>; its config.yaml and data/ must be there"
+    )
     run_uri: str = parser.parse_args().run
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # the first process speaks for all  # noqa: SIM115
 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from esvit_core.training.run import carry_out
-
     errors = get_error_handler()
     errors.initialize()
     try:
+        from esvit_core.training.run import carry_out
+
         return carry_out(run_uri, stop)
     except UserError as error:
         errors.record_exception(error)

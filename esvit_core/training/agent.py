@@ -38,19 +38,19 @@ def main(arguments: list[str]) -> int:
     error_file = os.environ.pop(ERROR_FILE_VARIABLE, None)
     try:
         torch.distributed.run.run(torch.distributed.run.parse_args(arguments))
+        return 0
     except ChildFailedError as error:
         failure = first_failure(error)
-        print(f"training process {failure['rank']} failed: {failure['reason']}", file=sys.stderr)
-        if error_file:
-            Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
-        return failure["exit_code"] if failure["exit_code"] > 0 else 1
     except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+        failure = {"exit_code": STOPPED_EXIT_CODE, "reason": f"stopped from outside by {error.sigval.name}"}
+    if error_file:
+        Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
+    print(failure["reason"], file=sys.stderr, flush=True)
+    return failure["exit_code"] if failure["exit_code"] > 0 else 1
 
 
 def first_failure(error: ChildFailedError) -> dict[str, Any]:
-    """Rank, exit code and one-line reason of the process that failed first.
+    """Exit code and one-line reason of the process that failed first.
 
     A process that explains itself comes before those that were merely cut off: when one of them dies, the others
     fail a moment later, in the middle of a collective, and the clock of the error files has whole seconds.
@@ -69,23 +69,20 @@ def first_failure(error: ChildFailedError) -> dict[str, Any]:
         return kind, item[1].timestamp
 
     rank, failure = min(error.failures.items(), key=order)
-    return {"rank": rank, "exit_code": failure.exitcode, "reason": _reason(failure)}
+    return {"exit_code": failure.exitcode, "reason": _reason(rank, failure)}
 
 
-def _reason(failure: Any) -> str:
-    if failure.exitcode < 0:
-        return f"killed by {failure.signal_name()}" + (
-            " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
-        )
+def _reason(rank: int, failure: Any) -> str:
     if failure.exitcode == STOPPED_EXIT_CODE:
-        return "stopped on request"
-    message = failure.message
-    text = str(message.get("message", "") if isinstance(message, dict) else message)
+        return "stopped from outside by a signal"
+    if failure.exitcode < 0:
+        memory = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
+        return f"process {rank} was killed by {failure.signal_name()}{memory}"
     if not Path(failure.error_file).is_file():
-        text = "ended without a reason"
-    return (
-        f"{' '.join(text.split())} (exit code {failure.exitcode})" if failure.exitcode != USER_ERROR_EXIT_CODE else text
-    )
+        return f"process {rank} ended with exit code {failure.exitcode} and without a reason"
+    message = failure.message
+    text = " ".join(str(message.get("message", "") if isinstance(message, dict) else message).split())
+    return text.removeprefix("UserError: ") if failure.exitcode == USER_ERROR_EXIT_CODE else f"process {rank}: {text}"
 
 
 if __name__ == "__main__":

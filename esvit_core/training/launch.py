@@ -30,7 +30,7 @@ from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.training.agent import LAUNCHER_VARIABLE
 from esvit_core.training.environment import available_cores
-from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE
+from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE
 from esvit_core.training.summary import TrainingSummary, read_summary
 
 MODULE = "esvit_core.training"
@@ -70,7 +70,7 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
         raise UserError(outcome.reason)
     if summary := read_summary(store, run_uri):
         return summary
-    raise UserError(f"training of {run_uri}: was stopped from outside; the same command again goes on")
+    raise UserError(f"training of {run_uri}: ended without a summary; the same command again goes on")
 
 
 def divide_cores(config: Config) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def _run(run_uri: str, processes: int, threads: int, folder: Path) -> _Outcome:
     from torchx.runner import get_runner
 
     name = run_uri.rstrip("/").rsplit("/", 1)[-1]
-    app = ddp("--run", run_uri, m=MODULE, name=f"esvit/{name}", j=f"1x{processes}", cpu=threads * processes, tee=0)
+    app = ddp("--run-uri", run_uri, m=MODULE, name=f"esvit/{name}", j=f"1x{processes}", cpu=threads * processes, tee=0)
     app.roles[0].env.update(_environment(threads, folder))
     _start_through_agent(app.roles[0], folder)
     with _keep_signal_handlers(), get_runner() as runner:
@@ -113,11 +113,11 @@ def _run(run_uri: str, processes: int, threads: int, folder: Path) -> _Outcome:
         stop = _Signals()  # after the scheduler has been made: it sets handlers of its own
         handle = runner.schedule(request)
         try:
-            error = _wait(runner, handle, Path(replica.stdout), stop)
+            status = _wait(runner, handle, Path(replica.stdout), stop)
         finally:
             runner.cancel(handle)
             _end_processes(folder)
-        return _Outcome(stop.first, _explain(error, Path(replica.stderr)) if not stop.first else "")
+        return _Outcome(stop.first, _explain(status, Path(replica.stderr)) if not stop.first else "")
 
 
 def _environment(threads: int, folder: Path) -> dict[str, str]:
@@ -184,8 +184,8 @@ def _keep_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(runner: Any, handle: str, stdout: Path, stop: _Signals) -> str:
-    """Relay the output until the job has ended; what it left as its error, JSON or nothing."""
+def _wait(runner: Any, handle: str, stdout: Path, stop: _Signals) -> Any:
+    """Relay the output until the job has ended; its last status."""
     deadline = float("inf")
     with stdout.open(encoding="utf-8", errors="replace") as stream:
         while True:
@@ -193,7 +193,7 @@ def _wait(runner: Any, handle: str, stdout: Path, stop: _Signals) -> str:
             _relay(stream)
             if status is None or status.is_terminal():
                 _relay(stream)
-                return "" if status is None else status.structured_error_msg
+                return status
             if stop.first and deadline == float("inf"):
                 deadline = time.monotonic() + STOP_SECONDS
                 print("train: stopping, writing a checkpoint (once more: stop at once)", flush=True)
@@ -236,18 +236,24 @@ def _end_processes(folder: Path) -> None:
             process.kill()
 
 
-def _explain(error: str, stderr: Path) -> str:
-    """One line about the first failure; the end of the processes' error output goes to ours if it was no user's."""
-    try:
-        failure = json.loads(error)
-        code, reason, rank = failure["exit_code"], failure["reason"], failure["rank"]
-    except (ValueError, TypeError, KeyError):
+def _explain(status: Any, stderr: Path) -> str:
+    """One line about the first failure, empty when there is none.
+
+    Where a process failed for a reason that only its traceback tells, that goes to the error output.
+    """
+    if status is not None and status.state.name == "SUCCEEDED":
         return ""
+    try:
+        failure = json.loads(status.structured_error_msg)
+        code, reason = failure["exit_code"], failure["reason"]
+    except (AttributeError, ValueError, KeyError):
+        code, reason = 1, "the agent of the training processes failed"
     if code == USER_ERROR_EXIT_CODE:
         return str(reason)
-    lines = stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-    return f"training: process {rank} failed: {reason}; the same command again goes on from the last checkpoint"
+    if code > 0 and code != STOPPED_EXIT_CODE:
+        lines = stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    return f"training: {reason}; the same command again goes on from the last checkpoint"
 
 
 def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:

@@ -33,6 +33,9 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._armed = False
         self.grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
+
+    def listen(self) -> None:
+        """From here on signals are heard."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 

@@ -99,9 +99,11 @@ class Watch:
         }
         if self._metrics:
             self._metrics.line(self.last_line)
-        self._check(figures[0], figures[3], steps, diagnostics)
+        self._require_finite(figures[0], figures[3], steps)
         if self._log:
             self._log.write(self.last_line)
+        if reason := parts.collapse.observe(parts.position.step, diagnostics):
+            raise UserError(f"training: {reason}")
         self._sums.zero_()
         self._steps, self._wait_seconds, self._line_time = 0, 0.0, time.monotonic()
 
@@ -120,16 +122,15 @@ class Watch:
         self._parts.world.mean_(statistics.vector)
         return statistics.diagnostics()
 
-    def _check(self, loss: float, grad_norm: float, steps: int, diagnostics: Diagnostics) -> None:
+    def _require_finite(self, loss: float, grad_norm: float, steps: int) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
         step = self._parts.position.step
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
-            advice = "lower optimizer.lr or raise optimizer.warmup_epochs"
-            if self._parts.precision.dtype != torch.float32:
-                advice += ", or set training.precision=float32"
-            raise UserError(f"training: {what} between steps {step - steps + 1} and {step}, not finite; {advice}")
-        if reason := self._parts.collapse.observe(step, diagnostics):
-            raise UserError(f"training: {reason}")
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
+        advice = "lower optimizer.lr or raise optimizer.warmup_epochs"
+        if self._parts.precision.dtype != torch.float32:
+            advice += ", or set training.precision=float32"
+        raise UserError(f"training: {what} between steps {step - steps + 1} and {step}, not finite; {advice}")
 
     def _shown(self) -> dict[str, str]:
         line = self.last_line
