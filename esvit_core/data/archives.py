@@ -1,0 +1,218 @@
+"""Tars and zips as sources of pictures."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import lzma
+import re
+import shutil
+import tarfile
+import tempfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol, cast
+
+from esvit_core.errors import UserError
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
+_COMPRESSIONS: dict[bytes, Callable[[Path], BinaryIO]] = {
+    b"\x1f\x8b": cast(Callable[[Path], BinaryIO], gzip.GzipFile),
+    b"BZh": cast(Callable[[Path], BinaryIO], bz2.BZ2File),
+    b"\xfd7zXZ\x00": cast(Callable[[Path], BinaryIO], lzma.LZMAFile),
+}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ReadProblem(Exception):  # noqa: N818 (of one file, and no error of the source)
+    """Why one file of a source cannot be read, in a few words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a source.
+
+    Attributes:
+        name: path below the source, with ``/``.
+        size: bytes.
+        stamp: changes when the content does, as far as a listing tells.
+        handle: by which the source finds it.
+        problem: why it cannot be a picture; None: it may be one.
+    """
+
+    name: str
+    size: int
+    stamp: str
+    handle: object
+    problem: str | None = None
+
+
+class Source(Protocol):
+    """Files that can be listed, and read in any order and from several threads.
+
+    Attributes:
+        entries: the files.
+        duplicates: entries that are not among them because a later one has the same name.
+    """
+
+    entries: list[Entry]
+    duplicates: int
+
+    def read(self, entry: Entry) -> bytes:
+        """The file's content.
+
+        Raises:
+            ReadProblem: it cannot be read; others can.
+            UserError: nothing can be read any more.
+        """
+        ...
+
+
+class TarSource:
+    """The files of a tar; a compressed one is decompressed to a temporary file first, to be read in any order."""
+
+    def __init__(self, source: str, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._file = _plain_tar(source, path)
+        try:
+            self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115
+            found = [_tar_entry(member) for member in self._tar if not member.isdir()]
+            self._require_end(source)
+        except DAMAGE as error:
+            self._file.close()
+            raise damaged(source, error) from None
+        except UserError:
+            self._file.close()
+            raise
+        self.entries, self.duplicates = keep_last(found)
+
+    def read(self, entry: Entry) -> bytes:
+        assert isinstance(entry.handle, tarfile.TarInfo)
+        try:
+            with self._lock:  # one position for all
+                file = self._tar.extractfile(entry.handle)
+                if file is None:
+                    raise ReadProblem("not a regular file")
+                return file.read()
+        except KeyError:
+            raise ReadProblem("a link to nothing") from None
+        except RecursionError:
+            raise ReadProblem("a link to itself") from None
+        except DAMAGE as error:
+            raise ReadProblem(f"damaged in the archive ({error})") from None
+
+    def close(self) -> None:
+        self._tar.close()
+        self._file.close()
+
+    def _require_end(self, source: str) -> None:
+        # tarfile takes half a header for the end: files would be missing without a word.
+        self._file.seek(self._tar.offset)
+        if self._file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise damaged(source, "it has no end mark, so files may be missing")
+
+
+class ZipSource:
+    """The files of a zip."""
+
+    def __init__(self, source: str, path: Path) -> None:
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except DAMAGE as error:
+            raise damaged(source, error) from None
+        self.entries, self.duplicates = keep_last(_zip_entry(i) for i in self._zip.infolist() if not i.is_dir())
+
+    def read(self, entry: Entry) -> bytes:
+        assert isinstance(entry.handle, zipfile.ZipInfo)
+        try:
+            return self._zip.read(entry.handle)
+        except (NotImplementedError, RuntimeError, *DAMAGE) as error:
+            raise ReadProblem(f"damaged in the archive ({error})") from None
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+def kind_of(path: Path) -> Literal["tar", "zip"] | None:
+    """What kind of archive a file is, by its content."""
+    if tarfile.is_tarfile(path):
+        return "tar"
+    if zipfile.is_zipfile(path):
+        return "zip"
+    # A tar that is damaged behind its compression is a damaged tar, not something else.
+    name = path.name.lower()
+    if name.endswith(SUFFIXES):
+        return "zip" if name.endswith(".zip") else "tar"
+    return None
+
+
+def damaged(source: str, why: object) -> UserError:
+    """The error of an archive that cannot be used at all."""
+    if isinstance(why, OSError) and why.errno in _NO_ROOM:
+        return UserError(
+            f"{source}: no room to decompress it in {tempfile.gettempdir()}; "
+            "free some space there, set TMPDIR, or unpack it yourself and give the folder"
+        )
+    return UserError(f"{source}: a damaged archive ({why}); copy or make it again, or give the folder itself")
+
+
+def readable_name(name: str) -> str:
+    """A name that can be written as UTF-8: bytes that are not are replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def keep_last(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
+    """Of entries with the same name the last, which unpacking would leave; and how many others there were."""
+    named: dict[str, Entry] = {}
+    count = 0
+    for entry in entries:
+        named[entry.name] = entry
+        count += 1
+    return list(named.values()), count - len(named)
+
+
+def _tar_entry(member: tarfile.TarInfo) -> Entry:
+    # Time is part of the stamp of a file in a folder only: an archive's fingerprint is that of its bytes.
+    entry = _with_safe_name(Entry(member.name, member.size, "", member))
+    if entry.problem is None and not (member.isreg() or member.islnk() or member.issym()):
+        return replace(entry, problem="not a regular file")
+    return entry
+
+
+def _zip_entry(info: zipfile.ZipInfo) -> Entry:
+    # Some tools on Windows write backslashes although the format forbids them.
+    entry = _with_safe_name(Entry(info.filename.replace("\\", "/"), info.file_size, "", info))
+    if entry.problem is None and info.flag_bits & 1:
+        return replace(entry, problem="encrypted")
+    return entry
+
+
+def _with_safe_name(entry: Entry) -> Entry:
+    parts = [part for part in readable_name(entry.name).split("/") if part not in ("", ".")]
+    unsafe = ".." in parts or entry.name.startswith("/") or re.match(r"[A-Za-z]:/", entry.name)
+    problem = "a path that leads out of the archive" if unsafe else None
+    return replace(entry, name="/".join(parts) or "(no name)", problem=problem)
+
+
+def _plain_tar(source: str, path: Path) -> BinaryIO:
+    """The tar itself, opened; decompressed where need be."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    opener = next((o for magic, o in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    if opener is None:
+        return path.open("rb")
+    plain = tempfile.TemporaryFile(prefix="esvit-")  # noqa: SIM115 (has no name: nothing to clean up)
+    try:
+        with opener(path) as compressed:
+            shutil.copyfileobj(compressed, plain, 2**20)
+    except DAMAGE as error:
+        plain.close()
+        raise damaged(source, error) from None
+    plain.seek(0)
+    return plain

@@ -1,0 +1,140 @@
+"""Batches of crops for training, the same ones for the same seed however they are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from esvit_core.config import Config
+from esvit_core.data.augment import MultiCrop, sample_rng
+from esvit_core.data.order import epoch_order, rank_batches
+
+
+class Pictures(Protocol):
+    """What is trained on; :class:`esvit_core.data.stream.ShardDataset` is one."""
+
+    @property
+    def shard_sizes(self) -> list[int]: ...
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> np.ndarray: ...
+
+
+@dataclass
+class Batch:
+    """What one rank sees in one step.
+
+    Attributes:
+        crops: global crops, then local ones, each (B, 3, S, S) float32; B is this rank's share of the batch.
+        indices: numbers of the samples, (B,).
+        wait_seconds: how long the training waited for this batch.
+    """
+
+    crops: list[torch.Tensor]
+    indices: np.ndarray
+    wait_seconds: float
+
+
+class TrainLoader:
+    """Augmented batches of one rank.
+
+    What a sample looks like is a function of seed, epoch and number; which samples make a step is one of seed and
+    epoch. So a run that goes on in the middle of an epoch sees exactly what it would have seen, and the number of
+    worker processes changes nothing.
+
+    Args:
+        dataset: the training split.
+        config: of the run.
+        seed: of order and augmentation.
+        rank, world: this process among those that share the batches.
+    """
+
+    def __init__(self, dataset: Pictures, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.dataset = dataset
+        self._batch_size, self._workers = config.training.batch_size, config.training.workers
+        self._seed, self._rank, self._world = seed, rank, world
+        self._samples = _Samples(dataset, MultiCrop(config.augment), seed)
+        self._plan = _Plan()
+        self._loader: DataLoader[list[torch.Tensor]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.dataset) // self._batch_size
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch.
+
+        Args:
+            epoch: from 0.
+            start_step: steps of the epoch to leave out because they were done before.
+        """
+        order = epoch_order(self._seed, epoch, self.dataset.shard_sizes)
+        batches = rank_batches(order, self._batch_size, self._rank, self._world)[start_step:]
+        loaded = self._in_workers(epoch, batches) if self._workers else self._in_thread(epoch, batches)
+        for indices in batches:
+            start = time.perf_counter()
+            crops = next(loaded)
+            yield Batch(crops, indices, time.perf_counter() - start)
+
+    def _in_thread(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
+        """One batch ahead: decoding releases the interpreter, and the network waits for nothing."""
+
+        def load(indices: np.ndarray) -> list[torch.Tensor]:
+            return collate([self._samples[epoch, int(i)] for i in indices])
+
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+            coming = pool.submit(load, batches[0]) if batches else None
+            for following in [*batches[1:], None]:
+                if coming is None:
+                    return
+                ready = coming.result()
+                coming = pool.submit(load, following) if following is not None else None
+                yield ready
+
+    def _in_workers(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._samples,
+                batch_sampler=self._plan,
+                num_workers=self._workers,
+                collate_fn=collate,
+                persistent_workers=True,
+                pin_memory=torch.cuda.is_available(),
+            )
+        self._plan.batches = [[(epoch, int(i)) for i in indices] for indices in batches]
+        return iter(self._loader)
+
+
+def collate(samples: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The crops of several samples, kind by kind, each (B, 3, S, S)."""
+    return [torch.stack(crops) for crops in zip(*samples, strict=True)]
+
+
+class _Samples(Dataset[list[torch.Tensor]]):
+    """The crops of a sample, by epoch and number."""
+
+    def __init__(self, dataset: Pictures, multicrop: MultiCrop, seed: int) -> None:
+        self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> list[torch.Tensor]:
+        epoch, index = key
+        return self._multicrop(self._dataset.image(index), sample_rng(self._seed, epoch, index))
+
+
+class _Plan(Sampler[list[tuple[int, int]]]):
+    """The batches of the present epoch; the worker processes outlive it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)

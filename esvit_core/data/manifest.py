@@ -1,0 +1,142 @@
+"""What prepared data consists of: the manifest that is written last and read first."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from esvit_core.data.sources import check_source, source_fingerprint
+from esvit_core.errors import UserError
+from esvit_core.storage import NotFound, ObjectStore, join_uri
+
+__all__ = ["MANIFEST", "BadFiles", "Manifest", "Shard", "Split", "check_source", "source_fingerprint"]
+
+MANIFEST = "manifest.json"
+BAD_FILES = "bad_files.jsonl"
+FORMAT: Literal["esvit-data/1"] = "esvit-data/1"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredFile(_Part):
+    """Size and digest of a stored object."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Shard(StoredFile):
+    """A tar of samples; ``name`` is relative to the manifest's folder."""
+
+    name: str
+    samples: int = Field(gt=0)
+
+
+class Split(_Part):
+    """The pictures of one split in the order of their numbers.
+
+    Attributes:
+        samples: number of pictures.
+        labelled: whether every picture has a class.
+        shards: where they are.
+        index: object that says where in the shards each picture lies (see :mod:`esvit_core.data.shards`).
+        per_class: pictures of each class, in the order of ``Manifest.classes``.
+    """
+
+    samples: int = Field(ge=0)
+    labelled: bool
+    shards: list[Shard]
+    index: str
+    per_class: list[int]
+
+
+class BadFiles(_Part):
+    """Files of the source that were left out; each one is a line of ``bad_files.jsonl``."""
+
+    count: int = Field(ge=0)
+    reasons: dict[str, int]
+
+
+class Manifest(_Part):
+    """Prepared data.
+
+    Attributes:
+        format: of this file.
+        source: where the pictures came from, as the user wrote it.
+        source_fingerprint: of the source's listing when it was read, see :func:`source_fingerprint`.
+        fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every picture.
+        settings: the data section of the configuration that it was made with.
+        classes: names; a label is a place in this list. Empty where there are no labels.
+        splits: ``train``, ``val`` and, where the source has all three, ``test``.
+        bytes: of all shards together.
+        considered: files that could have been pictures.
+        bad: those that were left out.
+        ignored: files passed over as no one's pictures (``.DS_Store``, ``Thumbs.db``, ...).
+        duplicates: entries of an archive that a later one of the same name replaces.
+        copies: pictures that are byte for byte the same as another one; they are kept.
+        not_chosen: left out because of ``data.max_images``.
+        reencoded: pictures stored in another form than they were found in (turned, shrunk, made RGB, ...).
+        files: every object below the manifest's folder.
+    """
+
+    format: Literal["esvit-data/1"] = FORMAT
+    source: str
+    source_fingerprint: str
+    fingerprint: str
+    settings: dict[str, Any]
+    classes: list[str]
+    splits: dict[Literal["train", "val", "test"], Split]
+    bytes: int
+    considered: int
+    bad: BadFiles
+    ignored: int = 0
+    duplicates: int = 0
+    copies: int = 0
+    not_chosen: int = 0
+    reencoded: int = 0
+    files: dict[str, StoredFile]
+
+    @property
+    def samples(self) -> int:
+        """Pictures of all splits together."""
+        return sum(split.samples for split in self.splits.values())
+
+    @classmethod
+    def read(cls, store: ObjectStore, prefix: str) -> Self:
+        """The manifest of the prepared data at ``prefix``.
+
+        Raises:
+            NotFound: no data were prepared there.
+            UserError: what is there is not a manifest of prepared data.
+        """
+        uri = join_uri(prefix, MANIFEST)
+        try:
+            values = store.get_json(uri)
+        except NotFound:
+            raise NotFound(f"{prefix}: no prepared data is there; run the step prepare_data first") from None
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"{uri}: not a manifest of prepared data ({where}: {first['msg']}); prepare the data again elsewhere"
+            ) from None
+
+    def write(self, store: ObjectStore, prefix: str) -> None:
+        """Store the manifest, after everything that it names."""
+        store.put_json(join_uri(prefix, MANIFEST), self.model_dump(mode="json"))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that stand for the data in an artifact's metadata."""
+        return {
+            "pictures": self.samples,
+            **{name: split.samples for name, split in self.splits.items()},
+            "classes": len(self.classes),
+            "bytes": self.bytes,
+            "bad_files": self.bad.count,
+            "fingerprint": self.fingerprint,
+        }
