@@ -17,7 +17,7 @@ from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
 from esvit_core.evaluation.linear import evaluate_linear
 from esvit_core.evaluation.pictures import draw_pictures
 from esvit_core.evaluation.promote import promote
-from esvit_core.evaluation.transfer import evaluate_transfer
+from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
 from esvit_core.export import load_backbone
 
 MODELS = ("trained", "untrained")
@@ -104,8 +104,12 @@ def test_transfer_of_a_run(measured_run, bucket, config):
     )
     assert set(result["lambda"]) == set(MODELS)
     assert result["samples"] == {"train": 25, "val": 11}
-    # The stripes' colours alone tell the classes: any network sees them.
-    assert result["results"]["trained"]["transfer/stripes"] > 80
+    # The set holds the same pictures as the run, so its features are those of the run.
+    for model in MODELS:
+        train, val = (load_features(bucket, measured_run, model, split) for split in ("train", "val"))
+        expected = logistic_transfer(train.view, train.labels, val.view, val.labels, "mean_per_class", config.seed)
+        assert result["results"][model]["transfer/stripes"] == pytest.approx(expected.figure, abs=1e-4)
+        assert result["lambda"][model] == pytest.approx(expected.strength)
 
 
 def test_transfer_to_an_unlabelled_set_is_left_out(measured_run, bucket, config):
