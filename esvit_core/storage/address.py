@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from esvit_core.errors import UserError
 
@@ -100,7 +101,7 @@ def _parse_endpoint(text: str, secure: str) -> tuple[str, bool]:
     host = (rest if separator else text).rstrip("/")
     if separator and scheme not in ("http", "https"):
         raise UserError(f"{ENDPOINT}={text}: expected host:port, http://host:port or https://host:port")
-    if not host or any(c in host for c in "/?#@ "):
+    if not _is_host(host):
         raise UserError(f"{ENDPOINT}={text}: expected host:port or http(s)://host:port, without a path or a key")
     if secure and secure.lower() not in _TRUE | _FALSE:
         raise UserError(f"{SECURE}={secure}: expected true or false")
@@ -110,3 +111,16 @@ def _parse_endpoint(text: str, secure: str) -> tuple[str, bool]:
     if separator:
         return host, scheme == "https"
     return host, wanted if wanted is not None else True
+
+
+def _is_host(text: str) -> bool:
+    try:
+        parts = urlsplit(f"//{text}")
+        return (
+            bool(parts.hostname)
+            and parts.netloc == text.strip() == text
+            and not {" ", "@"} & {*text}
+            and parts.port != 0
+        )
+    except ValueError:  # a port that is not one
+        return False

@@ -205,8 +205,9 @@ def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
 
 
 def _reason(error: BaseException) -> str:
-    while isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
-        error = error.reason
+    """What urllib3 says, without the objects that it says it of."""
     if isinstance(error, urllib3.exceptions.NewConnectionError):
         return str(error).rsplit(": ", 1)[-1]
-    return str(error) or type(error).__name__
+    if isinstance(error, urllib3.exceptions.HTTPError) and len(error.args) > 1:
+        return str(error.args[1])
+    return str(error).split("): ", 1)[-1] or type(error).__name__

@@ -70,7 +70,7 @@ def read_manifest(store: ObjectStore, prefix_uri: str) -> dict[str, Any] | None:
         manifest = store.get_json(uri)
     except NotFound:
         return None
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), str):
         raise IntegrityError(f"{uri}: not a manifest; remove the set and make it again")
     return manifest
 
@@ -97,10 +97,13 @@ def fetch(
     manifest = read_manifest(store, prefix_uri)
     if manifest is None:
         raise NotFound(f"{prefix_uri}: no complete set of files is there (no {MANIFEST})")
-    for name in manifest["files"] if names is None else names:
-        if name not in manifest["files"]:
-            raise NotFound(f"{join_uri(prefix_uri, name)}: not in the set; it has {', '.join(manifest['files'])}")
-        _fetch_file(store, join_uri(prefix_uri, name), Path(directory) / name, manifest["files"][name], verify)
+    entries = manifest.get("files")
+    if not _are_entries(entries):
+        raise IntegrityError(f"{join_uri(prefix_uri, MANIFEST)}: not a list of files; remove the set and make it again")
+    for name in entries if names is None else names:
+        if name not in entries:
+            raise NotFound(f"{join_uri(prefix_uri, name)}: not in the set; it has {', '.join(entries)}")
+        _fetch_file(store, join_uri(prefix_uri, name), Path(directory) / name, entries[name], verify)
     return manifest
 
 
@@ -125,10 +128,25 @@ def _difference(path: Path, entry: dict[str, Any], verify: bool) -> str | None:
     return None
 
 
+def _are_entries(value: Any) -> bool:
+    """Whether that is ``{name: {"bytes": size, "sha256": digest}}``, and no name leads out of the set's folder."""
+    return isinstance(value, dict) and all(
+        _is_name(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for name, entry in value.items()
+    )
+
+
+def _is_name(name: str) -> bool:
+    return name != MANIFEST and not {"", ".", ".."} & {*name.split("/")}
+
+
 def _describe(files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:
     described = {}
     for name, content in files.items():
-        if name == MANIFEST or not name:
+        if not _is_name(name):
             raise ValueError(f"a published file may not be called {name!r}")
         if isinstance(content, bytes):
             described[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

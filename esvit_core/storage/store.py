@@ -80,7 +80,15 @@ class ObjectStore:
             StoreUnavailable: nothing answers, or it is not S3.
             StoreRefused: the key is not accepted.
         """
-        self.connection.call("connecting", lambda client: client.list_buckets(), RetryPolicy(attempts=3))
+
+        def knock(client: S3Client) -> None:
+            try:
+                client.list_buckets()
+            except S3Error as error:
+                if error.code != "AccessDenied":  # the key is good, only not for seeing every bucket
+                    raise
+
+        self.connection.call("connecting", knock, RetryPolicy(attempts=3))
 
     def ensure_bucket(self, bucket: str) -> None:
         """Make the bucket unless it exists."""

@@ -1,74 +1,130 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.storage import IntegrityError, NotFound
+from esvit_core.storage import NotFound, ObjectStore, StoreError
 
 
-def test_an_object_comes_back_as_it_went(store) -> None:
-    for data in (b"", b"x", bytes(range(256)) * 1000):
-        store.put_bytes(store.uri("a/b c+ü%.bin"), data)
-        assert store.get_bytes(store.uri("a/b c+ü%.bin")) == data
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
+def test_an_object_comes_back_as_it_went(store, data: bytes) -> None:
+    store.put_bytes(store.uri("a/object"), data)
+    assert store.get_bytes(store.uri("a/object")) == data
+    assert store.stat(store.uri("a/object")).size == len(data)
 
 
-def test_a_large_file_goes_in_parts_and_comes_back(store, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(40 * 2**20 + 17))
-    store.put_file(store.uri("big.bin"), source)
-    store.get_file(store.uri("big.bin"), tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
-    assert store.open_range(store.uri("big.bin"), 16 * 2**20 - 3, 10) == source.read_bytes()[16 * 2**20 - 3 :][:10]
+@pytest.mark.parametrize(
+    "name", ["sp ace", "a+b", "per%25cent", "q?x=1", "hash#x", "über-日本", "a:b;c&d=e", "[x]{y}", ".hidden"]
+)
+def test_odd_names_are_kept(store, name: str) -> None:
+    store.put_bytes(store.uri(f"odd/{name}"), name.encode())
+    assert store.get_bytes(store.uri(f"odd/{name}")) == name.encode()
+    assert [item.uri for item in store.list(store.uri("odd"))] == [store.uri(f"odd/{name}")]
+
+
+def test_ranges_end_where_the_object_ends(store) -> None:
+    uri = store.uri("object")
+    store.put_bytes(uri, b"0123456789")
+    assert store.open_range(uri, 3, 4) == b"3456"
+    assert store.open_range(uri, 8, 100) == b"89"
+    assert store.open_range(uri, 10, 1) == store.open_range(uri, 99, 1) == store.open_range(uri, 2, 0) == b""
+
+
+def test_json_keeps_its_order_and_its_letters(store) -> None:
+    value = {"b": [1, 2.5, None], "a": {"ü": True}}
+    store.put_json(store.uri("value.json"), value)
+    assert store.get_json(store.uri("value.json")) == value
+    assert list(store.get_json(store.uri("value.json"))) == ["b", "a"]
+    store.put_bytes(store.uri("value.json"), b"{")
+    with pytest.raises(UserError, match="not JSON"):
+        store.get_json(store.uri("value.json"))
 
 
 def test_what_is_not_there_is_said_so(store) -> None:
-    with pytest.raises(NotFound, match="no such object"):
-        store.get_bytes(store.uri("absent"))
-    assert store.read_pointer(store.uri("absent")) is None
     assert not store.exists(store.uri("absent"))
+    with pytest.raises(NotFound, match=r"absent: no such object"):
+        store.get_bytes(store.uri("absent"))
+    with pytest.raises(NotFound, match="no such bucket"):
+        store.put_bytes("s3://no-such-bucket/x", b"")
+    with pytest.raises(NotFound, match="no such bucket"):
+        list(store.list("s3://no-such-bucket"))
+    store.remove(store.uri("absent"))
 
 
-def test_listing(store) -> None:
-    for name in ("runs/a/1", "runs/a/sub/2", "runs/ab/3"):
-        store.put_bytes(store.uri(name), b"1")
-    assert [s.uri for s in store.list(store.uri("runs/a"))] == [store.uri("runs/a/1"), store.uri("runs/a/sub/2")]
-    assert [s.uri for s in store.list(store.uri("runs/a"), recursive=False)] == [
-        store.uri("runs/a/1"),
-        store.uri("runs/a/sub/"),
+def test_a_folder_is_no_object(store) -> None:
+    store.put_bytes(store.uri("folder/object"), b"")
+    assert not store.exists(store.uri("folder"))
+    for uri in (store.uri("folder/"), f"s3://{store.bucket}"):
+        with pytest.raises(UserError, match="expected the address of an object"):
+            store.put_bytes(uri, b"")
+
+
+def test_a_name_too_long_for_the_server_is_one_line(store) -> None:
+    with pytest.raises(StoreError, match="xxx"):
+        store.put_bytes(store.uri("x" * 300), b"")
+
+
+def test_a_listing_is_of_a_folder_and_in_order(store) -> None:
+    for name in ("runs/a/2", "runs/a-b/3", "runs/a/1/x", "runs/ab", "runs/a"):
+        store.put_bytes(store.uri(name), name.encode())
+    assert [item.uri for item in store.list(store.uri("runs/a"))] == [store.uri("runs/a/1/x"), store.uri("runs/a/2")]
+    assert [item.uri for item in store.list(store.uri("runs"))] == [
+        store.uri(f"runs/{name}") for name in ("a", "a-b/3", "a/1/x", "a/2", "ab")
     ]
-    assert store.remove_prefix(store.uri("runs/a")) == 2
-    assert [s.uri for s in store.list(store.uri("runs"))] == [store.uri("runs/ab/3")]
+    one_level = list(store.list(store.uri("runs/"), recursive=False))
+    assert [item.uri for item in one_level] == [store.uri(f"runs/{name}") for name in ("a", "a-b/", "a/", "ab")]
+    assert [item.size for item in one_level] == [6, 0, 0, 7]
 
 
-def test_a_pointer_is_swapped_only_from_what_was_read(store) -> None:
-    uri = store.uri("pointers/champion")
-    assert store.swap_pointer(uri, {"run": 1}, None)
-    assert not store.swap_pointer(uri, {"run": 2}, None)
-    first = store.read_pointer(uri)
-    assert store.swap_pointer(uri, {"run": 2}, first)
-    assert not store.swap_pointer(uri, {"run": 3}, first)
-    assert store.read_pointer(uri).value == {"run": 2}
+def test_listings_of_several_pages_are_complete(store, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = type(store.connection.client)
+    page = client._list_objects
+    monkeypatch.setattr(client, "_list_objects", lambda *given, **more: page(*given, **{**more, "max_keys": 20}))
+    names = [f"many/{i % 3}/{i:03d}" for i in range(130)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: store.put_bytes(store.uri(name), b""), names))
+    assert [item.uri for item in store.list(store.uri("many"))] == sorted(store.uri(name) for name in names)
+    assert store.remove_prefix(store.uri("many")) == 130
+    assert not list(store.list(f"s3://{store.bucket}"))
 
 
-def test_put_if_absent(store) -> None:
-    assert store.put_if_absent(store.uri("once"), b"1")
-    assert not store.put_if_absent(store.uri("once"), b"2")
-    assert store.get_bytes(store.uri("once")) == b"1"
+def test_removing_a_prefix_spares_its_neighbours(store) -> None:
+    for name in ("a/manifest.json", "a/b", "ab", "b/a"):
+        store.put_bytes(store.uri(name), b"")
+    assert store.remove_prefix(store.uri("a")) == 2
+    assert [item.uri for item in store.list(f"s3://{store.bucket}")] == [store.uri("ab"), store.uri("b/a")]
+    assert store.remove_prefix(store.uri("a")) == 0
+    with pytest.raises(UserError, match="whole bucket"):
+        store.remove_prefix(f"s3://{store.bucket}")
 
 
-def test_a_published_set_is_fetched_and_checked(store, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"xx")
-    files = {"a.bin": b"a", "deep/x": tmp_path / "x"}
-    manifest = store.publish(store.uri("set"), files, "thing", {"note": 1})
-    assert manifest["format"] == "esvit-thing/1" and manifest["note"] == 1
-    assert store.publish(store.uri("set"), files, "thing", {"note": 1}) == manifest
-    with pytest.raises(UserError, match="already there"):
-        store.publish(store.uri("set"), {"a.bin": b"b"}, "thing")
-    assert store.fetch(store.uri("set"), tmp_path / "out") == manifest
-    assert (tmp_path / "out/deep/x").read_bytes() == b"xx"
-    store.put_bytes(store.uri("set/a.bin"), b"b")
-    with pytest.raises(IntegrityError, match=r"set/a\.bin"):
-        store.fetch(store.uri("set"), tmp_path / "out2")
+def test_buckets_are_made_once_even_by_many(store) -> None:
+    bucket = f"{store.bucket}-shared"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: store.ensure_bucket(bucket), range(8)))
+    assert bucket in store.buckets()
+    with pytest.raises(UserError, match="not a bucket's name"):
+        store.ensure_bucket("Not_A_Bucket")
+
+
+def _read(store: ObjectStore, uri: str) -> tuple[bytes, int]:
+    return store.get_bytes(uri), os.getpid()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_use_the_same_store(store, method: str) -> None:
+    import multiprocessing
+
+    uri = store.uri("object")
+    store.put_bytes(uri, b"data")  # connections are open when the process forks
+    plain = ObjectStore(store.address)
+    plain.get_bytes(uri)
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
+        found = list(pool.map(_read, [plain] * 4, [uri] * 4))
+    assert {data for data, _ in found} == {b"data"}
+    assert os.getpid() not in {pid for _, pid in found}
+    assert pickle.loads(pickle.dumps(plain)).get_bytes(uri) == b"data"

@@ -1,0 +1,101 @@
+"""Which answers are asked for again, told by a server that reads from a script."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from esvit_core.errors import UserError
+from esvit_core.storage import NotFound, ObjectStore, StoreAddress, StoreError, StoreRefused, StoreUnavailable
+from esvit_core.storage.retry import RetryPolicy
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (503, "SlowDown"),
+        (500, "InternalError"),
+        (502, ""),
+        (503, ""),
+        (400, "RequestTimeout"),
+        (409, "OperationAborted"),
+    ],
+)
+def test_what_passes_is_asked_for_again(scripted, answer: tuple[int, str]) -> None:
+    server = scripted(answer, answer, (200, ""))
+    server.store().put_bytes("s3://bucket/key", b"data")
+    assert server.requests == ["PUT /bucket/key"] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ((403, "AccessDenied"), StoreRefused),
+        ((403, "InvalidAccessKeyId"), StoreRefused),
+        ((404, "NoSuchKey"), NotFound),
+        ((404, "NoSuchBucket"), NotFound),
+        ((400, "InvalidArgument"), StoreError),
+        ((501, "NotImplemented"), StoreError),
+        ((507, "InsufficientStorage"), StoreError),
+        ((404, ""), StoreUnavailable),
+    ],
+)
+def test_what_stays_true_is_not_asked_for_again(scripted, answer: tuple[int, str], error: type[StoreError]) -> None:
+    server = scripted(answer)
+    with pytest.raises(error) as caught:
+        server.store().get_bytes("s3://bucket/key")
+    assert len(server.requests) == 1
+    assert isinstance(caught.value, UserError)
+    assert "s3://bucket/key" in str(caught.value) and "nobody-sees" not in str(caught.value)
+
+
+def test_attempts_end(scripted) -> None:
+    server = scripted((503, "SlowDown"))
+    with pytest.raises(StoreError, match="SlowDown"):
+        server.store().get_bytes("s3://bucket/key")
+    assert len(server.requests) == 4
+
+
+def test_a_key_that_may_not_see_the_buckets_is_still_a_key(scripted) -> None:
+    scripted((403, "AccessDenied")).store().check()
+    with pytest.raises(StoreRefused, match="refuses the key"):
+        scripted((403, "SignatureDoesNotMatch")).store().check()
+
+
+def test_waits_double_up_to_a_cap_and_are_not_all_the_same() -> None:
+    policy = RetryPolicy(attempts=8, base=0.1, cap=2.0)
+    bounds = [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    for _ in range(50):
+        assert all(bound / 2 <= wait <= bound for wait, bound in zip(policy.waits(), bounds, strict=True))
+    assert len({next(policy.waits()) for _ in range(10)}) > 1
+
+
+def test_a_web_server_is_not_taken_for_a_store(scripted) -> None:
+    with pytest.raises(StoreUnavailable, match="not a working S3 server"):
+        scripted((404, "")).store().check()
+
+
+def test_nobody_at_the_endpoint_is_said_soon_and_in_one_line() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=rf"{endpoint} \(.*Connection refused\); check ESVIT_S3_ENDPOINT"):
+        ObjectStore(StoreAddress(endpoint, "key", "secret", secure=False)).check()
+    assert time.monotonic() - began < 5
+
+
+def test_tls_to_a_plain_server_names_the_setting(store) -> None:
+    address = StoreAddress(store.address.endpoint, store.address.access_key, store.address.secret_key, secure=True)
+    with pytest.raises(StoreUnavailable, match="ESVIT_S3_SECURE=false"):
+        ObjectStore(address).check()
+
+
+def test_the_real_server_refuses_a_wrong_key(store) -> None:
+    for access_key, secret_key in ((store.address.access_key, "wrong"), ("wrong", store.address.secret_key)):
+        refused = ObjectStore(StoreAddress(store.address.endpoint, access_key, secret_key, secure=False))
+        for action in (refused.check, lambda refused=refused: refused.get_bytes(store.uri("x"))):
+            with pytest.raises(StoreRefused, match="check ESVIT_S3_ACCESS_KEY and ESVIT_S3_SECRET_KEY"):
+                action()
