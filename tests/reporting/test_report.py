@@ -1,0 +1,312 @@
+"""The report of a run in a real object store: what it says, and that it is one sound file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from esvit_core.config import Config
+from esvit_core.data.augment import MultiCrop, sample_rng
+from esvit_core.data.manifest import Manifest
+from esvit_core.data.stream import ShardDataset
+from esvit_core.evaluation.promote import promote
+from esvit_core.evaluation.results import measured, result_uri
+from esvit_core.reporting.report import write_report
+from esvit_core.storage import ObjectStore, StoreAddress, StoreError
+from esvit_core.storage.retry import RetryPolicy
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+ESCAPED = "<b>bugs</b> & more"
+
+
+class Page(HTMLParser):
+    """The elements of a page; refuses tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self._hidden = 0
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {tag} {attrs}"
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        if tag not in ("b", "bdi", "small", "span", "a"):
+            self.text += " "
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, first: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0] == first)
+
+
+@pytest.fixture(scope="package")
+def page(finished_html) -> Page:
+    """The report of the finished run."""
+    return Page(finished_html)
+
+
+@pytest.fixture
+def written(store):
+    """A function that writes the report of a run and reads it as a page."""
+    return lambda run: Page(write_report(run.uri, store, run.config))
+
+
+def said(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
+def test_the_numbers_shown_are_the_results(finished_run, page):
+    labels = {
+        "10-NN": "knn/10",
+        "20-NN": "knn/20",
+        "linear probe": "linear",
+        "linear probe, best epoch": "linear/best",
+        "transfer to digits": "transfer/digits",
+    }
+    for label, key in labels.items():
+        trained, untrained = finished_run.figures[key]
+        difference = f"{trained - untrained:+.1f}".replace("-", "\N{MINUS SIGN}")
+        assert page.row(label)[1:4] == [f"{trained:.1f}", f"{untrained:.1f}", difference]
+    assert page.row("20-NN")[4] == "81.5"
+
+
+def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
+    run = make_run()
+    store.put_json(
+        result_uri(run.uri, "knn"),
+        {"name": "knn"} | measured("knn/20", {"trained": {"knn/20": 80.0}, "untrained": {"knn/20": 30.0}}, run.classes),
+    )
+    text = said(written(run))
+    assert "Pre-training helped: 20-NN rose from 30.0 % to 80.0 %, by 50.0 points." in text
+    assert text.index("Pre-training helped") < text.index("In short") < text.index("Results Frozen features")
+    held_out = Manifest.read(store, f"{run.uri}/data").splits["val"].samples
+    error = 100 * (0.8 * 0.2 / held_out) ** 0.5
+    assert f"Measured on {held_out} held-out pictures: the standard error of 20-NN is {error:.1f} points" in text
+
+
+def test_a_difference_within_chance_is_called_so(page):
+    text = said(page)
+    assert "20-NN rose from 30.7 % untrained to 34.9 %, which may be chance." in text
+    assert "Better than the same network untrained in 4 of 5 figures, worse in 1." in text
+
+
+def test_a_loss_is_not_hidden(make_run, store, written):
+    run = make_run(results=False)
+    worse = measured("knn/20", {"trained": {"knn/20": 30.0}, "untrained": {"knn/20": 60.0}}, run.classes)
+    store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | worse)
+    text = said(written(run))
+    assert "Pre-training did not help: 20-NN fell from 60.0 % to 30.0 %, by 30.0 points." in text
+    assert "Not up for promotion." in text and "no better than the untrained backbone" in text.lower()
+
+
+def test_the_report_is_stored_and_small(finished_run, finished_html, shared_store):
+    assert shared_store.get_bytes(f"{finished_run.uri}/report/report.html").decode() == finished_html
+    assert len(finished_html) < 3_000_000
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page, finished_html):
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "data", "srcset", "poster"):
+            value = attributes.get(name) or ""
+            if value.startswith("https://"):
+                assert (tag, value) == ("a", "https://arxiv.org/abs/2106.09785")
+            else:
+                assert value == "" or value.startswith(("data:image/", "#"))
+    assert "@import" not in finished_html
+    assert not re.findall(r"url\((?!#)", finished_html)
+    assert "default-src 'none'" in finished_html
+
+
+def test_names_of_classes_and_files_are_text(page, finished_html):
+    for raw in ("<script", "<b>bugs", "<regions>"):
+        assert raw not in finished_html
+    assert ESCAPED in said(page)
+    assert "broken <script>.png" in said(page)
+    assert "Lines join <regions>." in page.text
+    chart = next(svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Confusion of 3 classes"))
+    assert chart["role"] == "img"
+
+
+def test_the_page_is_sound_and_accessible(page):
+    assert page.all("html")[0]["lang"] == "en"
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names))
+    for _, attributes in page.elements:
+        link = attributes.get("href") or ""
+        assert not link.startswith("#") or link[1:] in names
+    assert all(image.get("alt") for image in page.all("img"))
+    assert all(svg.get("aria-label") for svg in page.all("svg") if svg.get("class") == "chart")
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert all(header.get("scope") for header in page.all("th"))
+
+
+def test_the_data_are_described(finished_run, shared_store, page):
+    splits = Manifest.read(shared_store, f"{finished_run.uri}/data").splits
+    counts = f"pictures to train on {splits['train'].samples} pictures held out {splits['val'].samples}"
+    for told in (counts, "classes 3", "bad files 6", "clipart"):
+        assert told in said(page)
+    names = next(row for row in page.rows if "empty.jpg" in row[-1])
+    assert names[1] == "3"
+
+
+def test_the_crops_are_those_of_the_first_epoch(finished_run, shared_store, page):
+    config = finished_run.config
+    shown = [img for img in page.all("img") if (img["alt"] or "").startswith("global crop 1 of ")]
+    assert len(shown) == 6
+    assert len([img for img in page.all("img") if (img["alt"] or "").startswith("local crop")]) == 12
+    dataset = ShardDataset(shared_store, f"{finished_run.uri}/data", "train")
+    wanted = (shown[0]["alt"] or "").removeprefix("global crop 1 of ")
+    index = next(i for i in range(len(dataset)) if dataset.name(i) == wanted)
+    crop = MultiCrop(config.augment)(dataset.image(index), sample_rng(config.seed, 0, index))[0].numpy()
+    pixels = crop.transpose(1, 2, 0) * config.augment.std + config.augment.mean
+    data = base64.b64decode((shown[0]["src"] or "").partition("base64,")[2])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.rint(pixels * 255).astype(np.uint8))
+
+
+def test_the_training_is_drawn_and_resumes_are_marked(page):
+    labels = " ".join(svg.get("aria-label") or "" for svg in page.all("svg"))
+    for title in ("Loss.", "Prototypes in use.", "What a picture tells.", "Spread of the features.", "Learning rate."):
+        assert title in labels
+    for title in ("Teacher temperature.", "Teacher momentum.", "Speed."):
+        assert title in labels
+    text = said(page)
+    assert "went on from the checkpoint at step 150" in text
+    assert "Dashed verticals" in text
+    assert "time 3:08" in text and "speed 341 images/s" in text
+
+
+def test_missing_pieces_are_named_with_the_reason(page):
+    text = said(page)
+    assert "transfer to shapes: not measured, because there is no result in the store" in text
+    assert "attention: resnet50 has no attention" in text
+    left_out = text[text.index("What was left out, and why") :]
+    for what in ("transfer to shapes", "attention", "6 files of the source"):
+        assert what in left_out
+
+
+def test_a_run_without_labels_says_what_could_not_be_measured(make_run, written):
+    text = said(written(make_run(classes=[], resumes=())))
+    assert "Pre-training did not help: Transfer to digits fell from 91.0 % to 88.5 %" in text
+    assert "interruptions none" in text and "Dashed verticals" not in text
+    assert "classes none: unlabelled" in text
+    assert "20-NN: not measured, because the pictures have no labels" in text
+    assert "the linear probe, which was left out: the pictures have no labels" in text
+
+
+def test_without_any_measure_the_verdict_says_so(make_run, store, written):
+    run = make_run(classes=[])
+    store.remove_prefix(f"{run.uri}/evaluation")
+    text = said(written(run))
+    assert "A backbone was trained; how good its features are could not be measured." in text
+    assert "52.5 % of the regions find their true match in another crop, 31.2 % untrained" in text
+
+
+def test_a_run_without_a_training_log(make_run, store, written):
+    run = make_run()
+    store.remove_prefix(f"{run.uri}/training/log")
+    text = said(written(run))
+    assert "training has written no log: training/log is empty" in text
+    assert "final loss 5.432" in text
+
+
+def test_a_run_that_is_not_finished(make_run, written):
+    text = said(written(make_run(training=False, results=False, drawings=False)))
+    assert "This run is not finished. " in text
+    for reason in (
+        "training is not finished: training/summary.json is missing",
+        "no backbone is published",
+        "no pictures were drawn",
+    ):
+        assert reason in text
+
+
+def test_an_empty_run_still_gives_a_page(store, config):
+    page = Page(write_report(store.uri("runs/nothing"), store, config))
+    assert "no data were prepared: data/manifest.json is missing" in said(page)
+
+
+def test_damaged_pieces_are_named_and_do_not_end_the_report(make_run, store, written):
+    run = make_run()
+    store.put_json(f"{run.uri}/training/summary.json", {"unknown": 1})
+    store.put_bytes(f"{run.uri}/backbone/backbone.json", b"{")
+    text = said(written(run))
+    assert "not a training summary of this version" in text
+    assert "backbone.json: not JSON" in text
+
+
+def test_a_store_that_does_not_answer_is_an_error_not_an_empty_report(config):
+    address = StoreAddress("127.0.0.1:9", "key", "secret")
+    with pytest.raises(StoreError):
+        write_report("s3://bucket/runs/a", ObjectStore(address, RetryPolicy(attempts=1)), config)
+
+
+def test_the_promotion_is_foreseen(page):
+    text = said(page)
+    assert "Up for promotion to champion. First champion: knn/20 34.94 against 30.69 untrained." in text
+    assert "the promote step, which follows it, decides" in text
+
+
+def test_a_decision_that_was_taken_is_told_and_so_is_an_evaluation_of_another_kind(make_run, store, written):
+    run = make_run(drawings=False)
+    promote(run.uri, store, run.config)
+    other = measured("robustness", {"trained": {"robustness": 12.5}, "untrained": {"robustness": 10.0}}, [])
+    store.put_json(result_uri(run.uri, "robustness"), {"name": "robustness"} | other)
+    page = written(run)
+    assert "Promoted: it is the champion now. First champion" in said(page)
+    assert page.row("robustness")[1:4] == ["12.5", "10.0", "+2.5"]
+
+
+def test_the_lineage_is_complete(finished_run, page):
+    text = said(page)
+    config: Config = finished_run.config
+    for told in (finished_run.uri, config.digest(), "torch 2.14.1", "Example CPU, 2 cores", "c0ffee", "0123abc"):
+        assert told in text
+
+
+def test_the_whole_recipe_is_there(finished_run, page):
+    assert finished_run.config.to_yaml().strip() in page.text
+    assert page.row("prototypes K") == ["prototypes K", "512", "65,536"]
+    assert page.row("objective") == ["objective", "view + region", "same"]
+    assert page.all("details")
+
+
+def test_use_and_citation_are_there(finished_run, page):
+    assert f'backbone = esvit_core.load_backbone("{finished_run.uri}/backbone")' in page.text
+    assert "@inproceedings{li2022esvit" in page.text
