@@ -105,17 +105,19 @@ def run_uri(bucket: str, name: str) -> str:
     return f"s3://{bucket}/runs/{name}"
 
 
-def start_run(store: ObjectStore, configuration: Mapping[str, Any], source: str, uri: str = "") -> Run:
+def start_run(configuration: Mapping[str, Any], source: str, uri: str = "", store: ObjectStore | None = None) -> Run:
     """Write the configuration of a run once, or find the run that was started with the same one.
 
     Args:
         configuration: the whole tree.
         source: where the pictures are.
         uri: where the run shall lie; empty: the place that its content determines.
+        store: by default the one that ``ESVIT_S3_*`` name.
 
     Raises:
         UserError: the run exists and has another configuration.
     """
+    store = store or ObjectStore.from_env()
     config = Config.from_mapping(configuration)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
@@ -162,7 +164,16 @@ def point_to(artifact: Artifact, uri: str, **figures: Any) -> None:
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of an evaluation by name, those of the untrained network marked; none if it was left out."""
+    """Print what an evaluation found, in a line, and return its figures by name, the untrained network's marked.
+
+    There are none if it was left out.
+    """
+    if result["status"] == "measured":
+        values = {model: figures[result["headline"]] for model, figures in result["results"].items()}
+        told = ", ".join(f"{value:.1f} {result['unit']} {model}" for model, value in values.items())
+        print(f"{result['headline']}: {told}", flush=True)
+    else:
+        print(f"left out: {result['reason']}", flush=True)
     return {
         name if model == "trained" else f"{name} ({model})": value
         for model, values in result.get("results", {}).items()

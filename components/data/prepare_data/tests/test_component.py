@@ -19,7 +19,8 @@ def test_it_starts_the_run_and_finds_the_shards(run_there: Run, components: Any)
     assert outputs == (run_there.uri,)
     dataset = artifacts["dataset"]
     assert dataset.uri == dataset.metadata["uri"] == run_there.at("data")
-    assert (dataset.metadata["train"], dataset.metadata["val"], dataset.metadata["classes"]) == (36, 12, 3)
+    assert dataset.metadata["train"] + dataset.metadata["val"] == 48
+    assert dataset.metadata["classes"] == 3
     assert [item.etag for item in run_there.store.list(run_there.at("data"))] == before
 
 
