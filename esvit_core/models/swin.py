@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -28,72 +27,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.models.entrypoints import default_cfg, register
+from esvit_core.models.windows import FromWindows, ToWindows, WindowLayout, attend, window_layout
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
-MASKED = -100.0  # as published: not minus infinity
-
-
-@dataclass(frozen=True)
-class WindowLayout:
-    """How the tokens of a map lie in its (shifted) windows; ``tokens`` stands for padding."""
-
-    index: Tensor  # (windows * N,) token at each place of the windows
-    inverse: Tensor  # (tokens,) place of each token
-    mask: Tensor | None  # (windows, 1, N, N) added to the logits of shifted windows
-    windows: int
-    padded: bool
-
-
-def window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    """The layout of a map, computed once per resolution and device."""
-    if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
-        return _window_layout.__wrapped__(height, width, window, shift, device)
-    return _window_layout(height, width, window, shift, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    with torch.inference_mode(False):  # a cached tensor may meet autograd later
-        tokens = height * width
-        bottom, right = -height % window, -width % window
-        places = torch.arange(tokens).view(height, width)
-        places = F.pad(places, (0, right, 0, bottom), value=tokens)  # (Hp, Wp)
-        index = _partition(places.roll((-shift, -shift), (0, 1)), window)  # (windows, N)
-        inverse = torch.empty(tokens + 1, dtype=torch.long)
-        inverse[index.flatten()] = torch.arange(index.numel())
-        mask = None
-        if shift > 0:
-            part = torch.zeros_like(places)
-            slices = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-            for i, rows in enumerate(slices):
-                for j, columns in enumerate(slices):
-                    part[rows, columns] = 3 * i + j
-            part = _partition(part, window)
-            mask = torch.where(part[:, None, :, None] == part[:, None, None, :], 0.0, MASKED).to(device)
-        return WindowLayout(
-            index.flatten().to(device), inverse[:tokens].to(device), mask, len(index), bottom + right > 0
-        )
-
-
-def _partition(grid: Tensor, window: int) -> Tensor:
-    """(H, W) -> (windows, N)."""
-    height, width = grid.shape
-    grid = grid.view(height // window, window, width // window, window)
-    return grid.transpose(1, 2).reshape(-1, window * window)
-
-
-class TakeRows(torch.autograd.Function):
-    """``tokens[:, index]`` where each row is taken once: the gradient is again a take, not a scattered sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return tokens.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(1, inverse), None, None
 
 
 class WindowAttention(nn.Module):
@@ -137,11 +73,9 @@ class WindowAttention(nn.Module):
         """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads)."""
         B, _, _, C = x.shape
         qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
-        if layout.padded:  # a token of padding is zero before this layer, hence the layer's bias after it
-            bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
-            qkv = torch.cat((qkv, bias.to(qkv.dtype).expand(B, 1, -1)), 1).index_select(1, layout.index)
-        else:
-            qkv = TakeRows.apply(qkv, layout.index, layout.inverse)
+        # A token of padding is zero before this layer, hence the layer's bias after it.
+        bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
+        qkv = ToWindows.apply(qkv, bias, layout)  # (B, windows * N, 3C)
         qkv = qkv.view(B, layout.windows, -1, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
         return q, k, v
@@ -150,13 +84,9 @@ class WindowAttention(nn.Module):
         B, H, W, C = x.shape
         layout = self.layout(x)
         q, k, v = self._qkv(x, layout)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(layout).to(q.dtype), scale=self.scale)
+        out = attend(q, k, v, self._bias(layout).to(q.dtype), self.scale)
         out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
-        if layout.padded:
-            out = out.index_select(1, layout.inverse)
-        else:
-            out = TakeRows.apply(out, layout.inverse, layout.index)
-        return self.proj(out).view(B, H, W, C)
+        return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention itself, (B, windows, heads, N, N)."""
@@ -452,7 +382,8 @@ class SwinTransformer(nn.Module):
         attention, x = self._before_last_attention(x)
         layout = attention.layout(x)
         weights = attention.weights(x)  # (B, windows, heads, N, N)
-        real = (layout.index < len(layout.inverse)).view(1, layout.windows, 1, -1, 1).to(weights.dtype)
+        real = weights.new_ones(layout.index.shape).index_fill_(0, layout.padding, 0)
+        real = real.view(1, layout.windows, 1, -1, 1)
         received = (weights * real).sum(3) / real.sum(3)  # (B, windows, heads, N)
         received = received.transpose(1, 2).flatten(2)[..., layout.inverse]  # (B, heads, L)
         return received.unflatten(2, x.shape[1:3])
