@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]
 
 _DRAWS = 20  # attempts to draw two crops that overlap enough
 _ENOUGH = 0.25  # share of crop A's regions that should be asked
-_FLAT = 0.05  # largest spread of a blank region's pixels, in standard deviations of a picture's pixels: 3 grey levels
+_FLAT = 0.15  # largest spread of a blank region's pixels, in standard deviations of a picture's: 9 grey levels
 
 
 @dataclass(frozen=True)
