@@ -101,9 +101,12 @@ class S3Client(Minio):
 class Connection:
     """Requests to one endpoint. Safe to share between threads, to fork, and to pickle."""
 
-    def __init__(self, address: StoreAddress, policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, address: StoreAddress, policy: RetryPolicy | None = None, read_seconds: float = READ_SECONDS
+    ) -> None:
         self.address = address
         self.policy = policy or RetryPolicy()
+        self.read_seconds = read_seconds
         self._client: S3Client | None = None
         self._process = 0
 
@@ -114,7 +117,7 @@ class Connection:
     def client(self) -> S3Client:
         """The client of this process: sockets must not be shared with a parent that forked it."""
         if self._client is None or self._process != os.getpid():
-            self._client, self._process = _connect(self.address), os.getpid()
+            self._client, self._process = _connect(self.address, self.read_seconds), os.getpid()
         return self._client
 
     def call(self, what: str, operation: Callable[[S3Client], T], policy: RetryPolicy | None = None) -> T:
@@ -156,9 +159,9 @@ class Connection:
             disk.require_room(self.address.directory, size)
 
 
-def _connect(address: StoreAddress) -> S3Client:
+def _connect(address: StoreAddress, read_seconds: float) -> S3Client:
     pool = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
         maxsize=POOL_SIZE,
         retries=False,  # ours (retry.py) know which failures deserve one
         cert_reqs="CERT_REQUIRED",

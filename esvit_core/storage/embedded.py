@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,8 +21,9 @@ import psutil
 from esvit_core.errors import UserError
 from esvit_core.storage import weed
 from esvit_core.storage.address import StoreAddress
+from esvit_core.storage.connection import Connection
 from esvit_core.storage.disk import is_full, require_room
-from esvit_core.storage.errors import StoreError, StoreUnavailable
+from esvit_core.storage.errors import StoreError, StoreFull
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
 
@@ -106,7 +108,7 @@ class EmbeddedStore:
             return True
 
     def status(self) -> StoreStatus | None:
-        """The server that runs on this directory, None if none does."""
+        """The server that runs on this directory, None if none does; it may be about to start or to stop."""
         state = self._read_state()
         pid = state.get("pid", 0)
         if not pid or not self._serves(pid):
@@ -142,6 +144,8 @@ class EmbeddedStore:
         require_room(self.directory)
         self._end_strays()
         weed.write_configuration(self.directory)
+        shutil.rmtree(self.directory / weed.MASTER, ignore_errors=True)  # of no use any more, see weed.py
+        (self.directory / weed.MASTER).mkdir(mode=0o700)
         reason = ""
         for attempt in range(_START_ATTEMPTS):
             ports = self._choose_ports(again=attempt > 0)
@@ -182,13 +186,17 @@ class EmbeddedStore:
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], address: StoreAddress) -> bool:
         """Whether the server came up; False if it ended instead."""
-        store = ObjectStore(address, RetryPolicy(attempts=1))
+        # Whatever else listens on the port, and says nothing or the wrong thing, must not hold this up: the server
+        # then ends by itself.
+        connection = Connection(address, RetryPolicy(attempts=1), read_seconds=1.0)
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None:
             try:
-                store.check()
-                return process.poll() is None  # and it was this one that answered
-            except StoreUnavailable:
+                connection.call("starting", lambda client: client.list_buckets())
+                return process.poll() is None
+            except StoreFull:
+                raise
+            except StoreError:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_POLL_SECONDS)

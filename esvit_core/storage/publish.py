@@ -97,9 +97,7 @@ def fetch(
     manifest = read_manifest(store, prefix_uri)
     if manifest is None:
         raise NotFound(f"{prefix_uri}: no complete set of files is there (no {MANIFEST})")
-    entries = manifest.get("files")
-    if not _are_entries(entries):
-        raise IntegrityError(f"{join_uri(prefix_uri, MANIFEST)}: not a list of files; remove the set and make it again")
+    entries = _entries(manifest, join_uri(prefix_uri, MANIFEST))
     for name in entries if names is None else names:
         if name not in entries:
             raise NotFound(f"{join_uri(prefix_uri, name)}: not in the set; it has {', '.join(entries)}")
@@ -128,15 +126,18 @@ def _difference(path: Path, entry: dict[str, Any], verify: bool) -> str | None:
     return None
 
 
-def _are_entries(value: Any) -> bool:
-    """Whether that is ``{name: {"bytes": size, "sha256": digest}}``, and no name leads out of the set's folder."""
-    return isinstance(value, dict) and all(
+def _entries(manifest: dict[str, Any], uri: str) -> dict[str, dict[str, Any]]:
+    """The manifest's ``{name: {"bytes": size, "sha256": digest}}``; no name leads out of the set's folder."""
+    entries = manifest.get("files")
+    if isinstance(entries, dict) and all(
         _is_name(name)
         and isinstance(entry, dict)
         and isinstance(entry.get("bytes"), int)
         and isinstance(entry.get("sha256"), str)
-        for name, entry in value.items()
-    )
+        for name, entry in entries.items()
+    ):
+        return entries
+    raise IntegrityError(f"{uri}: not a list of files; remove the set and make it again")
 
 
 def _is_name(name: str) -> bool:

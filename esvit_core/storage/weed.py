@@ -29,6 +29,7 @@ from esvit_core.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 IDENTITIES = "identities.json"
+MASTER = "master"
 CERTIFICATE, PRIVATE_KEY = "certificate.pem", "private-key.pem"
 _ROLES = ("s3", "master", "volume", "filer")
 _VOLUME_MIB = 256
@@ -84,6 +85,10 @@ def command(directory: Path, ports: Ports) -> list[str]:
     return [
         *arguments,
         "-master.peers=none",  # alone: no election to wait for
+        # What the master knows it hears from its volumes. One that remembers an earlier life refuses every write for
+        # 15 s if it happens to be leader before it looks ("master is warming up"); 1 start in 40 was like that.
+        "-master.resumeState=false",
+        f"-master.dir={directory / MASTER}",
         "-master.telemetry=false",
         f"-master.volumeSizeLimitMB={_VOLUME_MIB}",
         "-master.vacuumIntervalSeconds=120",

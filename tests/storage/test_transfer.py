@@ -29,7 +29,7 @@ def test_files_of_any_number_of_parts_come_back(store, tmp_path: Path, small_par
     store.put_file(store.uri("file.bin"), source, sha256=transfer.sha256_of(source))
     store.get_file(store.uri("file.bin"), copy)
     assert copy.read_bytes() == source.read_bytes()
-    assert os.listdir(copy.parent) == ["copy"]
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
     assert store.open_range(store.uri("file.bin"), small_parts - 2, 4) == source.read_bytes()[small_parts - 2 :][:4]
     assert not pending(store)
 
@@ -67,7 +67,7 @@ def test_a_store_that_stays_away_is_one_line_and_leaves_nothing(store, through_p
     proxy.plan = [100_000] * 20
     with pytest.raises(StoreUnavailable, match=r"object: no answer from the object store .*check ESVIT_S3_ENDPOINT"):
         through_proxy.get_file(store.uri("object"), tmp_path / "copy")
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_an_upload_that_fails_leaves_no_parts(
@@ -137,7 +137,7 @@ def test_a_replaced_object_is_not_mixed_with_the_new_one(
     monkeypatch.setattr(client, "read", replace_then_read)
     with pytest.raises(IntegrityError, match="replaced while it was read"):
         store.get_file(store.uri("object"), tmp_path / "copy")
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_mistakes_with_files_are_explained(store, tmp_path: Path) -> None:
@@ -154,4 +154,4 @@ def test_mistakes_with_files_are_explained(store, tmp_path: Path) -> None:
         store.get_file(store.uri("x"), tmp_path / "file" / "below")
     with pytest.raises(NotFound):
         store.get_file(store.uri("absent"), tmp_path / "copy")
-    assert os.listdir(tmp_path) == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

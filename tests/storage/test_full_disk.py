@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esvit_core.errors import UserError
+from esvit_core.storage import ObjectStore, StoreFull, disk
+from esvit_core.storage.embedded import EmbeddedStore
+
+MIB = 2**20
+SIZE = 120 * MIB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A disk of 120 MiB: a real one where this process may mount one, else this one with a limit to it."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and shutil.which("mount")
+        and (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", place], capture_output=True
+            ).returncode
+            == 0
+        )
+    )
+    if not mounted:
+
+        def free(directory: Path) -> int:
+            used = 0
+            for path in place.rglob("*"):
+                with contextlib.suppress(OSError):
+                    used += path.stat().st_blocks * 512
+            return max(0, SIZE - used)
+
+        monkeypatch.setattr(disk, "free_bytes", free)
+    yield place
+    EmbeddedStore(place / "store").stop()
+    if mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    store = ObjectStore(EmbeddedStore(small_disk / "store").start())
+    store.ensure_bucket("bucket")
+    data = os.urandom(10 * MIB)
+    stored = 0
+    with pytest.raises(StoreFull) as caught:
+        while True:
+            began = time.monotonic()
+            store.put_bytes(f"s3://bucket/{stored}", data)
+            stored += 1
+    assert time.monotonic() - began < 1
+    assert 3 <= stored <= 6
+    message = str(caught.value)
+    assert isinstance(caught.value, UserError) and "\n" not in message
+    assert message.startswith(f"{small_disk / 'store'}: the disk of the object store is full: 74 MiB needed, ")
+    assert "MiB free" in message
+
+    big = tmp_path / "big"
+    big.write_bytes(data * 2)
+    for write in (
+        lambda: store.put_file("s3://bucket/big", big),
+        lambda: store.publish("s3://bucket/set", {"big": big}, "thing"),
+        lambda: store.put_if_absent("s3://bucket/big", data * 2),
+    ):
+        with pytest.raises(StoreFull):
+            write()
+    assert [store.get_bytes(f"s3://bucket/{number}") == data for number in range(stored)] == [True] * stored
+    assert len(list(store.list("s3://bucket"))) == stored
+
+
+def test_a_disk_filled_by_others_costs_nothing_either(small_disk: Path) -> None:
+    embedded = EmbeddedStore(small_disk / "store")
+    store = ObjectStore(embedded.start())
+    store.ensure_bucket("bucket")
+    store.put_bytes("s3://bucket/before", b"data")
+    others = small_disk / "others"
+    others.write_bytes(b"\1" * (SIZE - 30 * MIB))
+    with pytest.raises(StoreFull, match="64 MiB needed"):
+        store.put_bytes("s3://bucket/after", b"data")
+    assert store.get_bytes("s3://bucket/before") == b"data"
+    embedded.stop()
+    with pytest.raises(StoreFull, match=r"store: the disk of the object store is full: 64 MiB needed, \d+ MiB free"):
+        embedded.start()
+    assert embedded.status() is None
+    others.unlink()
+    embedded.start()
+    assert store.get_bytes("s3://bucket/before") == b"data"
+    store.put_bytes("s3://bucket/after", b"data")
+
+
+def test_a_server_that_fails_for_want_of_room_is_not_asked_again(
+    scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the server says is that it has an internal error."""
+    server = scripted((500, "InternalError"))
+    looks = iter([1000 * MIB, 5 * MIB])  # before the put, and after it failed
+    monkeypatch.setattr(disk, "free_bytes", lambda directory: next(looks))
+    store = ObjectStore(dataclasses.replace(server.store().address, directory=tmp_path))
+    with pytest.raises(StoreFull, match="64 MiB needed, 5 MiB free"):
+        store.put_bytes("s3://bucket/object", b"data")
+    assert server.requests == ["PUT /bucket/object"]
+
+
+def test_a_download_to_a_full_disk_is_one_line_and_leaves_nothing(
+    store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store.put_bytes(store.uri("object"), b"data")
+    monkeypatch.setattr(os, "pwrite", no_room)
+    with pytest.raises(StoreFull, match="copy: the disk is full, 4 bytes needed"):
+        store.get_file(store.uri("object"), tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == []

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esvit_core.errors import UserError
+from esvit_core.storage import StoreRefused
+from esvit_core.storage.address import VARIABLES
+from esvit_core.storage.embedded import EmbeddedStore
+from esvit_core.storage.session import open_store
+
+
+@pytest.fixture(autouse=True)
+def no_store_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_last_of_several_sessions_stops_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESVIT_S3_REGION", "mars")
+    embedded = EmbeddedStore(tmp_path)
+    with open_store(tmp_path) as first:
+        assert os.environ["ESVIT_S3_ENDPOINT"] == first.address.endpoint
+        assert os.environ["ESVIT_S3_REGION"] == "us-east-1"
+        del os.environ["ESVIT_S3_ENDPOINT"]  # as another terminal would
+        with open_store(tmp_path) as second:
+            assert second.address == first.address
+        assert embedded.status() is not None
+        first.check()
+    assert embedded.status() is None
+    assert {name: os.environ.get(name) for name in VARIABLES} == {**dict.fromkeys(VARIABLES), "ESVIT_S3_REGION": "mars"}
+
+
+def test_a_failing_or_killed_session_leaves_a_store_that_the_next_one_uses(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from esvit_core.storage.session import open_store
+with open_store(Path(sys.argv[1])) as store:
+    store.ensure_bucket("bucket")
+    store.put_bytes("s3://bucket/kept", b"data")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    left = EmbeddedStore(tmp_path).status()
+    assert left is not None
+    with pytest.raises(ZeroDivisionError), open_store(tmp_path) as store:
+        assert store.address == left.address
+        assert store.get_bytes("s3://bucket/kept") == b"data"
+        raise ZeroDivisionError
+    assert EmbeddedStore(tmp_path).status() is None
+
+
+def test_a_server_started_by_hand_outlives_sessions(tmp_path: Path) -> None:
+    embedded = EmbeddedStore(tmp_path)
+    with open_store(tmp_path):
+        embedded.start()
+    status = embedded.status()
+    assert status is not None and status.keep
+    with open_store(tmp_path):
+        pass
+    assert embedded.status() == status
+    assert embedded.stop()
+
+
+def test_a_named_store_is_used_and_asked_first(store_env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path / "unused") as opened:
+        assert opened.address.endpoint == store_env.address.endpoint
+    assert not (tmp_path / "unused").exists()
+    monkeypatch.setenv("ESVIT_S3_SECRET_KEY", "wrong")
+    with pytest.raises(StoreRefused, match="refuses the key"), open_store(None):
+        pass
+
+
+def test_no_store_at_all_is_said_so() -> None:
+    with pytest.raises(UserError, match="ESVIT_S3_ENDPOINT: not set"), open_store(None):
+        pass
