@@ -5,8 +5,8 @@ With probabilities ``p`` of the teacher, logits ``s`` of the student, ``m(r)`` t
     sum_r  w_r  sum_{t in m(r)}  ( logsumexp(s_r / tau)  -  p_t . s_r / tau )
 
 which is the usual cross-entropy because each ``p_t`` sums to one. Rows are worked off in chunks that stay in the
-cache; the backward pass computes the softmax of a chunk again instead of keeping it. Besides the gradient itself no
-tensor of (rows x K) is made.
+cache, and the softmax of a chunk serves loss and gradient at once: besides the gradient itself no tensor of
+(rows x K) is made, and the logits are not kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -48,36 +48,41 @@ class _MatchedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, student_temp: float, *matches: Tensor
     ) -> Tensor:
-        normaliser = torch.empty(len(student), dtype=teacher.dtype, device=student.device)
         loss = torch.zeros((), dtype=teacher.dtype, device=student.device)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for rows, matched in _chunks(matches, student):
-            logits = student[rows].to(teacher.dtype) / student_temp  # (r, K)
-            lse = torch.logsumexp(logits, -1)  # (r,)
-            normaliser[rows] = lse
-            score = (_targets(teacher, matched) * logits).sum(-1)  # (r,)
-            loss += (weights[rows] * (matched.shape[1] * lse - score)).sum()
-        ctx.save_for_backward(student, teacher, weights, normaliser, *matches)
-        ctx.student_temp = student_temp
+            Q = matched.shape[1]
+            logits = student[rows].to(teacher.dtype) * (1 / student_temp)  # (r, K)
+            p = logits.softmax(-1)
+            lse = logits.amax(-1) - p.amax(-1).log()  # of the largest logit: s = lse + log p
+            target = _targets(teacher, matched)  # (r, K)
+            score = logits.mul_(target).sum(-1)  # (r,)
+            loss += (weights[rows] * (Q * lse - score)).sum()
+            if gradient is not None:
+                scale = weights[rows, None] * (Q / student_temp)
+                gradient[rows] = p.sub_(target, alpha=1 / Q).mul_(scale)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, weights, normaliser, *matches = ctx.saved_tensors
-        out = torch.empty_like(student)
-        scale = gradient * weights / ctx.student_temp  # (R,)
-        for rows, matched in _chunks(matches, student):
-            p = student[rows].to(teacher.dtype).div_(ctx.student_temp)
-            p = p.sub_(normaliser[rows, None]).exp_().mul_(matched.shape[1])
-            out[rows] = p.sub_(_targets(teacher, matched)).mul_(scale[rows, None])
-        return out, None, None, None, *(None for _ in matches)
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        if outer.is_cuda or outer != 1:  # a GPU is not asked for the value: that would wait for it
+            gradient = gradient * outer
+        return gradient, *(None for _ in ctx.needs_input_grad[1:])
+
+
+def rows_per_chunk(logits: Tensor) -> int:
+    """How many rows of ``logits`` (rows, K) to work off at a time."""
+    return max(1, _CHUNK_VALUES.get(logits.device.type, 1 << 25) // logits.shape[1])
 
 
 def _chunks(matches: Sequence[Tensor], student: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of student rows with their matches, a few rows at a time."""
-    step = max(1, _CHUNK_VALUES.get(student.device.type, 1 << 25) // student.shape[1])
     start = 0
     for group in matches:
-        for matched in group.split(step):
+        for matched in group.split(rows_per_chunk(student)):
             yield slice(start, start + len(matched)), matched
             start += len(matched)
 

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.cross_entropy import matched_cross_entropy
+from esvit_core.losses.cross_entropy import matched_cross_entropy, rows_per_chunk
 
 
 def teacher_distribution(logits: Tensor, centre: Tensor, temp: float) -> Tensor:
     """Centred and sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
-    wide = logits.detach().to(centre.dtype)
-    return F.softmax((wide - centre) / temp, -1)
+    step = rows_per_chunk(logits)
+    out = torch.empty(logits.shape, dtype=centre.dtype, device=logits.device)
+    for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
+        chunk.copy_(((rows.to(centre.dtype) - centre) * (1 / temp)).softmax(-1))
+    return out
 
 
 def view_loss(
