@@ -35,7 +35,7 @@ _START_SECONDS = 60.0
 _START_ATTEMPTS = 3
 # The server's own orderly end waits 15 s for streams between its parts that never finish. It keeps nothing in
 # memory that it has acknowledged, so that after a moment for requests under way it may be killed.
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 0.5
 _KILL_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
@@ -143,6 +143,7 @@ class EmbeddedStore:
     def _launch(self, keep: bool) -> StoreAddress:
         require_room(self.directory)
         self._end_strays()
+        self._remove_sockets()
         weed.write_configuration(self.directory)
         shutil.rmtree(self.directory / weed.MASTER, ignore_errors=True)  # of no use any more, see weed.py
         (self.directory / weed.MASTER).mkdir(mode=0o700)
@@ -159,6 +160,7 @@ class EmbeddedStore:
             except BaseException:  # Ctrl-C, or no answer in time
                 self._end(process.pid)
                 raise
+            self._remove_sockets()
             reason = self._last_words()
             require_room(self.directory)
             # Another program may have taken one of the ports in the meantime: try others.
@@ -298,9 +300,11 @@ class EmbeddedStore:
 
 
 def _ended(pid: int) -> bool:
-    """Whether the process has ended and let go of its files; it may still wait for its parent to notice."""
+    """Whether the process has ended and let go of its files."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        # It may still wait for its parent to notice. Its first thread may be there before the others.
+        return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
     except psutil.NoSuchProcess:
         return True
 

@@ -118,9 +118,8 @@ def environment(directory: Path) -> dict[str, str]:
 
 def sockets(ports: Mapping[str, int]) -> list[Path]:
     """The Unix sockets that the server makes and, when it is killed, leaves."""
-    places = [f"{role}-{ports[role]}" for role in ("s3", "filer")]
-    places += [f"{role}-grpc-{ports[f'{role}_grpc']}" for role in _ROLES]
-    return [Path(f"/tmp/seaweedfs-{place}.sock") for place in places]
+    names = {"s3": "s3", "filer": "filer", **{f"{role}_grpc": f"{role}-grpc" for role in _ROLES}}
+    return [Path(f"/tmp/seaweedfs-{names[key]}-{port}.sock") for key, port in ports.items() if key in names]
 
 
 def write_configuration(directory: Path) -> None:

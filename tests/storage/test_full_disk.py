@@ -53,7 +53,8 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored(
     small_disk: Path, tmp_path: Path
 ) -> None:
-    store = ObjectStore(EmbeddedStore(small_disk / "store").start())
+    embedded = EmbeddedStore(small_disk / "store")
+    store = ObjectStore(embedded.start())
     store.ensure_bucket("bucket")
     data = os.urandom(10 * MIB)
     stored = 0
@@ -62,7 +63,7 @@ def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored
             began = time.monotonic()
             store.put_bytes(f"s3://bucket/{stored}", data)
             stored += 1
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2
     assert 3 <= stored <= 6
     message = str(caught.value)
     assert isinstance(caught.value, UserError) and "\n" not in message
@@ -78,28 +79,23 @@ def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored
     ):
         with pytest.raises(StoreFull):
             write()
-    assert [store.get_bytes(f"s3://bucket/{number}") == data for number in range(stored)] == [True] * stored
-    assert len(list(store.list("s3://bucket"))) == stored
 
-
-def test_a_disk_filled_by_others_costs_nothing_either(small_disk: Path) -> None:
-    embedded = EmbeddedStore(small_disk / "store")
-    store = ObjectStore(embedded.start())
-    store.ensure_bucket("bucket")
-    store.put_bytes("s3://bucket/before", b"data")
-    others = small_disk / "others"
-    others.write_bytes(b"\1" * (SIZE - 30 * MIB))
-    with pytest.raises(StoreFull, match="64 MiB needed"):
-        store.put_bytes("s3://bucket/after", b"data")
-    assert store.get_bytes("s3://bucket/before") == b"data"
+    (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - 20 * MIB))
+    with pytest.raises(StoreFull):
+        store.put_bytes("s3://bucket/small", b"x")
+    assert [item.uri for item in store.list("s3://bucket")] == [f"s3://bucket/{number}" for number in range(stored)]
     embedded.stop()
-    with pytest.raises(StoreFull, match=r"store: the disk of the object store is full: 64 MiB needed, \d+ MiB free"):
+    with pytest.raises(
+        StoreFull, match=r"store: the disk of the object store is full: 64 MiB needed, (19|20) MiB free"
+    ):
         embedded.start()
     assert embedded.status() is None
-    others.unlink()
+
+    (small_disk / "others").unlink()
+    with pytest.raises(StoreFull):
+        store.put_bytes("s3://bucket/large", data * 3)
     embedded.start()
-    assert store.get_bytes("s3://bucket/before") == b"data"
-    store.put_bytes("s3://bucket/after", b"data")
+    assert [store.get_bytes(f"s3://bucket/{number}") == data for number in range(stored)] == [True] * stored
 
 
 def test_a_server_that_fails_for_want_of_room_is_not_asked_again(

@@ -21,7 +21,9 @@ def no_store_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_last_of_several_sessions_stops_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_share_a_server_and_one_started_by_hand_outlives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ESVIT_S3_REGION", "mars")
     embedded = EmbeddedStore(tmp_path)
     with open_store(tmp_path) as first:
@@ -30,13 +32,20 @@ def test_the_last_of_several_sessions_stops_the_server(tmp_path: Path, monkeypat
         del os.environ["ESVIT_S3_ENDPOINT"]  # as another terminal would
         with open_store(tmp_path) as second:
             assert second.address == first.address
-        assert embedded.status() is not None
+        status = embedded.status()
+        assert status is not None and not status.keep  # not stopped: the first session goes on
         first.check()
-    assert embedded.status() is None
+        embedded.start()
     assert {name: os.environ.get(name) for name in VARIABLES} == {**dict.fromkeys(VARIABLES), "ESVIT_S3_REGION": "mars"}
+    kept = embedded.status()
+    assert kept is not None and kept.pid == status.pid and kept.keep
+    with open_store(tmp_path):
+        pass
+    assert embedded.status() == kept
+    assert embedded.stop()
 
 
-def test_a_failing_or_killed_session_leaves_a_store_that_the_next_one_uses(tmp_path: Path) -> None:
+def test_a_killed_session_leaves_a_server_that_the_next_one_uses_and_the_last_one_stops(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from pathlib import Path
@@ -55,18 +64,6 @@ with open_store(Path(sys.argv[1])) as store:
         assert store.get_bytes("s3://bucket/kept") == b"data"
         raise ZeroDivisionError
     assert EmbeddedStore(tmp_path).status() is None
-
-
-def test_a_server_started_by_hand_outlives_sessions(tmp_path: Path) -> None:
-    embedded = EmbeddedStore(tmp_path)
-    with open_store(tmp_path):
-        embedded.start()
-    status = embedded.status()
-    assert status is not None and status.keep
-    with open_store(tmp_path):
-        pass
-    assert embedded.status() == status
-    assert embedded.stop()
 
 
 def test_a_named_store_is_used_and_asked_first(store_env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
