@@ -1,0 +1,113 @@
+"""The update of student and teacher."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from esvit_core.config import Config
+from esvit_core.models.heads import ProjectionHead
+from esvit_core.training.optimizer import (
+    build_optimizer,
+    clip_gradients_,
+    freeze_last_layer_,
+    parameter_groups,
+    set_hyperparameters_,
+    update_teacher_,
+)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), ProjectionHead(8, 10, hidden_dim=12, bottleneck_dim=4))
+
+
+def backward(network: nn.Module, scale: float = 1.0) -> None:
+    (network(torch.randn(3, 6, generator=torch.Generator().manual_seed(1))).square().sum() * scale).backward()
+
+
+def test_biases_and_norms_do_not_decay(network):
+    network[0].bias.requires_grad_(False)
+    decayed, spared = (group["params"] for group in parameter_groups(network))
+    assert all(p.ndim > 1 for p in decayed) and all(p.ndim == 1 for p in spared)
+    assert any(p is network[2].last_layer.weight_g for p in decayed)
+    assert len(decayed) + len(spared) == len(list(network.parameters())) - 1  # the frozen one is nowhere
+
+
+def test_step_decays_the_first_group_only(network):
+    optimizer = build_optimizer(network, Config())
+    set_hyperparameters_(optimizer, lr=0.1, weight_decay=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in network.named_parameters():
+        factor = 1.0 if p.ndim == 1 else 1 - 0.1 * 0.5
+        torch.testing.assert_close(p.detach(), factor * before[name])
+
+
+def test_step_is_the_plain_adamw(network):
+    reference = copy.deepcopy(network)
+    plain = torch.optim.AdamW(parameter_groups(reference), foreach=False, fused=False)
+    optimizer = build_optimizer(network, Config())
+    for step in range(3):
+        for each, by in ((network, optimizer), (reference, plain)):
+            set_hyperparameters_(by, lr=0.01, weight_decay=0.1 * step)
+            by.zero_grad()
+            backward(each)
+            by.step()
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_each_gradient_is_clipped_by_itself(network):
+    backward(network, scale=0.05)
+    before = {name: p.grad.clone() for name, p in network.named_parameters()}
+    total = clip_gradients_(network.parameters(), 3.0)
+    assert total.item() == pytest.approx(torch.cat([g.flatten() for g in before.values()]).norm().item(), rel=1e-5)
+    clipped = 0
+    for name, p in network.named_parameters():
+        norm = before[name].norm()
+        clipped += bool(norm > 3)
+        torch.testing.assert_close(p.grad, before[name] * min(1.0, 3.0 / (norm.item() + 1e-6)), rtol=1e-5, atol=1e-8)
+    assert 0 < clipped < len(before)
+
+
+def test_clipping_at_zero_only_measures(network):
+    backward(network)
+    before = [p.grad.clone() for p in network.parameters()]
+    assert clip_gradients_(network.parameters(), 0).item() > 0
+    assert all(torch.equal(p.grad, g) for p, g in zip(network.parameters(), before, strict=True))
+
+
+def test_frozen_prototypes_are_passed_over(network):
+    optimizer = build_optimizer(network, Config())
+    set_hyperparameters_(optimizer, lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    backward(network)
+    freeze_last_layer_(network)
+    optimizer.step()
+    for name, p in network.named_parameters():
+        assert torch.equal(p, before[name]) == ("last_layer" in name), name
+        assert (p in optimizer.state) == ("last_layer" not in name), name
+
+
+def test_teacher_is_a_moving_average_of_the_student(network):
+    teacher = copy.deepcopy(network).requires_grad_(False)
+    before = [p.clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p))
+    for momentum in (0.996, 0.3):
+        expected = [momentum * t + (1 - momentum) * s for t, s in zip(before, network.parameters(), strict=True)]
+        update_teacher_(network, teacher, momentum)
+        before = [p.clone() for p in teacher.parameters()]
+        for ours, theirs in zip(before, expected, strict=True):
+            torch.testing.assert_close(ours, theirs.detach())
+    update_teacher_(network, teacher, 1.0)
+    assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before, strict=True))
