@@ -74,7 +74,7 @@ class EmbeddedStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).resolve()  # by whichever name: it is the same server
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, keep: bool = True) -> StoreAddress:
@@ -109,11 +109,11 @@ class EmbeddedStore:
 
     def status(self) -> StoreStatus | None:
         """The server that runs on this directory, None if none does; it may be about to start or to stop."""
-        state = self._read_state()
-        pid = state.get("pid", 0)
-        if not pid or not self._serves(pid):
+        state, ports = self._read_state(), self._last_ports()
+        pid = state.get("pid")
+        if ports is None or not isinstance(pid, int) or not self._serves(pid):
             return None
-        return StoreStatus(pid, self._address(state["ports"]["s3"]), self.directory, bool(state.get("keep")))
+        return StoreStatus(pid, self._address(ports.s3), self.directory, bool(state.get("keep")))
 
     def environment(self) -> dict[str, str]:
         """The ``ESVIT_S3_*`` variables for processes that shall use the running server.
@@ -212,14 +212,12 @@ class EmbeddedStore:
 
     def _choose_ports(self, again: bool) -> weed.Ports:
         """The ports of last time, so that clients find the server again; others where those are taken."""
-        wanted = _wanted_port()
-        last = self._read_state().get("ports")
-        if last and not again and wanted in (None, last.get("s3")):
-            with contextlib.suppress(TypeError):
-                ports = weed.Ports(**last)
-                if not any(weed.port_error(port) for port in last.values()):
-                    return ports
-        return weed.free_ports(wanted)
+        wanted, last = _wanted_port(), self._last_ports()
+        if last is None or again or wanted not in (None, last.s3):
+            return weed.free_ports(wanted)
+        if any(weed.port_error(port) for port in asdict(last).values()):
+            return weed.free_ports(wanted)
+        return last
 
     def _end(self, pid: int) -> None:
         for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
@@ -267,9 +265,17 @@ class EmbeddedStore:
         return (fatal or lines or ["it said nothing"])[-1][:300]
 
     def _remove_sockets(self) -> None:
-        for path in weed.sockets(self._read_state().get("ports", {})):
+        ports = self._last_ports()
+        for path in weed.sockets(ports) if ports is not None else ():
             with contextlib.suppress(OSError):
                 path.unlink()
+
+    def _last_ports(self) -> weed.Ports | None:
+        """The ports of the server that runs or ran last."""
+        try:
+            return weed.Ports(**{name: int(port) for name, port in self._read_state()["ports"].items()})
+        except (LookupError, AttributeError, TypeError, ValueError):
+            return None
 
     def _read_state(self) -> dict[str, Any]:
         try:

@@ -14,6 +14,9 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 
 T = TypeVar("T")
 
+# Not the shared generator: a request that is repeated must not change the numbers that a seeded program draws.
+_CHANCE = random.SystemRandom()
+
 # S3's own words for "not now". Everything else that it says with a 4xx status stays true however often one asks.
 _TRANSIENT_CODES = frozenset(
     {
@@ -58,7 +61,7 @@ class RetryPolicy:
         """
         for attempt in range(self.attempts - 1):
             bound = min(self.cap, self.base * 2**attempt)
-            yield bound * (0.5 + 0.5 * random.random())
+            yield bound * (0.5 + 0.5 * _CHANCE.random())
 
 
 def is_transient(error: BaseException) -> bool:

@@ -21,7 +21,6 @@ import shutil
 import socket
 import sys
 import sysconfig
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,10 +115,11 @@ def environment(directory: Path) -> dict[str, str]:
     return {**kept, "HOME": str(directory), "GOMEMLIMIT": "256MiB"}
 
 
-def sockets(ports: Mapping[str, int]) -> list[Path]:
+def sockets(ports: Ports) -> list[Path]:
     """The Unix sockets that the server makes and, when it is killed, leaves."""
-    names = {"s3": "s3", "filer": "filer", **{f"{role}_grpc": f"{role}-grpc" for role in _ROLES}}
-    return [Path(f"/tmp/seaweedfs-{names[key]}-{port}.sock") for key, port in ports.items() if key in names]
+    names = [f"s3-{ports.s3}", f"filer-{ports.filer}"]
+    names += [f"{role}-grpc-{getattr(ports, f'{role}_grpc')}" for role in _ROLES]
+    return [Path(f"/tmp/seaweedfs-{name}.sock") for name in names]
 
 
 def write_configuration(directory: Path) -> None:

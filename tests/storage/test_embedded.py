@@ -48,8 +48,10 @@ def kill(status: StoreStatus) -> None:
         psutil.wait_procs([psutil.Process(status.pid)], timeout=5)
 
 
-def test_a_second_start_finds_the_first(server: EmbeddedStore, running: StoreStatus) -> None:
-    other = EmbeddedStore(server.directory)
+def test_a_second_start_finds_the_first(server: EmbeddedStore, running: StoreStatus, tmp_path: Path) -> None:
+    by_another_name = tmp_path / "link"
+    by_another_name.symlink_to(server.directory)
+    other = EmbeddedStore(by_another_name)
     assert other.start() == running.address
     assert other.status() == running
     assert other.environment()["ESVIT_S3_ENDPOINT"] == running.address.endpoint
@@ -156,7 +158,7 @@ def test_stopping_keeps_the_data_and_leaves_nothing_running(server: EmbeddedStor
     store.put_bytes("s3://bucket/kept", b"data" * 500_000)
     store.connection.client.begin_upload("bucket", "unfinished", {})
     ports = json.loads((server.directory / "server.json").read_text())["ports"]
-    sockets = weed.sockets(ports)
+    sockets = weed.sockets(weed.Ports(**ports))
     assert any(path.exists() for path in sockets)
     assert EmbeddedStore(server.directory).stop()  # not by the one that started it
     assert not server.stop()
@@ -174,7 +176,7 @@ def test_notes_that_are_damaged_or_out_of_date_are_not_believed(server: Embedded
     ObjectStore(running.address).put_bytes("s3://bucket/kept", b"data")
     notes = server.directory / "server.json"
     of_another = notes.read_text().replace(str(running.pid), str(os.getpid()), 1)
-    for text in ("", "[]", '{"pid": 1, "ports": {"s3": 1}}', of_another):
+    for text in ("", "[]", '{"pid": 1, "ports": {"s3": 1}}', '{"pid": "x", "ports": [1]}', of_another):
         notes.write_text(text)
         assert server.status() is None
         assert not server.stop()

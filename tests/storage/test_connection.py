@@ -1,14 +1,18 @@
-"""Which answers are asked for again, told by a server that reads from a script."""
+"""Which answers are asked for again, and how failures are told; the server reads from a script."""
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import socket
+import ssl
 import time
+from pathlib import Path
 
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.storage import NotFound, ObjectStore, StoreAddress, StoreError, StoreRefused, StoreUnavailable
+from esvit_core.storage import NotFound, ObjectStore, StoreAddress, StoreError, StoreRefused, StoreUnavailable, weed
 from esvit_core.storage.retry import RetryPolicy
 
 
@@ -72,6 +76,14 @@ def test_waits_double_up_to_a_cap_and_are_not_all_the_same() -> None:
     assert len({next(policy.waits()) for _ in range(10)}) > 1
 
 
+def test_waiting_does_not_disturb_a_seeded_program(scripted) -> None:
+    random.seed(7)
+    expected = random.random()
+    random.seed(7)
+    scripted((503, "SlowDown"), (200, "")).store().put_bytes("s3://bucket/key", b"data")
+    assert random.random() == expected
+
+
 def test_a_web_server_is_not_taken_for_a_store(scripted) -> None:
     with pytest.raises(StoreUnavailable, match="not a working S3 server"):
         scripted((404, "")).store().check()
@@ -91,6 +103,25 @@ def test_tls_to_a_plain_server_names_the_setting(store) -> None:
     address = StoreAddress(store.address.endpoint, store.address.access_key, store.address.secret_key, secure=True)
     with pytest.raises(StoreUnavailable, match="ESVIT_S3_SECURE=false"):
         ObjectStore(address).check()
+
+
+def test_a_server_with_a_certificate_of_its_own_is_trusted_by_name_of_the_file(scripted, tmp_path: Path) -> None:
+    weed.write_configuration(tmp_path)  # makes a certificate for the loopback address
+    server = scripted((200, ""))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / weed.CERTIFICATE, tmp_path / weed.PRIVATE_KEY)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    address = dataclasses.replace(server.store().address, secure=True)
+    with pytest.raises(StoreUnavailable, match=r"certificate verify failed.*set ESVIT_S3_CA_FILE"):
+        ObjectStore(address).put_bytes("s3://bucket/key", b"data")
+    trusting = {**address.environment(), "ESVIT_S3_CA_FILE": str(tmp_path / weed.CERTIFICATE)}
+    ObjectStore.from_env(trusting).put_bytes("s3://bucket/key", b"data")
+    assert server.requests == ["PUT /bucket/key"]
+
+
+def test_a_wrong_region_names_the_setting(scripted) -> None:
+    with pytest.raises(StoreError, match=r"AuthorizationHeaderMalformed .*; check ESVIT_S3_REGION"):
+        scripted((400, "AuthorizationHeaderMalformed")).store().get_bytes("s3://bucket/key")
 
 
 def test_the_real_server_refuses_a_wrong_key(store) -> None:
