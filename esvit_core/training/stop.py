@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -58,15 +59,25 @@ class StopRequest:
 
 
 def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Let the kernel send this process ``number`` when its parent dies, however it dies (Linux only).
+    """Send this process ``number`` when its parent dies, however it dies.
+
+    On Linux the kernel does it, elsewhere a thread that looks every second.
 
     Args:
         parent: process id that the parent must have: if it has died already, the signal comes at once.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    else:
+        threading.Thread(target=_look_after, args=(parent, number), daemon=True).start()
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def _look_after(parent: int, number: signal.Signals) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), number)
 
 
 def leave_process_id() -> None:

@@ -1,0 +1,121 @@
+"""Real processes under a real agent: resume, interruption, failure."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.monitoring.log import read_log
+from esvit_core.training import launch
+from esvit_core.training.launch import divide_cores, launch_training
+
+# 160 steps: long enough to be stopped in the middle.
+LONG = {"epochs": 40, "processes": 2}
+
+
+def test_resume_continues_bitwise_past_a_damaged_checkpoint(micro_run: Callable[..., Any]) -> None:
+    undisturbed = micro_run("undisturbed", training=LONG)
+    launch_training(undisturbed.uri, undisturbed.config)
+
+    killed = micro_run("killed", training=LONG)
+    launcher = killed.launch()
+    killed.wait_for_step(random.randint(10, 100))
+    random.choice(killed.trainers()).kill()
+    output, _ = launcher.communicate(timeout=90)
+    assert launcher.returncode == 2
+    assert "was killed by SIGKILL" in output.splitlines()[-1]
+    assert not killed.processes()
+
+    newest = killed.checkpointed_step()
+    assert 0 < newest < 160
+    damaged = f"{killed.uri}/training/checkpoints/{newest:08d}"
+    data = killed.store.get_bytes(f"{damaged}/student.pt")
+    killed.store.put_bytes(f"{damaged}/student.pt", data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
+
+    launcher = killed.launch()
+    output, _ = launcher.communicate(timeout=90)
+    assert launcher.returncode == 0, output
+    assert f"{damaged} cannot be used" in output and "SHA-256" in output
+    (resumed,) = killed.store.get_json(f"{killed.uri}/training/summary.json")["resumes"]
+    assert resumed < newest
+    assert f"resuming from step {resumed} of 160 (checkpoint {killed.uri}/training/checkpoints/" in output
+
+    assert killed.weights() == undisturbed.weights()
+    logs = [{line["step"]: line["loss"] for line in read_log(run.store, run.uri)} for run in (killed, undisturbed)]
+    assert logs[0].keys() == logs[1].keys()
+    # A line is the mean since the one before: the first after the resume may cover fewer steps.
+    assert {step for step in logs[0] if logs[0][step] != logs[1][step]} <= {resumed + 1}
+
+
+def test_an_interrupted_launcher_leaves_a_checkpoint_and_no_process(micro_run: Callable[..., Any]) -> None:
+    run = micro_run("interrupted", training=LONG | {"metrics_port": 0, "checkpoint_steps": 1000})
+    launcher = run.launch()
+    lines = iter(launcher.stdout.readline, "")
+    address = next(m.group(1) for line in lines if (m := re.search(r"metrics on (http://\S+)", line)))
+    next(line for line in lines if "images/s" in line)
+    metrics = urllib.request.urlopen(address, timeout=10).read().decode()
+    assert re.search(r'esvit_train_loss\{recipe="micro",run="interrupted",term="view"\} \d', metrics)
+    assert re.search(r'esvit_train_step_seconds_count\{recipe="micro",run="interrupted"\} [1-9]', metrics)
+
+    launcher.send_signal(signal.SIGINT)
+    output = "".join(lines)
+    assert launcher.wait(60) == 128 + signal.SIGINT
+    assert not run.processes()
+    step = run.checkpointed_step()
+    assert 0 < step < 160
+    assert f"the same command again goes on from step {step}" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("victim", ["launcher", "agent"])
+def test_no_process_outlives_a_killed_launcher_or_agent(micro_run: Callable[..., Any], victim: str) -> None:
+    run = micro_run(f"killed-{victim}", training=LONG | {"checkpoint_steps": 3})
+    launcher = run.launch()
+    run.wait_for_step(3)
+    trainers = run.trainers()
+    assert len(trainers) == 2
+    if victim == "launcher":
+        launcher.kill()
+    else:
+        (agent,) = run.processes("training.agent")
+        agent.kill()
+        output, _ = launcher.communicate(timeout=60)
+        assert "agent" in output.splitlines()[-1]
+        assert not run.processes()  # the launcher has waited for them
+    run.wait_until(lambda: not run.processes(), "the end of the processes", 40)
+    assert run.checkpointed_step() % 3 != 0 or run.checkpointed_step() > 3  # they wrote a last one
+
+
+def test_a_training_that_diverges_ends_with_its_reason_and_no_traceback(
+    micro_run: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = micro_run("diverging", training={"processes": 2}, optimizer={"lr": 1e30, "warmup_epochs": 0, "clip_grad": 0})
+    with pytest.raises(UserError, match=r"training: .* between steps 1 and 2, not finite; lower optimizer.lr"):
+        launch_training(run.uri, run.config)
+    assert "Traceback" not in capfd.readouterr().err
+    assert run.checkpointed_step() == -1
+    assert not run.processes()
+
+
+def test_threads_times_processes_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_gpus", lambda: 0)
+
+    def divided(cores: int, processes: int | str = "auto", batch_size: int = 64) -> tuple[int, int]:
+        monkeypatch.setattr(launch, "available_cores", lambda: cores)
+        return divide_cores(Config.from_mapping({"training": {"processes": processes, "batch_size": batch_size}}))
+
+    assert divided(1) == (1, 1)
+    assert divided(2) == (2, 1)
+    assert divided(8) == (2, 4)
+    assert divided(8, processes=4) == (4, 2)
+    assert divided(2, batch_size=63) == (1, 2)  # two processes cannot share it
+    with pytest.raises(UserError, match=r"expected a multiple of training\.processes, 2"):
+        divided(2, processes=2, batch_size=63)

@@ -1,0 +1,170 @@
+"""A whole training in this process: what it leaves behind, and what stops it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from esvit_core.errors import UserError
+from esvit_core.monitoring.log import read_log
+from esvit_core.training.launch import launch_training
+from esvit_core.training.run import carry_out
+from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
+from esvit_core.training.summary import read_summary
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    """A training makes torch deterministic for the whole process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+class StopAfter(StopRequest):
+    """Asked to stop when it has been looked at ``steps`` times."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    @property
+    def requested(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
+
+
+def train(run: Any, stop: StopRequest | None = None) -> int:
+    return carry_out(run.uri, stop or StopRequest())
+
+
+def test_a_finished_run_has_everything_and_is_found_again(
+    micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = micro_run("finished")
+    assert train(run) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1].endswith(f"the backbone is at {run.uri}/backbone")
+    summary = read_summary(run.store, run.uri)
+    assert summary is not None
+    assert (summary.steps, summary.epochs, summary.images, summary.resumes) == (12, 3, 192, [])
+    assert summary.backbone == f"{run.uri}/backbone"
+    json.dumps(summary.as_json(), allow_nan=False)
+
+    lines = read_log(run.store, run.uri)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert {
+        "loss",
+        "loss_view",
+        "loss_region",
+        "lr",
+        "weight_decay",
+        "teacher_temp",
+        "teacher_momentum",
+        "grad_norm",
+    } <= set(lines[0])
+    assert {
+        "images_per_second",
+        "data_wait",
+        "entropy_view",
+        "entropy_region",
+        "kl_view",
+        "feature_std",
+        "time",
+    } <= set(lines[0])
+    assert lines[-1]["loss"] == pytest.approx((lines[-1]["loss_view"] + lines[-1]["loss_region"]) / 2, rel=1e-4)
+
+    untrained, trained = (run.store.get_json(f"{run.uri}/{which}/backbone.json") for which in ("untrained", "backbone"))
+    assert (untrained["step"], trained["step"]) == (0, 12)
+    assert untrained["weights"]["sha256"] != trained["weights"]["sha256"]
+
+    before = {stat.uri: stat.etag for stat in run.store.list(run.uri)}
+    assert not [uri for uri in before if "tmp" in uri]
+    assert train(run) == 0
+    assert launch_training(run.uri, run.config) == summary
+    assert {stat.uri: stat.etag for stat in run.store.list(run.uri)} == before
+
+
+@pytest.mark.parametrize("region", [True, False], ids=["view+region", "view"])
+def test_a_stopped_run_goes_on_bitwise(micro_run: Callable[..., Any], region: bool) -> None:
+    whole = micro_run("whole", objective={"region": region})
+    assert train(whole) == 0
+    stopped = micro_run("stopped", objective={"region": region})
+    assert train(stopped, StopAfter(6)) == STOPPED_EXIT_CODE
+    assert stopped.checkpointed_step() == 7
+    assert read_summary(stopped.store, stopped.uri) is None
+    assert train(stopped) == 0
+    assert stopped.weights() == whole.weights()
+    summary = read_summary(stopped.store, stopped.uri)
+    assert summary is not None and summary.resumes == [7] and summary.images == 192
+
+
+def test_a_run_killed_between_its_last_step_and_its_summary_finishes(micro_run: Callable[..., Any]) -> None:
+    run = micro_run("late")
+    assert train(run) == 0
+    weights, summary = run.weights(), read_summary(run.store, run.uri)
+    run.store.remove(f"{run.uri}/training/summary.json")
+    run.store.remove_prefix(f"{run.uri}/backbone")
+    assert train(run) == 0
+    again = read_summary(run.store, run.uri)
+    assert run.weights() == weights
+    assert summary is not None and again is not None and again.final_loss == pytest.approx(summary.final_loss, rel=1e-5)
+
+
+def test_checkpoints_come_by_the_clock_too(micro_run: Callable[..., Any]) -> None:
+    run = micro_run("clock", training={"checkpoint_steps": 1000, "checkpoint_minutes": 1e-6, "keep_checkpoints": 20})
+    assert train(run) == 0
+    root = f"{run.uri}/training/checkpoints/"
+    assert {int(s.uri.removeprefix(root)[:8]) for s in run.store.list(root)} == set(range(1, 13))
+
+
+def test_a_collapsed_teacher_stops_the_run_by_name(micro_run: Callable[..., Any]) -> None:
+    run = micro_run(
+        "collapsing",
+        objective={"teacher_temp": 1e4, "warmup_teacher_temp": 1e4},
+        training={"collapse_patience": 4},
+    )
+    with pytest.raises(UserError) as raised:
+        train(run)
+    assert "the teacher has collapsed: the uniform distribution for every picture from step 2 to 6" in str(raised.value)
+    assert "lower objective.teacher_temp" in str(raised.value)
+    assert [line["step"] for line in read_log(run.store, run.uri)] == [2, 4, 6]  # the curve that shows it
+
+
+def test_a_poisoned_state_never_becomes_a_checkpoint(micro_run: Callable[..., Any]) -> None:
+    run = micro_run(
+        "poisoned",
+        optimizer={"lr": 1e30, "warmup_epochs": 0, "clip_grad": 0},
+        training={"checkpoint_steps": 1, "log_steps": 12},
+    )
+    with pytest.raises(UserError, match="not finite"):
+        train(run)
+    assert run.checkpointed_step() < 2
+
+
+def test_too_few_pictures_for_a_batch(micro_run: Callable[..., Any]) -> None:
+    run = micro_run("few", training={"batch_size": 128})
+    with pytest.raises(UserError, match="64 training pictures, expected at least one batch of 128"):
+        train(run)
+
+
+def test_a_metrics_port_in_use(micro_run: Callable[..., Any]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        run = micro_run("port", training={"metrics_port": taken.getsockname()[1]})
+        with pytest.raises(UserError, match=r"training\.metrics_port"):
+            train(run)
+
+
+def test_a_run_that_does_not_exist(store_env: Any) -> None:
+    with pytest.raises(UserError, match="there is none"):
+        carry_out(store_env.uri("runs/none"), StopRequest())
