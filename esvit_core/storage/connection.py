@@ -23,6 +23,8 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 POOL_SIZE = 16
+# User metadata that says which request made an object: how a repeated request knows its own result again.
+WRITER = "x-amz-meta-esvit-writer"
 _REFUSALS = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccountProblem"}
 )
@@ -63,6 +65,16 @@ class S3Client(Minio):
         if len(data) != promised:
             raise ShortBodyError(f"the connection ended after {len(data)} of {promised} bytes")
         return data, str(response.headers.get("ETag", "")).strip('"')
+
+    def writer(self, bucket: str, key: str) -> tuple[str | None, str | None]:
+        """ETag and writer's mark of the object as it is now; both None if there is none."""
+        try:
+            found = self.stat_object(bucket, key)
+        except S3Error as error:
+            if error.code == "NoSuchKey":
+                return None, None
+            raise
+        return (found.etag or "").strip('"'), (found.metadata or {}).get(WRITER)
 
     def remove_all(self, bucket: str, keys: list[str]) -> None:
         """Delete objects, a thousand per request.

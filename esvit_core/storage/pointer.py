@@ -15,12 +15,10 @@ from typing import Any
 
 from minio.error import S3Error
 
-from esvit_core.storage.connection import Connection, S3Client
+from esvit_core.storage.connection import WRITER, Connection, S3Client
 from esvit_core.storage.errors import IntegrityError
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.uri import SCHEME
-
-_WRITER = "x-amz-meta-esvit-writer"
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,10 @@ def _put_if(
     # A connection that breaks after the server has stored the object makes the repeated request meet its own
     # result. The mark tells that apart from another writer's.
     mark = uuid.uuid4().hex
-    headers = {"Content-Type": content_type, _WRITER: mark, **condition}
+    headers = {"Content-Type": content_type, WRITER: mark, **condition}
 
     def put(client: S3Client) -> bool:
-        etag, writer = _present(client, bucket, key)
+        etag, writer = client.writer(bucket, key)
         if writer == mark:
             return True
         if etag != expected:
@@ -94,18 +92,7 @@ def _put_if(
         except S3Error as error:
             if error.code not in ("PreconditionFailed", "NoSuchKey"):
                 raise
-            return _present(client, bucket, key)[1] == mark
+            return client.writer(bucket, key)[1] == mark
 
     connection.require_room(len(data))
     return connection.call(f"{SCHEME}{bucket}/{key}", put)
-
-
-def _present(client: S3Client, bucket: str, key: str) -> tuple[str | None, str | None]:
-    """ETag and writer's mark of the object as it is now; both None if there is none."""
-    try:
-        found = client.stat_object(bucket, key)
-    except S3Error as error:
-        if error.code == "NoSuchKey":
-            return None, None
-        raise
-    return (found.etag or "").strip('"'), (found.metadata or {}).get(_WRITER)

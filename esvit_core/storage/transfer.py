@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 from minio.datatypes import Part
 from minio.error import S3Error
 
-from esvit_core.storage.connection import Connection, S3Client
+from esvit_core.storage.connection import WRITER, Connection, S3Client
 from esvit_core.storage.disk import is_full
 from esvit_core.storage.errors import IntegrityError, NotFound, StoreError, StoreFull
 from esvit_core.storage.uri import SCHEME
@@ -24,7 +24,6 @@ T = TypeVar("T")
 
 PART_BYTES = 16 * 2**20  # at most 10,000 parts: objects of up to 156 GiB
 PARALLEL = 4
-_UPLOADS = 2  # attempts at a whole upload whose parts the server has lost
 
 
 def sha256_of(path: Path) -> str:
@@ -51,7 +50,10 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
                 data = _read_part(path, file, 0, size)
                 connection.call(f"{SCHEME}{bucket}/{key}", lambda client: client.put(bucket, key, data, headers))
             else:
-                _upload_parts(connection, bucket, key, path, file, size, headers)
+                try:
+                    _upload_parts(connection, bucket, key, path, file, size, headers)
+                except NotFound:  # the server was restarted, and threw away what it held of unfinished objects
+                    _upload_parts(connection, bucket, key, path, file, size, headers)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error}); expected a file to store") from error
 
@@ -60,37 +62,31 @@ def _upload_parts(
     connection: Connection, bucket: str, key: str, path: Path, file: BinaryIO, size: int, headers: dict[str, Any]
 ) -> None:
     uri = f"{SCHEME}{bucket}/{key}"
-    for attempt in range(1, _UPLOADS + 1):
-        upload_id = connection.call(uri, lambda client: client.begin_upload(bucket, key, headers))
+    mark = uuid.uuid4().hex
+    upload_id = connection.call(uri, lambda client: client.begin_upload(bucket, key, {**headers, WRITER: mark}))
 
-        def put(number: int, upload_id: str = upload_id) -> Part:
-            offset = (number - 1) * PART_BYTES
-            data = _read_part(path, file, offset, min(PART_BYTES, size - offset))
-            connection.require_room(len(data))
-            return Part(
-                number, connection.call(uri, lambda client: client.put_part(bucket, key, upload_id, number, data))
-            )
+    def put(number: int) -> Part:
+        offset = (number - 1) * PART_BYTES
+        data = _read_part(path, file, offset, min(PART_BYTES, size - offset))
+        connection.require_room(len(data))
+        etag = connection.call(uri, lambda client: client.put_part(bucket, key, upload_id, number, data))
+        return Part(number, etag)
 
+    def finish(client: S3Client) -> None:
         try:
-            parts = _in_parallel(put, range(1, -(-size // PART_BYTES) + 1))
-            connection.call(uri, lambda client: _finish(client, bucket, key, upload_id, parts, size))  # noqa: B023
-            return
-        except NotFound:  # the store was restarted, and threw away what it held of unfinished objects
-            if attempt == _UPLOADS:
+            client.finish_upload(bucket, key, upload_id, parts)
+        except S3Error as error:
+            # The answer to an earlier attempt may have been lost: then the upload is gone and the object is ours.
+            if error.code != "NoSuchUpload" or client.writer(bucket, key)[1] != mark:
                 raise
-        except BaseException:  # Ctrl-C, too, must leave no parts behind
-            with contextlib.suppress(Exception):
-                connection.call(uri, lambda client: client.abort_upload(bucket, key, upload_id))  # noqa: B023
-            raise
 
-
-def _finish(client: S3Client, bucket: str, key: str, upload_id: str, parts: list[Part], size: int) -> None:
     try:
-        client.finish_upload(bucket, key, upload_id, parts)
-    except S3Error as error:
-        # The answer to an earlier attempt may have been lost: then the upload is gone and the object is there.
-        if error.code != "NoSuchUpload" or client.stat_object(bucket, key).size != size:
-            raise
+        parts = _in_parallel(put, range(1, -(-size // PART_BYTES) + 1))
+        connection.call(uri, finish)
+    except BaseException:  # Ctrl-C, too, must leave no parts behind
+        with contextlib.suppress(Exception):
+            connection.call(uri, lambda client: client.abort_upload(bucket, key, upload_id))
+        raise
 
 
 def abort_uploads(connection: Connection, bucket: str, prefix: str, before: datetime | None) -> int:

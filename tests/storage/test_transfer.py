@@ -111,6 +111,39 @@ def test_an_upload_whose_parts_were_forgotten_begins_anew(
     assert not pending(store)
 
 
+def test_an_upload_whose_answer_was_lost_is_known_to_be_done(
+    store, tmp_path: Path, small_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not mistaken for an older object of the same size."""
+    source, old = tmp_path / "source", tmp_path / "old"
+    old.write_bytes(os.urandom(6 * MIB))
+    source.write_bytes(os.urandom(6 * MIB))
+    store.put_file(store.uri("file.bin"), old)
+    client = type(store.connection.client)
+    finish, begin, begun = client.finish_upload, client.begin_upload, []
+
+    def lose_the_answer(self, *arguments):
+        monkeypatch.setattr(client, "finish_upload", finish)
+        finish(self, *arguments)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(client, "begin_upload", lambda *arguments: begun.append(1) or begin(*arguments))
+    monkeypatch.setattr(client, "finish_upload", lose_the_answer)
+    store.put_file(store.uri("file.bin"), source)
+    assert len(begun) == 1
+    assert store.get_bytes(store.uri("file.bin")) == source.read_bytes()
+
+    def forget_it(self, bucket, key, upload, parts):
+        monkeypatch.setattr(client, "finish_upload", finish)
+        self.abort_upload(bucket, key, upload)
+        return finish(self, bucket, key, upload, parts)
+
+    monkeypatch.setattr(client, "finish_upload", forget_it)
+    store.put_file(store.uri("file.bin"), old)
+    assert len(begun) == 3
+    assert store.get_bytes(store.uri("file.bin")) == old.read_bytes()
+
+
 def test_unfinished_uploads_are_found_by_place_and_age(store) -> None:
     from datetime import timedelta
 
