@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+import torch.nn.functional as F
+from torch import Tensor
 
 from esvit_core.config import AugmentConfig, CropConfig
+from esvit_core.data import photometric
 
 Box = tuple[int, int, int, int]
+Draw = Callable[[], float]  # the next random number from 0 to 1
+
 _AUGMENT_STREAM = 1  # keeps these random numbers apart from those of the order, which has the same seed
 _RATIO = (3 / 4, 4 / 3)
-_SOLARIZE_THRESHOLD = 128
+_ATTEMPTS = 10
+_DRAWS = 2 * _ATTEMPTS + 16  # as many random numbers as a crop can use, and one call for all of them
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -23,30 +29,57 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 class MultiCrop:
-    """The crops of a picture: global ones first, then local ones."""
+    """The crops of a picture: global ones first, then local ones.
+
+    Each is cut out at random (:func:`crop_box`), resized (bicubic, antialiased), mirrored with probability ``flip``;
+    then, each with its probability, come colour jitter in random order, loss of colour, Gaussian blur, and for all
+    global crops but the first solarisation; at last it is normalised.
+
+    Args:
+        config: sizes, numbers and probabilities.
+    """
 
     def __init__(self, config: AugmentConfig) -> None:
         self.config = config
-        self._mean = np.asarray(config.mean, np.float32)
-        self._std = np.asarray(config.std, np.float32)
+        self._kinds = [config.global_crops] * config.global_crops.number + [
+            config.local_crops
+        ] * config.local_crops.number
+        self._normalise = Normalise(config.mean, config.std)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[torch.Tensor]:
-        config = self.config
-        picture = Image.fromarray(image)
-        crops = []
-        for number in range(config.global_crops.number):
-            second = number % 2 == 1
-            crop = self._crop(picture, config.global_crops, rng)[0]
-            crop = self._photometric(crop, rng, config.blur[1 if second else 0], config.solarize if second else 0.0)
-            crops.append(self._normalise(crop))
-        for _ in range(config.local_crops.number):
-            crop = self._crop(picture, config.local_crops, rng)[0]
-            crops.append(self._normalise(self._photometric(crop, rng, config.blur[2], 0.0)))
+    @property
+    def sizes(self) -> list[int]:
+        """Side of every crop, pixels, in their order."""
+        return [kind.size for kind in self._kinds]
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
+        """Make the crops of a picture.
+
+        Args:
+            image: (H, W, 3) uint8.
+            rng: determines everything that is random; see :func:`sample_rng`.
+
+        Returns:
+            One tensor (3, S, S) float32 a crop.
+        """
+        crops = [torch.empty(3, size, size) for size in self.sizes]
+        self.write(image, rng, crops)
         return crops
+
+    def write(self, image: np.ndarray, rng: np.random.Generator, crops: Sequence[Tensor]) -> None:
+        """The same into tensors that are there already, such as rows of a batch; each contiguous, (3, S, S)."""
+        config = self.config
+        picture = _as_tensor(image)
+        for number, (kind, crop) in enumerate(zip(self._kinds, crops, strict=True)):
+            draw = _drawer(rng)
+            self._cut(picture, kind, draw, crop)
+            is_global = number < config.global_crops.number
+            blur = config.blur[min(number, 1) if is_global else 2]
+            self._photometric(crop.numpy(), draw, blur, config.solarize if is_global and number else 0.0)
+            self._normalise(crop)
 
     def geometric(
         self, image: np.ndarray, rng: np.random.Generator, kind: Literal["global", "local"]
-    ) -> tuple[torch.Tensor, tuple[float, float, float, float], bool]:
+    ) -> tuple[Tensor, tuple[float, float, float, float], bool]:
         """A crop without photometrics, with where it lies.
 
         Returns:
@@ -54,47 +87,41 @@ class MultiCrop:
             mirrored.
         """
         config = self.config.global_crops if kind == "global" else self.config.local_crops
-        crop, (x0, y0, x1, y1), flipped = self._crop(Image.fromarray(image), config, rng)
+        crop = torch.empty(3, config.size, config.size)
+        (x0, y0, x1, y1), flipped = self._cut(_as_tensor(image), config, _drawer(rng), crop)
         height, width = image.shape[:2]
         return self._normalise(crop), (x0 / width, y0 / height, x1 / width, y1 / height), flipped
 
-    def _crop(self, picture: Image.Image, kind: CropConfig, rng: np.random.Generator) -> tuple[Image.Image, Box, bool]:
-        box = crop_box(picture.width, picture.height, kind.scale, rng)
-        crop = picture.crop(box).resize((kind.size, kind.size), Image.Resampling.BICUBIC)
-        flipped = bool(rng.random() < self.config.flip)
-        if flipped:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return crop, box, flipped
+    def _cut(self, picture: Tensor, kind: CropConfig, draw: Draw, out: Tensor) -> tuple[Box, bool]:
+        """Cut out a crop, levels 0 to 255, into ``out``; return where it lies and whether it is mirrored."""
+        height, width = picture.shape[2:]
+        left, top, right, bottom = box = crop_box(width, height, kind.scale, draw)
+        crop = resize(picture[:, :, top:bottom, left:right], kind.size, kind.size)
+        flipped = draw() < self.config.flip
+        out.copy_((crop.flip(-1) if flipped else crop)[0])
+        return box, flipped
 
-    def _photometric(self, crop: Image.Image, rng: np.random.Generator, blur: float, solarize: float) -> Image.Image:
+    def _photometric(self, x: np.ndarray, draw: Draw, blur: float, solarize: float) -> None:
         config = self.config
-        if rng.random() < config.jitter:
-            order = rng.permutation(4)
+        if draw() < config.jitter:
             factors = [
-                rng.uniform(max(0.0, 1 - config.brightness), 1 + config.brightness),
-                rng.uniform(max(0.0, 1 - config.contrast), 1 + config.contrast),
-                rng.uniform(max(0.0, 1 - config.saturation), 1 + config.saturation),
-                rng.uniform(-config.hue, config.hue),
+                _between(max(0.0, 1 - config.brightness), 1 + config.brightness, draw),
+                _between(max(0.0, 1 - config.contrast), 1 + config.contrast, draw),
+                _between(max(0.0, 1 - config.saturation), 1 + config.saturation, draw),
+                _between(-config.hue, config.hue, draw),
             ]
-            for which in order:
-                if which == 0:
-                    crop = ImageEnhance.Brightness(crop).enhance(factors[0])
-                elif which == 1:
-                    crop = ImageEnhance.Contrast(crop).enhance(factors[1])
-                elif which == 2:
-                    crop = ImageEnhance.Color(crop).enhance(factors[2])
-                else:
-                    crop = _shift_hue(crop, factors[3])
-        if rng.random() < config.grayscale:
-            crop = crop.convert("L").convert("RGB")
-        if rng.random() < blur:
-            crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(*config.blur_sigma)))
-        if solarize and rng.random() < solarize:
-            crop = ImageOps.solarize(crop, _SOLARIZE_THRESHOLD)
-        return crop
+            places = [draw() for _ in factors]
+            for which in sorted(range(4), key=places.__getitem__):
+                _JITTER[which](x, factors[which])
+        if draw() < config.grayscale:
+            photometric.grey(x)
+        if draw() < blur:
+            photometric.blur(x, _between(*config.blur_sigma, draw))
+        if draw() < solarize:
+            photometric.solarize(x)
 
-    def _normalise(self, crop: Image.Image) -> torch.Tensor:
-        return to_tensor(np.asarray(crop), self._mean, self._std)
+
+_JITTER = (photometric.brighten, photometric.contrast, photometric.saturate, photometric.shift_hue)
 
 
 class EvalTransform:
@@ -102,7 +129,7 @@ class EvalTransform:
 
     Args:
         resize: the shorter side, pixels.
-        crop: side of the crop, pixels.
+        crop: side of the crop, pixels; what lies outside the picture is black.
         mean, std: of the three channels, as shares of 255.
     """
 
@@ -114,61 +141,81 @@ class EvalTransform:
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
     ) -> None:
         self.resize, self.crop = resize, crop
-        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self._normalise = Normalise(mean, std)
 
-    def __call__(self, image: np.ndarray) -> torch.Tensor:
+    def __call__(self, image: np.ndarray) -> Tensor:
         """From (H, W, 3) uint8 to (3, crop, crop) float32."""
-        picture = Image.fromarray(image)
-        short, side = min(picture.size), self.resize
-        # torchvision's rounding: the longer side is cut, not rounded.
-        size = tuple(side if length == short else int(side * length / short) for length in picture.size)
-        picture = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        left, top = (round((length - self.crop) / 2.0) for length in picture.size)
-        picture = picture.crop((left, top, left + self.crop, top + self.crop))  # black where it reaches outside
-        return to_tensor(np.asarray(picture), self._mean, self._std)
+        height, width = image.shape[:2]
+        short = min(height, width)
+        # torchvision's rounding: the longer side is cut to whole pixels.
+        height, width = (self.resize if side == short else int(self.resize * side / short) for side in (height, width))
+        picture = resize(_as_tensor(image), height, width)
+        top, left = (round((side - self.crop) / 2.0) for side in (height, width))
+        if top < 0 or left < 0:
+            picture = F.pad(picture, (max(0, -left), self.crop, max(0, -top), self.crop))
+            top, left = max(0, top), max(0, left)
+        out = torch.empty(3, self.crop, self.crop)
+        out.copy_(picture[0, :, top : top + self.crop, left : left + self.crop])
+        return self._normalise(out)
 
 
-def crop_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+class Normalise:
+    """Take off the mean and divide by the standard deviation, in place.
+
+    Args:
+        mean, std: of the three channels, as shares of 255.
+    """
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(3, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of levels 0 to 255, (3, H, W) float32."""
+        return x.mul_(self._scale).add_(self._shift)
+
+
+def crop_box(width: int, height: int, scale: tuple[float, float], draw: Draw) -> Box:
     """Where a random resized crop lies: area and aspect ratio at random, as torchvision's ``RandomResizedCrop`` does.
 
     Args:
         width, height: of the picture, pixels.
         scale: smallest and largest area as a share of the picture's.
+        draw: the next random number from 0 to 1.
 
     Returns:
-        Left, top, right, bottom in pixels; after ten attempts that do not fit, the largest centred box whose ratio
-        is allowed.
+        Left, top, right, bottom in pixels. After ten attempts that do not fit, the largest centred box whose ratio is
+        allowed.
     """
     area = width * height
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-    for _ in range(10):
-        target = area * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(low, high))
+    low, high = (math.log(ratio) for ratio in _RATIO)
+    for _ in range(_ATTEMPTS):
+        target = area * _between(*scale, draw)
+        ratio = math.exp(_between(low, high, draw))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top = int(rng.integers(0, height - h + 1))
-            left = int(rng.integers(0, width - w + 1))
+            top, left = int(draw() * (height - h + 1)), int(draw() * (width - w + 1))
             return left, top, left + w, top + h
-    ratio = width / height
-    w, h = width, height
-    if ratio < _RATIO[0]:
-        h = max(1, min(height, round(width / _RATIO[0])))
-    elif ratio > _RATIO[1]:
-        w = max(1, min(width, round(height * _RATIO[1])))
+    w = min(width, max(1, round(height * _RATIO[1])))
+    h = min(height, max(1, round(width / _RATIO[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def to_tensor(pixels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> torch.Tensor:
-    """Normalise (H, W, 3) uint8 to (3, H, W) float32."""
-    values = pixels.astype(np.float32)
-    values /= 255
-    values -= mean
-    values /= std
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+def resize(picture: Tensor, height: int, width: int) -> Tensor:
+    """Resize as PIL's bicubic filter does, (1, 3, H, W) uint8."""
+    return F.interpolate(picture, (height, width), mode="bicubic", antialias=True)
 
 
-def _shift_hue(crop: Image.Image, factor: float) -> Image.Image:
-    hue, saturation, value = crop.convert("HSV").split()
-    shifted = (np.asarray(hue).astype(np.int16) + int(factor * 255)).astype(np.uint8)  # wraps around
-    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
+def _as_tensor(image: np.ndarray) -> Tensor:
+    """(1, 3, H, W) uint8 in the memory of ``image``, (H, W, 3), where that can be shared."""
+    writable = image if image.flags.writeable else image.copy()
+    return torch.from_numpy(np.ascontiguousarray(writable)).permute(2, 0, 1).unsqueeze(0)
+
+
+def _drawer(rng: np.random.Generator) -> Draw:
+    return iter(rng.random(_DRAWS).tolist()).__next__
+
+
+def _between(low: float, high: float, draw: Draw) -> float:
+    return low + (high - low) * draw()

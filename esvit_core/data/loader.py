@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +58,7 @@ class TrainLoader:
         self.dataset = dataset
         self._batch_size, self._workers = config.training.batch_size, config.training.workers
         self._seed, self._rank, self._world = seed, rank, world
-        self._samples = _Samples(dataset, MultiCrop(config.augment), seed)
+        self._batches = _Batches(dataset, MultiCrop(config.augment), seed)
         self._plan = _Plan()
         self._loader: DataLoader[list[torch.Tensor]] | None = None
 
@@ -76,65 +75,53 @@ class TrainLoader:
         """
         order = epoch_order(self._seed, epoch, self.dataset.shard_sizes)
         batches = rank_batches(order, self._batch_size, self._rank, self._world)[start_step:]
-        loaded = self._in_workers(epoch, batches) if self._workers else self._in_thread(epoch, batches)
+        loaded = self._in_workers(epoch, batches) if self._workers else self._here(epoch, batches)
         for indices in batches:
             start = time.perf_counter()
             crops = next(loaded)
             yield Batch(crops, indices, time.perf_counter() - start)
 
-    def _in_thread(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
-        """One batch ahead: decoding releases the interpreter, and the network waits for nothing."""
-
-        def load(indices: np.ndarray) -> list[torch.Tensor]:
-            return collate([self._samples[epoch, int(i)] for i in indices])
-
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            coming = pool.submit(load, batches[0]) if batches else None
-            for following in [*batches[1:], None]:
-                if coming is None:
-                    return
-                ready = coming.result()
-                coming = pool.submit(load, following) if following is not None else None
-                yield ready
+    def _here(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
+        # No thread: on a CPU it would take its time from the network's, and both would wait for the interpreter.
+        return (self._batches[epoch, indices] for indices in batches)
 
     def _in_workers(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
         if self._loader is None:
             self._loader = DataLoader(
-                self._samples,
-                batch_sampler=self._plan,
+                self._batches,
+                sampler=self._plan,
+                batch_size=None,  # an item is a whole batch already
                 num_workers=self._workers,
-                collate_fn=collate,
                 persistent_workers=True,
                 pin_memory=torch.cuda.is_available(),
             )
-        self._plan.batches = [[(epoch, int(i)) for i in indices] for indices in batches]
+        self._plan.keys = [(epoch, indices) for indices in batches]
         return iter(self._loader)
 
 
-def collate(samples: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The crops of several samples, kind by kind, each (B, 3, S, S)."""
-    return [torch.stack(crops) for crops in zip(*samples, strict=True)]
-
-
-class _Samples(Dataset[list[torch.Tensor]]):
-    """The crops of a sample, by epoch and number."""
+class _Batches(Dataset[list[torch.Tensor]]):
+    """Batches of crops, by epoch and numbers of the samples."""
 
     def __init__(self, dataset: Pictures, multicrop: MultiCrop, seed: int) -> None:
         self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> list[torch.Tensor]:
-        epoch, index = key
-        return self._multicrop(self._dataset.image(index), sample_rng(self._seed, epoch, index))
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> list[torch.Tensor]:
+        epoch, indices = key
+        crops = [torch.empty(len(indices), 3, size, size) for size in self._multicrop.sizes]
+        for row, index in enumerate(indices.tolist()):
+            rng = sample_rng(self._seed, epoch, index)
+            self._multicrop.write(self._dataset.image(index), rng, [crop[row] for crop in crops])
+        return crops
 
 
-class _Plan(Sampler[list[tuple[int, int]]]):
+class _Plan(Sampler[tuple[int, np.ndarray]]):
     """The batches of the present epoch; the worker processes outlive it."""
 
     def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+        self.keys: list[tuple[int, np.ndarray]] = []
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.keys)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return iter(self.keys)

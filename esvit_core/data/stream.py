@@ -112,7 +112,7 @@ def decode_picture(data: bytes) -> np.ndarray:
     if data[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
     with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-        return np.asarray(picture.convert("RGB"))
+        return np.array(picture.convert("RGB"))
 
 
 def default_cache(store: ObjectStore) -> Path:
