@@ -267,8 +267,9 @@ class CvT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^stage(\d+)" if coarse else r"^stage(\d+)\.(?:1\.layers\.(\d+)|0)"
-        return {"stem": r"^stage0\.0", "blocks": [(blocks, None), (r"^norm", (99999,))]}
+        last = (r"^norm", (99999,))
+        fine = [(r"^stage(\d+)\.1\.layers\.(\d+)", None), (r"^stage(\d+)\.0", (-1,)), last]
+        return {"stem": r"^stage0\.0", "blocks": [(r"^stage(\d+)", None), last] if coarse else fine}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -26,15 +27,16 @@ OWN = 4
 @functools.lru_cache(maxsize=256)
 def _window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """-inf where a window would see padding or beyond the map, (windows, 9, 1, window ** 2)."""
-    with torch.inference_mode(False):  # a cached tensor may meet autograd later
-        rows, columns = -(-height // window), -(-width // window)
-        inside = torch.zeros(rows + 2, columns + 2, window, window, dtype=torch.bool)  # a border of windows around
-        grid = torch.zeros(rows * window, columns * window, dtype=torch.bool)
-        grid[:height, :width] = True
-        inside[1:-1, 1:-1] = grid.view(rows, window, columns, window).transpose(1, 2)
-        seen = torch.stack([inside[1 + r : 1 + r + rows, 1 + c : 1 + c + columns] for r, c in OFFSETS], 2)
-        mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        return mask.view(rows * columns, 9, 1, window**2).to(device)
+    # numpy, so that no mode or default device of the caller (inference, fake tensors, meta) reaches the cache.
+    rows, columns = -(-height // window), -(-width // window)
+    grid = np.zeros((rows * window, columns * window), dtype=bool)
+    grid[:height, :width] = True
+    inside = np.zeros((rows + 2, columns + 2, window, window), dtype=bool)  # a border of windows around
+    inside[1:-1, 1:-1] = grid.reshape(rows, window, columns, window).swapaxes(1, 2)
+    seen = np.stack([inside[1 + r : 1 + r + rows, 1 + c : 1 + c + columns] for r, c in OFFSETS], 2)
+    mask = np.where(seen, 0, -np.inf).astype(np.float32).reshape(rows * columns, 9, 1, window**2)
+    with torch.inference_mode(False):
+        return torch.from_numpy(mask).to(device)
 
 
 def window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:

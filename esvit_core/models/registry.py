@@ -69,5 +69,8 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
         if from_timm:
             return TimmBackbone(config.arch.removeprefix(_TIMM), **sizes)
         return timm.create_model(_ARCHITECTURES[config.arch], **sizes)
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        key = str(error).rpartition("unexpected keyword argument ")[2].strip("'")
+        raise UserError(f"model.{key}: {config.arch} has no such size; leave the key out") from None
+    except ValueError as error:
         raise UserError(f"model {config.arch}: {error}; change the recipe's `model` section") from None

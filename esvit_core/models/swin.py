@@ -281,8 +281,9 @@ class SwinTransformer(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.(?:blocks\.(\d+)|downsample)"
-        return {"stem": r"^patch_embed", "blocks": [(blocks, None), (r"^norm", (99999,))]}
+        last = (r"^norm", (99999,))
+        fine = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (99999,)), last]
+        return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), last] if coarse else fine}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,31 +37,37 @@ def window_layout(height: int, width: int, window: int, shift: int, device: torc
 
 @functools.lru_cache(maxsize=256)
 def _window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    with torch.inference_mode(False):  # a cached tensor may meet autograd later
-        tokens = height * width
-        places = torch.arange(tokens).view(height, width)
-        places = F.pad(places, (0, -width % window, 0, -height % window), value=tokens)  # (Hp, Wp)
-        index = _partition(places.roll((-shift, -shift), (0, 1)), window)  # (windows, N)
-        inverse = index.flatten().argsort(stable=True)[:tokens]
-        padding = (index.flatten() == tokens).nonzero().flatten()
-        mask = None
-        if shift > 0:
-            part = torch.zeros_like(places)
-            slices = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-            for i, rows in enumerate(slices):
-                for j, columns in enumerate(slices):
-                    part[rows, columns] = 3 * i + j
-            part = _partition(part, window)
-            mask = torch.where(part[:, None, :, None] == part[:, None, None, :], 0.0, MASKED).to(device)
-        token = index.flatten().clamp(max=tokens - 1)
-        return WindowLayout(token.to(device), inverse.to(device), padding.to(device), mask, windows=len(index))
+    # numpy, so that no mode or default device of the caller (inference, fake tensors, meta) reaches the cache.
+    tokens = height * width
+    places = np.arange(tokens).reshape(height, width)
+    places = np.pad(places, ((0, -height % window), (0, -width % window)), constant_values=tokens)  # (Hp, Wp)
+    index = _partition(np.roll(places, (-shift, -shift), (0, 1)), window)  # (windows, N)
+    inverse = index.ravel().argsort(kind="stable")[:tokens]
+    padding = (index.ravel() == tokens).nonzero()[0]
+    mask = None
+    if shift > 0:
+        part = np.zeros_like(places)
+        slices = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+        for i, rows in enumerate(slices):
+            for j, columns in enumerate(slices):
+                part[rows, columns] = 3 * i + j
+        part = _partition(part, window)
+        mask = np.where(part[:, None, :, None] == part[:, None, None, :], 0, MASKED).astype(np.float32)
+    with torch.inference_mode(False):
+        return WindowLayout(
+            index=torch.from_numpy(index.ravel().clip(max=tokens - 1)).to(device),
+            inverse=torch.from_numpy(inverse).to(device),
+            padding=torch.from_numpy(padding).to(device),
+            mask=None if mask is None else torch.from_numpy(mask).to(device),
+            windows=len(index),
+        )
 
 
-def _partition(grid: Tensor, window: int) -> Tensor:
+def _partition(grid: np.ndarray, window: int) -> np.ndarray:
     """(H, W) -> (windows, N)."""
     height, width = grid.shape
-    grid = grid.view(height // window, window, width // window, window)
-    return grid.transpose(1, 2).reshape(-1, window * window)
+    grid = grid.reshape(height // window, window, width // window, window)
+    return grid.swapaxes(1, 2).reshape(-1, window * window)
 
 
 class ToWindows(torch.autograd.Function):

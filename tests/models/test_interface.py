@@ -1,0 +1,203 @@
+"""Every network of ours has timm's interface and EsViT's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models._manipulate import group_parameters
+
+from esvit_core.config import ModelConfig
+from esvit_core.models import create_backbone
+
+
+def pictures(size: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [32, 16, 40, 50])
+def test_view_regions_and_timms_forward_agree(backbone, micro, size):
+    x = pictures(size)
+    view, regions = backbone.views_and_regions(x)
+    features = backbone.forward_features(x)
+    assert view.shape == (2, backbone.num_features)
+    assert regions.shape[0] == 2 and regions.shape[2] == backbone.num_features
+    torch.testing.assert_close(backbone(x), view)
+    torch.testing.assert_close(backbone.forward_head(features, pre_logits=True), view)
+    if micro == "vit":
+        assert torch.equal(view, features[:, 0]) and torch.equal(regions, features[:, 1:])
+    else:
+        torch.testing.assert_close(regions.mean(1), view)
+    heat = backbone.attention_map(x)
+    assert heat.shape[0] == 2 and heat.shape[2] * heat.shape[3] == regions.shape[1]
+    assert torch.isfinite(heat).all() and (heat >= 0).all()
+
+
+@torch.no_grad()
+def test_pictures_need_not_be_square(backbone):
+    x = torch.randn(2, 3, 32, 48)
+    view, regions = backbone.views_and_regions(x)
+    heat = backbone.attention_map(x)
+    assert heat.shape[3] > heat.shape[2]
+    assert regions.shape[1] == heat.shape[2] * heat.shape[3]
+    assert torch.isfinite(view).all()
+
+
+@torch.no_grad()
+def test_a_picture_is_seen_by_itself(backbone):
+    x = pictures()
+    alone = torch.cat([backbone(picture[None]) for picture in x])
+    torch.testing.assert_close(backbone(x), alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_last_blocks(backbone, micro):
+    x = pictures()
+    one, four = backbone.last_blocks(x, 1), backbone.last_blocks(x, 4)
+    assert one.ndim == four.ndim == 2 and four.shape[1] > one.shape[1]
+    view = backbone(x)
+    if micro == "vit":
+        assert four.shape[1] == 5 * backbone.num_features
+        torch.testing.assert_close(one[:, : view.shape[1]], view)
+    else:
+        torch.testing.assert_close(one, view)  # the last block is the one that is normed
+        torch.testing.assert_close(four[:, -view.shape[1] :], one)
+
+
+@torch.no_grad()
+def test_last_attention_is_a_distribution(backbone, micro):
+    if micro == "resnet":
+        with pytest.raises(ValueError, match="no attention"):
+            backbone.last_attention(pictures())
+        return
+    attention = backbone.last_attention(pictures())
+    assert attention.ndim == 4 and attention.shape[2] == attention.shape[3]
+    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:3]))
+
+
+@torch.no_grad()
+def test_intermediates(backbone, micro):
+    x = pictures()
+    final, maps = backbone.forward_intermediates(x)
+    torch.testing.assert_close(final, backbone.forward_features(x))
+    assert len(maps) == len(backbone.feature_info)
+    for found, info in zip(maps, backbone.feature_info, strict=True):
+        assert found.shape[:2] == (2, info["num_chs"])
+        assert found.shape[2] == -(-x.shape[2] // info["reduction"])
+    only = backbone.forward_intermediates(x, indices=1, norm=True, stop_early=True, intermediates_only=True)
+    assert len(only) == 1
+    if micro != "resnet":  # ends in an activation, not in a norm
+        last = backbone.views_and_regions(x)[1].mT.unflatten(2, maps[-1].shape[2:])
+        torch.testing.assert_close(only[0], last)
+
+
+def test_classifier_can_be_put_on_and_taken_off(make_micro, micro):
+    backbone = make_micro(micro, num_classes=7)
+    x = pictures()
+    assert backbone(x).shape == (2, 7)
+    assert backbone.get_classifier().out_features == 7
+    backbone.reset_classifier(3)
+    assert backbone(x).shape == (2, 3) and backbone.num_classes == 3
+    backbone.reset_classifier(0)
+    assert backbone(x).shape == (2, backbone.num_features)
+    assert backbone.forward_head(backbone.forward_features(x), pre_logits=True).shape == (2, backbone.num_features)
+
+
+def test_feature_extraction_with_timm(make_micro, micro):
+    network = make_micro(micro, features_only=True)
+    maps = network(pictures())
+    assert [m.shape[1] for m in maps] == network.feature_info.channels()
+    assert all(m.ndim == 4 for m in maps)
+
+
+def test_gradient_checkpointing_changes_nothing(make_micro, micro):
+    results = []
+    for checkpointing in (False, True):
+        backbone = make_micro(micro).train()
+        backbone.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        backbone(pictures()).square().sum().backward()
+        results.append([p.grad for p in backbone.parameters()])
+    assert all(g is not None for g in results[0])
+    torch.testing.assert_close(*results)
+
+
+def test_stochastic_depth_rises_to_its_rate(make_micro, micro):
+    rates = [m.drop_prob for m in make_micro(micro, drop_path_rate=0.3).modules() if isinstance(m, DropPath)]
+    if micro == "resnet":
+        assert not rates  # the published one has none
+    else:
+        assert rates == sorted(rates) and rates[-1] == pytest.approx(0.3)
+    assert not any(isinstance(m, DropPath) for m in make_micro(micro, drop_path_rate=0.0).modules())
+
+
+def test_state_copies_and_caches_do_not_travel(make_micro, micro):
+    backbone = make_micro(micro).eval()
+    names = set(backbone.state_dict())
+    with torch.inference_mode():
+        first = backbone(pictures()).clone()
+    assert set(backbone.state_dict()) == names
+    twin = copy.deepcopy(backbone)
+    twin.train()(pictures()).sum().backward()  # what inference mode has cached does not stop a gradient
+    other = make_micro(micro)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    other.load_state_dict(backbone.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(pictures()), first)
+
+
+def test_no_weight_decay_names_parameters(backbone):
+    names = {name for name, _ in backbone.named_parameters()}
+    spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+    assert {name for name in spared if not name.startswith(("reg", "dist"))} <= names
+
+
+def test_group_matcher_reaches_every_parameter(backbone):
+    groups = {coarse: group_parameters(backbone, backbone.group_matcher(coarse=coarse)) for coarse in (True, False)}
+    for found in groups.values():
+        assert {n for names in found.values() for n in names} == {name for name, _ in backbone.named_parameters()}
+    assert 3 <= len(groups[True]) <= len(groups[False])
+
+
+def test_bfloat16_autocast_stays_close(backbone):
+    x = pictures()
+    with torch.no_grad():
+        exact = backbone(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = backbone(x)
+    assert (rough.float() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("esvit_swin_tiny_window7", 27.5),
+        ("esvit_swin_small_window7", 48.8),
+        ("esvit_swin_base_window7", 86.7),
+        ("esvit_cvt_tiny", 29.3),
+        ("esvit_vil_2262", 27.6),
+        ("esvit_deit_tiny", 5.5),
+        ("esvit_deit_small", 21.7),
+        ("esvit_vit_base", 85.8),
+        ("esvit_resnet50", 23.5),
+    ],
+)
+def test_parameters_as_in_the_paper(name, millions):
+    with torch.device("meta"):
+        network = timm.create_model(name, pretrained=False)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.15)
+    assert network.num_classes == 0
+    assert network.pretrained_cfg["input_size"] == (3, 224, 224)
+
+
+@torch.no_grad()
+def test_windows_follow_the_resolution_built_for():
+    made = create_backbone(ModelConfig(arch="swin", embed_dim=8, depths=(2, 2), num_heads=(1, 1), patch_size=4), 56)
+    windows = [(b.attn.window_size, b.attn.shift_size) for stage in made.layers for b in stage.blocks]
+    assert windows == [(7, 0), (7, 3), (7, 0), (7, 0)]  # 14 x 14 shifts; 7 x 7 is one window, which does not
