@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## Pre-train, measure, report, and publish on the sample pictures (under 10 minutes on two cores)
-	@$(BIN)/esvit run --recipe demo --data samples/clipart.tar \
+	@$(BIN)/esvit run --recipe demo --data samples/clipart.zip \
 	    --transfer digits=samples/digits.zip --transfer clipart-other=samples/clipart-other.zip --out $(OUT)
 
 test: $(READY) ## Run the tests (under 15 minutes on two cores; no Docker, no root)

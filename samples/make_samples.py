@@ -3,7 +3,7 @@
     apt-get install openclipart-png
     python samples/make_samples.py
 
-Writes clipart.tar, clipart-other.zip and digits.zip beside this file. The same package and the same versions of Pillow,
+Writes clipart.zip, clipart-other.zip and digits.zip beside this file. The same package and the same versions of Pillow,
 zlib and scikit-learn give the same bytes.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,7 +39,9 @@ CLIPART = {
     "fruit": "food/fruit/**/*.png",
     "games": "recreation/games/**/*.png",
     "hardware": "computer/hardware/**/*.png",
+    "icons": "computer/icons/flat-theme/**/*.png",
     "mammals": "animals/mammals/**/*.png",
+    "map_symbols": "signs_and_symbols/map_symbols/**/*.png",
     "music": "recreation/music/**/*.png",
     "patterns": "special/patterns/**/*.png",
     "roadsigns": "transportation/roadsigns/**/*.png",
@@ -60,7 +61,7 @@ CLIPART_OTHER = {
 }
 # Where the package's drawing failed: "Linked Image Not Found" instead of, or over, the picture.
 FAILED = ("stylized_yoga_person_", "tux_didier_fabert_01", "duck_yellow_ii_kurt_cagl_")
-PER_CLASS, PER_OTHER_CLASS, PER_DIGIT = 90, 60, 100
+PER_CLASS, PER_OTHER_CLASS, PER_DIGIT = 200, 60, 100
 
 Picture = tuple[str, bytes]
 
@@ -73,7 +74,7 @@ def main() -> None:
     if not arguments.package.is_dir():
         parser.error(f"{arguments.package} does not exist; apt-get install openclipart-png, or name it with --package")
     seen: set[bytes] = set()
-    write_tar(arguments.out / "clipart.tar", clipart(arguments.package, CLIPART, PER_CLASS, seen))
+    write_zip(arguments.out / "clipart.zip", clipart(arguments.package, CLIPART, PER_CLASS, seen))
     write_zip(arguments.out / "clipart-other.zip", clipart(arguments.package, CLIPART_OTHER, PER_OTHER_CLASS, seen))
     write_zip(arguments.out / "digits.zip", digits())
 
@@ -147,14 +148,6 @@ def encode(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def write_tar(path: Path, pictures: list[Picture]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in pictures:
-            entry = tarfile.TarInfo(name)  # no time, no owner
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 def write_zip(path: Path, pictures: list[Picture]) -> None:
