@@ -18,7 +18,7 @@ from esvit_core.reporting.classes import class_table
 from esvit_core.reporting.facts import Facts, read_facts
 from esvit_core.reporting.images import figure_uri
 from esvit_core.reporting.samples import Sample, draw_samples
-from esvit_core.reporting.summary import percent, points, summarise, typeset
+from esvit_core.reporting.summary import label_of, percent, points, summarise, typeset
 from esvit_core.reporting.training import training_charts
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
@@ -230,9 +230,18 @@ def _left_out(facts: Facts, samples: list[Sample] | str, bad: list[BadGroup]) ->
         found.append((f"{manifest.not_chosen:,} pictures", f"data.max_images is {facts.config.data.max_images:,}"))
     if manifest is not None and manifest.ignored:
         found.append((f"{manifest.ignored:,} files", "no one's pictures, such as .DS_Store"))
+    return found + _notes(facts)
+
+
+def _notes(facts: Facts) -> list[tuple[str, str]]:
+    """What the evaluations say of their figures: each remark once, with all that make it."""
+    labels: dict[str, list[str]] = {}
     for result in facts.results:
-        found += [(str(result["name"]), str(note).rstrip(".")) for note in result.get("notes", [])]
-    return found
+        kind, _, rest = str(result["name"]).partition("-")
+        label = label_of(f"{kind}/{rest}" if kind == "transfer" else str(result["name"]))
+        for note in result.get("notes", []):
+            labels.setdefault(str(note).rstrip("."), []).append(label)
+    return [(", ".join(names), note) for note, names in labels.items()]
 
 
 def _protocols(facts: Facts) -> list[str]:

@@ -73,7 +73,6 @@ def _course(log: list[dict[str, Any]], resumes: list[int]) -> list[Chart | None]
 
     return [
         single("Learning rate", "Warm-up, then a cosine.", "lr", from_zero=True),
-        single("Weight decay", "Rises along a cosine.", "weight_decay", from_zero=True),
         single("Teacher temperature", "The lower, the sharper its targets.", "teacher_temp"),
         single("Teacher momentum", "How much of the teacher stays at each step.", "teacher_momentum"),
         single("Gradient norm", "Of the student, before clipping.", "grad_norm", from_zero=True),

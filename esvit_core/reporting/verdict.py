@@ -66,8 +66,9 @@ def judge(facts: Facts) -> Verdict:
     label = _capital(chosen.label)
     if abs(chosen.difference) < _SAME:
         verdict = Verdict("plain", f"Pre-training made no difference: {chosen.label} is {after}, as untrained.")
-    elif chosen.difference > 0 and _may_be_chance(chosen, facts):
-        verdict = Verdict("plain", f"{label} rose from {before} untrained to {after}, which may be chance.")
+    elif _may_be_chance(chosen, facts):
+        moved = "rose" if chosen.difference > 0 else "fell"
+        verdict = Verdict("plain", f"{label} {moved} from {before} untrained to {after}, which may be chance.")
     elif chosen.difference > 0:
         change = f"by {points(chosen.difference).lstrip('+')} points"
         verdict = Verdict("good", f"Pre-training helped: {label} rose from {before} to {after}, {change}.")

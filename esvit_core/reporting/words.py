@@ -72,7 +72,7 @@ def data_rows(facts: Facts) -> list[Fact]:
     shards = sum(len(split.shards) for split in splits.values())
     rows.append(Fact("stored", f"{size(manifest.bytes)} in {shards:,} {_plural(shards, 'shard')}"))
     counts = {
-        "stored in another form than found": manifest.reencoded,
+        "re-encoded (shrunk, turned, ...)": manifest.reencoded,
         "bad files": manifest.bad.count,
         "copies of another picture, kept": manifest.copies,
         "ignored (.DS_Store and the like)": manifest.ignored,
@@ -123,11 +123,11 @@ def _recipe(config: Config) -> dict[str, str]:
         "local crops": _crops(config.augment.local_crops),
         "epochs": f"{training.epochs:,}",
         "batch": f"{training.batch_size:,} pictures",
-        "learning rate": f"{_plain(peak)} at its peak, {optimizer.warmup_epochs} epochs of warm-up, cosine to {_plain(optimizer.min_lr)}",
+        "learning rate": f"{_plain(peak)} at its peak, {_epochs(optimizer.warmup_epochs)} of warm-up, cosine to {_plain(optimizer.min_lr)}",
         "weight decay": f"{optimizer.weight_decay:g} to {optimizer.weight_decay_end:g}",
         "gradient clipped at norm": f"{optimizer.clip_grad:g}" if optimizer.clip_grad else "not clipped",
         "teacher momentum": f"{optimizer.teacher_momentum:g} to 1",
-        "teacher temperature": f"{objective.warmup_teacher_temp:g} to {objective.teacher_temp:g} over {warm} epochs",
+        "teacher temperature": f"{objective.warmup_teacher_temp:g} to {objective.teacher_temp:g} over {_epochs(warm)}",
         "student temperature": f"{objective.student_temp:g}",
         "stochastic depth": f"{config.model.drop_path:g}",
         "seed": f"{config.seed}",
@@ -171,6 +171,10 @@ def _hardware(found: Mapping[str, Any]) -> str:
 def _plain(value: float) -> str:
     """Without an exponent, which a line may break in two."""
     return f"{value:.10f}".rstrip("0").rstrip(".")
+
+
+def _epochs(count: int) -> str:
+    return f"{count:,} {_plural(count, 'epoch')}"
 
 
 def _plural(count: int, noun: str) -> str:

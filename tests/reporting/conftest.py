@@ -20,6 +20,7 @@ from esvit_core.storage import ObjectStore
 
 CLASSES = ["birds", "<b>bugs</b> & more", "fruit"]
 PER_CLASS, NAME = 20, "tiny-0123456789"
+NOTE = "1 class with a single training picture: fruit"
 CONFIG = Config.from_mapping(
     {
         "recipe": "tiny",
@@ -123,8 +124,10 @@ def write_training(store, run: str, steps: int = 400, resumes: tuple[int, ...] =
 def write_results(store, run: str, classes: list[str]) -> None:
     counts = np.full((len(classes), len(classes)), 1) + 3 * np.eye(len(classes), dtype=int)
     results = {
-        "knn": measured("knn/20", KNN, classes, top5={"trained": {"knn/10": 80.0, "knn/20": 81.5}, "untrained": {}}),
-        "linear": measured("linear", LINEAR, classes, confusion=counts.tolist()),
+        "knn": measured(
+            "knn/20", KNN, classes, notes=[NOTE], top5={"trained": {"knn/10": 80.0, "knn/20": 81.5}, "untrained": {}}
+        ),
+        "linear": measured("linear", LINEAR, classes, notes=[NOTE], confusion=counts.tolist()),
         "transfer-digits": measured("transfer/digits", DIGITS, ["0", "1"], samples={"train": 900, "val": 400})
         | {"lambda": {"trained": 0.75, "untrained": 1.0}, "metric": "accuracy"},
     }
@@ -198,7 +201,7 @@ def make_run(store, tmp_path):
     return lambda **parts: write_run(store, store.uri(f"runs/{NAME}"), tmp_path, **parts)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def shared_store(store_server) -> ObjectStore:
     """The session's server with a bucket that holds the finished run."""
     shared = ObjectStore(store_server.start())
@@ -206,13 +209,13 @@ def shared_store(store_server) -> ObjectStore:
     return shared
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def finished_run(shared_store, tmp_path_factory) -> Run:
     """A run with everything but one transfer set and the attention maps; no test changes it."""
     return write_run(shared_store, f"s3://shared-report/runs/{NAME}", tmp_path_factory.mktemp("finished"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def finished_html(shared_store, finished_run) -> str:
     """Its report."""
     with pytest.MonkeyPatch.context() as patch:
