@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from esvit_core.config import Config
 from esvit_core.data.augment import MultiCrop, sample_rng
 from esvit_core.data.order import epoch_order, rank_batches
+from esvit_core.errors import UserError
 
 
 class Pictures(Protocol):
@@ -23,6 +24,9 @@ class Pictures(Protocol):
     def shard_sizes(self) -> list[int]: ...
     def __len__(self) -> int: ...
     def image(self, index: int) -> np.ndarray: ...
+
+
+_Loaded = list[torch.Tensor] | UserError
 
 
 @dataclass
@@ -60,7 +64,7 @@ class TrainLoader:
         self._seed, self._rank, self._world = seed, rank, world
         self._batches = _Batches(dataset, MultiCrop(config.augment), seed)
         self._plan = _Plan()
-        self._loader: DataLoader[list[torch.Tensor]] | None = None
+        self._loader: DataLoader[_Loaded] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,13 +83,15 @@ class TrainLoader:
         for indices in batches:
             start = time.perf_counter()
             crops = next(loaded)
+            if isinstance(crops, UserError):
+                raise crops
             yield Batch(crops, indices, time.perf_counter() - start)
 
-    def _here(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
+    def _here(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[_Loaded]:
         # No thread: on a CPU it would take its time from the network's, and both would wait for the interpreter.
         return (self._batches[epoch, indices] for indices in batches)
 
-    def _in_workers(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[list[torch.Tensor]]:
+    def _in_workers(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[_Loaded]:
         if self._loader is None:
             self._loader = DataLoader(
                 self._batches,
@@ -99,14 +105,22 @@ class TrainLoader:
         return iter(self._loader)
 
 
-class _Batches(Dataset[list[torch.Tensor]]):
-    """Batches of crops, by epoch and numbers of the samples."""
+class _Batches(Dataset[_Loaded]):
+    """Batches of crops, by epoch and numbers of the samples.
+
+    An error that a person can act on is an item, not raised: a worker process would wrap it in a traceback.
+    """
 
     def __init__(self, dataset: Pictures, multicrop: MultiCrop, seed: int) -> None:
         self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> list[torch.Tensor]:
-        epoch, indices = key
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> _Loaded:
+        try:
+            return self._load(*key)
+        except UserError as error:
+            return error
+
+    def _load(self, epoch: int, indices: np.ndarray) -> list[torch.Tensor]:
         crops = [torch.empty(len(indices), 3, size, size) for size in self._multicrop.sizes]
         for row, index in enumerate(indices.tolist()):
             rng = sample_rng(self._seed, epoch, index)

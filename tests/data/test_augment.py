@@ -1,0 +1,189 @@
+"""Multi-crop: geometry and probabilities as the paper has them; a function of seed, epoch and sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+from esvit_core.config import AugmentConfig, CropConfig
+from esvit_core.data import photometric
+from esvit_core.data.augment import EvalTransform, MultiCrop, Normalise, crop_box, resize, sample_rng
+
+SMALL = AugmentConfig(
+    global_crops=CropConfig(size=32, number=2, scale=(0.4, 1.0)),
+    local_crops=CropConfig(size=16, number=3, scale=(0.05, 0.4)),
+)
+PLAIN = SMALL.model_copy(update={"jitter": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": 0.0})
+
+
+def test_global_crops_come_first(make):
+    crops = MultiCrop(SMALL)(make.pixels(), sample_rng(0, 0, 0))
+    assert [tuple(c.shape) for c in crops] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3
+    assert all(c.dtype == torch.float32 for c in crops)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_number(make):
+    multicrop, picture = MultiCrop(SMALL), make.pixels()
+
+    def crops(*key: int) -> torch.Tensor:
+        return torch.cat([c.flatten() for c in multicrop(picture, sample_rng(*key))])
+
+    assert torch.equal(crops(1, 2, 3), crops(1, 2, 3))
+    seen = {tuple(crops(*key).tolist()) for key in [(1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0), (3, 2, 1)]}
+    assert len(seen) == 5
+
+
+def test_writing_into_a_batch_is_the_same(make):
+    multicrop, picture = MultiCrop(SMALL), make.pixels()
+    batch = [torch.full((4, 3, size, size), -9.0) for size in multicrop.sizes]
+    multicrop.write(picture, sample_rng(0, 0, 5), [crop[2] for crop in batch])
+    for crop, rows in zip(multicrop(picture, sample_rng(0, 0, 5)), batch, strict=True):
+        assert torch.equal(rows[2], crop) and bool((rows[[0, 1, 3]] == -9).all())
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 2**32))
+def test_boxes_lie_inside_the_picture(width, height, a, b, seed):
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = crop_box(width, height, (min(a, b), max(a, b)), rng.random)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_areas_and_ratios_are_spread_as_torchvision_s():
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    boxes = np.array([crop_box(500, 375, (0.05, 0.4), rng.random) for _ in range(4000)])
+    picture = torch.zeros(3, 375, 500)
+    reference = np.array(
+        [transforms.RandomResizedCrop.get_params(picture, [0.05, 0.4], [3 / 4, 4 / 3]) for _ in range(4000)]
+    )  # top, left, height, width
+    ours = {"w": boxes[:, 2] - boxes[:, 0], "h": boxes[:, 3] - boxes[:, 1], "x": boxes[:, 0], "y": boxes[:, 1]}
+    theirs = {"w": reference[:, 3], "h": reference[:, 2], "x": reference[:, 1], "y": reference[:, 0]}
+    for name in ours:
+        deciles = [np.percentile(values[name], range(10, 100, 10)) for values in (ours, theirs)]
+        assert np.abs(deciles[0] - deciles[1]).max() < 12, name  # pixels; a few standard errors
+
+
+@pytest.mark.parametrize(("width", "height", "box"), [(300, 10, (143, 0, 156, 10)), (9, 400, (0, 194, 9, 206))])
+def test_what_never_fits_gives_the_largest_centred_box(width, height, box):
+    assert crop_box(width, height, (0.9, 1.0), np.random.default_rng(0).random) == box
+
+
+def test_resizing_is_pil_s_bicubic_within_two_levels(make):
+    picture = make.pixels(3, 203, 151)
+    ours = resize(torch.from_numpy(picture).permute(2, 0, 1)[None], 48, 64)[0].permute(1, 2, 0).numpy()
+    theirs = np.asarray(Image.fromarray(picture).resize((64, 48), Image.Resampling.BICUBIC))
+    assert np.abs(ours.astype(int) - theirs).max() <= 2
+
+
+def test_geometry_is_told_as_it_was_cut(make):
+    picture, multicrop = make.pixels(1, 120, 90), MultiCrop(SMALL)
+    flips = []
+    for seed in range(20):
+        crop, (x0, y0, x1, y1), flipped = multicrop.geometric(picture, np.random.default_rng(seed), "global")
+        box = tuple(round(v * side) for v, side in zip((x0, y0, x1, y1), (120, 90, 120, 90), strict=True))
+        cut = Image.fromarray(picture).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
+        expected = np.asarray(cut)[:, ::-1] if flipped else np.asarray(cut)
+        shown = (crop * torch.tensor(SMALL.std)[:, None, None] + torch.tensor(SMALL.mean)[:, None, None]) * 255
+        assert np.abs(shown.permute(1, 2, 0).numpy() - expected).max() < 2.1
+        assert 0.3 < (x1 - x0) * (y1 - y0) <= 1.0
+        flips.append(flipped)
+    assert 3 < sum(flips) < 17
+
+
+def test_the_first_crop_of_a_plain_recipe_is_the_geometric_one(make):
+    picture = make.pixels(2)
+    crops = MultiCrop(PLAIN)(picture, np.random.default_rng(4))
+    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric(picture, np.random.default_rng(4), "global")[0])
+
+
+def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):
+    """Counts over 500 samples of 2 global and 3 local crops, within four standard deviations."""
+    calls: list[tuple[str, float]] = []
+    monkeypatch.setattr(photometric, "grey", lambda x: calls.append(("grey", 0)))
+    monkeypatch.setattr(photometric, "blur", lambda x, sigma: calls.append(("blur", sigma)))
+    monkeypatch.setattr(photometric, "solarize", lambda x: calls.append(("solarize", 0)))
+    names = ("brighten", "contrast", "saturate", "shift_hue")
+    jitter = tuple((lambda x, f, n=name: calls.append((n, f))) for name in names)
+    monkeypatch.setattr("esvit_core.data.augment._JITTER", jitter)
+    multicrop, picture, orders = MultiCrop(SMALL), make.pixels(), set()
+    counts = {name: np.zeros(5) for name in (*names, "grey", "blur", "solarize")}
+    factors: dict[str, list[float]] = {name: [] for name in counts}
+    marks: list[int] = []  # normalisation ends a crop
+    monkeypatch.setattr(multicrop, "_normalise", lambda crop: marks.append(len(calls)))
+    for index in range(500):
+        calls.clear()
+        marks.clear()
+        multicrop(picture, sample_rng(0, 0, index))
+        for number, (start, stop) in enumerate(zip([0, *marks], marks, strict=False)):
+            for name, factor in calls[start:stop]:
+                counts[name][number] += 1
+                factors[name].append(factor)
+            jittered = tuple(name for name, _ in calls[start:stop] if name in names)
+            if jittered:
+                orders.add(jittered)
+    _check_counts(counts, factors, orders)
+
+
+def _check_counts(counts, factors, orders):
+    def near(count: float, probability: float) -> bool:
+        return abs(count - 500 * probability) <= 4 * (500 * probability * (1 - probability)) ** 0.5
+
+    assert all(near(c, 0.8) for c in counts["brighten"]) and all(near(c, 0.2) for c in counts["grey"])
+    assert all(near(c, p) for c, p in zip(counts["blur"], (1.0, 0.1, 0.5, 0.5, 0.5), strict=True))
+    assert all(near(c, p) for c, p in zip(counts["solarize"], (0, 0.2, 0, 0, 0), strict=True))
+    assert len(orders) == 24
+    ranges = {"brighten": (0.6, 1.4), "contrast": (0.6, 1.4), "saturate": (0.8, 1.2), "shift_hue": (-0.1, 0.1)}
+    for name, (low, high) in {**ranges, "blur": (0.1, 2.0)}.items():
+        assert min(factors[name]) >= low and max(factors[name]) <= high
+        assert np.mean(factors[name]) == pytest.approx((low + high) / 2, abs=(high - low) * 0.05)
+
+
+def test_normalisation_is_torchvision_s(make):
+    picture = make.pixels()
+    theirs = transforms.functional.normalize(transforms.functional.to_tensor(picture), SMALL.mean, SMALL.std)
+    ours = Normalise(SMALL.mean, SMALL.std)(torch.from_numpy(picture).permute(2, 0, 1).float().contiguous())
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 50), (80, 50), (50, 81), (33, 120)])
+def test_evaluation_sees_what_torchvision_would_show(make, width, height):
+    picture = make.pixels(5, width, height)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(36, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(SMALL.mean, SMALL.std),
+        ]
+    )(Image.fromarray(picture))
+    ours = EvalTransform(36, 32)(picture)
+    assert ours.shape == (3, 32, 32)
+    assert (ours - reference).abs().max() < 2.1 / 255 / min(SMALL.std)
+
+
+def test_a_crop_larger_than_the_picture_is_black_around_it(make):
+    ours = EvalTransform(16, 24)(make.pixels(5, 40, 40))
+    black = Normalise(SMALL.mean, SMALL.std)(torch.zeros(3, 1, 1))
+    assert torch.allclose(ours[:, :4], black.expand(3, 4, 24)) and torch.allclose(
+        ours[:, :, 20:], black.expand(3, 24, 4)
+    )
+
+
+def test_a_picture_that_may_not_be_written_to_is_left_alone(make):
+    picture = make.pixels()
+    picture.flags.writeable = False
+    before = picture.copy()
+    MultiCrop(SMALL)(picture, sample_rng(0, 0, 0))
+    EvalTransform(18, 16)(picture)
+    assert np.array_equal(picture, before)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 300), (2000, 3)])
+def test_pictures_of_odd_shapes_give_crops(make, width, height):
+    crops = MultiCrop(SMALL)(make.pixels(0, width, height), sample_rng(0, 0, 0))
+    assert all(bool(torch.isfinite(c).all()) for c in crops)

@@ -1,0 +1,196 @@
+"""Every kind of file that a pile of pictures holds, good and bad."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from esvit_core.data.decode import BadPicture, plain_rgb, to_stored
+from esvit_core.data.stream import decode_picture
+
+
+def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool]:
+    """The picture that training sees, and whether it was encoded anew."""
+    found = to_stored(data, 1.0, short_side)
+    with Image.open(io.BytesIO(found.data)) as picture:
+        assert picture.format == {"jpg": "JPEG", "png": "PNG"}[found.suffix]
+        assert picture.mode in ("RGB", "L")
+        assert picture.getexif().get(0x0112, 1) == 1
+    return decode_picture(found.data), found.reencoded
+
+
+def reason(data: bytes, megapixels: float = 1.0) -> str:
+    with pytest.raises(BadPicture) as error:
+        to_stored(data, megapixels, None)
+    return str(error.value)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises many pixels; there are none in it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_plain_pictures_keep_their_bytes(make, form, mode):
+    data = make.file(Image.fromarray(make.pixels()).convert(mode), form)
+    found = to_stored(data, 1.0, None)
+    assert found.data == data and not found.reencoded
+    assert np.array_equal(decode_picture(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_other_formats_become_png_or_jpeg(make, form):
+    options = {"lossless": True} if form == "WEBP" else {}
+    picture, reencoded = stored(make.file(0, form, **options))
+    assert reencoded and picture.shape == (20, 24, 3)
+    assert np.abs(picture.astype(int) - make.pixels()).mean() < 12  # GIF has 256 colours
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "P", "CMYK", "YCbCr", "I", "F", "LA", "RGBA", "PA", "I;16", "La", "RGBa", "HSV", "LAB"]
+)
+def test_every_mode_becomes_rgb_or_grey(make, mode):
+    rgb = Image.fromarray(make.pixels())
+    steps = {"PA": ("P", "PA"), "I;16": ("I", "I;16"), "La": ("LA", "La"), "RGBa": ("RGBA", "RGBa")}
+    picture = rgb
+    if mode == "LAB":
+        picture = Image.merge("LAB", rgb.split())
+    else:
+        for step in steps.get(mode, (mode,)):
+            picture = picture.convert(step)
+    plain = plain_rgb(picture)
+    assert plain.mode in ("RGB", "L") and plain.size == rgb.size
+    if mode in ("P", "CMYK", "YCbCr", "RGBA", "RGBa", "HSV"):
+        assert np.abs(np.asarray(plain.convert("RGB")).astype(int) - make.pixels()).mean() < 16  # a palette of 216
+
+
+def test_alpha_lies_over_white(make):
+    rgba = np.dstack([make.pixels(), np.full((20, 24), 255, np.uint8)])
+    rgba[:5, :, 3], rgba[5:10, :, 3] = 0, 128
+    picture, _ = stored(make.file(rgba))
+    assert (picture[:5] == 255).all() and np.array_equal(picture[10:], make.pixels()[10:])
+    half = make.pixels()[5:10] * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(picture[5:10] - half).max() <= 1
+
+
+def test_transparent_colours_of_palettes_and_of_rgb_lie_over_white(make):
+    palette = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert (stored(make.file(palette, transparency=0))[0] == 255).all()
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert (stored(make.file(black, transparency=(0, 0, 0)))[0] == 255).all()
+    assert (stored(make.file(black))[0] == 0).all()
+
+
+def test_sixteen_bits_lose_their_low_byte(make):
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 77
+    for form in ("PNG", "TIFF"):
+        picture, reencoded = stored(make.file(deep, form))
+        assert reencoded and np.array_equal(picture[..., 0].ravel(), np.arange(256))
+
+
+def test_sixteen_bit_colour_is_stored_as_eight():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    line = b"\x00" + struct.pack(">6H", 0x1234, 0x8000, 0xFFFF, 0, 0x00FF, 0x0100)  # Pillow cannot write these
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    data += chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
+    found = to_stored(data, 1.0, None)
+    assert found.reencoded and found.data[24] == 8
+    assert decode_picture(found.data).tolist() == [[[0x12, 0x80, 0xFF], [0, 0, 1]]]
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 0.5), (255.0, 0.5), (65535.0, 0.5), (1e6, 0.5)])
+def test_floating_point_is_scaled_by_its_range(make, scale, expected):
+    values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16) * scale
+    picture, _ = stored(make.file(Image.fromarray(values), "TIFF"))
+    assert picture.min() == 0 and picture.max() >= 254 and abs(picture.mean() / 255 - expected) < 0.01
+
+
+def test_cmyk_photographs_look_right(make):
+    picture, reencoded = stored(make.file(Image.fromarray(make.pixels()).convert("CMYK"), "JPEG", quality=95))
+    assert reencoded and np.abs(picture.astype(int) - make.pixels()).mean() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pictures_are_turned_upright(make, orientation, form):
+    corners = np.zeros((32, 48, 3), np.uint8)
+    corners[:16, :24], corners[:16, 24:], corners[16:, :24] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture, reencoded = stored(make.file(corners, form, exif=exif))
+    assert reencoded == (orientation != 1 or form == "WEBP")
+    undo = [None, None, 0, 3, 1, 5, 4, 6, 2][orientation]  # Pillow's transpositions
+    expected = Image.fromarray(corners) if undo is None else Image.fromarray(corners).transpose(undo)
+    assert picture.shape == np.asarray(expected).shape
+    assert np.abs(picture.astype(int) - np.asarray(expected))[4:-4, 4:-4].mean() < 40 and picture[4, 4].argmax() == (
+        np.asarray(expected)[4, 4].argmax()
+    )
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(80, 60, (40, 30)), (60, 90, (30, 45)), (20, 20, (20, 20))])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_large_pictures_are_shrunk_to_the_short_side(make, width, height, size, form):
+    picture, reencoded = stored(make.file(make.pixels(0, width, height), form), short_side=30)
+    assert picture.shape[1::-1] == size and reencoded == (width > 30)
+
+
+def test_the_first_frame_of_several_is_taken(make):
+    frames = [Image.fromarray(make.pixels(i)) for i in range(3)]
+    for form in ("GIF", "PNG", "WEBP", "TIFF", "MPO"):
+        picture, reencoded = stored(make.file(frames[0], form, save_all=True, append_images=frames[1:]))
+        assert reencoded and np.abs(picture.astype(int) - make.pixels(0)).mean() < 12, form
+
+
+def test_what_is_no_picture_says_so(make):
+    assert reason(b"") == "empty file"
+    assert reason(b"just text") == "not a picture"
+    assert reason(b"\x89PNG\r\n\x1a\n") in ("not a picture", "truncated (image file is truncated)")
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n") == "not a picture"  # would start a program
+    assert reason(b"\x00" * 1000) == "not a picture"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_truncated_files_are_bad_wherever_they_end(make, form):
+    data = make.file(make.pixels(0, 64, 64), form)
+    for share in (0.3, 0.6, 0.9):
+        said = reason(data[: int(len(data) * share)])
+        assert said.startswith(("truncated", "damaged", "not a picture")) and len(said) < 130
+
+
+def test_damaged_files_are_bad(make):
+    data = bytearray(make.file(make.pixels(0, 64, 64)))
+    data[len(data) // 2] ^= 0xFF
+    assert reason(bytes(data)).startswith(("damaged", "truncated"))
+
+
+def test_bombs_are_refused_by_their_header(make):
+    assert reason(bomb(40_000, 30_000), 100) == "too large (1,200 megapixels)"
+    assert reason(bomb(1200, 1000), 1.0) == "too large (1 megapixels)"
+    assert not to_stored(make.file(make.pixels(0, 1000, 1000)), 1.0, None).reencoded
+    # Above Pillow's own limit (179 megapixels), where the user allows it, the pixels are looked for: here are none.
+    assert reason(bomb(20_000, 10_000), 300).startswith(("truncated", "damaged"))
+
+
+def test_pillow_s_own_limit_is_left_as_it_was(make):
+    before = Image.MAX_IMAGE_PIXELS
+    to_stored(make.file(0), 1.0, None)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_same_file_gives_the_same_bytes(make):
+    data = make.file(make.pixels(0, 80, 60), "JPEG")
+    assert to_stored(data, 1.0, 30).data == to_stored(data, 1.0, 30).data

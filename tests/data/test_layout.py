@@ -1,0 +1,100 @@
+"""What folders mean."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+
+from esvit_core.data.layout import arrange, is_ignored, is_named_as_picture, may_be_picture
+from esvit_core.errors import UserError
+
+
+def where(*names: str) -> list[tuple[str | None, str | None]]:
+    return [(place.split, place.label) for place in arrange(names, "source").places]
+
+
+def test_class_folders():
+    assert where("cat/1.jpg", "dog/2.jpg") == [(None, "cat"), (None, "dog")]
+    assert arrange(["dog/2.jpg", "cat/1.jpg"], "source").classes == ["cat", "dog"]
+
+
+def test_a_flat_folder_has_no_classes():
+    assert where("1.jpg", "2.jpg") == [(None, None)] * 2
+
+
+def test_pictures_beside_class_folders_have_no_class():
+    assert where("1.jpg", "cat/2.jpg", "dog/3.jpg") == [(None, None), (None, "cat"), (None, "dog")]
+
+
+def test_folders_below_a_class_belong_to_it():
+    assert where("cat/a/b/1.jpg", "dog/2.jpg") == [(None, "cat"), (None, "dog")]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val", "test"])
+def test_split_folders(val):
+    names = ["train/cat/1.jpg", f"{val}/cat/2.jpg", "train/dog/3.jpg"]
+    assert where(*names) == [("train", "cat"), ("val", "cat"), ("train", "dog")]
+
+
+def test_with_all_three_the_test_split_is_kept_apart():
+    assert where("train/a/1.jpg", "val/a/2.jpg", "test/a/3.jpg") == [("train", "a"), ("val", "a"), ("test", "a")]
+
+
+def test_split_folders_without_classes():
+    assert where("train/1.jpg", "val/2.jpg") == [("train", None), ("val", None)]
+
+
+def test_a_train_folder_alone_is_a_split():
+    assert where("train/a/1.jpg", "train/b/2.jpg") == [("train", "a"), ("train", "b")]
+
+
+def test_train_may_be_a_class_among_others():
+    assert where("car/1.jpg", "train/2.jpg", "bus/3.jpg") == [(None, "car"), (None, "train"), (None, "bus")]
+
+
+def test_one_folder_that_holds_everything_is_looked_through():
+    assert where("set/v1/cat/1.jpg", "set/v1/dog/2.jpg") == [(None, "cat"), (None, "dog")]
+    assert where("set/train/cat/1.jpg", "set/val/cat/2.jpg") == [("train", "cat"), ("val", "cat")]
+    assert where("set/1.jpg", "set/2.jpg") == [(None, None)] * 2
+
+
+def test_a_readme_says_nothing_about_the_layout():
+    assert where("README.md", "set/cat/1.jpg", "set/LICENSE.txt", "set/dog/2.jpg")[1::2] == [
+        (None, "cat"),
+        (None, "dog"),
+    ]
+    assert arrange(["notes/a.txt", "cat/1.jpg", "dog/1.jpg"], "source").classes == ["cat", "dog"]
+
+
+def test_names_do_not_depend_on_the_folder_that_holds_everything():
+    keys = [[p.key for p in arrange([f"{top}cat/1.jpg", f"{top}dog/2.jpg"], "s").places] for top in ("", "set/v2/")]
+    assert keys[0] == keys[1] == ["cat/1.jpg", "dog/2.jpg"]
+
+
+def test_composed_and_decomposed_letters_are_the_same_class():
+    names = [unicodedata.normalize(form, "Bäume/1.jpg") for form in ("NFC", "NFD")]
+    assert arrange([*names, "x/2.jpg"], "source").classes == ["Bäume", "x"]
+
+
+def test_pictures_outside_the_split_folders_are_told():
+    places = arrange(["train/a/1.jpg", "val/a/2.jpg", "stray.jpg", "other/3.jpg"], "source").places
+    assert [bool(p.problem) for p in places] == [False, False, True, True]
+
+
+def test_without_train_there_is_nothing_to_train_on():
+    with pytest.raises(UserError, match="no train/"):
+        arrange(["val/a/1.jpg", "test/a/2.jpg"], "source")
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "a/.hidden.jpg", "__MACOSX/a/._1.jpg", "a/Thumbs.db", "DESKTOP.INI", ".git/objects/1"]
+)
+def test_what_systems_leave_about_is_ignored(name):
+    assert is_ignored(name)
+
+
+def test_names_of_pictures():
+    assert is_named_as_picture("a/b.JPeG") and not is_named_as_picture("a.jpg/b") and not is_named_as_picture("a.txt")
+    assert may_be_picture("a/0123abc") and not may_be_picture("a/b.csv")
+    assert not is_ignored("a/1.jpg")

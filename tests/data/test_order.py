@@ -1,0 +1,70 @@
+"""The order of an epoch: every sample once, whatever the number of ranks; a function of seed and epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esvit_core.data.order import epoch_order, rank_batches
+
+sizes = st.lists(st.integers(1, 30), min_size=0, max_size=12)
+
+
+@given(seed=st.integers(0, 2**32), epoch=st.integers(0, 1000), sizes=sizes, window=st.integers(1, 10))
+def test_an_epoch_is_a_permutation_and_a_pure_function(seed, epoch, sizes, window):
+    order = epoch_order(seed, epoch, sizes, window)
+    assert sorted(order.tolist()) == list(range(sum(sizes)))
+    assert order.dtype == np.int64
+    assert np.array_equal(order, epoch_order(seed, epoch, sizes, window))
+
+
+@given(seed=st.integers(0, 2**32), sizes=sizes, share=st.integers(1, 5), world=st.integers(1, 7))
+def test_the_ranks_together_see_the_global_batches(seed, sizes, share, world):
+    order = epoch_order(seed, 0, sizes)
+    batch = share * world
+    ranks = [rank_batches(order, batch, rank, world) for rank in range(world)]
+    steps = sum(sizes) // batch
+    assert [len(r) for r in ranks] == [steps] * world
+    for step in range(steps):
+        together = np.concatenate([r[step] for r in ranks])
+        assert np.array_equal(together, order[step * batch : (step + 1) * batch])
+
+
+@given(seed=st.integers(0, 1000), samples=st.integers(24, 200))
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(seed, samples):
+    order = epoch_order(seed, 3, [samples])
+    by_world = [
+        [
+            np.concatenate(parts)
+            for parts in zip(*(rank_batches(order, 24, r, world) for r in range(world)), strict=True)
+        ]
+        for world in (1, 2, 3, 8)
+    ]
+    for other in by_world[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(by_world[0], other, strict=True))
+
+
+@given(seed=st.integers(0, 1000), window=st.integers(1, 4))
+def test_samples_mix_within_windows_of_shards_only(seed, window):
+    shards = np.repeat(np.arange(12), 10)
+    order = epoch_order(seed, 0, [10] * 12, window)
+    for begin in range(0, 120, 10 * window):
+        assert len(set(shards[order[begin : begin + 10 * window]])) == min(window, 12 - begin // 10)
+
+
+def test_seeds_and_epochs_differ():
+    orders = [tuple(epoch_order(seed, epoch, [50, 50])) for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_every_sample_comes_first_about_equally_often():
+    first = np.bincount([epoch_order(0, epoch, [3, 3, 2], window=2)[0] for epoch in range(2000)], minlength=8)
+    assert first.min() > 150 and first.max() < 370  # 2000 / 8 = 250, 8 standard deviations; shards differ in size
+
+
+@pytest.mark.parametrize(("batch", "rank", "world"), [(10, 0, 3), (0, 0, 1), (4, 2, 2), (4, -1, 2)])
+def test_what_cannot_be_shared_is_refused(batch, rank, world):
+    with pytest.raises(ValueError, match="cannot be shared"):
+        rank_batches(np.arange(20), batch, rank, world)

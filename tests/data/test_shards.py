@@ -1,0 +1,87 @@
+"""Shards: deterministic bytes, bounded size, WebDataset's naming, an index that is right."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esvit_core.data.shards import INDEX_DTYPE, Sample, ShardWriter
+
+samples = st.lists(
+    st.builds(
+        Sample,
+        data=st.binary(min_size=1, max_size=3000),
+        suffix=st.sampled_from(["jpg", "png"]),
+        label=st.integers(-1, 3),
+        name=st.text(max_size=20).filter(lambda s: s.isprintable()),
+    ),
+    max_size=25,
+)
+
+
+def write(directory: Path, samples: list[Sample], max_bytes: int) -> tuple[ShardWriter, dict[str, bytes]]:
+    kept: dict[str, bytes] = {}
+    writer = ShardWriter("train", directory, max_bytes, lambda name, path: kept.__setitem__(name, path.read_bytes()))
+    assert [writer.add(sample) for sample in samples] == list(range(len(samples)))
+    writer.close()
+    return writer, kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples=samples, max_bytes=st.sampled_from([10_240, 20_480, 1 << 20]))
+def test_what_goes_in_comes_out_at_the_places_of_the_index(tmp_path_factory, samples, max_bytes):
+    directory = tmp_path_factory.mktemp("shards")
+    writer, kept = write(directory, samples, max_bytes)
+    index = np.load(io.BytesIO(writer.index()))
+    assert index.dtype == INDEX_DTYPE and len(index) == len(samples) == len(writer)
+    for row, sample in zip(index, samples, strict=True):
+        shard = kept[writer.shards[row["shard"]].name]
+        assert shard[row["offset"] :][: row["bytes"]] == sample.data
+        assert json.loads(shard[row["info_offset"] :][: row["info_bytes"]]) == {"name": sample.name}
+        assert row["label"] == sample.label
+    assert not list(directory.iterdir())  # nothing is left behind
+
+
+@settings(max_examples=20, deadline=None)
+@given(samples=samples)
+def test_the_same_samples_give_the_same_bytes(tmp_path_factory, samples):
+    first, kept = write(tmp_path_factory.mktemp("a"), samples, 20_480)
+    second, again = write(tmp_path_factory.mktemp("b"), samples, 20_480)
+    assert kept == again and first.shards == second.shards and first.index() == second.index()
+
+
+def test_shards_are_bounded_and_only_a_large_sample_exceeds_that(tmp_path):
+    sizes = [100, 9_000, 40_000, 5, 8_000, 8_000, 8_000]
+    writer, kept = write(tmp_path, [Sample(bytes(size), "png", 0, "x") for size in sizes], 20_480)
+    assert [shard.samples for shard in writer.shards] == [2, 1, 2, 1, 1]
+    assert [shard.bytes > 20_480 for shard in writer.shards] == [False, True, False, False, False]
+    assert [shard.bytes for shard in writer.shards] == [len(data) for data in kept.values()]
+
+
+def test_a_shard_is_a_plain_tar_in_webdataset_s_naming(tmp_path):
+    _, kept = write(tmp_path, [Sample(b"a", "jpg", 7, "x/é.jpg"), Sample(b"b", "png", -1, "y")], 1 << 20)
+    with tarfile.open(fileobj=io.BytesIO(kept["shards/train-000000.tar"])) as tar:
+        contents = {m.name: tar.extractfile(m).read() for m in tar}
+        assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
+    assert contents == {
+        "000000000.jpg": b"a",
+        "000000000.cls": b"7",
+        "000000000.json": '{"name": "x/é.jpg"}'.encode(),
+        "000000001.png": b"b",
+        "000000001.json": b'{"name": "y"}',
+    }
+
+
+def test_a_split_is_labelled_if_every_sample_is(tmp_path):
+    def describe(*labels: int):
+        return write(tmp_path, [Sample(b"a", "png", label, "x") for label in labels], 1 << 20)[0].describe("i", 3)
+
+    assert describe(0, 2, 2).labelled and describe(0, 2, 2).per_class == [1, 0, 2]
+    assert not describe(0, -1).labelled and describe(0, -1).per_class == [1, 0, 0]
+    assert not describe().labelled and describe().samples == 0

@@ -1,0 +1,285 @@
+"""Folders, archives and prefixes: what is in them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from esvit_core.data.archives import ReadProblem
+from esvit_core.data.sources import check_source, open_source, source_fingerprint
+from esvit_core.errors import UserError
+
+FILES = {"cat/1.png": b"one", "cat/sub/2.png": b"two", "dög/ü 3.png": b"three"}
+TARS = {"tar": "w", "tar.gz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz", "tgz": "w:gz"}
+
+
+def tar_of(path: Path, members: list[tuple[tarfile.TarInfo | str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for member, data in members:
+            entry = tarfile.TarInfo(member) if isinstance(member, str) else member
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def zip_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members:
+            with pytest.warns(UserWarning, match="Duplicate") if name in archive.namelist() else _quiet():
+                archive.writestr(name, data)
+    return path
+
+
+class _quiet:  # noqa: N801
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def contents(source: object, store=None) -> dict[str, bytes]:
+    with open_source(str(source), store) as opened:
+        return {entry.name: opened.read(entry) for entry in opened.entries if entry.problem is None}
+
+
+def problems(source: object) -> dict[str, str]:
+    """What the listing or reading says of each file that is no good."""
+    found = {}
+    with open_source(str(source)) as opened:
+        for entry in opened.entries:
+            try:
+                if entry.problem is None:
+                    opened.read(entry)
+                else:
+                    found[entry.name] = entry.problem
+            except ReadProblem as error:
+                found[entry.name] = str(error)
+    return found
+
+
+@pytest.fixture(params=["folder", *TARS, "zip"])
+def source(request, tmp_path, make) -> Path:
+    """The same files in every form."""
+    if request.param == "folder":
+        return make.folder(tmp_path / "folder", FILES)
+    path = tmp_path / f"files.{request.param}"
+    return (
+        zip_of(path, [*FILES.items()])
+        if request.param == "zip"
+        else tar_of(path, [*FILES.items()], TARS[request.param])
+    )
+
+
+def test_all_forms_hold_the_same(source):
+    assert contents(source) == FILES
+    check_source(str(source))
+
+
+def test_a_prefix_holds_the_same(store):
+    for name, data in FILES.items():
+        store.put_bytes(store.uri(f"in/{name}"), data)
+    store.put_bytes(store.uri("inside/9.png"), b"of another prefix")
+    assert contents(store.uri("in"), store) == contents(store.uri("in/"), store) == FILES
+
+
+def test_an_archive_in_the_store_is_opened(store, tmp_path):
+    store.put_file(store.uri("a/files.tar.gz"), tar_of(tmp_path / "x", [*FILES.items()], "w:gz"))
+    assert contents(store.uri("a/files.tar.gz"), store) == FILES
+
+
+def test_check_and_fingerprint_of_a_prefix_use_the_store_of_the_environment(store_env):
+    uri = store_env.uri("in")
+    with pytest.raises(UserError, match="no pictures in it"):
+        check_source(uri)
+    store_env.put_bytes(f"{uri}/1.png", b"one")
+    check_source(uri)
+    first = source_fingerprint(uri)
+    assert first == source_fingerprint(uri, store_env) and len(first) == 64
+    store_env.put_bytes(f"{uri}/1.png", b"two")
+    assert source_fingerprint(uri) != first
+
+
+def test_the_last_of_several_entries_of_one_name_counts(tmp_path):
+    members = [("a/1.png", b"old"), ("a/2.png", b"x"), ("./a/1.png", b"new")]
+    for path in (
+        tar_of(tmp_path / "a.tar", members),
+        zip_of(tmp_path / "a.zip", [members[0], members[1], ("a/1.png", b"new")]),
+    ):
+        assert contents(path) == {"a/1.png": b"new", "a/2.png": b"x"}
+        with open_source(str(path)) as opened:
+            assert opened.duplicates == 1
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png"])
+def test_paths_that_lead_out_are_refused_and_nothing_is_written(tmp_path, name):
+    for path in (tar_of(tmp_path / "a.tar", [(name, b"x")]), zip_of(tmp_path / "a.zip", [(name, b"x")])):
+        assert list(problems(path).values()) == ["a path that leads out of the archive"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.zip"]
+
+
+def test_windows_paths_in_a_zip_are_paths(tmp_path):
+    path = zip_of(tmp_path / "a.zip", [("cat/1.png", b"one")])
+    path.write_bytes(path.read_bytes().replace(b"cat/1.png", b"cat\\1.png"))
+    assert contents(path) == {"cat/1.png": b"one"}
+
+
+def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, target
+    return entry
+
+
+def test_links_in_a_tar_are_followed_inside_it(tmp_path):
+    members = [
+        ("a/1.png", b"one"),
+        (link("b/2.png", "../a/1.png"), b""),
+        (link("c.png", "a/1.png", tarfile.LNKTYPE), b""),
+    ]
+    assert contents(tar_of(tmp_path / "a.tar", members)) == {"a/1.png": b"one", "b/2.png": b"one", "c.png": b"one"}
+
+
+def test_links_to_elsewhere_and_devices_are_told(tmp_path):
+    device = tarfile.TarInfo("tty.png")
+    device.type = tarfile.CHRTYPE
+    members = [(link("out.png", "/etc/passwd"), b""), (link("me.png", "me.png"), b""), (device, b""), ("1.png", b"one")]
+    assert problems(tar_of(tmp_path / "a.tar", members)) == {
+        "out.png": "a link to nothing",
+        "me.png": "a link to itself",
+        "tty.png": "not a regular file",
+    }
+
+
+def test_odd_things_in_a_folder_are_told(tmp_path, make):
+    folder = make.folder(tmp_path / "x", {"1.png": b"one", "sub/2.png": b"two", "long" + "g" * 240 + ".png": b"three"})
+    (folder / "gone.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.png")  # to open it would wait for ever
+    Path(os.fsdecode(os.fsencode(str(folder)) + b"/bad\xff.png")).write_bytes(b"four")
+    (folder / "sub" / "round").symlink_to(folder)
+    (folder / "other.png").symlink_to("1.png")
+    assert problems(folder) == {"gone.png": "a link to nothing", "pipe.png": "not a regular file"}
+    found = contents(folder)
+    assert found["other.png"] == b"one" and found["bad\ufffd.png"] == b"four" and len(found) == 5
+
+
+def test_what_may_not_be_read_is_told(tmp_path, make, monkeypatch):
+    """Permissions do not hold for root, as whom tests may run: the system's refusal is put in its place."""
+    folder = make.folder(tmp_path / "x", {"1.png": b"one", "2.png": b"two", "closed/3.png": b"three"})
+    read, scan = Path.read_bytes, os.scandir
+
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path) if path.name == "2.png" else read(path))
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path).endswith("closed") else scan(path))
+    assert problems(folder) == {
+        "2.png": "cannot be read (Permission denied)",
+        "closed": "folder cannot be read (Permission denied)",
+    }
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+        check_source(str(folder / "closed"))
+
+
+def test_encrypted_and_damaged_entries_of_a_zip_are_told(tmp_path):
+    path = zip_of(tmp_path / "a.zip", [("1.png", b"one" * 50), ("2.png", b"two"), ("3.png", b"three")])
+    data = bytearray(path.read_bytes())
+    data[data.index(b"oneone")] ^= 1  # its checksum is no longer right
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        place = archive.start_dir
+    second = data.index(b"PK\x01\x02", place + 4)
+    data[second + 8] |= 1  # the flag of encryption
+    path.write_bytes(data)
+    found = problems(path)
+    assert found["2.png"] == "encrypted" and found["1.png"].startswith("damaged in the archive") and len(found) == 2
+
+
+@pytest.mark.parametrize("kind", TARS)
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.97])
+def test_a_truncated_archive_is_an_error(tmp_path, kind, share):
+    members = [(f"{i}.png", os.urandom(3000)) for i in range(9)]
+    path = tar_of(tmp_path / f"a.{kind}", members, TARS[kind])
+    size = int(path.stat().st_size * share) if kind != "tar" else int(9 * (512 + 3072) * share)
+    os.truncate(path, size)
+    with pytest.raises(UserError, match=r"a\.\S+: a damaged archive"), open_source(str(path)):
+        pass
+
+
+def test_a_tar_cut_between_two_files_is_an_error(tmp_path):
+    path = tar_of(tmp_path / "a.tar", [(f"{i}.png", bytes(512)) for i in range(4)])
+    os.truncate(path, 2 * 1024)
+    with pytest.raises(UserError, match="no end mark"), open_source(str(path)):
+        pass
+
+
+def test_a_truncated_zip_is_an_error(tmp_path):
+    path = zip_of(tmp_path / "a.zip", [*FILES.items()])
+    os.truncate(path, path.stat().st_size - 30)
+    for use in (check_source, source_fingerprint):
+        if use is check_source:
+            with pytest.raises(UserError, match="a damaged archive"):
+                use(str(path))
+
+
+@pytest.mark.parametrize("use", [check_source, source_fingerprint])
+def test_what_does_not_exist_is_one_line(tmp_path, use):
+    with pytest.raises(UserError, match=r"nowhere: does not exist; expected a folder, a tar") as error:
+        use(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_neither_folder_nor_archive(tmp_path, make):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(make.file(0, "JPEG"))
+    with pytest.raises(UserError, match="neither a folder nor an archive"):
+        check_source(str(path))
+
+
+@pytest.mark.parametrize("files", [{}, {"a.txt": b"x"}, {".hidden/1.png": b"x", "Thumbs.db": b"y", "data.csv": b"z"}])
+def test_a_source_without_pictures(tmp_path, make, files):
+    folder = make.folder(tmp_path / "x", files)
+    folder.mkdir(exist_ok=True)
+    for path in (folder, tar_of(tmp_path / "x.tar", [*files.items()]), zip_of(tmp_path / "x.zip", [*files.items()])):
+        with pytest.raises(UserError, match=r"x\S*: no pictures in it"):
+            check_source(str(path))
+
+
+def test_pictures_without_a_suffix_are_given_a_chance(tmp_path, make):
+    check_source(str(make.folder(tmp_path / "x", {"0123abcd": make.file(0)})))
+
+
+def test_a_fingerprint_is_that_of_the_content_not_of_the_place(tmp_path, make):
+    first, second = (make.folder(tmp_path / name, FILES) for name in ("a", "b"))
+    for name in FILES:
+        os.utime(first / name, (1, 1))
+        os.utime(second / name, (1, 1))
+    assert source_fingerprint(str(first)) == source_fingerprint(str(second))
+    (second / ".DS_Store").write_bytes(b"x")
+    assert source_fingerprint(str(first)) == source_fingerprint(str(second))
+    os.utime(second / "cat/1.png", (2, 2))
+    assert source_fingerprint(str(first)) != source_fingerprint(str(second))
+    archives = [tar_of(tmp_path / f"{name}.tar", [*FILES.items()]) for name in ("c", "d")]
+    os.utime(archives[0], (5, 5))
+    assert source_fingerprint(str(archives[0])) == source_fingerprint(str(archives[1]))
+
+
+def test_a_large_archive_is_known_by_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("esvit_core.data.sources._HASHED_WHOLE", 1000)
+    monkeypatch.setattr("esvit_core.data.sources._ENDS", 100)
+    path = tar_of(tmp_path / "a.tar", [("1.png", bytes(5000))])
+    os.utime(path, (5, 5))
+    first = source_fingerprint(str(path))
+    os.utime(path, (6, 6))
+    assert source_fingerprint(str(path)) != first
+
+
+def test_no_room_to_decompress_is_told(tmp_path, monkeypatch):
+    path = tar_of(tmp_path / "a.tar.gz", [*FILES.items()], "w:gz")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("esvit_core.data.archives.shutil.copyfileobj", full)
+    with pytest.raises(UserError, match="no room to decompress it"), open_source(str(path)):
+        pass

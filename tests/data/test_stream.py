@@ -1,0 +1,153 @@
+"""Samples out of shards: right, checked, and shared between processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from esvit_core.data.manifest import Manifest
+from esvit_core.data.stream import ShardDataset, default_cache
+from esvit_core.errors import UserError
+from esvit_core.storage import IntegrityError, NotFound, ObjectStore
+
+
+@pytest.fixture
+def dataset(store, prepared, folder, tmp_path) -> ShardDataset:
+    """Eighteen labelled pictures in several shards."""
+    prepared(folder, shard_mib=0.02, val_fraction=0.0)
+    return ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
+
+
+def test_samples_are_the_pictures_of_the_folder(dataset, make):
+    assert len(dataset) == 18 and len(dataset.shards) > 2 and sum(dataset.shard_sizes) == 18
+    names = [dataset.name(i) for i in range(18)]
+    assert sorted(names) == sorted(make.labelled())
+    for i, name in enumerate(names):
+        number = int(name[5]) * 100 + int(name[7])
+        assert np.array_equal(dataset.image(i), make.pixels(number))
+        assert dataset.label(i) == dataset.labels[i] == int(name[5])
+        assert dataset.image(i).flags.writeable
+    with pytest.raises(IndexError):
+        dataset.image(18)
+
+
+def test_jpeg_is_decoded_as_pillow_decodes_it(store, prepared, make, tmp_path):
+    for mode in ("RGB", "L"):
+        folder = make.folder(tmp_path / mode, {"1.jpg": make.file(make.pixels(1, 200, 150), "JPEG")})
+        prepared(folder, at=mode, val_fraction=0.0)
+        picture = ShardDataset(store, store.uri(mode), "train", tmp_path / "cache").image(0)
+        assert picture.shape == (150, 200, 3)
+        assert np.abs(picture.astype(int) - make.pixels(1, 200, 150)).mean() < 4
+
+
+def test_nothing_is_downloaded_before_it_is_needed(dataset, tmp_path):
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    dataset.image(0)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_cache_is_found_out_and_fetched_again(store, dataset, tmp_path, damage):
+    before = [dataset.image(i) for i in range(18)]
+    for path in (tmp_path / "cache").glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        data[700] ^= 0xFF
+        path.write_bytes({"flipped": bytes(data), "truncated": bytes(data[:-600]), "emptied": b""}[damage])
+    again = ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
+    assert all(np.array_equal(again.image(i), before[i]) for i in range(18))
+
+
+def test_a_damaged_shard_in_the_store_is_an_error_and_stays_out_of_the_cache(store, dataset, tmp_path):
+    uri = f"{store.uri('data')}/{dataset.shards[0].name}"
+    data = bytearray(store.get_bytes(uri))
+    data[600] ^= 1
+    store.put_bytes(uri, bytes(data))
+    with pytest.raises(IntegrityError, match=r"train-000000\.tar: damaged"):
+        dataset.image(0)
+    assert not list((tmp_path / "cache").glob("*.tar"))
+
+
+def test_a_damaged_index_is_an_error(store, dataset):
+    store.put_bytes(store.uri("data/index/train.npy"), b"something else")
+    with pytest.raises(IntegrityError, match=r"index/train\.npy: damaged"):
+        ShardDataset(store, store.uri("data"), "train")
+
+
+def test_absent_data_and_splits_are_told(store, dataset):
+    with pytest.raises(NotFound, match="no prepared data"):
+        ShardDataset(store, store.uri("elsewhere"), "train")
+    with pytest.raises(UserError, match="no split 'val'; the data has train"):
+        ShardDataset(store, store.uri("data"), "val")
+
+
+def test_a_manifest_of_something_else_is_told(store):
+    store.put_json(store.uri("data/manifest.json"), {"format": "esvit-features/1"})
+    with pytest.raises(UserError, match="not a manifest of prepared data"):
+        Manifest.read(store, store.uri("data"))
+
+
+def test_a_cache_that_cannot_be_written_to_is_told(store, prepared, folder, tmp_path):
+    prepared(folder)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="ESVIT_CACHE_DIR"):
+        ShardDataset(store, store.uri("data"), "train", tmp_path / "file" / "cache").image(0)
+
+
+def _read_all(dataset: ShardDataset, barrier, results) -> None:
+    barrier.wait()
+    results.put([int(dataset.image(i).sum()) for i in range(len(dataset))])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_share_a_cache(store, dataset, tmp_path, method):
+    """Two at once on an empty cache, forked with it in use or started afresh."""
+    if method == "fork":
+        dataset.image(0)
+    context = multiprocessing.get_context(method)
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_read_all, args=(dataset, barrier, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    sums = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sums[0] == sums[1] == [int(dataset.image(i).sum()) for i in range(18)]
+    left = {path.suffix for path in (tmp_path / "cache").iterdir()}
+    assert left == {".tar", ".lock"} and len(list((tmp_path / "cache").glob("*.tar"))) == len(dataset.shards)
+
+
+def test_a_cached_shard_is_not_downloaded_again(store, dataset, tmp_path, monkeypatch):
+    expected = [dataset.image(i) for i in range(18)]
+    other = ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
+    monkeypatch.setattr(ObjectStore, "get_file", _never)
+    assert all(np.array_equal(other.image(i), expected[i]) for i in range(18))
+
+
+def _never(*arguments: object) -> None:
+    raise AssertionError("not to be called")
+
+
+def test_threads_and_few_open_files(dataset, monkeypatch):
+    monkeypatch.setattr("esvit_core.data.stream._OPEN_FILES", 2)
+    expected = [int(dataset.image(i).sum()) for i in range(18)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: int(dataset.image(i % 18).sum()), range(180)))
+    assert found == expected * 10
+
+
+def test_a_pickled_dataset_reads(dataset):
+    dataset.image(0)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(copy.image(5), dataset.image(5))
+
+
+def test_the_cache_is_where_the_user_says_or_beside_the_store(store, tmp_path, monkeypatch):
+    monkeypatch.delenv("ESVIT_CACHE_DIR", raising=False)
+    assert default_cache(store) == store.address.directory / "cache"
+    monkeypatch.setenv("ESVIT_CACHE_DIR", str(tmp_path))
+    assert default_cache(store) == tmp_path
