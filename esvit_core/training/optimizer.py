@@ -25,7 +25,12 @@ def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW with PyTorch's betas and eps; learning rate and weight decay are set anew each step."""
+    """AdamW with PyTorch's betas and eps; learning rate and weight decay are set anew each step.
+
+    Args:
+        student: the network, wrapped or not.
+        config: the run's configuration; AdamW, the one optimizer so far, takes nothing from it.
+    """
     return torch.optim.AdamW(parameter_groups(student), lr=0.0, weight_decay=0.0, fused=True)
 
 
