@@ -136,7 +136,8 @@ def _wait(runner: subprocess.Popen[bytes], stop: _Stop, started: list[psutil.Pro
         with contextlib.suppress(subprocess.TimeoutExpired):
             runner.wait(0.2)
         if stop.asked > passed_on == 0:
-            print("\nstopping: the run saves its state (Ctrl-C again to stop at once)", flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("\nstopping: the run saves its state (Ctrl-C again to stop at once)", flush=True)
             deadline = time.monotonic() + SAVE_SECONDS
             started += _descendants(runner)
             with contextlib.suppress(ProcessLookupError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,8 @@ from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, resolve, st
 
 INTERRUPTED_EXIT_CODE = 130
 DEFAULT_PREFIX = "s3://esvit"
-(_UsageError,) = typer.BadParameter.__bases__  # the root of what typer says of a wrong command line
+# The root of what typer says of a wrong command line; it has no public name.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="esvit",

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from esvit_core.config import Config
 from esvit_core.data.manifest import check_source
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import format_duration

@@ -5,6 +5,7 @@ Everything goes to the log; the screen gets what was written for people.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import re
@@ -43,7 +44,6 @@ class StepConsole(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        self.screen.flush()
         self.log.flush()
 
     def begin(self, task: str) -> None:
@@ -70,8 +70,10 @@ class StepConsole(io.TextIOBase):
         self.last_error = self._lines.last_error or self.last_error
 
     def _show(self, line: str) -> None:
-        self.screen.write(line + "\n")
-        self.screen.flush()
+        # Whoever reads the screen may have left (`esvit run | head`): the run goes on, and the log has all of it.
+        with contextlib.suppress(OSError):
+            self.screen.write(line + "\n")
+            self.screen.flush()
 
 
 class LineFilter:

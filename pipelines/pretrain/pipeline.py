@@ -60,7 +60,7 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
         return task
 
     @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: pre-train, measure, publish")
-    def pretrain_pipeline(data: str, configuration: dict = values, run_uri: str = ""):
+    def pretrain_pipeline(data: str, configuration: dict = values, run_uri: str = ""):  # type: ignore[no-untyped-def]
         """Pre-train a vision backbone on unlabelled pictures (EsViT), measure it, report it, and publish it.
 
         Args:

@@ -73,3 +73,18 @@ def test_headers_count_the_steps_and_everything_is_in_the_log() -> None:
     records.filter(root)
     assert screen.getvalue().splitlines() == ["[1/2] prepare data", "  prepare  1/2 pictures", "[2/2] k-NN"]
     assert "secret of the machinery" in log.getvalue() and "step 2: k-NN" in log.getvalue()
+
+
+class Closed(io.StringIO):
+    """A terminal that is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_screen_that_is_gone_does_not_stop_the_run() -> None:
+    log = io.StringIO()
+    console = StepConsole(["k-NN"], Closed(), log)
+    console.begin("knn")
+    console.write("    measured\n")
+    assert "measured" in log.getvalue()
