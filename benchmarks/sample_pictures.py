@@ -1,6 +1,6 @@
 """How hard labelled pictures are without a network: 20-NN and logistic regression on raw pixels.
 
-python benchmarks/sample_pictures.py samples/*.tar samples/*.zip
+python benchmarks/sample_pictures.py samples/*.zip
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ class Layout:
 
 def is_ignored(name: str) -> bool:
     """Whether a file is one that operating systems leave about, or a hidden one."""
-    return any(part.startswith(".") or part.casefold() in _LEFT_BY_SYSTEMS for part in name.split("/"))
+    return any(
+        (part.startswith(".") and part != "..") or part.casefold() in _LEFT_BY_SYSTEMS for part in name.split("/")
+    )
 
 
 def suffix(name: str) -> str:

@@ -21,7 +21,7 @@ from esvit_core.config import DataConfig
 from esvit_core.data.archives import Entry, ReadProblem, Source
 from esvit_core.data.choose import choose, hold_out, in_order
 from esvit_core.data.decode import BadPicture, StoredPicture, to_stored
-from esvit_core.data.layout import SplitName, arrange, is_ignored, may_be_picture
+from esvit_core.data.layout import Layout, SplitName, arrange, is_ignored, may_be_picture
 from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, StoredFile
 from esvit_core.data.shards import Sample, ShardWriter
 from esvit_core.data.sources import open_source, source_fingerprint
@@ -139,8 +139,10 @@ def describe(manifest: Manifest) -> str:
     splits = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     classes = f" in {len(manifest.classes):,} classes" if manifest.classes else ", no labels"
     parts = [f"{manifest.samples:,} pictures{classes} ({splits}), {manifest.bytes / 2**20:,.1f} MiB"]
-    parts += [f"{n:,} {what}" for n, what in ((manifest.bad.count, "bad files left out"),) if n]
-    parts += [f"{n:,} {what}" for n, what in ((manifest.not_chosen, "not chosen"),) if n]
+    if bad := manifest.bad.count:
+        parts.append(f"{bad:,} bad {'file' if bad == 1 else 'files'} left out")
+    if manifest.not_chosen:
+        parts.append(f"{manifest.not_chosen:,} not chosen")
     return "; ".join(parts)
 
 
@@ -152,48 +154,57 @@ def _present(store: ObjectStore, destination: str) -> Manifest | None:
 
 
 def _plan(opened: Source, source: str, config: DataConfig) -> _Plan:
-    entries = [entry for entry in opened.entries if not is_ignored(entry.name)]
-    if not entries:
+    files = [entry for entry in opened.entries if not is_ignored(entry.name)]
+    if not files:
         raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
-    layout = arrange([entry.name for entry in entries], source)
     largest = config.max_megapixels * 1e6 * _BYTES_PER_PIXEL
+    bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
+    sound = [entry for entry in files if entry.problem is None]
+    layout = arrange([entry.name for entry in sound], source)
     likely: list[int] = []
     rest: list[int] = []
-    bad: list[tuple[str, str]] = []
-    for place, (entry, at) in enumerate(zip(entries, layout.places, strict=True)):
-        problem = entry.problem or at.problem or (f"file of {entry.size:,} bytes" if entry.size > largest else None)
+    for number, (entry, place) in enumerate(zip(sound, layout.places, strict=True)):
+        problem = place.problem or (f"file of {entry.size:,} bytes" if entry.size > largest else None)
         if problem:
             bad.append((entry.name, problem))
         else:
-            (likely if may_be_picture(entry.name) else rest).append(place)
-    keys = [at.key for at in layout.places]
-    labels = [at.label for at in layout.places]
-    chosen = likely
-    if config.max_images is not None:
-        groups = [(layout.places[i].split or "", labels[i] or "") for i in likely]
-        chosen = [likely[i] for i in choose([keys[i] for i in likely], groups, config.max_images)]
+            (likely if may_be_picture(entry.name) else rest).append(number)
+    chosen = _chosen(likely, layout, config.max_images)
     divided = all(layout.places[i].split is None for i in chosen)
-    held = hold_out([keys[i] for i in chosen], [labels[i] for i in chosen], config.val_fraction) if divided else set()
-    held_places = {chosen[i] for i in held}
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(layout.classes)}
+    held = _held_out(chosen, layout, config.val_fraction) if divided else set()
+    classes: dict[str | None, int] = {name: number for number, name in enumerate(layout.classes)}
     candidates = [
         _Candidate(
-            entries[i],
-            "val" if i in held_places else layout.places[i].split or "train",
-            numbers.get(labels[i], -1),
+            sound[i],
+            "val" if i in held else layout.places[i].split or "train",
+            classes.get(layout.places[i].label, -1),
         )
-        for i in in_order(keys, [*chosen, *rest])
+        for i in in_order([place.key for place in layout.places], [*chosen, *rest])
     ]
-    candidates.sort(key=lambda c: c.split)  # training pictures before those held out: see _settle
+    candidates.sort(key=lambda c: c.split)  # "train" comes before "val": see _settle
     return _Plan(
         candidates=candidates,
         bad=bad,
         classes=layout.classes,
-        files=len(entries),
-        ignored=len(opened.entries) - len(entries),
+        files=len(files),
+        ignored=len(opened.entries) - len(files),
         not_chosen=len(likely) - len(chosen),
         divided=divided,
     )
+
+
+def _chosen(likely: list[int], layout: Layout, count: int | None) -> list[int]:
+    if count is None:
+        return likely
+    places = [layout.places[i] for i in likely]
+    groups = [(place.split or "", place.label or "") for place in places]
+    return [likely[i] for i in choose([place.key for place in places], groups, count)]
+
+
+def _held_out(chosen: list[int], layout: Layout, fraction: float) -> set[int]:
+    places = [layout.places[i] for i in chosen]
+    held = hold_out([place.key for place in places], [place.label for place in places], fraction)
+    return {chosen[i] for i in held}
 
 
 def _store_pictures(job: _Job) -> None:

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from esvit_core.config import DataConfig
 from esvit_core.data.manifest import Manifest
 from esvit_core.data.prepare import prepare
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 class Make:

@@ -33,7 +33,7 @@ def write(directory: Path, samples: list[Sample], max_bytes: int) -> tuple[Shard
     return writer, kept
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples=samples, max_bytes=st.sampled_from([10_240, 20_480, 1 << 20]))
 def test_what_goes_in_comes_out_at_the_places_of_the_index(tmp_path_factory, samples, max_bytes):
     directory = tmp_path_factory.mktemp("shards")
@@ -48,7 +48,7 @@ def test_what_goes_in_comes_out_at_the_places_of_the_index(tmp_path_factory, sam
     assert not list(directory.iterdir())  # nothing is left behind
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(samples=samples)
 def test_the_same_samples_give_the_same_bytes(tmp_path_factory, samples):
     first, kept = write(tmp_path_factory.mktemp("a"), samples, 20_480)
