@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["load_backbone", "__version__"]
+__all__ = ["__version__", "load_backbone"]
 
 if TYPE_CHECKING:
     from esvit_core.export import load_backbone
