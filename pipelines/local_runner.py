@@ -8,6 +8,7 @@ once; this process goes on relaying the steps' lines until the last of them has 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -98,7 +99,8 @@ def run_pipeline(request: Request) -> Outcome:
     config = Config.from_yaml(Path(request.config).read_text(encoding="utf-8"))
     pipeline = build_pretrain_pipeline(config)
     screen = sys.stdout
-    with Path(request.log).open("a", encoding="utf-8") as log:
+    # Without a buffer: what could not be written to a full disk is not tried again when the file is closed.
+    with io.TextIOWrapper(Path(request.log).open("ab", buffering=0), encoding="utf-8", write_through=True) as log:
         console = StepConsole(step_names(pipeline), screen, log)
         records = KfpRecords(console)
         local.init(

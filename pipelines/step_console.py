@@ -57,8 +57,10 @@ class StepConsole(io.TextIOBase):
     def record(self, text: str) -> None:
         """Write to the log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.log.writelines(f"{stamp}  {line}\n" for line in _COLOUR.sub("", text).splitlines())
-        self.log.flush()
+        # On a disk that is full the step fails by itself, and says so in a line.
+        with contextlib.suppress(OSError):
+            self.log.writelines(f"{stamp}  {line}\n" for line in _COLOUR.sub("", text).splitlines())
+            self.log.flush()
 
     def _take(self, line: str) -> None:
         line = line.removeprefix(_INDENT).rstrip()

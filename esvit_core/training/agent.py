@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -82,7 +83,9 @@ def _reason(rank: int, failure: Any) -> str:
         return f"process {rank} ended with exit code {failure.exitcode} and without a reason"
     message = failure.message
     text = " ".join(str(message.get("message", "") if isinstance(message, dict) else message).split())
-    return text.removeprefix("UserError: ") if failure.exitcode == USER_ERROR_EXIT_CODE else f"process {rank}: {text}"
+    if failure.exitcode == USER_ERROR_EXIT_CODE:
+        return re.sub(r"^\w+: ", "", text)  # torch elastic puts the class before the text: UserError, StoreFull, ...
+    return f"process {rank}: {text}"
 
 
 if __name__ == "__main__":
