@@ -97,7 +97,7 @@ class MicroRun:
         self.wait_until(lambda: self.checkpointed_step() >= step, f"a checkpoint of step {step}")
 
     @staticmethod
-    def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    def wait_until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"waited {seconds} s for {what}"

@@ -1,0 +1,99 @@
+"""What processes say to each other, between three real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from esvit_core.training.distributed import GradientReducer, World
+
+PROGRAM = """
+import json, sys
+import torch
+from torch import nn
+from esvit_core.training import distributed
+from esvit_core.training.distributed import GradientReducer, StopVote, join_world
+
+distributed.BUCKET_BYTES = 40  # several buckets
+world = join_world()
+torch.manual_seed(0)
+network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2), nn.Linear(2, 2))
+network[3].weight.requires_grad_(False)
+unused = nn.Linear(2, 2)
+reducer = GradientReducer([*network.parameters(), *unused.parameters()], world)
+x = torch.arange(12.0).reshape(3, 4)[world.rank]
+result = {"grads": []}
+for scale in (1.0, 2.0):
+    reducer.zero()
+    (scale * network(x)).sum().backward()
+    reducer.finish()
+    result["grads"].append([p.grad.tolist() for p in network.parameters() if p.requires_grad])
+    network[2].bias.grad = None  # as a frozen layer's is
+votes = StopVote(world)
+result["stops"] = []
+for step in range(3):
+    votes.begin(stop=(step == 1 and world.rank == 2))
+    result["stops"].append(votes.stop())
+result["mean"] = world.mean_(torch.tensor([float(world.rank)])).item()
+result["word"] = world.from_first({"a": 1} if world.first else None)
+world.wait_for_all()
+world.leave()
+if world.rank == 1:
+    print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 1 of three reports."""
+    folder = tmp_path_factory.mktemp("rendezvous")
+    processes = []
+    for rank in range(3):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": "3",
+            "OMP_NUM_THREADS": "1",
+            "ESVIT_RENDEZVOUS_DIR": str(folder),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    return json.loads(outputs[1])
+
+
+def expected(scale: float) -> list[Any]:
+    """Gradients of the mean over the three pictures, by one process."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2), nn.Linear(2, 2))
+    network[3].weight.requires_grad_(False)
+    reducer = GradientReducer(network.parameters(), World(0, 1, torch.device("cpu"), None))
+    reducer.zero()
+    (scale * network(torch.arange(12.0).reshape(3, 4))).sum(1).mean().backward()
+    reducer.finish()
+    return [p.grad.tolist() for p in network.parameters() if p.grad is not None]
+
+
+def test_gradients_are_the_mean_over_the_processes(said: dict[str, Any]) -> None:
+    for scale, grads in zip((1.0, 2.0), said["grads"], strict=True):
+        for found, wanted in zip(grads, expected(scale), strict=True):
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+
+
+def test_one_vote_stops_all_after_the_same_step(said: dict[str, Any]) -> None:
+    assert said["stops"] == [False, True, False]
+
+
+def test_figures_are_averaged_and_words_passed_on(said: dict[str, Any]) -> None:
+    assert said["mean"] == 1.0
+    assert said["word"] == {"a": 1}
