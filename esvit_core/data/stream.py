@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
 CACHE_VARIABLE = "ESVIT_CACHE_DIR"
 _OPEN_FILES = 64  # a data set may have thousands of shards, a process about a thousand files
+_KEPT_DAYS = 30.0  # that a shard stays in the cache after it was opened last
 
 
 class ShardDataset:
@@ -164,6 +166,8 @@ class ShardCache:
         path = self._directory / f"{shard.sha256}.tar"
         try:
             with self._alone(path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path)  # not to be forgotten now
                 if not _is_right(path, shard):
                     self._download(uri, shard, path)
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -178,10 +182,19 @@ class ShardCache:
         return descriptor
 
     def _download(self, uri: str, shard: Shard, path: Path) -> None:
+        self._forget_old()
         self._store.get_file(uri, path)  # appears whole or not at all
         if not _is_right(path, shard):
             path.unlink(missing_ok=True)
             raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
+
+    def _forget_old(self) -> None:
+        """Delete what no one has opened for long; who has it open reads on."""
+        limit = time.time() - _KEPT_DAYS * 24 * 3600
+        for path in self._directory.glob("*.tar"):
+            with contextlib.suppress(OSError):  # another process may be quicker
+                if path.stat().st_mtime < limit:
+                    path.unlink()
 
     @contextlib.contextmanager
     def _alone(self, path: Path) -> Iterator[None]:

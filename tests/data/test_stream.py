@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -130,6 +131,17 @@ def test_a_cached_shard_is_not_downloaded_again(store, dataset, tmp_path, monkey
 
 def _never(*arguments: object) -> None:
     raise AssertionError("not to be called")
+
+
+def test_shards_that_were_not_opened_for_long_are_forgotten(store, dataset, tmp_path):
+    expected = dataset.image(0)
+    (old,) = (tmp_path / "cache").glob("*.tar")
+    os.utime(old, (1, 1))
+    for i in range(18):
+        dataset.image(i)
+    assert not old.exists() and np.array_equal(dataset.image(0), expected)  # it is open here still
+    again = ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
+    assert np.array_equal(again.image(0), expected) and old.exists()
 
 
 def test_threads_and_few_open_files(dataset, monkeypatch):
