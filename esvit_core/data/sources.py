@@ -47,9 +47,9 @@ class PrefixSource:
         self._store = store
         start = len(join_uri(uri)) + 1
         self.entries = [
-            Entry(stat.uri[start:], stat.size, stat.etag, handle=stat.uri)
-            for stat in store.list(uri)
-            if not stat.uri.endswith("/")  # made by tools that want S3 to have folders
+            Entry(found.uri[start:], found.size, found.etag, handle=found.uri)
+            for found in store.list(uri)
+            if not found.uri.endswith("/")  # made by tools that want S3 to have folders
         ]
 
     def read(self, entry: Entry) -> bytes:
@@ -182,6 +182,8 @@ def _is_folder(source: str) -> bool:
 def _require_file(source: str) -> None:
     path = Path(source)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+            raise UserError(f"{source}: neither a folder nor a regular file; {_EXPECTED}")
         with path.open("rb"):
             pass
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -30,14 +31,11 @@ def tar_of(path: Path, members: list[tuple[tarfile.TarInfo | str, bytes]], mode:
 def zip_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members:
-            with pytest.warns(UserWarning, match="Duplicate") if name in archive.namelist() else _quiet():
+            with (
+                pytest.warns(UserWarning, match="Duplicate") if name in archive.namelist() else contextlib.nullcontext()
+            ):
                 archive.writestr(name, data)
     return path
-
-
-class _quiet:  # noqa: N801
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 def contents(source: object, store=None) -> dict[str, bytes]:
@@ -216,10 +214,8 @@ def test_a_tar_cut_between_two_files_is_an_error(tmp_path):
 def test_a_truncated_zip_is_an_error(tmp_path):
     path = zip_of(tmp_path / "a.zip", [*FILES.items()])
     os.truncate(path, path.stat().st_size - 30)
-    for use in (check_source, source_fingerprint):
-        if use is check_source:
-            with pytest.raises(UserError, match="a damaged archive"):
-                use(str(path))
+    with pytest.raises(UserError, match="a damaged archive"):
+        check_source(str(path))
 
 
 @pytest.mark.parametrize("use", [check_source, source_fingerprint])
@@ -234,6 +230,9 @@ def test_what_is_neither_folder_nor_archive(tmp_path, make):
     path.write_bytes(make.file(0, "JPEG"))
     with pytest.raises(UserError, match="neither a folder nor an archive"):
         check_source(str(path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a folder nor a regular file"):
+        check_source(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize("files", [{}, {"a.txt": b"x"}, {".hidden/1.png": b"x", "Thumbs.db": b"y", "data.csv": b"z"}])
