@@ -62,13 +62,11 @@ class Run:
 
         A step that was done before costs one request, not the import of what it needs to do its work.
         """
-        try:
-            found = self.store.get_json(self.at(name))
-        except NotFound:
+        if self.store.exists(self.at(name)):
+            print(f"already done: found {name}", flush=True)
+        else:
             make()
-            return self.store.get_json(self.at(name))
-        print(f"already done: found {name}", flush=True)
-        return found
+        return self.store.get_json(self.at(name))
 
 
 def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str, str] | None = None) -> str:

@@ -17,6 +17,7 @@ _INDENT = "    "  # kfp.local puts it before every line of a step
 _BEGIN = re.compile(r"Executing task \D*?'(?P<task>[^']+)'")
 _COLOUR = re.compile(r"\x1b\[\d+m")
 _WARNING = re.compile(r"^\S+:\d+: \w*Warning: ")
+_CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 _LIBRARY_LOG = re.compile(r"^\[?[IWEF]\d{4} \d\d:\d\d:\d\d|^\[W\d|^\[rank\d+\]:")
 
 
@@ -113,7 +114,7 @@ class LineFilter:
         if _WARNING.match(line):
             self._skip = "warning"
             return False
-        return not (line.startswith("error: ") or _LIBRARY_LOG.match(line))
+        return not (line.startswith("error: ") or _CHAIN.match(line) or _LIBRARY_LOG.match(line))
 
 
 class KfpRecords(logging.Filter):

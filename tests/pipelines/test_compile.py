@@ -113,7 +113,7 @@ def test_no_key_of_the_environment_gets_into_it(tmp_path: Path) -> None:
         env={**os.environ, **keys},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     for key in keys.values():
@@ -129,5 +129,5 @@ def test_compiling_twice_gives_the_same_bytes(compiled: Any, tmp_path: Path) -> 
     )
     config, path = tmp_path / "config.yaml", tmp_path / "pipeline.yaml"
     config.write_text(CONFIG.to_yaml())
-    subprocess.run([sys.executable, "-c", code, config, path], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, config, path], check=True, timeout=240)
     assert path.read_text(encoding="utf-8") == compiled[0]

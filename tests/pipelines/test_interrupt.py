@@ -34,7 +34,7 @@ def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
     finally:
         if process.poll() is None:  # the test failed
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate(timeout=240)
 
 
 def read_until(process: subprocess.Popen[str], lines: list[str], pattern: str) -> None:

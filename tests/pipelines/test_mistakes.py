@@ -139,7 +139,7 @@ def test_a_bug_is_one_line_with_the_log(tmp_path: Path, folder: Path) -> None:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout.splitlines()[-1] == (
         f"prepare data failed: KeyError: 'a bug'; the log has the rest: {tmp_path / 'run.log'}"
