@@ -67,13 +67,15 @@ def sources(config: Config, data: str) -> list[str]:
 def program() -> str:
     """How this program is called in the shell that called it."""
     called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m esvit_pipelines"
     found = shutil.which("esvit")
-    return "esvit" if found and called.exists() and Path(found).samefile(called) else str(called)
+    return "esvit" if found and called.exists() and Path(found).samefile(called) else shlex.quote(str(called))
 
 
 def command() -> str:
     """The command line as it was given, to be pasted."""
-    return shlex.join([program(), *sys.argv[1:]])
+    return f"{program()} {shlex.join(sys.argv[1:])}"
 
 
 def store_in(out: Path) -> Path:
