@@ -53,12 +53,14 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
             or stopped
         )
         if checkpoints and due and watch.finite():
+            watch.flush()
             checkpoints.save(position.step, parts.stateful, wait=stopped)
             saved = time.monotonic()
         if stopped:
             break
     finished = position.step == parts.schedules.steps
     if checkpoints and finished and checkpoints.last_step != position.step:
+        watch.flush()
         checkpoints.save(position.step, parts.stateful)
     return finished
 

@@ -75,6 +75,11 @@ class Watch:
         """Whether all is well since the last line. The gradient is every process's, so one tells for all."""
         return bool(torch.isfinite(self._sums).all())
 
+    def flush(self) -> None:
+        """Bring the log up to the present step into the store: a checkpoint must not be ahead of it."""
+        if self._log:
+            self._log.flush(wait=True)
+
     def _line(self, at: ScheduleValues, teacher_out: NetworkOutput) -> None:
         parts, steps = self._parts, self._steps
         seconds = time.monotonic() - self._line_time
