@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE
-from esvit_core.training.stop import STOPPED_EXIT_CODE, end_with
+from esvit_core.training.stop import RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE, end_with
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -44,7 +45,9 @@ def main(arguments: list[str]) -> int:
         failure = first_failure(error)
     except SignalException as error:
         failure = {"exit_code": STOPPED_EXIT_CODE, "reason": f"stopped from outside by {error.sigval.name}"}
-    if error_file:
+    if launcher and os.getppid() != int(launcher):
+        shutil.rmtree(os.environ[RENDEZVOUS_VARIABLE], ignore_errors=True)  # nobody else is left to do it
+    elif error_file:
         Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
     print(failure["reason"], file=sys.stderr, flush=True)
     return failure["exit_code"] if failure["exit_code"] > 0 else 1

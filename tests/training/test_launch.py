@@ -7,6 +7,7 @@ import re
 import signal
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -82,7 +83,10 @@ def test_an_interrupted_launcher_leaves_a_checkpoint_and_no_process(micro_run: C
 
 
 @pytest.mark.parametrize("victim", ["launcher", "agent"])
-def test_no_process_outlives_a_killed_launcher_or_agent(micro_run: Callable[..., Any], victim: str) -> None:
+def test_nothing_outlives_a_killed_launcher_or_agent(
+    micro_run: Callable[..., Any], victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     run = micro_run(f"killed-{victim}", training=LONG | {"checkpoint_steps": 3})
     launcher = run.launch()
     run.wait_for_step(3)
@@ -97,6 +101,7 @@ def test_no_process_outlives_a_killed_launcher_or_agent(micro_run: Callable[...,
         assert "agent" in output.splitlines()[-1]
         assert not run.processes()  # the launcher has waited for them
     run.wait_until(lambda: not run.processes(), "the end of the processes")
+    assert not list(tmp_path.glob("esvit-train-*"))
     assert run.checkpointed_step() > 3  # they have written a last one
 
 
