@@ -25,6 +25,16 @@ _GAUGES = {
     "data_wait": ("esvit_train_data_wait_ratio", "Share of the time spent waiting for data, 0 to 1."),
     "epoch": ("esvit_train_epoch", "Epoch, counted from 0."),
     "feature_std": ("esvit_teacher_feature_std", "Spread of the teacher's unit view features, 0 to 1."),
+    "feature_rank": ("esvit_teacher_feature_rank", "Effective rank (RankMe) of the teacher's view features."),
+    "mutual_matches": ("esvit_region_mutual_match_ratio", "Share of regions whose best match is mutual, 0 to 1."),
+}
+# Of the view and of the region task: the label `level`; the log's keys end in _view and _region.
+_LEVEL_GAUGES = {
+    "entropy": ("esvit_teacher_entropy_nats", "Entropy of the teacher's mean distribution."),
+    "kl": ("esvit_teacher_kl_nats", "Mean divergence of the teacher's distributions from their mean."),
+    "student_kl": ("esvit_student_teacher_kl_nats", "Mean divergence of the student's distribution from its target."),
+    "prototypes": ("esvit_teacher_prototypes_in_use", "Prototypes that are the teacher's first choice somewhere."),
+    "centre_norm": ("esvit_teacher_centre_norm", "Norm of the centre of the teacher's logits."),
 }
 _TERMS = {"loss": "total", "loss_view": "view", "loss_region": "region"}
 
@@ -53,17 +63,12 @@ class TrainingMetrics:
         self._gauge("esvit_train_steps_planned", "Steps of the whole run.").set(total_steps)
         self._gauge("esvit_train_world_size", "Processes that train.").set(world_size)
         self._loss = Gauge("esvit_train_loss", "Loss.", (*LABELS, "term"), registry=self.registry)
-        self._entropy = Gauge(
-            "esvit_teacher_entropy_nats",
-            "Entropy of the teacher's mean distribution.",
-            (*LABELS, "level"),
-            registry=self.registry,
-        )
-        self._information = Gauge(
-            "esvit_teacher_kl_nats",
-            "Mean divergence of the teacher's distributions from their mean.",
-            (*LABELS, "level"),
-            registry=self.registry,
+        self._levels = {
+            key: Gauge(name, text, (*LABELS, "level"), registry=self.registry)
+            for key, (name, text) in _LEVEL_GAUGES.items()
+        }
+        self._warnings = Counter(
+            "esvit_train_warnings", "Warnings of the diagnostics.", (*LABELS, "sign"), registry=self.registry
         )
         self._figures = {key: self._gauge(name, text) for key, (name, text) in _GAUGES.items()}
         self._checkpoint_seconds = self._histogram(
@@ -86,14 +91,17 @@ class TrainingMetrics:
         for key, value in line.items():
             if value is None:
                 continue
+            figure, _, level = key.rpartition("_")
             if key in self._figures:
                 self._figures[key].set(value)
             elif key in _TERMS:
                 self._loss.labels(**self._who, term=_TERMS[key]).set(value)
-            elif key.startswith("entropy_"):
-                self._entropy.labels(**self._who, level=key.removeprefix("entropy_")).set(value)
-            elif key.startswith("kl_"):
-                self._information.labels(**self._who, level=key.removeprefix("kl_")).set(value)
+            elif figure in self._levels:
+                self._levels[figure].labels(**self._who, level=level).set(value)
+
+    def warned(self, sign: str) -> None:
+        """The diagnostics have warned of ``sign``, such as ``entropy_view``."""
+        self._warnings.labels(**self._who, sign=sign).inc()
 
     def resumed(self, times: int) -> None:
         """The run has gone on from a checkpoint ``times`` times by now."""

@@ -15,6 +15,9 @@ def test_served_figures_have_conventional_names() -> None:
     metrics.line(
         {"step": 1, "loss": 5.0, "loss_view": 4.0, "loss_region": 6.0, "lr": 1e-3, "entropy_view": 3.0, "kl_view": 1.0}
     )
+    metrics.line({"student_kl_region": 0.5, "prototypes_view": 12, "centre_norm_view": 0.25})
+    metrics.line({"feature_rank": 7.5, "mutual_matches": 0.75, "feature_std": None})
+    metrics.warned("entropy_view")
     metrics.checkpoint(0.5, 1000)
     metrics.resumed(3)
     address = metrics.serve(0)
@@ -27,6 +30,13 @@ def test_served_figures_have_conventional_names() -> None:
         f'esvit_train_loss{{{who},term="region"}} 6.0',
         f"esvit_train_learning_rate{{{who}}} 0.001",
         f'esvit_teacher_entropy_nats{{level="view",{who}}} 3.0',
+        f'esvit_teacher_kl_nats{{level="view",{who}}} 1.0',
+        f'esvit_student_teacher_kl_nats{{level="region",{who}}} 0.5',
+        f'esvit_teacher_prototypes_in_use{{level="view",{who}}} 12.0',
+        f'esvit_teacher_centre_norm{{level="view",{who}}} 0.25',
+        f"esvit_teacher_feature_rank{{{who}}} 7.5",
+        f"esvit_region_mutual_match_ratio{{{who}}} 0.75",
+        f'esvit_train_warnings_total{{{who},sign="entropy_view"}} 1.0',
         f"esvit_train_world_size{{{who}}} 2.0",
         f"esvit_train_resumes_total{{{who}}} 3.0",
         f"esvit_checkpoint_bytes{{{who}}} 1000.0",
