@@ -1,16 +1,29 @@
-"""The run's figures for Prometheus, served on ``/metrics``."""
+"""The run's figures for Prometheus, served on ``/metrics``; docs/monitoring.md says what each means."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    push_to_gateway,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from esvit_core.errors import UserError
+from esvit_core.storage.retry import failed_requests
 
 ADDRESS_VARIABLE = "ESVIT_METRICS_ADDRESS"
+PUSH_VARIABLE = "ESVIT_PUSHGATEWAY"
+JOB = "esvit"
 LABELS = ("run", "recipe")
 STEP_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3.5, 5, 7.5, 10, 20, 60)
 CHECKPOINT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -40,47 +53,83 @@ _TERMS = {"loss": "total", "loss_view": "view", "loss_region": "region"}
 
 
 class TrainingMetrics:
-    """The metrics of one run in this process.
+    """The metrics of one run in the first process of a node.
+
+    All labels have a fixed set of values, so the number of series does not grow with the length of a run.
 
     Args:
         run: id of the run.
         recipe: name of its recipe.
         world_size: processes that train.
         total_steps: steps of the whole run.
+        checkpoint_seconds: longest time that is to pass between two checkpoints.
+        memory: the device's memory in bytes by kind (used, peak, total), asked at every scrape.
+        first: of the run's first process. Those of the other nodes tell of their node only: what is the whole run's
+            would otherwise be there several times.
     """
 
-    def __init__(self, run: str, recipe: str, world_size: int, total_steps: int) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+    def __init__(
+        self,
+        run: str,
+        recipe: str,
+        world_size: int,
+        total_steps: int,
+        checkpoint_seconds: float = 900.0,
+        memory: Callable[[], Mapping[str, float]] | None = None,
+        first: bool = True,
+    ) -> None:
+        self.registry = node = CollectorRegistry()
+        whole = node if first else CollectorRegistry()
         self._who = {"run": run, "recipe": recipe}
         self._started = time.time()
         self._saved: float | None = None
-        self._step_seconds = self._histogram("esvit_train_step_seconds", "Time of a training step.", STEP_BUCKETS)
-        self._wait_seconds = self._counter("esvit_train_data_wait_seconds", "Time spent waiting for data.")
-        self._images = self._counter("esvit_train_images", "Pictures trained on, over all processes.")
-        self._resumes = self._counter("esvit_train_resumes", "Times that the run went on from a checkpoint.")
-        self._step = self._gauge("esvit_train_step", "Steps done.")
-        self._gauge("esvit_train_steps_planned", "Steps of the whole run.").set(total_steps)
-        self._gauge("esvit_train_world_size", "Processes that train.").set(world_size)
-        self._loss = Gauge("esvit_train_loss", "Loss.", (*LABELS, "term"), registry=self.registry)
+
+        ProcessCollector(registry=node)
+        node.register(_Asked(tuple(self._who.values()), memory))
+        self._step_seconds = self._histogram(node, "esvit_train_step_seconds", "Time of a training step.", STEP_BUCKETS)
+        self._wait_seconds = self._counter(node, "esvit_train_data_wait_seconds", "Time spent waiting for data.")
+        self._images = self._counter(node, "esvit_train_images", "Pictures trained on by the processes of this node.")
+
+        self._restarts = self._counter(whole, "esvit_train_restarts", "Times that the run was started again.")
+        self._nonfinite = self._counter(
+            whole, "esvit_train_nonfinite_steps", "Steps whose loss or gradient was not finite."
+        )
+        self._step = self._gauge(whole, "esvit_train_step", "Steps done.")
+        self._gauge(whole, "esvit_train_steps_planned", "Steps of the whole run.").set(total_steps)
+        self._gauge(whole, "esvit_train_world_size", "Processes that train.").set(world_size)
+        self._figures = {key: self._gauge(whole, name, text) for key, (name, text) in _GAUGES.items()}
+        self._loss = Gauge("esvit_train_loss", "Loss.", (*LABELS, "term"), registry=whole)
         self._levels = {
-            key: Gauge(name, text, (*LABELS, "level"), registry=self.registry)
-            for key, (name, text) in _LEVEL_GAUGES.items()
+            key: Gauge(name, text, (*LABELS, "level"), registry=whole) for key, (name, text) in _LEVEL_GAUGES.items()
         }
         self._warnings = Counter(
-            "esvit_train_warnings", "Warnings of the diagnostics.", (*LABELS, "sign"), registry=self.registry
+            "esvit_train_warnings", "Warnings of the diagnostics.", (*LABELS, "sign"), registry=whole
         )
-        self._figures = {key: self._gauge(name, text) for key, (name, text) in _GAUGES.items()}
         self._checkpoint_seconds = self._histogram(
-            "esvit_checkpoint_seconds", "Time to write a checkpoint.", CHECKPOINT_BUCKETS
+            whole, "esvit_checkpoint_seconds", "Time to write a checkpoint.", CHECKPOINT_BUCKETS
         )
-        self._checkpoint_bytes = self._gauge("esvit_checkpoint_bytes", "Size of the last checkpoint.")
-        self._gauge("esvit_checkpoint_age_seconds", "Time since the last checkpoint, or since the start.").set_function(
-            lambda: time.time() - (self._saved or self._started)
+        self._checkpoint_bytes = self._gauge(whole, "esvit_checkpoint_bytes", "Size of the last checkpoint.")
+        self._gauge(whole, "esvit_checkpoint_interval_seconds", "Longest time planned between two checkpoints.").set(
+            checkpoint_seconds
         )
+        self._gauge(
+            whole, "esvit_checkpoint_age_seconds", "Time since the last checkpoint, or since the start."
+        ).set_function(lambda: time.time() - (self._saved or self._started))
 
-    def step(self, step: int, seconds: float, wait_seconds: float, images: int) -> None:
-        """Count one step."""
+    def started(self, step: int, restarts: int) -> None:
+        """The run begins, or goes on, after ``step`` steps, and was started again ``restarts`` times by now."""
+        self._step.set(step)
+        self._restarts.inc(restarts)
+
+    def step(self, step: int, seconds: float, wait_seconds: float, images: float) -> None:
+        """Count one step.
+
+        Args:
+            step: number of steps done.
+            seconds: since the end of the one before, waiting included.
+            wait_seconds: of these, waiting for data.
+            images: that this node's processes have trained on in it.
+        """
         self._step.set(step)
         self._step_seconds.observe(seconds)
         self._wait_seconds.inc(wait_seconds)
@@ -103,9 +152,9 @@ class TrainingMetrics:
         """The diagnostics have warned of ``sign``, such as ``entropy_view``."""
         self._warnings.labels(**self._who, sign=sign).inc()
 
-    def resumed(self, times: int) -> None:
-        """The run has gone on from a checkpoint ``times`` times by now."""
-        self._resumes.inc(times)
+    def nonfinite(self, steps: int = 1) -> None:
+        """So many more steps had a loss or a gradient that was not finite."""
+        self._nonfinite.inc(steps)
 
     def checkpoint(self, seconds: float, size: int) -> None:
         """A checkpoint of ``size`` bytes is complete."""
@@ -136,11 +185,50 @@ class TrainingMetrics:
             ) from None
         return f"http://{address}:{server.server_port}/metrics"
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, LABELS, registry=self.registry).labels(**self._who)
+    def push(self) -> str | None:
+        """Leave the last figures with the Pushgateway that ``ESVIT_PUSHGATEWAY`` names; where that is unset, nothing.
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, LABELS, registry=self.registry).labels(**self._who)
+        For runs that end before Prometheus has come by. A training that is done must not fail for want of it.
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, LABELS, registry=self.registry, buckets=buckets).labels(**self._who)
+        Returns:
+            Why it failed, None when all is well.
+        """
+        if gateway := os.environ.get(PUSH_VARIABLE):
+            try:
+                push_to_gateway(gateway, JOB, self.registry, grouping_key={"run": self._who["run"]}, timeout=5)
+            except (OSError, ValueError) as error:
+                return f"{PUSH_VARIABLE}={gateway}: the last metrics could not be pushed ({error})"
+        return None
+
+    def _gauge(self, registry: CollectorRegistry, name: str, text: str) -> Gauge:
+        return Gauge(name, text, LABELS, registry=registry).labels(**self._who)
+
+    def _counter(self, registry: CollectorRegistry, name: str, text: str) -> Counter:
+        return Counter(name, text, LABELS, registry=registry).labels(**self._who)
+
+    def _histogram(self, registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, LABELS, registry=registry, buckets=buckets).labels(**self._who)
+
+
+class _Asked(Collector):
+    """Figures that somebody else keeps and that are asked for at every scrape."""
+
+    def __init__(self, who: tuple[str, ...], memory: Callable[[], Mapping[str, float]] | None) -> None:
+        self._who, self._memory = who, memory
+
+    def collect(self) -> Iterator[Metric]:
+        errors = CounterMetricFamily(
+            "esvit_store_errors",
+            "Requests to the object store that failed and were repeated.",
+            labels=(*LABELS, "kind"),
+        )
+        for kind, number in failed_requests().items():
+            errors.add_metric((*self._who, kind), number)
+        yield errors
+        if self._memory is not None:
+            memory = GaugeMetricFamily(
+                "esvit_train_device_memory_bytes", "Memory of the training device.", labels=(*LABELS, "kind")
+            )
+            for kind, size in self._memory().items():
+                memory.add_metric((*self._who, kind), size)
+            yield memory

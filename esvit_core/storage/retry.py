@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +35,11 @@ _TRANSIENT_CODES = frozenset(
 )
 # 501: not implemented; 507: no room. Neither passes by waiting.
 _LASTING_STATUSES = frozenset({501, 505, 507})
+_THROTTLING_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"})
+FAILURE_KINDS = ("connection", "timeout", "server", "throttled")
+
+_failures: Counter[str] = Counter()
+_failures_lock = threading.Lock()
 
 
 class ShortBodyError(ConnectionError):
@@ -78,6 +85,32 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError))
 
 
+def failed_requests() -> dict[str, int]:
+    """How many attempts of this process have failed for a reason that may pass, by :data:`FAILURE_KINDS`."""
+    with _failures_lock:
+        return {kind: _failures[kind] for kind in FAILURE_KINDS}
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, S3Error):
+        return "throttled" if error.code in _THROTTLING_CODES else "server"
+    if isinstance(error, (InvalidResponseError, ServerError)):
+        return "server"
+    if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; urllib3 1.26 derives it from a timeout
+        return "connection"
+    return "timeout" if isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError)) else "connection"
+
+
+def _counted(operation: Callable[[], T]) -> T:
+    try:
+        return operation()
+    except Exception as error:
+        if is_transient(error):
+            with _failures_lock:
+                _failures[_kind(error)] += 1
+        raise
+
+
 def with_retries(operation: Callable[[], T], policy: RetryPolicy) -> T:
     """Call ``operation`` until it succeeds, fails for good, or the attempts are used up.
 
@@ -87,9 +120,9 @@ def with_retries(operation: Callable[[], T], policy: RetryPolicy) -> T:
     """
     for wait in policy.waits():
         try:
-            return operation()
+            return _counted(operation)
         except Exception as error:
             if not is_transient(error):
                 raise
         time.sleep(wait)
-    return operation()
+    return _counted(operation)

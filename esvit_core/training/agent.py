@@ -73,7 +73,7 @@ def first_failure(error: ChildFailedError) -> dict[str, Any]:
         return kind, item[1].timestamp
 
     rank, failure = min(error.failures.items(), key=order)
-    return {"exit_code": failure.exitcode, "reason": _reason(rank, failure)}
+    return {"exit_code": failure.exitcode, "rank": rank, "reason": _reason(rank, failure)}
 
 
 def _reason(rank: int, failure: Any) -> str:

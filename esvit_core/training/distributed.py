@@ -39,6 +39,16 @@ class World:
         """Whether this process speaks for all: prints, logs, writes checkpoints."""
         return self.rank == 0
 
+    @property
+    def first_of_node(self) -> bool:
+        """Whether this process speaks for those of its machine: serves metrics."""
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+    @property
+    def node_share(self) -> float:
+        """The share of the processes that run on this machine, above 0 and at most 1."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) / self.size
+
     def mean_(self, value: Tensor) -> Tensor:
         """Average ``value`` over the processes, in place."""
         if self.size > 1:

@@ -6,7 +6,15 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -47,6 +55,22 @@ def hardware() -> dict[str, str | int | float]:
         found["gpu"] = torch.cuda.get_device_name()
         found["gpus"] = torch.cuda.device_count()
     return found
+
+
+def device_memory(device: torch.device) -> dict[str, float]:
+    """Bytes: ``used`` on the device by whomever, ``peak`` of this process, ``total``.
+
+    On a CPU the device's memory is the machine's, and the peak that of the process's resident set.
+    """
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return {"used": total - free, "peak": torch.cuda.max_memory_allocated(device), "total": total}
+    machine = psutil.virtual_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"used": machine.total - machine.available, "peak": peak, "total": machine.total}
 
 
 def _processor() -> str:

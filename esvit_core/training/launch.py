@@ -27,7 +27,9 @@ import psutil
 import esvit_core
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
+from esvit_core.monitoring.journal import note
 from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.retry import RetryPolicy
 from esvit_core.training.agent import LAUNCHER_VARIABLE
 from esvit_core.training.environment import available_cores
 from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE
@@ -67,6 +69,7 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
         print(f"train: interrupted; the same command again goes on from step {step}", flush=True)
         raise SystemExit(128 + outcome.signal)
     if outcome.reason:
+        _note_failure(store, run_uri, outcome)
         raise UserError(outcome.reason)
     if summary := read_summary(store, run_uri):
         return summary
@@ -97,6 +100,8 @@ class _Outcome:
 
     signal: int = 0
     reason: str = ""
+    rank: int | None = None
+    last_words: str = ""
 
 
 def _run(run_uri: str, processes: int, threads: int, folder: Path) -> _Outcome:
@@ -117,7 +122,7 @@ def _run(run_uri: str, processes: int, threads: int, folder: Path) -> _Outcome:
         finally:
             runner.cancel(handle)
             _end_processes(folder)
-        return _Outcome(stop.first, _explain(status, Path(replica.stderr)) if not stop.first else "")
+        return _Outcome(stop.first) if stop.first else _explain(status, Path(replica.stderr))
 
 
 def _environment(threads: int, folder: Path) -> dict[str, str]:
@@ -236,24 +241,37 @@ def _end_processes(folder: Path) -> None:
             process.kill()
 
 
-def _explain(status: Any, stderr: Path) -> str:
-    """One line about the first failure, empty when there is none.
+def _explain(status: Any, stderr: Path) -> _Outcome:
+    """The first failure in one line, if there is one.
 
     Where a process failed for a reason that only its traceback tells, that goes to the error output.
     """
     if status is not None and status.state.name == "SUCCEEDED":
-        return ""
+        return _Outcome()
     try:
         failure = json.loads(status.structured_error_msg)
-        code, reason = failure["exit_code"], failure["reason"]
+        code, reason, rank = failure["exit_code"], failure["reason"], failure.get("rank")
     except (AttributeError, ValueError, KeyError):
-        code, reason = 1, "the agent of the training processes failed"
+        code, reason, rank = 1, "the agent of the training processes failed", None
     if code == USER_ERROR_EXIT_CODE:
-        return str(reason)
+        return _Outcome(reason=str(reason), rank=rank)
+    last_words = ""
     if code > 0 and code != STOPPED_EXIT_CODE:
-        lines = stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:]
-        print("\n".join(lines), file=sys.stderr, flush=True)
-    return f"training: {reason}; the same command again goes on from the last checkpoint"
+        last_words = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:])
+        print(last_words, file=sys.stderr, flush=True)
+    return _Outcome(
+        reason=f"training: {reason}; the same command again goes on from the last checkpoint",
+        rank=rank,
+        last_words=last_words,
+    )
+
+
+def _note_failure(store: ObjectStore, run_uri: str, outcome: _Outcome) -> None:
+    """Leave the reason in the run's journal, unless the store is itself the reason."""
+    facts = {"last_words": outcome.last_words} if outcome.last_words else None
+    impatient = ObjectStore(store.address, RetryPolicy(attempts=3))
+    with contextlib.suppress(UserError):
+        note(impatient, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
 
 
 def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:

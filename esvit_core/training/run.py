@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from esvit_core.export import save_backbone
+from esvit_core.monitoring.journal import note, starts
 from esvit_core.monitoring.log import LogWriter, read_log
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress import Progress, format_duration
 from esvit_core.runs import Run, open_run
 from esvit_core.training.checkpoint import Checkpointer, Written
 from esvit_core.training.distributed import join_world
-from esvit_core.training.environment import hardware, versions
+from esvit_core.training.environment import device_memory, hardware, versions
 from esvit_core.training.loop import train
 from esvit_core.training.parts import Parts, build_parts, make_deterministic
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
@@ -36,16 +39,21 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
         make_deterministic()
     world = join_world()
     parts = build_parts(run, world)
-    metrics = _metrics(run, parts) if world.first else None
+    metrics = _metrics(run, parts) if world.first_of_node else None
     checkpoints = _checkpointer(run, metrics) if world.first else None
     resume(run, parts, checkpoints)
-    if metrics:
-        metrics.resumed(len(parts.position.resumes))
+    if world.first and metrics:
+        metrics.started(parts.position.step, _note_start(run, parts))
     stop.arm()
-    finished, last_line = _train(run, parts, checkpoints, metrics, stop)
+    try:
+        finished, last_line = _train(run, parts, checkpoints, metrics, stop)
+    finally:
+        if metrics and (why := metrics.push()):
+            print(f"train: {why}", flush=True)
     if world.first and finished:
         _say_finished(finish(run, parts, last_line))
     elif world.first:
+        note(run.store, run.uri, "stopped", step=parts.position.step, reason="asked to stop")
         print(f"train: stopped after step {parts.position.step}; the checkpoint is complete", flush=True)
     world.wait_for_all()
     world.leave()
@@ -111,7 +119,7 @@ def _train(
     run: Run, parts: Parts, checkpoints: Checkpointer | None, metrics: TrainingMetrics | None, stop: StopRequest
 ) -> tuple[bool, dict[str, float | int | None]]:
     if checkpoints is None:
-        watch = Watch(parts)
+        watch = Watch(parts, metrics=metrics)
         return train(parts, watch, None, stop), watch.last_line
     log = LogWriter(run.store, run.uri)
     progress = Progress(parts.schedules.steps, unit="steps", label="train", initial=parts.position.step)
@@ -128,11 +136,27 @@ def _train(
 
 
 def _metrics(run: Run, parts: Parts) -> TrainingMetrics:
-    name = run.uri.rsplit("/", 1)[-1]
-    metrics = TrainingMetrics(name, run.config.recipe, parts.world.size, parts.schedules.steps)
-    if run.config.training.metrics_port is not None:
-        print(f"train: metrics on {metrics.serve(run.config.training.metrics_port)}", flush=True)
+    training = run.config.training
+    metrics = TrainingMetrics(
+        run.uri.rsplit("/", 1)[-1],
+        run.config.recipe,
+        parts.world.size,
+        parts.schedules.steps,
+        60 * training.checkpoint_minutes,
+        partial(device_memory, parts.world.device),
+        first=parts.world.first,
+    )
+    if training.metrics_port is not None:
+        print(f"train: metrics on {metrics.serve(training.metrics_port)}", flush=True)
     return metrics
+
+
+def _note_start(run: Run, parts: Parts) -> int:
+    """Write into the journal that the run begins or goes on; how often it was started before."""
+    before, world = starts(run.store, run.uri), parts.world
+    facts = {"steps": parts.schedules.steps, "processes": world.size, "device": world.device.type}
+    note(run.store, run.uri, "started", step=parts.position.step, facts=facts)
+    return before
 
 
 def _checkpointer(run: Run, metrics: TrainingMetrics | None) -> Checkpointer:

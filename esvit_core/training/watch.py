@@ -26,7 +26,8 @@ class Watch:
 
     Args:
         parts: of the run.
-        log, metrics, progress: of the first process, None in the others.
+        log, progress: of the first process, None in the others.
+        metrics: of the first process of every node, None in the others.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Watch:
             self._line(at, teacher_out)
         now = time.monotonic()
         if self._metrics:
-            self._metrics.step(step, now - self._step_time, wait_seconds, training.batch_size)
+            images = training.batch_size * self._parts.world.node_share
+            self._metrics.step(step, now - self._step_time, wait_seconds, images)
         if self._progress:
             self._progress.update(1, **self._shown())
         self._step_time = now
@@ -130,6 +132,8 @@ class Watch:
     def _require_finite(self, loss: float, grad_norm: float, steps: int) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
+        if self._metrics:
+            self._metrics.nonfinite()
         step = self._parts.position.step
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
         advice = "lower optimizer.lr or raise optimizer.warmup_epochs"

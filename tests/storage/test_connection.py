@@ -13,7 +13,7 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, StoreAddress, StoreError, StoreRefused, StoreUnavailable, weed
-from esvit_core.storage.retry import RetryPolicy
+from esvit_core.storage.retry import RetryPolicy, failed_requests
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,20 @@ def test_attempts_end(scripted) -> None:
     with pytest.raises(StoreError, match="SlowDown"):
         server.store().get_bytes("s3://bucket/key")
     assert len(server.requests) == 4
+
+
+def test_failures_that_may_pass_are_counted_by_kind(scripted) -> None:
+    before = failed_requests()
+    server = scripted((503, "SlowDown"), (500, "InternalError"), (404, "NoSuchKey"))
+    with pytest.raises(NotFound):
+        server.store().get_bytes("s3://bucket/key")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    nobody = dataclasses.replace(server.store().address, endpoint=f"127.0.0.1:{port}")
+    with pytest.raises(StoreUnavailable):
+        ObjectStore(nobody, RetryPolicy(attempts=2, base=0.01, cap=0.01)).get_bytes("s3://bucket/key")
+    counted = {kind: number - before[kind] for kind, number in failed_requests().items()}
+    assert counted == {"throttled": 1, "server": 1, "connection": 2, "timeout": 0}
 
 
 def test_a_key_that_may_not_see_the_buckets_is_still_a_key(scripted) -> None:

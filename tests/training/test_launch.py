@@ -15,6 +15,7 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.monitoring.journal import read_journal
 from esvit_core.monitoring.log import read_log
 from esvit_core.training import launch
 from esvit_core.training.launch import divide_cores, launch_training
@@ -36,6 +37,9 @@ def test_resume_continues_bitwise_past_a_damaged_checkpoint(micro_run: Callable[
     output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 2
     assert "was killed by SIGKILL" in output.splitlines()[-1]
+    started, failed = read_journal(killed.store, killed.uri)
+    assert (started.kind, started.step, started.facts) == ("started", 0, {"steps": 80, "processes": 2, "device": "cpu"})
+    assert failed.kind == "failed" and f"process {failed.rank} was killed by SIGKILL" in failed.reason
     assert not killed.processes()
 
     newest = killed.checkpointed_step()
@@ -52,6 +56,7 @@ def test_resume_continues_bitwise_past_a_damaged_checkpoint(micro_run: Callable[
     assert resumed < newest
     assert f"resuming from step {resumed} of 80 (checkpoint {killed.uri}/training/checkpoints/" in output
 
+    assert [(e.kind, e.step) for e in read_journal(killed.store, killed.uri)[2:]] == [("started", resumed)]
     assert killed.weights() == undisturbed.weights()
     logs = [{line["step"]: line["loss"] for line in read_log(run.store, run.uri)} for run in (killed, undisturbed)]
     assert logs[0].keys() == logs[1].keys()
@@ -78,6 +83,7 @@ def test_an_interrupted_launcher_leaves_a_checkpoint_and_no_process(micro_run: C
     assert not run.processes()
     step = run.checkpointed_step()
     assert 0 < step < 160
+    assert [(e.kind, e.step) for e in read_journal(run.store, run.uri)] == [("started", 0), ("stopped", step)]
     assert f"the same command again goes on from step {step}" in output.splitlines()[-1]
     assert "Traceback" not in output
 
