@@ -138,6 +138,11 @@ class TrainingConfig(_Section):
     processes: int | Literal["auto"] = Field(
         "auto", description="Processes on this machine; auto: one per GPU, else one per core up to 2."
     )
+    max_images_per_process: int | None = Field(
+        None,
+        gt=1,
+        description="Pictures that fit into a process at once; more are worked off in micro-batches. None: no bound.",
+    )
     workers: int = Field(
         0, ge=0, description="Data-loading processes per training process; 0: in the training process."
     )

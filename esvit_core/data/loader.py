@@ -43,6 +43,14 @@ class Batch:
     indices: np.ndarray
     wait_seconds: float
 
+    def split(self, number: int) -> list[Batch]:
+        """In so many micro-batches, whose sizes differ by one at most and whose crops are views of these."""
+        if number == 1:
+            return [self]
+        crops = zip(*(crop.tensor_split(number) for crop in self.crops), strict=True)
+        indices = np.array_split(self.indices, number)
+        return [Batch(list(part), own, 0.0) for part, own in zip(crops, indices, strict=True)]
+
 
 class TrainLoader:
     """Augmented batches of one rank.

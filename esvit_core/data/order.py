@@ -36,6 +36,19 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int =
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
+def rank_share(batch_size: int, rank: int, world: int) -> slice:
+    """The places in the global batch that a rank takes; the shares differ by one at most.
+
+    Args:
+        batch_size: of all ranks together, at least one for each.
+        rank: from 0.
+        world: number of ranks.
+    """
+    if not 0 <= rank < world <= batch_size:
+        raise ValueError(f"batch of {batch_size} cannot be shared by rank {rank} of {world}")
+    return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
+
+
 def rank_batches(order: np.ndarray, batch_size: int, rank: int, world: int) -> list[np.ndarray]:
     """The samples of one rank, step by step.
 
@@ -44,16 +57,11 @@ def rank_batches(order: np.ndarray, batch_size: int, rank: int, world: int) -> l
 
     Args:
         order: of the epoch, from :func:`epoch_order`.
-        batch_size: of all ranks together; a multiple of ``world``.
-        rank: from 0.
-        world: number of ranks.
+        batch_size, rank, world: see :func:`rank_share`.
 
     Returns:
-        One array (batch_size / world,) a step.
+        One array (share of the rank,) a step.
     """
-    if batch_size < 1 or world < 1 or batch_size % world or not 0 <= rank < world:
-        raise ValueError(f"batch of {batch_size} cannot be shared by rank {rank} of {world}")
-    share = batch_size // world
+    share = rank_share(batch_size, rank, world)
     steps = len(order) // batch_size
-    mine = order[: steps * batch_size].reshape(steps, world, share)[:, rank]  # (steps, share)
-    return list(mine)
+    return list(order[: steps * batch_size].reshape(steps, batch_size)[:, share])

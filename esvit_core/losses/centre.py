@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,17 +14,37 @@ class Centre(nn.Module):
 
     value: Tensor
 
-    def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
+    def __init__(self, out_dim: int, momentum: float = 0.9, share: Fraction | None = None) -> None:
+        """
+        Args:
+            out_dim: K.
+            momentum: of the average.
+            share: of the global batch's rows those that this process brings; None: every process the same.
+        """
         super().__init__()
         self.momentum = momentum
+        self.share = share
         self.register_buffer("value", torch.zeros(1, out_dim))
+        self._noted: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
-    def update(self, teacher_logits: Tensor) -> None:
-        """Take in the logits (rows, K) of this process; every process brings the same number of rows."""
+    def update(self, teacher_logits: Tensor, last: bool = True) -> None:
+        """Take in the logits of this process.
+
+        Args:
+            teacher_logits: (rows, K).
+            last: these complete the batch; False: they are added to those of the next call, and the centre stays.
+        """
         total = teacher_logits.sum(0, keepdim=True, dtype=self.value.dtype)
         rows = len(teacher_logits)
+        if self._noted is not None:
+            total, rows = total.add_(self._noted[0]), rows + self._noted[1]
+        self._noted = None if last else (total, rows)
+        if not last:
+            return
+        share = self.share
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
-            rows *= dist.get_world_size()
+            share = share or Fraction(1, dist.get_world_size())
+        rows = int(rows / share) if share else rows
         self.value.mul_(self.momentum).add_(total, alpha=(1 - self.momentum) / rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,18 @@ class ObjectiveTerms(NamedTuple):
     view: Tensor
     region: Tensor | None
 
+    def plus(self, other: ObjectiveTerms | None) -> ObjectiveTerms:
+        """Their sums, without gradient; of None: these."""
+        if other is None:
+            return ObjectiveTerms(self.total.detach(), self.view, self.region)
+        region = None if self.region is None or other.region is None else self.region + other.region
+        return ObjectiveTerms(self.total.detach() + other.total, self.view + other.view, region)
+
+    def times(self, weight: float) -> ObjectiveTerms:
+        """Each of them times ``weight``."""
+        region = None if self.region is None else self.region * weight
+        return ObjectiveTerms(self.total * weight, self.view * weight, region)
+
 
 class Objective(nn.Module):
     """Loss of a step; afterwards the centres have taken in the teacher's logits.
@@ -29,13 +42,14 @@ class Objective(nn.Module):
     Args:
         config: the ``objective`` section.
         out_dim: number of prototypes K.
+        share: of the global batch that this process sees; None: every process sees the same.
     """
 
-    def __init__(self, config: ObjectiveConfig, out_dim: int) -> None:
+    def __init__(self, config: ObjectiveConfig, out_dim: int, share: Fraction | None = None) -> None:
         super().__init__()
         self.student_temp = config.student_temp
-        self.centre_view = Centre(out_dim, config.centre_momentum)
-        self.centre_region = Centre(out_dim, config.centre_momentum) if config.region else None
+        self.centre_view = Centre(out_dim, config.centre_momentum, share)
+        self.centre_region = Centre(out_dim, config.centre_momentum, share) if config.region else None
 
     def forward(
         self,
@@ -43,6 +57,7 @@ class Objective(nn.Module):
         teacher: NetworkOutput,
         teacher_temp: float,
         mix: Sequence[Tensor] | None = None,
+        last: bool = True,
     ) -> ObjectiveTerms:
         """Compare all crops of the student with the two global crops of the teacher.
 
@@ -51,6 +66,10 @@ class Objective(nn.Module):
             teacher: output for the two global crops.
             teacher_temp: tau_t of this epoch.
             mix: see :func:`~esvit_core.losses.view.view_loss`; view-only runs.
+            last: False: more micro-batches of this step follow, and the centres wait for them.
+
+        Returns:
+            Means over the pictures given.
         """
         if mix is not None and self.centre_region is not None:
             raise ValueError("mixup and CutMix go with the view task only: regions of mixed pictures have no match")
@@ -65,10 +84,10 @@ class Objective(nn.Module):
                 mix,
             )
             region = None if self.centre_region is None else self._region(student, teacher, teacher_temp)
-            self.centre_view.update(teacher.view_logits)
+            self.centre_view.update(teacher.view_logits, last)
             if self.centre_region is not None:
                 assert teacher.region_logits is not None
-                self.centre_region.update(teacher.region_logits)
+                self.centre_region.update(teacher.region_logits, last)
         total = view if region is None else 0.5 * view + 0.5 * region
         return ObjectiveTerms(total, view.detach(), None if region is None else region.detach())
 

@@ -132,15 +132,19 @@ class GradientReducer:
         for p, bucket in bucket_of.items():
             p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))
 
-    def zero(self) -> None:
-        """Forget the gradients; to be called before every backward pass."""
+    def zero(self, passes: int = 1) -> None:
+        """Forget the gradients.
+
+        Args:
+            passes: backward passes whose gradients add up before they are averaged.
+        """
         if self._world.size == 1:
             for p in self._parameters:
                 p.grad = None
             return
         self._next = 0
         for bucket in self._buckets:
-            bucket.zero()
+            bucket.zero(passes)
 
     def finish(self) -> None:
         """Wait until every gradient is the mean over the processes."""
@@ -176,9 +180,9 @@ class _Bucket:
         parts = self.flat.split([p.numel() for p in parameters])
         self._views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
 
-    def zero(self) -> None:
+    def zero(self, passes: int) -> None:
         self.flat.zero_()
-        self.missing = len(self.parameters)
+        self.missing = passes * len(self.parameters)
         for p, view in zip(self.parameters, self._views, strict=True):
             p.grad = view  # anew: a frozen layer's gradient is taken away after the backward pass
 

@@ -79,7 +79,8 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
 def divide_cores(config: Config) -> tuple[int, int]:
     """Processes on this machine, and threads of each: together they use every core once.
 
-    ``training.processes`` "auto" is one per GPU, else one per core up to 2, and never more than divide the batch.
+    ``training.processes`` "auto" is one per GPU, else one per core up to 2, and never more than divide the batch: the
+    slowest process is the one with the largest share.
     """
     cores, batch_size, wanted = available_cores(), config.training.batch_size, config.training.processes
     if wanted == "auto":
@@ -87,9 +88,9 @@ def divide_cores(config: Config) -> tuple[int, int]:
         processes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
     else:
         processes = wanted
-    if batch_size % processes:
+    if batch_size < processes:
         raise UserError(
-            f"training.batch_size {batch_size}: expected a multiple of training.processes, {processes}; change one"
+            f"training.batch_size {batch_size}: expected at least training.processes, {processes}; change one"
         )
     return processes, max(1, cores // processes)
 

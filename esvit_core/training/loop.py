@@ -45,6 +45,7 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
         position.step += 1
         position.images += training.batch_size
         position.seconds = time.monotonic() - start
+        parts.trace.step(position.step, batch.indices)
         watch.step(at, terms, teacher_out, grad_norm, batch.wait_seconds)
         stopped = vote.stop()
         due = (
@@ -66,23 +67,27 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
 
 
 def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> tuple[ObjectiveTerms, NetworkOutput, Tensor]:
-    """One step of the algorithm.
+    """One step of the algorithm, on this process's share of the global batch.
 
     Returns:
-        The terms of the loss, what the teacher said, and the norm of the gradient before clipping.
+        The terms of the loss, so weighted that their mean over the processes is that over the global batch; what the
+        teacher said of the last micro-batch; and the norm of the gradient before clipping.
     """
     config, student, teacher = parts.config, parts.student, parts.teacher
     seed_step(config.seed, parts.position.step, parts.world.rank)
-    crops = [crop.to(parts.world.device, non_blocking=True) for crop in batch.crops]
+    micro_batches, sums = batch.split(parts.micro_batches), None
 
-    with parts.precision.autocast():
-        with torch.no_grad():
-            teacher_out = teacher(crops[: config.augment.global_crops.number])
-        student_out = student(crops)
-    terms = parts.objective(student_out, teacher_out, at.teacher_temp)
-
-    parts.reducer.zero()
-    terms.total.backward()
+    parts.reducer.zero(passes=len(micro_batches))
+    for micro_batch in micro_batches:
+        crops = [crop.to(parts.world.device, non_blocking=True) for crop in micro_batch.crops]
+        with parts.precision.autocast():
+            with torch.no_grad():
+                teacher_out = teacher(crops[: config.augment.global_crops.number])
+            student_out = student(crops)
+        terms = parts.objective(student_out, teacher_out, at.teacher_temp, last=micro_batch is micro_batches[-1])
+        terms = terms.times(parts.weight(len(micro_batch.indices)))
+        terms.total.backward()
+        sums = terms.plus(sums)
     parts.reducer.finish()
     grad_norm = clip_gradients_(student.parameters(), config.optimizer.clip_grad)
     if at.epoch < config.optimizer.freeze_last_layer_epochs:
@@ -90,4 +95,5 @@ def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> tuple[Objec
     set_hyperparameters_(parts.optimizer, at.lr, at.weight_decay)
     parts.optimizer.step()
     update_teacher_(student, teacher, at.teacher_momentum)
-    return terms, teacher_out, grad_norm
+    assert sums is not None
+    return sums, teacher_out, grad_norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.data.order import rank_share
 from esvit_core.data.stream import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.losses.objective import Objective
@@ -22,6 +24,7 @@ from esvit_core.training.distributed import GradientReducer, World
 from esvit_core.training.optimizer import build_optimizer
 from esvit_core.training.precision import Precision, choose_precision
 from esvit_core.training.schedules import Schedules
+from esvit_core.training.trace import Trace
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Parts:
     reducer: GradientReducer
     collapse: CollapseWatch
     position: Position
+    trace: Trace
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -83,6 +87,17 @@ class Parts:
             # One at a time: the copies of a large model's states would not fit into memory side by side.
             thing.load_state_dict(self.world.from_first(states[name] if states is not None else None))
 
+    @property
+    def micro_batches(self) -> int:
+        """Parts of a process's share that are worked off one after the other: the same number in every process."""
+        batch_size, most = self.config.training.batch_size, self.config.training.max_images_per_process
+        largest = -(-batch_size // self.world.size)
+        return -(-largest // (most or largest))
+
+    def weight(self, pictures: int) -> float:
+        """What the mean over ``pictures`` counts in the mean over the global batch, which the processes average."""
+        return pictures * self.world.size / self.config.training.batch_size
+
     def batches(self) -> Iterator[Batch]:
         """From the present position to the end of the run."""
         steps = self.loader.steps_per_epoch
@@ -98,11 +113,12 @@ def build_parts(run: Run, world: World) -> Parts:
     """
     config = run.config
     batch_size = config.training.batch_size
-    if batch_size % world.size:
+    if batch_size < world.size:
         raise UserError(
-            f"training.batch_size {batch_size}: expected a multiple of the {world.size} processes; "
-            "change it or training.processes"
+            f"training.batch_size {batch_size}: expected at least one picture for each of the {world.size} processes; "
+            "raise it or start fewer"
         )
+    share = rank_share(batch_size, world.rank, world.size)
     dataset = ShardDataset(run.store, run.at("data"), "train")
     if len(dataset) < batch_size:
         raise UserError(
@@ -119,11 +135,14 @@ def build_parts(run: Run, world: World) -> Parts:
         schedules=Schedules(config, loader.steps_per_epoch),
         student=student,
         teacher=teacher,
-        objective=Objective(config.objective, config.head.out_dim).to(world.device),
+        objective=Objective(config.objective, config.head.out_dim, Fraction(share.stop - share.start, batch_size)).to(
+            world.device
+        ),
         optimizer=build_optimizer(student, config),
         reducer=GradientReducer(student.parameters(), world),
         collapse=CollapseWatch(config.training.collapse_patience),
         position=Position(),
+        trace=Trace(world),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,7 +30,10 @@ def _update(rank: int, world: int, address: str, logits: torch.Tensor, out: str)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     centre = Centre(logits.shape[1])
     centre.update(logits.chunk(world)[rank])
-    torch.save(centre.value, f"{out}-{rank}.pt")
+    uneven = Centre(logits.shape[1], share=Fraction([3, 5][rank], 8))
+    for number, part in enumerate(logits.split([3, 5])[rank].tensor_split(2)):
+        uneven.update(part, last=number == 1)
+    torch.save((centre.value, uneven.value), f"{out}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -38,4 +43,15 @@ def test_centre_covers_the_batch_of_all_processes(tmp_path):
     alone = Centre(5)
     alone.update(logits)
     for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"centre-{rank}.pt"), alone.value)
+        even, uneven = torch.load(tmp_path / f"centre-{rank}.pt")
+        torch.testing.assert_close(even, alone.value)
+        torch.testing.assert_close(uneven, alone.value)
+
+
+def test_the_centre_waits_for_the_last_micro_batch():
+    whole, centre, logits = Centre(4), Centre(4), torch.randn(7, 4)
+    whole.update(logits)
+    for part, last in ((logits[:3], False), (logits[3:5], False), (logits[5:], True)):
+        assert not centre.value.any()
+        centre.update(part, last)
+    torch.testing.assert_close(centre.value, whole.value)

@@ -37,6 +37,11 @@ for scale in (1.0, 2.0):
     reducer.finish()
     result["grads"].append([p.grad.tolist() for p in network.parameters() if p.requires_grad])
     network[2].bias.grad = None  # as a frozen layer's is
+reducer.zero(passes=2)
+for _ in range(2):  # two micro-batches
+    network(x).sum().backward()
+reducer.finish()
+result["accumulated"] = [p.grad.tolist() for p in network.parameters() if p.requires_grad]
 votes = StopVote(world)
 result["stops"] = []
 for step in range(3):
@@ -88,6 +93,11 @@ def test_gradients_are_the_mean_over_the_processes(said: dict[str, Any]) -> None
     for scale, grads in zip((1.0, 2.0), said["grads"], strict=True):
         for found, wanted in zip(grads, expected(scale), strict=True):
             torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+
+
+def test_gradients_of_micro_batches_add_up(said: dict[str, Any]) -> None:
+    for found, wanted in zip(said["accumulated"], expected(2.0), strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
 
 
 def test_one_vote_stops_all_after_the_same_step(said: dict[str, Any]) -> None:

@@ -133,6 +133,7 @@ def test_threads_times_processes_are_the_cores(monkeypatch: pytest.MonkeyPatch) 
     assert divided(2) == (2, 1)
     assert divided(8) == (2, 4)
     assert divided(8, processes=4) == (4, 2)
-    assert divided(2, batch_size=63) == (1, 2)  # two processes cannot share it
-    with pytest.raises(UserError, match=r"expected a multiple of training\.processes, 2"):
-        divided(2, processes=2, batch_size=63)
+    assert divided(2, batch_size=63) == (1, 2)  # two processes cannot share it equally
+    assert divided(2, processes=2, batch_size=63) == (2, 1)  # but may be told to: 31 and 32
+    with pytest.raises(UserError, match=r"expected at least training\.processes, 2"):
+        divided(2, processes=2, batch_size=1)
