@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +55,26 @@ def store_env(store: BucketStore, monkeypatch: pytest.MonkeyPatch) -> BucketStor
     for name, value in store.address.environment().items():
         monkeypatch.setenv(name, value)
     return store
+
+
+@pytest.fixture(scope="session")
+def prometheus_programs() -> Path:
+    """The folder of ``prometheus`` and ``promtool``: those installed, else Debian's, fetched once into the environment.
+
+    A machine that has neither fails the tests that need them: they would say nothing if they were left out.
+    """
+    if shutil.which("prometheus") and (installed := shutil.which("promtool")):
+        return Path(installed).parent
+    folder = Path(sys.prefix) / "prometheus"
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "promtool").exists():
+            script = Path(__file__).parent / "monitoring" / "get-prometheus"
+            done = subprocess.run([script, folder], capture_output=True, text=True, timeout=240)
+            if done.returncode:
+                pytest.fail(
+                    "prometheus and promtool are not installed and could not be fetched "
+                    f"({' '.join(done.stderr.split())}); install them (apt install prometheus, brew install prometheus)"
+                )
+    return folder

@@ -1,0 +1,205 @@
+"""The alert rules for Prometheus, made from one table so that a test can run the same rules in seconds.
+
+``python -m esvit_core.monitoring.alerts > manifests/monitoring/alerts.yaml`` writes them; a test holds that file to
+what is here. docs/monitoring.md has a section for every alert: what it means, and what to do.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from esvit_core.monitoring.collapse import CONSTANT_FEATURE_STD, ONE_PROTOTYPE_ENTROPY, UNIFORM_INFORMATION
+
+RUNBOOK = "docs/monitoring.md"
+BY_RUN = "by (run, recipe)"
+SLOW_FACTOR = 1.5  # of the run's own past
+STARVED_SHARE = 0.25  # of a step, spent waiting for data
+CHECKPOINT_INTERVALS = 3
+RESTARTS = 3
+STORE_ERRORS = 10
+
+
+@dataclass(frozen=True)
+class Durations:
+    """The times in the rules, seconds.
+
+    Attributes:
+        recent: what counts as now: rates are taken over it. Some 40 scrapes.
+        past: what the present is compared with.
+        lasting: how long a bad state must last where a moment of it is no reason to wake anybody.
+        collapse: the same of a collapse, which the run itself ends after ``training.collapse_patience`` steps.
+        restart: that a run which is started again may be away.
+        remembered: how long a run that is gone is spoken of.
+        remaining: work that a run must have had left for its going to be noted.
+    """
+
+    recent: float = 600
+    past: float = 6 * 3600
+    lasting: float = 300
+    collapse: float = 60
+    restart: float = 300
+    remembered: float = 1800
+    remaining: float = 120
+
+    def scaled(self, factor: float) -> Durations:
+        """All of them shorter by the same factor: the rules keep their sense at a shorter scrape interval."""
+        return Durations(**{name: value * factor for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class _Alert:
+    """One rule: what is looked for, for how long, and what is said of it."""
+
+    name: str
+    expression: str
+    lasting: float
+    severity: str
+    summary: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def alert_rules(durations: Durations | None = None) -> dict[str, Any]:
+    """The rule file as a mapping.
+
+    Args:
+        durations: by default those for a scrape every 15 s.
+    """
+    at = durations or Durations()
+    return {"groups": [{"name": "esvit", "rules": [_rule(alert) for alert in (*_pace(at), *_result(at), *_safety(at))]}]}
+
+
+def _pace(at: Durations) -> list[_Alert]:
+    recent, past = _text(at.recent), _text(at.past)
+    steps, seconds = "esvit_train_step_seconds_count", "esvit_train_step_seconds_sum"
+    now = f"sum {BY_RUN} (rate({seconds}[{recent}])) / sum {BY_RUN} (rate({steps}[{recent}]))"
+    before = now.replace(f"[{recent}]", f"[{past}] offset {recent}")
+    known = f"sum {BY_RUN} (increase({steps}[{past}] offset {recent})) > 50"
+    left = " - ".join(
+        f"max {BY_RUN} (last_over_time({name}[{_text(at.remembered)}]))"
+        for name in ("esvit_train_steps_planned", "esvit_train_step")
+    )
+    mean = f"last_over_time({seconds}[{_text(at.remembered)}]) / last_over_time({steps}[{_text(at.remembered)}])"
+    return [
+        _Alert(
+            "EsvitTrainStalled",
+            f"sum {BY_RUN} (increase({steps}[{recent}])) == 0",
+            0,
+            "critical",
+            f"{{{{ $labels.run }}}} has made no step for {recent}",
+        ),
+        _Alert(
+            "EsvitTrainGone",
+            f"({left}) * max {BY_RUN} ({mean}) > {at.remaining:g} unless max {BY_RUN} (esvit_train_step)",
+            at.restart,
+            "critical",
+            "{{ $labels.run }} has gone with {{ $value | humanizeDuration }} of work left",
+        ),
+        _Alert(
+            "EsvitTrainSlow",
+            f"({now}) > {SLOW_FACTOR:g} * ({before}) and {known}",
+            at.lasting,
+            "warning",
+            f"{{{{ $labels.run }}}} takes {{{{ $value | humanizeDuration }}}} a step, {SLOW_FACTOR:g} times its past or more",
+        ),
+        _Alert(
+            "EsvitTrainDataStarved",
+            f"sum {BY_RUN} (rate(esvit_train_data_wait_seconds_total[{recent}]))"
+            f" / sum {BY_RUN} (rate({seconds}[{recent}])) > {STARVED_SHARE:g}",
+            at.lasting,
+            "warning",
+            "{{ $labels.run }} waits for data {{ $value | humanizePercentage }} of the time",
+        ),
+    ]
+
+
+def _result(at: Durations) -> list[_Alert]:
+    recent, total = _text(at.recent), 'esvit_train_loss{term="total"}'
+    signs = {
+        "one_prototype": f'esvit_teacher_entropy_nats{{level="view"}} < {ONE_PROTOTYPE_ENTROPY:.4g}',
+        "uniform": f'esvit_teacher_kl_nats{{level="view"}} < {UNIFORM_INFORMATION:g} and on (run, recipe) '
+        f'esvit_teacher_entropy_nats{{level="view"}} >= {ONE_PROTOTYPE_ENTROPY:.4g}',
+        "constant_feature": f"esvit_teacher_feature_std < {CONSTANT_FEATURE_STD:g}",
+    }
+    return [
+        _Alert(
+            "EsvitLossNotFinite",
+            f"sum {BY_RUN} (increase(esvit_train_nonfinite_steps_total[{recent}])) > 0"
+            f" or max {BY_RUN} ({total} unless abs({total}) < Inf)",
+            0,
+            "critical",
+            "{{ $labels.run }} has had a loss or a gradient that is not finite",
+        ),
+        *(
+            _Alert(
+                "EsvitTeacherCollapse",
+                f"max {BY_RUN} ({expression})",
+                at.collapse,
+                "critical",
+                "{{ $labels.run }}: the teacher collapses ({{ $labels.sign }})",
+                (("sign", sign),),
+            )
+            for sign, expression in signs.items()
+        ),
+    ]
+
+
+def _safety(at: Durations) -> list[_Alert]:
+    recent, hour = _text(at.recent), _text(6 * at.recent)
+    restarts = "esvit_train_restarts_total"
+    return [
+        _Alert(
+            "EsvitCheckpointTooOld",
+            f"max {BY_RUN} (esvit_checkpoint_age_seconds) > {CHECKPOINT_INTERVALS}"
+            f" * max {BY_RUN} (esvit_checkpoint_interval_seconds)",
+            0,
+            "critical",
+            "{{ $labels.run }}: the last checkpoint is {{ $value | humanizeDuration }} old",
+        ),
+        _Alert(
+            # Not increase(): every start is a new process that tells the number from its first scrape on.
+            "EsvitTrainRestarting",
+            f"max {BY_RUN} (max_over_time({restarts}[{hour}])) - min {BY_RUN} (min_over_time({restarts}[{hour}]))"
+            f" >= {RESTARTS}",
+            0,
+            "warning",
+            f"{{{{ $labels.run }}}} was started again {{{{ $value }}}} times within {hour}",
+        ),
+        _Alert(
+            "EsvitStoreErrors",
+            f"sum {BY_RUN} (increase(esvit_store_errors_total[{recent}])) > {STORE_ERRORS}",
+            0,
+            "warning",
+            f"{{{{ $labels.run }}}}: {{{{ $value | humanize }}}} requests to the object store failed within {recent}",
+        ),
+    ]
+
+
+def _rule(alert: _Alert) -> dict[str, Any]:
+    rule: dict[str, Any] = {"alert": alert.name, "expr": alert.expression}
+    if alert.lasting:
+        rule["for"] = _text(alert.lasting)
+    rule["labels"] = {"severity": alert.severity, **dict(alert.labels)}
+    rule["annotations"] = {"summary": alert.summary, "runbook": f"{RUNBOOK}#{alert.name.lower()}"}
+    return rule
+
+
+def _text(seconds: float) -> str:
+    """As Prometheus writes durations."""
+    for unit, size in (("h", 3600), ("m", 60), ("s", 1)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{1000 * seconds:.0f}ms"
+
+
+def rule_file(rules: dict[str, Any]) -> str:
+    """The rules as YAML."""
+    return yaml.safe_dump(rules, sort_keys=False, width=120)
+
+
+if __name__ == "__main__":
+    sys.stdout.write("# Made by `python -m esvit_core.monitoring.alerts`; docs/monitoring.md says what to do.\n")
+    sys.stdout.write(rule_file(alert_rules()))
