@@ -69,7 +69,9 @@ def alert_rules(durations: Durations | None = None) -> dict[str, Any]:
         durations: by default those for a scrape every 15 s.
     """
     at = durations or Durations()
-    return {"groups": [{"name": "esvit", "rules": [_rule(alert) for alert in (*_pace(at), *_result(at), *_safety(at))]}]}
+    return {
+        "groups": [{"name": "esvit", "rules": [_rule(alert) for alert in (*_pace(at), *_result(at), *_safety(at))]}]
+    }
 
 
 def _pace(at: Durations) -> list[_Alert]:
