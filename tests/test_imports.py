@@ -22,6 +22,7 @@ WORK = STORAGE | {
     "esvit_core.monitoring",
     "esvit_core.export",
     "esvit_core.runs",
+    "esvit_core.weights",
 }
 ALLOWED = {
     "esvit_core.errors": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
     "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
     "esvit_core.runs": STORAGE | {"esvit_core.data"},
     "esvit_core.export": STORAGE | {"esvit_core.models"},
+    "esvit_core.weights": STORAGE | {"esvit_core.models"},
     "esvit_core.training": WORK,
     "esvit_core.evaluation": WORK | {"esvit_core.training"},
     "esvit_core.reporting": WORK | {"esvit_core.training", "esvit_core.evaluation"},
