@@ -74,12 +74,13 @@ def plain(config: AugmentConfig) -> Callable[[bytes, int], object]:
         rest = [Sometimes(blur, lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(*config.blur_sigma))))]
         return transforms.Compose([cut, *colours, *rest, Sometimes(solarize, ImageOps.solarize), *end])
 
-    whole, part = config.global_crops, config.local_crops
+    whole = config.global_crops
     crops = [
         crop(whole.size, whole.scale, config.blur[0], 0.0),
         crop(whole.size, whole.scale, config.blur[1], config.solarize),
     ]
-    crops += [crop(part.size, part.scale, config.blur[2], 0.0)] * part.number
+    for part in config.local_kinds:
+        crops += [crop(part.size, part.scale, config.blur[2], 0.0)] * part.number
 
     def run(data: bytes, number: int) -> object:
         picture = Image.open(io.BytesIO(data)).convert("RGB")

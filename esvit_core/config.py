@@ -6,18 +6,18 @@ every default below is the published ImageNet recipe (EsViT, section 4 and appen
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from esvit_core.errors import UserError
+from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
 
 
 class _Section(BaseModel):
@@ -57,11 +57,21 @@ class CropConfig(_Section):
     )
 
 
+def _one_or_list(value: Any) -> str:
+    return "[list]" if isinstance(value, (list, tuple)) else "[one]"
+
+
 class AugmentConfig(_Section):
     """Multi-crop augmentation (EsViT, appendix A.1; DINO's)."""
 
     global_crops: CropConfig = CropConfig(size=224, number=2, scale=(0.4, 1.0))
-    local_crops: CropConfig = CropConfig(size=96, number=8, scale=(0.05, 0.4))
+    local_crops: Annotated[
+        Annotated[CropConfig, Tag("[one]")] | Annotated[tuple[CropConfig, ...], Tag("[list]")],
+        Discriminator(_one_or_list),
+    ] = Field(
+        CropConfig(size=96, number=8, scale=(0.05, 0.4)),
+        description="One kind of crop, or a list of kinds; kinds of one size stand side by side for speed.",
+    )
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
     brightness: float = Field(0.4, ge=0)
@@ -76,6 +86,34 @@ class AugmentConfig(_Section):
     solarize: float = Field(0.2, ge=0, le=1, description="Probability of solarising the second global crop.")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def local_kinds(self) -> tuple[CropConfig, ...]:
+        """The kinds of local crops, one or more."""
+        return (self.local_crops,) if isinstance(self.local_crops, CropConfig) else self.local_crops
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_crops(cls, given: Any) -> Any:
+        """Take from the published crops what a recipe leaves out: `local_crops: {number: 4}` is enough."""
+        if not isinstance(given, dict):
+            return given
+        values = dict(given)
+        for name in ("global_crops", "local_crops"):
+            crops = cls.model_fields[name].default.model_dump()
+            match values.setdefault(name, {}):
+                case dict() as kind:
+                    values[name] = crops | kind
+                case list() | tuple() as kinds:
+                    scale = {"scale": crops["scale"]}
+                    values[name] = [scale | kind if isinstance(kind, dict) else kind for kind in kinds]
+        return values
+
+    @model_validator(mode="after")
+    def _two_global_crops(self) -> Self:
+        if self.global_crops.number != 2:
+            raise ValueError(f"global_crops.number: the objective compares two, got {self.global_crops.number}")
+        return self
 
 
 class ModelConfig(_Section):
@@ -245,7 +283,7 @@ class Config(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{origin}: {_explain(error)}") from None
+            raise UserError(f"{origin}: {explain(error, list(valid_keys()))}") from None
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: Iterable[str] = ()) -> Self:
@@ -258,9 +296,9 @@ class Config(_Section):
         Raises:
             UserError: the recipe does not exist, is not YAML, or does not validate.
         """
-        values = _read_recipe(str(recipe))
+        values, known = read_recipe(str(recipe)), list(valid_keys())
         for item in overrides:
-            _override(values, item)
+            override(values, item, known)
         return cls.from_mapping(values, origin=f"recipe {recipe}")
 
     def to_yaml(self) -> str:
@@ -269,7 +307,7 @@ class Config(_Section):
 
     @classmethod
     def from_yaml(cls, text: str, origin: str = "configuration") -> Self:
-        return cls.from_mapping(_parse_yaml(text, origin), origin)
+        return cls.from_mapping(parse_yaml(text, origin), origin)
 
     def digest(self) -> str:
         """SHA-256 of the resolved tree, hexadecimal."""
@@ -277,99 +315,18 @@ class Config(_Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def preset_names() -> list[str]:
-    """Names of the recipes that ship with the library."""
-    return sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml"))
-
-
 def valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the tree, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from valid_keys(field.annotation, f"{prefix}{name}.")
+        for section in _sections(field.annotation):
+            yield from valid_keys(section, f"{prefix}{name}.")
 
 
-def _presets() -> Any:
-    return resources.files("esvit_core") / "presets"
-
-
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    if recipe in preset_names():
-        return _parse_yaml((_presets() / f"{recipe}.yaml").read_text(encoding="utf-8"), f"preset {recipe}")
-    path = Path(recipe)
-    if not path.is_file():
-        names = preset_names()
-        raise UserError(
-            f"recipe {recipe}: neither a preset nor a YAML file{_nearest(recipe, names)}; presets: {', '.join(names)}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {recipe}: cannot be read ({error}); expected a YAML text file") from None
-    return _parse_yaml(text, f"recipe {recipe}")
-
-
-def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{origin}: not valid YAML ({error}); expected nested keys as in `esvit recipe show demo`"
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{origin}: expected a mapping of sections such as `training:`, got {type(values).__name__}")
-    return values
-
-
-def _override(values: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise UserError(f"--set {item}: expected key=value, such as --set training.epochs=10")
-    known = list(valid_keys())
-    if key not in known:
-        raise UserError(f"--set {item}: unknown key {key!r}{_nearest(key, known)}")
-    *sections, leaf = key.split(".")
-    place = values
-    for section in sections:
-        place = place.setdefault(section, {})
-        if not isinstance(place, dict):
-            raise UserError(f"--set {item}: {section!r} is not a section of this recipe; write it as nested keys")
-    place[leaf] = _parse_value(text, item)
-
-
-def _parse_value(text: str, item: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not valid YAML ({error})") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _explain(error: ValidationError) -> str:
-    known = list(valid_keys())
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{_nearest(key, known)}")
-        else:
-            given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
-            lines.append(f"{key or 'the whole'}: {item['msg'][0].lower()}{item['msg'][1:]}{given}")
-    return "; ".join(lines)
-
-
-def _nearest(given: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    if not match:  # a right leaf in the wrong section is the commonest mistake
-        leaf = given.rsplit(".", 1)[-1]
-        match = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-    return f", did you mean {match[0]!r}?" if match else ""
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section that a field holds, be it one of several kinds of value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, UnionType, Union):
+        for kind in get_args(annotation):
+            yield from _sections(kind)

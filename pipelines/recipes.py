@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 import yaml
 from pydantic import BaseModel
 
-from esvit_core.config import Config, preset_names
+from esvit_core.config import Config
+from esvit_core.recipe_files import preset_names, preset_text
 
 _COMMENT_COLUMN = 44
 
 
 def recipe_list() -> str:
     """A line for each recipe: its name and the first line of its file."""
-    lines = []
-    for name in preset_names():
-        text = (resources.files("esvit_core") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-        first = text.splitlines()[0].removeprefix("#").strip()
-        lines.append(f"{name:24} {first}")
-    return "\n".join(lines)
+    first_lines = {name: preset_text(name).splitlines()[0].removeprefix("#").strip() for name in preset_names()}
+    width = max(map(len, first_lines))
+    return "\n".join(f"{name:{width}}  {line}" for name, line in first_lines.items())
 
 
 def recipe_text(config: Config) -> str:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esvit_core.config import Config, preset_names, valid_keys
+from esvit_core.config import Config, valid_keys
 from esvit_core.errors import ERROR_FILE_VARIABLE, USER_ERROR_EXIT_CODE, UserError, step
+from esvit_core.recipe_files import preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -26,7 +26,8 @@ WORK = STORAGE | {
 }
 ALLOWED = {
     "esvit_core.errors": set(),
-    "esvit_core.config": {"esvit_core.errors"},
+    "esvit_core.recipe_files": {"esvit_core.errors"},
+    "esvit_core.config": {"esvit_core.errors", "esvit_core.recipe_files"},
     "esvit_core.storage": FOUNDATION,
     "esvit_core.models": NETWORKS,
     "esvit_core.losses": NETWORKS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,16 +33,13 @@ class MultiCrop:
     Each is cut out at random (:func:`crop_box`), resized (bicubic, antialiased), mirrored with probability ``flip``;
     then, each with its probability, come colour jitter in random order, loss of colour, Gaussian blur, and for all
     global crops but the first solarisation; at last it is normalised.
-
     Args:
         config: sizes, numbers and probabilities.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
         self.config = config
-        self._kinds = [config.global_crops] * config.global_crops.number + [
-            config.local_crops
-        ] * config.local_crops.number
+        self._kinds = [kind for kind in (config.global_crops, *config.local_kinds) for _ in range(kind.number)]
         self._normalise = Normalise(config.mean, config.std)
 
     @property
@@ -78,15 +74,15 @@ class MultiCrop:
             self._normalise(crop)
 
     def geometric(
-        self, image: np.ndarray, rng: np.random.Generator, kind: Literal["global", "local"]
+        self, image: np.ndarray, rng: np.random.Generator
     ) -> tuple[Tensor, tuple[float, float, float, float], bool]:
-        """A crop without photometrics, with where it lies.
+        """A global crop without photometrics, with where it lies.
 
         Returns:
             The normalised crop (3, S, S); left, top, right, bottom as shares of the picture's sides; whether it is
             mirrored.
         """
-        config = self.config.global_crops if kind == "global" else self.config.local_crops
+        config = self.config.global_crops
         crop = torch.empty(3, config.size, config.size)
         (x0, y0, x1, y1), flipped = self._cut(_as_tensor(image), config, _drawer(rng), crop)
         height, width = image.shape[:2]

@@ -102,7 +102,7 @@ def draw_pair(picture: np.ndarray, multicrop: MultiCrop, rng: np.random.Generato
     """Two global crops that share at least a quarter of their regions; None if none are found or all is blank."""
     best: Pair | None = None
     for _ in range(_DRAWS):
-        a, b = (Crop(*multicrop.geometric(picture, rng, "global")) for _ in range(2))
+        a, b = (Crop(*multicrop.geometric(picture, rng)) for _ in range(2))
         pair = pair_of(picture, a, b, side)
         if best is None or pair.asked.sum() > best.asked.sum():
             best = pair

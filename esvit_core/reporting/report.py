@@ -124,7 +124,7 @@ def render(
             classes_counted=_classes_counted(facts),
             splits=_split_names(facts),
             samples=samples,
-            crop_sizes=(crops.global_crops.size, crops.local_crops.size),
+            crop_sizes=(crops.global_crops.size, max((kind.size for kind in crops.local_kinds), default=0)),
             bad=bad,
             training_rows=words.training_rows(training, log) if training else [],
             charts=training_charts(log, facts.config, resumes),

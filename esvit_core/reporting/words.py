@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,8 @@ def _recipe(config: Config) -> dict[str, str]:
         "objective": "view + region" if objective.region else "view only",
         "prototypes K": f"{head.out_dim:,}",
         "projection head": f"{head.hidden_dim:,} - {head.hidden_dim:,} - {head.bottleneck_dim:,}",
-        "global crops": _crops(config.augment.global_crops),
-        "local crops": _crops(config.augment.local_crops),
+        "global crops": _crops([config.augment.global_crops]),
+        "local crops": _crops(config.augment.local_kinds),
         "epochs": f"{training.epochs:,}",
         "batch": f"{training.batch_size:,} pictures",
         "learning rate": f"{_plain(peak)} at its peak, {_epochs(optimizer.warmup_epochs)} of warm-up, cosine to {_plain(optimizer.min_lr)}",
@@ -146,10 +146,15 @@ def _network(config: Config) -> str:
     return ", ".join(parts)
 
 
-def _crops(crop: CropConfig) -> str:
-    if not crop.number:
-        return "none"
-    return f"{crop.number} of {crop.size} px, {100 * crop.scale[0]:g} to {100 * crop.scale[1]:g} % of the picture"
+def _crops(kinds: Sequence[CropConfig]) -> str:
+    return (
+        "; ".join(
+            f"{kind.number} of {kind.size} px, {100 * kind.scale[0]:g} to {100 * kind.scale[1]:g} % of the picture"
+            for kind in kinds
+            if kind.number
+        )
+        or "none"
+    )
 
 
 def _resumes(steps: list[int]) -> str:

@@ -84,7 +84,7 @@ def test_geometry_is_told_as_it_was_cut(make):
     picture, multicrop = make.pixels(1, 120, 90), MultiCrop(SMALL)
     flips = []
     for seed in range(20):
-        crop, (x0, y0, x1, y1), flipped = multicrop.geometric(picture, np.random.default_rng(seed), "global")
+        crop, (x0, y0, x1, y1), flipped = multicrop.geometric(picture, np.random.default_rng(seed))
         box = tuple(round(v * side) for v, side in zip((x0, y0, x1, y1), (120, 90, 120, 90), strict=True))
         cut = Image.fromarray(picture).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
         expected = np.asarray(cut)[:, ::-1] if flipped else np.asarray(cut)
@@ -98,7 +98,7 @@ def test_geometry_is_told_as_it_was_cut(make):
 def test_the_first_crop_of_a_plain_recipe_is_the_geometric_one(make):
     picture = make.pixels(2)
     crops = MultiCrop(PLAIN)(picture, np.random.default_rng(4))
-    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric(picture, np.random.default_rng(4), "global")[0])
+    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric(picture, np.random.default_rng(4))[0])
 
 
 def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from esvit_core import __version__
-from esvit_core.config import Config, preset_names
+from esvit_core.config import Config
+from esvit_core.recipe_files import preset_names
 from esvit_pipelines.recipes import recipe_list, recipe_text
 
 
