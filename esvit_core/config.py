@@ -140,6 +140,7 @@ class HeadConfig(_Section):
     hidden_dim: int = Field(2048, gt=0)
     bottleneck_dim: int = Field(256, gt=0)
     norm_last_layer: bool = Field(False, description="Keep the prototypes' norms at one.")
+    batch_norm: bool = Field(False, description="Batch norm after the two hidden layers, over all processes.")
 
 
 class ObjectiveConfig(_Section):
@@ -154,8 +155,9 @@ class ObjectiveConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW and the schedules."""
+    """The optimizer and the schedules."""
 
+    name: Literal["adamw", "sgd", "lars"] = Field("adamw", description="SGD and LARS have momentum 0.9.")
     lr: float = Field(0.0005, gt=0, description="Peak learning rate per 256 pictures of global batch.")
     min_lr: float = Field(1e-6, ge=0)
     warmup_epochs: int = Field(10, ge=0)

@@ -61,6 +61,7 @@ def build_network(config: Config, drop_path: float | None = None) -> MultiCropNe
             config.head.hidden_dim,
             config.head.bottleneck_dim,
             config.head.norm_last_layer,
+            config.head.batch_norm,
         )
         for width in (widths if config.objective.region else widths[:1])
     ]

@@ -12,6 +12,8 @@ from esvit_core.monitoring.progress import format_duration, format_figure
 from esvit_core.reporting.facts import Facts
 from esvit_core.training.summary import TrainingSummary
 
+_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -118,11 +120,13 @@ def _recipe(config: Config) -> dict[str, str]:
         "network": _network(config),
         "objective": "view + region" if objective.region else "view only",
         "prototypes K": f"{head.out_dim:,}",
-        "projection head": f"{head.hidden_dim:,} - {head.hidden_dim:,} - {head.bottleneck_dim:,}",
+        "projection head": f"{head.hidden_dim:,} - {head.hidden_dim:,} - {head.bottleneck_dim:,}"
+        + (" with batch norm" if head.batch_norm else ""),
         "global crops": _crops([config.augment.global_crops]),
         "local crops": _crops(config.augment.local_kinds),
         "epochs": f"{training.epochs:,}",
         "batch": f"{training.batch_size:,} pictures",
+        "optimizer": _OPTIMIZERS[optimizer.name],
         "learning rate": f"{_plain(peak)} at its peak, {_epochs(optimizer.warmup_epochs)} of warm-up, cosine to {_plain(optimizer.min_lr)}",
         "weight decay": f"{optimizer.weight_decay:g} to {optimizer.weight_decay_end:g}",
         "gradient clipped at norm": f"{optimizer.clip_grad:g}" if optimizer.clip_grad else "not clipped",

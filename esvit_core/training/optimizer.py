@@ -1,4 +1,4 @@
-"""The update of student and teacher: AdamW, clipping, the frozen last layer, the moving average.
+"""The update of student and teacher: the optimizer, clipping, the frozen last layer, the moving average.
 
 Nothing here waits for the device: figures stay tensors until someone reads them.
 """
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import Config
+from esvit_core.training.lars import LARS
+
+MOMENTUM = 0.9  # of SGD and LARS, as published
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
@@ -25,13 +28,21 @@ def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW with PyTorch's betas and eps; learning rate and weight decay are set anew each step.
+    """AdamW with PyTorch's betas and eps, SGD or LARS; learning rate and weight decay are set anew each step.
 
     Args:
         student: the network, wrapped or not.
-        config: the run's configuration; AdamW, the one optimizer so far, takes nothing from it.
+        config: the run's configuration.
     """
-    return torch.optim.AdamW(parameter_groups(student), lr=0.0, weight_decay=0.0, fused=True)
+    groups = parameter_groups(student)
+    match config.optimizer.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+        case "sgd":
+            # Not fused: that one cannot take in the prototypes, which come without momentum when they thaw.
+            return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, foreach=True)
+        case "lars":
+            return LARS(groups, momentum=MOMENTUM)
 
 
 def set_hyperparameters_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -19,6 +19,7 @@ from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.monitoring.collapse import CollapseWatch
 from esvit_core.runs import Run
+from esvit_core.training.batch_norm import share_batch_norms_
 from esvit_core.training.checkpoint import Stateful
 from esvit_core.training.distributed import GradientReducer, World
 from esvit_core.training.optimizer import build_optimizer
@@ -127,6 +128,8 @@ def build_parts(run: Run, world: World) -> Parts:
         )
     loader = TrainLoader(dataset, config, config.seed, world.rank, world.size)
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
+    share_batch_norms_(student, world)
+    share_batch_norms_(teacher, world)
     return Parts(
         config=config,
         world=world,

@@ -15,11 +15,25 @@ from torch import nn
 
 from esvit_core.training.distributed import GradientReducer, World
 
+# Networks with batch norms, by name, and six pictures for each: a part of the program, and of the test.
+BATCH_NORMED = """
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+def batch_normed():
+    torch.manual_seed(0)
+    yield "head", nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.GELU(), nn.Linear(3, 2)), torch.randn(6, 4)
+    timm = nn.Sequential(nn.Conv2d(2, 3, 3), BatchNormAct2d(3), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2))
+    yield "convolution", timm, torch.randn(6, 2, 5, 5)
+"""
+
 PROGRAM = """
 import json, sys
 import torch
 from torch import nn
 from esvit_core.training import distributed
+from esvit_core.training.batch_norm import share_batch_norms_
 from esvit_core.training.distributed import GradientReducer, StopVote, join_world
 
 distributed.BUCKET_BYTES = 40  # several buckets
@@ -42,6 +56,18 @@ for _ in range(2):  # two micro-batches
     network(x).sum().backward()
 reducer.finish()
 result["accumulated"] = [p.grad.tolist() for p in network.parameters() if p.requires_grad]
+result["norm"] = {}
+for name, network, pictures in batch_normed():
+    share_batch_norms_(network, world)
+    reducer = GradientReducer(network.parameters(), world)
+    reducer.zero()
+    output = network(pictures[2 * world.rank : 2 * world.rank + 2])
+    output.square().sum().backward()
+    reducer.finish()
+    network.eval()
+    state = {key: value.tolist() for key, value in network.state_dict().items()}
+    grads = [p.grad.tolist() for p in network.parameters()]
+    result["norm"][name] = [output.tolist(), grads, state, network(pictures).tolist()]
 votes = StopVote(world)
 result["stops"] = []
 for step in range(3):
@@ -61,6 +87,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 1 of three reports."""
     folder = tmp_path_factory.mktemp("rendezvous")
     processes = []
+    program = BATCH_NORMED + PROGRAM
     for rank in range(3):
         environment = os.environ | {
             "RANK": str(rank),
@@ -70,7 +97,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         processes.append(
-            subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
         )
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -87,6 +114,27 @@ def expected(scale: float) -> list[Any]:
     (scale * network(torch.arange(12.0).reshape(3, 4))).sum(1).mean().backward()
     reducer.finish()
     return [p.grad.tolist() for p in network.parameters() if p.grad is not None]
+
+
+def test_batch_norms_see_the_batch_of_all_processes(said: dict[str, Any]) -> None:
+    names: dict[str, Any] = {}
+    exec(BATCH_NORMED, names)
+    for name, network, pictures in names["batch_normed"]():
+        output = network(pictures)
+        (output.square().sum() / 3).backward()
+        network.eval()
+        grads = [p.grad for p in network.parameters()]
+        wanted = [output[2:4], grads, dict(network.state_dict()), network(pictures)]
+        for found, expected in zip(said["norm"][name], wanted, strict=True):
+            torch.testing.assert_close(_tensors(found, expected), expected, rtol=1e-4, atol=1e-5)
+
+
+def _tensors(found: Any, like: Any) -> Any:
+    if isinstance(like, dict):
+        return {key: _tensors(found[key], value) for key, value in like.items()}
+    if isinstance(like, list):
+        return [_tensors(f, each) for f, each in zip(found, like, strict=True)]
+    return torch.tensor(found, dtype=like.dtype)
 
 
 def test_gradients_are_the_mean_over_the_processes(said: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from esvit_core.config import Config
 from esvit_core.models.heads import ProjectionHead
+from esvit_core.training.lars import LARS
 from esvit_core.training.optimizer import (
     build_optimizer,
     clip_gradients_,
@@ -63,6 +64,61 @@ def test_step_is_the_plain_adamw(network):
             by.step()
     for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_step_is_the_published_rule(network, name):
+    optimizer = build_optimizer(network, Config.from_mapping({"optimizer": {"name": name}}))
+    expected = [(p.detach().clone(), torch.zeros_like(p)) for p in network.parameters()]
+    for step in range(3):
+        lr, weight_decay = 0.1 + 0.05 * step, 0.1 * (step + 1)
+        set_hyperparameters_(optimizer, lr, weight_decay)
+        optimizer.zero_grad()
+        backward(network)
+        gradients = [p.grad.clone() for p in network.parameters()]
+        optimizer.step()
+        for (p, momentum), gradient in zip(expected, gradients, strict=True):
+            update = gradient if p.ndim == 1 else gradient + weight_decay * p
+            if name == "lars" and p.ndim > 1:
+                update = update * (0.001 * p.norm() / update.norm())
+            momentum.mul_(0.9).add_(update)
+            p -= lr * momentum
+        for ours, (theirs, _) in zip(network.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_leaves_a_zero_weight_or_gradient_unscaled():
+    weight = nn.Parameter(torch.zeros(2, 3))
+    optimizer = LARS([weight], lr=1.0)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -torch.ones(2, 3))
+    weight.grad = torch.zeros(2, 3)
+    optimizer.step()  # the momentum alone
+    torch.testing.assert_close(weight.detach(), -1.9 * torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_restored_optimizer_goes_on_bitwise(network, name, tmp_path):
+    config = Config.from_mapping({"optimizer": {"name": name}})
+
+    def steps(network, optimizer, count):
+        for _ in range(count):
+            set_hyperparameters_(optimizer, lr=0.01, weight_decay=0.1)
+            optimizer.zero_grad()
+            backward(network)
+            freeze_last_layer_(network) if count == 1 else None
+            optimizer.step()
+
+    optimizer = build_optimizer(network, config)
+    steps(network, optimizer, 1)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    other = copy.deepcopy(network)
+    restored = build_optimizer(other, config)
+    restored.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    steps(network, optimizer, 2)
+    steps(other, restored, 2)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
 def test_each_gradient_is_clipped_by_itself(network):
