@@ -57,6 +57,20 @@ class CropConfig(_Section):
     )
 
 
+class DeitConfig(_Section):
+    """What `augment.policy: deit` does to a crop instead of colour jitter, blur and solarisation."""
+
+    rand_augment: str = Field(
+        "rand-m9-mstd0.5-inc1", pattern=r"^rand(-[a-z]+[0-9.]+)*$", description="RandAugment, as timm writes it."
+    )
+    erase: float = Field(0.25, ge=0, le=1, description="Probability of random erasing.")
+    erase_mode: Literal["const", "rand", "pixel"] = Field(
+        "pixel", description="Erased pixels become: grey, one random colour, random colours."
+    )
+    erase_count: int = Field(1, gt=0, description="Boxes erased at most.")
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+
+
 def _one_or_list(value: Any) -> str:
     return "[list]" if isinstance(value, (list, tuple)) else "[one]"
 
@@ -64,6 +78,9 @@ def _one_or_list(value: Any) -> str:
 class AugmentConfig(_Section):
     """Multi-crop augmentation (EsViT, appendix A.1; DINO's)."""
 
+    policy: Literal["dino", "deit"] = Field(
+        "dino", description="dino: the keys from `jitter` on; deit: RandAugment and random erasing, crops from 8 %."
+    )
     global_crops: CropConfig = CropConfig(size=224, number=2, scale=(0.4, 1.0))
     local_crops: Annotated[
         Annotated[CropConfig, Tag("[one]")] | Annotated[tuple[CropConfig, ...], Tag("[list]")],
@@ -72,6 +89,7 @@ class AugmentConfig(_Section):
         CropConfig(size=96, number=8, scale=(0.05, 0.4)),
         description="One kind of crop, or a list of kinds; kinds of one size stand side by side for speed.",
     )
+    deit: DeitConfig = DeitConfig()
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
     brightness: float = Field(0.4, ge=0)
@@ -95,12 +113,14 @@ class AugmentConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_crops(cls, given: Any) -> Any:
-        """Take from the published crops what a recipe leaves out: `local_crops: {number: 4}` is enough."""
+        """Take from the policy's crops what a recipe leaves out: `local_crops: {number: 4}` is enough."""
         if not isinstance(given, dict):
             return given
         values = dict(given)
         for name in ("global_crops", "local_crops"):
             crops = cls.model_fields[name].default.model_dump()
+            if values.get("policy") == "deit":  # the published transform leaves timm's scale as it is
+                crops["scale"] = (0.08, 1.0)
             match values.setdefault(name, {}):
                 case dict() as kind:
                     values[name] = crops | kind
@@ -113,6 +133,33 @@ class AugmentConfig(_Section):
     def _two_global_crops(self) -> Self:
         if self.global_crops.number != 2:
             raise ValueError(f"global_crops.number: the objective compares two, got {self.global_crops.number}")
+        return self
+
+
+class MixupConfig(_Section):
+    """Mixup and CutMix of the student's pictures (Zhang et al., 2018; Yun et al., 2019); view-only runs."""
+
+    use: bool = Field(False, description="Mix the pictures of a process with each other, crop by crop.")
+    crops: int = Field(10, ge=0, description="How many crops, counted from the first, are mixed.")
+    mixup_alpha: float = Field(0.8, ge=0, description="Of mixup's beta distribution; 0: no mixup.")
+    cutmix_alpha: float = Field(1.0, ge=0, description="Of CutMix's beta distribution; 0: no CutMix.")
+    cutmix_minmax: tuple[float, float] | None = Field(
+        None, description="Sides of CutMix's box as shares of the crop's, instead of the beta distribution."
+    )
+    prob: float = Field(1.0, ge=0, le=1, description="Probability of mixing.")
+    switch_prob: float = Field(0.5, ge=0, le=1, description="Probability of CutMix where both are possible.")
+    mode: Literal["batch", "pair", "elem"] = Field("batch", description="What shares a mixing ratio.")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the targets.")
+    clean_teacher: bool = Field(
+        False, description="Show the teacher the unmixed pictures; the published code shows it the mixed ones."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_mix(self) -> Self:
+        if self.use and not (self.mixup_alpha or self.cutmix_alpha or self.cutmix_minmax):
+            raise ValueError("mixup_alpha or cutmix_alpha must be above 0, or cutmix_minmax given")
+        if self.cutmix_minmax and not 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1:
+            raise ValueError(f"cutmix_minmax must rise between 0 and 1, got {self.cutmix_minmax}")
         return self
 
 
@@ -266,6 +313,7 @@ class Config(_Section):
     bucket: str = Field("esvit", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    mixup: MixupConfig = MixupConfig()
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -274,6 +322,15 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _mixup_is_view_only(self) -> Self:
+        if self.mixup.use and self.objective.region:
+            raise ValueError(
+                "mixup.use goes with the view task only, regions of mixed pictures have no match; "
+                "set objective.region to false"
+            )
+        return self
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "configuration") -> Self:

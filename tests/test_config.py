@@ -35,6 +35,30 @@ def test_overrides_reach_every_level_and_take_scientific_notation() -> None:
     assert config.model.depths == (2, 2, 6)
 
 
+def test_a_recipe_names_one_kind_of_local_crops_or_several() -> None:
+    one = Config.from_mapping({"augment": {"local_crops": {"size": 64, "number": 4, "scale": [0.1, 0.3]}}})
+    assert one.augment.local_kinds == (one.augment.local_crops,)
+    several = Config.load(
+        "demo", ["augment.local_crops=[{size: 16, number: 2}, {size: 12, number: 3, scale: [0, 0.2]}]"]
+    )
+    assert [(kind.size, kind.number, kind.scale) for kind in several.augment.local_kinds] == [
+        (16, 2, (0.05, 0.4)),
+        (12, 3, (0.0, 0.2)),
+    ]
+    assert Config.from_yaml(several.to_yaml()) == several
+    with pytest.raises(UserError, match="'local_crops' is not a section"):
+        Config.load("demo", ["augment.local_crops=[]", "augment.local_crops.number=1"])
+
+
+def test_what_a_recipe_leaves_out_of_the_crops_is_the_policys() -> None:
+    published = Config()
+    few = Config.from_mapping({"augment": {"local_crops": {"number": 2}}}).augment
+    assert few.local_crops == published.augment.local_crops.model_copy(update={"number": 2})
+    deit = Config.from_mapping({"augment": {"policy": "deit", "local_crops": {"scale": [0.05, 0.4]}}}).augment
+    assert deit.global_crops.scale == (0.08, 1.0)
+    assert deit.local_crops == published.augment.local_crops
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -44,6 +68,11 @@ def test_overrides_reach_every_level_and_take_scientific_notation() -> None:
         ("training.epochs", "expected key=value"),
         ("training.epochs=[", "not valid YAML"),
         ("training.epochs=0", "greater than 0"),
+        ("augment.local_crops=[{size: 8, number: -1}]", "augment.local_crops.0.number: input should be greater than"),
+        ("augment.local_crops.size=0", "augment.local_crops.size: input should be greater than 0"),
+        ("augment.global_crops.number=3", "the objective compares two"),
+        ("mixup.use=true", "set objective.region to false"),
+        ("optimizer.name=adam", "optimizer.name: input should be 'adamw', 'sgd' or 'lars'"),
     ],
 )
 def test_wrong_overrides_are_refused_in_one_line(override: str, says: str) -> None:

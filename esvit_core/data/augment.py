@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from esvit_core.config import AugmentConfig, CropConfig
 from esvit_core.data import photometric
+from esvit_core.data.deit import deit_transform
+from esvit_core.data.randomness import seeded
 
 Box = tuple[int, int, int, int]
 Draw = Callable[[], float]  # the next random number from 0 to 1
@@ -32,7 +35,9 @@ class MultiCrop:
 
     Each is cut out at random (:func:`crop_box`), resized (bicubic, antialiased), mirrored with probability ``flip``;
     then, each with its probability, come colour jitter in random order, loss of colour, Gaussian blur, and for all
-    global crops but the first solarisation; at last it is normalised.
+    global crops but the first solarisation; at last it is normalised. With the policy ``deit`` each crop goes through
+    :func:`~esvit_core.data.deit.deit_transform` instead.
+
     Args:
         config: sizes, numbers and probabilities.
     """
@@ -41,6 +46,7 @@ class MultiCrop:
         self.config = config
         self._kinds = [kind for kind in (config.global_crops, *config.local_kinds) for _ in range(kind.number)]
         self._normalise = Normalise(config.mean, config.std)
+        self._deit = [deit_transform(config, kind) for kind in self._kinds] if config.policy == "deit" else None
 
     @property
     def sizes(self) -> list[int]:
@@ -63,6 +69,11 @@ class MultiCrop:
 
     def write(self, image: np.ndarray, rng: np.random.Generator, crops: Sequence[Tensor]) -> None:
         """The same into tensors that are there already, such as rows of a batch; each contiguous, (3, S, S)."""
+        if self._deit is not None:
+            with seeded(rng.integers(1 << 32, size=4).tolist()):
+                for transform, crop in zip(self._deit, crops, strict=True):
+                    crop.copy_(transform(Image.fromarray(image)))
+            return
         config = self.config
         picture = _as_tensor(image)
         for number, (kind, crop) in enumerate(zip(self._kinds, crops, strict=True)):

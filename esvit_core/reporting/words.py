@@ -12,6 +12,7 @@ from esvit_core.monitoring.progress import format_duration, format_figure
 from esvit_core.reporting.facts import Facts
 from esvit_core.training.summary import TrainingSummary
 
+_AUGMENTATION = {"dino": "colour jitter, grey, blur, solarisation", "deit": "RandAugment, random erasing"}
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
 
 
@@ -124,6 +125,8 @@ def _recipe(config: Config) -> dict[str, str]:
         + (" with batch norm" if head.batch_norm else ""),
         "global crops": _crops([config.augment.global_crops]),
         "local crops": _crops(config.augment.local_kinds),
+        "augmentation": _AUGMENTATION[config.augment.policy],
+        "mixup and CutMix": f"of the first {config.mixup.crops} crops" if config.mixup.use else "none",
         "epochs": f"{training.epochs:,}",
         "batch": f"{training.batch_size:,} pictures",
         "optimizer": _OPTIMIZERS[optimizer.name],

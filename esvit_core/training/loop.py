@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esvit_core.data.loader import Batch
+from esvit_core.data.mixup import mix_crops
 from esvit_core.losses.objective import ObjectiveTerms
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.training.checkpoint import Checkpointer
@@ -80,11 +81,13 @@ def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> tuple[Objec
     parts.reducer.zero(passes=len(micro_batches))
     for micro_batch in micro_batches:
         crops = [crop.to(parts.world.device, non_blocking=True) for crop in micro_batch.crops]
+        given = mix_crops(crops, config.mixup, config.seed, parts.position.step)
         with parts.precision.autocast():
             with torch.no_grad():
-                teacher_out = teacher(crops[: config.augment.global_crops.number])
-            student_out = student(crops)
-        terms = parts.objective(student_out, teacher_out, at.teacher_temp, last=micro_batch is micro_batches[-1])
+                teacher_out = teacher(given.teacher)
+            student_out = student(given.student)
+        last = micro_batch is micro_batches[-1]
+        terms = parts.objective(student_out, teacher_out, at.teacher_temp, given.shares, last)
         terms = terms.times(parts.weight(len(micro_batch.indices)))
         terms.total.backward()
         sums = terms.plus(sums)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_transform
 from torchvision import transforms
 
-from esvit_core.config import AugmentConfig, CropConfig
+from esvit_core.config import AugmentConfig, CropConfig, DeitConfig
 from esvit_core.data import photometric
 from esvit_core.data.augment import EvalTransform, MultiCrop, Normalise, crop_box, resize, sample_rng
+from esvit_core.data.randomness import seeded
 
 SMALL = AugmentConfig(
     global_crops=CropConfig(size=32, number=2, scale=(0.4, 1.0)),
@@ -187,3 +191,58 @@ def test_a_picture_that_may_not_be_written_to_is_left_alone(make):
 def test_pictures_of_odd_shapes_give_crops(make, width, height):
     crops = MultiCrop(SMALL)(make.pixels(0, width, height), sample_rng(0, 0, 0))
     assert all(bool(torch.isfinite(c).all()) for c in crops)
+
+
+def test_several_kinds_of_local_crops_follow_each_other(make):
+    kinds = [CropConfig(size=16, number=2, scale=(0.2, 0.4)), CropConfig(size=12, number=1, scale=(0.05, 0.2))]
+    multicrop = MultiCrop(PLAIN.model_copy(update={"local_crops": tuple(kinds)}))
+    assert multicrop.sizes == [PLAIN.global_crops.size] * 2 + [16, 16, 12]
+    crops = multicrop(make.pixels(), np.random.default_rng(4))
+    assert [tuple(crop.shape) for crop in crops] == [(3, size, size) for size in multicrop.sizes]
+
+
+class TestDeit:
+    """The policy ``deit``."""
+
+    config = AugmentConfig.model_validate({"policy": "deit", "local_crops": {"number": 2}})
+
+    def test_crops_are_the_published_transform(self, make):
+        picture = make.pixels()
+        found = MultiCrop(self.config)(picture, sample_rng(0, 0, 5))
+        transforms = [
+            create_transform(
+                input_size=size,
+                is_training=True,
+                color_jitter=0.4,
+                auto_augment="rand-m9-mstd0.5-inc1",
+                interpolation="bicubic",
+                re_prob=0.25,
+                re_mode="pixel",
+                re_count=1,
+            )
+            for size in (224, 224, 96, 96)
+        ]
+        with seeded(sample_rng(0, 0, 5).integers(1 << 32, size=4).tolist()):
+            expected = [transform(Image.fromarray(picture)) for transform in transforms]
+        assert all(map(torch.equal, found, expected))
+
+    def test_a_sample_depends_on_nothing_but_its_own_numbers(self, make):
+        multicrop, picture = MultiCrop(self.config), make.pixels()
+        random.seed(3)
+        state = random.getstate()
+        first = multicrop(picture, sample_rng(0, 1, 2))
+        assert random.getstate() == state
+        others = [multicrop(picture, sample_rng(0, 1, index))[0] for index in (3, 4)]
+        np.random.seed(8)
+        torch.manual_seed(8)
+        again = MultiCrop(self.config)(picture, sample_rng(0, 1, 2))
+        assert all(map(torch.equal, first, again))
+        assert not any(torch.equal(first[0], other) for other in others)
+
+    def test_posterising_to_no_bits_gives_black(self, make):
+        strong = DeitConfig(rand_augment="rand-m10-n8-inc1", erase=0.0)
+        always = SMALL.model_copy(update={"policy": "deit", "deit": strong})
+        multicrop, picture = MultiCrop(always), make.pixels()
+        crops = torch.stack([multicrop(picture, sample_rng(0, 0, index))[0] for index in range(20)])
+        black = -torch.tensor(always.mean) / torch.tensor(always.std)
+        assert torch.isclose(crops, black.view(3, 1, 1)).all(1).flatten(1).float().mean(1).max() == 1

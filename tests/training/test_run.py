@@ -91,11 +91,26 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert {stat.uri: stat.etag for stat in run.store.list(run.uri)} == before
 
 
-@pytest.mark.parametrize("region", [True, False], ids=["view+region", "view"])
-def test_a_stopped_run_goes_on_bitwise(micro_run: Callable[..., Any], region: bool) -> None:
-    whole = micro_run("whole", objective={"region": region})
+OPTIONS: dict[str, dict[str, Any]] = {
+    "view+region": {},
+    "view, mixup, batch norm, LARS": {
+        "objective": {"region": False},
+        "mixup": {"use": True, "crops": 3},
+        "head": {"batch_norm": True},
+        "optimizer": {"name": "lars", "lr": 1.0},
+    },
+    "view+region, deit, two local sizes, SGD": {
+        "augment": {"policy": "deit", "local_crops": [{"size": 8, "number": 1}, {"size": 12, "number": 2}]},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_stopped_run_goes_on_bitwise(micro_run: Callable[..., Any], options: dict[str, dict[str, Any]]) -> None:
+    whole = micro_run("whole", **options)
     assert train(whole) == 0
-    stopped = micro_run("stopped", objective={"region": region})
+    stopped = micro_run("stopped", **options)
     assert train(stopped, StopAfter(6)) == STOPPED_EXIT_CODE
     assert stopped.checkpointed_step() == 7
     assert read_summary(stopped.store, stopped.uri) is None
