@@ -180,6 +180,24 @@ class ModelConfig(_Section):
     drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student; the teacher has none.")
 
 
+class InitConfig(_Section):
+    """What a run starts from. Without a source the weights are drawn from the seed."""
+
+    source: str | None = Field(
+        None,
+        description="`champion` or another pointer; s3://bucket/runs/<id>, or a published backbone or checkpoint there; "
+        "a .pth or .safetensors file, here or in the store; a folder with a backbone; or `timm:<name>`.",
+    )
+    take: Literal["backbone", "heads", "all"] = Field(
+        "backbone",
+        description="backbone: the teacher's, into student and teacher; heads: both networks with their heads, and the "
+        "centres; all: also the optimizer and the position.",
+    )
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Of what the source holds; filled in when the run is started."
+    )
+
+
 class HeadConfig(_Section):
     """The projection heads, one for views and one for regions."""
 
@@ -315,6 +333,7 @@ class Config(_Section):
     augment: AugmentConfig = AugmentConfig()
     mixup: MixupConfig = MixupConfig()
     model: ModelConfig = ModelConfig()
+    init: InitConfig = InitConfig()
     head: HeadConfig = HeadConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

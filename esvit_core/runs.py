@@ -18,6 +18,7 @@ from esvit_core.config import ClusterConfig, Config, TransferSet
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
+from esvit_core.weights.source import with_source_pinned
 
 CONFIG = "config.yaml"
 _REMOTE = ("s3://", "minio://", "gs://")
@@ -73,15 +74,16 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
     """The name of the run that ``config`` describes on this data.
 
     Args:
-        config: the resolved configuration. Where it is to run (the cluster section) and where the transfer sets lie
-            do not count; what is in them does.
+        config: the resolved configuration. Where it is to run (the cluster section), where the transfer sets and the
+            weights to start from lie do not count; what is in them does.
         fingerprint: of the pictures, see :func:`esvit_core.data.manifest.source_fingerprint`.
         transfer_fingerprints: the same of the transfer sets, by name.
     """
     prints = transfer_fingerprints or {}
     sets = tuple(s.model_copy(update={"source": prints.get(s.name, s.source)}) for s in config.evaluation.transfer)
     evaluation = config.evaluation.model_copy(update={"transfer": sets})
-    counted = config.model_copy(update={"evaluation": evaluation, "cluster": ClusterConfig()})
+    init = config.init.model_copy(update={"source": config.init.sha256 or config.init.source})
+    counted = config.model_copy(update={"evaluation": evaluation, "init": init, "cluster": ClusterConfig()})
     digest = hashlib.sha256(f"{counted.digest()}\n{fingerprint}".encode()).hexdigest()
     recipe = re.sub(r"[^a-z0-9]+", "-", config.recipe.lower()).strip("-") or "run"
     return f"{recipe[:40]}-{digest[:10]}"
@@ -116,7 +118,7 @@ def start_run(configuration: Mapping[str, Any], source: str, uri: str = "", stor
         UserError: the run exists and has another configuration.
     """
     store = store or ObjectStore.from_env()
-    config = Config.from_mapping(configuration)
+    config = with_source_pinned(Config.from_mapping(configuration), store)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
     run = Run(uri, store, config)
@@ -191,6 +193,8 @@ def _difference(there: Config, here: Config) -> str:
         values = config.model_dump(mode="json", exclude={"cluster"})
         for transfer_set in values["evaluation"]["transfer"]:
             del transfer_set["source"]
+        if values["init"]["sha256"]:
+            del values["init"]["source"]
         return values
 
     return differs(counted(there), counted(here), "")

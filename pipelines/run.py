@@ -17,6 +17,7 @@ from esvit_core.monitoring.progress import format_duration
 from esvit_core.runs import CONFIG, Run, identify_run, run_uri
 from esvit_core.storage.errors import NotFound
 from esvit_core.storage.session import open_store
+from esvit_core.weights.source import with_source_pinned
 from esvit_pipelines.attempt import in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, Settings, command, program, resolve, sources, store_in
 
@@ -40,6 +41,7 @@ def run(settings: Settings) -> None:
         for source in sources(config, settings.data):
             if source not in local:
                 check_source(source)
+        config = with_source_pinned(config, store)
         name = identify_run(config, settings.data)
         here = settings.out / name
         here.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from esvit_core.runs import Run, open_run
 from esvit_core.training.checkpoint import Checkpointer, Written
 from esvit_core.training.distributed import join_world
 from esvit_core.training.environment import device_memory, hardware, versions
+from esvit_core.training.initial import starting_states
 from esvit_core.training.loop import train
 from esvit_core.training.parts import Parts, build_parts, make_deterministic
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
@@ -61,7 +62,9 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
 
 
 def resume(run: Run, parts: Parts, checkpoints: Checkpointer | None) -> None:
-    """Take over the newest valid checkpoint, or publish the untrained network where there is none.
+    """Take over the newest valid checkpoint; where there is none, the weights that the run starts from.
+
+    Those, as they were drawn or taken over, are published as the untrained network.
 
     Args:
         run: the run.
@@ -77,6 +80,8 @@ def resume(run: Run, parts: Parts, checkpoints: Checkpointer | None) -> None:
     if parts.world.from_first(restored is not None):
         parts.load(restored.states if restored else None)
         position.resumes.append(position.step)
+    elif run.config.init.source is not None:
+        parts.load(starting_states(run, parts) if checkpoints else None)
     if not checkpoints:
         return
     if restored:

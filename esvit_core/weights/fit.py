@@ -14,7 +14,7 @@ from esvit_core.models.registry import architecture_names, create_backbone
 from esvit_core.models.timm_names import COMPUTED, from_timm
 from esvit_core.weights.snapshot import Weights
 
-_BLOCK = re.compile(r"^(.*?\d+(?:\.\d+)*)\.(?=\D)")
+_BLOCK = re.compile(r"^(.*\.\d+)\.")
 
 
 def fitting(network: nn.Module, weights: Mapping[str, Tensor], origin: str, into: str) -> Weights:

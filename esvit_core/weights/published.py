@@ -33,7 +33,16 @@ CENTRES = {"center": "centre_view.value", "center_grid": "centre_region.value"}
 _NETWORKS = ("teacher", "model", "state_dict")
 _OF_A_TRAINING = ("student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler")
 # What else stands beside a network: classifiers, of supervised training and of the linear probe.
-_CLASSIFIERS = ("head.weight", "head.bias", "fc.weight", "fc.bias", "linear.", "linear_classifier.")
+_CLASSIFIERS = (
+    "head.weight",
+    "head.bias",
+    "head.fc.",
+    "head_dist.",
+    "fc.weight",
+    "fc.bias",
+    "linear.",
+    "linear_classifier.",
+)
 
 
 def read_published_checkpoint(path: Path) -> Snapshot:

@@ -1,0 +1,237 @@
+"""Runs that start from another run, from a published checkpoint, or from weights of timm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.export import load_backbone, save_backbone
+from esvit_core.models.timm_names import to_timm
+from esvit_core.runs import open_run, run_id, start_run
+from esvit_core.training.checkpoint import Checkpointer
+from esvit_core.training.distributed import join_world
+from esvit_core.training.initial import RECORD, starting_states
+from esvit_core.training.parts import Parts, build_parts
+from esvit_core.training.run import carry_out
+from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
+from esvit_core.weights.published import write_published_checkpoint
+from esvit_core.weights.source import with_source_pinned
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+class StopAfter(StopRequest):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    @property
+    def requested(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
+
+
+@pytest.fixture
+def source(micro_run: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """``source("name", **sections)``: a run with a checkpoint of step 6, in which nothing is as drawn; its states."""
+
+    def make(name: str, **sections: Any) -> tuple[Any, dict[str, Any]]:
+        run = micro_run(name, **sections)
+        parts = build_parts(open_run(run.uri), join_world())
+        generator = torch.Generator().manual_seed(1)
+        for thing in (parts.student, parts.teacher, parts.objective):
+            for value in thing.state_dict().values():
+                if value.is_floating_point():
+                    value.add_(torch.randn(value.shape, generator=generator))
+        for parameter in parts.student.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parts.optimizer.step()
+        parts.position.step, parts.position.images = 6, 96
+        checkpoints = Checkpointer(run.store, run.uri, keep=1)
+        checkpoints.save(6, parts.stateful, wait=True)
+        checkpoints.close()
+        return run, {name: thing.state_dict() for name, thing in parts.stateful.items()}
+
+    return make
+
+
+def started(micro_run: Callable[..., Any], name: str, **sections: Any) -> tuple[Any, Parts, dict[str, Any]]:
+    """A run before its first step, its parts, and the states that it starts from."""
+    made = micro_run(name, **sections)
+    run = open_run(made.uri)
+    parts = build_parts(run, join_world())
+    states = starting_states(run, parts)
+    assert states is not None
+    parts.load(states)
+    return run, parts, states
+
+
+def published(run: Any, states: dict[str, Any], path: Path, epoch: int = 1) -> Path:
+    write_published_checkpoint(path, states, run.config, epoch)
+    return path
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], part: str = "") -> bool:
+    names = [name for name in a if name.startswith(part)]
+    return bool(names) and all(torch.equal(a[name], b[name]) for name in names)
+
+
+def test_everything_of_another_run_is_gone_on_with(micro_run, source, capsys):
+    run, there = source("a")
+    new, parts, _ = started(micro_run, "b", init={"source": run.uri, "take": "all"}, training={"epochs": 4})
+    for name in ("student", "teacher", "objective"):
+        assert same(getattr(parts, name).state_dict(), there[name])
+    own = parts.optimizer.state_dict()
+    assert own["state"].keys() == there["optimizer"]["state"].keys()
+    assert all(same(own["state"][i], there["optimizer"]["state"][i]) for i in own["state"])
+    assert (parts.position.step, parts.position.images) == (there["position"]["step"], there["position"]["images"])
+    said = capsys.readouterr().out
+    assert f"starting from {run.uri}" in said and "the optimizer, the position, epoch 1.5 of 4" in said
+    assert new.store.get_json(new.at(RECORD))["step"] == 6
+
+
+def test_a_published_checkpoint_is_gone_on_with_at_its_epoch(micro_run, source, tmp_path):
+    run, there = source("a")
+    path = published(run, there, tmp_path / "checkpoint.pth", epoch=2)
+    _, parts, _ = started(micro_run, "b", init={"source": str(path), "take": "all"})
+    assert same(parts.student.state_dict(), there["student"]) and same(parts.teacher.state_dict(), there["teacher"])
+    assert same(parts.objective.state_dict(), there["objective"])
+    assert parts.position.step == 2 * parts.schedules.steps_per_epoch and parts.optimizer.state_dict()["state"]
+
+
+def test_a_view_only_checkpoint_gets_a_region_head_as_published(micro_run, source, tmp_path, capsys):
+    """main_esvit.py loads without strictness: head_dense as drawn, center_grid zero, the optimizer anew, the epoch kept."""
+    run, there = source("a", objective={"region": False})
+    path = published(run, there, tmp_path / "view.pth", epoch=1)
+    _, parts, _ = started(micro_run, "b", init={"source": str(path), "take": "all"})
+    student, teacher = parts.student.state_dict(), parts.teacher.state_dict()
+    assert same(there["student"], student) and same(there["teacher"], teacher)
+    assert same(student, teacher, "head_dense.")
+    assert same(there["objective"], parts.objective.state_dict())
+    assert not parts.objective.state_dict()["centre_region.value"].any()
+    assert not parts.optimizer.state_dict()["state"]
+    assert parts.position.step == parts.schedules.steps_per_epoch
+    assert "started anew: the region head, the optimizer" in capsys.readouterr().out
+
+
+def test_the_backbone_alone_goes_into_student_and_teacher(micro_run, source):
+    run, there = source("a")
+    fresh, _, _ = started(micro_run, "fresh", init={"source": run.uri})
+    _, parts, _ = started(micro_run, "b", init={"source": run.uri, "take": "backbone"})
+    student, teacher = parts.student.state_dict(), parts.teacher.state_dict()
+    assert same(there["teacher"], student, "backbone.") and same(there["teacher"], teacher, "backbone.")
+    assert not same(there["student"], student, "backbone.") and not same(
+        there["student"], student, "head.last_layer.weight_v"
+    )
+    assert parts.position.step == 0 and not parts.optimizer.state_dict()["state"]
+    assert fresh.store.get_json(fresh.at(RECORD))["anew"] == ["the heads"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timms_weights_start_both_networks(suffix, micro_run, source, tmp_path):
+    _, there = source("a")
+    ours = {n.removeprefix("backbone."): v for n, v in there["teacher"].items() if n.startswith("backbone.")}
+    weights = {**to_timm("swin", ours), "head.fc.weight": torch.zeros(5, 32), "head.fc.bias": torch.zeros(5)}
+    path = tmp_path / f"timm{suffix}"
+    (safetensors.torch.save_file if suffix == ".safetensors" else torch.save)(weights, path)
+    _, parts, _ = started(micro_run, "b", init={"source": str(path)})
+    assert same(there["teacher"], parts.student.state_dict(), "backbone.")
+    assert same(there["teacher"], parts.teacher.state_dict(), "backbone.")
+
+
+def test_what_does_not_fit_is_listed_in_one_error(micro_run, source, tmp_path):
+    run, there = source("a")
+    path = published(run, there, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError) as caught:
+        started(
+            micro_run,
+            "b",
+            init={"source": str(path), "take": "heads"},
+            model={"depths": (2, 1)},
+            head={"out_dim": 32},
+        )
+    said = str(caught.value)
+    assert "missing: backbone.layers.0.blocks.1.* (13)" in said
+    assert "head.last_layer.weight_v 64x16 there, 32x16 here" in said and "head.out_dim 32" in said
+    with pytest.raises(UserError, match=r"left over: .*backbone\.layers\.1\.blocks\.0\.\*"):
+        started(micro_run, "c", init={"source": str(path)}, model={"depths": (1,), "num_heads": (1,)})
+
+
+def test_a_source_without_heads_or_beyond_the_last_epoch_is_said(micro_run, source, tmp_path):
+    run, there = source("a")
+    backbone = {n.removeprefix("backbone."): v for n, v in there["teacher"].items() if n.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    with pytest.raises(UserError, match="it has no heads; set init"):
+        started(micro_run, "b", init={"source": str(tmp_path / "backbone.pth"), "take": "heads"})
+    path = published(run, there, tmp_path / "late.pth", epoch=3)
+    with pytest.raises(UserError, match="trained for 3 epochs, the run has 3; raise"):
+        started(micro_run, "c", init={"source": str(path), "take": "all"})
+
+
+def test_its_own_checkpoint_comes_before_the_source(micro_run, source, tmp_path):
+    run, there = source("a")
+    path = published(run, there, tmp_path / "checkpoint.pth")
+    made = micro_run("b", init={"source": str(path), "take": "all"})
+    assert carry_out(made.uri, StopAfter(3)) == STOPPED_EXIT_CODE
+    path.unlink()
+    assert carry_out(made.uri, StopRequest()) == 0
+    untrained = load_backbone(f"{made.uri}/untrained", made.store)
+    assert same(untrained.state_dict(), {n.removeprefix("backbone."): v for n, v in there["teacher"].items()})
+
+
+def test_the_same_weights_elsewhere_make_the_same_run(store_env, pictures, tmp_path):
+    weights = tmp_path / "a.pth"
+    torch.save({"a": torch.zeros(1)}, weights)
+    values = {"bucket": store_env.bucket, "init": {"source": str(weights)}}
+    config = with_source_pinned(Config.from_mapping(values), store_env)
+    assert config.init.source == str(weights) and config.init.sha256
+    moved = weights.rename(tmp_path / "b.pth")
+    there = with_source_pinned(Config.from_mapping({**values, "init": {"source": str(moved)}}), store_env)
+    assert run_id(there, "x") == run_id(config, "x")
+    torch.save({"a": torch.ones(1)}, moved)
+    other = with_source_pinned(Config.from_mapping({**values, "init": {"source": str(moved)}}), store_env)
+    assert run_id(other, "x") != run_id(config, "x")
+    with pytest.raises(UserError, match="has changed since the run was started"):
+        with_source_pinned(there, store_env)
+
+
+def test_a_pointer_is_followed_when_the_run_is_started(store_env, pictures, micro_run):
+    run = micro_run("a")
+    parts = build_parts(open_run(run.uri), join_world())
+    save_backbone(store_env, f"{run.uri}/backbone", parts.teacher.backbone, run.config)
+    store_env.swap_pointer(store_env.uri("pointers/champion"), {"backbone": f"{run.uri}/backbone"}, None)
+    values = {**run.config.model_dump(mode="json"), "init": {"source": "champion"}}
+    new = start_run(values, str(pictures), store_env.uri("runs/b"), store_env)
+    assert new.config.init.source == f"{run.uri}/backbone" and new.config.init.sha256
+    assert start_run(values, str(pictures), new.uri, store_env).config == new.config
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nowhere.pth", "no such file or folder; expected a pointer such as champion"),
+        ("nobody", "no such file, and no pointer"),
+        ("s3://{bucket}/runs/none", "neither a run with a complete checkpoint nor a published backbone"),
+        ("s3://{bucket}/none.pth", "there is no such object"),
+        ("timm:no_such_network", "timm has no such network"),
+    ],
+)
+def test_a_source_that_is_not_there_is_said(source, said, micro_run, store_env):
+    with pytest.raises(UserError, match=said):
+        run = micro_run("a", init={"source": source.format(bucket=store_env.bucket)})
+        with_source_pinned(run.config, store_env)
+        started(micro_run, "b", init={"source": source})
