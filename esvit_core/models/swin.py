@@ -383,7 +383,9 @@ class SwinTransformer(nn.Module):
         attention, x = self._before_last_attention(x)
         layout = attention.layout(x)
         weights = attention.weights(x)  # (B, windows, heads, N, N)
-        real = weights.new_ones(layout.index.shape).index_fill_(0, layout.padding, 0)
+        real = weights.new_ones(layout.index.shape)
+        if layout.padding is not None:
+            real.index_fill_(0, layout.padding, 0)
         real = real.view(1, layout.windows, 1, -1, 1)
         received = (weights * real).sum(3) / real.sum(3)  # (B, windows, heads, N)
         received = received.transpose(1, 2).flatten(2)[..., layout.inverse]  # (B, heads, L)

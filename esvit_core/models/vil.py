@@ -69,7 +69,7 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2:]
         x = self.norm_embed(x.flatten(2).mT)
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         return x, height, width
 
 

@@ -23,7 +23,7 @@ class WindowLayout:
 
     index: Tensor  # (windows * N,) token at each place of the windows; any token where there is padding
     inverse: Tensor  # (tokens,) place of each token
-    padding: Tensor  # (P,) places of padding
+    padding: Tensor | None  # (P,) places of padding; None: there is none
     mask: Tensor | None  # (windows, 1, N, N) added to the logits of shifted windows
     windows: int
 
@@ -57,7 +57,7 @@ def _window_layout(height: int, width: int, window: int, shift: int, device: tor
         return WindowLayout(
             index=torch.from_numpy(index.ravel().clip(max=tokens - 1)).to(device),
             inverse=torch.from_numpy(inverse).to(device),
-            padding=torch.from_numpy(padding).to(device),
+            padding=torch.from_numpy(padding).to(device) if len(padding) else None,
             mask=None if mask is None else torch.from_numpy(mask).to(device),
             windows=len(index),
         )
@@ -80,14 +80,14 @@ class ToWindows(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, fill: Tensor, layout: WindowLayout) -> Tensor:
         ctx.layout = layout
         out = tokens.index_select(1, layout.index)
-        if len(layout.padding):
+        if layout.padding is not None:
             out[:, layout.padding] = fill.to(out.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         layout, fill = ctx.layout, None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and layout.padding is not None:
             fill = gradient.index_select(1, layout.padding).sum(
                 (0, 1), dtype=torch.promote_types(gradient.dtype, torch.float32)
             )
@@ -106,7 +106,7 @@ class FromWindows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         layout = ctx.layout
         out = gradient.index_select(1, layout.index)
-        if len(layout.padding):
+        if layout.padding is not None:
             out[:, layout.padding] = 0
         return out, None
 
