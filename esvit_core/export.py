@@ -49,13 +49,29 @@ def save_backbone(
     Returns:
         The manifest.
     """
+    files = _files(backbone, describe_backbone(backbone, config) | (extra or {}))
+    return store.publish(prefix_uri, files, "backbone", {"arch": config.model.arch})
+
+
+def write_backbone(folder: Path, backbone: nn.Module, description: dict[str, Any]) -> None:
+    """Write the same files into a local folder.
+
+    Args:
+        folder: made if need be.
+        description: the content of ``backbone.json``, such as :func:`describe_backbone` gives or a loaded backbone has
+            in ``backbone_config``; what it says of the weights is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(backbone, description).items():
+        (folder / name).write_bytes(content)
+
+
+def _files(backbone: nn.Module, description: dict[str, Any]) -> dict[str, bytes]:
     # The file needs each tensor by itself: contiguous, on the CPU, sharing no memory with another.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in backbone.state_dict().items()}
     weights = safetensors.torch.save(state, metadata={"format": BACKBONE_FORMAT})
-    description = describe_backbone(backbone, config) | (extra or {})
-    description["weights"] = {"file": WEIGHTS, "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-    files = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()}
-    return store.publish(prefix_uri, files, "backbone", {"arch": config.model.arch})
+    told = {"file": WEIGHTS, "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    return {WEIGHTS: weights, DESCRIPTION: (json.dumps(description | {"weights": told}, indent=1) + "\n").encode()}
 
 
 def describe_backbone(backbone: nn.Module, config: Config) -> dict[str, Any]:
@@ -69,6 +85,7 @@ def describe_backbone(backbone: nn.Module, config: Config) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "eval_resize": config.evaluation.resize,
         "eval_crop": config.evaluation.crop,
+        "store_short_side": config.data.store_short_side,
         "mean": list(config.augment.mean),
         "std": list(config.augment.std),
         "recipe": config.recipe,

@@ -1,0 +1,152 @@
+"""Write a backbone for other tools, and compare what they make of it with the network itself."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esvit_core.errors import UserError
+from esvit_core.formats import exported_program, onnx_model, safetensors_folder, timm_folder
+from esvit_core.models.region_map import FeatureNetwork
+
+Reader = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a backbone.
+
+    Attributes:
+        write: of the backbone, its description, and whether regions are wanted, to a path.
+        read: what was written, by the tool it is for, as a function of pictures.
+        bound: largest difference of any feature that is allowed. 0: every bit.
+        suffix: of the file; empty: it is a folder.
+        reader: the tool, in words.
+    """
+
+    write: Callable[[nn.Module, Path, dict[str, Any], bool], None]
+    read: Callable[[Path], Reader]
+    bound: float
+    suffix: str
+    reader: str
+
+
+FORMATS = {
+    "safetensors": Format(safetensors_folder.write, safetensors_folder.read, 0.0, "", "esvit_core.load_backbone"),
+    "timm": Format(timm_folder.write, timm_folder.read, 1e-3, "", "stock timm"),
+    "onnx": Format(onnx_model.write, onnx_model.read, 1e-3, ".onnx", "onnxruntime"),
+    "torch-export": Format(exported_program.write, exported_program.read, 1e-4, ".pt2", "torch.export.load"),
+}
+_COUNTS = (1, 3)  # pictures at a time: neither is the number a network is traced with
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far it is from the network it came from.
+
+    Attributes:
+        path: file or folder.
+        bytes: its size.
+        view: largest difference of a view feature.
+        regions: largest difference of a region feature; None where the format was asked for none.
+        bound: what is allowed.
+        size: side of the pictures it was compared on, pixels.
+        reader: the tool that read it.
+    """
+
+    path: Path
+    bytes: int
+    view: float
+    regions: float | None
+    bound: float
+    size: int
+    reader: str
+
+    def describe(self) -> str:
+        """The differences in a line."""
+        regions = "" if self.regions is None else f", of a region {self.regions:.1e}"
+        return (
+            f"read back by {self.reader}: largest difference of a view feature {self.view:.1e}{regions} "
+            f"on random pictures of {self.size} px (allowed {self.bound:g})"
+        )
+
+
+def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool = False) -> Exported:
+    """Write a backbone in another format, read it back with the tool it is for, and compare the features.
+
+    Args:
+        backbone: as :func:`esvit_core.export.load_backbone` gives it, on the CPU, in eval mode.
+        format: one of :data:`FORMATS`.
+        out: file or folder, which appears whole and right, or not at all.
+        regions: an ONNX file or exported program gives the regions as a second output.
+
+    Raises:
+        UserError: no such format; ``out`` exists or cannot be written; the tool is not installed, knows no such
+            network, or gives other features than allowed.
+    """
+    chosen = _format(format)
+    _check_out(out, format, chosen)
+    description: dict[str, Any] = backbone.backbone_config  # type: ignore[assignment]
+    try:
+        with tempfile.TemporaryDirectory(prefix=".esvit-", dir=out.parent) as folder:
+            written = Path(folder) / out.name
+            try:
+                chosen.write(backbone, written, description, regions)
+            except RuntimeError as error:  # PyTorch's exporters, of what they do not follow
+                reason = str(error).rpartition("Exception summary")[2].strip() or type(error).__name__
+                raise UserError(f"format {format}: {description['arch']} cannot be written ({reason[:200]})") from error
+            size = description["img_size" if format == "timm" else "eval_crop"]
+            view, region = largest_differences(backbone, chosen.read(written), description, size)
+            done = Exported(out, _bytes(written), view, region, chosen.bound, size, chosen.reader)
+            if not all(value <= chosen.bound for value in (view, region or 0.0)):  # nor does NaN pass
+                raise UserError(f"format {format}: {done.describe()}; nothing was left in {out}")
+            written.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); name another place") from None
+    return done
+
+
+@torch.no_grad()
+def largest_differences(
+    backbone: nn.Module, read: Reader, description: dict[str, Any], size: int
+) -> tuple[float, float | None]:
+    """Largest absolute difference of a view and of a region feature, on random pictures of ``size`` pixels."""
+    ours = FeatureNetwork(backbone, regions=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(description[key]).view(3, 1, 1) for key in ("mean", "std"))
+    found: list[list[float]] = []
+    for count in _COUNTS:
+        pictures = (torch.rand(count, 3, size, size, generator=generator) - mean) / std
+        pairs = zip(ours(pictures), read(pictures), strict=False)
+        found.append([float((a - b).abs().max()) for a, b in pairs])
+    largest = [max(values) for values in zip(*found, strict=True)]
+    return largest[0], largest[1] if len(largest) > 1 else None
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise UserError(f"--format {name}: unknown; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _check_out(out: Path, name: str, chosen: Format) -> None:
+    if out.exists():
+        raise UserError(
+            f"--out {out}: is there already; remove it or name another {'file' if chosen.suffix else 'folder'}"
+        )
+    if chosen.suffix and out.suffix != chosen.suffix:
+        raise UserError(f"--out {out}: format {name} is a file; expected a name that ends in {chosen.suffix}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); name another place") from None
+
+
+def _bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())

@@ -1,0 +1,39 @@
+"""``torch.export``: the network as a graph of PyTorch's operators, which runs without this project's code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esvit_core.models.region_map import FeatureNetwork
+
+DESCRIPTION = "backbone.json"  # an extra file inside
+
+
+def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
+    """Write the backbone as an exported program.
+
+    Its input (B, 3, S, S) takes any number of normalised pictures of ``eval_crop`` pixels; it returns a tuple of the
+    view features (B, D) and, with ``regions``, the regions (B, H, W, D'). What prepares pictures is in the extra file
+    ``backbone.json``.
+    """
+    network = FeatureNetwork(backbone, regions).eval()
+    size = description["eval_crop"]
+    with torch.no_grad():
+        program = torch.export.export(
+            network,
+            (torch.zeros(2, 3, size, size),),
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+            strict=False,
+        )
+    torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(description, indent=1)})
+
+
+def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The program, as a function of pictures (B, 3, S, S)."""
+    return torch.export.load(path).module()

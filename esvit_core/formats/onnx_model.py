@@ -1,0 +1,121 @@
+"""ONNX: one file that onnxruntime and others run, for any number of pictures of one size.
+
+The exporter is PyTorch's own on top of ``torch.export`` (``dynamo=True``). It follows the network's code instead of
+recording one run of it, so that the number of pictures stays free; the older recording exporter fixes it wherever
+Python sees it, and PyTorch no longer develops it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from esvit_core.errors import UserError
+from esvit_core.models.region_map import FeatureNetwork
+
+# The exporter writes this one itself; others would be made from it by a converter.
+OPSET = 18
+PIXELS, OUTPUTS = "pixels", ("view_features", "region_features")
+_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
+    """Write the backbone as ONNX.
+
+    The input ``pixels`` (batch, 3, S, S) takes normalised pictures of ``eval_crop`` pixels; the outputs are
+    ``view_features`` (batch, D) and, with ``regions``, ``region_features`` (batch, H, W, D'). What prepares pictures
+    is in the file's ``metadata_props``.
+
+    Raises:
+        UserError: a library that it needs is not installed.
+    """
+    require_libraries()
+    network = FeatureNetwork(backbone, regions).eval()
+    size = description["eval_crop"]
+    outputs = list(OUTPUTS if regions else OUTPUTS[:1])
+    with torch.no_grad(), _plain_attention(), _quiet():
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, 3, size, size),),
+            dynamo=True,
+            dynamic_shapes={PIXELS: {0: torch.export.Dim("batch", min=1)}},
+            opset_version=OPSET,
+            input_names=[PIXELS],
+            output_names=outputs,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update({key: _text(value) for key, value in description.items()})
+    program.save(path)
+
+
+def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The file in onnxruntime, as a function of pictures (B, 3, S, S)."""
+    require_libraries()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pictures: tuple(map(torch.from_numpy, session.run(None, {PIXELS: pictures.numpy()})))
+
+
+def require_libraries() -> None:
+    """
+    Raises:
+        UserError: one of the libraries is not installed.
+    """
+    from importlib.util import find_spec
+
+    if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
+        raise UserError(f"format onnx: {', '.join(missing)} not installed; pip install 'esvit[export]'")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of versions and of its own progress, on several ways."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+class _plain_attention(TorchFunctionMode):  # noqa: N801 (used as a context)
+    """Attention as its formula: the exporter's own translation knows it with one axis of batch only."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = kwargs or {}
+        if func is F.scaled_dot_product_attention and not (values.get("is_causal") or values.get("enable_gqa")):
+            return _attention(*args, **values)
+        return func(*args, **values)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    **_: Any,  # dropout, which there is none of in eval mode
+) -> Tensor:
+    logits = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
+    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v

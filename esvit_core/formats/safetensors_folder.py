@@ -1,0 +1,22 @@
+"""The project's own format: a folder with ``model.safetensors`` and ``backbone.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from esvit_core.export import load_backbone, write_backbone
+from esvit_core.models.region_map import FeatureNetwork
+
+
+def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
+    """Write the folder; the network in it gives regions whether they are asked for or not."""
+    write_backbone(path, backbone, description)
+
+
+def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The folder's network, as a function of pictures (B, 3, S, S)."""
+    return FeatureNetwork(load_backbone(path), regions=True)
