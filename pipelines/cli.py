@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `compile`, `store`, `recipe`.
+"""The command line: `esvit run`, `status`, `logs`, `compile`, `store`, `recipe`.
 
 What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
 """
@@ -18,7 +18,8 @@ from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
 from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, resolve, store_in
 
 INTERRUPTED_EXIT_CODE = 130
-DEFAULT_PREFIX = "s3://esvit"
+DEFAULT_BUCKET = "esvit"
+DEFAULT_PREFIX = f"s3://{DEFAULT_BUCKET}"
 # The root of what typer says of a wrong command line; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -51,6 +52,12 @@ TransferOption = Annotated[
 BucketOption = Annotated[
     str | None, typer.Option("--bucket", help="Bucket in the object store; default: the recipe's, esvit.")
 ]
+RunArgument = Annotated[
+    str | None, typer.Argument(metavar="RUN", show_default=False, help="Name of a run, or the beginning of it.")
+]
+RunsBucketOption = Annotated[str, typer.Option("--bucket", help="Bucket in the object store.")]
+FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def _version(wanted: bool) -> None:
@@ -106,6 +113,44 @@ def run(
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def status(
+    run: RunArgument = None,
+    out: Out = DEFAULT_OUT,
+    bucket: RunsBucketOption = DEFAULT_BUCKET,
+    follow: FollowOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Say how a run is doing: progress, curves, last checkpoint, restarts, and why it failed.
+
+    While it is under way, from another terminal, and afterwards. Without RUN: the runs of the store, the newest first.
+    """
+    from esvit_pipelines import watch
+
+    place = watch.Place(out, bucket)
+    if run is None and not follow:
+        watch.show_runs(place, json)
+    else:
+        watch.show_status(place, run, follow, json)
+
+
+@app.command()
+def logs(
+    run: RunArgument = None,
+    out: Out = DEFAULT_OUT,
+    bucket: RunsBucketOption = DEFAULT_BUCKET,
+    follow: FollowOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Print what happened to a run, in order: its starts, stops and failures, and the figures of its log.
+
+    Without RUN: of the newest.
+    """
+    from esvit_pipelines import watch
+
+    watch.show_logs(watch.Place(out, bucket), run, follow, json)
 
 
 @app.command("compile")

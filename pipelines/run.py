@@ -7,19 +7,20 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from esvit_core.data.manifest import check_source
 from esvit_core.errors import UserError
+from esvit_core.monitoring.journal import note
 from esvit_core.monitoring.progress import format_duration
 from esvit_core.runs import CONFIG, Run, identify_run, run_uri
 from esvit_core.storage.errors import NotFound
 from esvit_core.storage.session import open_store
 from esvit_core.weights.source import with_source_pinned
-from esvit_pipelines.attempt import in_progress, run_attempt
-from esvit_pipelines.settings import DEFAULT_RECIPE, Settings, command, program, resolve, sources, store_in
+from esvit_pipelines.attempt import StepError, in_progress, run_attempt
+from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 
 
 def run(settings: Settings) -> None:
@@ -47,10 +48,10 @@ def run(settings: Settings) -> None:
         here.mkdir(exist_ok=True)
         current = Run(run_uri(config.bucket, name), store, config)
         (here / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        log = here / "run.log"
+        log = here / LOG
         start = time.monotonic()
         _say_what_starts(settings, current, name, log)
-        with in_progress(here) as lock:
+        with in_progress(here) as lock, _noted(current):
             run_attempt(settings.data, here / CONFIG, current.uri, log, lock)
         _keep(current, here)
         _say_what_came_out(current, here, time.monotonic() - start)
@@ -71,6 +72,19 @@ def _say_what_starts(settings: Settings, current: Run, name: str, log: Path) -> 
     print(f"log {log}", flush=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
+
+
+@contextmanager
+def _noted(current: Run) -> Iterator[None]:
+    """Leave in the run's journal why a step failed; the training's launcher does that itself, wherever it runs."""
+    try:
+        yield
+    except (UserError, StepError) as error:
+        part, _, reason = str(error).partition(": ")
+        if part.split()[0] != "pretrain":
+            with suppress(UserError):
+                note(current.store, current.uri, "failed", part=part.split()[0], reason=reason)
+        raise
 
 
 def _keep(current: Run, here: Path) -> None:

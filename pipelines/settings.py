@@ -14,6 +14,7 @@ from esvit_core.errors import UserError
 
 DEFAULT_RECIPE = "demo"
 DEFAULT_OUT = Path("esvit-runs")
+LOG = "run.log"  # below DIR/<run>
 
 
 @dataclass(frozen=True)

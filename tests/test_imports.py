@@ -63,6 +63,7 @@ LIGHT = [
     "esvit_pipelines.attempt",
     "esvit_pipelines.cli",
     "esvit_pipelines.run",
+    "esvit_pipelines.watch",
 ]
 
 

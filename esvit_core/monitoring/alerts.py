@@ -141,7 +141,7 @@ def _result(at: Durations) -> list[_Alert]:
                 f"max {BY_RUN} ({expression})",
                 at.collapse,
                 "critical",
-                "{{ $labels.run }}: the teacher collapses ({{ $labels.sign }})",
+                f"{{{{ $labels.run }}}}: the teacher collapses ({sign.replace('_', ' ')})",
                 (("sign", sign),),
             )
             for sign, expression in signs.items()

@@ -71,20 +71,24 @@ class LogWriter:
             self._uploads.shutdown(wait=True)
 
 
-def read_log(store: ObjectStore, run_uri: str) -> list[dict[str, Any]]:
+def read_log(store: ObjectStore, run_uri: str, known: dict[str, bytes] | None = None) -> list[dict[str, Any]]:
     """The lines of a run in the order of their steps, one a step, the newest attempt's where several wrote one.
 
     Args:
         store: where the run is.
         run_uri: ``s3://bucket/runs/<id>``.
+        known: pieces read before, by address; new ones are added. For who reads the log again and again.
 
     Returns:
         Lines with ``step``, ``epoch``, ``loss``, ``loss_view``, ``loss_region``, ``lr``, ... (the keys that the run
         has measured); empty when nothing has been logged.
     """
     attempts: dict[int, dict[int, dict[str, Any]]] = {}
+    known = {} if known is None else known
     for _, attempt, uri in sorted(_pieces(store, run_uri)):
-        for text in store.get_bytes(uri).decode().splitlines():
+        if uri not in known:
+            known[uri] = store.get_bytes(uri)
+        for text in known[uri].decode().splitlines():
             line = json.loads(text)
             attempts.setdefault(attempt, {})[int(line["step"])] = line
     merged: dict[int, dict[str, Any]] = {}
@@ -92,6 +96,16 @@ def read_log(store: ObjectStore, run_uri: str) -> list[dict[str, Any]]:
         first = min(lines)
         merged = {step: line for step, line in merged.items() if step < first} | lines
     return [merged[step] for step in sorted(merged)]
+
+
+def read_last_line(store: ObjectStore, run_uri: str) -> dict[str, Any] | None:
+    """The last line that the newest attempt has written, None when nothing has been logged: two requests."""
+    pieces = _pieces(store, run_uri)
+    if not pieces:
+        return None
+    _, _, uri = max(pieces, key=lambda piece: (piece[1], piece[0]))
+    last: dict[str, Any] = json.loads(store.get_bytes(uri).decode().splitlines()[-1])
+    return last
 
 
 def _pieces(store: ObjectStore, run_uri: str) -> list[tuple[int, int, str]]:

@@ -1,0 +1,166 @@
+"""What `esvit status` and `esvit logs` show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from esvit_core.monitoring.journal import Entry
+from esvit_core.monitoring.progress import format_duration, format_figure
+from esvit_core.reporting.curves import chart, sparkline
+from esvit_core.reporting.status import RunStatus
+
+CHART_WIDTH, CHART_HEIGHT = 72, 7
+SPARK_WIDTH = 40
+HISTORY = 8  # entries of the journal
+_TONES = {"training": "green", "measuring": "green", "finished": "green", "failed": "red", "silent": "yellow"}
+_SPARKS = {
+    "lr": "learning rate",
+    "images_per_second": "pictures/s",
+    "entropy_view": "entropy, nats",
+    "kl_view": "what a picture tells, nats",
+    "feature_std": "spread of the features",
+}
+
+
+def runs_table(runs: Sequence[RunStatus]) -> Table:
+    """A row a run."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("steps", "loss", "restarts", "started"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        table.add_row(
+            run.name,
+            Text(run.state, style=_TONES.get(run.state, "")),
+            _steps(run, "/"),
+            format_figure(run.line["loss"]) if "loss" in run.line else "-",
+            str(run.restarts) if run.restarts else "-",
+            _ago(run.begun),
+        )
+    return table
+
+
+def status_view(run: RunStatus, hints: Sequence[str] = ()) -> Group:
+    """All about one run.
+
+    Args:
+        run: read in full.
+        hints: where to look when it has failed, a line each.
+    """
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True, style="bold")
+    facts.add_column()
+    facts.add_row("run", run.name)
+    facts.add_row("state", _state(run))
+    if run.step is not None:
+        facts.add_row("progress", _progress(run))
+    if run.line:
+        facts.add_row("loss", _loss(run.line))
+    checkpoint = f"step {run.checkpoint.step:,}, {_ago(run.checkpoint.time)}" if run.checkpoint else "none yet"
+    facts.add_row("checkpoint", checkpoint)
+    facts.add_row("restarts", str(run.restarts))
+    parts: list[RenderableType] = [facts, *_curves(run.lines), *_history(run.journal)]
+    if run.failure:
+        parts += [Text(f"\nfailed: {run.failure.reason}", style="red"), *(Text(hint) for hint in hints)]
+    return Group(*parts)
+
+
+def log_line(line: dict[str, Any]) -> str:
+    """A line of the log for people."""
+    parts = [
+        _clock(line.get("time")),
+        f"step {line['step']:>6,}",
+        f"epoch {line.get('epoch', 0)}",
+        f"loss {_loss(line)}",
+    ]
+    if "lr" in line:
+        parts.append(f"lr {line['lr']:.2e}")
+    if "images_per_second" in line:
+        parts.append(f"{format_figure(round(line['images_per_second']))} pictures/s")
+    return "  ".join(parts)
+
+
+def journal_line(entry: Entry) -> str:
+    """An entry of the journal for people."""
+    parts = [_clock(entry.time), f"{entry.part} {entry.kind}"]
+    if entry.step is not None:
+        parts.append(f"{'from' if entry.kind == 'started' else 'after'} step {entry.step:,}")
+    if entry.facts and "processes" in entry.facts:
+        many = "process" if entry.facts["processes"] == 1 else "processes"
+        parts.append(f"{entry.facts['processes']} {many} on {entry.facts.get('device', '?')}")
+    parts.append(f"on {entry.host}")
+    return "  ".join(parts) + (f": {entry.reason}" if entry.reason else "")
+
+
+def _state(run: RunStatus) -> Text:
+    said = {
+        "silent": f", no sign of life for {format_duration(time.time() - run.seen)}: killed, or it hangs",
+        "stopped": f" {_ago(run.seen)}; the same command goes on",
+        "failed": f" {_ago(run.seen)}; the same command goes on from the last checkpoint",
+    }
+    return Text(run.state, style=_TONES.get(run.state, "")) + Text(said.get(run.state, ""))
+
+
+def _progress(run: RunStatus) -> str:
+    parts = [f"{_steps(run, ' of ')} steps"]
+    if run.steps:
+        parts.append(f"{100 * (run.step or 0) // run.steps} %")
+    if "epoch" in run.line:
+        parts.append(f"epoch {run.line['epoch']}")
+    if "images_per_second" in run.line and run.state == "training":
+        parts.append(f"{format_figure(round(run.line['images_per_second']))} pictures/s")
+        parts.append(f"waiting for data {100 * run.line.get('data_wait', 0):.0f} %")
+    if run.seconds_left is not None:
+        parts.append(f"{format_duration(run.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _steps(run: RunStatus, between: str) -> str:
+    if run.step is None:
+        return "-"
+    return f"{run.step:,}{between}{run.steps:,}" if run.steps else f"{run.step:,}"
+
+
+def _loss(line: dict[str, Any]) -> str:
+    if "loss" not in line:
+        return "-"
+    terms = [f"{name} {format_figure(line[key])}" for name in ("view", "region") if (key := f"loss_{name}") in line]
+    return format_figure(line["loss"]) + (f" ({', '.join(terms)})" if terms else "")
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    if len(lines) < 2:
+        return []
+    parts: list[RenderableType] = [Text(f"\nloss, steps {lines[0]['step']:,} to {lines[-1]['step']:,}", style="bold")]
+    losses = [float(line.get("loss", "nan")) for line in lines]
+    parts += [Text(row, no_wrap=True) for row in chart(losses, CHART_WIDTH, CHART_HEIGHT)]
+    sparks = Table.grid(padding=(0, 2))
+    for key, name in _SPARKS.items():
+        if values := [float(line[key]) for line in lines if key in line]:
+            sparks.add_row(name, sparkline(values, SPARK_WIDTH), f"{format_figure(values[-1])}")
+    return [*parts, Text(), sparks]
+
+
+def _history(journal: Sequence[Entry]) -> list[RenderableType]:
+    if not journal:
+        return []
+    left_out = len(journal) - HISTORY
+    lines = [f"({left_out} earlier; `esvit logs` has all)"] if left_out > 0 else []
+    lines += [journal_line(entry) for entry in journal[-HISTORY:]]
+    return [Text("\nhistory", style="bold"), *(Text(line) for line in lines)]
+
+
+def _clock(when: float | None) -> str:
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(when)) if when else " " * 14
+
+
+def _ago(when: float) -> str:
+    return f"{format_duration(time.time() - when)} ago" if when else "-"
