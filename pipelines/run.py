@@ -13,7 +13,7 @@ from typing import Any
 
 from esvit_core.data.manifest import check_source
 from esvit_core.errors import UserError
-from esvit_core.monitoring.journal import note
+from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.monitoring.progress import format_duration
 from esvit_core.runs import CONFIG, Run, identify_run, run_uri
 from esvit_core.storage.errors import NotFound
@@ -76,14 +76,15 @@ def _say_what_starts(settings: Settings, current: Run, name: str, log: Path) -> 
 
 @contextmanager
 def _noted(current: Run) -> Iterator[None]:
-    """Leave in the run's journal why a step failed; the training's launcher does that itself, wherever it runs."""
+    """Leave in the run's journal why a step failed, unless it has done so itself, as the training's launcher does."""
+    before = len(read_journal(current.store, current.uri))
     try:
         yield
     except (UserError, StepError) as error:
         part, _, reason = str(error).partition(": ")
-        if part.split()[0] != "pretrain":
-            with suppress(UserError):
-                note(current.store, current.uri, "failed", part=part.split()[0], reason=reason)
+        with suppress(UserError):  # the store may be what failed
+            if all(entry.kind != "failed" for entry in read_journal(current.store, current.uri)[before:]):
+                note(current.store, current.uri, "failed", part=part.removesuffix(" failed"), reason=reason)
         raise
 
 

@@ -133,14 +133,16 @@ def show_status(place: Place, name: str | None, follow: bool, as_json: bool) -> 
         if as_json:
             print(json.dumps(run.as_json(), indent=1))
             return
-        if not follow:
-            Console().print(status_view(run, place.hints(run)))
-            return
-        with Live(status_view(run, place.hints(run)), console=Console(), auto_refresh=False) as live:
-            while run.state in UNDER_WAY:
-                time.sleep(REFRESH_SECONDS)
-                run = place.look(store, found)
-                live.update(status_view(run, place.hints(run)), refresh=True)
+        if follow:
+            with Live(status_view(run), console=Console(), auto_refresh=False) as live:
+                while run.state in UNDER_WAY:
+                    time.sleep(REFRESH_SECONDS)
+                    run = place.look(store, found)
+                    live.update(status_view(run), refresh=True)
+        else:
+            Console().print(status_view(run))
+        for hint in place.hints(run):
+            print(hint)  # not through rich, which would break a path that is to be pasted
 
 
 def show_logs(place: Place, name: str | None, follow: bool, as_json: bool) -> None:

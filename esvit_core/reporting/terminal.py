@@ -48,13 +48,8 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
     return table
 
 
-def status_view(run: RunStatus, hints: Sequence[str] = ()) -> Group:
-    """All about one run.
-
-    Args:
-        run: read in full.
-        hints: where to look when it has failed, a line each.
-    """
+def status_view(run: RunStatus) -> Group:
+    """All about one run that was read in full."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True, style="bold")
     facts.add_column()
@@ -69,7 +64,7 @@ def status_view(run: RunStatus, hints: Sequence[str] = ()) -> Group:
     facts.add_row("restarts", str(run.restarts))
     parts: list[RenderableType] = [facts, *_curves(run.lines), *_history(run.journal)]
     if run.failure:
-        parts += [Text(f"\nfailed: {run.failure.reason}", style="red"), *(Text(hint) for hint in hints)]
+        parts.append(Text(f"\n{run.failure.part} failed: {run.failure.reason}", style="red"))
     return Group(*parts)
 
 
@@ -104,7 +99,7 @@ def _state(run: RunStatus) -> Text:
     said = {
         "silent": f", no sign of life for {format_duration(time.time() - run.seen)}: killed, or it hangs",
         "stopped": f" {_ago(run.seen)}; the same command goes on",
-        "failed": f" {_ago(run.seen)}; the same command goes on from the last checkpoint",
+        "failed": f" {_ago(run.seen)}; the same command goes on",
     }
     return Text(run.state, style=_TONES.get(run.state, "")) + Text(said.get(run.state, ""))
 

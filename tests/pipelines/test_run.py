@@ -69,6 +69,7 @@ def test_the_store_holds_what_the_layout_says_and_nothing_else(finished_run: Any
     places = {key.removeprefix(f"runs/{finished_run.name}/").partition("/")[0] for key in keys}
     assert places <= {
         "config.yaml",
+        "journal",
         "data",
         "transfer",
         "training",
