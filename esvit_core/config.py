@@ -270,6 +270,48 @@ class TrainingConfig(_Section):
     )
 
 
+class DiagnosticsConfig(_Section):
+    """How often student and teacher are looked at, and which figures are too low; what they are: monitoring/diagnostics.py.
+
+    A figure below its ``_warn`` for ``warn_after`` steps is told; one below its ``_stop`` for
+    ``training.collapse_patience`` steps ends the run; null: never. Those without a bound of their own depend on the size
+    of the batch.
+    """
+
+    steps: int | None = Field(
+        None, gt=0, description="Steps between measurements, a multiple of training.log_steps; null: every log line."
+    )
+    warn_after: int = Field(50, ge=0, description="Steps that a figure may be too low before the run warns.")
+    entropy_warn: float | None = Field(
+        1.1, ge=0, description="Entropy of the teacher's mean distribution, nats; 1.1: three prototypes in use."
+    )
+    entropy_stop: float | None = Field(0.69, ge=0, description="Of the same; 0.69: two prototypes in use.")
+    kl_warn: float | None = Field(
+        0.03, ge=0, description="Divergence of the teacher's distributions from their mean, nats; 0: all are the same."
+    )
+    kl_stop: float | None = Field(0.01, ge=0)
+    prototypes_warn: float | None = Field(None, ge=0, description="First choices of the teacher in a batch.")
+    prototypes_stop: float | None = Field(None, ge=0)
+    feature_std_warn: float | None = Field(0.03, ge=0, description="Spread of the teacher's view features, 0 to 1.")
+    feature_std_stop: float | None = Field(0.01, ge=0)
+    feature_rank_warn: float | None = Field(None, ge=0, description="Effective rank of the teacher's view features.")
+    feature_rank_stop: float | None = Field(None, ge=0)
+    mutual_matches_warn: float | None = Field(
+        None, ge=0, le=1, description="Share of mutual matches; one in the regions of a crop when all are alike."
+    )
+    mutual_matches_stop: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _warns_before_it_stops(self) -> Self:
+        for name in type(self).model_fields:
+            warn, stop = getattr(self, name), getattr(self, name.replace("_warn", "_stop"), None)
+            if name.endswith("_warn") and None not in (warn, stop) and warn < stop:
+                raise ValueError(
+                    f"{name} {warn:g}: expected at least {name.replace('_warn', '_stop')}, which is {stop:g}"
+                )
+        return self
+
+
 class TransferSet(_Section):
     """A labelled set for the transfer protocol."""
 
@@ -338,6 +380,7 @@ class Config(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -348,6 +391,15 @@ class Config(_Section):
             raise ValueError(
                 "mixup.use goes with the view task only, regions of mixed pictures have no match; "
                 "set objective.region to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _diagnostics_have_a_line(self) -> Self:
+        steps, log_steps = self.diagnostics.steps, self.training.log_steps
+        if steps is not None and steps % log_steps:
+            raise ValueError(
+                f"diagnostics.steps {steps}: expected a multiple of training.log_steps, which is {log_steps}"
             )
         return self
 

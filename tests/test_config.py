@@ -131,3 +131,14 @@ def test_a_step_ends_with_one_line_and_exit_code_2(
     assert caught.value.code == USER_ERROR_EXIT_CODE
     assert capsys.readouterr().err == "error: prepare_data: data/: no pictures; expected jpg or png\n"
     assert record.read_text() == "prepare_data: data/: no pictures; expected jpg or png"
+
+
+def test_diagnostics_need_a_line_of_the_log_and_bounds_in_their_order() -> None:
+    config = Config.load("demo", ["diagnostics.steps=20", "diagnostics.entropy_stop=0.5", "diagnostics.kl_stop=null"])
+    assert (config.diagnostics.entropy_warn, config.diagnostics.kl_warn) == (1.1, 0.03)
+    with pytest.raises(UserError, match=r"diagnostics.steps 7: expected a multiple of training.log_steps, which is 5"):
+        Config.load("demo", ["diagnostics.steps=7"])
+    with pytest.raises(UserError, match=r"kl_warn 0.001: expected at least kl_stop, which is 0.01"):
+        Config.load("demo", ["diagnostics.kl_warn=0.001"])
+    with pytest.raises(UserError, match=r"unknown key 'diagnostics\.entropy_wran', did you mean"):
+        Config.load("demo", ["diagnostics.entropy_wran=1"])

@@ -31,7 +31,7 @@ ALLOWED = {
     "esvit_core.storage": FOUNDATION,
     "esvit_core.models": NETWORKS,
     "esvit_core.losses": NETWORKS,
-    "esvit_core.monitoring": STORAGE,
+    "esvit_core.monitoring": STORAGE | NETWORKS,
     "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
     "esvit_core.runs": STORAGE | {"esvit_core.data", "esvit_core.weights"},
     "esvit_core.export": STORAGE | {"esvit_core.models"},

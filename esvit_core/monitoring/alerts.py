@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from esvit_core.monitoring.collapse import CONSTANT_FEATURE_STD, ONE_PROTOTYPE_ENTROPY, UNIFORM_INFORMATION
+from esvit_core.config import DiagnosticsConfig
 
 RUNBOOK = "docs/monitoring.md"
 BY_RUN = "by (run, recipe)"
@@ -120,11 +120,12 @@ def _pace(at: Durations) -> list[_Alert]:
 
 def _result(at: Durations) -> list[_Alert]:
     recent, total = _text(at.recent), 'esvit_train_loss{term="total"}'
+    bounds = DiagnosticsConfig()  # a run that sets its own is alerted by the usual ones
     signs = {
-        "one_prototype": f'esvit_teacher_entropy_nats{{level="view"}} < {ONE_PROTOTYPE_ENTROPY:.4g}',
-        "uniform": f'esvit_teacher_kl_nats{{level="view"}} < {UNIFORM_INFORMATION:g} and on (run, recipe) '
-        f'esvit_teacher_entropy_nats{{level="view"}} >= {ONE_PROTOTYPE_ENTROPY:.4g}',
-        "constant_feature": f"esvit_teacher_feature_std < {CONSTANT_FEATURE_STD:g}",
+        "one_prototype": f'esvit_teacher_entropy_nats{{level="view"}} < {bounds.entropy_stop:g}',
+        "uniform": f'esvit_teacher_kl_nats{{level="view"}} < {bounds.kl_stop:g} and on (run, recipe) '
+        f'esvit_teacher_entropy_nats{{level="view"}} >= {bounds.entropy_stop:g}',
+        "constant_feature": f"esvit_teacher_feature_std < {bounds.feature_std_stop:g}",
     }
     return [
         _Alert(

@@ -1,150 +1,174 @@
-"""Diagnostics of the teacher, and the three ways in which it can collapse.
+"""The ways in which self-distillation collapses, and the decision that a run is on one of them.
 
-Self-distillation has trivial solutions (EsViT, section 3; DINO, section 5.3 studies them): the teacher gives every
-picture the same prototype, or every picture the uniform distribution, or the backbone every picture the same
-feature. Centring works against the first, sharpening against the second. All of them end the same way, the loss
-flat and the features worthless, hours before anybody looks: so the run watches for them and stops with the name.
+The objective has trivial solutions (EsViT, section 3; DINO, section 5.3 studies them): the backbone gives every
+picture the same feature, or the teacher every picture the same prototype, or every picture the uniform distribution.
+Centring works against the second, sharpening against the third. All of them end the same way, the loss flat and the
+features worthless, hours before anybody looks: so the run watches its diagnostics, warns, and stops with the name.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from esvit_core.config import DiagnosticsConfig
 
-REGION_ROWS = 512  # regions looked at per process: the mean of these tells enough, of all of them costs a step
-
-# Healthy runs keep far from these: Swin-T starts at 10 nats, 0.5 nats and 0.7; the demo recipe stays above 2.9, 1.0
-# and 0.8; without centring (centre_momentum 1) its entropy sinks to 0.7 within 250 steps.
-ONE_PROTOTYPE_ENTROPY = math.log(2)  # nats: the mean distribution uses fewer than two prototypes
-UNIFORM_INFORMATION = 1e-2  # nats that the distribution of a picture tells beyond the mean one
-CONSTANT_FEATURE_STD = 1e-2
+UNIFORM_SHARE = 0.95  # of log K: a mean distribution with more entropy uses all prototypes alike
 
 
 @dataclass(frozen=True)
-class Diagnostics:
-    """What the teacher's outputs look like over one global batch.
+class Sign:
+    """A figure that has been too low for too long.
 
     Attributes:
-        entropy_view: entropy of the mean view distribution, nats: log K when all prototypes are used alike, 0 when one is.
-        kl_view: mean divergence of a picture's distribution from the mean one, nats: what it tells of the picture.
-        entropy_region, kl_region: the same of the regions; None when the run has no region task.
-        feature_std: spread of the unit view features, 0 (all alike) to 1 (in all directions).
+        kind: what follows from it.
+        figure: its name in the log.
+        what: it means.
+        since, step: the first step at which it was too low, and the present one.
+        value, bound: of the figure.
+        advice: settings to change.
     """
 
-    entropy_view: float
-    kl_view: float
-    entropy_region: float | None
-    kl_region: float | None
-    feature_std: float
+    kind: Literal["warn", "stop"]
+    figure: str
+    what: str
+    since: int
+    step: int
+    value: float
+    bound: float
+    advice: str
 
-    def figures(self) -> dict[str, float]:
-        """By name, without those not measured."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-class TeacherStatistics:
-    """Sums over one process's outputs, in one vector so that one all-reduce joins the processes.
-
-    Args:
-        view_logits: the teacher's (2B, K).
-        view_features: the teacher's (2B, D).
-        region_logits: the teacher's (2B*N, K), None without the region task.
-        view_centre, region_centre: (1, K), as the loss subtracts them.
-        temperature: of the teacher.
-    """
-
-    def __init__(
-        self,
-        view_logits: Tensor,
-        view_features: Tensor,
-        region_logits: Tensor | None,
-        view_centre: Tensor,
-        region_centre: Tensor | None,
-        temperature: float,
-    ) -> None:
-        self._K = view_logits.shape[-1]
-        self._has_regions = region_logits is not None and region_centre is not None
-        parts = [*_distribution(view_logits, view_centre, temperature)]
-        if region_logits is not None and region_centre is not None:
-            stride = max(1, region_logits.shape[0] // REGION_ROWS)
-            parts += _distribution(region_logits[::stride], region_centre, temperature)
-        parts.append(F.normalize(view_features.float(), dim=-1).mean(0))  # (D,)
-        self.vector = torch.cat(parts)  # of means: the mean of the processes' vectors is that of the global batch
-
-    def diagnostics(self) -> Diagnostics:
-        """Of the vector as it is now, before or after it was averaged over the processes."""
-        vector, K = self.vector.double().cpu(), self._K
-        entropy_view, kl_view = _entropy_and_information(vector[:K], vector[K])
-        rest = vector[K + 1 :]
-        entropy_region = kl_region = None
-        if self._has_regions:
-            entropy_region, kl_region = _entropy_and_information(rest[:K], rest[K])
-            rest = rest[K + 1 :]
-        # Unit vectors: their variance over all dimensions is 1 - |mean|^2.
-        feature_std = math.sqrt(max(0.0, 1.0 - float(rest.square().sum())))
-        return Diagnostics(entropy_view, kl_view, entropy_region, kl_region, feature_std)
+    def __str__(self) -> str:
+        """Reason and advice in one line."""
+        return (
+            f"{self.what} from step {self.since} to {self.step} "
+            f"({self.figure} {self.value:.3g}, expected at least {self.bound:g}); {self.advice}"
+        )
 
 
-def _distribution(logits: Tensor, centre: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_p = F.log_softmax((logits.float() - centre) / temperature, dim=-1)  # (rows, K)
-    p = log_p.exp()
-    return p.mean(0), -(p * log_p).sum(-1).mean().reshape(1)  # (K,), (1,)
+@dataclass(frozen=True)
+class _Watched:
+    figure: str  # as Diagnostics calls it
+    bounds: str  # as DiagnosticsConfig calls them, without _warn and _stop
+    what: str
+    advice: str
+    causes: tuple[str, ...] = ()  # figures that explain this one when they are too low themselves
 
 
-def _entropy_and_information(mean: Tensor, mean_entropy: Tensor) -> tuple[float, float]:
-    entropy = float(-(mean * mean.clamp_min(1e-30).log()).sum())
-    return entropy, max(0.0, entropy - float(mean_entropy))
+def _of_task(task: str, thing: str) -> tuple[_Watched, ...]:
+    sharper = "lower objective.teacher_temp and objective.warmup_teacher_temp, or lower optimizer.lr"
+    flatter = "raise objective.teacher_temp and objective.warmup_teacher_temp, lower objective.centre_momentum or optimizer.lr"
+    constant, concentrated = "feature_std", f"entropy_{task}"
+    return (
+        _Watched(f"entropy_{task}", "entropy", f"one prototype for every {thing}", flatter, (constant,)),
+        _Watched(
+            f"kl_{task}",
+            "kl",
+            f"the same distribution for every {thing}",
+            sharper,
+            (constant, concentrated),
+        ),
+        _Watched(
+            f"prototypes_{task}",
+            "prototypes",
+            f"few prototypes are a {thing}'s first choice",
+            flatter,
+            (constant, concentrated, f"kl_{task}"),
+        ),
+    )
 
 
-_ONE_PROTOTYPE = "one prototype for every picture"
-_UNIFORM = "the uniform distribution for every picture"
-_CONSTANT = "the same feature for every picture"
-_ADVICE = {
-    _ONE_PROTOTYPE: "raise objective.teacher_temp and objective.warmup_teacher_temp, "
-    "lower objective.centre_momentum or optimizer.lr",
-    _UNIFORM: "lower objective.teacher_temp and objective.warmup_teacher_temp, or lower optimizer.lr",
-    _CONSTANT: "lower optimizer.lr, or raise optimizer.teacher_momentum",
-}
-
-
-def _signs(diagnostics: Diagnostics) -> dict[str, bool]:
-    one_prototype = diagnostics.entropy_view < ONE_PROTOTYPE_ENTROPY
-    return {
-        _ONE_PROTOTYPE: one_prototype,
-        _UNIFORM: not one_prototype and diagnostics.kl_view < UNIFORM_INFORMATION,
-        _CONSTANT: diagnostics.feature_std < CONSTANT_FEATURE_STD,
-    }
+_WATCHED = (
+    _Watched(
+        "feature_std",
+        "feature_std",
+        "the same feature for every picture",
+        "lower optimizer.lr, or raise optimizer.teacher_momentum",
+    ),
+    *_of_task("view", "picture"),
+    *_of_task("region", "region"),
+    _Watched(
+        "feature_rank",
+        "feature_rank",
+        "features of few dimensions",
+        "lower optimizer.lr or optimizer.weight_decay_end",
+        ("feature_std",),
+    ),
+    _Watched(
+        "mutual_matches",
+        "mutual_matches",
+        "regions that are no region's best match",
+        "raise the smallest augment.global_crops.scale, or set objective.region=false",
+        ("feature_std",),
+    ),
+)
 
 
 class CollapseWatch:
-    """Tells a collapse from a bad moment: the same sign at every measurement over ``patience`` steps.
+    """Tells a collapse from a bad moment: only a figure that is too low at every measurement for a while counts.
 
     Args:
-        patience: steps (``training.collapse_patience``).
+        config: the bounds, and for how many steps a figure may be below them before the watch warns.
+        stop_after: the same before it stops the run (``training.collapse_patience``).
+        prototypes: K.
     """
 
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
+    def __init__(self, config: DiagnosticsConfig, stop_after: int, prototypes: int) -> None:
+        self._config = config
+        self._patience = {"warn": config.warn_after, "stop": stop_after}
+        self._uniform = UNIFORM_SHARE * math.log(prototypes)
+        # By kind and figure: the first step of the episode below the bound, and whether it has been told.
         self._since: dict[str, int] = {}
+        self._told: set[str] = set()
 
-    def observe(self, step: int, diagnostics: Diagnostics) -> str | None:
-        """Note the measurement at ``step``; the reason to stop and what to change, or None."""
-        for sign, seen in _signs(diagnostics).items():
-            if not seen:
-                self._since.pop(sign, None)
+    def observe(self, step: int, figures: Mapping[str, float]) -> list[Sign]:
+        """Note the diagnostics of ``step``, by their names in the log.
+
+        Returns:
+            The signs that are new, reasons to stop first: each once, until its figure has recovered and sinks again.
+            What another sign explains is left out.
+        """
+        return [*self._signs("stop", step, figures), *self._signs("warn", step, figures)]
+
+    def _signs(self, kind: Literal["warn", "stop"], step: int, figures: Mapping[str, float]) -> list[Sign]:
+        low = {w.figure: w for w in _WATCHED if self._is_low(w, kind, figures)}
+        for episode in {f"{kind} {w.figure}" for w in _WATCHED if w.figure not in low}:
+            self._since.pop(episode, None)
+            self._told.discard(episode)
+        signs = []
+        for figure, watched in low.items():
+            episode = f"{kind} {figure}"
+            since = self._since.setdefault(episode, step)
+            explained = any(cause in low for cause in watched.causes)
+            if explained or episode in self._told or step - since < self._patience[kind]:
                 continue
-            since = self._since.setdefault(sign, step)
-            if step - since >= self.patience:
-                measured = ", ".join(f"{name} {value:.3g}" for name, value in diagnostics.figures().items())
-                return f"the teacher has collapsed: {sign} from step {since} to {step} ({measured}); {_ADVICE[sign]}"
-        return None
+            self._told.add(episode)
+            what, advice = self._meaning(watched, figures)
+            bound = getattr(self._config, f"{watched.bounds}_{kind}")
+            signs.append(Sign(kind, figure, what, since, step, figures[figure], bound, advice))
+        return signs
 
-    def state_dict(self) -> dict[str, int]:
-        return dict(self._since)
+    def _is_low(self, watched: _Watched, kind: Literal["warn", "stop"], figures: Mapping[str, float]) -> bool:
+        bound: float | None = getattr(self._config, f"{watched.bounds}_{kind}")
+        return bound is not None and figures.get(watched.figure, math.inf) < bound
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._since = dict(state)
+    def _meaning(self, watched: _Watched, figures: Mapping[str, float]) -> tuple[str, str]:
+        """What the low figure means, and what to change; other figures tell it more exactly than it does alone."""
+        task = watched.figure.rpartition("_")[2]
+        if watched.bounds == "entropy" and figures.get(f"centre_norm_{task}") == 0:
+            return (
+                f"{watched.what}, without centring",
+                "lower objective.centre_momentum, which keeps the centre at zero",
+            )
+        if watched.bounds == "kl" and figures.get(f"entropy_{task}", 0.0) > self._uniform:
+            return watched.what.replace("same", "uniform"), watched.advice
+        return watched.what, watched.advice
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": dict(self._since), "told": sorted(self._told)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # A checkpoint of version 0.1.0 has the episodes of sentences: they begin anew.
+        self._since, self._told = dict(state.get("since", {})), set(state.get("told", ()))

@@ -56,6 +56,14 @@ class World:
             value.div_(self.size)
         return value
 
+    def rows_of_all(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, by rank; each process brings equally many."""
+        if self.size == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
     def from_first(self, value: Any) -> Any:
         """What rank 0 gives, on every rank; each tensor arrives on the CPU."""
         if self.size == 1:

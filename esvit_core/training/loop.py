@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor
 
 from esvit_core.data.loader import Batch
 from esvit_core.data.mixup import mix_crops
-from esvit_core.losses.objective import ObjectiveTerms
-from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.training.checkpoint import Checkpointer
 from esvit_core.training.distributed import StopVote
 from esvit_core.training.optimizer import clip_gradients_, freeze_last_layer_, set_hyperparameters_, update_teacher_
 from esvit_core.training.parts import Parts, seed_step
 from esvit_core.training.schedules import ScheduleValues
 from esvit_core.training.stop import StopRequest
-from esvit_core.training.watch import Watch
+from esvit_core.training.watch import StepOutputs, Watch
 
 
 def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: StopRequest) -> bool:
@@ -42,12 +39,13 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
     for batch in parts.batches():
         vote.begin(stop.requested)
         at = parts.schedules.at(position.step)
-        terms, teacher_out, grad_norm = training_step(parts, batch, at)
+        outputs = training_step(parts, batch, at)
         position.step += 1
         position.images += training.batch_size
         position.seconds = time.monotonic() - start
         parts.trace.step(position.step, batch.indices)
-        watch.step(at, terms, teacher_out, grad_norm, batch.wait_seconds)
+        watch.step(at, outputs, batch.wait_seconds)
+        del outputs  # before the next step makes its own: they are wide
         stopped = vote.stop()
         due = (
             position.step % training.checkpoint_steps == 0
@@ -67,13 +65,8 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
     return finished
 
 
-def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> tuple[ObjectiveTerms, NetworkOutput, Tensor]:
-    """One step of the algorithm, on this process's share of the global batch.
-
-    Returns:
-        The terms of the loss, so weighted that their mean over the processes is that over the global batch; what the
-        teacher said of the last micro-batch; and the norm of the gradient before clipping.
-    """
+def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> StepOutputs:
+    """One step of the algorithm, on this process's share of the global batch."""
     config, student, teacher = parts.config, parts.student, parts.teacher
     seed_step(config.seed, parts.position.step, parts.world.rank)
     micro_batches, sums = batch.split(parts.micro_batches), None
@@ -99,4 +92,4 @@ def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> tuple[Objec
     parts.optimizer.step()
     update_teacher_(student, teacher, at.teacher_momentum)
     assert sums is not None
-    return sums, teacher_out, grad_norm
+    return StepOutputs(sums, student_out, teacher_out, grad_norm)

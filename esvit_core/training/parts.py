@@ -143,7 +143,7 @@ def build_parts(run: Run, world: World) -> Parts:
         ),
         optimizer=build_optimizer(student, config),
         reducer=GradientReducer(student.parameters(), world),
-        collapse=CollapseWatch(config.training.collapse_patience),
+        collapse=CollapseWatch(config.diagnostics, config.training.collapse_patience, config.head.out_dim),
         position=Position(),
         trace=Trace(world),
     )

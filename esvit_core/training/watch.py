@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +12,28 @@ from torch import Tensor
 from esvit_core.errors import UserError
 from esvit_core.losses.objective import ObjectiveTerms
 from esvit_core.models.multicrop import NetworkOutput
-from esvit_core.monitoring.collapse import Diagnostics, TeacherStatistics
+from esvit_core.monitoring.collapse import Sign
+from esvit_core.monitoring.diagnostics import BatchStatistics
 from esvit_core.monitoring.log import LogWriter
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress import Progress, format_figure
 from esvit_core.training.parts import Parts
 from esvit_core.training.schedules import ScheduleValues
+
+
+class StepOutputs(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+        terms: of the loss, so weighted that their mean over the processes is that over the global batch.
+        student, teacher: what they said of the last micro-batch.
+        grad_norm: norm of the gradient before clipping.
+    """
+
+    terms: ObjectiveTerms
+    student: NetworkOutput
+    teacher: NetworkOutput
+    grad_norm: Tensor
 
 
 class Watch:
@@ -45,26 +62,20 @@ class Watch:
         self._wait_seconds = 0.0
         self._line_time = self._step_time = time.monotonic()
 
-    def step(
-        self,
-        at: ScheduleValues,
-        terms: ObjectiveTerms,
-        teacher_out: NetworkOutput,
-        grad_norm: Tensor,
-        wait_seconds: float,
-    ) -> None:
+    def step(self, at: ScheduleValues, outputs: StepOutputs, wait_seconds: float) -> None:
         """Take in one step.
 
         Raises:
             UserError: the loss is not finite, or the teacher has collapsed.
         """
+        terms, grad_norm = outputs.terms, outputs.grad_norm
         region = terms.region if terms.region is not None else torch.zeros_like(terms.view)
         self._sums += torch.stack((terms.total.detach(), terms.view, region, grad_norm.to(terms.view)))
         self._steps += 1
         self._wait_seconds += wait_seconds
         training, step = self._parts.config.training, self._parts.position.step
         if step % training.log_steps == 0 or step == self._parts.schedules.steps:
-            self._line(at, teacher_out)
+            self._line(at, outputs)
         now = time.monotonic()
         if self._metrics:
             images = training.batch_size * self._parts.world.node_share
@@ -82,12 +93,12 @@ class Watch:
         if self._log:
             self._log.flush(wait=True)
 
-    def _line(self, at: ScheduleValues, teacher_out: NetworkOutput) -> None:
+    def _line(self, at: ScheduleValues, outputs: StepOutputs) -> None:
         parts, steps = self._parts, self._steps
         seconds = time.monotonic() - self._line_time
         wait = torch.full((1,), self._wait_seconds / max(seconds, 1e-9), device=self._sums.device)
         figures = parts.world.mean_(torch.cat((self._sums / steps, wait))).tolist()
-        diagnostics = self._diagnose(at, teacher_out)
+        diagnostics = self._diagnose(at, outputs) if self._diagnostics_due() else {}
         self.last_line = {
             "step": parts.position.step,
             "epoch": at.epoch,
@@ -101,33 +112,41 @@ class Watch:
             "grad_norm": figures[3],
             "images_per_second": steps * parts.config.training.batch_size / seconds,
             "data_wait": min(1.0, figures[4]),
-            **diagnostics.figures(),
+            **diagnostics,
             "time": time.time(),
         }
         if self._metrics:
             self._metrics.line(self.last_line)
         self._require_finite(figures[0], figures[3], steps)
+        signs = parts.collapse.observe(parts.position.step, diagnostics) if diagnostics else []
         if self._log:
-            self._log.write(self.last_line)
-        if reason := parts.collapse.observe(parts.position.step, diagnostics):
-            raise UserError(f"training: {reason}")
+            told = {kind: [str(sign) for sign in signs if sign.kind == kind] or None for kind in ("warn", "stop")}
+            self._log.write({**self.last_line, **told})
+        self._tell(signs)
         self._sums.zero_()
         self._steps, self._wait_seconds, self._line_time = 0, 0.0, time.monotonic()
 
-    @torch.no_grad()
-    def _diagnose(self, at: ScheduleValues, teacher_out: NetworkOutput) -> Diagnostics:
-        objective = self._parts.objective
-        assert teacher_out.view_features is not None
-        statistics = TeacherStatistics(
-            teacher_out.view_logits,
-            teacher_out.view_features,
-            teacher_out.region_logits,
-            objective.centre_view.value,
-            None if objective.centre_region is None else objective.centre_region.value,
-            at.teacher_temp,
+    def _diagnostics_due(self) -> bool:
+        steps, step = self._parts.config.diagnostics.steps, self._parts.position.step
+        return steps is None or step % steps == 0 or step == self._parts.schedules.steps
+
+    def _diagnose(self, at: ScheduleValues, outputs: StepOutputs) -> dict[str, float | int]:
+        parts, world = self._parts, self._parts.world
+        statistics = BatchStatistics(
+            outputs.student, outputs.teacher, parts.objective, at.teacher_temp, parts.config.mixup.use, world.size
         )
-        self._parts.world.mean_(statistics.vector)
-        return statistics.diagnostics()
+        world.mean_(statistics.sums)
+        statistics.features = world.rows_of_all(statistics.features)
+        return statistics.diagnostics().figures()
+
+    def _tell(self, signs: list[Sign]) -> None:
+        for sign in signs:
+            if sign.kind == "stop":
+                raise UserError(f"training: the teacher has collapsed: {sign}")
+            if self._progress:
+                print(f"train: warning: {sign}", flush=True)
+            if self._metrics:
+                self._metrics.warned(sign.figure)
 
     def _require_finite(self, loss: float, grad_norm: float, steps: int) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):

@@ -1,77 +1,188 @@
-"""The signs of a collapsed teacher, made on purpose."""
+"""Each collapse, forced upon a tiny network that is really trained, is seen and named; health is left alone."""
 
-import math
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from esvit_core.monitoring.collapse import CollapseWatch, Diagnostics, TeacherStatistics
+from esvit_core.config import Config, DiagnosticsConfig
+from esvit_core.losses.objective import Objective
+from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
+from esvit_core.monitoring.collapse import CollapseWatch, Sign
+from esvit_core.monitoring.diagnostics import BatchStatistics
+from esvit_core.training.optimizer import update_teacher_
 
-K = 32
-
-
-def diagnose(logits: torch.Tensor, features: torch.Tensor, regions: torch.Tensor | None = None) -> Diagnostics:
-    centre = torch.zeros(1, K)
-    return TeacherStatistics(logits, features, regions, centre, None if regions is None else centre, 0.05).diagnostics()
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def healthy() -> Diagnostics:
-    logits = torch.rand(64, K, generator=generator())
-    features = torch.randn(64, 16, generator=generator())
-    return diagnose(logits, features, logits.repeat(9, 1))
-
-
-def collapsed(kind: str) -> Diagnostics:
-    features = torch.randn(64, 16, generator=generator())
-    noise = 1e-4 * torch.randn(64, K, generator=generator())
-    if kind == "one prototype":
-        return diagnose(torch.eye(K)[:1].repeat(64, 1) + noise, features)
-    if kind == "uniform distribution":
-        return diagnose(noise, features)
-    return diagnose(torch.rand(64, K, generator=generator()), torch.ones(64, 16) + 1e-5 * features)
+K, B, STEPS, PATIENCE = 64, 32, 40, 20
+TINY: dict[str, Any] = {
+    "augment": {
+        "global_crops": {"size": 16, "number": 2, "scale": (0.4, 1.0)},
+        "local_crops": {"size": 8, "number": 0, "scale": (0.05, 0.4)},
+    },
+    "model": {
+        "arch": "swin",
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+        "window_size": 2,
+    },
+    "head": {"out_dim": K, "hidden_dim": 32, "bottleneck_dim": 16},
+}
+Figures = dict[str, float]
 
 
-def test_figures_of_outputs_with_known_ones() -> None:
-    logits = torch.eye(K).repeat(2, 1)  # each prototype gets two pictures of its own
-    found = diagnose(logits, torch.eye(4).repeat(16, 1))
-    assert found.entropy_view == pytest.approx(math.log(K), abs=1e-4)
-    assert found.kl_view == pytest.approx(math.log(K), abs=1e-2)
-    assert found.entropy_region is None and "entropy_region" not in found.figures()
-    assert found.feature_std == pytest.approx(math.sqrt(1 - 1 / 4))
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # faster for so small a network
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_the_mean_of_the_processes_is_that_of_the_whole_batch() -> None:
-    logits, features = torch.rand(64, K, generator=generator()), torch.randn(64, 16, generator=generator())
-    whole = diagnose(logits, features)
-    centre = torch.zeros(1, K)
-    halves = [TeacherStatistics(logits[h], features[h], None, centre, None, 0.05) for h in (slice(32), slice(32, 64))]
-    halves[0].vector = (halves[0].vector + halves[1].vector) / 2
-    assert halves[0].diagnostics().figures() == pytest.approx(whole.figures(), rel=1e-5)
+def trained(
+    lr: float, spoil: Callable[[MultiCropNetwork], None] | None = None, **objective: float
+) -> Iterator[tuple[int, Figures]]:
+    """The diagnostics of each step of a training on coloured noise."""
+    config = Config.from_mapping({**TINY, "objective": objective})
+    student, teacher = build_student_teacher(config)
+    if spoil:
+        spoil(student)
+        spoil(teacher)
+    loss, optimizer = Objective(config.objective, K), torch.optim.AdamW(student.parameters(), lr)
+    draw, temp = torch.Generator().manual_seed(0), config.objective.teacher_temp
+    for step in range(1, STEPS + 1):
+        pictures = F.interpolate(torch.randn(B, 3, 4, 4, generator=draw), 16, mode="bicubic")
+        crops = [pictures + 0.3 * torch.randn(B, 3, 16, 16, generator=draw) for _ in range(2)]
+        with torch.no_grad():
+            teacher_out = teacher(crops)
+        student_out = student(crops)
+        optimizer.zero_grad()
+        loss(student_out, teacher_out, temp).total.backward()
+        optimizer.step()
+        yield step, BatchStatistics(student_out, teacher_out, loss, temp).diagnostics().figures()
+        update_teacher_(student, teacher, 0.9)
 
 
-@pytest.mark.parametrize("kind", ["one prototype", "uniform distribution", "same feature"])
-def test_a_collapse_that_lasts_is_named_with_advice(kind: str) -> None:
-    watch = CollapseWatch(patience=30)
-    assert [watch.observe(step, collapsed(kind)) for step in (10, 20, 30)] == [None] * 3
-    reason = watch.observe(40, collapsed(kind))
-    assert reason is not None and kind in reason and "from step 10 to 40" in reason
-    assert "optimizer.lr" in reason
+def watch(**diagnostics: Any) -> CollapseWatch:
+    return CollapseWatch(DiagnosticsConfig(**{"warn_after": 10, **diagnostics}), PATIENCE, K)
+
+
+def first(kind: str, run: Iterator[tuple[int, Figures]]) -> Sign | None:
+    """The first sign of the kind that a watch sees in the run."""
+    looking = watch()
+    return next((sign for step, figures in run for sign in looking.observe(step, figures) if sign.kind == kind), None)
+
+
+def constant_output(network: MultiCropNetwork) -> None:
+    """Nothing of the picture passes the last norm, and its weights are not trained."""
+    norm = network.backbone.norm
+    torch.nn.init.zeros_(norm.weight).requires_grad_(False)
+    torch.nn.init.ones_(norm.bias)
+
+
+COLLAPSES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "constant output": (
+        {"lr": 1e-3, "spoil": constant_output, "teacher_temp": 0.04},
+        "the same feature for every picture",
+        "lower optimizer.lr, or raise optimizer.teacher_momentum",
+    ),
+    "uniform output": (
+        {"lr": 1e-3, "teacher_temp": 100.0},
+        "the uniform distribution for every picture",
+        "lower objective.teacher_temp",
+    ),
+    "no centring": (
+        {"lr": 3e-3, "teacher_temp": 0.02, "centre_momentum": 1.0},
+        "one prototype for every picture, without centring",
+        "lower objective.centre_momentum",
+    ),
+}
+
+
+@pytest.mark.parametrize("collapse", COLLAPSES)
+def test_a_forced_collapse_warns_then_stops_by_its_name_with_advice(collapse: str) -> None:
+    settings, name, advice = COLLAPSES[collapse]
+    figures = list(trained(**settings))
+    warning, stop = first("warn", iter(figures)), first("stop", iter(figures))
+    assert warning is not None and stop is not None and warning.step < stop.step
+    for sign in (warning, stop):
+        assert sign.what == name and advice in str(sign)
+        assert f"from step {sign.since} to {sign.step} ({sign.figure} " in str(sign)
+    assert stop.step - stop.since == PATIENCE
+
+
+def test_a_healthy_training_is_left_alone() -> None:
+    assert first("warn", trained(lr=1e-4, teacher_temp=0.04)) is None
+
+
+def test_the_demo_is_left_alone() -> None:
+    """Figures of a run of the demo recipe, every 20th step."""
+    lines = json.loads((Path(__file__).parent / "demo_log.json").read_text(encoding="utf-8"))
+    looking = CollapseWatch(DiagnosticsConfig(warn_after=0), stop_after=0, prototypes=256)  # no patience at all
+    assert len(lines) > 30 and all("student_kl_region" in line for line in lines)
+    assert [sign for line in lines for sign in looking.observe(line["step"], line)] == []
+
+
+HEALTHY = {"entropy_view": 3.0, "kl_view": 1.0, "feature_std": 0.8, "prototypes_view": 20, "centre_norm_view": 0.1}
 
 
 def test_a_moment_of_health_starts_the_patience_anew() -> None:
-    watch = CollapseWatch(patience=20)
-    for step, found in enumerate([collapsed("one prototype"), healthy(), collapsed("one prototype")]):
-        assert watch.observe(10 * step, found) is None
-    assert watch.observe(30, collapsed("one prototype")) is None
-    assert watch.observe(40, collapsed("one prototype")) is not None
+    looking, low = watch(), {**HEALTHY, "entropy_view": 0.1}
+    for step, figures in ((10, low), (20, HEALTHY), (30, low), (40, low)):
+        assert [s for s in looking.observe(step, figures) if s.kind == "stop"] == []
+    (stop,) = looking.observe(50, low)
+    assert (stop.kind, stop.since, stop.step) == ("stop", 30, 50)
 
 
-def test_patience_survives_a_restart() -> None:
-    before, after = CollapseWatch(patience=20), CollapseWatch(patience=20)
-    before.observe(10, collapsed("same feature"))
-    after.load_state_dict(before.state_dict())
-    assert after.observe(30, collapsed("same feature")) is not None
+def test_an_episode_is_told_once() -> None:
+    looking, low = watch(kl_warn=0.5), {**HEALTHY, "kl_view": 0.4}
+    told = [step for step in range(10, 100, 10) if looking.observe(step, low)]
+    assert told == [20]
+    assert looking.observe(100, HEALTHY) == []
+    told = [step for step in range(110, 200, 10) if looking.observe(step, low)]
+    assert told == [120]
+
+
+def test_what_a_cause_explains_is_not_told_beside_it() -> None:
+    looking = watch()
+    everything_low = {"entropy_view": 0.1, "kl_view": 0.0, "feature_std": 0.001}
+    signs = [sign for step in (0, 10, 20) for sign in looking.observe(step, everything_low)]
+    assert [(s.kind, s.figure) for s in signs] == [("warn", "feature_std"), ("stop", "feature_std")]
+    signs = [sign for step in (30, 40) for sign in looking.observe(step, {**everything_low, "feature_std": 0.5})]
+    assert [(s.kind, s.figure) for s in signs] == [("stop", "entropy_view"), ("warn", "entropy_view")]
+
+
+def test_a_bound_of_none_is_never_met_and_others_can_be_set() -> None:
+    looking = watch(entropy_warn=None, entropy_stop=None, feature_rank_warn=5.0)
+    figures = {**HEALTHY, "entropy_view": 0.1, "feature_rank": 4.0}
+    signs = [sign for step in (0, 10, 20, 30) for sign in looking.observe(step, figures)]
+    assert [str(sign) for sign in signs] == [
+        "features of few dimensions from step 0 to 10 (feature_rank 4, expected at least 5); "
+        "lower optimizer.lr or optimizer.weight_decay_end"
+    ]
+
+
+def test_the_same_distribution_is_not_called_uniform() -> None:
+    looking = watch()
+    signs = [sign for step in (0, 10) for sign in looking.observe(step, {**HEALTHY, "kl_view": 0.0})]
+    assert [sign.what for sign in signs] == ["the same distribution for every picture"]
+
+
+def test_episodes_survive_a_restart() -> None:
+    before, after, low = watch(), watch(), {**HEALTHY, "feature_std": 0.001}
+    told = [sign for step in (10, 20) for sign in before.observe(step, low)]
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    told += after.observe(30, low)
+    assert [(s.kind, s.since, s.step) for s in told] == [("warn", 10, 20), ("stop", 10, 30)]
+
+
+def test_a_checkpoint_of_before_the_warnings_can_be_read() -> None:
+    looking = watch()
+    looking.load_state_dict({"one prototype for every picture": 10})
+    assert looking.observe(40, {**HEALTHY, "entropy_view": 0.1}) == []

@@ -74,6 +74,7 @@ for step in range(3):
     votes.begin(stop=(step == 1 and world.rank == 2))
     result["stops"].append(votes.stop())
 result["mean"] = world.mean_(torch.tensor([float(world.rank)])).item()
+result["rows"] = world.rows_of_all(torch.tensor([[float(world.rank)], [10.0]])).tolist()
 result["word"] = world.from_first({"a": 1} if world.first else None)
 world.wait_for_all()
 world.leave()
@@ -154,4 +155,5 @@ def test_one_vote_stops_all_after_the_same_step(said: dict[str, Any]) -> None:
 
 def test_figures_are_averaged_and_words_passed_on(said: dict[str, Any]) -> None:
     assert said["mean"] == 1.0
+    assert said["rows"] == [[0.0], [10.0], [1.0], [10.0], [2.0], [10.0]]
     assert said["word"] == {"a": 1}

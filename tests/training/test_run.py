@@ -72,12 +72,13 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert {
         "images_per_second",
         "data_wait",
-        "entropy_view",
-        "entropy_region",
-        "kl_view",
         "feature_std",
+        "feature_rank",
+        "mutual_matches",
         "time",
     } <= set(lines[0])
+    figures = ("entropy", "kl", "student_kl", "prototypes", "centre_norm")
+    assert {f"{figure}_{task}" for figure in figures for task in ("view", "region")} <= set(lines[0])
     assert lines[-1]["loss"] == pytest.approx((lines[-1]["loss_view"] + lines[-1]["loss_region"]) / 2, rel=1e-4)
 
     untrained, trained = (run.store.get_json(f"{run.uri}/{which}/backbone.json") for which in ("untrained", "backbone"))
@@ -139,17 +140,36 @@ def test_checkpoints_come_by_the_clock_too(micro_run: Callable[..., Any]) -> Non
     assert {int(s.uri.removeprefix(root)[:8]) for s in run.store.list(root)} == set(range(1, 13))
 
 
-def test_a_collapsed_teacher_stops_the_run_by_name(micro_run: Callable[..., Any]) -> None:
+def test_a_collapsed_teacher_warns_once_then_stops_the_run_by_name(
+    micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = micro_run(
         "collapsing",
         objective={"teacher_temp": 1e4, "warmup_teacher_temp": 1e4},
-        training={"collapse_patience": 4},
+        training={"collapse_patience": 6},
+        diagnostics={"warn_after": 2},
     )
     with pytest.raises(UserError) as raised:
         train(run)
-    assert "the teacher has collapsed: the uniform distribution for every picture from step 2 to 6" in str(raised.value)
+    assert "the teacher has collapsed: the uniform distribution for every picture from step 2 to 8" in str(raised.value)
     assert "lower objective.teacher_temp" in str(raised.value)
-    assert [line["step"] for line in read_log(run.store, run.uri)] == [2, 4, 6]  # the curve that shows it
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train: warning: ")]
+    assert [line.partition(" from ")[0] for line in warnings] == [
+        "train: warning: the uniform distribution for every picture",
+        "train: warning: the uniform distribution for every region",
+    ]
+    lines = {line["step"]: line for line in read_log(run.store, run.uri)}  # the curve that shows it
+    assert [step for step, line in lines.items() if "warn" in line] == [4]
+    assert [f"train: warning: {text}" for text in lines[4]["warn"]] == warnings
+    assert [step for step, line in lines.items() if "stop" in line] == [8]
+
+
+def test_looking_at_the_networks_changes_nothing_that_is_learned(micro_run: Callable[..., Any]) -> None:
+    often, seldom = micro_run("often"), micro_run("seldom", diagnostics={"steps": 1000})
+    assert train(often) == train(seldom) == 0
+    measured = [[line["step"] for line in read_log(run.store, run.uri) if "kl_view" in line] for run in (often, seldom)]
+    assert measured == [[2, 4, 6, 8, 10, 12], [12]]  # and the last step always
+    assert often.weights() == seldom.weights()
 
 
 def test_a_poisoned_state_never_becomes_a_checkpoint(micro_run: Callable[..., Any]) -> None:

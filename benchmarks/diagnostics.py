@@ -1,0 +1,109 @@
+"""What the diagnostics cost: their time as a share of the training's, at the default interval.
+
+    python benchmarks/diagnostics.py [--rounds 5] [--cases demo,swin_tiny_w7]
+
+A round is one training step and one measurement of its outputs, in turn, in this process. The share is the median
+measurement over the median step times the steps between two measurements. Pictures are noise: loading is left out,
+which only makes the share larger. On a processor one thread's time counts, so that other work does not. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+
+from esvit_core.config import Config
+from esvit_core.data.loader import Batch
+from esvit_core.losses.objective import Objective
+from esvit_core.models.multicrop import build_student_teacher
+from esvit_core.monitoring.diagnostics import BatchStatistics
+from esvit_core.training.distributed import GradientReducer, join_world
+from esvit_core.training.loop import training_step
+from esvit_core.training.optimizer import build_optimizer
+from esvit_core.training.parts import Position, make_deterministic
+from esvit_core.training.precision import choose_precision
+from esvit_core.training.schedules import ScheduleValues
+
+# Swin-T with all prototypes, and few pictures and crops: the smaller the step, the dearer the diagnostics.
+CASES = {
+    "demo": ("demo", []),
+    "swin_tiny_w7": (
+        "imagenet_swin_tiny_w7",
+        ["training.batch_size=4", "augment.local_crops={size: 96, number: 2, scale: [0.05, 0.4]}"],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", default=",".join(CASES))
+    arguments = parser.parse_args()
+    make_deterministic()
+    torch.set_num_threads(1)
+    shares = {}
+    for name in arguments.cases.split(","):
+        recipe, overrides = CASES[name]
+        config = Config.load(recipe, overrides)
+        step, measurement = measure(config, arguments.rounds)
+        interval = config.diagnostics.steps or config.training.log_steps
+        shares[name] = round(100 * measurement / (interval * step), 3)
+        print(
+            f"{name}: a step {step:.3f} s, diagnostics {measurement:.4f} s every {interval} steps: {shares[name]} %",
+            flush=True,
+        )
+    print(json.dumps({"percent_of_training": shares}))
+
+
+def measure(config: Config, rounds: int) -> tuple[float, float]:
+    """Median seconds of a step and of the diagnostics."""
+    parts = untrained(config)
+    at = ScheduleValues(1e-4, 0.04, config.optimizer.teacher_momentum, config.objective.teacher_temp, epoch=1)
+    generator = torch.Generator().manual_seed(0)
+    crops = [
+        torch.randn(config.training.batch_size, 3, kind.size, kind.size, generator=generator)
+        for kind in (config.augment.global_crops, config.augment.local_crops)
+        for _ in range(kind.number)
+    ]
+    batch = Batch(crops, torch.arange(config.training.batch_size), 0.0)
+    clock = time.process_time if parts.world.device.type == "cpu" else time.perf_counter
+    times: dict[str, list[float]] = {"step": [], "diagnostics": []}
+    for _ in range(rounds + 1):
+        start = clock()
+        outputs = training_step(parts, batch, at)
+        float(outputs.terms.view)  # waits for the device, if it is another one
+        between = clock()
+        BatchStatistics(outputs.student, outputs.teacher, parts.objective, at.teacher_temp).diagnostics()
+        times["diagnostics"].append(clock() - between)
+        times["step"].append(between - start)
+        del outputs
+    return tuple(statistics.median(seconds[1:]) for seconds in times.values())  # the first round allocates
+
+
+def untrained(config: Config) -> SimpleNamespace:
+    """Those of the parts of a run that a step needs."""
+    world = join_world()
+    student, teacher = (network.to(world.device) for network in build_student_teacher(config))
+    return SimpleNamespace(
+        config=config,
+        world=world,
+        precision=choose_precision(config.training.precision, world.device),
+        student=student,
+        teacher=teacher,
+        objective=Objective(config.objective, config.head.out_dim).to(world.device),
+        optimizer=build_optimizer(student, config),
+        reducer=GradientReducer(student.parameters(), world),
+        position=Position(),
+        micro_batches=1,
+        weight=lambda pictures: 1.0,
+    )
+
+
+if __name__ == "__main__":
+    main()

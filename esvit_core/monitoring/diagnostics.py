@@ -1,0 +1,268 @@
+"""Diagnostics of student and teacher over one global batch, by the names that they have in the log.
+
+Each process measures its own outputs (:class:`BatchStatistics`) as sums, so that the sum of the processes is that of the
+global batch; only the effective rank needs rows of all processes side by side.
+
+Measuring draws no random numbers and changes nothing that the training uses. It is made for every few steps: wide
+softmaxes are taken of a sample of the rows, and a chunk of them at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esvit_core.losses.cross_entropy import rows_per_chunk
+from esvit_core.losses.objective import Objective
+from esvit_core.losses.region import match_crops
+from esvit_core.models.multicrop import NetworkOutput
+
+SAMPLED_ROWS = 512  # of one process's views or regions: the mean of these tells enough, of all of them costs a step
+RANKED_ROWS = 512  # over all processes; their singular values take time with the cube of it
+
+
+@dataclass(frozen=True)
+class TaskDiagnostics:
+    """Of the view task, whose rows are views, or of the region task, whose rows are regions.
+
+    Attributes:
+        entropy: of the teacher's mean distribution, nats. log K when all prototypes are used alike, 0 when one takes
+            everything.
+        kl: mean divergence of the teacher's distributions from their mean, nats: what it tells of a picture or of a
+            region. 0 when it says the same of all.
+        student_kl: mean KL(teacher || student) between the two global crops of a picture, at their temperatures, nats.
+            Regions are compared with their best match, as in the loss; the loss is this plus the target's entropy, so
+            this is what of it the student can still win. None with mixup, where targets are mixed.
+        prototypes: how many are the teacher's first choice somewhere in the batch, 1 to K. All of its views and
+            regions are looked at, so a larger batch shows more of them.
+        centre_norm: Euclidean norm of the centre, in units of the logits.
+    """
+
+    entropy: float
+    kl: float
+    student_kl: float | None
+    prototypes: int
+    centre_norm: float
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Of one global batch.
+
+    Attributes:
+        view, region: of the two tasks; a view-only run has no region task.
+        mutual_matches: share of the student's regions whose best match in the teacher's other global crop has them as
+            its best match in turn, 0 to 1.
+        feature_std: standard deviation of the teacher's unit view features, over all dimensions together: 0 when
+            they are all alike, 1 when they point in all directions.
+        feature_rank: effective rank of the teacher's view features, see :func:`effective_rank`.
+    """
+
+    view: TaskDiagnostics
+    region: TaskDiagnostics | None
+    mutual_matches: float | None
+    feature_std: float
+    feature_rank: float
+
+    def figures(self) -> dict[str, float | int]:
+        """By their names in the log, such as ``entropy_view``, without those not measured."""
+        named: dict[str, float | int | None] = {}
+        for task, of_task in (("view", self.view), ("region", self.region)):
+            if of_task is not None:
+                named |= {f"{name}_{task}": value for name, value in asdict(of_task).items()}
+        named |= {
+            "mutual_matches": self.mutual_matches,
+            "feature_std": self.feature_std,
+            "feature_rank": self.feature_rank,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+class BatchStatistics:
+    """What one process measures of its share of the batch; of its last micro-batch, where it works off several.
+
+    Args:
+        student, teacher: outputs of the step for V and 2 crops of B pictures, the global crops first.
+        objective: its centres have taken in the teacher's logits of the step.
+        teacher_temp: tau_t of the step.
+        mixed: whether the student's pictures are mixed, which leaves out its divergence.
+        processes: that train.
+
+    Attributes:
+        sums: means over this share, and 1, all times B, to be added up (or averaged) over the processes.
+        features: view features, (rows, D), to be joined; equally many of each process, filled up with zeros.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        student: NetworkOutput,
+        teacher: NetworkOutput,
+        objective: Objective,
+        teacher_temp: float,
+        mixed: bool = False,
+        processes: int = 1,
+    ) -> None:
+        assert teacher.view_features is not None
+        temps = objective.student_temp, teacher_temp
+        B = len(teacher.view_logits) // 2
+        other_crop = torch.arange(2 * B, device=teacher.view_logits.device).roll(B)
+        centre = objective.centre_view.value
+        parts = [centre.new_ones(1), F.normalize(teacher.view_features.float(), dim=-1).mean(0)]  # (1,), (D,)
+        parts += _task(student.view_logits, teacher.view_logits, other_crop, 1, centre, *temps)
+        if objective.centre_region is not None:
+            assert student.region_logits is not None and teacher.region_logits is not None
+            match, mutual = _matches(student, teacher)
+            T, centre = teacher.regions_per_crop[0], objective.centre_region.value
+            parts += _task(student.region_logits, teacher.region_logits, match, T, centre, *temps)
+            parts.append(mutual.float().mean().reshape(1))
+        self._sizes, self._mixed = [len(part) for part in parts], mixed
+        self.sums = B * torch.cat(parts)
+        rows = max(1, RANKED_ROWS // processes)
+        features = teacher.view_features[:rows].float()
+        self.features = F.pad(features, (0, 0, 0, rows - len(features)))  # zeros have no part in the effective rank
+
+    def diagnostics(self) -> Diagnostics:
+        """Of ``sums`` and ``features`` as they are now, before or after the processes have joined theirs."""
+        weight, unit_feature, *parts = self.sums.double().cpu().split(self._sizes)
+        parts = [part / weight for part in parts]
+        has_regions = len(parts) > _TASK_PARTS
+        variance = 1.0 - float((unit_feature / weight).square().sum())  # of unit vectors, in all: 1 - |mean|^2
+        return Diagnostics(
+            view=_task_diagnostics(*parts[:_TASK_PARTS], mixed=self._mixed),
+            region=_task_diagnostics(*parts[_TASK_PARTS:-1], mixed=self._mixed) if has_regions else None,
+            mutual_matches=float(parts[-1]) if has_regions else None,
+            feature_std=math.sqrt(max(0.0, variance)),
+            feature_rank=effective_rank(self.features[self.features.any(-1)]),
+        )
+
+
+def effective_rank(features: Tensor) -> float:
+    """RankMe (Garrido et al., 2023, equation 1): over how many directions the features are spread.
+
+    exp of the entropy of the singular values, scaled to the sum one, of the features as they are, not centred. It is
+    taken from the eigenvalues of the Gram matrix of the smaller side, in float64 on the processor. Like the rank it
+    cannot exceed the number of rows: figures compare between batches of one size.
+
+    Args:
+        features: (N, D).
+
+    Returns:
+        1 (one direction) to min(N, D); 0 if all features are 0; NaN if one is not finite.
+    """
+    z = features.cpu().double()
+    if not z.isfinite().all():
+        return math.nan
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    total = singular.sum()
+    return float(torch.special.entr(singular / total).sum().exp()) if total > 0 else 0.0
+
+
+def _task(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    match: Tensor,
+    regions: int,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, ...]:
+    """What is averaged over the processes for one task.
+
+    Args:
+        match: for each student row of the global crops the teacher's row, (2 * B * regions,).
+
+    Returns:
+        Mean distribution, (K,), mean entropy and mean divergence, (1,), first choices, (K,), norm of the centre, (1,).
+    """
+    rows = _sampled(len(match), regions, match.device)
+    mean, entropy = _distribution(teacher_logits, rows, centre, teacher_temp)
+    divergence = _divergence(student_logits, teacher_logits, rows, match[rows], centre, student_temp, teacher_temp)
+    return mean, entropy, divergence, _first_choices(teacher_logits, centre), centre.norm().reshape(1)
+
+
+_TASK_PARTS = 5
+
+
+def _task_diagnostics(
+    distribution: Tensor, entropy: Tensor, divergence: Tensor, chosen: Tensor, centre_norm: Tensor, *, mixed: bool
+) -> TaskDiagnostics:
+    of_mean = float(torch.special.entr(distribution).sum())
+    return TaskDiagnostics(
+        entropy=of_mean,
+        kl=max(0.0, of_mean - float(entropy)),
+        student_kl=None if mixed else float(divergence),
+        prototypes=int(chosen.count_nonzero()),
+        centre_norm=float(centre_norm),
+    )
+
+
+def _sampled(count: int, regions: int, device: torch.device) -> Tensor:
+    """At most :data:`SAMPLED_ROWS` of ``count`` rows, evenly."""
+    stride = max(1, math.ceil(count / SAMPLED_ROWS))
+    while math.gcd(stride, regions) > 1:  # else it would meet some places of the map only
+        stride += 1
+    return torch.arange(0, count, stride, device=device)
+
+
+def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Tensor]:
+    """Of the T regions of each global crop of the student: the teacher's row matched to it, and whether mutually.
+
+    Returns:
+        Both (2 * B * T,).
+    """
+    assert student.region_features is not None and teacher.region_features is not None
+    queries, keys = student.region_features[: len(teacher.region_features)], teacher.region_features
+    T = teacher.regions_per_crop[0]
+    there = torch.cat(match_crops(queries, keys, [T, T], T)).flatten()
+    back = torch.cat(match_crops(keys, queries, [T, T], T)).flatten()
+    return there, back[there] == torch.arange(len(there), device=there.device)
+
+
+def _distribution(logits: Tensor, rows: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """The mean of the rows' distributions, (K,), and the mean of their entropies, (1,)."""
+    mean, entropy = torch.zeros_like(centre[0]), centre.new_zeros(1)
+    for chunk in rows.split(rows_per_chunk(logits)):
+        p, chunk_entropy = _sharpened(logits[chunk], centre, temp)
+        mean += p.sum(0)
+        entropy += chunk_entropy.sum()
+    return mean / len(rows), entropy / len(rows)
+
+
+def _divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    rows: Tensor,
+    match: Tensor,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """Mean KL(teacher || student) of student ``rows`` and the teacher's rows matched to them, (1,)."""
+    total, step = centre.new_zeros(1), rows_per_chunk(student_logits)
+    for chunk, matched in zip(rows.split(step), match.split(step), strict=True):
+        p, entropy = _sharpened(teacher_logits[matched], centre, teacher_temp)
+        student = student_logits[chunk].to(centre.dtype) * (1 / student_temp)  # (r, K)
+        total += (student.logsumexp(-1) - (p * student).sum(-1) - entropy).sum()
+    return total / len(rows)
+
+
+def _first_choices(logits: Tensor, centre: Tensor) -> Tensor:
+    """1 for each prototype that some row likes best, else 0, (K,)."""
+    chosen = torch.zeros_like(centre[0])
+    for chunk in logits.split(rows_per_chunk(logits)):
+        chosen[(chunk.to(centre.dtype) - centre).max(-1).indices] = 1.0
+    return chosen
+
+
+def _sharpened(logits: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """The teacher's distributions, (r, K), and their entropies, (r,)."""
+    z = (logits.to(centre.dtype) - centre).mul_(1 / temp)
+    p = z.softmax(-1)
+    log_sum = z.amax(-1) - p.amax(-1).log()  # of the largest logit: z = log_sum + log p
+    return p, log_sum - z.mul_(p).sum(-1)
