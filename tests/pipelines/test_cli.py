@@ -15,7 +15,9 @@ from esvit_core.recipe_files import preset_names
 from esvit_pipelines.recipes import recipe_list, recipe_text
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["logs"], ["compile"], ["store"], ["store", "ls"], ["recipe"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["status"], ["logs"], ["compile"], ["store"], ["store", "ls"], ["recipe"]]
+)
 def test_help_explains_itself(esvit: Any, command: list[str]) -> None:
     done = esvit(*command, "--help")
     assert done.returncode == 0 and "Usage: " in done.stdout
