@@ -53,6 +53,7 @@ class Chart:
         svg: on a narrow page.
         wide: on a wide one; None: the same.
         marked: whether resumes are marked in it.
+        group: what it is shown with.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Chart:
     svg: Markup
     wide: Markup | None = None
     marked: bool = False
+    group: str = ""
 
 
 def curve(

@@ -19,7 +19,7 @@ from esvit_core.reporting.facts import Facts, read_facts
 from esvit_core.reporting.images import figure_uri
 from esvit_core.reporting.samples import Sample, draw_samples
 from esvit_core.reporting.summary import label_of, percent, points, summarise, typeset
-from esvit_core.reporting.training import training_charts
+from esvit_core.reporting.training import in_groups, told_signs, training_charts
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
 REPORT = "report/report.html"
@@ -127,7 +127,8 @@ def render(
             crop_sizes=(crops.global_crops.size, max((kind.size for kind in crops.local_kinds), default=0)),
             bad=bad,
             training_rows=words.training_rows(training, log) if training else [],
-            charts=training_charts(log, facts.config, resumes),
+            signs=told_signs(log),
+            chart_groups=in_groups(training_charts(log, facts.config, resumes)),
             dashes=_LEGEND_DASHES,
             resumes=resumes,
             recipe_rows=words.recipe_rows(facts),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -16,8 +18,22 @@ def training_charts(log: list[dict[str, Any]], config: Config, resumes: list[int
         log: as :func:`esvit_core.monitoring.log.read_log` returns it.
         resumes: steps from which the training went on, marked in every chart.
     """
-    charts = [_loss(log, config, resumes), *_teacher(log, config, resumes), *_course(log, resumes)]
-    return [chart for chart in charts if chart is not None]
+    groups = {
+        "Objective": [_loss(log, config, resumes)],
+        "Student and teacher": _diagnostics(log, config, resumes),
+        "Schedules and speed": _course(log, resumes),
+    }
+    return [dataclasses.replace(c, group=group) for group, charts in groups.items() for c in charts if c is not None]
+
+
+def in_groups(charts: list[Chart]) -> list[tuple[str, list[Chart]]]:
+    """The charts by what they are shown with, in their order."""
+    return [(group, list(of_group)) for group, of_group in itertools.groupby(charts, key=lambda chart: chart.group)]
+
+
+def told_signs(log: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """What the diagnostics warned of and why they stopped the run: steps and texts."""
+    return [(line["step"], text) for line in log for kind in ("warn", "stop") for text in line.get(kind, ())]
 
 
 def _loss(log: list[dict[str, Any]], config: Config, resumes: list[int]) -> Chart | None:
@@ -33,35 +49,59 @@ def _loss(log: list[dict[str, Any]], config: Config, resumes: list[int]) -> Char
     return curve("Loss", caption, lines, name="loss", resumes=resumes, wide=True)
 
 
-def _teacher(log: list[dict[str, Any]], config: Config, resumes: list[int]) -> list[Chart | None]:
-    uniform = math.log(config.head.out_dim)
+def _diagnostics(log: list[dict[str, Any]], config: Config, resumes: list[int]) -> list[Chart | None]:
+    """What the figures are: :mod:`esvit_core.monitoring.diagnostics`."""
+
+    def of_tasks(title: str, caption: str, key: str, **more: Any) -> Chart | None:
+        lines = [Line.of(task, log, f"{key}_{task}") for task in ("view", "region")]
+        return curve(title, caption, lines, name=key.replace("_", "-"), resumes=resumes, from_zero=True, **more)
+
+    def single(title: str, caption: str, key: str, factor: float = 1.0) -> Chart | None:
+        line = Line.of(title.lower(), log, key, factor)
+        return curve(title, caption, [line], name=key.replace("_", "-"), resumes=resumes, from_zero=True)
+
+    K = config.head.out_dim
     return [
-        curve(
-            "Prototypes in use",
-            f"Entropy of the teacher's mean distribution, nats: {uniform:.2f} when all {config.head.out_dim:,} prototypes "
-            "are used alike, 0 when one takes everything (a collapse).",
-            [Line.of("view", log, "entropy_view"), Line.of("region", log, "entropy_region")],
-            name="entropy",
-            resumes=resumes,
-            reference=(uniform, "all alike"),
-            from_zero=True,
+        of_tasks(
+            "Entropy of the mean distribution",
+            f"Of the teacher, nats: {math.log(K):.2f} when all {K:,} prototypes are used alike, 0 when one takes "
+            "everything (a collapse).",
+            "entropy",
+            reference=(math.log(K), "all alike"),
         ),
-        curve(
+        of_tasks(
             "What a picture tells",
-            "Divergence of a picture's distribution from the mean one, nats. 0 would mean that the teacher says the same "
-            "of every picture.",
-            [Line.of("view", log, "kl_view"), Line.of("region", log, "kl_region")],
-            name="kl",
-            resumes=resumes,
-            from_zero=True,
+            "Divergence of the teacher's distribution of a picture (of a region) from the mean one, nats. 0 would mean "
+            "that it says the same of all.",
+            "kl",
         ),
-        curve(
+        of_tasks(
+            "Student behind teacher",
+            "Divergence of the student's distribution from its target between the two global crops, nats: what of the "
+            "loss it can still win.",
+            "student_kl",
+        ),
+        of_tasks(
+            "Prototypes in use",
+            f"Of {K:,}, those that are the teacher's first choice somewhere in a batch. A larger batch shows more.",
+            "prototypes",
+        ),
+        of_tasks("Norm of the centre", "0 throughout would mean no centring.", "centre_norm"),
+        single(
             "Spread of the features",
             "Of the teacher's unit view features: 0 if all pictures look alike to it, 1 if they point in all directions.",
-            [Line.of("feature std", log, "feature_std")],
-            name="spread",
-            resumes=resumes,
-            from_zero=True,
+            "feature_std",
+        ),
+        single(
+            "Effective rank of the features",
+            "RankMe: over how many directions the teacher's view features are spread, at most as many as a batch has views.",
+            "feature_rank",
+        ),
+        single(
+            "Mutual matches",
+            "Share of the student's regions that are the best match of their own best match in the other crop, %.",
+            "mutual_matches",
+            factor=100,
         ),
     ]
 

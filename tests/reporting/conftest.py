@@ -81,7 +81,18 @@ def log_lines(steps: int, region: bool = True) -> list[dict]:
             "entropy_region": 6.0 - 2 * wave if region else None,
             "kl_view": 2.0 * done + 0.2 + wave,
             "kl_region": 1.2 * done + 0.1 - wave if region else None,
+            "student_kl_view": 1.5 * (1 - done) + 0.3 + wave,
+            "student_kl_region": 1.2 * (1 - done) + 0.4 - wave if region else None,
+            "prototypes_view": 20 + step // 20,
+            "prototypes_region": 90 + step // 10 if region else None,
+            "centre_norm_view": 0.5 + done,
+            "centre_norm_region": 0.4 + done if region else None,
+            "mutual_matches": 0.3 - 0.1 * done if region else None,
             "feature_std": 0.4 + 0.3 * done,
+            "feature_rank": 5 + 20 * done,
+            "warn": ["the same distribution for every <picture>; lower objective.teacher_temp"]
+            if step == 100
+            else None,
             "time": 1_700_000_000 + step,
         }
         lines.append({name: value for name, value in line.items() if value is not None})

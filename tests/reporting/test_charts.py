@@ -11,7 +11,7 @@ import pytest
 from esvit_core.config import Config
 from esvit_core.reporting.charts import Line, confusion, curve
 from esvit_core.reporting.classes import class_table
-from esvit_core.reporting.training import training_charts
+from esvit_core.reporting.training import in_groups, training_charts
 
 
 def lines_of(svg: str) -> list[ET.Element]:
@@ -41,9 +41,25 @@ def test_only_what_was_logged_is_drawn(log):
     view_only = Config.from_mapping({"objective": {"region": False}})
     charts = {chart.title: chart for chart in training_charts(log(100, region=False), view_only, resumes=[])}
     assert len(lines_of(charts["Loss"].svg)) == 1  # the total is the view loss
-    assert charts["Prototypes in use"].keys == []
+    assert charts["Prototypes in use"].keys == [] and "Mutual matches" not in charts
     assert training_charts([], view_only, resumes=[]) == []
     assert [c.title for c in training_charts([{"step": 1, "loss": 2.0}], view_only, resumes=[])] == ["Loss"]
+
+
+def test_charts_stand_in_groups_and_an_older_log_has_those_it_can(log, config):
+    def titles(lines):
+        return {group: [c.title for c in charts] for group, charts in in_groups(training_charts(lines, config, []))}
+
+    of_all = titles(log(100))
+    assert list(of_all) == ["Objective", "Student and teacher", "Schedules and speed"]
+    assert len(of_all["Student and teacher"]) == 8
+    then = ("step", "loss", "entropy_view", "entropy_region", "kl_view", "kl_region", "feature_std")
+    older = titles([{key: line[key] for key in then} for line in log(100)])
+    assert older["Student and teacher"] == [
+        "Entropy of the mean distribution",
+        "What a picture tells",
+        "Spread of the features",
+    ]
 
 
 def test_values_that_are_no_numbers_are_left_out():

@@ -294,6 +294,10 @@ def test_a_decision_that_was_taken_is_told_and_so_is_an_evaluation_of_another_ki
     assert page.row("robustness")[1:4] == ["12.5", "10.0", "+2.5"]
 
 
+def test_what_the_diagnostics_warned_of_is_told_with_its_step(page):
+    assert "Step 100: the same distribution for every <picture>; lower objective.teacher_temp." in said(page)
+
+
 def test_the_lineage_is_complete(finished_run, page):
     text = said(page)
     config: Config = finished_run.config
