@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from esvit_core.errors import UserError
 from esvit_core.storage.address import VARIABLES
 from esvit_pipelines import watch
+from esvit_pipelines.attempt import in_progress
 
 
 @pytest.fixture
@@ -43,6 +45,15 @@ def test_the_log_has_every_line_in_order(place: watch.Place, capsys: pytest.Capt
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 5
     watch.show_logs(place, None, follow=False, as_json=False)
     assert len(capsys.readouterr().out.splitlines()) == len(lines)
+
+
+def test_whether_the_command_is_at_work_is_seen_on_its_machine(tmp_path: Path) -> None:
+    place = watch.Place(tmp_path, "esvit")
+    assert place._alive("run-a") is None  # it was started elsewhere: only the store can tell
+    (tmp_path / "run-a").mkdir()
+    with in_progress(tmp_path / "run-a"):
+        assert place._alive("run-a") is True
+    assert place._alive("run-a") is False
 
 
 def test_a_run_that_does_not_exist_is_one_line_with_the_nearest_name(esvit: Any, finished_run: Any) -> None:
