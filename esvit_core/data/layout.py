@@ -70,7 +70,7 @@ def may_be_picture(name: str) -> bool:
     return suffix(name) in PICTURE_SUFFIXES or not suffix(name)
 
 
-def arrange(names: Sequence[str], source: str) -> Layout:
+def arrange(names: Sequence[str], source: str, to_train_on: bool = True) -> Layout:
     """Find the splits and classes of a source in its folders.
 
     The layouts are ``<class>/picture``, ``{train,val|valid|validation|test}/[<class>/]picture`` and ``picture``. One
@@ -80,6 +80,7 @@ def arrange(names: Sequence[str], source: str) -> Layout:
     Args:
         names: paths below the source with ``/``, without the ignored ones.
         source: for the error's first words.
+        to_train_on: pictures to train on are wanted; False: folders to measure on may stand alone.
 
     Raises:
         UserError: there are folders to measure on but none to train on.
@@ -92,12 +93,12 @@ def arrange(names: Sequence[str], source: str) -> Layout:
     inside = [path[shared:] for path in telling]
     folders = {path[0].casefold() for path in inside if len(path) > 1}
     known = folders & SPLIT_FOLDERS.keys()
-    if known and known == folders and "train" not in known:
+    if to_train_on and known and known == folders and "train" not in known:
         raise UserError(
             f"{source}: has {' and '.join(f'{f}/' for f in sorted(known))} but no train/; "
             "expected pictures to train on in a folder train"
         )
-    splits = "train" in known and (len(known) > 1 or known == folders)
+    splits = ("train" in known or not to_train_on) and bool(known) and (len(known) > 1 or known == folders)
     depth = 1 if splits else 0
     classes = {
         path[depth] for path in inside if len(path) > depth + 1 and (not splits or path[0].casefold() in SPLIT_FOLDERS)

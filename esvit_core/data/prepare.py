@@ -6,18 +6,17 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import tempfile
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from esvit_core.config import DataConfig
+from esvit_core.data.ahead import ahead, reading_threads
 from esvit_core.data.archives import Entry, ReadProblem, Source
 from esvit_core.data.choose import choose, hold_out, in_order
 from esvit_core.data.decode import BadPicture, StoredPicture, to_stored
@@ -28,8 +27,6 @@ from esvit_core.data.sources import open_source, source_fingerprint
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import NotFound, ObjectStore, join_uri
-
-T = TypeVar("T")
 
 _SHOWN = 5  # bad files named in an error
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
@@ -217,11 +214,11 @@ def _store_pictures(job: _Job) -> None:
         _told_of_the_disk(),
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
-        ThreadPoolExecutor(_threads(), thread_name_prefix="prepare") as pool,
+        ThreadPoolExecutor(reading_threads(), thread_name_prefix="prepare") as pool,
         Progress(len(plan.candidates), unit="pictures", label="prepare") as progress,
     ):
         warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
-        for candidate, future in _ahead(pool, load, plan.candidates):
+        for candidate, future in ahead(pool, load, plan.candidates, _READ_AHEAD * reading_threads()):
             try:
                 digest, picture = future.result()
             except (BadPicture, ReadProblem) as error:
@@ -336,27 +333,6 @@ def _listed(bad: Iterable[tuple[str, str]]) -> str:
 def _kind(reason: str) -> str:
     """A reason without what is particular to the file, to be counted."""
     return reason.partition(" (")[0].partition(" of ")[0]
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[_Candidate], T], items: Iterable[_Candidate]
-) -> Iterator[tuple[_Candidate, Future[T]]]:
-    """The items with their results to be, in order; only a few are worked on before they are asked for."""
-    waiting: deque[tuple[_Candidate, Future[T]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > _READ_AHEAD * _threads():
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-def _threads() -> int:
-    return max(1, min(8, len(os.sched_getaffinity(0))))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from esvit_core.errors import UserError
 from esvit_core.formats import exported_program, onnx_model, safetensors_folder, timm_folder
 from esvit_core.models.region_map import FeatureNetwork
+from esvit_core.storage.appearing import appearing, require_free
 
 Reader = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -91,24 +91,19 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
             network, or gives other features than allowed.
     """
     chosen = _format(format)
-    _check_out(out, format, chosen)
+    require_free(out, (chosen.suffix,) if chosen.suffix else ())
     description: dict[str, Any] = backbone.backbone_config  # type: ignore[assignment]
-    try:
-        with tempfile.TemporaryDirectory(prefix=".esvit-", dir=out.parent) as folder:
-            written = Path(folder) / out.name
-            try:
-                chosen.write(backbone, written, description, regions)
-            except RuntimeError as error:  # PyTorch's exporters, of what they do not follow
-                reason = str(error).rpartition("Exception summary")[2].strip() or type(error).__name__
-                raise UserError(f"format {format}: {description['arch']} cannot be written ({reason[:200]})") from error
-            size = description["img_size" if format == "timm" else "eval_crop"]
-            view, region = largest_differences(backbone, chosen.read(written), description, size)
-            done = Exported(out, _bytes(written), view, region, chosen.bound, size, chosen.reader)
-            if not all(value <= chosen.bound for value in (view, region or 0.0)):  # nor does NaN pass
-                raise UserError(f"format {format}: {done.describe()}; nothing was left in {out}")
-            written.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); name another place") from None
+    with appearing(out) as written:
+        try:
+            chosen.write(backbone, written, description, regions)
+        except RuntimeError as error:  # PyTorch's exporters, of what they do not follow
+            reason = str(error).rpartition("Exception summary")[2].strip() or type(error).__name__
+            raise UserError(f"format {format}: {description['arch']} cannot be written ({reason[:200]})") from error
+        size = description["img_size" if format == "timm" else "eval_crop"]
+        view, region = largest_differences(backbone, chosen.read(written), description, size)
+        done = Exported(out, _bytes(written), view, region, chosen.bound, size, chosen.reader)
+        if not all(value <= chosen.bound for value in (view, region or 0.0)):  # nor does NaN pass
+            raise UserError(f"format {format}: {done.describe()}; nothing was left in {out}")
     return done
 
 
@@ -133,19 +128,6 @@ def _format(name: str) -> Format:
     if name not in FORMATS:
         raise UserError(f"--format {name}: unknown; expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-def _check_out(out: Path, name: str, chosen: Format) -> None:
-    if out.exists():
-        raise UserError(
-            f"--out {out}: is there already; remove it or name another {'file' if chosen.suffix else 'folder'}"
-        )
-    if chosen.suffix and out.suffix != chosen.suffix:
-        raise UserError(f"--out {out}: format {name} is a file; expected a name that ends in {chosen.suffix}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); name another place") from None
 
 
 def _bytes(path: Path) -> int:
