@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `status`, `logs`, `compile`, `store`, `recipe`.
+"""The command line: `esvit run`, `status`, `logs`, `export`, `embed`, `compile`, `store`, `recipe`.
 
 What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,6 +58,12 @@ RunArgument = Annotated[
 RunsBucketOption = Annotated[str, typer.Option("--bucket", help="Bucket in the object store.")]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+ModelHelp = "A published backbone: champion, s3://bucket/prefix, or a folder."
+RunsOption = Annotated[
+    Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs of this machine, in whose store it is found.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -151,6 +157,59 @@ def logs(
     from esvit_pipelines import watch
 
     watch.show_logs(watch.Place(out, bucket), run, follow, json)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="BACKBONE", help=ModelHelp)],
+    format: Annotated[
+        str, typer.Option("--format", help="safetensors, timm, onnx, torch-export, or published (of a run).")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File or folder to make.")],
+    regions: Annotated[
+        bool, typer.Option("--regions", help="onnx and torch-export: give the regions as a second output.")
+    ] = False,
+    runs: RunsOption = DEFAULT_OUT,
+) -> None:
+    """Write a backbone for other tools, and compare what they make of it.
+
+    It is read back by the tool it is for, and its features are compared with the network's on random pictures. What
+    differs by more than the format allows leaves no file behind.
+    """
+    from esvit_pipelines.backbones import export as export_backbone
+
+    export_backbone(model, format, out, regions, runs)
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Option("--model", metavar="BACKBONE", help=ModelHelp)],
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="SOURCE", help="The pictures: a folder, a tar, a zip, or s3://bucket/prefix."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to make, .parquet or .npz.")],
+    regions: Annotated[bool, typer.Option("--regions", help="Write the map of regions too.")] = False,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="Of the regions.")] = "float16",
+    precision: Annotated[
+        Literal["float32", "auto", "bfloat16"],
+        typer.Option("--precision", help="Of the network; auto: bfloat16 where it is native, faster and coarser."),
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")] = 64,
+    max_bad_fraction: Annotated[
+        float, typer.Option("--max-bad-fraction", min=0, max=1, help="Share of unreadable pictures that is an error.")
+    ] = 0.05,
+    runs: RunsOption = DEFAULT_OUT,
+) -> None:
+    """Write the view features of pictures, and their regions' if wanted.
+
+    They are those of the measured steps. The rows have the columns name, label (where there is one folder a class),
+    view and regions. Pictures that cannot be read are listed in FILE's name with .bad.jsonl.
+    """
+    from esvit_pipelines.backbones import embed as embed_pictures
+
+    settings = {"regions": regions, "dtype": dtype, "precision": precision, "batch_size": batch_size}
+    embed_pictures(model, data, out, {**settings, "max_bad_fraction": max_bad_fraction}, runs)
 
 
 @app.command("compile")

@@ -36,7 +36,7 @@ ALLOWED = {
     "esvit_core.runs": STORAGE | {"esvit_core.data", "esvit_core.weights"},
     "esvit_core.export": STORAGE | {"esvit_core.models"},
     "esvit_core.weights": STORAGE | {"esvit_core.models"},
-    "esvit_core.formats": STORAGE | {"esvit_core.models", "esvit_core.export"},
+    "esvit_core.formats": WORK | {"esvit_core.training"},
     "esvit_core.embedding": WORK | {"esvit_core.training"},
     "esvit_core.training": WORK,
     "esvit_core.evaluation": WORK | {"esvit_core.training"},

@@ -81,6 +81,27 @@ class Embedded:
         """Where the bad files are listed, if there are any: a JSON object a line, with ``name`` and ``reason``."""
         return self.path.with_suffix(".bad.jsonl")
 
+    @property
+    def usage(self) -> list[str]:
+        """Lines of Python that read the file."""
+        path = str(self.path)
+        if self.path.suffix == ".npz":
+            return ["import numpy", f"features = numpy.load({path!r})  # {', '.join(self._columns)}"]
+        lines = [
+            "import numpy, pyarrow.parquet",
+            f"table = pyarrow.parquet.read_table({path!r})  # {', '.join(self._columns)}",
+            'view = numpy.stack(table["view"].to_numpy())',
+        ]
+        return lines + (
+            ['regions = table["regions"].combine_chunks().to_numpy_ndarray()  # (N, H, W, D)']
+            if self.region_map
+            else []
+        )
+
+    @property
+    def _columns(self) -> list[str]:
+        return ["name", "label", "view", *(["regions"] if self.region_map else [])]
+
     def describe(self) -> str:
         """The same in a line."""
         regions = "" if self.region_map is None else ", regions {} x {} x {}".format(*self.region_map)

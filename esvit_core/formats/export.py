@@ -28,6 +28,7 @@ class Format:
         bound: largest difference of any feature that is allowed. 0: every bit.
         suffix: of the file; empty: it is a folder.
         reader: the tool, in words.
+        usage: of the path and the description, the lines of Python that load it.
     """
 
     write: Callable[[nn.Module, Path, dict[str, Any], bool], None]
@@ -35,13 +36,17 @@ class Format:
     bound: float
     suffix: str
     reader: str
+    usage: Callable[[Path, dict[str, Any]], list[str]]
 
 
 FORMATS = {
-    "safetensors": Format(safetensors_folder.write, safetensors_folder.read, 0.0, "", "esvit_core.load_backbone"),
-    "timm": Format(timm_folder.write, timm_folder.read, 1e-3, "", "stock timm"),
-    "onnx": Format(onnx_model.write, onnx_model.read, 1e-3, ".onnx", "onnxruntime"),
-    "torch-export": Format(exported_program.write, exported_program.read, 1e-4, ".pt2", "torch.export.load"),
+    name: Format(module.write, module.read, bound, suffix, reader, module.usage)
+    for name, module, bound, suffix, reader in (
+        ("safetensors", safetensors_folder, 0.0, "", "esvit_core.load_backbone"),
+        ("timm", timm_folder, 1e-3, "", "stock timm"),
+        ("onnx", onnx_model, 1e-3, ".onnx", "onnxruntime"),
+        ("torch-export", exported_program, 1e-4, ".pt2", "torch.export.load"),
+    )
 }
 _COUNTS = (1, 3)  # pictures at a time: neither is the number a network is traced with
 
@@ -53,28 +58,18 @@ class Exported:
     Attributes:
         path: file or folder.
         bytes: its size.
+        told: the differences, in a line.
+        usage: lines of Python that load it.
         view: largest difference of a view feature.
         regions: largest difference of a region feature; None where the format was asked for none.
-        bound: what is allowed.
-        size: side of the pictures it was compared on, pixels.
-        reader: the tool that read it.
     """
 
     path: Path
     bytes: int
-    view: float
-    regions: float | None
-    bound: float
-    size: int
-    reader: str
-
-    def describe(self) -> str:
-        """The differences in a line."""
-        regions = "" if self.regions is None else f", of a region {self.regions:.1e}"
-        return (
-            f"read back by {self.reader}: largest difference of a view feature {self.view:.1e}{regions} "
-            f"on random pictures of {self.size} px (allowed {self.bound:g})"
-        )
+    told: str
+    usage: list[str]
+    view: float = 0.0
+    regions: float | None = None
 
 
 def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool = False) -> Exported:
@@ -90,7 +85,7 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
         UserError: no such format; ``out`` exists or cannot be written; the tool is not installed, knows no such
             network, or gives other features than allowed.
     """
-    chosen = _format(format)
+    chosen = format_named(format)
     require_free(out, (chosen.suffix,) if chosen.suffix else ())
     description: dict[str, Any] = backbone.backbone_config  # type: ignore[assignment]
     with appearing(out) as written:
@@ -101,10 +96,14 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
             raise UserError(f"format {format}: {description['arch']} cannot be written ({reason[:200]})") from error
         size = description["img_size" if format == "timm" else "eval_crop"]
         view, region = largest_differences(backbone, chosen.read(written), description, size)
-        done = Exported(out, _bytes(written), view, region, chosen.bound, size, chosen.reader)
+        of_regions = "" if region is None else f", of a region {region:.1e}"
+        told = (
+            f"read back by {chosen.reader}: largest difference of a view feature {view:.1e}{of_regions} "
+            f"on random pictures of {size} px (allowed {chosen.bound:g})"
+        )
         if not all(value <= chosen.bound for value in (view, region or 0.0)):  # nor does NaN pass
-            raise UserError(f"format {format}: {done.describe()}; nothing was left in {out}")
-    return done
+            raise UserError(f"format {format}: {told}; nothing was left in {out}")
+    return Exported(out, size_of(out), told, chosen.usage(out, description), view, region)
 
 
 @torch.no_grad()
@@ -124,11 +123,17 @@ def largest_differences(
     return largest[0], largest[1] if len(largest) > 1 else None
 
 
-def _format(name: str) -> Format:
+def format_named(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        UserError: there is none.
+    """
     if name not in FORMATS:
         raise UserError(f"--format {name}: unknown; expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def _bytes(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
     return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())

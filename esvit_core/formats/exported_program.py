@@ -37,3 +37,13 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The program, as a function of pictures (B, 3, S, S)."""
     return torch.export.load(path).module()
+
+
+def usage(path: Path, description: dict[str, Any]) -> list[str]:
+    """Lines of Python that load the file."""
+    size = description["eval_crop"]
+    return [
+        "import torch",
+        f"network = torch.export.load({str(path)!r}).module()",
+        f"view, *regions = network(torch.zeros(1, 3, {size}, {size}))",
+    ]

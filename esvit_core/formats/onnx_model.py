@@ -70,6 +70,16 @@ def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return lambda pictures: tuple(map(torch.from_numpy, session.run(None, {PIXELS: pictures.numpy()})))
 
 
+def usage(path: Path, description: dict[str, Any]) -> list[str]:
+    """Lines of Python that load the file."""
+    size = description["eval_crop"]
+    return [
+        "import numpy, onnxruntime",
+        f"session = onnxruntime.InferenceSession({str(path)!r})  # how to prepare pictures: its metadata",
+        f'view, *regions = session.run(None, {{"{PIXELS}": numpy.zeros((1, 3, {size}, {size}), numpy.float32)}})',
+    ]
+
+
 def require_libraries() -> None:
     """
     Raises:

@@ -72,6 +72,17 @@ def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return features
 
 
+def usage(path: Path, description: dict[str, Any]) -> list[str]:
+    """Lines of Python that load the folder."""
+    _, arguments = stock_arguments(ModelConfig.model_validate(description["model"]), description["img_size"])
+    size = description["img_size"]
+    return [
+        "import functools, timm, torch",
+        f"backbone = {loading_code(str(path), arguments)}.eval()",
+        f"view = backbone(torch.zeros(1, 3, {size}, {size}))",
+    ]
+
+
 def stock_arguments(model: ModelConfig, img_size: int) -> tuple[str, dict[str, Any]]:
     """The network of stock timm that is like ``model``, whatever its sizes.
 
@@ -98,7 +109,7 @@ def stock_arguments(model: ModelConfig, img_size: int) -> tuple[str, dict[str, A
 def loading_code(folder: str, arguments: dict[str, Any]) -> str:
     """What to type to load the folder, in one statement."""
     eps = "" if _eps(arguments) is None else ", norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6)"
-    return f'timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0{eps})'
+    return f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True, num_classes=0{eps})"
 
 
 def _state(backbone: nn.Module, description: dict[str, Any]) -> dict[str, Tensor]:

@@ -134,7 +134,9 @@ def test_another_result_than_ours_is_refused(described: Any, tmp_path: Path) -> 
 
 def test_nan_is_refused(described: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FORMATS["torch-export"]
-    broken = Format(real.write, lambda path: lambda x: (torch.full((len(x), 40), torch.nan),), 1.0, ".pt2", "nobody")
+    broken = Format(
+        real.write, lambda path: lambda x: (torch.full((len(x), 40), torch.nan),), 1.0, ".pt2", "nobody", real.usage
+    )
     monkeypatch.setitem(FORMATS, "torch-export", broken)
     with pytest.raises(UserError, match="largest difference of a view feature nan"):
         export_backbone(described("resnet50"), "torch-export", tmp_path / "net.pt2")
@@ -166,6 +168,6 @@ def test_stock_timm_s_own_eps_would_not_do(described: Any, tmp_path: Path) -> No
     export_backbone(backbone, "timm", tmp_path / "net")
     stock = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=0).eval()
     assert {m.eps for m in stock.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
-    assert timm_folder.loading_code("net", {}) == 'timm.create_model("local-dir:net", pretrained=True, num_classes=0)'
+    assert timm_folder.loading_code("net", {}) == "timm.create_model('local-dir:net', pretrained=True, num_classes=0)"
     with torch.no_grad():
         assert (stock(pictures(2)) - backbone(pictures(2))).abs().max() > 1e-6
