@@ -16,6 +16,7 @@ from PIL import Image
 
 from esvit_core.config import DataConfig
 from esvit_core.data import prepare as module
+from esvit_core.data.ahead import reading_threads
 from esvit_core.data.manifest import Manifest
 from esvit_core.data.prepare import prepare
 from esvit_core.data.stream import ShardDataset
@@ -293,7 +294,7 @@ def test_few_pictures_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypa
     monkeypatch.setattr(module, "_load", counted_load)
     monkeypatch.setattr(module, "_write", counted_write)
     prepared(folder)
-    assert peak <= module._READ_AHEAD * module._threads() + 1
+    assert peak <= module._READ_AHEAD * reading_threads() + 1
 
 
 @pytest.mark.parametrize("where", ["put_file", "put_json"])
