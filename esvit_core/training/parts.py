@@ -119,14 +119,19 @@ def build_parts(run: Run, world: World) -> Parts:
             f"training.batch_size {batch_size}: expected at least one picture for each of the {world.size} processes; "
             "raise it or start fewer"
         )
-    share = rank_share(batch_size, world.rank, world.size)
     dataset = ShardDataset(run.store, run.at("data"), "train")
     if len(dataset) < batch_size:
         raise UserError(
             f"data of {run.uri}: {len(dataset)} training pictures, expected at least one batch of {batch_size}; "
             f"give more pictures or lower training.batch_size"
         )
-    loader = TrainLoader(dataset, config, config.seed, world.rank, world.size)
+    return assemble(config, world, TrainLoader(dataset, config, config.seed, world.rank, world.size))
+
+
+def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
+    """The parts of a training on the batches of ``loader``."""
+    batch_size = config.training.batch_size
+    share = rank_share(batch_size, world.rank, world.size)
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
     share_batch_norms_(student, world)
     share_batch_norms_(teacher, world)

@@ -1,0 +1,100 @@
+"""Where the time of a training step goes, part by part, without a line in the step itself.
+
+Hooks on the networks, the objective and the optimizer say when each part ends; hooks on the tensors between them
+divide the backward pass. They belong to :func:`esvit_core.training.profile.profiled` and to ``benchmarks/step.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TEACHER, BACKBONE, HEADS, OBJECTIVE = "teacher forward", "backbone forward", "heads forward", "objective forward"
+OBJECTIVE_BACK, HEADS_BACK, BACKBONE_BACK = "objective backward", "heads backward", "backbone backward"
+CLIPPING, OPTIMIZER, REST = "gradients", "optimizer", "moving average, rest"
+PARTS = (
+    *(TEACHER, BACKBONE, HEADS, OBJECTIVE, OBJECTIVE_BACK, HEADS_BACK, BACKBONE_BACK),
+    *(CLIPPING, OPTIMIZER, REST),
+)
+
+
+class StepClock:
+    """Adds up the seconds of each part over the steps it is attached for.
+
+    On a GPU every mark waits for the device, so that a part's time is its own: the whole then takes a little longer.
+
+    Attributes:
+        seconds: of each of :data:`PARTS` so far.
+        steps: taken so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.steps = 0
+        self._cuda = device.type == "cuda"
+        self._last = 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one step."""
+        self._last = self._now()
+        yield
+        self._mark(REST)
+        self.steps += 1
+
+    @contextmanager
+    def attached(
+        self, student: nn.Module, teacher: nn.Module, objective: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Iterator[None]:
+        """Listen to the parts of a step.
+
+        Args:
+            student: a multi-crop network: a ``backbone`` and heads, whose output has the fields of
+                :class:`~esvit_core.models.multicrop.NetworkOutput`.
+            teacher: called before the student.
+            objective: called with both outputs.
+            optimizer: of the student.
+        """
+        backbone: Any = student.backbone
+        first_parameter = next(p for p in backbone.parameters() if p.requires_grad)  # the last to get its gradient
+        handles = [
+            teacher.register_forward_pre_hook(lambda *_: self._mark(REST)),
+            teacher.register_forward_hook(lambda *_: self._mark(TEACHER)),
+            student.head.register_forward_pre_hook(lambda *_: self._mark(BACKBONE)),  # type: ignore[union-attr]
+            student.register_forward_hook(self._student_done),
+            objective.register_forward_hook(lambda *_: self._mark(OBJECTIVE)),
+            first_parameter.register_post_accumulate_grad_hook(lambda _: self._mark(BACKBONE_BACK)),
+            optimizer.register_step_pre_hook(lambda *_: self._mark(CLIPPING)),
+            optimizer.register_step_post_hook(lambda *_: self._mark(OPTIMIZER)),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _student_done(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._mark(HEADS)
+        divided = (
+            (OBJECTIVE_BACK, (output.view_logits, output.region_logits)),
+            (HEADS_BACK, (output.view_features, output.region_features)),
+        )
+        for part, tensors in divided:
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _, part=part: self._mark(part))
+
+    def _mark(self, part: str) -> None:
+        now = self._now()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()

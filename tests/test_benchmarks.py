@@ -1,0 +1,95 @@
+"""The plain step that the benchmarks time is the same algorithm: equal numbers, parameter by parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain_networks import plainly
+from plain_step import PlainStep
+from step import OurStep, crops_of
+
+from esvit_core.config import Config
+from esvit_core.models.registry import create_backbone
+from esvit_core.training.clock import PARTS, StepClock
+from esvit_core.training.parts import seed_step
+from esvit_core.training.schedules import Schedules
+
+NETWORKS = {
+    "swin": {"arch": "swin", "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 7},
+    "vil_2262": {"arch": "vil_2262"},
+    "cvt_tiny": {"arch": "cvt_tiny"},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_plain_network_computes_the_same(name: str) -> None:
+    config = Config.from_mapping({"model": NETWORKS[name] | {"drop_path": 0.0}}).model
+    torch.manual_seed(0)
+    network = create_backbone(config, 64)
+    for parameter in network.parameters():  # fresh biases are zero, and would hide a difference
+        torch.nn.init.normal_(parameter, std=0.05)
+    results = []
+    for make in (lambda n: n, plainly):
+        made = make(network).train()
+        made.zero_grad()
+        torch.manual_seed(3)  # ViL draws a neighbour
+        crops = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+        features = made.forward_features(crops)
+        features.square().mean().backward()
+        results.append([features.detach(), *(p.grad.clone() for p in made.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=2e-4 * ours.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("region", [True, False])
+def test_the_plain_step_takes_the_same_step(region: bool) -> None:
+    config = Config.from_mapping(
+        {
+            "augment": {
+                "global_crops": {"size": 64, "number": 2, "scale": (0.4, 1)},
+                "local_crops": {"size": 32, "number": 2, "scale": (0.05, 0.4)},
+            },
+            "model": NETWORKS["swin"] | {"drop_path": 0.1},
+            "head": {"out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8},
+            "objective": {"region": region},
+            "optimizer": {"freeze_last_layer_epochs": 1, "warmup_epochs": 0, "clip_grad": 0.1},
+            "training": {"batch_size": 3, "epochs": 40},
+        }
+    )
+    schedules = Schedules(config, 1)
+    steps = [make(config, torch.device("cpu"), torch.float32) for make in (OurStep, PlainStep)]
+    for number in range(3):
+        losses = []
+        for step in steps:
+            steps[0].parts.position.step = number
+
+            seed_step(config.seed, number, 0)  # stochastic depth
+            losses.append(float(step(crops_of(config, 3), schedules.at(number))))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for who in ("student", "teacher"):
+        ours, plain = (getattr(step, who).state_dict() for step in steps)
+        for name, value in ours.items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_clock_divides_a_whole_step() -> None:
+    config = Config.from_mapping(
+        {
+            "augment": {
+                "global_crops": {"size": 32, "number": 2, "scale": (0.4, 1)},
+                "local_crops": {"size": 16, "number": 1, "scale": (0.05, 0.4)},
+            },
+            "model": NETWORKS["swin"],
+            "head": {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 8},
+            "training": {"batch_size": 2},
+        }
+    )
+    step, clock = OurStep(config, torch.device("cpu"), torch.float32), StepClock(torch.device("cpu"))
+    crops, at = crops_of(config, 2), Schedules(config, 1).at(0)
+    with clock.attached(step.student, step.teacher, step.objective, step.optimizer), clock.step():
+        step(crops, at)
+    assert all(clock.seconds[part] > 0 for part in PARTS)
+    taken = dict(clock.seconds)
+    step(crops, at)
+    assert clock.seconds == taken, "the clock still listens"
