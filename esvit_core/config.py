@@ -177,6 +177,9 @@ class ModelConfig(_Section):
     depths: tuple[int, ...] | None = None
     num_heads: tuple[int, ...] | None = None
     window_size: int | None = Field(None, gt=0)
+    mode: Literal[-1, 0, 1] | None = Field(
+        None, description="ViL's neighbouring windows in training: 1 a random one, 0 all eight, -1 none."
+    )
     drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student; the teacher has none.")
 
 

@@ -60,7 +60,7 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
         )
     sizes = {
         key: getattr(config, key)
-        for key in ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
+        for key in ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mode")
         if getattr(config, key) is not None
     }
     sizes["img_size"] = config.img_size or img_size or 224
@@ -71,6 +71,6 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
         return timm.create_model(_ARCHITECTURES[config.arch], **sizes)
     except TypeError as error:
         key = str(error).rpartition("unexpected keyword argument ")[2].strip("'")
-        raise UserError(f"model.{key}: {config.arch} has no such size; leave the key out") from None
+        raise UserError(f"model.{key}: {config.arch} has no such setting; leave the key out") from None
     except ValueError as error:
         raise UserError(f"model {config.arch}: {error}; change the recipe's `model` section") from None
