@@ -118,7 +118,7 @@ def load_backbone(where: str | Path, store: ObjectStore | None = None) -> nn.Mod
             f"backbone {text}: no such folder; expected a folder, s3://bucket/prefix, or a pointer such as champion"
         )
     with _store_for(text, store) as opened, tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        uri = text if text.startswith("s3://") else _follow_pointer(text, opened)
+        uri = backbone_uri(text, opened)
         if opened.read_manifest(uri) is None:
             raise UserError(
                 f"backbone {uri}: nothing complete is published there; expected {DESCRIPTION} and {WEIGHTS}"
@@ -179,7 +179,17 @@ def read_description(folder: Path, shown: str | None = None) -> dict[str, Any]:
     return description
 
 
-def _follow_pointer(name: str, store: ObjectStore) -> str:
+def backbone_uri(name: str, store: ObjectStore) -> str:
+    """The address of a published backbone.
+
+    Args:
+        name: the address itself, or a pointer in the bucket ``ESVIT_BUCKET``.
+
+    Raises:
+        UserError: no such pointer, or it names no backbone.
+    """
+    if name.startswith("s3://"):
+        return name.rstrip("/")
     bucket = os.environ.get("ESVIT_BUCKET", DEFAULT_BUCKET)
     uri = join_uri(f"s3://{bucket}", "pointers", name)
     pointer = store.read_pointer(uri)

@@ -1,0 +1,44 @@
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def export(
+    backbone: str,
+    format: str,
+    destination: str,
+    exported: dsl.Output[dsl.Model],
+    regions: bool = False,
+):
+    """Write a published backbone for other tools: stock timm, ONNX, torch.export.
+
+    The export is read back by the tool it is for, and its features are compared with the network's on random
+    pictures. What differs by more than the format allows is not published. Repeated with the same backbone it finds
+    the export and returns.
+
+    Args:
+        backbone: The backbone, s3://bucket/prefix, or a pointer such as champion.
+        format: One of safetensors, timm, onnx, torch-export.
+        destination: Folder for the export, s3://bucket/prefix.
+        regions: Give the regions as a second output of onnx and torch-export.
+
+    Returns:
+        exported: The file or files; the metadata has the largest differences.
+    """
+    from esvit_core.errors import step
+
+    with step("export"):
+        from esvit_core.formats.publish import publish_export
+        from esvit_core.runs import point_to
+        from esvit_core.storage import ObjectStore
+
+        manifest = publish_export(backbone, format, destination, regions, ObjectStore.from_env())
+        point_to(
+            exported,
+            destination,
+            format=format,
+            backbone=manifest["backbone"],
+            view_difference=manifest["differences"]["view"],
+            regions_difference=manifest["differences"]["regions"],
+        )
