@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `status`, `logs`, `export`, `embed`, `compile`, `store`, `recipe`.
+"""The command line: `esvit run`, `status`, `logs`, `import`, `export`, `embed`, `compile`, `store`, `recipe`.
 
 What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
 """
@@ -240,6 +240,37 @@ def compile_(
                 f"note: the steps on the cluster look for transfer set {transfer_set.name} at {transfer_set.source}; "
                 "an s3://bucket/prefix is found from everywhere"
             )
+    if config.init.source and Path(config.init.source).exists():
+        print(
+            f"note: the steps on the cluster look for init.source at {config.init.source}; "
+            "put the file into the store and give its s3:// address"
+        )
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .pth or .safetensors file, here or at s3://, or timm:<name>.")
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="DIR|S3", help="Folder, or s3://bucket/prefix.")],
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="Architecture; default: found by the names and shapes of the weights.")
+    ] = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    student: Annotated[bool, typer.Option("--student", help="The student's backbone, not the teacher's.")] = False,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Also a checkpoint for init.source of a run; into the store only.")
+    ] = False,
+) -> None:
+    """Bring a checkpoint of the published EsViT, or weights of timm, into the format of `esvit_core.load_backbone`.
+
+    Nothing that may be hidden in the file is run. What lies at s3:// is in the store that ESVIT_S3_ENDPOINT names, or
+    in the folder ESVIT_STORE_DIR of a run on this machine.
+    """
+    from esvit_pipelines.importing import import_file
+
+    import_file(file, out, arch, recipe, tuple(set_ or ()), student, checkpoint)
 
 
 @store_app.command("start")

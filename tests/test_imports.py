@@ -35,6 +35,7 @@ ALLOWED = {
     "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
     "esvit_core.runs": STORAGE | {"esvit_core.data", "esvit_core.weights"},
     "esvit_core.export": STORAGE | {"esvit_core.models"},
+    "esvit_core.importing": STORAGE | {"esvit_core.models", "esvit_core.weights", "esvit_core.export"},
     "esvit_core.weights": STORAGE | {"esvit_core.models"},
     "esvit_core.formats": WORK | {"esvit_core.training"},
     "esvit_core.embedding": WORK | {"esvit_core.training"},

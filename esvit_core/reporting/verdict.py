@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from esvit_core.reporting.facts import Facts
 from esvit_core.reporting.summary import Row, percent, points, summarise, typeset
+from esvit_core.reporting.words import start_of
 
 _SAME = 0.05  # percentage points: what rounds to nothing
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -75,7 +76,7 @@ def judge(facts: Facts) -> Verdict:
     else:
         change = f"by {points(chosen.difference).lstrip('-')} points"
         verdict = Verdict("bad", f"Pre-training did not help: {label} fell from {before} to {after}, {change}.")
-    return Verdict(verdict.tone, verdict.sentence, [*_tally(rows), *_certainty(chosen, facts)])
+    return Verdict(verdict.tone, verdict.sentence, [*_tally(rows), *_certainty(chosen, facts), *_start(facts)])
 
 
 def promotion(facts: Facts) -> Verdict:
@@ -164,6 +165,12 @@ def _tally(rows: Sequence[Row]) -> list[str]:
         f"Better than the same network untrained in {better} of {len(differences)} figures"
         + (f", worse in {worse}." if worse else ".")
     ]
+
+
+def _start(facts: Facts) -> list[str]:
+    """What "untrained" means in a run that did not start from drawn weights."""
+    start = start_of(facts.config)
+    return [f"Untrained means as this run started: {start}."] if start else []
 
 
 def _certainty(row: Row, facts: Facts) -> list[str]:

@@ -138,7 +138,22 @@ def _recipe(config: Config) -> dict[str, str]:
         "student temperature": f"{objective.student_temp:g}",
         "stochastic depth": f"{config.model.drop_path:g}",
         "seed": f"{config.seed}",
+        "weights at the start": start_of(config) or "drawn from the seed",
     }
+
+
+def start_of(config: Config) -> str:
+    """What the run started from, in words; empty where its weights were drawn."""
+    init = config.init
+    if init.source is None:
+        return ""
+    taken = {
+        "backbone": "the backbone",
+        "heads": "both networks with their heads",
+        "all": "both networks, the optimizer and the position",
+    }
+    digest = f" (SHA-256 {init.sha256[:12]})" if init.sha256 else ""
+    return f"{taken[init.take]} of {init.source}{digest}"
 
 
 def _network(config: Config) -> str:

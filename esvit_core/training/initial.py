@@ -92,14 +92,16 @@ def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapsho
 
 
 def _read_checkpoint(uri: str, take: str, store: ObjectStore, folder: Path) -> Snapshot:
-    names = ["teacher.pt"] if take == "backbone" else ["student.pt", "teacher.pt", "objective.pt"]
-    names += ["optimizer.pt", "position.pt"] if take == "all" else []
-    manifest = store.fetch(uri, folder, names)
+    wanted = ["teacher.pt"] if take == "backbone" else ["student.pt", "teacher.pt", "objective.pt"]
+    wanted += ["optimizer.pt", "position.pt"] if take == "all" else []
+    manifest = store.fetch(uri, folder, [])
+    names = [name for name in wanted if name in manifest["files"]]  # an imported one need not have them all
+    store.fetch(uri, folder, names)
     states = {
         name.removesuffix(".pt"): torch.load(folder / name, map_location="cpu", weights_only=True) for name in names
     }
     epoch = manifest.get("epoch")
-    if epoch is None and take == "all":
+    if epoch is None and "position" in states:
         epoch = states["position"]["step"] / _steps_per_epoch(uri, store)
     return Snapshot(
         uri,

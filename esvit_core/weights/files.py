@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,7 @@ def adapted(payload: Any, arch: str, origin: str) -> Snapshot:
     snapshot = from_payload(payload, origin)
     if snapshot.student is not None or snapshot.has("head"):
         return snapshot
-    return Snapshot(
-        origin,
-        snapshot.kind,
-        _below_backbone(from_timm(arch, part_of(snapshot.teacher, "backbone"))),
-        passed_over=snapshot.passed_over,
-    )
+    return replace(snapshot, teacher=_below_backbone(from_timm(arch, part_of(snapshot.teacher, "backbone"))))
 
 
 def from_timm_registry(name: str, arch: str) -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -12,8 +13,17 @@ from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.models.registry import architecture_names, create_backbone
 from esvit_core.models.timm_names import COMPUTED, from_timm
-from esvit_core.weights.snapshot import Weights
+from esvit_core.weights.snapshot import Weights, part_of
 
+# A name that only this family's weights have, so that not all networks must be built to find theirs.
+_FAMILIES = {
+    "swin": "layers.0.blocks.",
+    "cvt": "stage0.",
+    "vil": "layer1.0.proj.",
+    "deit": "blocks.0.attn.qkv.",
+    "vit": "blocks.0.attn.qkv.",
+    "resnet": "layer1.0.conv1.",
+}
 _BLOCK = re.compile(r"^(.*\.\d+)\.")
 
 
@@ -43,7 +53,9 @@ def fitting(network: nn.Module, weights: Mapping[str, Tensor], origin: str, into
     if missing or left_over or shapes:
         lists = (("missing", condensed(missing)), ("left over", condensed(left_over)), ("of another shape", shapes))
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
-        raise UserError(f"weights {origin}: they do not fit {into}; {told}")
+        arch = recognise(part_of(weights, "backbone") or weights)
+        theirs = f" They are those of {arch}." if arch else ""
+        raise UserError(f"weights {origin}: they do not fit {into}; {told}.{theirs}")
     return {**own, **{name: value for name, value in weights.items() if name in own}}
 
 
@@ -62,14 +74,15 @@ def recognise(weights: Mapping[str, Tensor]) -> str | None:
     Args:
         weights: of a backbone, under its own names or timm's.
     """
-    for arch in architecture_names():
-        if arch == "swin":  # the one without sizes of its own
-            continue
-        with torch.device("meta"):
-            own = create_backbone(ModelConfig(arch=arch)).state_dict()
-        if _shapes(own) == _shapes(from_timm(arch, weights)):
-            return arch
-    return None
+    families = [family for family, name in _FAMILIES.items() if any(there.startswith(name) for there in weights)]
+    candidates = [arch for arch in architecture_names() if arch.startswith(tuple(families)) and arch != "swin"]
+    return next((arch for arch in candidates if _own_shapes(arch) == _shapes(from_timm(arch, weights))), None)
+
+
+@functools.cache
+def _own_shapes(arch: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return _shapes(create_backbone(ModelConfig(arch=arch)).state_dict())
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -18,7 +18,10 @@ from esvit_core.data.manifest import Manifest
 from esvit_core.data.stream import ShardDataset
 from esvit_core.evaluation.promote import promote
 from esvit_core.evaluation.results import measured, result_uri
+from esvit_core.reporting.facts import read_facts
 from esvit_core.reporting.report import write_report
+from esvit_core.reporting.verdict import judge
+from esvit_core.reporting.words import recipe_rows
 from esvit_core.storage import ObjectStore, StoreAddress, StoreError
 from esvit_core.storage.retry import RetryPolicy
 
@@ -121,6 +124,16 @@ def test_a_difference_within_chance_is_called_so(page):
     text = said(page)
     assert "20-NN rose from 30.7 % untrained to 34.9 %, which may be chance." in text
     assert "Better than the same network untrained in 4 of 5 figures, worse in 1." in text
+
+
+def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_store):
+    init = {"source": "s3://esvit/runs/a/backbone", "sha256": "ab" * 32}
+    config = Config.from_mapping({**finished_run.config.model_dump(mode="json"), "init": init})
+    told = "the backbone of s3://esvit/runs/a/backbone (SHA-256 abababababab)"
+    facts = read_facts(finished_run.uri, shared_store, config)
+    rows = {fact.name: (fact.value, fact.published) for fact in recipe_rows(facts)}
+    assert rows["weights at the start"] == (told, "drawn from the seed")
+    assert f"Untrained means as this run started: {told}." in judge(facts).details
 
 
 def test_a_loss_is_not_hidden(make_run, store, written):

@@ -1,0 +1,48 @@
+from typing import NamedTuple
+
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def import_checkpoint(
+    file: str,
+    out: str,
+    model: dsl.Output[dsl.Model],
+    arch: str = "",
+    configuration: dict = {},  # noqa: B006 (KFP reads the default, nobody changes it)
+) -> NamedTuple("Outputs", [("backbone", str), ("checkpoint", str)]):
+    """Bring a checkpoint of the published EsViT, or weights of timm, into the object store.
+
+    Writes backbone/ and checkpoint/ below the given address: the one for `load_backbone`, the other for `init.source`
+    of a run that goes on with it. Nothing that may be hidden in the file is run. Repeated with the same file it finds
+    both and returns.
+
+    Args:
+        file: A .pth or .safetensors file at s3:// or on a volume of the step, or timm:<name>.
+        out: Where to, s3://bucket/prefix.
+        arch: Architecture; empty means found by the names and shapes of the weights.
+        configuration: The whole configuration, as `esvit recipe show` prints it; its model section comes before arch.
+
+    Returns:
+        model: The backbone; its metadata says what was taken.
+        backbone: Where the backbone lies.
+        checkpoint: Where the checkpoint lies.
+    """
+    from esvit_core.errors import step
+
+    with step("import checkpoint"):
+        from esvit_core.config import Config
+        from esvit_core.importing import import_weights
+        from esvit_core.runs import point_to
+        from esvit_core.storage import ObjectStore
+
+        values = configuration or ({"recipe": "imported", "model": {"arch": arch}} if arch else None)
+        config = Config.from_mapping(values) if values else None
+        imported = import_weights(file, out, ObjectStore.from_env(), config, checkpoint=True)
+        for line in imported.told:
+            print(line, flush=True)
+        point_to(model, imported.backbone, arch=imported.arch, told="; ".join(imported.told))
+
+    return (imported.backbone, imported.checkpoint)
