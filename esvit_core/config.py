@@ -180,6 +180,10 @@ class ModelConfig(_Section):
     mode: Literal[-1, 0, 1] | None = Field(
         None, description="ViL's neighbouring windows in training: 1 a random one, 0 all eight, -1 none."
     )
+    mode_switch: float = Field(
+        1.0, ge=0, le=1, description="Share of the epochs after which mode 1 becomes 0; 1: never, as published."
+    )
+    stages: str | None = Field(None, description="Stages of `vil`, a string as the published MODEL.SPEC.MSVIT.ARCH.")
     drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student; the teacher has none.")
 
 

@@ -1,4 +1,4 @@
-"""CvT with windows, as the published EsViT code has it (Wu et al., 2021; microsoft/esvit, configuration s1).
+"""CvT with windows, as the published EsViT code has it (Wu et al., 2021; microsoft/esvit).
 
 What the published network does, and one would not guess:
 
@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, QuickGELU, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, QuickGELU, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -91,9 +91,13 @@ class Attention(nn.Module):
         return (q @ k.mT * self.scale).softmax(-1)
 
     def received(self, x: Tensor) -> Tensor:
-        """Attention that each place receives, averaged over the queries of its window, (B, heads, H, W)."""
-        mean = self.weights(x).mean(-2)  # (B, rows, columns, heads, N)
-        return self._map(mean[..., None], x.shape[1], x.shape[2], self._window(x)).permute(0, 3, 1, 2)
+        """Attention that each place receives, averaged over the real queries of its window, (B, heads, H, W)."""
+        w = self._window(x)
+        real = F.pad(x.new_ones(x.shape[1:3]), (0, -x.shape[2] % w, 0, -x.shape[1] % w))
+        real = real.unflatten(0, (-1, w)).unflatten(2, (-1, w)).transpose(1, 2).flatten(2)  # (rows, columns, N)
+        real = real[None, :, :, None, :, None]
+        mean = (self.weights(x) * real).sum(-2) / real.sum(-2)  # (B, rows, columns, heads, N)
+        return self._map(mean[..., None], x.shape[1], x.shape[2], w).permute(0, 3, 1, 2)
 
 
 class FeedForward(nn.Module):
@@ -190,7 +194,7 @@ class CvT(nn.Module):
         img_size: accepted for the interface; the network fits every resolution.
         in_chans: channels of a picture.
         num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        global_pool: ``"avg"``, or ``""`` for no pooling in :meth:`forward_head`.
+        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         dims: width of each stage.
         depths: blocks of each stage.
         num_heads: attention heads of each stage.
@@ -231,8 +235,7 @@ class CvT(nn.Module):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.depths = tuple(depths)
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.drop_rate = drop_rate
+        self.num_features = dims[-1]
         self.num_stages = len(dims)
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stage{i}"} for i, dim in enumerate(dims)
@@ -242,9 +245,9 @@ class CvT(nn.Module):
             embed = ConvEmbed(in_chans, dim, 7, 4, 2, True) if i == 0 else ConvEmbed(dims[i - 1], dim, 3, 2, 1, False)
             blocks = Transformer(dim, num_heads[i], window_size, mlp_ratio, qkv_bias, drops[i].tolist())
             setattr(self, f"stage{i}", nn.Sequential(embed, blocks))
-        self.norm = LayerNorm(dims[-1])
-        self.head: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self.norm: nn.Module = LayerNorm(dims[-1])
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
+        self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
 
     @staticmethod
@@ -278,13 +281,14 @@ class CvT(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head
+        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Regions after the last norm, (B, H, W, D)."""
@@ -294,10 +298,7 @@ class CvT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """View feature (B, D), or class logits, of regions (B, H, W, D)."""
-        if self.global_pool:
-            x = x.mean((1, 2))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -328,6 +329,27 @@ class CvT(nn.Module):
         if intermediates_only:
             return maps
         return (self.norm(x) if i == self.num_stages - 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen stages do not need, as in timm's models.
+
+        Returns:
+            The chosen stages, counted from the first.
+        """
+        chosen, last = feature_take_indices(self.num_stages, indices)
+        shortened = last < self.num_stages - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        for i in range(last + 1, self.num_stages):
+            delattr(self, f"stage{i}")
+        self.num_stages = last + 1
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return chosen
 
     # EsViT's interface
 
@@ -362,6 +384,13 @@ class CvT(nn.Module):
         return attention.received(x)
 
 
-default_cfgs = generate_default_cfgs({"esvit_cvt_tiny": default_cfg(first_conv="stage0.0.proj")})
+# The published configurations s1 and s3.
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "esvit_cvt_tiny": {"dims": (64, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (1, 3, 6, 12)},
+    "esvit_cvt_small": {"dims": (64, 128, 256, 512), "depths": (2, 2, 10, 4), "num_heads": (2, 4, 8, 16)},
+}
 
-register(__name__, CvT, "esvit_cvt_tiny", depths=(2, 2, 6, 2))
+default_cfgs = generate_default_cfgs({name: default_cfg(first_conv="stage0.0.proj") for name in _NETWORKS})
+
+for _name, _values in _NETWORKS.items():
+    register(__name__, CvT, _name, **_values)

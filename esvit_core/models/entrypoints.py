@@ -23,7 +23,7 @@ def default_cfg(**changes: Any) -> dict[str, Any]:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "classifier": "head.fc",
         "license": "mit",
         **changes,
     }
@@ -42,7 +42,8 @@ def register(module: str, network: Callable[..., nn.Module], name: str, **defaul
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         values = {**defaults, **kwargs}
         # Taps of features_only: every stage, or the last three blocks where there are no stages.
-        taps = values.pop("out_indices", tuple(range(len(values["depths"]))) if "depths" in values else 3)
+        stages = len(values["arch"].split("_") if "arch" in values else values.get("depths", ()))
+        taps = values.pop("out_indices", tuple(range(stages)) or 3)
         feature_cfg = {"feature_cls": "getter", "out_indices": taps}
         return build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **values)
 

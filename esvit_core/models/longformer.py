@@ -4,9 +4,11 @@
   The map is padded to whole windows, and padding is masked. ``mode`` 1 is the published training: each call sees,
   besides its own window, one randomly drawn neighbour; in eval mode all eight. Mode 0: always all; -1: none.
   Weights of the global token's attention are those of the local one (``SHARE_W``) and carry both names; loaded last,
-  the global names win.
+  the global names win. With ``share_weights=False`` they are their own.
 * Full, with relative position biases that are resized bicubically, as an image of tokens by tokens, for a
   resolution other than the one built for.
+
+Networks with absolute positions (``a1``) have no relative ones: ``relative=False``.
 """
 
 from __future__ import annotations
@@ -85,13 +87,24 @@ class FullAttention(GlobalBias):
 
     relative_position_index: Tensor
 
-    def __init__(self, dim: int, num_heads: int, size: tuple[int, int], global_tokens: int, qkv_bias: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        size: tuple[int, int],
+        global_tokens: int,
+        qkv_bias: bool,
+        relative: bool = True,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.relative = relative
         self.global_tokens = global_tokens
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        if not relative:
+            return
         height, width = size
         self.local_relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * height - 1) * (2 * width - 1), num_heads)
@@ -102,8 +115,10 @@ class FullAttention(GlobalBias):
         row, column = places[:, :, None] - places[:, None]
         self.register_buffer("relative_position_index", (row + height - 1) * (2 * width - 1) + column + width - 1)
 
-    def _bias(self, tokens: int) -> Tensor:
+    def _bias(self, tokens: int) -> Tensor | None:
         """(1, heads, G + tokens, G + tokens)."""
+        if not self.relative:
+            return None
         built = len(self.relative_position_index)
         bias = self.local_relative_position_bias_table[self.relative_position_index.view(-1)]
         bias = bias.view(1, built, built, -1).permute(0, 3, 1, 2)  # (1, heads, built, built)
@@ -121,14 +136,16 @@ class FullAttention(GlobalBias):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         q, k, v = self._qkv(x)
-        bias = self._bias(height * width).to(q.dtype)
+        bias = self._bias(height * width)
+        bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, height: int, width: int) -> Tensor:
         """The attention itself, (B, heads, G + N, G + N)."""
         q, k, _ = self._qkv(x)
-        return (q * self.scale @ k.mT + self._bias(height * width)).softmax(-1)
+        logits, bias = q * self.scale @ k.mT, self._bias(height * width)
+        return (logits if bias is None else logits + bias).softmax(-1)
 
 
 class SparseAttention(GlobalBias):
@@ -137,9 +154,18 @@ class SparseAttention(GlobalBias):
     relative_position_index: Tensor
 
     def __init__(
-        self, dim: int, num_heads: int, window_size: int, global_tokens: int, qkv_bias: bool, mode: int
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        global_tokens: int,
+        qkv_bias: bool,
+        mode: int,
+        relative: bool = True,
+        share_weights: bool = True,
     ) -> None:
         super().__init__()
+        self.relative = relative
         self.num_heads = num_heads
         self.window_size = window_size
         self.global_tokens = global_tokens
@@ -148,8 +174,14 @@ class SparseAttention(GlobalBias):
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        if global_tokens:
+        if global_tokens and share_weights:
             self.query_global, self.kv_global, self.proj_global = self.query, self.kv, self.proj
+        elif global_tokens:
+            self.query_global = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv_global = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+            self.proj_global = nn.Linear(dim, dim)
+        if not relative:
+            return
         w = window_size
         self.local_relative_position_bias_table = nn.Parameter(torch.zeros((4 * w - 1) ** 2, num_heads))
         trunc_normal_(self.local_relative_position_bias_table, std=0.02)
@@ -170,11 +202,12 @@ class SparseAttention(GlobalBias):
     def _bias(self, windows: list[int], mask: Tensor) -> Tensor:
         """Position bias and mask, (windows, heads, w ** 2, G + keys)."""
         w2 = self.window_size**2
+        hidden = mask[:, windows].transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
+        if not self.relative:
+            return F.pad(hidden, (self.global_tokens, 0))
         index = self.relative_position_index.view(w2, 9, w2)[:, windows].flatten(1)  # (w2, keys)
         bias = self.local_relative_position_bias_table[index.view(-1)].view(w2, index.shape[1], -1)
-        bias = (
-            bias.permute(2, 0, 1) + mask[:, windows].transpose(1, 2).flatten(2)[:, None]
-        )  # (windows, heads, w2, keys)
+        bias = bias.permute(2, 0, 1) + hidden  # (windows, heads, w2, keys)
         if self.global_tokens:
             to_global = self._to_global(w2).expand(len(bias), -1, -1, -1)
             bias = torch.cat((to_global, bias), -1)
@@ -184,9 +217,12 @@ class SparseAttention(GlobalBias):
         G = self.global_tokens
         q, kv = self.query(x), self.kv(x)  # (B, G + N, C), (B, G + N, 2C)
         out = self._local(q[:, G:], kv, height, width)
-        if G:
-            out = torch.cat((self._global(q[:, :G], kv), out), 1)
-        return self.proj(out)
+        if not G:
+            return self.proj(out)
+        if self.query_global is self.query:
+            return self.proj(torch.cat((self._global(q[:, :G], kv), out), 1))
+        from_global = self.proj_global(self._global(self.query_global(x[:, :G]), self.kv_global(x)))
+        return torch.cat((from_global, self.proj(out)), 1)
 
     def _local(self, q: Tensor, kv: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C) and (B, G + N, 2C) -> (B, N, C)."""
@@ -219,6 +255,8 @@ class SparseAttention(GlobalBias):
         heads = self.num_heads
         q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, G, d)
         k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, G + N, d)
-        bias = self._from_global(kv.shape[1] - self.global_tokens)[None].to(q.dtype)
+        bias = None
+        if self.relative:
+            bias = self._from_global(kv.shape[1] - self.global_tokens)[None].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return out.transpose(1, 2).flatten(2)

@@ -21,13 +21,22 @@ _TIMM = "timm:"
 # Name in a recipe -> name in timm's registry.
 _ARCHITECTURES = {
     "swin": "esvit_swin",
+    "vil": "esvit_vil_2262",  # whose stages the recipe gives
     **{
         f"swin_{size}_w{window}": f"esvit_swin_{size}_window{window}"
         for size in ("tiny", "small", "base", "large")
         for window in (7, 14)
     },
-    **{name: f"esvit_{name}" for name in ("cvt_tiny", "deit_small", "deit_tiny", "resnet50", "vil_2262", "vit_base")},
+    **{
+        name: f"esvit_{name}"
+        for name in (
+            *("cvt_tiny", "cvt_small", "vil_2262", "vil_1281", "deit_tiny", "deit_small", "vit_base"),
+            *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"),
+        )
+    },
 }
+# Key in a recipe -> argument of the network, where they differ.
+_ARGUMENTS = {"stages": "arch"}
 
 
 def architecture_names() -> list[str]:
@@ -59,8 +68,8 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
             f"or {_TIMM}<name> for a network of timm"
         )
     sizes = {
-        key: getattr(config, key)
-        for key in ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mode")
+        _ARGUMENTS.get(key, key): getattr(config, key)
+        for key in ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "stages", "mode")
         if getattr(config, key) is not None
     }
     sizes["img_size"] = config.img_size or img_size or 224
@@ -70,7 +79,8 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
             return TimmBackbone(config.arch.removeprefix(_TIMM), **sizes)
         return timm.create_model(_ARCHITECTURES[config.arch], **sizes)
     except TypeError as error:
-        key = str(error).rpartition("unexpected keyword argument ")[2].strip("'")
+        argument = str(error).rpartition("unexpected keyword argument ")[2].strip("'")
+        key = next((key for key, name in _ARGUMENTS.items() if name == argument), argument)
         raise UserError(f"model.{key}: {config.arch} has no such setting; leave the key out") from None
     except ValueError as error:
         raise UserError(f"model {config.arch}: {error}; change the recipe's `model` section") from None

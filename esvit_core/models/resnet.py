@@ -1,4 +1,4 @@
-"""ResNet-50 as torchvision defines it (He et al., 2016), with the regions of its last feature map.
+"""ResNets as torchvision defines them (He et al., 2016), with the regions of their last feature map.
 
 timm's network, whose weights carry torchvision's names and whose numerics are the same, started like torchvision's.
 """
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from timm.models import generate_default_cfgs
-from timm.models.resnet import Bottleneck
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
@@ -63,6 +63,18 @@ class ResNet(TimmResNet):
         return self.forward_features(x).norm(dim=1, keepdim=True)
 
 
-default_cfgs = generate_default_cfgs({"esvit_resnet50": default_cfg(first_conv="conv1", classifier="fc")})
+# torchvision's, which the published code takes by name.
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "esvit_resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
+    "esvit_resnet34": {"block": BasicBlock, "layers": (3, 4, 6, 3)},
+    "esvit_resnet50": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+    "esvit_resnet101": {"block": Bottleneck, "layers": (3, 4, 23, 3)},
+    "esvit_resnet152": {"block": Bottleneck, "layers": (3, 8, 36, 3)},
+    "esvit_resnext50_32x4d": {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4},
+    "esvit_wide_resnet50_2": {"block": Bottleneck, "layers": (3, 4, 6, 3), "base_width": 128},
+}
 
-register(__name__, ResNet, "esvit_resnet50", block=Bottleneck, layers=(3, 4, 6, 3), out_indices=(0, 1, 2, 3, 4))
+default_cfgs = generate_default_cfgs({name: default_cfg(first_conv="conv1", classifier="fc") for name in _NETWORKS})
+
+for _name, _values in _NETWORKS.items():
+    register(__name__, ResNet, _name, out_indices=(0, 1, 2, 3, 4), **_values)

@@ -21,78 +21,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.models.entrypoints import default_cfg, register
-from esvit_core.models.windows import FromWindows, ToWindows, WindowLayout, attend, window_layout
+from esvit_core.models.windows import WindowAttention
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
-
-
-class WindowAttention(nn.Module):
-    """Multi-head attention within (shifted) windows with a relative position bias."""
-
-    relative_position_index: Tensor
-
-    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, qkv_bias: bool = True) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.window_size = window_size
-        self.shift_size = shift_size
-        self.scale = (dim // num_heads) ** -0.5
-        span = 2 * window_size - 1
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(span**2, num_heads))
-        self.register_buffer("relative_position_index", self._position_index(window_size))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-    @staticmethod
-    def _position_index(window: int) -> Tensor:
-        """Row of the bias table for each pair of places in a window, (N, N)."""
-        rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-        rows, columns = rows.flatten(), columns.flatten()
-        rows = rows[:, None] - rows[None] + window - 1
-        columns = columns[:, None] - columns[None] + window - 1
-        return rows * (2 * window - 1) + columns
-
-    def layout(self, x: Tensor) -> WindowLayout:
-        return window_layout(x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
-
-    def _bias(self, layout: WindowLayout) -> Tensor:
-        """Relative position bias plus mask, (windows or 1, heads, N, N)."""
-        size = self.window_size**2
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = bias.view(size, size, -1).permute(2, 0, 1)[None]  # (1, heads, N, N)
-        return bias if layout.mask is None else bias + layout.mask
-
-    def _qkv(self, x: Tensor, layout: WindowLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads)."""
-        B, _, _, C = x.shape
-        qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
-        # A token of padding is zero before this layer, hence the layer's bias after it.
-        bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
-        qkv = ToWindows.apply(qkv, bias, layout)  # (B, windows * N, 3C)
-        qkv = qkv.view(B, layout.windows, -1, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
-        return q, k, v
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        layout = self.layout(x)
-        q, k, v = self._qkv(x, layout)
-        out = attend(q, k, v, self._bias(layout).to(q.dtype), self.scale)
-        out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
-        return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """The attention itself, (B, windows, heads, N, N)."""
-        layout = self.layout(x)
-        q, k, _ = self._qkv(x, layout)
-        return (q * self.scale @ k.mT + self._bias(layout)).softmax(-1)
 
 
 class SwinBlock(nn.Module):
@@ -130,6 +67,13 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
+def window_and_shift(resolution: tuple[int, int], window_size: int, block: int) -> tuple[int, int]:
+    """Window and shift of a stage's block, by the resolution that the stage is built for."""
+    if min(resolution) <= window_size:  # the whole map in one window: no shift
+        return min(resolution), 0
+    return window_size, window_size // 2 * (block % 2)
+
+
 class SwinStage(nn.Module):
     """Blocks of one resolution, then patch merging."""
 
@@ -145,13 +89,9 @@ class SwinStage(nn.Module):
         downsample: bool,
     ) -> None:
         super().__init__()
-        whole = min(resolution) <= window_size  # the whole map in one window: no shift
-        window = min(resolution) if whole else window_size
         self.blocks = nn.ModuleList(
-            SwinBlock(
-                dim, num_heads, window, 0 if whole or i % 2 == 0 else window // 2, mlp_ratio, qkv_bias, drop_path[i]
-            )
-            for i in range(len(drop_path))
+            SwinBlock(dim, num_heads, *window_and_shift(resolution, window_size, i), mlp_ratio, qkv_bias, drop)
+            for i, drop in enumerate(drop_path)
         )
         self.downsample = PatchMerging(dim) if downsample else None
         self.grad_checkpointing = False
@@ -191,7 +131,7 @@ class SwinTransformer(nn.Module):
         patch_size: side of a patch, pixels.
         in_chans: channels of a picture.
         num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        global_pool: ``"avg"``, or ``""`` for no pooling in :meth:`forward_head`.
+        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         embed_dim: width of the first stage; each stage doubles it.
         depths: blocks of each stage.
         num_heads: attention heads of each stage.
@@ -229,15 +169,14 @@ class SwinTransformer(nn.Module):
             raise ValueError(f"depths and num_heads need one entry a stage, got {tuple(depths)} and {tuple(num_heads)}")
         if any(embed_dim * 2**i % heads for i, heads in enumerate(num_heads)):
             raise ValueError(f"num_heads {tuple(num_heads)} do not divide the widths of embed_dim {embed_dim}")
-        height, width = (side // patch_size for side in to_2tuple(img_size))
-        if min(height, width) >> (stages - 1) < 1:
-            raise ValueError(f"img_size {img_size} is too small for {stages} stages of patch_size {patch_size}")
+        self.patch_size = patch_size
+        self.window_size = window_size
+        resolutions = self._resolutions(img_size, stages)
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.depths = tuple(depths)
         self.embed_dim = embed_dim
-        self.num_features = self.head_hidden_size = embed_dim * 2 ** (stages - 1)
-        self.drop_rate = drop_rate
+        self.num_features = embed_dim * 2 ** (stages - 1)
         self.feature_info = [
             {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"layers.{i}"}
             for i in range(stages)
@@ -247,7 +186,7 @@ class SwinTransformer(nn.Module):
         self.layers = nn.ModuleList(
             SwinStage(
                 embed_dim * 2**i,
-                (height // 2**i, width // 2**i),
+                resolutions[i],
                 num_heads[i],
                 window_size,
                 mlp_ratio,
@@ -257,9 +196,9 @@ class SwinTransformer(nn.Module):
             )
             for i in range(stages)
         )
-        self.norm = LayerNorm(self.num_features)
-        self.head: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self.norm: nn.Module = LayerNorm(self.num_features)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
+        self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
 
     @staticmethod
@@ -268,6 +207,13 @@ class SwinTransformer(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _resolutions(self, img_size: int | tuple[int, int], stages: int) -> list[tuple[int, int]]:
+        """Height and width of each stage's map, tokens."""
+        height, width = (side // self.patch_size for side in to_2tuple(img_size))
+        if min(height, width) >> (stages - 1) < 1:
+            raise ValueError(f"img_size {img_size} is too small for {stages} stages of patch_size {self.patch_size}")
+        return [(height // 2**i, width // 2**i) for i in range(stages)]
 
     def _stages(self) -> list[SwinStage]:
         return cast(list[SwinStage], list(self.layers))
@@ -292,13 +238,22 @@ class SwinTransformer(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head
+        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def set_input_size(self, img_size: int | tuple[int, int], window_size: int | None = None) -> None:
+        """Give windows, shifts and bias tables the sizes of a network that is built for ``img_size`` pixels."""
+        resolutions = self._resolutions(img_size, len(self.layers))
+        self.window_size = window_size or self.window_size
+        for stage, resolution in zip(self._stages(), resolutions, strict=True):
+            for i, block in enumerate(cast(list[SwinBlock], list(stage.blocks))):
+                block.attn.set_window(*window_and_shift(resolution, self.window_size, i))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Regions after the last norm, (B, H, W, D)."""
@@ -309,10 +264,7 @@ class SwinTransformer(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """View feature (B, D), or class logits, of regions (B, H, W, D)."""
-        if self.global_pool:
-            x = x.mean((1, 2))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -345,6 +297,26 @@ class SwinTransformer(nn.Module):
         if intermediates_only:
             return maps
         return (self.norm(x) if i == len(self.layers) - 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen stages do not need, as in timm's models.
+
+        Returns:
+            The chosen stages, counted from the first.
+        """
+        chosen, last = feature_take_indices(len(self.layers), indices)
+        shortened = last < len(self.layers) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.layers = self.layers[: last + 1]
+            self._stages()[-1].downsample = None
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return chosen
 
     # EsViT's interface
 

@@ -7,13 +7,15 @@ ones fully (:mod:`esvit_core.models.longformer`). The global token of a stage is
 from __future__ import annotations
 
 import functools
+import math
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -51,17 +53,42 @@ class MlpBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, a norm, and the global tokens of the stage."""
+    """Non-overlapping patches, a norm, the global tokens of the stage, and absolute positions of a ``grid``."""
 
     cls_token: nn.Parameter | None
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, global_tokens: int) -> None:
+    def __init__(
+        self, patch_size: int, in_chans: int, dim: int, global_tokens: int, grid: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
+        self.grid = grid
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm_embed = LayerNorm(dim)
         self.cls_token = nn.Parameter(torch.zeros(1, global_tokens, dim)) if global_tokens else None
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
+        if grid is not None:
+            self.cls_pos_embed = nn.Parameter(torch.zeros(1, global_tokens, dim))
+            self.x_pos_embed = nn.Parameter(torch.zeros(1, grid[0], dim // 2))
+            self.y_pos_embed = nn.Parameter(torch.zeros(1, grid[1], dim // 2))
+            for embed in (self.cls_pos_embed, self.x_pos_embed, self.y_pos_embed):
+                trunc_normal_(embed, std=0.02)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Absolute positions, (1, G + height * width, D)."""
+        assert self.grid is not None
+        rows, columns = self.grid
+        x = self.x_pos_embed[:, :, None].expand(-1, -1, columns, -1)
+        y = self.y_pos_embed[:, None].expand(-1, rows, -1, -1)
+        positions = torch.cat((x, y), -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        tokens = self.cls_pos_embed.shape[1] + height * width
+        if tokens != rows * columns:
+            # As published, where the global token counts among the tokens that a side's length is derived from.
+            scale = math.sqrt(tokens / (rows * columns))
+            square = rows == columns and height == width and int(rows * scale) == height
+            size: dict[str, Any] = {"scale_factor": scale} if square else {"size": (height, width)}
+            positions = F.interpolate(positions, mode="bicubic", **size)
+        return torch.cat((self.cls_pos_embed, positions.flatten(2).mT), 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
         """(B, C, H, W) -> tokens (B, G + H' * W', D), H', W'."""
@@ -70,6 +97,8 @@ class PatchEmbed(nn.Module):
         x = self.norm_embed(x.flatten(2).mT)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        if self.grid is not None:
+            x = x + self._positions(height, width)
         return x, height, width
 
 
@@ -84,29 +113,38 @@ class StageSpec:
     global_tokens: int
     patch: int
     window: int
+    absolute: bool
 
 
 def parse_architecture(text: str) -> list[StageSpec]:
     """Read a published architecture string: stages joined by ``_``, each a list of letters with numbers.
 
+    Letters: heads h, width d, blocks n, sparse s, global tokens g, patch p, window f, absolute positions a. As
+    published, no stage behind one with full attention (``s0``) is sparse, whatever it says.
+
     Raises:
-        ValueError: absolute position embeddings (``a1``) or pooled keys (``r1``), which no EsViT network has.
+        ValueError: not such a string, or pooled keys (``r1``), which no EsViT network has.
     """
-    stages = []
+    defaults = {"l": 1, "h": 3, "d": 192, "n": 1, "s": 1, "g": 1, "p": 2, "f": 7, "a": 1, "r": 0}
+    stages: list[StageSpec] = []
     for i, part in enumerate(text.split("_")):
-        given = {item[0]: int(item[1:]) for item in part.split(",")}
-        values = {"h": 3, "d": 192, "n": 1, "s": 1, "g": 1, "p": 2, "f": 7, "a": 1, "r": 0} | given
-        if values["a"] or values["r"]:
-            raise ValueError(f"stage {i + 1} of {text}: expected a0 (relative positions) and r0")
+        items = [re.fullmatch(r"([a-z])(\d+)", item) for item in part.split(",")]
+        given = {item[1]: int(item[2]) for item in items if item}
+        if None in items or not given.keys() <= defaults.keys():
+            raise ValueError(f"stage {i + 1}, {part!r}, of {text!r}: expected letters with numbers, as l1,h3,d96,n2")
+        values = defaults | given
+        if values["r"]:
+            raise ValueError(f"stage {i + 1} of {text}: expected r0, no pooled keys")
         stages.append(
             StageSpec(
                 heads=values["h"],
                 dim=values["d"],
                 blocks=values["n"],
-                sparse=bool(values["s"]),
+                sparse=bool(values["s"]) and all(stage.sparse for stage in stages),
                 global_tokens=values["g"],
                 patch=values["p"],
                 window=values["f"],
+                absolute=bool(values["a"]),
             )
         )
     return stages
@@ -120,10 +158,11 @@ class VisionLongformer(nn.Module):
         img_size: side (or height and width) of the pictures it is built for, pixels; others can be fed.
         in_chans: channels of a picture.
         num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        global_pool: ``"avg"``, or ``""`` for no pooling in :meth:`forward_head`.
+        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         mlp_ratio: hidden width of the MLPs over their width.
         qkv_bias: bias in the layers of queries, keys and values.
-        mode: of the sparse attention, see the module.
+        mode: of the sparse attention, see :mod:`esvit_core.models.longformer`.
+        share_weights: global tokens attend with the weights of the others (published: ``SHARE_W``).
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
 
@@ -143,6 +182,7 @@ class VisionLongformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         mode: int = 1,
+        share_weights: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
@@ -150,11 +190,11 @@ class VisionLongformer(nn.Module):
         self.specs = specs = parse_architecture(arch)
         if specs[-1].global_tokens:
             raise ValueError(f"{arch}: expected g0 in the last stage, whose regions are averaged")
+        self.mode = mode
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.depths = tuple(spec.blocks for spec in specs)
-        self.num_features = self.head_hidden_size = specs[-1].dim
-        self.drop_rate = drop_rate
+        self.num_features = specs[-1].dim
         self.grad_checkpointing = False
         self.feature_info = []
         drops = iter(np.linspace(0, drop_path_rate, sum(self.depths)).tolist())
@@ -164,21 +204,22 @@ class VisionLongformer(nn.Module):
             height, width, reduction = height // spec.patch, width // spec.patch, reduction * spec.patch
             if min(height, width) < 1:
                 raise ValueError(f"img_size {img_size} is too small for the {len(specs)} stages of {arch}")
-            layers: list[nn.Module] = [PatchEmbed(spec.patch, in_chans, spec.dim, spec.global_tokens)]
+            grid, absolute, G = (height, width), spec.absolute, spec.global_tokens
+            layers: list[nn.Module] = [PatchEmbed(spec.patch, in_chans, spec.dim, G, grid if absolute else None)]
             for _ in range(spec.blocks):
-                attention: FullAttention | SparseAttention
-                if spec.sparse:
-                    attention = SparseAttention(spec.dim, spec.heads, spec.window, spec.global_tokens, qkv_bias, mode)
-                else:
-                    attention = FullAttention(spec.dim, spec.heads, (height, width), spec.global_tokens, qkv_bias)
+                attention: FullAttention | SparseAttention = (
+                    SparseAttention(spec.dim, spec.heads, spec.window, G, qkv_bias, mode, not absolute, share_weights)
+                    if spec.sparse
+                    else FullAttention(spec.dim, spec.heads, grid, G, qkv_bias, not absolute)
+                )
                 drop = next(drops)
                 layers += [AttnBlock(spec.dim, attention, drop), MlpBlock(spec.dim, mlp_ratio, drop)]
             setattr(self, f"layer{i + 1}", nn.ModuleList(layers))
             self.feature_info.append({"num_chs": spec.dim, "reduction": reduction, "module": f"layer{i + 1}"})
             in_chans = spec.dim
-        self.norm = LayerNorm(self.num_features)
-        self.head: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self.norm: nn.Module = LayerNorm(self.num_features)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
+        self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
 
     @staticmethod
@@ -189,7 +230,7 @@ class VisionLongformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_mode(self, mode: int) -> None:
-        """Change the mode of the sparse attention, see the module (published: ``VIL_MODE_SWITCH``)."""
+        """Change the mode of the sparse attention."""
         for module in self.modules():
             if isinstance(module, SparseAttention):
                 module.mode = mode
@@ -232,13 +273,14 @@ class VisionLongformer(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head
+        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Regions after the last norm, (B, H, W, D)."""
@@ -248,10 +290,7 @@ class VisionLongformer(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """View feature (B, D), or class logits, of regions (B, H, W, D)."""
-        if self.global_pool:
-            x = x.mean((1, 2))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -285,6 +324,27 @@ class VisionLongformer(nn.Module):
             return maps
         x = x.permute(0, 2, 3, 1)
         return (self.norm(x) if stage == final else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen stages do not need, as in timm's models.
+
+        Returns:
+            The chosen stages, counted from the first.
+        """
+        chosen, last = feature_take_indices(len(self.specs), indices)
+        shortened = last < len(self.specs) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        for i in range(last + 1, len(self.specs)):
+            delattr(self, f"layer{i + 1}")
+        self.specs = self.specs[: last + 1]
+        if shortened:
+            self.num_features = self.specs[-1].dim
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return chosen
 
     # EsViT's interface
 
@@ -328,12 +388,26 @@ class VisionLongformer(nn.Module):
         return weights.mean(-2).unflatten(-1, (height, width))
 
 
+def switch_mode_(backbone: nn.Module, mode_switch: float, epoch: int, epochs: int) -> None:
+    """Set the mode that a Vision Longformer has in an epoch of its training; other networks are left alone.
+
+    Random neighbours (a mode above 0) end after the share ``mode_switch`` of the epochs, as in
+    microsoft/vision-longformer. EsViT's published code carries the setting (``VIL_MODE_SWITCH``) and never reads it:
+    there every epoch has the mode it began with, here a ``mode_switch`` of 1.
+    """
+    if isinstance(backbone, VisionLongformer) and backbone.mode > 0:
+        backbone.set_mode(0 if epoch >= mode_switch * epochs else backbone.mode)
+
+
 _ARCHITECTURES = {
     "esvit_vil_2262": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
     "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
+    # ARCH of the published vil_small/base.yaml, with absolute positions.
+    "esvit_vil_1281": "l1,h3,d96,n1,s1,g1,p4,f7_l2,h3,d192,n2,s1,g1,p2,f7_l3,h6,d384,n8,s0,g1,p2,f7_"
+    "l4,h12,d768,n1,s0,g0,p2,f7",
 }
 
 default_cfgs = generate_default_cfgs({name: default_cfg(first_conv="layer1.0.proj") for name in _ARCHITECTURES})
 
 for _name, _arch in _ARCHITECTURES.items():
-    register(__name__, VisionLongformer, _name, arch=_arch, out_indices=(0, 1, 2, 3))
+    register(__name__, VisionLongformer, _name, arch=_arch)

@@ -103,7 +103,7 @@ _NETWORKS: dict[str, dict[str, Any]] = {
     "esvit_vit_base": {"embed_dim": 768, "num_heads": 12},
 }
 
-default_cfgs = generate_default_cfgs({name: default_cfg(pool_size=None) for name in _NETWORKS})
+default_cfgs = generate_default_cfgs({name: default_cfg(pool_size=None, classifier="head") for name in _NETWORKS})
 
 for _name, _values in _NETWORKS.items():
     register(__name__, VisionTransformer, _name, **_values)

@@ -1,4 +1,4 @@
-"""Windows of a map for attention: where each token lies, which pairs a shift separates, and the attention itself.
+"""Attention within (shifted) windows of a map: where each token lies, which pairs a shift separates.
 
 Layouts are computed once per resolution and device; they are no part of a network's state.
 """
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
+from torch import Tensor, nn
 
 MASKED = -100.0  # as published: not minus infinity
 
@@ -123,3 +124,78 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     bias = bias.expand(shape[1], -1, -1, -1).flatten(0, 1)[None]  # (1, windows * heads, N, N)
     q, k, v = (t.flatten(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).view(shape)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within (shifted) windows with a relative position bias."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.scale = (dim // num_heads) ** -0.5
+        span = 2 * window_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(span**2, num_heads))
+        self.register_buffer("relative_position_index", self._position_index(window_size))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    @staticmethod
+    def _position_index(window: int) -> Tensor:
+        """Row of the bias table for each pair of places in a window, (N, N)."""
+        rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        rows, columns = rows.flatten(), columns.flatten()
+        rows = rows[:, None] - rows[None] + window - 1
+        columns = columns[:, None] - columns[None] + window - 1
+        return rows * (2 * window - 1) + columns
+
+    def set_window(self, window_size: int, shift_size: int) -> None:
+        """Other windows; the table of biases is resized bicubically."""
+        self.shift_size = shift_size
+        if window_size == self.window_size:
+            return
+        self.window_size = window_size
+        table, span = self.relative_position_bias_table, 2 * window_size - 1
+        shape = (span**2, self.num_heads)
+        resized = resize_rel_pos_bias_table_simple(table.detach(), to_2tuple(window_size), shape)
+        self.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
+        self.relative_position_index = self._position_index(window_size).to(table.device)
+
+    def layout(self, x: Tensor) -> WindowLayout:
+        return window_layout(x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
+
+    def _bias(self, layout: WindowLayout) -> Tensor:
+        """Relative position bias plus mask, (windows or 1, heads, N, N)."""
+        size = self.window_size**2
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
+        bias = bias.view(size, size, -1).permute(2, 0, 1)[None]  # (1, heads, N, N)
+        return bias if layout.mask is None else bias + layout.mask
+
+    def _qkv(self, x: Tensor, layout: WindowLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads)."""
+        B, _, _, C = x.shape
+        qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
+        # A token of padding is zero before this layer, hence the layer's bias after it.
+        bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
+        qkv = ToWindows.apply(qkv, bias, layout)  # (B, windows * N, 3C)
+        qkv = qkv.view(B, layout.windows, -1, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        layout = self.layout(x)
+        q, k, v = self._qkv(x, layout)
+        out = attend(q, k, v, self._bias(layout).to(q.dtype), self.scale)
+        out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
+        return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention itself, (B, windows, heads, N, N)."""
+        layout = self.layout(x)
+        q, k, _ = self._qkv(x, layout)
+        return (q * self.scale @ k.mT + self._bias(layout)).softmax(-1)

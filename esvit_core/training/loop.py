@@ -8,6 +8,7 @@ import torch
 
 from esvit_core.data.loader import Batch
 from esvit_core.data.mixup import mix_crops
+from esvit_core.models.vil import switch_mode_
 from esvit_core.training.checkpoint import Checkpointer
 from esvit_core.training.distributed import StopVote
 from esvit_core.training.optimizer import clip_gradients_, freeze_last_layer_, set_hyperparameters_, update_teacher_
@@ -69,6 +70,9 @@ def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> StepOutputs
     """One step of the algorithm, on this process's share of the global batch."""
     config, student, teacher = parts.config, parts.student, parts.teacher
     seed_step(config.seed, parts.position.step, parts.world.rank)
+    if config.model.mode_switch < 1:
+        for network in (student, teacher):
+            switch_mode_(network.backbone, config.model.mode_switch, at.epoch, config.training.epochs)
     micro_batches, sums = batch.split(parts.micro_batches), None
 
     parts.reducer.zero(passes=len(micro_batches))

@@ -80,6 +80,26 @@ def test_last_attention_is_a_distribution(backbone, micro):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [16, 24, 32, 48])
+def test_attention_map_shares_out_what_queries_give(backbone, micro, size):
+    x = pictures(size)
+    heat = backbone.attention_map(x)
+    attention = None if micro == "resnet" else backbone.last_attention(x)
+    if micro == "vit":
+        own = attention[:, :, 0, 0]  # what the class token keeps for itself
+        torch.testing.assert_close(heat.sum((2, 3)), 1 - own)
+    elif micro == "vil":
+        torch.testing.assert_close(heat.sum((2, 3)), torch.ones(heat.shape[:2]))
+    elif attention is not None:
+        windows = attention.shape[0] / 2
+        whole = heat[0, 0].numel() == windows * attention.shape[-1]  # without padding, which receives the rest
+        total = heat.sum((2, 3))
+        assert (total <= windows + 1e-4).all() and (total > 0).all()
+        if whole:
+            torch.testing.assert_close(total, torch.full_like(total, windows))
+
+
+@torch.no_grad()
 def test_intermediates(backbone, micro):
     x = pictures()
     final, maps = backbone.forward_intermediates(x)
@@ -114,16 +134,69 @@ def test_feature_extraction_with_timm(make_micro, micro):
     assert all(m.ndim == 4 for m in maps)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("indices", [[0, 1], [1], [-1]])
+def test_pruning_keeps_the_maps_that_are_asked_for(make_micro, micro, indices):
+    backbone = make_micro(micro, num_classes=3).eval()
+    x = pictures()
+    whole = backbone.forward_intermediates(x, indices=indices, intermediates_only=True)
+    parameters, last = sum(p.numel() for p in backbone.parameters()), len(backbone.feature_info) - 1
+    kept = backbone.prune_intermediate_layers(indices)
+    assert kept == [i % (last + 1) for i in indices]
+    torch.testing.assert_close(backbone.forward_intermediates(x, indices=kept, intermediates_only=True), whole)
+    assert sum(p.numel() for p in backbone.parameters()) < parameters
+    assert backbone.num_classes == 0
+    if max(kept) < last:
+        features = backbone(x)  # neither pooled nor normed
+        assert backbone.num_features == whole[-1].shape[1] and backbone.num_features in features.shape
+        assert features.numel() == whole[-1].numel() + (2 * backbone.num_features if micro == "vit" else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["max", "avgmax", "catavgmax"])
+def test_pooling_is_timms(make_micro, micro, pool):
+    if micro == "vit":
+        return  # all of it is timm's
+    backbone = make_micro(micro, num_classes=3).eval()
+    backbone.reset_classifier(2, global_pool=pool)
+    x = pictures()
+    regions = backbone.views_and_regions(x)[1]
+    mean, largest = regions.mean(1), regions.amax(1)
+    expected = {"max": largest, "avgmax": 0.5 * (mean + largest), "catavgmax": torch.cat((mean, largest), 1)}[pool]
+    view = backbone.forward_head(backbone.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(view, expected)
+    assert backbone(x).shape == (2, 2)
+    with pytest.raises(AssertionError, match="pool"):
+        make_micro(micro, global_pool="no such")
+
+
+@torch.no_grad()
+def test_a_swin_takes_the_windows_of_another_size(make_micro):
+    small, large = make_micro("swin", img_size=16).eval(), make_micro("swin", img_size=48).eval()
+    small.set_input_size(48)
+    assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in large.state_dict().items()}
+    large.load_state_dict(small.state_dict())
+    assert torch.equal(small(pictures(48)), large(pictures(48)))
+    small.set_input_size((32, 32), window_size=8)
+    assert [stage.blocks[1].attn.window_size for stage in small.layers] == [8, 8, 4]
+    with pytest.raises(ValueError, match="too small"):
+        small.set_input_size(4)
+
+
+def test_pictures_of_other_channels(make_micro, micro):
+    assert make_micro(micro, in_chans=5)(torch.randn(2, 5, 32, 32)).shape[0] == 2
+
+
 def test_gradient_checkpointing_changes_nothing(make_micro, micro):
     results = []
     for checkpointing in (False, True):
-        backbone = make_micro(micro).train()
+        backbone = make_micro(micro, drop_path_rate=0.5).train()
         backbone.set_grad_checkpointing(checkpointing)
         torch.manual_seed(1)
         backbone(pictures()).square().sum().backward()
         results.append([p.grad for p in backbone.parameters()])
     assert all(g is not None for g in results[0])
-    torch.testing.assert_close(*results)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_stochastic_depth_rises_to_its_rate(make_micro, micro):

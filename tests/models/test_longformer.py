@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esvit_core.models.longformer import OFFSETS, OWN, FullAttention, SparseAttention
-from esvit_core.models.vil import parse_architecture
+from esvit_core.models.vil import VisionLongformer, parse_architecture, switch_mode_
 
 HEADS, DIM = 2, 8
 
@@ -86,5 +86,65 @@ def test_architecture_strings():
     first, second = parse_architecture("l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,s0,g0,a0")
     assert (first.heads, first.dim, first.blocks, first.sparse, first.patch, first.window) == (3, 96, 2, True, 4, 7)
     assert (second.blocks, second.sparse, second.global_tokens, second.patch) == (1, False, 0, 2)
-    with pytest.raises(ValueError, match="relative positions"):
-        parse_architecture("l1,h3,d96,n2,s1,g1,p4,f7,a1")
+    assert (first.absolute, parse_architecture("l1")[0].absolute) == (False, True)
+    assert [stage.sparse for stage in parse_architecture("l1,s1_l2,s0_l3,s1")] == [True, False, False]
+
+
+@pytest.mark.parametrize("text", ["", "l1,h3,x2", "l1,h", "l1 h3", "l1,h3,d96,r1"])
+def test_other_strings_are_refused(text):
+    with pytest.raises(ValueError, match="stage 1"):
+        parse_architecture(text)
+
+
+def network(arch: str, **values) -> VisionLongformer:
+    torch.manual_seed(0)
+    return VisionLongformer(arch, img_size=16, drop_path_rate=0.0, **values)
+
+
+SMALL = "l1,h2,d8,n1,s1,g1,p2,f2,a0_l2,h2,d16,n1,s0,g0,p2,f2,a0"
+
+
+def test_global_tokens_can_have_weights_of_their_own():
+    shared, own = network(SMALL, mode=0), network(SMALL, mode=0, share_weights=False)
+    state = shared.state_dict()
+    assert set(state) == set(own.state_dict())  # shared weights carry both names
+    own.load_state_dict(state)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(own(x), shared(x))
+    with torch.no_grad():
+        own.layer1[1].attn.kv_global.weight.normal_()
+    before = shared.last_blocks(x, 2)
+    assert not torch.allclose(own.last_blocks(x, 2), before)  # the global token is the first stage's feature
+
+
+@torch.no_grad()
+def test_absolute_positions_tell_places_apart():
+    absolute = network(SMALL.replace("a0", "a1").replace("s1", "s0")).eval()
+    assert not [name for name in absolute.state_dict() if "relative" in name]
+    same = torch.ones(1, 3, 16, 16)
+    regions = absolute.views_and_regions(same)[1][0]
+    assert (regions[0] - regions[-1]).abs().max() > 1e-4
+    for embed in ("x_pos_embed", "y_pos_embed"):
+        for stage in (absolute.layer1, absolute.layer2):
+            getattr(stage[0], embed).zero_()
+    regions = absolute.views_and_regions(same)[1][0]
+    torch.testing.assert_close(regions, regions[:1].expand_as(regions))
+    for size in (8, 16, 24, (8, 16)):
+        height, width = (size, size) if isinstance(size, int) else size
+        assert absolute.forward_features(torch.zeros(1, 3, height, width)).shape[1:3] == (height // 4, width // 4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "switch", "expected"),
+    [(1, 0.75, [1, 1, 1, 0]), (1, 1.0, [1, 1, 1, 1]), (1, 0.0, [0, 0, 0, 0]), (-1, 0.5, [-1] * 4), (0, 0.5, [0] * 4)],
+)
+def test_random_neighbours_end_after_their_share_of_the_epochs(mode, switch, expected):
+    backbone = network(SMALL, mode=mode)
+    found = []
+    for epoch in range(4):
+        switch_mode_(backbone, switch, epoch, 4)
+        found.append(backbone.layer1[1].attn.mode)
+    assert found == expected
+    switch_mode_(backbone, switch, 0, 4)  # the mode depends on the epoch only: a run that goes on has the same
+    assert backbone.layer1[1].attn.mode == expected[0]
+    switch_mode_(torch.nn.Identity(), switch, 3, 4)

@@ -122,6 +122,9 @@ def test_published_names_go_both_ways(arch, wrapped):
         ({"arch": "deit_tiny", "window_size": 4}, "model.window_size: deit_tiny has no such setting"),
         ({"arch": "timm:resnet10t", "depths": (1, 1)}, "unexpected keyword argument 'depths'"),
         ({"arch": "vil_2262", "img_size": 16}, "too small"),
+        ({"arch": "vil", "stages": "l1,h3,d96,n2,s1"}, "expected g0 in the last stage"),
+        ({"arch": "vil", "stages": "tiny"}, "expected letters with numbers"),
+        ({"arch": "swin", "stages": "l1"}, "model.stages: swin has no such setting"),
     ],
 )
 def test_mistakes_are_told_in_one_line(model, said):

@@ -11,7 +11,11 @@ import torch
 
 from esvit_core.errors import UserError
 from esvit_core.monitoring.log import read_log
+from esvit_core.runs import open_run
+from esvit_core.training.distributed import World
 from esvit_core.training.launch import launch_training
+from esvit_core.training.loop import training_step
+from esvit_core.training.parts import build_parts
 from esvit_core.training.run import carry_out
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import read_summary
@@ -203,3 +207,16 @@ def test_a_metrics_port_in_use(micro_run: Callable[..., Any]) -> None:
 def test_a_run_that_does_not_exist(store_env: Any) -> None:
     with pytest.raises(UserError, match="there is none"):
         carry_out(store_env.uri("runs/none"), StopRequest())
+
+
+def test_a_vision_longformer_ends_its_random_neighbours(micro_run: Callable[..., Any]) -> None:
+    stages = "l1,h2,d8,n1,s1,g1,p2,f2,a0_l2,h2,d16,n1,s0,g0,p2,f2,a0"
+    sizes = dict.fromkeys(("patch_size", "embed_dim", "depths", "num_heads", "window_size"))
+    run = micro_run("vil", model={**sizes, "arch": "vil", "stages": stages, "mode_switch": 0.6})
+    parts = build_parts(open_run(run.uri, run.store), World(0, 1, torch.device("cpu"), None))
+    modes = []
+    for batch in parts.batches():
+        training_step(parts, batch, parts.schedules.at(parts.position.step))
+        parts.position.step += 1
+        modes.append([network.backbone.layer1[1].attn.mode for network in (parts.student, parts.teacher)])
+    assert modes == [[1, 1]] * 8 + [[0, 0]] * 4  # the third epoch of three
