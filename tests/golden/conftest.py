@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +72,12 @@ class Golden:
         return network.eval()
 
 
+@pytest.fixture
+def record(record_property: Callable[[str, object], None]) -> Callable[[str, Mapping[str, float]], None]:
+    """``record(row, differences)`` hands what was found to ``benchmarks/golden_table.py``."""
+    return lambda row, differences: record_property("golden", (row, {k: float(v) for k, v in differences.items()}))
+
+
 def _golden(config: pytest.Config) -> Golden:
     # Not registered yet when the options were read if the run was started from another folder.
     return Golden(Path(config.getoption("--golden-dir", default=None) or HERE))
@@ -84,10 +91,10 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     index = _golden(metafunc.config).index
     for argument, values in (
-        ("forward_arch", index["forward"]),
-        ("key_arch", index["keys"]),
-        ("golden_file", [f.removesuffix(".npz") for f in index["files"]]),
+        ("forward_arch", index.get("forward", [])),
+        ("key_arch", index.get("keys", [])),
+        ("golden_file", [f.removesuffix(".npz") for f in index.get("files", [])]),
     ):
         if argument in metafunc.fixturenames:
-            named = getattr(metafunc.function, "golden_file", None)
-            metafunc.parametrize(argument, [v for v in values if named in (None, v)])
+            named = getattr(metafunc.function, "golden_file", "")
+            metafunc.parametrize(argument, [v for v in values if f"{v}_".startswith(f"{named}_" if named else "")])

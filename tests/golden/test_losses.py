@@ -40,10 +40,10 @@ def cases(golden, task: str) -> set[str]:
     return {name.split("/")[1] for name in golden.arrays("losses") if name.startswith(f"{task}/")}
 
 
-def compare(found: dict[str, torch.Tensor], expected: dict[str, np.ndarray], case: str) -> None:
+def compare(found: dict[str, torch.Tensor], expected: dict[str, np.ndarray], case: str, record) -> None:
     assert {f"{case}/{name}" for name in found} == {name for name in expected if name.startswith(f"{case}/")}
     largest = {name: np.abs(value.detach().numpy() - expected[f"{case}/{name}"]).max() for name, value in found.items()}
-    print(case, " ".join(f"{name} {value:.1e}" for name, value in largest.items()))
+    record(case, largest)
     assert max(largest.values()) <= 1e-5
 
 
@@ -53,7 +53,7 @@ def named_losses(test):
 
 
 @named_losses
-def test_view_loss(golden, golden_file):
+def test_view_loss(golden, golden_file, record):
     expected = golden.arrays(golden_file)
     for case in sorted(cases(golden, "view")):
         epoch, kind = case.removeprefix("e").split("_")
@@ -65,11 +65,11 @@ def test_view_loss(golden, golden_file):
         terms = made(student, teacher, TEMPERATURES[int(epoch)], mix)
         terms.total.backward()
         found = {"loss": terms.total, "grad": student.view_logits.grad, "center": made.centre_view.value}
-        compare(found, expected, f"view/{case}")
+        compare(found, expected, f"view/{case}", record)
 
 
 @named_losses
-def test_view_and_region_loss(golden, golden_file):
+def test_view_and_region_loss(golden, golden_file, record):
     expected = golden.arrays(golden_file)
     for case in sorted(cases(golden, "region")):
         student, teacher = outputs(golden)
@@ -83,5 +83,5 @@ def test_view_and_region_loss(golden, golden_file):
             "center": made.centre_view.value,
             "center_grid": made.centre_region.value,
         }
-        compare(found, expected, f"region/{case}")
+        compare(found, expected, f"region/{case}", record)
         assert terms.total.item() == pytest.approx(0.5 * terms.view.item() + 0.5 * terms.region.item())

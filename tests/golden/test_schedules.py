@@ -10,7 +10,7 @@ from esvit_core.training.schedules import Schedules, cosine_schedule, teacher_te
 EPOCHS, STEPS = 20, 7
 
 
-def test_schedules(golden, golden_file):
+def test_schedules(golden, golden_file, record):
     expected = golden.arrays(golden_file)
     found = {
         "lr": cosine_schedule(0.0005 * 512 / 256, 1e-6, EPOCHS, STEPS, warmup_epochs=10),
@@ -20,7 +20,7 @@ def test_schedules(golden, golden_file):
     }
     assert set(found) == set(expected)
     largest = {name: np.abs(value - expected[name]).max() for name, value in found.items()}
-    print(largest)
+    record(golden_file, largest)
     assert max(largest.values()) <= 1e-12
 
     recipe = Config.from_mapping({"training": {"epochs": EPOCHS}, "objective": {"warmup_teacher_temp_epochs": 12}})
