@@ -25,6 +25,13 @@ def pictures(count: int, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
+def run_lines(lines: list[str]) -> dict[str, Any]:
+    """What the lines that are printed after an export make."""
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    return names
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("arch", [*OURS, "timm:resnet10t", "timm:test_vit3"])
 def test_onnx_runs_with_any_number_of_pictures(arch: str, described: Any, tmp_path: Path) -> None:
@@ -42,7 +49,8 @@ def test_onnx_runs_with_any_number_of_pictures(arch: str, described: Any, tmp_pa
 def test_onnx_tells_how_to_prepare_pictures(described: Any, tmp_path: Path) -> None:
     import onnx
 
-    export_backbone(described("resnet50"), "onnx", tmp_path / "net.onnx")
+    done = export_backbone(described("resnet50"), "onnx", tmp_path / "net.onnx")
+    assert run_lines(done.usage)["view"].shape == (1, 40)
     model = onnx.load(tmp_path / "net.onnx")
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert (
@@ -61,6 +69,7 @@ def test_an_exported_program_needs_torch_only(arch: str, described: Any, tmp_pat
     backbone = described(arch)
     done = export_backbone(backbone, "torch-export", tmp_path / "net.pt2", regions=True)
     assert done.view < 1e-5
+    assert run_lines(done.usage)["regions"][0].shape[0] == 1
     inside = {"backbone.json": ""}
     program = torch.export.load(tmp_path / "net.pt2", extra_files=inside)
     assert json.loads(inside["backbone.json"])["num_features"] == backbone.num_features
