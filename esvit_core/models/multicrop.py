@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from esvit_core.config import Config
 from esvit_core.models.heads import ProjectionHead
 from esvit_core.models.registry import create_backbone
+from esvit_core.models.timm_backbone import TimmBackbone
 
 
 class NetworkOutput(NamedTuple):
@@ -50,8 +51,15 @@ class MultiCropNetwork(nn.Module):
 
 
 def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:
-    """A backbone with the heads of the recipe."""
+    """A backbone with the heads of the recipe.
+
+    Raises:
+        UserError: no such backbone, or one of timm that does not take the recipe's crops.
+    """
     backbone: Any = create_backbone(config.model, config.augment.global_crops.size, drop_path)
+    if isinstance(backbone, TimmBackbone):
+        kinds = (config.augment.global_crops, *config.augment.local_kinds)
+        backbone.check_sizes(sorted({kind.size for kind in kinds if kind.number}))
     # Some networks of timm widen the view feature beyond the regions'.
     widths = [backbone.num_features, getattr(backbone, "num_region_features", backbone.num_features)]
     heads = [
@@ -72,7 +80,7 @@ def build_student_teacher(config: Config) -> tuple[MultiCropNetwork, MultiCropNe
     """Student and teacher with equal weights, drawn from ``config.seed``.
 
     The teacher takes no gradient and has no stochastic depth. It stays in training mode, as published: that
-    matters to batch norms only. torch's random state is left as it was.
+    matters to batch norms and to ViL's random neighbours. torch's random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

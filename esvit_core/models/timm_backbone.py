@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -18,6 +21,9 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"strict_img_size": False},
     {},
 )
+# How timm's networks refuse a size; not every one asks, some fail at the first shape that does not fit.
+_REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
+_ABOUT_SHAPES = re.compile(r"size|shape|dimension|divisible|match", re.IGNORECASE)
 
 
 class TimmBackbone(nn.Module):
@@ -36,18 +42,32 @@ class TimmBackbone(nn.Module):
         super().__init__()
         self.name = name
         self.model: Any = _create(name, img_size, kwargs)
-        with torch.no_grad():
-            training = self.model.training
-            features = self.model.eval().forward_features(torch.zeros(1, self.model.in_chans, img_size, img_size))
-            view = self.model.forward_head(features, pre_logits=True)
-            self.model.train(training)
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4) or view.ndim != 2:
-            raise ValueError(f"timm:{name} gives no feature map; expected a network with regions")
+        features, view = self._try(img_size)
         self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
+        if not _has_regions(features, self.prefix_tokens) or view.ndim != 2:
+            raise ValueError(f"timm:{name} gives no feature map; expected a network with regions")
         self.layout = _layout(features, int(self.model.num_features), getattr(self.model, "output_fmt", None))
         self.num_features = self.head_hidden_size = view.shape[-1]
         self.num_region_features = features.shape[1 if self.layout == "NCHW" else -1]
         self.feature_info = getattr(self.model, "feature_info", None)
+
+    @torch.no_grad()
+    def _try(self, size: int) -> tuple[Any, Any]:
+        """What the network gives for a picture of ``size`` pixels, and its view feature."""
+        training = self.model.training
+        features = self.eval().forward_features(torch.zeros(1, self.model.in_chans, size, size))
+        view = self.model.forward_head(features, pre_logits=True) if isinstance(features, Tensor) else None
+        self.train(training)
+        return features, view
+
+    def check_sizes(self, sizes: Iterable[int]) -> None:
+        """Try crops of ``sizes`` pixels, so that a recipe is refused before its first step.
+
+        Raises:
+            UserError: the network does not take one of them.
+        """
+        for size in sizes:
+            self._try(size)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Regions, in the network's own layout.
@@ -57,10 +77,14 @@ class TimmBackbone(nn.Module):
         """
         try:
             return self.model.forward_features(x)
-        except AssertionError as error:  # so timm's networks refuse a size
+        except _REFUSALS as error:
+            asked = isinstance(error, AssertionError)  # nothing else is asserted in timm's forward passes
+            if isinstance(error, torch.OutOfMemoryError) or not (asked or _ABOUT_SHAPES.search(str(error))):
+                raise
             size = " x ".join(str(side) for side in x.shape[2:])
+            why = f" ({error})" if str(error) else ""
             raise UserError(
-                f"timm:{self.name}: does not take crops of {size} px ({error}); change the crop sizes or the network"
+                f"timm:{self.name}: does not take crops of {size} px{why}; change the crop sizes or the network"
             ) from None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -137,7 +161,17 @@ def _create(name: str, img_size: int, given: dict[str, Any]) -> Any:
                 return timm.create_model(name, **arguments)
             except TypeError as error:  # an option this family does not have
                 refused = error
+            except _REFUSALS as error:  # a size
+                refused = refused or error
     raise ValueError(f"timm:{name}: {refused}")
+
+
+def _has_regions(features: Any, prefix_tokens: int) -> bool:
+    """Whether the features of a square picture are a map, or the tokens of one behind others."""
+    if not isinstance(features, Tensor):
+        return False
+    tokens = features.shape[1] - prefix_tokens
+    return features.ndim == 4 or (features.ndim == 3 and tokens > 0 and math.isqrt(tokens) ** 2 == tokens)
 
 
 def _layout(features: Tensor, width: int, stated: str | None) -> str:

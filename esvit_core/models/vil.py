@@ -399,15 +399,20 @@ def switch_mode_(backbone: nn.Module, mode_switch: float, epoch: int, epochs: in
         backbone.set_mode(0 if epoch >= mode_switch * epochs else backbone.mode)
 
 
-_ARCHITECTURES = {
-    "esvit_vil_2262": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
-    "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
-    # ARCH of the published vil_small/base.yaml, with absolute positions.
-    "esvit_vil_1281": "l1,h3,d96,n1,s1,g1,p4,f7_l2,h3,d192,n2,s1,g1,p2,f7_l3,h6,d384,n8,s0,g1,p2,f7_"
-    "l4,h12,d768,n1,s0,g0,p2,f7",
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "esvit_vil_2262": {
+        "arch": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
+        "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
+    },
+    # The published vil_small/base.yaml, with absolute positions.
+    "esvit_vil_1281": {
+        "arch": "l1,h3,d96,n1,s1,g1,p4,f7_l2,h3,d192,n2,s1,g1,p2,f7_l3,h6,d384,n8,s0,g1,p2,f7_"
+        "l4,h12,d768,n1,s0,g0,p2,f7",
+        "mode": 0,
+    },
 }
 
-default_cfgs = generate_default_cfgs({name: default_cfg(first_conv="layer1.0.proj") for name in _ARCHITECTURES})
+default_cfgs = generate_default_cfgs({name: default_cfg(first_conv="layer1.0.proj") for name in _NETWORKS})
 
-for _name, _arch in _ARCHITECTURES.items():
-    register(__name__, VisionLongformer, _name, arch=_arch)
+for _name, _values in _NETWORKS.items():
+    register(__name__, VisionLongformer, _name, **_values)

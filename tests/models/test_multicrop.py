@@ -133,20 +133,25 @@ def test_mistakes_are_told_in_one_line(model, said):
     assert said in str(error.value)
 
 
+THIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)}
+
+
 @pytest.mark.parametrize(
-    ("arch", "layout"),
+    ("arch", "sizes", "layout"),
     [
-        ("resnet10t", "NCHW"),
-        ("convnext_atto", "NCHW"),
-        ("swin_tiny_patch4_window7_224", "NHWC"),
-        ("vit_tiny_patch16_224", "NLC"),
-        ("mobilenetv3_small_050", "NCHW"),  # whose view is wider than its regions
+        ("resnet10t", {}, "NCHW"),
+        ("convnext_tiny", {"depths": (1, 1, 1, 1)}, "NCHW"),
+        ("swin_tiny_patch4_window7_224", THIN, "NHWC"),
+        ("swinv2_tiny_window8_256", THIN, "NHWC"),
+        ("vit_tiny_patch16_224", {"embed_dim": 48}, "NLC"),
+        ("vit_small_patch14_reg4_dinov2", {"embed_dim": 48}, "NLC"),  # a class token and four registers
+        ("mobilenetv3_small_050", {}, "NCHW"),  # whose view is wider than its regions
     ],
 )
-def test_any_network_of_timm_trains_a_step(arch, layout):
+def test_any_network_of_timm_trains_a_step(arch, sizes, layout):
     values = {
         **MICRO,
-        "model": {"arch": f"timm:{arch}", "drop_path": 0.1},
+        "model": {"arch": f"timm:{arch}", "drop_path": 0.1, **sizes},
         "augment": {
             "global_crops": {"size": 64, "number": 2, "scale": (0.4, 1.0)},
             "local_crops": {"size": 32, "number": 1, "scale": (0.05, 0.4)},
@@ -175,7 +180,16 @@ def test_any_network_of_timm_trains_a_step(arch, layout):
         assert backbone.last_blocks(given[2], 2).shape[0] == 2
 
 
-def test_a_size_that_a_network_of_timm_does_not_take_is_said():
-    backbone = create_backbone(ModelConfig(arch="timm:mixer_s32_224"))
-    with pytest.raises(UserError, match="does not take crops of 96 x 96 px"):
-        backbone(torch.zeros(1, 3, 96, 96))
+@pytest.mark.parametrize(
+    ("arch", "local", "said"),
+    [
+        ("convit_tiny", 96, "does not take crops of 96 x 96 px .*Input height"),  # which asks
+        ("csatv2", 50, "does not take crops of 50 x 50 px .*invalid for input"),  # which fails at a shape
+        ("coat_tiny", 96, "gives no feature map"),  # but a list
+    ],
+)
+def test_a_recipe_is_refused_whose_crops_a_network_of_timm_does_not_take(arch, local, said):
+    crop_sizes = {"global_crops": {"size": 128}, "local_crops": {"size": local}}
+    config = Config.from_mapping({**MICRO, "model": {"arch": f"timm:{arch}"}, "augment": crop_sizes})
+    with pytest.raises(UserError, match=said):
+        build_student_teacher(config)
