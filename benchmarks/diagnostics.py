@@ -25,8 +25,10 @@ from esvit_core.models.multicrop import build_student_teacher
 from esvit_core.monitoring.diagnostics import BatchStatistics
 from esvit_core.training.distributed import GradientReducer, join_world
 from esvit_core.training.loop import training_step
+from esvit_core.training.nonfinite import NonFiniteGuard
 from esvit_core.training.optimizer import build_optimizer
-from esvit_core.training.parts import Position, make_deterministic
+from esvit_core.training.parts import make_deterministic
+from esvit_core.training.position import Position
 from esvit_core.training.precision import choose_precision
 from esvit_core.training.schedules import ScheduleValues
 
@@ -90,6 +92,7 @@ def untrained(config: Config) -> SimpleNamespace:
     """Those of the parts of a run that a step needs."""
     world = join_world()
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
+    optimizer, position = build_optimizer(student, config), Position()
     return SimpleNamespace(
         config=config,
         world=world,
@@ -97,9 +100,10 @@ def untrained(config: Config) -> SimpleNamespace:
         student=student,
         teacher=teacher,
         objective=Objective(config.objective, config.head.out_dim).to(world.device),
-        optimizer=build_optimizer(student, config),
+        optimizer=optimizer,
+        guard=NonFiniteGuard(config, world, position, 1, [], optimizer),
         reducer=GradientReducer(student.parameters(), world),
-        position=Position(),
+        position=position,
         micro_batches=1,
         weight=lambda pictures: 1.0,
     )

@@ -265,9 +265,26 @@ class TrainingConfig(_Section):
     deterministic: bool = Field(
         True, description="Bit for bit the same result for the same seed, processes and machine."
     )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What a loss or gradient that is not finite leads to: the end of the run, the step left out, or the "
+        "last checkpoint with a lower learning rate.",
+    )
+    nonfinite_limit: int = Field(
+        5, ge=0, description="Steps within an epoch's length that may be skipped or lead back before the run stops."
+    )
+    rollback_lr: float = Field(0.5, gt=0, le=1, description="Factor of the learning rate each time that it leads back.")
     checkpoint_steps: int = Field(1000, gt=0, description="Steps between checkpoints.")
     checkpoint_minutes: float = Field(15.0, gt=0, description="Minutes between checkpoints, whichever comes first.")
-    keep_checkpoints: int = Field(3, gt=0)
+    checkpoint_epochs: int = Field(
+        0, ge=0, description="Epochs after which there is a checkpoint too; 0: at no particular one."
+    )
+    keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that stay.")
+    keep_epochs: int = Field(0, ge=0, description="One of every so many epochs, at its end, stays too; 0: none.")
+    keep_best: bool = Field(False, description="The one with the lowest loss stays too.")
+    store_grace_minutes: float = Field(
+        10.0, ge=0, description="How long the object store may fail to answer before the training stops."
+    )
     log_steps: int = Field(10, gt=0, description="Steps between lines of the log.")
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port of /metrics; 0: any free one; None: not served."

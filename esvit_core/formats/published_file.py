@@ -15,7 +15,7 @@ from esvit_core.errors import UserError
 from esvit_core.formats.export import Exported, size_of
 from esvit_core.runs import Run
 from esvit_core.storage.appearing import appearing, require_free
-from esvit_core.training.checkpoint import Checkpointer
+from esvit_core.training.checkpoint import newest_checkpoint
 from esvit_core.weights.published import read_published_checkpoint, write_published_checkpoint
 
 SUFFIX = ".pth"
@@ -32,11 +32,7 @@ def export_published(run: Run, out: Path) -> Exported:
         UserError: the run has no valid checkpoint; ``out`` exists or cannot be written.
     """
     require_free(out, (SUFFIX,))
-    checkpoints = Checkpointer(run.store, run.uri, run.config.training.keep_checkpoints)
-    try:
-        restored = checkpoints.restore()
-    finally:
-        checkpoints.close()
+    restored = newest_checkpoint(run.store, run.uri)
     if restored is None:
         raise UserError(f"run {run.uri}: it has no checkpoint; format published needs one, with student and optimizer")
     train = Manifest.read(run.store, run.at("data")).splits["train"]

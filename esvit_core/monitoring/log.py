@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.outbox import Outbox
 
 LOG_PREFIX = "training/log"
 MIN_PIECE_SECONDS = 10.0
@@ -24,19 +24,15 @@ class LogWriter:
     """Collects the lines of one attempt and uploads them from time to time, beside the training.
 
     Args:
-        store: where the run is.
-        run_uri: ``s3://bucket/runs/<id>``.
+        outbox: of the run.
     """
 
-    def __init__(self, store: ObjectStore, run_uri: str) -> None:
-        self._store = store
-        self._prefix = join_uri(run_uri, LOG_PREFIX)
-        self.attempt = 1 + max((attempt for _, attempt, _ in _pieces(store, run_uri)), default=0)
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self.attempt = 1 + max((attempt for _, attempt, _ in _pieces(outbox.store, outbox.uri)), default=0)
         self._lines: list[str] = []
         self._first_step = 0
         self._start = self._last_flush = time.monotonic()
-        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="log")
-        self._pending: Future[None] | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; it must have a ``step``. Figures that are None are left out."""
@@ -47,28 +43,22 @@ class LogWriter:
         if now - self._last_flush >= max(MIN_PIECE_SECONDS, PIECE_SHARE_OF_AGE * (now - self._start)):
             self.flush()
 
-    def flush(self, wait: bool = False) -> None:
-        """Upload what is collected.
+    def begin_attempt(self) -> None:
+        """The run has gone back to an earlier step: what comes replaces the lines from there on."""
+        self.flush()
+        self.attempt += 1
+
+    def flush(self) -> None:
+        """Send off what is collected.
 
         Raises:
-            StoreUnavailable: this or an earlier piece could not be written.
+            UserError: an earlier piece could not be written.
         """
-        if self._pending is not None and (wait or self._lines):
-            self._pending.result()  # an upload that failed must not go unnoticed
         if self._lines:
             name = f"{self._first_step:08d}-{self.attempt}.jsonl"
             data = ("\n".join(self._lines) + "\n").encode()
             self._lines, self._last_flush = [], time.monotonic()
-            self._pending = self._uploads.submit(self._store.put_bytes, join_uri(self._prefix, name), data)
-        if wait and self._pending is not None:
-            self._pending.result()
-
-    def close(self) -> None:
-        """Upload the rest and wait for it."""
-        try:
-            self.flush(wait=True)
-        finally:
-            self._uploads.shutdown(wait=True)
+            self._outbox.put(f"{LOG_PREFIX}/{name}", data)
 
 
 def read_log(store: ObjectStore, run_uri: str, known: dict[str, bytes] | None = None) -> list[dict[str, Any]]:

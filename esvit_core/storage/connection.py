@@ -195,15 +195,16 @@ def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
     if isinstance(error, S3Error):
         code = error.code or "unknown error"
         if code in _ABSENT:
-            kind = "bucket" if code == "NoSuchBucket" else "object"
-            return NotFound(f"{what}: no such {kind} in the {store}")
+            thing = "bucket" if code == "NoSuchBucket" else "object"
+            return NotFound(f"{what}: no such {thing} in the {store}")
         if code in _REFUSALS:
             return StoreRefused(
                 f"{what}: the {store} refuses the key ({code}); "
                 f"check {ACCESS_KEY} and {SECRET_KEY}, and what the key may do"
             )
         advice = f"; check {REGION}" if code in _WRONG_REGION else ""
-        return StoreError(f"{what}: the {store} answers {code} ({error.message}){advice}")
+        kind = StoreUnavailable if is_transient(error) else StoreError
+        return kind(f"{what}: the {store} answers {code} ({error.message}){advice}")
     if isinstance(error, (InvalidResponseError, ServerError)):
         status = error._code if isinstance(error, InvalidResponseError) else error.status_code
         return StoreUnavailable(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import UserError
 from esvit_core.storage.errors import IntegrityError, NotFound
-from esvit_core.storage.transfer import sha256_of
+from esvit_core.storage.transfer import PARALLEL, sha256_of
 from esvit_core.storage.uri import join_uri
 
 if TYPE_CHECKING:
@@ -56,6 +58,41 @@ def publish(
         else:
             store.put_file(uri, content, sha256=manifest["files"][name]["sha256"])
     store.put_json(join_uri(prefix_uri, MANIFEST), manifest)
+    return manifest
+
+
+def describe(directory: Path, kind: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest of the files in a local directory, for :func:`put_set`; the arguments as of :func:`publish`."""
+    files = {path.name: path for path in sorted(directory.iterdir())}
+    return {**(extra or {}), "format": f"esvit-{kind}/{VERSION}", "files": _describe(files)}
+
+
+def put_set(store: ObjectStore, prefix_uri: str, directory: Path, manifest: dict[str, Any]) -> None:
+    """Store a local directory's files, all of them at a time, and then the manifest that describes them.
+
+    What else lies below the prefix is removed first: a set that was not finished, or a damaged one.
+    """
+    store.remove_prefix(prefix_uri)
+    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="set") as pool:
+        for done in [pool.submit(store.put_file, join_uri(prefix_uri, n), directory / n) for n in manifest["files"]]:
+            done.result()
+    store.put_json(join_uri(prefix_uri, MANIFEST), manifest)
+
+
+def check_set(directory: Path) -> dict[str, Any]:
+    """The manifest beside a local set's files, which are the ones that it describes.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for name, entry in _entries(manifest, str(path)).items():
+            if difference := _difference(directory / name, entry, verify=True):
+                raise IntegrityError(f"{directory / name}: damaged, {difference}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{directory}: not a complete set ({error})") from None
     return manifest
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import math
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import urllib3.exceptions
 from minio.error import InvalidResponseError, S3Error, ServerError
@@ -59,6 +60,11 @@ class RetryPolicy:
     attempts: int = 9
     base: float = 0.1
     cap: float = 6.0
+
+    @classmethod
+    def lasting(cls, seconds: float) -> Self:
+        """One that gives a server at least so long to come back."""
+        return cls(attempts=cls.attempts + math.ceil(2 * seconds / cls.cap))
 
     def waits(self) -> Iterator[float]:
         """Seconds to wait before each further attempt.

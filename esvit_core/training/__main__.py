@@ -1,7 +1,13 @@
 """One training process: ``python -m esvit_core.training --run s3://bucket/runs/<id>``.
 
 Several: ``torchrun --nproc-per-node 2 -m esvit_core.training --run-uri s3://bucket/runs/<id>`` (torchrun would take
-``--run`` for its own ``--run-path``).
+``--run`` for its own ``--run-path``). On nodes that come and go, on each of them::
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise a node that comes back is not taken in (torch 2.14)
+    torchrun --nnodes 2:4 --nproc-per-node 8 --max-restarts 100 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \
+        --rdzv-id RUN -m esvit_core.training --run-uri s3://bucket/runs/<id>
+
+Whenever torchrun starts the processes anew, in whatever number, they go on from the newest checkpoint.
 
 Exit codes: 0 finished (or was finished already), 2 a mistake of the user or a run that had to be stopped (the reason
 is the last line), 75 stopped on request with a checkpoint: started again it goes on.
@@ -25,6 +31,10 @@ def main() -> int:
     stop.listen()  # before anything that takes time
     if agent := os.environ.get(AGENT_VARIABLE):
         end_with(int(agent))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())  # torchrun's agent: a process that outlives it would be in the way of its successor
+    # As the launcher sets it; to be set before torch starts. Deterministic matrix products on GPUs need it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     leave_process_id()
     parser = argparse.ArgumentParser(prog="python -m esvit_core.training", description="Pre-train the run's backbone.")
     parser.add_argument(

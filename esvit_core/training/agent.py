@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
         end_with(int(launcher))
     os.environ[AGENT_VARIABLE] = str(os.getpid())
 
+    # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

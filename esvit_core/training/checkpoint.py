@@ -3,16 +3,21 @@
 A checkpoint is the list of the run's stateful things, a file each, below ``training/checkpoints/<step:08d>/``; its
 manifest, with sizes and SHA-256, is written last. It does not depend on the number of processes: they hold the same
 state, and everything random is drawn anew at every step from (seed, step, rank).
+
+Training waits for the copy from the device alone. A thread writes the copy to this machine's disk, another brings it
+into the store (:mod:`esvit_core.storage.outbox`); as long as the store does not answer the newest one waits there,
+and a run that is started again on this machine goes on from it if it is newer than what the store has.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +32,8 @@ from esvit_core.storage import (
     StoreUnavailable,
     join_uri,
 )
+from esvit_core.storage.outbox import PENDING_VARIABLE, Outbox
+from esvit_core.storage.publish import check_set, describe, put_set
 
 CHECKPOINTS = "training/checkpoints"
 LATEST = "training/latest"
@@ -43,7 +50,11 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is complete."""
+    """A checkpoint that is complete in the store.
+
+    Attributes:
+        seconds: from the beginning of the copy to the end of the upload.
+    """
 
     step: int
     uri: str
@@ -57,23 +68,48 @@ class Restored:
 
     Attributes:
         step: steps done when it was written.
-        uri: its folder.
+        place: its folder, in the store or on this machine.
         states: the state of each stateful thing, by name, on the CPU.
     """
 
     step: int
-    uri: str
+    place: str
     states: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which complete checkpoints stay.
+
+    Attributes:
+        last: the newest ones, so many.
+        every_steps: those whose step is a multiple of it; 0: none for that reason.
+        best: the one with the lowest loss.
+    """
+
+    last: int = 3
+    every_steps: int = 0
+    best: bool = False
+
+    def kept(self, losses: Mapping[int, float | None]) -> set[int]:
+        """Of the checkpoints with these steps and losses, those that stay."""
+        steps = sorted(losses)
+        kept = set(steps[-self.last :])
+        if self.every_steps:
+            kept |= {step for step in steps if step % self.every_steps == 0}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        if self.best and known:
+            kept.add(min(known, key=lambda step: (known[step], step)))
+        return kept
 
 
 class Checkpointer:
     """Writes the checkpoints of a run from one process, beside the training.
 
     Args:
-        store: where the run is.
-        run_uri: ``s3://bucket/runs/<id>``.
-        keep: complete checkpoints that stay.
-        on_written: called from the writing thread when one is complete.
+        outbox: of the run.
+        retention: which complete checkpoints stay.
+        on_written: called from another thread when one is complete.
 
     Attributes:
         last_step: of the newest checkpoint, None when there is none.
@@ -81,119 +117,100 @@ class Checkpointer:
     """
 
     def __init__(
-        self, store: ObjectStore, run_uri: str, keep: int, on_written: Callable[[Written], None] | None = None
+        self, outbox: Outbox, retention: Retention | None = None, on_written: Callable[[Written], None] | None = None
     ) -> None:
-        self._store = store
-        self._run_uri = run_uri
-        self._keep = keep
+        self._outbox, self._store, self._run_uri = outbox, outbox.store, outbox.uri
+        self._retention = retention or Retention()
         self._on_written = on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._writing: Future[None] | None = None
         self._damaged: set[int] = set()
+        self._losses: dict[int, float | None] = {}
         self.last_step: int | None = None
         self.passed_over: list[str] = []
 
-    def save(self, step: int, stateful: Mapping[str, Stateful], *, wait: bool = False) -> None:
+    def save(self, step: int, stateful: Mapping[str, Stateful], loss: float | None = None) -> None:
         """Write a checkpoint; training goes on as soon as the state has been copied.
 
         Args:
             step: steps done.
             stateful: the things that must survive, by name.
-            wait: return only when it is complete.
+            loss: of the last steps, to tell the best one by.
 
         Raises:
-            UserError: this or an earlier one could not be written.
+            UserError: an earlier one could not be written.
         """
-        self.wait()
+        self._wait_for_disk()  # no more than one copy in memory
+        self._outbox.check()
         start = time.monotonic()
         states = {name: _copied(thing.state_dict()) for name, thing in stateful.items()}
         self.last_step = step
-        self._pending = self._writer.submit(self._write, step, states, start)
-        if wait:
-            self.wait()
+        self._writing = self._writer.submit(self._write, step, loss, states, start)
 
-    def wait(self) -> None:
-        """Until the checkpoint that is being written is complete."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until all is in the store, but not longer than ``seconds``; whether it is.
 
-    def close(self) -> None:
-        """Wait and stop the writing thread."""
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown(wait=True)
+        Raises:
+            UserError: a checkpoint could not be written.
+        """
+        self._wait_for_disk()
+        return self._outbox.wait(seconds)
 
     def restore(self) -> Restored | None:
-        """Read the newest valid checkpoint; None when there is none.
+        """Read the newest valid checkpoint, in the store or on this machine; None when there is none.
 
         Those that are incomplete or damaged are passed over, and :attr:`passed_over` says why.
 
         Raises:
-            StoreError: the store does not answer, which says nothing about the checkpoints.
-            UserError: there are checkpoints, but none is valid.
+            as :func:`newest_checkpoint`.
         """
-        self.passed_over = passed_over = []
-        for step, uri in sorted(self._folders().items(), reverse=True):
-            try:
-                states = self._read(uri)
-            except (StoreUnavailable, StoreRefused, StoreFull):
-                raise
-            except NotFound:
-                passed_over.append(f"checkpoint {uri} is incomplete: it was being written when the run ended")
-            except UserError as error:
-                passed_over.append(f"checkpoint {uri} cannot be used: {error}")
-            else:
-                self.last_step = step
-                return Restored(step, uri, states)
+        self._wait_for_disk()
+        waiting = {int(name): path for name, path in self._outbox.waiting_sets().items() if name.isdigit()}
+        self.passed_over = []
+        restored = newest_checkpoint(self._store, self._run_uri, waiting, self._pass_over)
+        if restored is not None:
+            self._settle(restored, waiting)
+            self.last_step = restored.step
+        return restored
+
+    def _pass_over(self, step: int, place: str | Path, why: str) -> None:
+        self.passed_over.append(why)
+        if isinstance(place, str):
             self._damaged.add(step)
-        if any("cannot be used" in why for why in passed_over):
+
+    def _settle(self, restored: Restored, waiting: Mapping[int, Path]) -> None:
+        """Of what waits on this machine, send the one that is gone on from; the others are of no use any more."""
+        for step, path in waiting.items():
+            if restored.place == str(path):
+                self._outbox.resend_set(path.name, partial(self._deliver, step, time.monotonic(), check_set(path)))
+            else:
+                self._outbox.drop_set(path.name)
+
+    def _wait_for_disk(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, step: int, loss: float | None, states: dict[str, Any], start: float) -> None:
+        name = f"{step:08d}"
+        folder = self._outbox.begin_set(name)
+        try:
+            for thing in list(states):
+                torch.save(states.pop(thing), folder / f"{thing}.pt")  # popped: the copy is not needed any longer
+            manifest = describe(folder, KIND, {"step": step, "loss": loss})
+        except (OSError, RuntimeError) as error:
             raise UserError(
-                f"run {self._run_uri}: none of its checkpoints is valid ({'; '.join(passed_over)}); "
-                f"remove {join_uri(self._run_uri, CHECKPOINTS)} to start from the beginning"
-            )
-        return None
+                f"checkpoint of step {step}: cannot be written to {folder.parent} ({error}); "
+                f"free some space there, or set {PENDING_VARIABLE} to a larger disk"
+            ) from None
+        self._outbox.send_set(name, manifest, partial(self._deliver, step, start, manifest))
 
-    def _folders(self) -> dict[int, str]:
-        root = join_uri(self._run_uri, CHECKPOINTS)
-        folders = {}
-        for stat in self._store.list(root):  # by their files: some stores list folders that have become empty
-            name = stat.uri.removeprefix(root).strip("/").partition("/")[0]
-            if name.isdigit():
-                folders[int(name)] = join_uri(root, name)
-        return folders
-
-    def _read(self, uri: str) -> dict[str, Any]:
-        states = {}
-        with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-            manifest = self._store.fetch(uri, Path(folder))
-            for name in manifest["files"]:
-                try:
-                    states[name.removesuffix(".pt")] = torch.load(
-                        Path(folder) / name, map_location="cpu", weights_only=True
-                    )
-                except Exception as error:  # torch.load promises no particular one
-                    raise IntegrityError(f"{join_uri(uri, name)}: not readable ({error})") from None
-        return states
-
-    def _write(self, step: int, states: dict[str, Any], start: float) -> None:
-        uri = join_uri(self._run_uri, CHECKPOINTS, f"{step:08d}")
-        self._store.remove_prefix(uri)  # what a lost attempt has left there, damaged or not
+    def _deliver(self, step: int, start: float, manifest: dict[str, Any], folder: Path) -> None:
+        """Bring it into the store; called again where the store did not answer."""
+        uri = join_uri(self._run_uri, CHECKPOINTS, folder.name)
+        put_set(self._outbox.hasty, uri, folder, manifest)
         self._damaged.discard(step)
-        with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-            files = {}
-            for name in list(states):
-                path = Path(folder) / f"{name}.pt"
-                try:
-                    torch.save(states.pop(name), path)  # popped: the copy in memory is not needed any longer
-                except (OSError, RuntimeError) as error:
-                    raise UserError(
-                        f"checkpoint of step {step}: cannot be written to {folder} ({error}); "
-                        "free some space there or set TMPDIR to a larger disk"
-                    ) from None
-                files[path.name] = path
-            manifest = self._store.publish(uri, files, KIND, {"step": step})
+        self._losses[step] = manifest.get("loss")
         self._point_to(step)
         self._prune(step)
         if self._on_written:
@@ -202,17 +219,91 @@ class Checkpointer:
 
     def _point_to(self, step: int) -> None:
         uri = join_uri(self._run_uri, LATEST)
-        if not self._store.swap_pointer(uri, {"step": step}, self._store.read_pointer(uri)):
+        store = self._outbox.hasty
+        if not store.swap_pointer(uri, {"step": step}, store.read_pointer(uri)):
             raise UserError(f"run {self._run_uri}: another process writes checkpoints of this run; stop one of the two")
 
     def _prune(self, step: int) -> None:
-        """Keep the newest complete ones up to ``step``; what lies beyond belongs to an attempt that was lost."""
-        folders = self._folders()
-        kept = sorted(s for s in folders if s <= step and s not in self._damaged)[-self._keep :]
+        """Keep the complete ones up to ``step`` that are to stay; what lies beyond is of an attempt that was lost."""
+        folders = _folders(self._store, self._run_uri)
+        losses = {s: self._loss(s, uri) for s, uri in folders.items() if s <= step and s not in self._damaged}
+        kept = self._retention.kept(losses)
         for other, uri in folders.items():
             if other not in kept:
                 self._store.remove_prefix(uri)
                 self._damaged.discard(other)
+                self._losses.pop(other, None)
+
+    def _loss(self, step: int, uri: str) -> float | None:
+        if self._retention.best and step not in self._losses:
+            self._losses[step] = (self._store.read_manifest(uri) or {}).get("loss")
+        return self._losses.get(step)
+
+
+def newest_checkpoint(
+    store: ObjectStore,
+    run_uri: str,
+    waiting: Mapping[int, Path] | None = None,
+    pass_over: Callable[[int, str | Path, str], None] = lambda step, place, why: None,
+) -> Restored | None:
+    """Read the newest valid checkpoint of a run; None when there is none.
+
+    Args:
+        store: where the run is.
+        run_uri: ``s3://bucket/runs/<id>``.
+        waiting: folders on this machine with checkpoints that have not arrived in the store, by step.
+        pass_over: called with each that cannot be used: its step, its place, and why in a line.
+
+    Raises:
+        StoreError: the store does not answer, which says nothing about the checkpoints.
+        UserError: there are checkpoints, but none is valid.
+    """
+    candidates: list[tuple[int, str | Path]] = [*_folders(store, run_uri).items(), *(waiting or {}).items()]
+    damaged = []
+    # Of the same step the one in the store first.
+    for step, place in sorted(candidates, key=lambda c: (c[0], isinstance(c[1], str)), reverse=True):
+        try:
+            states = _load(place, check_set(place)) if isinstance(place, Path) else _read(store, place)
+        except (StoreUnavailable, StoreRefused, StoreFull):
+            raise
+        except NotFound:
+            pass_over(step, place, f"checkpoint {place} is incomplete: it was being written when the run ended")
+        except UserError as error:
+            damaged.append(f"checkpoint {place} cannot be used: {error}")
+            pass_over(step, place, damaged[-1])
+        else:
+            return Restored(step, str(place), states)
+    if damaged:
+        raise UserError(
+            f"run {run_uri}: none of its checkpoints is valid ({'; '.join(damaged)}); "
+            f"remove {join_uri(run_uri, CHECKPOINTS)} to start from the beginning"
+        )
+    return None
+
+
+def _folders(store: ObjectStore, run_uri: str) -> dict[int, str]:
+    root = join_uri(run_uri, CHECKPOINTS)
+    folders = {}
+    for stat in store.list(root):  # by their files: some stores list folders that have become empty
+        name = stat.uri.removeprefix(root).strip("/").partition("/")[0]
+        if name.isdigit():
+            folders[int(name)] = join_uri(root, name)
+    return folders
+
+
+def _read(store: ObjectStore, uri: str) -> dict[str, Any]:
+    with TemporaryDirectory(prefix="esvit-") as folder:
+        return _load(Path(folder), store.fetch(uri, Path(folder)), uri)
+
+
+def _load(folder: Path, manifest: Mapping[str, Any], place: str | None = None) -> dict[str, Any]:
+    states = {}
+    for name in manifest["files"]:
+        try:
+            states[name.removesuffix(".pt")] = torch.load(folder / name, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load promises no particular one
+            raise IntegrityError(f"{place or folder}/{name}: not readable ({error})") from None
+    return states
 
 
 def _copied(state: Any) -> Any:

@@ -72,9 +72,18 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def wait_for_all(self) -> None:
+    def to_first(self, value: Any) -> list[Any] | None:
+        """What every rank gives, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.first else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def wait_for_all(self, seconds: float = 600.0) -> None:
+        """Until every process has come here, but not longer than ``seconds``."""
         if self.size > 1:
-            dist.barrier(group=self.control)
+            dist.monitored_barrier(group=self.control, timeout=timedelta(seconds=seconds))
 
     def leave(self) -> None:
         """Part from the others in order."""
@@ -82,11 +91,15 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world() -> World:
+def join_world(patience: float = 0.0) -> World:
     """Join the processes that torchrun has started; alone, without torchrun, this process is the world.
 
-    NCCL between GPUs, gloo between CPUs.
+    NCCL between GPUs, gloo between CPUs. They meet where torchrun says (``MASTER_ADDR``), on one machine in a file.
+
+    Args:
+        patience: seconds that the others may be kept waiting, beyond what is usual.
     """
+    timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=patience)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -104,9 +117,9 @@ def join_world() -> World:
         store=store,
         rank=rank,
         world_size=size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )
-    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return World(rank, size, device, control)
 
@@ -208,26 +221,27 @@ def _grouped(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]
         yield group
 
 
-class StopVote:
-    """Lets all processes stop after the same step, though signals reach them at different moments.
+class Vote:
+    """Lets all processes stop, or save, after the same step, though signals and clocks reach them at different moments.
 
     The vote of a step is counted while the step runs, so it costs no time and no synchronisation with the device.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._votes = torch.zeros(1, dtype=torch.int32)
+        self._votes = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
 
-    def begin(self, stop: bool) -> None:
-        """Give this process's vote for the step that begins."""
-        self._votes.fill_(int(stop))
+    def begin(self, stop: bool, save: bool) -> None:
+        """Give this process's votes for the step that begins."""
+        self._votes.copy_(torch.tensor([stop, save]))
         if self._world.size > 1:
             self._work = dist.all_reduce(self._votes, group=self._world.control, async_op=True)
 
-    def stop(self) -> bool:
-        """Whether any process has voted to stop: the same answer on all."""
+    def result(self) -> tuple[bool, bool]:
+        """Whether any process has voted to stop, and to save: the same answer on all."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return bool(self._votes.item())
+        stop, save = self._votes.tolist()
+        return bool(stop), bool(save)

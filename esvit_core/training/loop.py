@@ -10,7 +10,8 @@ from esvit_core.data.loader import Batch
 from esvit_core.data.mixup import mix_crops
 from esvit_core.models.vil import switch_mode_
 from esvit_core.training.checkpoint import Checkpointer
-from esvit_core.training.distributed import StopVote
+from esvit_core.training.distributed import Vote
+from esvit_core.training.nonfinite import backward
 from esvit_core.training.optimizer import clip_gradients_, freeze_last_layer_, set_hyperparameters_, update_teacher_
 from esvit_core.training.parts import Parts, seed_step
 from esvit_core.training.schedules import ScheduleValues
@@ -32,37 +33,37 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
 
     Raises:
         UserError: the loss is not finite, or the teacher has collapsed.
+        RollBack: the loss was not finite, and the run is to go back to its last checkpoint.
     """
     position, training = parts.position, parts.config.training
-    vote, saved = StopVote(parts.world), time.monotonic()
+    vote, saved = Vote(parts.world), time.monotonic()
     start = time.monotonic() - position.seconds
     stopped = False
     for batch in parts.batches():
-        vote.begin(stop.requested)
-        at = parts.schedules.at(position.step)
+        vote.begin(stop.requested, save=time.monotonic() - saved > 60 * training.checkpoint_minutes)
+        at = parts.schedule_values()
         outputs = training_step(parts, batch, at)
+        stopped, due = vote.result()
         position.step += 1
         position.images += training.batch_size
         position.seconds = time.monotonic() - start
         parts.trace.step(position.step, batch.indices)
+        parts.guard.end_step(at, outputs.terms, outputs.grad_norm, batch.indices)
         watch.step(at, outputs, batch.wait_seconds)
         del outputs  # before the next step makes its own: they are wide
-        stopped = vote.stop()
-        due = (
-            position.step % training.checkpoint_steps == 0
-            or time.monotonic() - saved > 60 * training.checkpoint_minutes
-            or stopped
-        )
-        if checkpoints and due and watch.finite():
-            watch.flush()
-            checkpoints.save(position.step, parts.stateful, wait=stopped)
+        if due or stopped or parts.checkpoint_planned():
+            parts.guard.settle()  # only what is finite becomes a checkpoint
             saved = time.monotonic()
+            if checkpoints:
+                watch.flush()
+                checkpoints.save(position.step, parts.stateful, watch.loss)
         if stopped:
             break
+    parts.guard.settle()
     finished = position.step == parts.schedules.steps
     if checkpoints and finished and checkpoints.last_step != position.step:
         watch.flush()
-        checkpoints.save(position.step, parts.stateful)
+        checkpoints.save(position.step, parts.stateful, watch.loss)
     return finished
 
 
@@ -75,6 +76,7 @@ def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> StepOutputs
             switch_mode_(network.backbone, config.model.mode_switch, at.epoch, config.training.epochs)
     micro_batches, sums = batch.split(parts.micro_batches), None
 
+    parts.guard.begin_step()
     parts.reducer.zero(passes=len(micro_batches))
     for micro_batch in micro_batches:
         crops = [crop.to(parts.world.device, non_blocking=True) for crop in micro_batch.crops]
@@ -86,12 +88,13 @@ def training_step(parts: Parts, batch: Batch, at: ScheduleValues) -> StepOutputs
         last = micro_batch is micro_batches[-1]
         terms = parts.objective(student_out, teacher_out, at.teacher_temp, given.shares, last)
         terms = terms.times(parts.weight(len(micro_batch.indices)))
-        terms.total.backward()
+        backward(terms.total)
         sums = terms.plus(sums)
     parts.reducer.finish()
     grad_norm = clip_gradients_(student.parameters(), config.optimizer.clip_grad)
     if at.epoch < config.optimizer.freeze_last_layer_epochs:
         freeze_last_layer_(student)
+    parts.guard.judge(grad_norm)
     set_hyperparameters_(parts.optimizer, at.lr, at.weight_decay)
     parts.optimizer.step()
     update_teacher_(student, teacher, at.teacher_momentum)

@@ -68,6 +68,17 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     return torch.linalg.vector_norm(stacked)
 
 
+def skip_step_where_(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Let the next ``optimizer.step()`` change nothing where ``bad``, scalar of booleans, is true.
+
+    Fused optimizers look at it on the device, as they do for loss scaling. The others cannot: for them this waits.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    elif bad.item():
+        optimizer.zero_grad(set_to_none=True)
+
+
 def freeze_last_layer_(student: nn.Module) -> None:
     """Drop the gradients of the prototypes, so that the optimizer passes them over (first epochs of a run)."""
     for name, parameter in student.named_parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -19,37 +19,17 @@ from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.monitoring.collapse import CollapseWatch
 from esvit_core.runs import Run
+from esvit_core.storage import ObjectStore
+from esvit_core.storage.retry import RetryPolicy
 from esvit_core.training.batch_norm import share_batch_norms_
 from esvit_core.training.checkpoint import Stateful
 from esvit_core.training.distributed import GradientReducer, World
+from esvit_core.training.nonfinite import NonFiniteGuard
 from esvit_core.training.optimizer import build_optimizer
+from esvit_core.training.position import Position
 from esvit_core.training.precision import Precision, choose_precision
-from esvit_core.training.schedules import Schedules
+from esvit_core.training.schedules import Schedules, ScheduleValues
 from esvit_core.training.trace import Trace
-
-
-@dataclass
-class Position:
-    """How far the run is.
-
-    Attributes:
-        step: steps done.
-        images: pictures trained on.
-        seconds: spent in the loop.
-        resumes: the steps from which it went on.
-    """
-
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    resumes: list[int] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "images": self.images, "seconds": self.seconds, "resumes": list(self.resumes)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.images = int(state["step"]), int(state["images"])
-        self.seconds, self.resumes = float(state["seconds"]), list(state["resumes"])
 
 
 @dataclass
@@ -68,6 +48,7 @@ class Parts:
     reducer: GradientReducer
     collapse: CollapseWatch
     position: Position
+    guard: NonFiniteGuard
     trace: Trace
 
     @property
@@ -99,6 +80,19 @@ class Parts:
         """What the mean over ``pictures`` counts in the mean over the global batch, which the processes average."""
         return pictures * self.world.size / self.config.training.batch_size
 
+    def schedule_values(self) -> ScheduleValues:
+        """Of the step that comes next."""
+        at = self.schedules.at(self.position.step)
+        return at._replace(lr=at.lr * self.position.lr_scale)
+
+    def checkpoint_planned(self) -> bool:
+        """Whether there is to be a checkpoint of the present step, whatever the clock says."""
+        training, step = self.config.training, self.position.step
+        epochs = training.checkpoint_epochs or training.keep_epochs
+        return step % training.checkpoint_steps == 0 or bool(
+            epochs and step % (epochs * self.loader.steps_per_epoch) == 0
+        )
+
     def batches(self) -> Iterator[Batch]:
         """From the present position to the end of the run."""
         steps = self.loader.steps_per_epoch
@@ -119,7 +113,9 @@ def build_parts(run: Run, world: World) -> Parts:
             f"training.batch_size {batch_size}: expected at least one picture for each of the {world.size} processes; "
             "raise it or start fewer"
         )
-    dataset = ShardDataset(run.store, run.at("data"), "train")
+    # A shard that is needed while the store does not answer is waited for as long as a checkpoint is.
+    patient = ObjectStore(run.store.address, RetryPolicy.lasting(60 * config.training.store_grace_minutes))
+    dataset = ShardDataset(patient, run.at("data"), "train")
     if len(dataset) < batch_size:
         raise UserError(
             f"data of {run.uri}: {len(dataset)} training pictures, expected at least one batch of {batch_size}; "
@@ -135,6 +131,10 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
     share_batch_norms_(student, world)
     share_batch_norms_(teacher, world)
+    objective = Objective(config.objective, config.head.out_dim, Fraction(share.stop - share.start, batch_size))
+    objective.to(world.device)
+    optimizer, position = build_optimizer(student, config), Position()
+    networks = [student, teacher, objective]
     return Parts(
         config=config,
         world=world,
@@ -143,13 +143,12 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
         schedules=Schedules(config, loader.steps_per_epoch),
         student=student,
         teacher=teacher,
-        objective=Objective(config.objective, config.head.out_dim, Fraction(share.stop - share.start, batch_size)).to(
-            world.device
-        ),
-        optimizer=build_optimizer(student, config),
+        objective=objective,
+        optimizer=optimizer,
         reducer=GradientReducer(student.parameters(), world),
         collapse=CollapseWatch(config.diagnostics, config.training.collapse_patience, config.head.out_dim),
-        position=Position(),
+        position=position,
+        guard=NonFiniteGuard(config, world, position, loader.steps_per_epoch, networks, optimizer),
         trace=Trace(world),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,11 +13,14 @@ from esvit_core.monitoring.log import LogWriter, read_log
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress import Progress, format_duration
 from esvit_core.runs import Run, open_run
-from esvit_core.training.checkpoint import Checkpointer, Written
+from esvit_core.storage.json_text import encode_json
+from esvit_core.storage.outbox import Outbox
+from esvit_core.training.checkpoint import Checkpointer, Retention, Written
 from esvit_core.training.distributed import join_world
 from esvit_core.training.environment import device_memory, hardware, versions
 from esvit_core.training.initial import starting_states
 from esvit_core.training.loop import train
+from esvit_core.training.nonfinite import NONFINITE, RollBack
 from esvit_core.training.parts import Parts, build_parts, make_deterministic
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
@@ -38,25 +42,26 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
         return 0
     if run.config.training.deterministic:
         make_deterministic()
-    world = join_world()
+    patience = 60 * run.config.training.store_grace_minutes
+    world = join_world(patience)
     parts = build_parts(run, world)
     metrics = _metrics(run, parts) if world.first_of_node else None
-    checkpoints = _checkpointer(run, metrics) if world.first else None
+    outbox = _outbox(run, patience) if world.first else None
+    checkpoints = _checkpointer(run, parts, outbox, metrics) if outbox else None
     resume(run, parts, checkpoints)
     if world.first and metrics:
         metrics.started(parts.position.step, _note_start(run, parts))
     stop.arm()
     try:
-        finished, last_line = _train(run, parts, checkpoints, metrics, stop)
+        finished, last_line = _train(run, parts, outbox, checkpoints, metrics, stop)
     finally:
         if metrics and (why := metrics.push()):
             print(f"train: {why}", flush=True)
     if world.first and finished:
         _say_finished(finish(run, parts, last_line))
-    elif world.first:
-        note(run.store, run.uri, "stopped", step=parts.position.step, reason="asked to stop")
-        print(f"train: stopped after step {parts.position.step}; the checkpoint is complete", flush=True)
-    world.wait_for_all()
+    elif outbox:
+        _say_stopped(run, parts, outbox)
+    world.wait_for_all(600 + patience)  # the first one may be waiting for the store
     world.leave()
     return 0 if finished else STOPPED_EXIT_CODE
 
@@ -86,12 +91,28 @@ def resume(run: Run, parts: Parts, checkpoints: Checkpointer | None) -> None:
         return
     if restored:
         print(
-            f"train: resuming from step {position.step:,} of {parts.schedules.steps:,} (checkpoint {restored.uri})",
+            f"train: resuming from step {position.step:,} of {parts.schedules.steps:,} (checkpoint {restored.place})",
             flush=True,
         )
     else:
+        if run.config.training.on_nonfinite == "rollback":
+            checkpoints.save(0, parts.stateful)  # to have something to go back to
         save_backbone(run.store, run.at("untrained"), parts.teacher.backbone, run.config, {"run": run.uri, "step": 0})
     _introduce(parts)
+
+
+def roll_back(parts: Parts, checkpoints: Checkpointer | None) -> None:
+    """Go back to the last checkpoint and go on from there with a lower learning rate."""
+    position, restored = parts.position, None
+    nonfinite, lr_scale = position.nonfinite, position.lr_scale * parts.config.training.rollback_lr
+    if checkpoints:
+        checkpoints.wait()
+        restored = checkpoints.restore()
+    parts.load(restored.states if restored else None)
+    position.nonfinite, position.lr_scale = nonfinite, lr_scale
+    position.resumes.append(position.step)
+    if checkpoints:
+        print(f"train: back to step {position.step:,}, from there with {lr_scale:g} of the learning rate", flush=True)
 
 
 def finish(run: Run, parts: Parts, last_line: dict[str, float | int | None]) -> TrainingSummary:
@@ -121,23 +142,44 @@ def finish(run: Run, parts: Parts, last_line: dict[str, float | int | None]) -> 
 
 
 def _train(
-    run: Run, parts: Parts, checkpoints: Checkpointer | None, metrics: TrainingMetrics | None, stop: StopRequest
+    run: Run,
+    parts: Parts,
+    outbox: Outbox | None,
+    checkpoints: Checkpointer | None,
+    metrics: TrainingMetrics | None,
+    stop: StopRequest,
 ) -> tuple[bool, dict[str, float | int | None]]:
-    if checkpoints is None:
-        watch = Watch(parts, metrics=metrics)
-        return train(parts, watch, None, stop), watch.last_line
-    log = LogWriter(run.store, run.uri)
-    progress = Progress(parts.schedules.steps, unit="steps", label="train", initial=parts.position.step)
-    watch = Watch(parts, log, metrics, progress)
+    log = LogWriter(outbox) if outbox else None
+    if outbox:
+        parts.guard.keep = partial(_keep_nonfinite, outbox, metrics)
+    steps = parts.schedules.steps
     try:
-        finished = train(parts, watch, checkpoints, stop)
-        progress.close()
+        while True:
+            progress = Progress(steps, unit="steps", label="train", initial=parts.position.step) if log else None
+            watch = Watch(parts, log, metrics, progress)
+            try:
+                finished = train(parts, watch, checkpoints, stop)
+                break
+            except RollBack:
+                roll_back(parts, checkpoints)
+                if log:
+                    log.begin_attempt()
+        if progress:
+            progress.close()
     finally:
-        try:
-            checkpoints.close()
-        finally:
-            log.close()
+        if log and outbox and checkpoints:
+            log.flush()
+            checkpoints.wait(stop.seconds_left())
+            outbox.close(stop.seconds_left())
     return finished, watch.last_line
+
+
+def _keep_nonfinite(outbox: Outbox, metrics: TrainingMetrics | None, record: dict[str, Any]) -> None:
+    if metrics:
+        metrics.nonfinite()
+    name = f"{NONFINITE}/{record['step']:08d}-{int(record['time'] * 1000)}.json"
+    print(f"train: step {record['step']:,} was not finite ({record['action']}): {name}", flush=True)
+    outbox.put(name, encode_json(record))
 
 
 def _metrics(run: Run, parts: Parts) -> TrainingMetrics:
@@ -164,12 +206,24 @@ def _note_start(run: Run, parts: Parts) -> int:
     return before
 
 
-def _checkpointer(run: Run, metrics: TrainingMetrics | None) -> Checkpointer:
+def _outbox(run: Run, patience: float) -> Outbox:
+    """The run's outbox, after what an earlier process has left in it has arrived."""
+    outbox = Outbox(run.store, run.uri, patience, say=lambda line: print(f"train: {line}", flush=True))
+    outbox.wait()
+    return outbox
+
+
+def _checkpointer(run: Run, parts: Parts, outbox: Outbox, metrics: TrainingMetrics | None) -> Checkpointer:
+    training = run.config.training
+    retention = Retention(
+        training.keep_checkpoints, training.keep_epochs * parts.loader.steps_per_epoch, training.keep_best
+    )
+
     def written(checkpoint: Written) -> None:
         if metrics:
             metrics.checkpoint(checkpoint.seconds, checkpoint.bytes)
 
-    return Checkpointer(run.store, run.uri, run.config.training.keep_checkpoints, written)
+    return Checkpointer(outbox, retention, written)
 
 
 def _introduce(parts: Parts) -> None:
@@ -184,6 +238,15 @@ def _introduce(parts: Parts) -> None:
         f"{torch.get_num_threads()} threads each, {parts.precision.name} ({parts.precision.reason})",
         flush=True,
     )
+
+
+def _say_stopped(run: Run, parts: Parts, outbox: Outbox) -> None:
+    where = "is complete"
+    if outbox.wait(0):
+        note(run.store, run.uri, "stopped", step=parts.position.step, reason="asked to stop")
+    else:
+        where = f"waits for the store in {outbox.folder}, where the same command on this machine finds it"
+    print(f"train: stopped after step {parts.position.step}; the checkpoint {where}", flush=True)
 
 
 def _say_finished(summary: TrainingSummary) -> None:

@@ -32,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._deadline: float | None = None
         self._armed = False
         self.grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
 
@@ -44,6 +45,10 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None
 
+    def seconds_left(self) -> float | None:
+        """Of the grace, with a little to spare for the last words; None when nothing was asked."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic() - 2)
+
     def arm(self) -> None:
         """From here on a stop can be carried out in order."""
         self._armed = True
@@ -53,6 +58,7 @@ class StopRequest:
             os._exit(STOPPED_EXIT_CODE)
         if self.signal is None:
             self.signal = signal.Signals(number)
+            self._deadline = time.monotonic() + self.grace
             timer = threading.Timer(self.grace, os._exit, (STOPPED_EXIT_CODE,))
             timer.daemon = True
             timer.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import NamedTuple
 
@@ -56,8 +55,8 @@ class Watch:
     ) -> None:
         self._parts, self._log, self._metrics, self._progress = parts, log, metrics, progress
         self.last_line: dict[str, float | int | None] = {}
-        # total, view, region, gradient norm: summed where they are made. One that is not finite stays visible.
-        self._sums = torch.zeros(4, device=parts.world.device)
+        # total, view, region, gradient norm, steps: summed where they are made, over the steps that were finite.
+        self._sums = torch.zeros(5, device=parts.world.device)
         self._steps = 0
         self._wait_seconds = 0.0
         self._line_time = self._step_time = time.monotonic()
@@ -66,11 +65,13 @@ class Watch:
         """Take in one step.
 
         Raises:
-            UserError: the loss is not finite, or the teacher has collapsed.
+            UserError, RollBack: a step was not finite.
+            UserError: the teacher has collapsed.
         """
         terms, grad_norm = outputs.terms, outputs.grad_norm
         region = terms.region if terms.region is not None else torch.zeros_like(terms.view)
-        self._sums += torch.stack((terms.total.detach(), terms.view, region, grad_norm.to(terms.view)))
+        figures = torch.stack((terms.total, terms.view, region, grad_norm.to(terms.view), torch.ones_like(region)))
+        self._sums += torch.where(grad_norm.isfinite(), figures, 0.0)
         self._steps += 1
         self._wait_seconds += wait_seconds
         training, step = self._parts.config.training, self._parts.position.step
@@ -84,20 +85,22 @@ class Watch:
             self._progress.update(1, **self._shown())
         self._step_time = now
 
-    def finite(self) -> bool:
-        """Whether all is well since the last line. The gradient is every process's, so one tells for all."""
-        return bool(torch.isfinite(self._sums).all())
+    @property
+    def loss(self) -> float | None:
+        """Mean of the last line."""
+        return self.last_line.get("loss")
 
     def flush(self) -> None:
-        """Bring the log up to the present step into the store: a checkpoint must not be ahead of it."""
+        """Send the log up to the present step off: a checkpoint must not be in the store before it."""
         if self._log:
-            self._log.flush(wait=True)
+            self._log.flush()
 
     def _line(self, at: ScheduleValues, outputs: StepOutputs) -> None:
         parts, steps = self._parts, self._steps
+        parts.guard.settle()
         seconds = time.monotonic() - self._line_time
         wait = torch.full((1,), self._wait_seconds / max(seconds, 1e-9), device=self._sums.device)
-        figures = parts.world.mean_(torch.cat((self._sums / steps, wait))).tolist()
+        figures = parts.world.mean_(torch.cat((self._sums[:4] / self._sums[4].clamp(min=1), wait))).tolist()
         diagnostics = self._diagnose(at, outputs) if self._diagnostics_due() else {}
         self.last_line = {
             "step": parts.position.step,
@@ -117,7 +120,6 @@ class Watch:
         }
         if self._metrics:
             self._metrics.line(self.last_line)
-        self._require_finite(figures[0], figures[3], steps)
         signs = parts.collapse.observe(parts.position.step, diagnostics) if diagnostics else []
         if self._log:
             told = {kind: [str(sign) for sign in signs if sign.kind == kind] or None for kind in ("warn", "stop")}
@@ -147,18 +149,6 @@ class Watch:
                 print(f"train: warning: {sign}", flush=True)
             if self._metrics:
                 self._metrics.warned(sign.figure)
-
-    def _require_finite(self, loss: float, grad_norm: float, steps: int) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        if self._metrics:
-            self._metrics.nonfinite()
-        step = self._parts.position.step
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
-        advice = "lower optimizer.lr or raise optimizer.warmup_epochs"
-        if self._parts.precision.dtype != torch.float32:
-            advice += ", or set training.precision=float32"
-        raise UserError(f"training: {what} between steps {step - steps + 1} and {step}, not finite; {advice}")
 
     def _shown(self) -> dict[str, str]:
         line = self.last_line

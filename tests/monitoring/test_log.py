@@ -7,13 +7,16 @@ import pytest
 from esvit_core.monitoring import log
 from esvit_core.monitoring.log import LogWriter, read_log
 from esvit_core.storage import ObjectStore
+from esvit_core.storage.outbox import Outbox
 
 
 def write(store: ObjectStore, run: str, steps: range, loss: float) -> None:
-    writer = LogWriter(store, run)
+    outbox = Outbox(store, run)
+    writer = LogWriter(outbox)
     for step in steps:
         writer.write({"step": step, "loss": loss})
-    writer.close()
+    writer.flush()
+    outbox.close()
 
 
 def test_lines_come_back_in_order(store: Any) -> None:
@@ -48,7 +51,9 @@ def test_a_long_log_is_written_in_pieces(store: Any, monkeypatch: pytest.MonkeyP
 
 def test_figures_that_are_none_are_left_out(store: Any) -> None:
     run = store.uri("runs/a")
-    writer = LogWriter(store, run)
+    outbox = Outbox(store, run)
+    writer = LogWriter(outbox)
     writer.write({"step": 1, "loss": 5.12345678, "loss_region": None})
-    writer.close()
+    writer.flush()
+    outbox.close()
     assert read_log(store, run) == [{"step": 1, "loss": 5.12346}]

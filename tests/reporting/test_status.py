@@ -14,6 +14,7 @@ from esvit_core.monitoring.log import LogWriter
 from esvit_core.reporting import status
 from esvit_core.reporting.status import RunStatus, read_status, run_names
 from esvit_core.reporting.terminal import runs_table, status_view
+from esvit_core.storage.outbox import Outbox
 
 
 class Story:
@@ -27,11 +28,13 @@ class Story:
         note(self.store, self.uri, "started", step=step, facts={"steps": 100, "processes": 2, "device": "cpu"})
 
     def train(self, steps: range, seconds: float = 0.5) -> None:
-        writer, now = LogWriter(self.store, self.uri), time.time()
+        outbox = Outbox(self.store, self.uri)
+        writer, now = LogWriter(outbox), time.time()
         for step in steps:
             when = now - seconds * (steps[-1] - step)
             writer.write({"step": step, "epoch": 1, "loss": 9.0 / step, "images_per_second": 64.0, "time": when})
-        writer.close()
+        writer.flush()
+        outbox.close()
 
     def save(self, step: int) -> None:
         uri = f"{self.uri}/training/latest"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import errno
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,12 @@ from torch import nn
 
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore
-from esvit_core.training.checkpoint import Checkpointer
+from esvit_core.storage.outbox import Outbox
+from esvit_core.storage.publish import describe
+from esvit_core.storage.retry import RetryPolicy
+from esvit_core.training.checkpoint import Checkpointer, Retention
+
+QUICK = RetryPolicy(attempts=2, base=0.01, cap=0.02)
 
 
 def things() -> dict[str, Any]:
@@ -22,13 +31,17 @@ def things() -> dict[str, Any]:
     return {"network": network, "optimizer": optimizer}
 
 
+def checkpointer(store: ObjectStore, run: str, keep: int = 3) -> Checkpointer:
+    return Checkpointer(Outbox(store, run), Retention(keep))
+
+
 def saved(store: ObjectStore, run: str, steps: list[int], keep: int = 3) -> dict[str, Any]:
     stateful = things()
-    checkpoints = Checkpointer(store, run, keep)
+    checkpoints = checkpointer(store, run, keep)
     for step in steps:
         stateful["network"].bias.data.fill_(step)
         checkpoints.save(step, stateful)
-    checkpoints.close()
+        checkpoints.wait()
     return stateful
 
 
@@ -40,7 +53,7 @@ def folders(store: ObjectStore, run: str) -> list[int]:
 def test_what_is_saved_comes_back_exactly(store: Any) -> None:
     run = store.uri("runs/a")
     stateful = saved(store, run, [7])
-    restored = Checkpointer(store, run, 3).restore()
+    restored = checkpointer(store, run).restore()
     assert restored is not None and restored.step == 7
     other = things()
     for name, thing in other.items():
@@ -53,16 +66,16 @@ def test_what_is_saved_comes_back_exactly(store: Any) -> None:
 def test_training_that_goes_on_does_not_change_what_is_being_written(store: Any) -> None:
     run, stateful = store.uri("runs/a"), things()
     expected = copy.deepcopy(stateful["network"].state_dict())
-    checkpoints = Checkpointer(store, run, 3)
+    checkpoints = checkpointer(store, run)
     checkpoints.save(1, stateful)
     stateful["network"].weight.data.zero_()
-    checkpoints.close()
-    restored = Checkpointer(store, run, 3).restore()
+    checkpoints.wait()
+    restored = checkpointer(store, run).restore()
     assert restored is not None and torch.equal(restored.states["network"]["weight"], expected["weight"])
 
 
 def test_no_checkpoint_is_none(store: Any) -> None:
-    assert Checkpointer(store, store.uri("runs/a"), 3).restore() is None
+    assert checkpointer(store, store.uri("runs/a")).restore() is None
 
 
 def test_only_the_newest_are_kept_and_latest_points_to_the_last(store: Any) -> None:
@@ -94,7 +107,7 @@ def test_a_damaged_newest_one_is_passed_over_and_named(store: Any, how: str) -> 
     run = store.uri("runs/a")
     saved(store, run, [10, 20])
     damage(store, f"{run}/training/checkpoints/00000020", how)
-    checkpoints = Checkpointer(store, run, 3)
+    checkpoints = checkpointer(store, run)
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 10
     assert len(checkpoints.passed_over) == 1 and "00000020" in checkpoints.passed_over[0]
@@ -105,13 +118,15 @@ def test_a_damaged_one_is_written_anew_and_does_not_count_as_kept(store: Any) ->
     run = store.uri("runs/a")
     stateful = saved(store, run, [10, 20, 30], keep=2)
     damage(store, f"{run}/training/checkpoints/00000030", "truncated")
-    checkpoints = Checkpointer(store, run, 2)
+    checkpoints = checkpointer(store, run, 2)
     assert checkpoints.restore() is not None
-    checkpoints.save(25, stateful, wait=True)
+    checkpoints.save(25, stateful)
+    checkpoints.wait()
     assert folders(store, run) == [20, 25]
-    checkpoints.save(30, stateful, wait=True)
+    checkpoints.save(30, stateful)
+    checkpoints.wait()
     assert folders(store, run) == [25, 30]
-    restored = Checkpointer(store, run, 2).restore()
+    restored = checkpointer(store, run, 2).restore()
     assert restored is not None and restored.step == 30
 
 
@@ -120,11 +135,11 @@ def test_when_none_is_valid_the_run_does_not_start_over_by_itself(store: Any) ->
     saved(store, run, [10])
     damage(store, f"{run}/training/checkpoints/00000010", "truncated")
     with pytest.raises(UserError, match="none of its checkpoints is valid"):
-        Checkpointer(store, run, 3).restore()
+        checkpointer(store, run).restore()
 
 
 def test_a_second_writer_of_the_same_run_is_refused(store: Any) -> None:
-    run, stateful = store.uri("runs/a"), things()
+    run = store.uri("runs/a")
 
     class Raced(ObjectStore):
         def read_pointer(self, uri: str) -> Any:
@@ -133,4 +148,98 @@ def test_a_second_writer_of_the_same_run_is_refused(store: Any) -> None:
             return found
 
     with pytest.raises(UserError, match="another process"):
-        Checkpointer(Raced(store.address), run, 3).save(5, stateful, wait=True)
+        saved(Raced(store.address), run, [5])
+
+
+def test_what_stays_is_the_last_ones_those_of_whole_epochs_and_the_best() -> None:
+    losses: dict[int, float | None] = {4: None, 10: 3.0, 14: 1.0, 20: 2.0, 24: 2.5, 28: 2.5}
+    assert Retention(2).kept(losses) == {24, 28}
+    assert Retention(1, every_steps=10).kept(losses) == {10, 20, 28}
+    assert Retention(1, best=True).kept(losses) == {14, 28}
+    assert Retention(1, best=True).kept({4: None, 8: None}) == {8}
+
+
+def test_the_best_one_is_known_to_the_next_process_too(store: Any) -> None:
+    run, stateful = store.uri("runs/a"), things()
+    for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, 6.0)):
+        checkpoints = Checkpointer(Outbox(store, run), Retention(1, best=True))
+        checkpoints.save(step, stateful, loss)
+        checkpoints.wait()
+    assert folders(store, run) == [2, 4]
+    assert store.get_json(f"{run}/training/checkpoints/00000002/manifest.json")["loss"] == 3.0
+
+
+def test_a_checkpoint_that_only_this_machine_has_is_gone_on_from_and_brought_into_the_store(
+    store: Any, tmp_path: Path
+) -> None:
+    run, elsewhere = store.uri("runs/a"), tmp_path / "pending"
+    saved(store, run, [10])
+    silent = ObjectStore(dataclasses.replace(store.address, endpoint="127.0.0.1:9", directory=None), QUICK)
+    stateful, told = things(), []
+    lost = Checkpointer(Outbox(silent, run, directory=elsewhere, say=told.append))
+    stateful["network"].bias.data.fill_(20)
+    lost.save(20, stateful)
+    assert not lost.wait(0.5)
+    assert "no answer" in told[0] and str(elsewhere) in told[0]
+
+    next_start = Checkpointer(Outbox(store, run, directory=elsewhere))
+    restored = next_start.restore()
+    assert restored is not None and restored.step == 20 and restored.place == str(elsewhere / "sets" / "00000020")
+    assert restored.states["network"]["bias"].tolist() == [20, 20]
+    assert next_start.wait(30)
+    assert folders(store, run) == [10, 20]
+    assert not list((elsewhere / "sets").iterdir())
+    again = checkpointer(store, run).restore()
+    assert again is not None and again.place == f"{run}/training/checkpoints/00000020"
+
+
+@pytest.mark.parametrize("how", ["older than the store's", "damaged", "without a manifest"])
+def test_a_local_copy_that_is_of_no_use_is_not_used(store: Any, tmp_path: Path, how: str) -> None:
+    run, step = store.uri("runs/a"), 5 if how == "older than the store's" else 20
+    saved(store, run, [10])
+    outbox = Outbox(store, run, directory=tmp_path)
+    half = outbox.begin_set(f"{step:08d}")
+    torch.save(things()["network"].state_dict(), half / "network.pt")
+    (half / "manifest.json").write_text(json.dumps(describe(half, "checkpoint", {"step": step})))
+    complete = half.rename(tmp_path / "sets" / f"{step:08d}")
+    if how == "damaged":
+        data = (complete / "network.pt").read_bytes()
+        (complete / "network.pt").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif how == "without a manifest":
+        (complete / "manifest.json").unlink()
+    checkpoints = Checkpointer(outbox)
+    restored = checkpoints.restore()
+    assert restored is not None and restored.step == 10
+    assert [str(complete) in why and "damaged" in why for why in checkpoints.passed_over] == [True] * (how == "damaged")
+    assert complete.exists() == (how == "without a manifest")
+
+
+def test_no_room_on_this_machine_is_one_line(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = store.uri("runs/a")
+    saved(store, run, [10])
+    checkpoints = Checkpointer(Outbox(store, run, directory=tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    checkpoints.save(20, things())
+    with pytest.raises(UserError, match=r"step 20: cannot be written to .* \(.*No space left.*ESVIT_PENDING_DIR"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    restored = Checkpointer(Outbox(store, run, directory=tmp_path)).restore()
+    assert restored is not None and restored.step == 10
+
+
+def test_a_stale_upload_of_a_killed_process_is_passed_over_and_replaced(store: Any) -> None:
+    run = store.uri("runs/a")
+    stateful = saved(store, run, [10])
+    store.put_bytes(f"{run}/training/checkpoints/00000020/network.pt", b"half an upload")
+    checkpoints = checkpointer(store, run)
+    restored = checkpoints.restore()
+    assert restored is not None and restored.step == 10
+    assert "00000020 is incomplete" in checkpoints.passed_over[0]
+    checkpoints.save(20, stateful)
+    checkpoints.wait()
+    restored = checkpointer(store, run).restore()
+    assert restored is not None and restored.step == 20

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from esvit_core.training import distributed
 from esvit_core.training.batch_norm import share_batch_norms_
-from esvit_core.training.distributed import GradientReducer, StopVote, join_world
+from esvit_core.training.distributed import GradientReducer, Vote, join_world
 
 distributed.BUCKET_BYTES = 40  # several buckets
 world = join_world()
@@ -68,11 +68,11 @@ for name, network, pictures in batch_normed():
     state = {key: value.tolist() for key, value in network.state_dict().items()}
     grads = [p.grad.tolist() for p in network.parameters()]
     result["norm"][name] = [output.tolist(), grads, state, network(pictures).tolist()]
-votes = StopVote(world)
+votes = Vote(world)
 result["stops"] = []
 for step in range(3):
-    votes.begin(stop=(step == 1 and world.rank == 2))
-    result["stops"].append(votes.stop())
+    votes.begin(stop=(step == 1 and world.rank == 2), save=(step == 2 and world.rank == 0))
+    result["stops"].append(votes.result())
 result["mean"] = world.mean_(torch.tensor([float(world.rank)])).item()
 result["rows"] = world.rows_of_all(torch.tensor([[float(world.rank)], [10.0]])).tolist()
 result["word"] = world.from_first({"a": 1} if world.first else None)
@@ -149,8 +149,8 @@ def test_gradients_of_micro_batches_add_up(said: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
 
 
-def test_one_vote_stops_all_after_the_same_step(said: dict[str, Any]) -> None:
-    assert said["stops"] == [False, True, False]
+def test_one_vote_makes_all_stop_or_save_after_the_same_step(said: dict[str, Any]) -> None:
+    assert said["stops"] == [[False, False], [True, False], [False, True]]
 
 
 def test_figures_are_averaged_and_words_passed_on(said: dict[str, Any]) -> None:

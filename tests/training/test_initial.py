@@ -15,6 +15,7 @@ from esvit_core.errors import UserError
 from esvit_core.export import load_backbone, save_backbone
 from esvit_core.models.timm_names import to_timm
 from esvit_core.runs import open_run, run_id, start_run
+from esvit_core.storage.outbox import Outbox
 from esvit_core.training.checkpoint import Checkpointer
 from esvit_core.training.distributed import join_world
 from esvit_core.training.initial import RECORD, starting_states
@@ -61,9 +62,9 @@ def source(micro_run: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, 
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         parts.optimizer.step()
         parts.position.step, parts.position.images = 6, 96
-        checkpoints = Checkpointer(run.store, run.uri, keep=1)
-        checkpoints.save(6, parts.stateful, wait=True)
-        checkpoints.close()
+        checkpoints = Checkpointer(Outbox(run.store, run.uri))
+        checkpoints.save(6, parts.stateful)
+        checkpoints.wait()
         return run, {name: thing.state_dict() for name, thing in parts.stateful.items()}
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 import urllib.request
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.monitoring.journal import read_journal
 from esvit_core.monitoring.log import read_log
+from esvit_core.storage.outbox import pending_folder
 from esvit_core.training import launch
 from esvit_core.training.launch import divide_cores, launch_training
 
@@ -25,7 +27,9 @@ LONG = {"epochs": 40, "processes": 2}
 
 
 @pytest.mark.timeout(900)  # seconds where the machine is free; three launches
-def test_resume_continues_bitwise_past_a_damaged_checkpoint(micro_run: Callable[..., Any]) -> None:
+def test_resume_continues_bitwise_elsewhere_and_past_a_damaged_checkpoint(
+    micro_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"epochs": 20, "processes": 2}
     undisturbed = micro_run("undisturbed", training=settings)
     launch_training(undisturbed.uri, undisturbed.config)
@@ -48,6 +52,9 @@ def test_resume_continues_bitwise_past_a_damaged_checkpoint(micro_run: Callable[
     data = killed.store.get_bytes(f"{damaged}/student.pt")
     killed.store.put_bytes(f"{damaged}/student.pt", data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
 
+    # Elsewhere: with nothing of what this machine may have kept.
+    shutil.rmtree(pending_folder(killed.store, killed.uri), ignore_errors=True)
+    monkeypatch.setenv("ESVIT_CACHE_DIR", str(tmp_path / "cache"))
     launcher = killed.launch()
     output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, output
@@ -115,7 +122,7 @@ def test_a_training_that_diverges_ends_with_its_reason_and_no_traceback(
     micro_run: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = micro_run("diverging", training={"processes": 2}, optimizer={"lr": 1e30, "warmup_epochs": 0, "clip_grad": 0})
-    with pytest.raises(UserError, match=r"training: .* between steps 1 and 2, not finite; lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"training: .* at step [12], not finite; lower optimizer.lr"):
         launch_training(run.uri, run.config)
     assert "Traceback" not in capfd.readouterr().err
     assert run.checkpointed_step() == -1

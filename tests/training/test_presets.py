@@ -19,8 +19,10 @@ from esvit_core.monitoring.collapse import CollapseWatch
 from esvit_core.recipe_files import preset_names, preset_text
 from esvit_core.training.distributed import GradientReducer, World
 from esvit_core.training.loop import training_step
+from esvit_core.training.nonfinite import NonFiniteGuard
 from esvit_core.training.optimizer import build_optimizer
-from esvit_core.training.parts import Parts, Position
+from esvit_core.training.parts import Parts
+from esvit_core.training.position import Position
 from esvit_core.training.precision import choose_precision
 from esvit_core.training.schedules import Schedules
 from esvit_core.training.trace import Trace
@@ -74,6 +76,7 @@ def test_every_preset_trains_a_step(name: str) -> None:
     student, teacher = networks(repr(recipe.model))
     if not recipe.objective.region:
         student.head_dense = teacher.head_dense = None
+    optimizer, position = build_optimizer(student, recipe), Position(step=recipe.optimizer.warmup_epochs)
     parts = Parts(
         config=recipe,
         world=world,
@@ -83,10 +86,11 @@ def test_every_preset_trains_a_step(name: str) -> None:
         student=student,
         teacher=teacher,
         objective=Objective(recipe.objective, K),
-        optimizer=build_optimizer(student, recipe),
+        optimizer=optimizer,
         reducer=GradientReducer(student.parameters(), world),
         collapse=CollapseWatch(recipe.diagnostics, 1, K),
-        position=Position(step=recipe.optimizer.warmup_epochs),
+        position=position,
+        guard=NonFiniteGuard(recipe, world, position, 1, [], optimizer),
         trace=Trace(world),
     )
     generator = torch.Generator().manual_seed(0)

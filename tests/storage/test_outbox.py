@@ -1,0 +1,94 @@
+"""What is on its way to a store that comes and goes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.errors import UserError
+from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, outbox
+from esvit_core.storage.outbox import Outbox, pending_folder
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(outbox, "LONGEST_WAIT", 0.05)
+
+
+def sent(box: Outbox, name: str, content: bytes) -> None:
+    (box.begin_set(name) / "file").write_bytes(content)
+    box.send_set(name, {}, lambda folder: box.store.put_bytes(f"{box.uri}/{name}", (folder / "file").read_bytes()))
+
+
+def test_things_arrive_and_leave_nothing_behind(store: Any, tmp_path: Path) -> None:
+    box = Outbox(store, store.uri("a"), directory=tmp_path)
+    box.put("log/one piece.txt", b"1")
+    sent(box, "set", b"2")
+    assert box.close()
+    assert {stat.uri: store.get_bytes(stat.uri) for stat in store.list(store.uri("a"))} == {
+        store.uri("a/log/one piece.txt"): b"1",
+        store.uri("a/set"): b"2",
+    }
+    assert not tmp_path.exists()
+
+
+def test_while_the_store_is_silent_objects_and_the_newest_set_wait(store: Any, proxy: Any, through_proxy: Any) -> None:
+    told: list[str] = []
+    box = Outbox(through_proxy, store.uri("a"), say=told.append)
+    proxy.plan += ["refuse"] * 40
+    start = time.monotonic()
+    box.put("1", b"1")
+    for name in ("old", "newer", "newest"):
+        sent(box, name, name.encode())
+    box.put("2", b"2")
+    assert time.monotonic() - start < 1  # nobody was kept waiting
+    assert list(box.waiting_sets()) == ["newest"]
+    assert box.close(60)
+    assert [stat.uri.rpartition("/")[2] for stat in store.list(store.uri("a"))] == ["1", "2", "newest"]
+    assert "waits in" in told[0] and "answers again after" in told[1] and len(told) == 2
+
+
+def test_what_a_killed_process_left_is_sent_by_the_next(store: Any, scripted: Any, tmp_path: Path) -> None:
+    silent = scripted((503, "SlowDown")).store()
+    box = Outbox(silent, store.uri("a"), directory=tmp_path, say=lambda line: None)
+    box.put("1", b"1")
+    sent(box, "set", b"2")
+    assert not box.wait(0.2)
+    box.begin_set("half")  # and dies
+    following = Outbox(store, store.uri("a"), directory=tmp_path)
+    assert following.close(30)
+    assert store.get_bytes(store.uri("a/1")) == b"1"
+    assert list(following.waiting_sets()) == ["set"]  # who knows what it is says whether it is still wanted
+    assert not list((tmp_path / "sets").glob(".*"))
+
+
+def test_silence_beyond_the_grace_is_an_error_and_everything_stays(scripted: Any, tmp_path: Path) -> None:
+    box = Outbox(scripted((503, "SlowDown")).store(), "s3://bucket/a", 0.3, tmp_path, say=lambda line: None)
+    sent(box, "set", b"2")
+    with pytest.raises(StoreUnavailable, match=r"more than it is given; .* the same command on this machine finds it"):
+        box.wait(30)
+    assert list(box.waiting_sets()) == ["set"]
+    with pytest.raises(StoreUnavailable):
+        box.put("1", b"1")
+
+
+def test_a_refusal_is_an_error_at_once(scripted: Any, tmp_path: Path) -> None:
+    box = Outbox(scripted((403, "AccessDenied")).store(), "s3://bucket/a", directory=tmp_path)
+    box.put("1", b"1")
+    with pytest.raises(StoreRefused):
+        box.wait(30)
+
+
+def test_where_things_wait(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = store.uri("runs/a")
+    assert pending_folder(store, run).parent == store.address.directory / "pending"
+    assert pending_folder(store, run) != pending_folder(store, store.uri("other/a"))
+    monkeypatch.setenv("ESVIT_PENDING_DIR", str(tmp_path))
+    assert pending_folder(ObjectStore(store.address), run).parent == tmp_path
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="ESVIT_PENDING_DIR"):
+        Outbox(store, run, directory=tmp_path / "file")
