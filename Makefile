@@ -7,7 +7,7 @@ OUT    ?= demo-run
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: demo test lint types check format clean help
+.PHONY: demo test chaos lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -27,6 +27,9 @@ demo: $(READY) ## Pre-train, measure, report, and publish on the sample pictures
 
 test: $(READY) ## Run the tests (under 15 minutes on two cores; no Docker, no root)
 	@$(BIN)/python -m pytest
+
+chaos: $(READY) ## Kill trainings at random moments and count what was lost (an hour on two cores)
+	@$(BIN)/python benchmarks/chaos.py
 
 lint: $(READY) ## Check style and format
 	@$(BIN)/ruff check .

@@ -1,0 +1,337 @@
+"""Kill a training again and again, at random moments, and count what was lost: ``make chaos``.
+
+Every run is the same small recipe on two processes. One is left alone; each of the others is killed once (a rank, the
+agent, the launcher, the object store), sometimes has its newest checkpoint damaged, and is started again until it is
+finished. Its weights must then be those of the undisturbed run, bit for bit, and its steps must have seen the same
+samples. Afterwards: the number of processes changes within an epoch; two nodes of which one dies and comes back; the
+store is away for a minute.
+
+    python benchmarks/chaos.py --kills 20 --seed 1
+
+The last line is JSON: {"kills": n, "bitwise_equal": n, "samples_lost": n, "samples_repeated": n}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from esvit_core.config import Config
+from esvit_core.data.manifest import Manifest
+from esvit_core.data.order import epoch_order
+from esvit_core.data.prepare import prepare
+from esvit_core.runs import open_run
+from esvit_core.storage import ObjectStore
+from esvit_core.storage.embedded import EmbeddedStore
+from esvit_core.training.summary import read_summary
+from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (
+    "training.epochs=10",
+    "training.checkpoint_steps=4",
+    "training.processes=2",
+    "training.metrics_port=null",
+    "data.max_images=400",
+)
+VICTIMS = ("rank", "agent", "launcher", "store")
+DAMAGES = ("", "", "truncated", "byte flipped", "manifest missing")
+PATIENCE = 900.0  # seconds for anything that has to happen
+LAUNCH = """
+from esvit_core.errors import step
+from esvit_core.runs import open_run
+from esvit_core.training.launch import launch_training
+run = open_run({uri!r})
+with step("pretrain"):
+    launch_training(run.uri, run.config)
+"""
+
+
+@dataclass
+class ChaosRun:
+    """A run whose processes are started, killed and started again."""
+
+    uri: str
+    store: ObjectStore
+    trace: Path
+    log: Path
+    kills: int = 0
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        return self.start([sys.executable, "-c", LAUNCH.format(uri=self.uri)])
+
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {TRACE_VARIABLE: str(self.trace), "PYTHONPATH": str(ROOT)} | environment,
+                stdout=log,
+                stderr=log,
+            )
+        self.started.append(process)
+        return process
+
+    def processes(self, agent: bool) -> list[psutil.Process]:
+        """Those of this run that are alive: its agent, or its ranks."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            command = " ".join(process.info["cmdline"] or [])
+            alive = process.info["status"] != psutil.STATUS_ZOMBIE
+            if alive and f"--run-uri {self.uri}" in command and ("training.agent" in command) == agent:
+                found.append(process)
+        return found
+
+    def checkpoint(self) -> int:
+        pointer = self.store.read_pointer(f"{self.uri}/training/latest")
+        return int(pointer.value["step"]) if pointer else 0
+
+    def step(self) -> int:
+        """The last step that any process has done."""
+        return max(samples_that_count(self.trace), default=0)
+
+    def finished(self) -> bool:
+        return self.store.exists(f"{self.uri}/training/summary.json")
+
+    def weights(self) -> str:
+        manifest = self.store.read_manifest(f"{self.uri}/backbone")
+        return "" if manifest is None else str(manifest["files"]["model.safetensors"]["sha256"])
+
+    def worlds(self) -> list[int]:
+        """How many processes each attempt had."""
+        files = [path for path in sorted(self.trace.glob("*-0.jsonl")) if path.stat().st_size]
+        return [json.loads(path.read_text(encoding="utf-8").partition("\n")[0])["world"] for path in files]
+
+
+class Scene:
+    """A store with prepared data, and runs on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = EmbeddedStore(folder / "store")
+        os.environ |= self.server.start().environment()
+        self.store = ObjectStore.from_env()
+        self.config = Config.load("demo", SETTINGS)
+        self.store.ensure_bucket(self.config.bucket)
+        self.data = f"s3://{self.config.bucket}/data"
+        prepare(str(ROOT / "samples" / "clipart.zip"), self.store, self.data, self.config.data)
+
+    def run(self, name: str, **training: Any) -> ChaosRun:
+        values = self.config.model_dump()
+        values["training"] |= training
+        uri = f"s3://{self.config.bucket}/runs/{name}"
+        for stat in self.store.list(self.data):
+            self.store.put_bytes(stat.uri.replace(self.data, f"{uri}/data"), self.store.get_bytes(stat.uri))
+        self.store.put_bytes(f"{uri}/config.yaml", Config.from_mapping(values).to_yaml().encode())
+        return ChaosRun(uri, self.store, self.folder / f"trace-{name}", self.folder / f"{name}.log")
+
+    def kill_store(self) -> None:
+        if (status := self.server.status()) is not None:
+            server = psutil.Process(status.pid)
+            server.kill()
+            psutil.wait_procs([server], timeout=30)
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            raise SystemExit(f"waited {PATIENCE:.0f} s for {what}")
+        time.sleep(0.05)
+
+
+def lost_and_repeated(run: ChaosRun, last_step: int) -> tuple[int, int]:
+    """Of the samples of each step up to the last, those that it has not seen, and those that it has seen too often."""
+    config, shards = open_run(run.uri).config, Manifest.read(run.store, f"{run.uri}/data").splits["train"].shards
+    batch, sizes = config.training.batch_size, [shard.samples for shard in shards]
+    steps = sum(sizes) // batch
+    orders = [epoch_order(config.seed, epoch, sizes) for epoch in range(-(-last_step // steps))]
+    whole = [order[batch * step : batch * (step + 1)].tolist() for order in orders for step in range(steps)]
+    want = Counter((step, n) for step, numbers in enumerate(whole[:last_step], 1) for n in numbers)
+    have = Counter((step, n) for step, numbers in samples_that_count(run.trace).items() for n in numbers)
+    return (want - have).total(), (have - want).total()
+
+
+def damage(run: ChaosRun, how: str) -> None:
+    folder = f"{run.uri}/training/checkpoints/{run.checkpoint():08d}"
+    if how == "manifest missing":
+        run.store.remove(f"{folder}/manifest.json")
+        return
+    data = run.store.get_bytes(f"{folder}/student.pt")
+    flipped = data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]
+    run.store.put_bytes(f"{folder}/student.pt", data[: len(data) // 2] if how == "truncated" else flipped)
+
+
+def kill_once(scene: Scene, run: ChaosRun, victim: str, after: float, rng: random.Random) -> str:
+    """Start the run, kill ``victim`` after so many seconds of training, and finish it; where it was killed, in words."""
+    launcher = run.launch()
+    until(lambda: run.processes(agent=False), "the first process")
+    time.sleep(after)
+    where = f"step {run.step():3}, checkpoint {run.checkpoint():3}"
+    run.kills += 1
+    if victim == "rank":
+        for process in rng.sample(alive := run.processes(agent=False), min(1, len(alive))):
+            process.kill()
+    elif victim == "agent":
+        for agent in run.processes(agent=True):
+            agent.kill()
+    elif victim == "launcher":
+        launcher.kill()
+    else:
+        scene.kill_store()
+        time.sleep(rng.uniform(0.5, 8))
+        scene.server.start()
+    launcher.wait(PATIENCE)
+    until(lambda: not run.processes(agent=False), "the end of the processes")
+    how = rng.choice(DAMAGES)
+    if how and not run.finished() and run.checkpoint():
+        damage(run, how)
+        where += f", newest checkpoint {how}"
+    for _ in range(3):
+        if not run.finished():
+            run.launch().wait(PATIENCE)
+    return where
+
+
+def has_moved(run: ChaosRun, step: int) -> bool:
+    return run.step() > step
+
+
+def change_worlds(run: ChaosRun, rng: random.Random) -> None:
+    """2, 1, 3 and 2 processes, each asked to stop at a random moment but the last."""
+    with tempfile.TemporaryDirectory() as meeting:
+        for number, world in enumerate((2, 1, 3, 2)):
+            before = run.step()
+            processes = [
+                run.start(
+                    [sys.executable, "-m", "esvit_core.training", "--run-uri", run.uri],
+                    RANK=str(rank),
+                    WORLD_SIZE=str(world),
+                    TORCHELASTIC_RESTART_COUNT=str(number),
+                    ESVIT_RENDEZVOUS_DIR=meeting,
+                    OMP_NUM_THREADS="1",
+                )
+                for rank in range(world)
+            ]
+            if number < 3:
+                until(partial(has_moved, run, before), "a step")
+                rng.choice(processes).send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait(PATIENCE)
+
+
+def two_nodes(run: ChaosRun) -> str:
+    """One of two nodes is killed and comes back; the numbers of processes of the attempts, in words."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def node(host: bool) -> subprocess.Popen[bytes]:
+        torchrun = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "50"]
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "chaos"]
+        conf = ["--rdzv-conf", f"is_host={str(host).lower()},last_call_timeout=2", "--local-addr", "127.0.0.1"]
+        return run.start(
+            [sys.executable, *torchrun, *meeting, *conf, "-m", "esvit_core.training", "--run-uri", run.uri],
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+            OMP_NUM_THREADS="1",
+        )
+
+    first, second = node(True), node(False)
+    until(lambda: run.worlds()[-1:] == [2] and run.checkpoint(), "both nodes to train")
+    second.kill()
+    until(lambda: run.worlds()[-1:] == [1], "the other one to go on")
+    second = node(False)
+    until(lambda: run.worlds()[-1:] == [2], "the first one to be taken in again")
+    for process in (first, second):
+        process.terminate()
+    for process in (first, second):
+        process.wait(PATIENCE)
+    return " -> ".join(map(str, run.worlds()))
+
+
+@contextmanager
+def ending(runs: list[ChaosRun], scene: Scene) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for run in runs:
+            for process in run.started:
+                process.kill()
+        scene.server.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--only-kills", action="store_true", help="leave out what comes after the kills")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    print(f"seed {arguments.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="esvit-chaos-") as folder:
+        scene = Scene(Path(folder))
+        runs = [scene.run("undisturbed")]
+        with ending(runs, scene):
+            start = time.monotonic()
+            runs[0].launch().wait(PATIENCE)
+            seconds = time.monotonic() - start
+            steps, weights = runs[0].step(), runs[0].weights()
+            print(f"undisturbed: {steps} steps in {seconds:.0f} s, weights {weights[:12]}", flush=True)
+            equal = lost = repeated = 0
+
+            def report(run: ChaosRun, what: str, same_world: bool) -> None:
+                nonlocal equal, lost, repeated
+                missing, twice = lost_and_repeated(run, steps if run.finished() else run.checkpoint())
+                lost, repeated = lost + missing, repeated + twice
+                same = run.weights() == weights
+                equal += same and same_world
+                summary = read_summary(run.store, run.uri)
+                at = "" if summary is None else f"; resumed at {summary.resumes}"
+                how = ("equal" if same else "DIFFERENT") if same_world else "another world"
+                print(f"{what}{at}; {how}; lost {missing}, repeated {twice}", flush=True)
+
+            for number in range(arguments.kills):
+                runs.append(run := scene.run(f"killed-{number}"))
+                victim, after = VICTIMS[number % len(VICTIMS)], rng.uniform(0, seconds)
+                where = kill_once(scene, run, victim, after, rng)
+                report(run, f"{number + 1:2}  {victim:8}  after {after:5.1f} s at {where}", True)
+            if not arguments.only_kills:
+                runs.append(run := scene.run("worlds"))
+                change_worlds(run, rng)
+                report(run, f"worlds {' -> '.join(map(str, run.worlds()))}", False)
+                runs.append(run := scene.run("nodes", epochs=1000))
+                report(run, f"two nodes, one killed and back: {two_nodes(run)}", False)
+                runs.append(run := scene.run("outage"))
+                launcher = run.launch()
+                until(lambda: run.checkpoint(), "a checkpoint")
+                scene.kill_store()
+                run.kills += 1
+                time.sleep(60)
+                scene.server.start()
+                launcher.wait(PATIENCE)
+                report(run, f"store away for 60 s from step {run.step()} on, launched {len(run.started)} time", True)
+            kills = sum(run.kills for run in runs)
+    result = {"kills": kills, "bitwise_equal": equal, "samples_lost": lost, "samples_repeated": repeated}
+    print(json.dumps(result), flush=True)
+    return int(equal < kills or lost > 0 or repeated > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What checkpoints cost: time of a training step with one every so many steps, against none.
+
+    python benchmarks/checkpoints.py [--recipe demo] [--every 20] [--rounds 8]
+
+One process trains on the sample pictures with a real object store beside it. Stretches with and without a checkpoint
+at their end take turns, so that whatever else the machine does meets both. The upload of a checkpoint runs into the
+next stretch: one with is timed after another one with, one without after the last upload has ended. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from esvit_core.config import Config
+from esvit_core.data.prepare import prepare
+from esvit_core.runs import Run
+from esvit_core.storage import ObjectStore
+from esvit_core.storage.embedded import EmbeddedStore
+from esvit_core.storage.outbox import Outbox
+from esvit_core.training.checkpoint import Checkpointer, Retention, Written
+from esvit_core.training.distributed import join_world
+from esvit_core.training.loop import training_step
+from esvit_core.training.parts import build_parts
+
+PICTURES = Path(__file__).parents[1] / "samples" / "clipart.zip"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--every", type=int, default=20, help="steps")
+    parser.add_argument("--rounds", type=int, default=8, help="stretches of each kind")
+    arguments = parser.parse_args()
+    needed = arguments.every * (3 * arguments.rounds + 1)
+    with tempfile.TemporaryDirectory(prefix="esvit-checkpoints-") as folder:
+        server = EmbeddedStore(Path(folder) / "store")
+        os.environ |= server.start().environment()
+        try:
+            measure(Config.load(arguments.recipe, arguments.set), arguments.every, arguments.rounds, needed)
+        finally:
+            server.stop()
+
+
+def measure(config: Config, every: int, rounds: int, needed: int) -> None:
+    store = ObjectStore.from_env()
+    store.ensure_bucket(config.bucket)
+    run = Run(f"s3://{config.bucket}/runs/cost", store, config)
+    prepare(str(PICTURES), store, run.at("data"), config.data)
+    parts = build_parts(run, join_world())
+    if parts.schedules.steps < needed:
+        raise SystemExit(f"{needed} steps needed, the recipe has {parts.schedules.steps}: raise training.epochs")
+    written: list[Written] = []
+    checkpoints = Checkpointer(Outbox(store, run.uri), Retention(2), written.append)
+    batches = parts.batches()
+    copies: list[float] = []
+
+    def stretch(save: bool) -> float:
+        """Seconds a step."""
+        start = time.perf_counter()
+        for _ in range(every):
+            outputs = training_step(parts, next(batches), parts.schedule_values())
+            parts.position.step += 1
+            parts.guard.end_step(parts.schedule_values(), outputs.terms, outputs.grad_norm, torch.zeros(0).numpy())
+        if save:
+            copy = time.perf_counter()
+            checkpoints.save(parts.position.step, parts.stateful)
+            copies.append(time.perf_counter() - copy)
+        return (time.perf_counter() - start) / every
+
+    stretch(save=False)  # warm
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(rounds):
+        checkpoints.wait()
+        times[False].append(stretch(save=False))
+        stretch(save=True)  # so that the timed one has an upload beside it
+        times[True].append(stretch(save=True))
+    checkpoints.wait()
+    without, with_them = (statistics.median(times[kind]) for kind in (False, True))
+    pairs = [b / a for a, b in zip(times[False], times[True], strict=True)]
+    print(
+        json.dumps(
+            {
+                "step_seconds_without": round(without, 4),
+                "step_seconds_with": round(with_them, 4),
+                "ratio": round(statistics.median(pairs), 4),
+                "training_waits_seconds": round(statistics.median(copies), 4),
+                "checkpoint_seconds": round(statistics.median(w.seconds for w in written), 3),
+                "checkpoint_mib": round(written[-1].bytes / 2**20, 1),
+                "every": every,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
