@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ from esvit_core.storage.session import open_store
 from esvit_pipelines.settings import store_in
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from esvit_core.formats.export import Exported
     from esvit_core.storage import ObjectStore
 
@@ -25,7 +28,7 @@ def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> Non
     """Write a backbone in another format, and say how near it is.
 
     Args:
-        model: pointer, ``s3://`` prefix or folder.
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
         runs: folder of the runs of this machine, whose store is looked in.
 
     Raises:
@@ -45,7 +48,7 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
     """Write the features of pictures, and say what was written.
 
     Args:
-        model: pointer, ``s3://`` prefix or folder.
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
         data: folder, archive or ``s3://`` prefix.
         settings: of :class:`~esvit_core.embedding.embed.EmbedSettings`, by name.
         runs: folder of the runs of this machine, whose store is looked in.
@@ -62,20 +65,18 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
         check_source(data)
         from esvit_core.embedding.embed import EmbedSettings
         from esvit_core.embedding.embed import embed as embed_pictures
-        from esvit_core.export import load_backbone
 
-        done = embed_pictures(load_backbone(model, store), data, out, EmbedSettings(**settings), store)
+        done = embed_pictures(_load(model, store), data, out, EmbedSettings(**settings), store)
     print(f"{done.path}  {done.describe()}\n\nUse it:")
     for line in done.usage:
         print(f"    {line}")
 
 
 def _exported(model: str, format: str, out: Path, regions: bool, store: ObjectStore | None) -> Exported:
-    from esvit_core.export import load_backbone
     from esvit_core.formats.export import export_backbone, format_named
 
     format_named(format)
-    return export_backbone(load_backbone(model, store), format, out, regions)
+    return export_backbone(_load(model, store), format, out, regions)
 
 
 def _published(model: str, out: Path, store: ObjectStore | None) -> Exported:
@@ -96,6 +97,20 @@ def _published(model: str, out: Path, store: ObjectStore | None) -> Exported:
     if "run" not in description:
         raise UserError(f"{model}: its {PUBLISHED} checkpoint cannot be made, for it does not say from which run it is")
     return export_published(open_run(description["run"], store), out)
+
+
+def _load(model: str, store: ObjectStore | None) -> nn.Module:
+    """The backbone, also from a file of weights of the published code or of timm."""
+    from esvit_core.export import load_backbone
+
+    if not Path(model).is_file():
+        return load_backbone(model, store)
+    from esvit_core.importing import import_weights
+
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        imported = import_weights(model, folder)
+        print("\n".join(imported.told), flush=True)
+        return load_backbone(imported.backbone)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until 
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
-ModelHelp = "A published backbone: champion, s3://bucket/prefix, or a folder."
+ModelHelp = "A published backbone: champion, s3://bucket/prefix, a folder; or a file that `esvit import` takes."
 RunsOption = Annotated[
     Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs of this machine, in whose store it is found.")
 ]

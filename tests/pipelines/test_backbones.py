@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
+from esvit_core.export import load_backbone
+from esvit_core.models import create_backbone
 from esvit_core.runs import Run
 from esvit_core.storage.address import VARIABLES
 from esvit_pipelines.cli import app
@@ -67,6 +70,16 @@ def test_the_checkpoint_of_a_run_is_one_of_the_published_code(
     a, b = (torch.load(tmp_path / name, weights_only=False) for name in ("a.pth", "b.pth"))
     assert a.keys() == b.keys() >= {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
     assert a["epoch"] == 2 and all(name.startswith("module.") for name in a["student"])
+
+
+def test_a_file_of_the_published_code_is_taken_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = create_backbone(ModelConfig(arch="deit_tiny"))
+    torch.save(
+        {"teacher": {f"backbone.{name}": value for name, value in network.state_dict().items()}}, tmp_path / "a.pth"
+    )
+    esvit("export", tmp_path / "a.pth", "--format", "safetensors", "--out", tmp_path / "a")
+    assert "deit_tiny" in capsys.readouterr().out
+    assert torch.equal(load_backbone(tmp_path / "a").cls_token, network.cls_token)
 
 
 def test_the_store_of_a_run_is_found_by_its_folder(
