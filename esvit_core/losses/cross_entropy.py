@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Values of a chunk: 2 MB of float32 on a processor, so that it stays in the cache; on a GPU enough to fill it.
@@ -60,7 +61,7 @@ class _MatchedCrossEntropy(torch.autograd.Function):
             loss += (weights[rows] * (Q * lse - score)).sum()
             if gradient is not None:
                 scale = weights[rows, None] * (Q / student_temp)
-                gradient[rows] = p.sub_(target, alpha=1 / Q).mul_(scale)
+                torch.mul(p.sub_(target, alpha=1 / Q), scale, out=gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return loss
@@ -89,7 +90,6 @@ def _chunks(matches: Sequence[Tensor], student: Tensor) -> Iterator[tuple[slice,
 
 def _targets(teacher: Tensor, matched: Tensor) -> Tensor:
     """Sum of the teacher rows matched to each student row, (r, K)."""
-    total = teacher.index_select(0, matched[:, 0])
-    for column in matched.unbind(1)[1:]:
-        total += teacher.index_select(0, column)
-    return total
+    if matched.shape[1] == 1:
+        return teacher.index_select(0, matched[:, 0])
+    return F.embedding_bag(matched, teacher, mode="sum")

@@ -73,6 +73,7 @@ class Objective(nn.Module):
         """
         if mix is not None and self.centre_region is not None:
             raise ValueError("mixup and CutMix go with the view task only: regions of mixed pictures have no match")
+        share = 1.0 if self.centre_region is None else 0.5
         with torch.autocast(student.view_logits.device.type, enabled=False):
             view = view_loss(
                 student.view_logits,
@@ -82,16 +83,18 @@ class Objective(nn.Module):
                 teacher_temp,
                 len(student.regions_per_crop),
                 mix,
+                share,
             )
-            region = None if self.centre_region is None else self._region(student, teacher, teacher_temp)
+            region = None if self.centre_region is None else self._region(student, teacher, teacher_temp, share)
             self.centre_view.update(teacher.view_logits, last)
             if self.centre_region is not None:
                 assert teacher.region_logits is not None
                 self.centre_region.update(teacher.region_logits, last)
-        total = view if region is None else 0.5 * view + 0.5 * region
-        return ObjectiveTerms(total, view.detach(), None if region is None else region.detach())
+        if region is None:
+            return ObjectiveTerms(view, view.detach(), None)
+        return ObjectiveTerms(view + region, view.detach() / share, region.detach() / share)
 
-    def _region(self, student: NetworkOutput, teacher: NetworkOutput, teacher_temp: float) -> Tensor:
+    def _region(self, student: NetworkOutput, teacher: NetworkOutput, teacher_temp: float, weight: float) -> Tensor:
         assert self.centre_region is not None
         assert student.region_logits is not None and student.region_features is not None
         assert teacher.region_logits is not None and teacher.region_features is not None
@@ -105,4 +108,5 @@ class Objective(nn.Module):
             teacher_temp,
             student.regions_per_crop,
             teacher.regions_per_crop[0],
+            weight,
         )

@@ -36,6 +36,7 @@ def region_loss(
     teacher_temp: float,
     student_regions: Sequence[int],
     teacher_regions: int,
+    weight: float = 1.0,
 ) -> Tensor:
     """Cross-entropy of each student region with its match, averaged over regions, pairs of crops and pictures.
 
@@ -49,6 +50,7 @@ def region_loss(
         teacher_temp: tau_t.
         student_regions: regions N_v of each crop; crops may differ in size.
         teacher_regions: regions T of a global crop.
+        weight: factor of the loss, see :func:`~esvit_core.losses.view.view_loss`.
 
     Returns:
         Scalar.
@@ -57,7 +59,7 @@ def region_loss(
     pairs = 2 * (len(student_regions) - 1)
     targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2 * B * T, K)
     matches = match_crops(student_features, teacher_features, student_regions, teacher_regions)
-    weights = torch.cat([targets.new_full((B * n,), 1 / (pairs * B * n)) for n in student_regions])
+    weights = torch.cat([targets.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
 
 

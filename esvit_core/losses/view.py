@@ -16,7 +16,7 @@ def teacher_distribution(logits: Tensor, centre: Tensor, temp: float) -> Tensor:
     step = rows_per_chunk(logits)
     out = torch.empty(logits.shape, dtype=centre.dtype, device=logits.device)
     for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
-        chunk.copy_(((rows.to(centre.dtype) - centre) * (1 / temp)).softmax(-1))
+        torch.softmax((rows - centre).mul_(1 / temp), -1, out=chunk)
     return out
 
 
@@ -28,6 +28,7 @@ def view_loss(
     teacher_temp: float,
     n_crops: int,
     mix: Sequence[Tensor] | None = None,
+    weight: float = 1.0,
 ) -> Tensor:
     """Cross-entropy of each student crop with each teacher crop but itself, averaged over pairs and pictures.
 
@@ -40,6 +41,7 @@ def view_loss(
         n_crops: V.
         mix: for pictures mixed by mixup or CutMix, of each crop the shares (B, B): row i, column j is the weight of
             the teacher's picture i in the loss of the student's picture j, as the published code multiplies them.
+        weight: factor of the loss. Given here it costs nothing; a factor outside is a pass over the gradient.
 
     Returns:
         Scalar.
@@ -48,11 +50,11 @@ def view_loss(
     targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
     pairs = 2 * (n_crops - 1)
     if mix is not None:
-        return _mixed_loss(student_logits, targets, student_temp, mix) / (pairs * B)
+        return _mixed_loss(student_logits, targets, student_temp, mix) * (weight / (pairs * B))
     own = torch.arange(B, device=student_logits.device)
     first, second = own[:, None], own[:, None] + B  # rows of the teacher's two crops
     matches = [second, first, torch.cat((first, second), 1).repeat(n_crops - 2, 1)]
-    weights = targets.new_full((n_crops * B,), 1 / (pairs * B))
+    weights = targets.new_full((n_crops * B,), weight / (pairs * B))
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
 
 

@@ -27,6 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.models.entrypoints import default_cfg, register
+from esvit_core.models.recompute import without_keeping
 from esvit_core.models.windows import WindowAttention
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -46,8 +47,9 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(without_keeping(self.norm1, x, self.attn))
+        h = without_keeping(self.norm2, x, self.mlp.fc1)
+        return x + self.drop_path(without_keeping(self.mlp.act, h, self.mlp.fc2))
 
 
 class PatchMerging(nn.Module):

@@ -15,6 +15,7 @@ from esvit_core.monitoring.progress import Progress, format_duration
 from esvit_core.runs import Run, open_run
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.outbox import Outbox
+from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, Retention, Written
 from esvit_core.training.distributed import join_world
 from esvit_core.training.environment import device_memory, hardware, versions
@@ -42,6 +43,7 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
         return 0
     if run.config.training.deterministic:
         make_deterministic()
+    keep_freed_memory()
     patience = 60 * run.config.training.store_grace_minutes
     world = join_world(patience)
     parts = build_parts(run, world)

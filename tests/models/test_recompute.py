@@ -1,0 +1,70 @@
+"""What is computed again in the backward pass is what would have been kept, and it is not kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from esvit_core.models.recompute import without_keeping
+from esvit_core.models.swin import SwinBlock
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [nn.GELU(), nn.LayerNorm(16)])
+def test_gradients_are_the_same_bit_for_bit(function: nn.Module, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 8), torch.randn(2, 3, 5, 16)
+    results = []
+    for apply in (without_keeping, lambda f, x, then: then(f(x))):
+        inputs = x.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = apply(function, inputs, layer)
+        out.float().square().sum().backward()
+        results.append([out, inputs.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_what_is_not_kept_is_computed_once_more_where_there_is_a_gradient(gradient: bool) -> None:
+    calls = []
+
+    def function(t: torch.Tensor) -> torch.Tensor:
+        calls.append(t)
+        return torch.nn.functional.gelu(t)
+
+    layer, x = nn.Linear(16, 8), torch.randn(4, 16, requires_grad=True)
+    with torch.set_grad_enabled(gradient):
+        out = without_keeping(function, x, layer)
+    assert len(calls) == 1
+    if gradient:
+        out.sum().backward()
+        assert len(calls) == 2
+
+
+def test_what_the_graph_keeps_of_a_block_is_less_by_a_quarter() -> None:
+    block, x = SwinBlock(32, 1, 7, 0, 4.0, True, 0.0), torch.randn(1, 14, 14, 32, requires_grad=True)
+
+    def kept(forward) -> int:
+        storages = {}
+
+        def walk(node) -> None:
+            for name in dir(node):
+                if name.startswith("_raw_saved"):
+                    for saved in s if isinstance(s := getattr(node, name), tuple) else (s,):
+                        data = saved.data if isinstance(saved.data, torch.Tensor) else None
+                        if data is not None:
+                            storages[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes()
+            for following, _ in node.next_functions:
+                if following is not None:
+                    walk(following)
+
+        walk(forward(x).grad_fn)
+        return sum(storages.values())
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        y = x + block.attn(block.norm1(x))
+        return y + block.mlp(block.norm2(y))
+
+    assert kept(block) < 0.75 * kept(plain)
