@@ -45,7 +45,7 @@ class TimmBackbone(nn.Module):
         features, view = self._try(img_size)
         self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
         if not _has_regions(features, self.prefix_tokens) or view.ndim != 2:
-            raise ValueError(f"timm:{name} gives no feature map; expected a network with regions")
+            raise ValueError("gives no feature map; expected a network with regions")
         self.layout = _layout(features, int(self.model.num_features), getattr(self.model, "output_fmt", None))
         self.num_features = self.head_hidden_size = view.shape[-1]
         self.num_region_features = features.shape[1 if self.layout == "NCHW" else -1]
@@ -163,7 +163,7 @@ def _create(name: str, img_size: int, given: dict[str, Any]) -> Any:
                 refused = error
             except _REFUSALS as error:  # a size
                 refused = refused or error
-    raise ValueError(f"timm:{name}: {refused}")
+    raise ValueError(str(refused))
 
 
 def _has_regions(features: Any, prefix_tokens: int) -> bool:
@@ -171,7 +171,7 @@ def _has_regions(features: Any, prefix_tokens: int) -> bool:
     if not isinstance(features, Tensor):
         return False
     tokens = features.shape[1] - prefix_tokens
-    return features.ndim == 4 or (features.ndim == 3 and tokens > 0 and math.isqrt(tokens) ** 2 == tokens)
+    return features.ndim == 4 or (features.ndim == 3 and tokens > 1 and math.isqrt(tokens) ** 2 == tokens)
 
 
 def _layout(features: Tensor, width: int, stated: str | None) -> str:

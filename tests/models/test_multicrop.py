@@ -186,6 +186,7 @@ def test_any_network_of_timm_trains_a_step(arch, sizes, layout):
         ("convit_tiny", 96, "does not take crops of 96 x 96 px .*Input height"),  # which asks
         ("csatv2", 50, "does not take crops of 50 x 50 px .*invalid for input"),  # which fails at a shape
         ("coat_tiny", 96, "gives no feature map"),  # but a list
+        ("pit_ti_224", 128, "gives no feature map"),  # but the class token
     ],
 )
 def test_a_recipe_is_refused_whose_crops_a_network_of_timm_does_not_take(arch, local, said):
