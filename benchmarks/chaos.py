@@ -179,11 +179,16 @@ def damage(run: ChaosRun, how: str) -> None:
     run.store.put_bytes(f"{folder}/student.pt", data[: len(data) // 2] if how == "truncated" else flipped)
 
 
-def kill_once(scene: Scene, run: ChaosRun, victim: str, after: float, rng: random.Random) -> str:
-    """Start the run, kill ``victim`` after so many seconds of training, and finish it; where it was killed, in words."""
+def kill_once(scene: Scene, run: ChaosRun, victim: str, steps: int, rng: random.Random) -> str:
+    """Start the run, kill ``victim`` at a random moment, and finish it; where it was killed, in words.
+
+    A quarter of the moments lie in the seconds before the first step, the others around a random one of ``steps``.
+    """
     launcher = run.launch()
     until(lambda: run.processes(agent=False), "the first process")
-    time.sleep(after)
+    step = 0 if rng.random() < 0.25 else rng.randrange(1, steps)
+    until(lambda: run.step() >= step or launcher.poll() is not None, "a step")
+    time.sleep(rng.uniform(0, 0.5 if step else 5))
     where = f"step {run.step():3}, checkpoint {run.checkpoint():3}"
     run.kills += 1
     if victim == "rank":
@@ -309,9 +314,8 @@ def main() -> int:
 
             for number in range(arguments.kills):
                 runs.append(run := scene.run(f"killed-{number}"))
-                victim, after = VICTIMS[number % len(VICTIMS)], rng.uniform(0, seconds)
-                where = kill_once(scene, run, victim, after, rng)
-                report(run, f"{number + 1:2}  {victim:8}  after {after:5.1f} s at {where}", True)
+                victim = VICTIMS[number % len(VICTIMS)]
+                report(run, f"{number + 1:2}  {victim:8}  at {kill_once(scene, run, victim, steps, rng)}", True)
             if not arguments.only_kills:
                 runs.append(run := scene.run("worlds"))
                 change_worlds(run, rng)

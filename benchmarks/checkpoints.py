@@ -4,7 +4,8 @@
 
 One process trains on the sample pictures with a real object store beside it. Stretches with and without a checkpoint
 at their end take turns, so that whatever else the machine does meets both. The upload of a checkpoint runs into the
-next stretch: one with is timed after another one with, one without after the last upload has ended. The last line is JSON.
+next stretch: one with is timed after another one with, one without after the last upload has ended. On a machine that
+is busy with other things the ratio of processor time is the one to look at. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     batches = parts.batches()
     copies: list[float] = []
 
-    def stretch(save: bool) -> float:
-        """Seconds a step."""
-        start = time.perf_counter()
+    def stretch(save: bool) -> tuple[float, float]:
+        """Seconds a step, and processor seconds of this process with all its threads."""
+        start, worked = time.perf_counter(), time.process_time()
         for _ in range(every):
             outputs = training_step(parts, next(batches), parts.schedule_values())
             parts.position.step += 1
@@ -74,24 +75,25 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
             copy = time.perf_counter()
             checkpoints.save(parts.position.step, parts.stateful)
             copies.append(time.perf_counter() - copy)
-        return (time.perf_counter() - start) / every
+        return (time.perf_counter() - start) / every, (time.process_time() - worked) / every
 
     stretch(save=False)  # warm
-    times: dict[bool, list[float]] = {True: [], False: []}
+    times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for _ in range(rounds):
         checkpoints.wait()
         times[False].append(stretch(save=False))
         stretch(save=True)  # so that the timed one has an upload beside it
         times[True].append(stretch(save=True))
     checkpoints.wait()
-    without, with_them = (statistics.median(times[kind]) for kind in (False, True))
-    pairs = [b / a for a, b in zip(times[False], times[True], strict=True)]
+    without, with_them = (statistics.median(wall for wall, _ in times[kind]) for kind in (False, True))
+    pairs = list(zip(times[False], times[True], strict=True))
     print(
         json.dumps(
             {
                 "step_seconds_without": round(without, 4),
                 "step_seconds_with": round(with_them, 4),
-                "ratio": round(statistics.median(pairs), 4),
+                "ratio": round(with_them / without, 4),
+                "ratio_of_processor_time": round(statistics.median(b[1] / a[1] for a, b in pairs), 4),
                 "training_waits_seconds": round(statistics.median(copies), 4),
                 "checkpoint_seconds": round(statistics.median(w.seconds for w in written), 3),
                 "checkpoint_mib": round(written[-1].bytes / 2**20, 1),
