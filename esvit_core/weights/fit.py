@@ -75,7 +75,9 @@ def recognise(weights: Mapping[str, Tensor]) -> str | None:
         weights: of a backbone, under its own names or timm's.
     """
     families = [family for family, name in _FAMILIES.items() if any(there.startswith(name) for there in weights)]
-    candidates = [arch for arch in architecture_names() if arch.startswith(tuple(families)) and arch != "swin"]
+    # A family's bare name takes every size, and none says which.
+    named = [arch for arch in architecture_names() if arch not in _FAMILIES]
+    candidates = [arch for arch in named if arch.startswith(tuple(families))]
     return next((arch for arch in candidates if _own_shapes(arch) == _shapes(from_timm(arch, weights))), None)
 
 
