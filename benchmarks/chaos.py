@@ -325,12 +325,13 @@ def main() -> int:
                 runs.append(run := scene.run("outage"))
                 launcher = run.launch()
                 until(lambda: run.checkpoint(), "a checkpoint")
+                before = run.step()
                 scene.kill_store()
                 run.kills += 1
                 time.sleep(60)
                 scene.server.start()
                 launcher.wait(PATIENCE)
-                report(run, f"store away for 60 s from step {run.step()} on, launched {len(run.started)} time", True)
+                report(run, f"store away for 60 s from step {before} on, launched {len(run.started)} time", True)
             kills = sum(run.kills for run in runs)
     result = {"kills": kills, "bitwise_equal": equal, "samples_lost": lost, "samples_repeated": repeated}
     print(json.dumps(result), flush=True)

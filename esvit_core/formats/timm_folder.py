@@ -36,7 +36,7 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
     try:
         name, arguments = stock_arguments(ModelConfig.model_validate(description["model"]), description["img_size"])
     except UserError as error:
-        raise UserError(f"format timm: {error}; the other formats take every network") from None
+        raise UserError(f"format timm: {error}; safetensors, onnx and torch-export take every network") from None
     stock = _create(name, arguments)
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in _state(backbone, description).items()}
     try:
