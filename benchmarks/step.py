@@ -2,7 +2,6 @@
 
     python benchmarks/step.py --arch swin_tiny_w7 --batch 8
     python benchmarks/step.py --device cuda --batch 128 --rounds 10
-    python benchmarks/step.py --reference ~/esvit        # a checkout of microsoft/esvit as well
 
 The implementations take turns within one process, step by step, and the ratios are medians over the rounds, so that
 other load on the machine falls on all alike. Peak memory is measured with each in a process of its own: resident
@@ -65,17 +64,11 @@ class OurStep:
         return training_step(self.parts, batch, at)[0].total.detach()
 
 
-def reference(path: str) -> Callable[..., object]:
-    from reference_step import ReferenceStep
-
-    return lambda config, device, dtype: ReferenceStep(path, config, device, dtype)
-
-
-def implementation(name: str, arguments: argparse.Namespace) -> tuple[Callable[..., object], torch.dtype]:
+def implementation(name: str) -> tuple[Callable[..., object], torch.dtype]:
     """``ours-bfloat16`` and the like."""
     who, dtype = name.split("-")
-    makers = {"ours": OurStep, "plain": PlainStep}
-    return makers[who] if who in makers else reference(arguments.reference), getattr(torch, dtype)
+    makers: dict[str, Callable[..., object]] = {"ours": OurStep, "plain": PlainStep}
+    return makers[who], getattr(torch, dtype)
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
@@ -109,7 +102,7 @@ def time_steps(names: list[str], arguments: argparse.Namespace) -> dict[str, lis
     crops, at = crops_of(config, arguments.batch), Schedules(config, 1).at(20)
     steps, clocks, seconds = {}, {}, {name: [] for name in names}
     for name in names:
-        make, dtype = implementation(name, arguments)
+        make, dtype = implementation(name)
         steps[name], clocks[name] = make(config, device, dtype), StepClock(device)
         steps[name](crops, at)  # warm
     for _ in range(arguments.rounds):
@@ -206,7 +199,7 @@ def measure_memory(arguments: argparse.Namespace) -> None:
         run_objective(objective, outputs)
         print(peak_memory(device) - before)
         return
-    make, dtype = implementation(who, arguments)
+    make, dtype = implementation(who)
     step = make(config, device, dtype)
     crops, at = crops_of(config, arguments.batch), Schedules(config, 1).at(20)
     for _ in range(2):  # the first makes the optimizer's state
@@ -229,7 +222,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
     parser.add_argument("--dtype", choices=["both", "float32", "bfloat16", "float16"], default="both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--reference", metavar="PATH", help="a checkout of the published code, timed as well")
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--drop-path", type=float, default=0.1)
@@ -256,8 +248,6 @@ def report(arguments: argparse.Namespace) -> None:
         names[names.index("ours-float16")] = "ours-bfloat16"
     if not gpu and "plain-float32" not in names:
         names.insert(0, "plain-float32")
-    if arguments.reference:
-        names.insert(0, "reference-float32" if not gpu else f"reference-{dtypes[-1]}")
     seconds = time_steps(names, arguments)
     result: dict[str, float] = {}
     if "ours-float32" in names:
@@ -270,9 +260,6 @@ def report(arguments: argparse.Namespace) -> None:
             )
         above = half[0] if gpu else "plain-float32"
         result["step_bfloat16"] = ratio(seconds[above], seconds["ours-bfloat16"])
-    if arguments.reference:
-        for name in names[1:]:
-            print(f"{name} against {names[0]}: {ratio(seconds[names[0]], seconds[name]):.2f} times as fast")
     if not arguments.no_memory:
         peaks = {name: memory_of(f"step:{name}") for name in names}
         print(f"{'peak memory, MiB':24}" + "".join(f"{peaks[name] / MIB:18,.0f}" for name in names))
