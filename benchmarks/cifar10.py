@@ -1,0 +1,177 @@
+"""What pre-training brings on photographs, and what the region task adds: 20-NN and linear probe on CIFAR-10.
+
+    python benchmarks/cifar10.py DIR --results docs/cifar10.jsonl [--seeds 0 1 2] [--epochs 20] [--set key=value ...]
+    python benchmarks/cifar10.py --results docs/cifar10.jsonl --plot docs/cifar10.png
+
+DIR holds CIFAR-10 as ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Each seed is trained on 500 pictures a class,
+once view only and once with both tasks, and measured on the whole test set beside the untrained backbone. A result
+that is in the file already is not measured again, so the command can be interrupted. The last line is JSON: mean and
+standard deviation over the seeds, percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from esvit_core.config import Config
+from esvit_core.evaluation.results import read_result
+from esvit_core.runs import identify_run, run_uri
+from esvit_core.storage.session import open_store
+from esvit_core.training.summary import read_summary
+
+RECIPE = Path(__file__).with_suffix(".yaml")
+PER_CLASS = 500
+TASKS = {"view": "view only", "view + region": "view + region"}
+MEASURES = ("knn/20", "linear")
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="?", type=Path, metavar="DIR")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines, one a run; added to")
+    parser.add_argument("--work", type=Path, default=Path("cifar10-runs"), help="folder of the runs")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--plot", type=Path, help="where to draw the results of the file")
+    arguments = parser.parse_args()
+    rows = read(arguments.results)
+    if arguments.pictures:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        data = subset(arguments.pictures, arguments.work / "cifar10.tar")
+        for seed in arguments.seeds:
+            for task in arguments.tasks:
+                settings = [f"training.epochs={arguments.epochs}", *arguments.settings]
+                if any((row["seed"], row["task"], row["settings"]) == (seed, task, settings) for row in rows):
+                    continue
+                rows.append(measure(data, task, seed, settings, arguments.work))
+                with arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    figures = summarise(rows)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    for (settings, task), measured in figures.items():
+        said = ", ".join(f"{name} {mean:.1f} ± {spread:.1f}" for name, (mean, spread) in measured.items())
+        print(f"{task:14} {said}  ({settings})")
+    print(json.dumps([{"settings": s, "task": t, **measured} for (s, t), measured in figures.items()]))
+
+
+def subset(pictures: Path, archive: Path) -> Path:
+    """The first pictures of each training class by name, and the whole test set, as a tar."""
+    if archive.exists():
+        return archive
+    part = archive.with_suffix(".part")
+    with tarfile.open(part, "w") as tar:
+        for split, most in (("train", PER_CLASS), ("test", None)):
+            for folder in sorted(path for path in (pictures / split).iterdir() if path.is_dir()):
+                for picture in sorted(folder.iterdir())[:most]:
+                    tar.add(picture, str(picture.relative_to(pictures)))
+    part.rename(archive)
+    return archive
+
+
+def measure(data: Path, task: str, seed: int, settings: Sequence[str], work: Path) -> Row:
+    """Run the pipeline and read what it has measured."""
+    chosen = [f"objective.region={task != 'view'}".lower(), f"seed={seed}", *settings]
+    arguments = [argument for setting in chosen for argument in ("--set", setting)]
+    command = ["-m", "esvit_pipelines", "run", "--recipe", str(RECIPE), "--data", str(data), "--out", str(work)]
+    print(f"== {task}, seed {seed}", flush=True)
+    start = time.monotonic()
+    subprocess.run([sys.executable, *command, *arguments], check=True)
+    config = Config.load(RECIPE, chosen)
+    uri = run_uri(config.bucket, identify_run(config, str(data)))
+    with open_store(work / "store") as store:
+        results = {name: read_result(store, uri, name) for name in ("knn", "linear")}
+        summary = read_summary(store, uri)
+    assert summary is not None
+    figures = {
+        model: {key: value for result in results.values() if result for key, value in result["results"][model].items()}
+        for model in ("trained", "untrained")
+    }
+    return {
+        "task": task,
+        "seed": seed,
+        "settings": list(settings),
+        "trained": {key: round(figures["trained"][key], 2) for key in MEASURES},
+        "untrained": {key: round(figures["untrained"][key], 2) for key in MEASURES},
+        "steps": summary.steps,
+        "train_seconds": summary.seconds,
+        "wall_seconds": round(time.monotonic() - start, 1),
+        "hardware": summary.hardware,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def read(results: Path) -> list[Row]:
+    if not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """Figures of the seeds, by settings and task; the untrained backbone is a task of its own."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    untrained: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        settings = " ".join(row["settings"])
+        groups[settings, TASKS[row["task"]]].append(row["trained"])
+        untrained["every run", row["seed"]] = row["untrained"]
+    for (settings, _), figures in untrained.items():
+        groups[settings, "untrained"].append(figures)
+    return groups
+
+
+def summarise(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
+    """Mean and standard deviation (0 for one seed) of each measure."""
+    out = {}
+    for key, runs in sorted(grouped(rows).items()):
+        columns = {name: [run[name] for run in runs] for name in MEASURES}
+        out[key] = {
+            name: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+            for name, values in columns.items()
+        }
+    return out
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """A dot a seed and a bar for their mean; one panel a measure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = grouped(rows)
+    names = sorted(groups, key=lambda key: (key[1] != "untrained", key))
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, 1.2 + 0.45 * len(names)), sharey=True)
+    for axis, name in zip(axes, MEASURES, strict=True):
+        for place, key in enumerate(names):
+            values = [run[name] for run in groups[key]]
+            colour = {"untrained": "#999999", "view only": "#1f77b4"}.get(key[1], "#d95f02")
+            axis.barh(place, statistics.mean(values), color=colour, alpha=0.35, height=0.6)
+            axis.plot(values, [place] * len(values), "o", color=colour, markersize=5)
+        lowest = min(run[name] for runs in groups.values() for run in runs)
+        axis.set_xlim(left=max(0.0, lowest - 5))
+        axis.set_title({"knn/20": "20-NN top-1, %", "linear": "linear probe top-1, %"}[name])
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), [f"{task}\n{settings}" for settings, task in names], fontsize=8)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
