@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,19 @@ _ORIENTATION = 0x0112  # of EXIF; 1: upright
 _UPRIGHT = (None, 0, 1)
 # Pillow raises anything on malformed files.
 _MALFORMED = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError)
+_SHOWN = 5  # bad files named in an error
 _open_lock = threading.Lock()
 
 
 class BadPicture(Exception):  # noqa: N818 (of one file, and no error of ours)
     """Why a file is not a usable picture, in a few words."""
+
+
+def listed(bad: Iterable[tuple[str, str]]) -> str:
+    """Names and reasons of bad files for a message: the first by name, and how many more there are."""
+    named = sorted(bad)
+    shown = ", ".join(f"{name[-80:]} ({reason})" for name, reason in named[:_SHOWN])
+    return shown + (f" and {len(named) - _SHOWN:,} more" if len(named) > _SHOWN else "")
 
 
 @dataclass(frozen=True)

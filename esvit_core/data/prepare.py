@@ -9,7 +9,7 @@ import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from esvit_core.config import DataConfig
 from esvit_core.data.ahead import ahead, reading_threads
 from esvit_core.data.archives import Entry, ReadProblem, Source
 from esvit_core.data.choose import choose, hold_out, in_order
-from esvit_core.data.decode import BadPicture, StoredPicture, to_stored
+from esvit_core.data.decode import BadPicture, StoredPicture, listed, to_stored
 from esvit_core.data.layout import Layout, SplitName, arrange, is_ignored, may_be_picture
 from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, StoredFile
 from esvit_core.data.shards import Sample, ShardWriter
@@ -28,7 +28,6 @@ from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import NotFound, ObjectStore, join_uri
 
-_SHOWN = 5  # bad files named in an error
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
 _BYTES_PER_PIXEL = 8  # 16 bit RGBA: no sensible file is much larger than its pixels
 _READ_AHEAD = 4  # pictures in memory per thread
@@ -270,7 +269,7 @@ def _publish(job: _Job, source_print: str) -> Manifest:
     """Write what goes with the shards, and the manifest."""
     if "train" not in job.writers:
         raise UserError(
-            f"{job.source}: none of its {job.plan.files:,} files is a picture to train on: {_listed(job.bad)}; "
+            f"{job.source}: none of its {job.plan.files:,} files is a picture to train on: {listed(job.bad)}; "
             "expected JPEG, PNG, WebP, GIF, BMP or TIFF files"
         )
     _check_share(job)
@@ -320,14 +319,8 @@ def _check_share(job: _Job) -> None:
     if share > limit:
         raise UserError(
             f"{job.source}: {len(job.bad):,} of {plan.files - plan.not_chosen:,} files are bad, more than the allowed "
-            f"{100 * limit:g} %: {_listed(job.bad)}; remove them, or raise data.max_bad_fraction"
+            f"{100 * limit:g} %: {listed(job.bad)}; remove them, or raise data.max_bad_fraction"
         )
-
-
-def _listed(bad: Iterable[tuple[str, str]]) -> str:
-    named = sorted(bad)
-    shown = ", ".join(f"{name[-80:]} ({reason})" for name, reason in named[:_SHOWN])
-    return shown + (f" and {len(named) - _SHOWN:,} more" if len(named) > _SHOWN else "")
 
 
 def _kind(reason: str) -> str:

@@ -19,7 +19,7 @@ from esvit_core.config import DataConfig
 from esvit_core.data.ahead import ahead, reading_threads
 from esvit_core.data.archives import Entry, ReadProblem, Source
 from esvit_core.data.augment import EvalTransform
-from esvit_core.data.decode import BadPicture, to_stored
+from esvit_core.data.decode import BadPicture, listed, to_stored
 from esvit_core.data.layout import arrange, is_ignored
 from esvit_core.data.sources import open_source
 from esvit_core.data.stream import decode_picture
@@ -30,8 +30,6 @@ from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.appearing import appearing, require_free
 from esvit_core.training.precision import Precision, choose_precision
-
-_SHOWN = 5  # bad files named in an error
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def embed(
                 progress.update(read)
             progress.update(len(files) - progress.done)  # bad ones at the end
         if rows is None:
-            raise UserError(f"{source}: none of its {len(files):,} files is a picture: {_listed(bad)}")
+            raise UserError(f"{source}: none of its {len(files):,} files is a picture: {listed(bad)}")
         region_map = None if rows.regions is None else rows.regions.shape[1:]
         told = f"{precision.name} ({precision.reason})"
         done = Embedded(out, count, rows.view.shape[1], region_map, sorted(bad), told)
@@ -241,10 +239,5 @@ def _check_share(source: str, bad: list[tuple[str, str]], files: int, limit: flo
     if len(bad) > limit * files:
         raise UserError(
             f"{source}: {len(bad):,} of {files:,} files are bad so far, more than the allowed {100 * limit:g} %: "
-            f"{_listed(bad)}; remove them, or raise --max-bad-fraction"
+            f"{listed(bad)}; remove them, or raise --max-bad-fraction"
         )
-
-
-def _listed(bad: list[tuple[str, str]]) -> str:
-    shown = ", ".join(f"{name[-80:]} ({reason})" for name, reason in sorted(bad)[:_SHOWN])
-    return shown + (f" and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else "")

@@ -45,7 +45,7 @@ def publish(
         UserError: a complete set with other content is already there (objects are written once), or a file cannot
             be read.
     """
-    manifest = {**(extra or {}), "format": f"esvit-{kind}/{VERSION}", "files": _describe(files)}
+    manifest = _manifest(files, kind, extra)
     present = read_manifest(store, prefix_uri)
     if present is not None:
         if present == manifest:
@@ -63,8 +63,7 @@ def publish(
 
 def describe(directory: Path, kind: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The manifest of the files in a local directory, for :func:`put_set`; the arguments as of :func:`publish`."""
-    files = {path.name: path for path in sorted(directory.iterdir())}
-    return {**(extra or {}), "format": f"esvit-{kind}/{VERSION}", "files": _describe(files)}
+    return _manifest({path.name: path for path in sorted(directory.iterdir())}, kind, extra)
 
 
 def put_set(store: ObjectStore, prefix_uri: str, directory: Path, manifest: dict[str, Any]) -> None:
@@ -179,6 +178,10 @@ def _entries(manifest: dict[str, Any], uri: str) -> dict[str, dict[str, Any]]:
 
 def _is_name(name: str) -> bool:
     return name != MANIFEST and not {"", ".", ".."} & {*name.split("/")}
+
+
+def _manifest(files: Mapping[str, Path | bytes], kind: str, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(extra or {}), "format": f"esvit-{kind}/{VERSION}", "files": _describe(files)}
 
 
 def _describe(files: Mapping[str, Path | bytes]) -> dict[str, dict[str, Any]]:
