@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from esvit_core.config import Config, DataConfig
 from esvit_core.data.prepare import prepare
 from esvit_core.storage import ObjectStore
+from esvit_core.training.stop import StopRequest
 
 MICRO: dict[str, Any] = {
     "recipe": "micro",
@@ -38,6 +40,34 @@ MICRO: dict[str, Any] = {
     "optimizer": {"warmup_epochs": 1},
     "training": {"epochs": 3, "batch_size": 16, "checkpoint_steps": 5, "log_steps": 2},
 }
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """A training makes torch deterministic for the whole process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+class StopAfter(StopRequest):
+    """Asked to stop when it has been looked at ``steps`` times."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    @property
+    def requested(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
+
+
+@pytest.fixture
+def stop_after() -> Callable[[int], StopRequest]:
+    return StopAfter
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,7 @@ from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.weights.published import write_published_checkpoint
 from esvit_core.weights.source import with_source_pinned
 
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-class StopAfter(StopRequest):
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
-
-    @property
-    def requested(self) -> bool:
-        self.steps -= 1
-        return self.steps < 0
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 @pytest.fixture
@@ -183,11 +165,11 @@ def test_a_source_without_heads_or_beyond_the_last_epoch_is_said(micro_run, sour
         started(micro_run, "c", init={"source": str(path), "take": "all"})
 
 
-def test_its_own_checkpoint_comes_before_the_source(micro_run, source, tmp_path):
+def test_its_own_checkpoint_comes_before_the_source(micro_run, source, stop_after, tmp_path):
     run, there = source("a")
     path = published(run, there, tmp_path / "checkpoint.pth")
     made = micro_run("b", init={"source": str(path), "take": "all"})
-    assert carry_out(made.uri, StopAfter(3)) == STOPPED_EXIT_CODE
+    assert carry_out(made.uri, stop_after(3)) == STOPPED_EXIT_CODE
     path.unlink()
     assert carry_out(made.uri, StopRequest()) == 0
     untrained = load_backbone(f"{made.uri}/untrained", made.store)

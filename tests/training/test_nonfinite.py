@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,7 @@ from esvit_core.training.distributed import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.parts import build_parts
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 @pytest.mark.parametrize("picture", [0, 15], ids=["first micro-batch", "last"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,28 +20,7 @@ from esvit_core.training.run import carry_out
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import read_summary
 
-
-@pytest.fixture(autouse=True)
-def torch_settings() -> Iterator[None]:
-    """A training makes torch deterministic for the whole process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-class StopAfter(StopRequest):
-    """Asked to stop when it has been looked at ``steps`` times."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
-
-    @property
-    def requested(self) -> bool:
-        self.steps -= 1
-        return self.steps < 0
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def train(run: Any, stop: StopRequest | None = None) -> int:
@@ -112,11 +91,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_stopped_run_goes_on_bitwise(micro_run: Callable[..., Any], options: dict[str, dict[str, Any]]) -> None:
+def test_a_stopped_run_goes_on_bitwise(
+    micro_run: Callable[..., Any], stop_after: Callable[[int], StopRequest], options: dict[str, dict[str, Any]]
+) -> None:
     whole = micro_run("whole", **options)
     assert train(whole) == 0
     stopped = micro_run("stopped", **options)
-    assert train(stopped, StopAfter(6)) == STOPPED_EXIT_CODE
+    assert train(stopped, stop_after(6)) == STOPPED_EXIT_CODE
     assert stopped.checkpointed_step() == 7
     assert read_summary(stopped.store, stopped.uri) is None
     assert train(stopped) == 0
