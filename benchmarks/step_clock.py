@@ -1,7 +1,7 @@
 """Where the time of a training step goes, part by part, without a line in the step itself.
 
 Hooks on the networks, the objective and the optimizer say when each part ends; hooks on the tensors between them
-divide the backward pass. They belong to :func:`esvit_core.training.profile.profiled` and to ``benchmarks/step.py``.
+divide the backward pass.
 """
 
 from __future__ import annotations
