@@ -14,17 +14,17 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from esvit_core.config.crops import AugmentConfig, MixupConfig
+from esvit_core.config.crops import CropConfig as CropConfig
+from esvit_core.config.crops import DeitConfig as DeitConfig
+from esvit_core.config.section import Section
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """How pictures become shards."""
 
     max_images: int | None = Field(
@@ -47,123 +47,7 @@ class DataConfig(_Section):
     )
 
 
-class CropConfig(_Section):
-    """One kind of crop."""
-
-    size: int = Field(gt=0, description="Side of the crop, pixels.")
-    number: int = Field(ge=0, description="Crops of this kind per picture.")
-    scale: tuple[float, float] = Field(
-        description="Area of the crop as a share of the picture's, smallest and largest."
-    )
-
-
-class DeitConfig(_Section):
-    """What `augment.policy: deit` does to a crop instead of colour jitter, blur and solarisation."""
-
-    rand_augment: str = Field(
-        "rand-m9-mstd0.5-inc1", pattern=r"^rand(-[a-z]+[0-9.]+)*$", description="RandAugment, as timm writes it."
-    )
-    erase: float = Field(0.25, ge=0, le=1, description="Probability of random erasing.")
-    erase_mode: Literal["const", "rand", "pixel"] = Field(
-        "pixel", description="Erased pixels become: grey, one random colour, random colours."
-    )
-    erase_count: int = Field(1, gt=0, description="Boxes erased at most.")
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-
-
-def _one_or_list(value: Any) -> str:
-    return "[list]" if isinstance(value, (list, tuple)) else "[one]"
-
-
-class AugmentConfig(_Section):
-    """Multi-crop augmentation (EsViT, appendix A.1; DINO's)."""
-
-    policy: Literal["dino", "deit"] = Field(
-        "dino", description="dino: the keys from `jitter` on; deit: RandAugment and random erasing, crops from 8 %."
-    )
-    global_crops: CropConfig = CropConfig(size=224, number=2, scale=(0.4, 1.0))
-    local_crops: Annotated[
-        Annotated[CropConfig, Tag("[one]")] | Annotated[tuple[CropConfig, ...], Tag("[list]")],
-        Discriminator(_one_or_list),
-    ] = Field(
-        CropConfig(size=96, number=8, scale=(0.05, 0.4)),
-        description="One kind of crop, or a list of kinds; kinds of one size stand side by side for speed.",
-    )
-    deit: DeitConfig = DeitConfig()
-    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
-    jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    grayscale: float = Field(0.2, ge=0, le=1, description="Probability of losing the colour.")
-    blur: tuple[float, float, float] = Field(
-        (1.0, 0.1, 0.5), description="Probability of Gaussian blur: first global crop, second, local."
-    )
-    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="Standard deviation of the blur, pixels.")
-    solarize: float = Field(0.2, ge=0, le=1, description="Probability of solarising the second global crop.")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    @property
-    def local_kinds(self) -> tuple[CropConfig, ...]:
-        """The kinds of local crops, one or more."""
-        return (self.local_crops,) if isinstance(self.local_crops, CropConfig) else self.local_crops
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete_crops(cls, given: Any) -> Any:
-        """Take from the policy's crops what a recipe leaves out: `local_crops: {number: 4}` is enough."""
-        if not isinstance(given, dict):
-            return given
-        values = dict(given)
-        for name in ("global_crops", "local_crops"):
-            crops = cls.model_fields[name].default.model_dump()
-            if values.get("policy") == "deit":  # the published transform leaves timm's scale as it is
-                crops["scale"] = (0.08, 1.0)
-            match values.setdefault(name, {}):
-                case dict() as kind:
-                    values[name] = crops | kind
-                case list() | tuple() as kinds:
-                    scale = {"scale": crops["scale"]}
-                    values[name] = [scale | kind if isinstance(kind, dict) else kind for kind in kinds]
-        return values
-
-    @model_validator(mode="after")
-    def _two_global_crops(self) -> Self:
-        if self.global_crops.number != 2:
-            raise ValueError(f"global_crops.number: the objective compares two, got {self.global_crops.number}")
-        return self
-
-
-class MixupConfig(_Section):
-    """Mixup and CutMix of the student's pictures (Zhang et al., 2018; Yun et al., 2019); view-only runs."""
-
-    use: bool = Field(False, description="Mix the pictures of a process with each other, crop by crop.")
-    crops: int = Field(10, ge=0, description="How many crops, counted from the first, are mixed.")
-    mixup_alpha: float = Field(0.8, ge=0, description="Of mixup's beta distribution; 0: no mixup.")
-    cutmix_alpha: float = Field(1.0, ge=0, description="Of CutMix's beta distribution; 0: no CutMix.")
-    cutmix_minmax: tuple[float, float] | None = Field(
-        None, description="Sides of CutMix's box as shares of the crop's, instead of the beta distribution."
-    )
-    prob: float = Field(1.0, ge=0, le=1, description="Probability of mixing.")
-    switch_prob: float = Field(0.5, ge=0, le=1, description="Probability of CutMix where both are possible.")
-    mode: Literal["batch", "pair", "elem"] = Field("batch", description="What shares a mixing ratio.")
-    smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the targets.")
-    clean_teacher: bool = Field(
-        False, description="Show the teacher the unmixed pictures; the published code shows it the mixed ones."
-    )
-
-    @model_validator(mode="after")
-    def _something_to_mix(self) -> Self:
-        if self.use and not (self.mixup_alpha or self.cutmix_alpha or self.cutmix_minmax):
-            raise ValueError("mixup_alpha or cutmix_alpha must be above 0, or cutmix_minmax given")
-        if self.cutmix_minmax and not 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1:
-            raise ValueError(f"cutmix_minmax must rise between 0 and 1, got {self.cutmix_minmax}")
-        return self
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The backbone. ``None`` means: what the named architecture has."""
 
     arch: str = Field(
@@ -187,7 +71,7 @@ class ModelConfig(_Section):
     drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student; the teacher has none.")
 
 
-class InitConfig(_Section):
+class InitConfig(Section):
     """What a run starts from. Without a source the weights are drawn from the seed."""
 
     source: str | None = Field(
@@ -205,7 +89,7 @@ class InitConfig(_Section):
     )
 
 
-class HeadConfig(_Section):
+class HeadConfig(Section):
     """The projection heads, one for views and one for regions."""
 
     out_dim: int = Field(65536, gt=1, description="Number of prototypes K.")
@@ -215,7 +99,7 @@ class HeadConfig(_Section):
     batch_norm: bool = Field(False, description="Batch norm after the two hidden layers, over all processes.")
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """The objective (EsViT, equations 1 to 3)."""
 
     region: bool = Field(True, description="Add the region-level task; without it the run is view-only (DINO).")
@@ -226,7 +110,7 @@ class ObjectiveConfig(_Section):
     centre_momentum: float = Field(0.9, ge=0, le=1)
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """The optimizer and the schedules."""
 
     name: Literal["adamw", "sgd", "lars"] = Field("adamw", description="SGD and LARS have momentum 0.9.")
@@ -242,7 +126,7 @@ class OptimizerConfig(_Section):
     )
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How the run is carried out."""
 
     epochs: int = Field(300, gt=0)
@@ -294,7 +178,7 @@ class TrainingConfig(_Section):
     )
 
 
-class DiagnosticsConfig(_Section):
+class DiagnosticsConfig(Section):
     """How often student and teacher are looked at, and which figures are too low; what they are: monitoring/diagnostics.py.
 
     A figure below its ``_warn`` for ``warn_after`` steps is told; one below its ``_stop`` for
@@ -336,7 +220,7 @@ class DiagnosticsConfig(_Section):
         return self
 
 
-class TransferSet(_Section):
+class TransferSet(Section):
     """A labelled set for the transfer protocol."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
@@ -344,7 +228,7 @@ class TransferSet(_Section):
     metric: Literal["accuracy", "mean_per_class"] = "accuracy"
 
 
-class LinearConfig(_Section):
+class LinearConfig(Section):
     """The linear probe on frozen features."""
 
     epochs: int = Field(100, gt=0)
@@ -353,7 +237,7 @@ class LinearConfig(_Section):
     last_blocks: int = Field(4, gt=0, description="Blocks whose averaged features are concatenated.")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """The measured steps."""
 
     resize: int = Field(256, gt=0, description="Shorter side before the centre crop, pixels.")
@@ -374,7 +258,7 @@ class EvaluationConfig(_Section):
         return self
 
 
-class PromotionConfig(_Section):
+class PromotionConfig(Section):
     """When a backbone becomes the champion."""
 
     metric: str = Field("knn/20", description="Measured figure that decides: knn/<k>, linear, or transfer/<set>.")
@@ -382,14 +266,14 @@ class PromotionConfig(_Section):
     pointer: str = Field("champion", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """Where the compiled pipeline runs."""
 
     image: str = Field("esvit/trainer:0.1.0", description="Image of the steps.")
     secret: str = Field("esvit-object-store", description="Kubernetes secret with the ESVIT_S3_* keys.")
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that determines a run."""
 
     recipe: str = Field("custom", description="Name shown in reports.")
