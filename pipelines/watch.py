@@ -149,13 +149,14 @@ def show_logs(place: Place, name: str | None, follow: bool, as_json: bool) -> No
     """What happened to a run, in order: journal and log; ``follow``: also what comes until it ends."""
     with place.open() as store:
         found = place.find(store, name)
-        uri, seen = run_uri(place.bucket, found), 0.0
+        uri = run_uri(place.bucket, found)
+        shown: set[tuple[float, str]] = set()
         while True:
             under_way = follow and place.look(store, found, brief=True).state in UNDER_WAY
-            for when, text in _happened(store, uri, place.known, as_json):
-                if when > seen:
-                    print(text, flush=True)
-                    seen = when
+            for happened in _happened(store, uri, place.known, as_json):
+                if happened not in shown:  # not by the time: the steps of a fast run have the same
+                    print(happened[1], flush=True)
+                    shown.add(happened)
             if not under_way:
                 return
             time.sleep(REFRESH_SECONDS)

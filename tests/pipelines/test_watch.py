@@ -47,6 +47,17 @@ def test_the_log_has_every_line_in_order(place: watch.Place, capsys: pytest.Capt
     assert len(capsys.readouterr().out.splitlines()) == len(lines)
 
 
+def test_lines_of_one_moment_are_all_shown(
+    place: watch.Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_log = watch.read_log
+    monkeypatch.setattr(watch, "read_log", lambda *given: [{**line, "time": 1.8e9} for line in read_log(*given)])
+    watch.show_logs(place, None, follow=True, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "log"]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 5
+
+
 def test_whether_the_command_is_at_work_is_seen_on_its_machine(tmp_path: Path) -> None:
     place = watch.Place(tmp_path, "esvit")
     assert place._alive("run-a") is None  # it was started elsewhere: only the store can tell
