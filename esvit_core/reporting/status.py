@@ -11,9 +11,8 @@ from esvit_core.monitoring.journal import Entry, read_journal
 from esvit_core.monitoring.log import read_last_line, read_log
 from esvit_core.runs import CONFIG
 from esvit_core.storage import NotFound, ObjectStat, ObjectStore, join_uri
-from esvit_core.training.summary import read_summary
+from esvit_core.training.summary import LATEST, read_summary
 
-LATEST = "training/latest"
 State = Literal["preparing", "training", "measuring", "finished", "stopped", "failed", "silent"]
 UNDER_WAY: tuple[State, ...] = ("preparing", "training", "measuring")
 # A run that works writes a piece of its log at least every 10 s or hundredth of its age (log.py).
@@ -107,10 +106,9 @@ def read_status(
     there = {stat.uri.removeprefix(run_uri).strip("/") for stat in objects}
     journal = read_journal(store, run_uri) if "journal" in there else []
     summary = read_summary(store, run_uri) if "training" in there else None
-    lines = []
+    lines: list[dict[str, Any]] = []
     if "training" in there:
-        last = read_last_line(store, run_uri)
-        lines = ([last] if last else []) if brief else read_log(store, run_uri, known)
+        lines = _last_line(store, run_uri) if brief else read_log(store, run_uri, known)
     line = lines[-1] if lines else {}
     checkpoint = _checkpoint(store, run_uri) if "training" in there else None
     starts = [entry for entry in journal if entry.kind == "started"]
@@ -173,6 +171,11 @@ def _seconds_left(lines: Sequence[dict[str, Any]], step: int | None, steps: int 
         return None
     pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
     return max(0.0, pace * (steps - step))
+
+
+def _last_line(store: ObjectStore, run_uri: str) -> list[dict[str, Any]]:
+    last = read_last_line(store, run_uri)
+    return [last] if last else []
 
 
 def _checkpoint(store: ObjectStore, run_uri: str) -> Checkpoint | None:

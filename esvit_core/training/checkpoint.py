@@ -34,9 +34,9 @@ from esvit_core.storage import (
 )
 from esvit_core.storage.outbox import PENDING_VARIABLE, Outbox
 from esvit_core.storage.publish import check_set, describe, put_set
+from esvit_core.training.summary import LATEST
 
 CHECKPOINTS = "training/checkpoints"
-LATEST = "training/latest"
 KIND = "checkpoint"
 
 

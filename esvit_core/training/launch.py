@@ -33,7 +33,7 @@ from esvit_core.storage.retry import RetryPolicy
 from esvit_core.training.agent import LAUNCHER_VARIABLE
 from esvit_core.training.environment import available_cores
 from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE
-from esvit_core.training.summary import TrainingSummary, read_summary
+from esvit_core.training.summary import LATEST, TrainingSummary, read_summary
 
 MODULE = "esvit_core.training"
 SCHEDULER = "local_cwd"
@@ -276,7 +276,7 @@ def _note_failure(store: ObjectStore, run_uri: str, outcome: _Outcome) -> None:
 
 
 def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:
-    pointer = store.read_pointer(join_uri(run_uri, "training/latest"))
+    pointer = store.read_pointer(join_uri(run_uri, LATEST))
     return int(pointer.value["step"]) if pointer else 0
 
 

@@ -9,6 +9,7 @@ from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, join_uri
 
 SUMMARY = "training/summary.json"
+LATEST = "training/latest"  # the pointer to the newest checkpoint; here, since its readers need no torch
 
 
 @dataclass(frozen=True)
