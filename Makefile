@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-run
 BIN     = $(VENV)/bin
+GOLDEN  = tests/pipelines/golden
 READY   = $(VENV)/.ready
 
-.PHONY: demo test chaos lint types check format clean help
+.PHONY: demo test golden chaos lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -27,6 +28,10 @@ demo: $(READY) ## Pre-train, measure, report, and publish on the sample pictures
 
 test: $(READY) ## Run the tests (under 15 minutes on two cores; no Docker, no root)
 	@$(BIN)/python -m pytest
+
+golden: $(READY) ## Compile the pipelines anew into tests/pipelines/golden, after a change that is meant
+	@for folder in pipelines/*/; do name=$$(basename $$folder); test ! -f $$folder/pipeline.py || \
+	    $(BIN)/esvit compile $$name --recipe $(GOLDEN)/recipe.yaml -o $(GOLDEN)/$$name.yaml || exit; done
 
 chaos: $(READY) ## Kill trainings at random moments and count what was lost (an hour on two cores)
 	@$(BIN)/python benchmarks/chaos.py

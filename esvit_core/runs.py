@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from esvit_core.config import ClusterConfig, Config, TransferSet
+from esvit_core.config import Config, TransferSet, valid_keys
 from esvit_core.errors import UserError
+from esvit_core.recipe_files import override
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
 from esvit_core.weights.source import with_source_pinned
 
 CONFIG = "config.yaml"
+MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
 _REMOTE = ("s3://", "minio://", "gs://")
 
 
@@ -83,7 +86,7 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
     sets = tuple(s.model_copy(update={"source": prints.get(s.name, s.source)}) for s in config.evaluation.transfer)
     evaluation = config.evaluation.model_copy(update={"transfer": sets})
     init = config.init.model_copy(update={"source": config.init.sha256 or config.init.source})
-    counted = config.model_copy(update={"evaluation": evaluation, "init": init, "cluster": ClusterConfig()})
+    counted = config.model_copy(update={"evaluation": evaluation, "init": init})
     digest = hashlib.sha256(f"{counted.digest()}\n{fingerprint}".encode()).hexdigest()
     recipe = re.sub(r"[^a-z0-9]+", "-", config.recipe.lower()).strip("-") or "run"
     return f"{recipe[:40]}-{digest[:10]}"
@@ -105,7 +108,13 @@ def run_uri(bucket: str, name: str) -> str:
     return f"s3://{bucket}/runs/{name}"
 
 
-def start_run(configuration: Mapping[str, Any], source: str, uri: str = "", store: ObjectStore | None = None) -> Run:
+def start_run(
+    configuration: Mapping[str, Any],
+    source: str,
+    uri: str = "",
+    store: ObjectStore | None = None,
+    settings: str = "",
+) -> Run:
     """Write the configuration of a run once, or find the run that was started with the same one.
 
     Args:
@@ -113,12 +122,13 @@ def start_run(configuration: Mapping[str, Any], source: str, uri: str = "", stor
         source: where the pictures are.
         uri: where the run shall lie; empty: the place that its content determines.
         store: by default the one that ``ESVIT_S3_*`` name.
+        settings: changes, ``key=value`` with spaces between, quoted as in a shell.
 
     Raises:
-        UserError: the run exists and has another configuration.
+        UserError: the run exists and has another configuration; or a setting is wrong.
     """
     store = store or ObjectStore.from_env()
-    config = with_source_pinned(Config.from_mapping(configuration), store)
+    config = with_source_pinned(changed(configuration, settings), store)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
     run = Run(uri, store, config)
@@ -127,6 +137,25 @@ def start_run(configuration: Mapping[str, Any], source: str, uri: str = "", stor
         if difference := _difference(run.config, config):
             raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
     return run
+
+
+def changed(configuration: Mapping[str, Any], settings: str) -> Config:
+    """A configuration with changes.
+
+    Args:
+        settings: ``key=value`` with spaces between, quoted as in a shell.
+
+    Raises:
+        UserError: a key or a value is wrong.
+    """
+    values = Config.from_mapping(configuration).model_dump(mode="json")
+    try:
+        items = shlex.split(settings)
+    except ValueError as error:
+        raise UserError(f"settings {settings}: {error}; expected key=value with spaces between") from None
+    for item in items:
+        override(values, item, list(valid_keys()))
+    return Config.from_mapping(values, origin=f"settings {settings}" if items else "configuration")
 
 
 def open_run(uri: str, store: ObjectStore | None = None) -> Run:

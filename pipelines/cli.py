@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `status`, `logs`, `import`, `export`, `embed`, `compile`, `store`, `recipe`.
+"""The command line: `esvit run`, `status`, `logs`, `import`, `export`, `embed`, `store`, `recipe`, and a cluster's.
 
 What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
 """
@@ -15,7 +15,9 @@ import typer
 from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
-from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, resolve, store_in
+from esvit_pipelines import cluster_commands
+from esvit_pipelines.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
+from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, store_in
 
 INTERRUPTED_EXIT_CODE = 130
 DEFAULT_BUCKET = "esvit"
@@ -36,28 +38,11 @@ app.add_typer(store_app, name="store")
 app.add_typer(recipe_app, name="recipe")
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the store, the reports, the backbones.")]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Preset or YAML file; see `esvit recipe list`.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as training.epochs=50. Repeatable."),
-]
-TransferOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--transfer", metavar="NAME=SOURCE", help="A labelled set to measure on, one folder a class. Repeatable."
-    ),
-]
-BucketOption = Annotated[
-    str | None, typer.Option("--bucket", help="Bucket in the object store; default: the recipe's, esvit.")
-]
 RunArgument = Annotated[
     str | None, typer.Argument(metavar="RUN", show_default=False, help="Name of a run, or the beginning of it.")
 ]
 RunsBucketOption = Annotated[str, typer.Option("--bucket", help="Bucket in the object store.")]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 ModelHelp = "A published backbone: champion, s3://bucket/prefix, a folder; or a file that `esvit import` takes."
@@ -212,39 +197,7 @@ def embed(
     embed_pictures(model, data, out, {**settings, "max_bad_fraction": max_bad_fraction}, runs)
 
 
-@app.command("compile")
-def compile_(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")] = Path(
-        "esvit-pretrain.yaml"
-    ),
-    recipe: RecipeOption = None,
-    set_: SetOption = None,
-    transfer: TransferOption = None,
-    bucket: BucketOption = None,
-) -> None:
-    """Write the same pipeline as YAML for Kubeflow Pipelines.
-
-    The steps take the object store's address and keys from the Kubernetes secret cluster.secret, and run in the image
-    cluster.image. What is in the recipe is the default of the pipeline's parameter `configuration`.
-    """
-    from esvit_pipelines.compile import compile_pipeline
-
-    config = resolve(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
-    steps = compile_pipeline(config, output)
-    print(f"{output}: {len(steps)} steps")
-    for number, name in enumerate(steps, 1):
-        print(f"  {number:2} {name}")
-    for transfer_set in config.evaluation.transfer:
-        if not transfer_set.source.startswith("s3://"):
-            print(
-                f"note: the steps on the cluster look for transfer set {transfer_set.name} at {transfer_set.source}; "
-                "an s3://bucket/prefix is found from everywhere"
-            )
-    if config.init.source and Path(config.init.source).exists():
-        print(
-            f"note: the steps on the cluster look for init.source at {config.init.source}; "
-            "put the file into the store and give its s3:// address"
-        )
+cluster_commands.register(app)
 
 
 @app.command("import")

@@ -91,8 +91,9 @@ def run_pipeline(request: Request) -> Outcome:
     from kfp import local
 
     from esvit_core.config import Config
-    from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline, pipeline_values, step_names
+    from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
     from esvit_pipelines.step_console import KfpRecords, StepConsole
+    from esvit_pipelines.steps import pipeline_values, step_names
 
     # The runner takes an image whose name lacks "python" for one without Python; ours has it.
     warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)

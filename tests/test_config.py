@@ -121,6 +121,23 @@ def test_the_digest_depends_on_every_value() -> None:
     assert len(digests) == 4
 
 
+def test_the_digest_does_not_depend_on_where_a_run_computes() -> None:
+    elsewhere = ["cluster.image=mine:1", "cluster.train.accelerators=8", "cluster.run_as=null"]
+    assert Config.load("demo", elsewhere).digest() == Config.load("demo").digest()
+
+
+def test_a_kind_of_step_keeps_its_own_defaults_where_a_recipe_says_nothing() -> None:
+    config = Config.load("demo", ["cluster.train.cpu=16", "cluster.train.node_selector={pool: gpu}"])
+    assert config.cluster.train.model_dump() == Config().cluster.train.model_dump() | {
+        "cpu": "16",
+        "node_selector": {"pool": "gpu"},
+    }
+    with pytest.raises(UserError, match=r"cluster\.train\.memory.*'8GiB'"):
+        Config.load("demo", ["cluster.train.memory=8GiB"])
+    with pytest.raises(UserError, match="needs operator: Exists"):
+        Config.load("demo", ["cluster.train.tolerations=[{effect: NoSchedule}]"])
+
+
 def test_a_step_ends_with_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from esvit_core.config.cluster import ClusterConfig as ClusterConfig
 from esvit_core.config.crops import AugmentConfig, MixupConfig
 from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
@@ -266,13 +267,6 @@ class PromotionConfig(Section):
     pointer: str = Field("champion", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
 
 
-class ClusterConfig(Section):
-    """Where the compiled pipeline runs."""
-
-    image: str = Field("esvit/trainer:0.1.0", description="Image of the steps.")
-    secret: str = Field("esvit-object-store", description="Kubernetes secret with the ESVIT_S3_* keys.")
-
-
 class Config(Section):
     """Everything that determines a run."""
 
@@ -348,8 +342,8 @@ class Config(Section):
         return cls.from_mapping(parse_yaml(text, origin), origin)
 
     def digest(self) -> str:
-        """SHA-256 of the resolved tree, hexadecimal."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """SHA-256 of the resolved tree, hexadecimal, without the section ``cluster``: where a run computes is not what."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"cluster"}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

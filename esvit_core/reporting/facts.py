@@ -17,6 +17,7 @@ from esvit_core.evaluation.promote import foresee
 from esvit_core.evaluation.results import Result
 from esvit_core.monitoring.log import read_log
 from esvit_core.reporting.summary import read_results
+from esvit_core.runs import MEASURED
 from esvit_core.storage import NotFound, ObjectStore, StoreRefused, StoreUnavailable, join_uri
 from esvit_core.training.environment import versions
 from esvit_core.training.summary import TrainingSummary, read_summary
@@ -75,8 +76,11 @@ def read_facts(run_uri: str, store: ObjectStore, config: Config) -> Facts:
     Raises:
         StoreUnavailable, StoreRefused: the store itself cannot be read; a missing piece raises nothing.
     """
+    measured = _piece(lambda: store.get_json(join_uri(run_uri, MEASURED)), "").value
+    elsewhere = f"this run measures a backbone that was trained before, {measured['backbone']}" if measured else ""
     training = _piece(
-        lambda: read_summary(store, run_uri), "training is not finished: training/summary.json is missing"
+        lambda: read_summary(store, run_uri),
+        elsewhere or "training is not finished: training/summary.json is missing",
     )
     return Facts(
         run_uri=run_uri,
@@ -86,7 +90,10 @@ def read_facts(run_uri: str, store: ObjectStore, config: Config) -> Facts:
             "no data were prepared: data/manifest.json is missing",
         ),
         bad_files=_piece(lambda: _bad_files(store, run_uri), "").value or [],
-        log=_piece(lambda: read_log(store, run_uri) or None, "training has written no log: training/log is empty"),
+        log=_piece(
+            lambda: read_log(store, run_uri) or None,
+            elsewhere or "training has written no log: training/log is empty",
+        ),
         training=training,
         backbone=_piece(
             lambda: _published(store, run_uri, "backbone", "backbone.json"),
@@ -97,7 +104,9 @@ def read_facts(run_uri: str, store: ObjectStore, config: Config) -> Facts:
             lambda: _published(store, run_uri, "pictures", "pictures.json"),
             "no pictures were drawn: pictures/manifest.json is missing",
         ),
-        promotion=_piece(lambda: foresee(run_uri, store, config), ""),
+        promotion=Piece(None, f"{elsewhere}; it promotes nothing")
+        if elsewhere
+        else _piece(lambda: foresee(run_uri, store, config), ""),
         versions=(training.value.versions if training.value else {}) or versions(),
         commit=source_commit(),
     )

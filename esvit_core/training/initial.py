@@ -24,10 +24,9 @@ from esvit_core.weights.files import from_timm_registry, read_file
 from esvit_core.weights.fit import fitting
 from esvit_core.weights.optimizer_state import optimized_names, renumbered
 from esvit_core.weights.snapshot import Snapshot, Weights
-from esvit_core.weights.source import BACKBONE, TIMM, kind_of, with_source_pinned
+from esvit_core.weights.source import BACKBONE, CHECKPOINTS, TIMM, kind_of, with_source_pinned
 
 RECORD = "training/initial.json"
-_CHECKPOINTS = "/training/checkpoints/"
 
 
 def starting_states(run: Run, parts: Parts) -> dict[str, Any] | None:
@@ -116,7 +115,7 @@ def _read_checkpoint(uri: str, take: str, store: ObjectStore, folder: Path) -> S
 
 def _steps_per_epoch(checkpoint: str, store: ObjectStore) -> int:
     """Of the run that a checkpoint belongs to."""
-    source = open_run(checkpoint.partition(_CHECKPOINTS)[0], store)
+    source = open_run(checkpoint.partition(CHECKPOINTS)[0], store)
     train = Manifest.read(store, source.at("data")).splits["train"]
     return train.samples // source.config.training.batch_size
 

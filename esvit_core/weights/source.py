@@ -23,6 +23,7 @@ from esvit_core.storage.transfer import sha256_of
 TIMM = "timm:"
 FILES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 BACKBONE, CHECKPOINT = "esvit-backbone/1", "esvit-checkpoint/1"
+CHECKPOINTS = "/training/checkpoints/"  # in the address of a run's checkpoint
 _POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 _EXPECTED = "expected a pointer such as champion, s3://bucket/runs/<id>, a .pth or .safetensors file, or timm:<name>"
 

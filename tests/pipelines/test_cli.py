@@ -17,7 +17,20 @@ from esvit_pipelines.recipes import recipe_list, recipe_text
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["status"], ["logs"], ["export"], ["embed"], ["compile"], ["store"], ["store", "ls"], ["recipe"]],
+    [
+        [],
+        ["run"],
+        ["status"],
+        ["logs"],
+        ["export"],
+        ["embed"],
+        ["compile"],
+        ["submit"],
+        ["schedule"],
+        ["store"],
+        ["store", "ls"],
+        ["recipe"],
+    ],
 )
 def test_help_explains_itself(esvit: Any, command: list[str]) -> None:
     done = esvit(*command, "--help")

@@ -13,7 +13,8 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_pipelines.compile import compile_pipeline
-from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline, step_names
+from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
+from esvit_pipelines.steps import step_names
 
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
 CONFIG = Config.load("demo", [SETS, "cluster.image=registry.example/esvit:1", "cluster.secret=keys"])
@@ -37,7 +38,7 @@ STEPS = {
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Text, pipeline and platform part of the compiled pipeline."""
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    assert set(compile_pipeline(CONFIG, path)) == STEPS
+    assert set(compile_pipeline("pretrain", CONFIG, path)) == STEPS
     text = path.read_text(encoding="utf-8")
     pipeline, platform = yaml.safe_load_all(text)
     return text, pipeline, platform
@@ -78,6 +79,7 @@ def test_parameters_have_types_descriptions_and_defaults(compiled: Any) -> None:
     parameters = compiled[1]["root"]["inputDefinitions"]["parameters"]
     assert {name: p["parameterType"] for name, p in parameters.items()} == {
         "data": "STRING",
+        "settings": "STRING",
         "configuration": "STRUCT",
         "run_uri": "STRING",
     }
@@ -125,7 +127,7 @@ def test_compiling_twice_gives_the_same_bytes(compiled: Any, tmp_path: Path) -> 
     code = (
         "import sys; from pathlib import Path; from esvit_core.config import Config;"
         "from esvit_pipelines.compile import compile_pipeline;"
-        "compile_pipeline(Config.from_yaml(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))"
+        "compile_pipeline('pretrain', Config.from_yaml(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))"
     )
     config, path = tmp_path / "config.yaml", tmp_path / "pipeline.yaml"
     config.write_text(CONFIG.to_yaml())

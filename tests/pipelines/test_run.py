@@ -15,7 +15,8 @@ import pytest
 
 from esvit_core.runs import Run
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline, step_names
+from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
+from esvit_pipelines.steps import step_names
 
 
 def headers(output: str) -> list[str]:

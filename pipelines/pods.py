@@ -1,0 +1,84 @@
+"""What the pod of a step gets on a cluster: resources, nodes, writable folders, keys, another try.
+
+KFP cannot say everything of a pod: a read-only root file system and the seccomp profile are the cluster's to set. The
+folders that the steps write to are volumes here, so that they may be.
+"""
+
+from typing import Any
+
+from kfp import dsl
+
+from esvit_core.config.cluster import ClusterConfig, PodConfig, Role
+from esvit_core.errors import UserError
+
+REQUIRED_KEYS = ("ESVIT_S3_ENDPOINT", "ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY")
+OPTIONAL_KEYS = ("ESVIT_S3_SECURE", "ESVIT_S3_REGION", "ESVIT_S3_CA_FILE")
+CA_FOLDER = "/etc/esvit/ca"
+_LONGEST_WAIT = "3600s"  # KFP's own bound
+
+
+def place(task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerated: bool) -> None:
+    """Give the step's pod what the configuration says for its kind of step.
+
+    Args:
+        accelerated: with the accelerators, too.
+
+    Raises:
+        UserError: the cluster extra is not installed.
+    """
+    kubernetes = _kubernetes()
+    pod = cluster.pod(role)
+    _resources(task, pod)
+    if accelerated and pod.accelerators:
+        task.set_accelerator_type(pod.accelerator)
+        task.set_accelerator_limit(pod.accelerators)
+    task.set_retry(pod.retries, f"{pod.retry_seconds}s", 2.0, _LONGEST_WAIT)
+    kubernetes.set_image_pull_policy(task, cluster.image_pull_policy)
+    if cluster.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
+    if cluster.run_as is not None:
+        kubernetes.set_security_context(
+            task, run_as_user=cluster.run_as, run_as_group=cluster.run_as, run_as_non_root=True
+        )
+    if pod.timeout_minutes is not None:
+        kubernetes.set_timeout(task, 60 * pod.timeout_minutes)
+    for key, value in pod.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in pod.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump())
+    for label, value in {"name": "esvit", "component": "step"}.items():
+        kubernetes.add_pod_label(task, f"app.kubernetes.io/{label}", value)
+    kubernetes.add_pod_label(task, "esvit.dev/role", role)
+    for folder in ("tmp", "work"):
+        kubernetes.empty_dir_mount(task, folder, f"/{folder}", size_limit=pod.scratch)
+    if pod.shared_memory is not None:
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=pod.shared_memory)
+    if cluster.ca_config_map is not None:
+        kubernetes.use_config_map_as_volume(task, cluster.ca_config_map, CA_FOLDER)
+    _keys(kubernetes, task, pod.secret or cluster.secret)
+
+
+def _kubernetes() -> Any:
+    try:
+        from kfp import kubernetes
+    except ImportError:
+        raise UserError(
+            "a pipeline for a cluster: kfp-kubernetes is not installed; pip install 'esvit[cluster]'"
+        ) from None
+    return kubernetes
+
+
+def _resources(task: dsl.PipelineTask, pod: PodConfig) -> None:
+    task.set_cpu_request(pod.cpu)
+    task.set_memory_request(pod.memory)
+    if pod.cpu_limit is not None:
+        task.set_cpu_limit(pod.cpu_limit)
+    if pod.memory_limit is not None:
+        task.set_memory_limit(pod.memory_limit)
+
+
+def _keys(kubernetes: Any, task: dsl.PipelineTask, secret: str) -> None:
+    """Keys of the object store as environment, from a Kubernetes secret: none of them is in the pipeline."""
+    kubernetes.use_secret_as_env(task, secret, {key: key for key in REQUIRED_KEYS})
+    # A secret that lacks one of these is no error: they have defaults.
+    kubernetes.use_secret_as_env(task, secret, {key: key for key in OPTIONAL_KEYS}, optional=True)

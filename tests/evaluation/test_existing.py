@@ -1,0 +1,103 @@
+"""A run that measures a backbone which exists, on a real object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.evaluation.existing import take_backbone
+from esvit_core.export import load_backbone, save_backbone
+from esvit_core.models.registry import create_backbone
+from esvit_core.runs import Run, start_run
+from esvit_core.storage import ObjectStore
+
+
+@pytest.fixture
+def trained(store_env: Any, micro_recipe: Path, pictures: Any, tmp_path: Path) -> Run:
+    """A run that has published a backbone, in a few seconds: its weights are as they were drawn."""
+    folder = pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
+    config = Config.load(micro_recipe, [f"bucket={store_env.bucket}"])
+    run = start_run(config.model_dump(mode="json"), str(folder), store_env.uri("runs/micro-1"))
+    save_backbone(run.store, run.at("backbone"), network(config), config, {"run": run.uri, "step": 8})
+    return run
+
+
+@pytest.fixture
+def arguments(trained: Run, tmp_path: Path) -> dict[str, Any]:
+    """A configuration of another architecture: the backbone's own counts."""
+    configuration = trained.config.model_dump(mode="json", exclude_none=True)
+    return {
+        "source": str(tmp_path / "pictures"),
+        "configuration": {**configuration, "model": {"arch": "swin_tiny_w7"}},
+    }
+
+
+def network(config: Config) -> torch.nn.Module:
+    return create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)
+
+
+def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
+    return load_backbone(run.at(name), run.store).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: Any) -> None:
+    run = take_backbone(trained.uri, settings="seed=3", **arguments)
+    assert run.uri.startswith(f"s3://{trained.config.bucket}/runs/evaluate-micro-")
+    assert run.config.model == trained.config.model.model_copy(update={"img_size": 32})
+    assert (run.config.seed, run.config.evaluation.crop, run.config.init.source) == (3, 32, None)
+    assert same(weights(run, "backbone"), weights(trained, "backbone"))
+    assert not same(weights(run, "untrained"), weights(trained, "backbone"))
+    assert run.store.get_json(run.at("untrained/backbone.json"))["step"] == 0
+    assert run.store.get_json(run.at("measured.json"))["backbone"] == trained.at("backbone")
+    assert take_backbone(trained.uri, settings="seed=3", **arguments).uri == run.uri
+
+
+def test_a_checkpoint_is_measured_while_the_run_has_published_nothing(
+    trained: Run, arguments: Any, tmp_path: Path
+) -> None:
+    inside = {f"backbone.{name}": value for name, value in network(trained.config).state_dict().items()}
+    torch.save(inside, tmp_path / "teacher.pt")
+    training = start_run(trained.config.model_dump(mode="json"), arguments["source"], f"{trained.uri}-training")
+    place = training.at("training/checkpoints/00000004")
+    training.store.publish(place, {"teacher.pt": tmp_path / "teacher.pt"}, "checkpoint", {"epoch": 1.0})
+    run = take_backbone(training.uri, **arguments)
+    measured = run.store.get_json(run.at("measured.json"))
+    assert (measured["backbone"], measured["run"], measured["step"]) == (place, training.uri, 4)
+    assert same({f"backbone.{name}": value for name, value in weights(run, "backbone").items()}, inside)
+
+
+def test_a_file_is_measured(trained: Run, arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    # It tries one network after the other, which is tested with the import and takes its time.
+    monkeypatch.setattr("esvit_core.importing.recognise", lambda state: "deit_tiny")
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
+    run = take_backbone(str(tmp_path / "weights.pth"), **arguments)
+    assert run.config.model.arch == "deit_tiny" and run.config.augment.global_crops.size == 224
+
+
+def test_a_champion_that_has_moved_is_another_run(trained: Run, arguments: Any) -> None:
+    store: ObjectStore = trained.store
+    pointer = f"s3://{trained.config.bucket}/pointers/champion"
+    found = []
+    for name in ("backbone", "other"):
+        if name == "other":
+            save_backbone(store, trained.at(name), network(trained.config), trained.config)
+        present = store.read_pointer(pointer)
+        store.swap_pointer(pointer, {"backbone": trained.at(name)}, present)
+        found.append(take_backbone("champion", **arguments).uri)
+    assert len(set(found)) == 2
+
+
+def test_a_backbone_that_is_nowhere_is_told_in_a_line(arguments: Any) -> None:
+    with pytest.raises(UserError, match="nobody: no such file"):
+        take_backbone("nobody", **arguments)

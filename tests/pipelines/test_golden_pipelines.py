@@ -1,0 +1,153 @@
+"""The compiled pipelines that are in the repository: they are current, KFP reads them, and a change shows."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp import components
+from kfp.kubernetes import kubernetes_executor_config_pb2
+
+from esvit_core.config import Config
+from esvit_core.config.cluster import PodConfig
+from esvit_core.errors import UserError
+from esvit_pipelines.compile import PIPELINES, build, pipeline_text
+from esvit_pipelines.steps import step_names
+
+GOLDEN = Path(__file__).parent / "golden"
+RECIPE = GOLDEN / "recipe.yaml"
+FOLDERS = {path.parent.name for path in (GOLDEN.parents[2] / "pipelines").glob("*/pipeline.py")}
+
+
+def golden(name: str) -> str:
+    return (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def changes(before: str, after: str) -> list[str]:
+    """The lines that differ, with their sign and without their indentation."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return [line[0] + line[1:].strip() for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+@pytest.fixture(params=sorted(PIPELINES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def executors(name: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """What each step runs, and what Kubernetes is told of its pod."""
+    pipeline, platform = yaml.safe_load_all(golden(name))
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    containers = pipeline["deploymentSpec"]["executors"]
+    assert pods.keys() == containers.keys()
+    return {key: (containers[key]["container"], pods[key]) for key in containers}
+
+
+def test_every_pipeline_can_be_compiled_and_is_here() -> None:
+    assert set(PIPELINES) == FOLDERS == {path.stem for path in GOLDEN.glob("*.yaml")} - {"recipe"}
+
+
+def test_it_is_current(name: str) -> None:
+    told = "\n".join(changes(golden(name), pipeline_text(name, Config.load(RECIPE)))[:40])
+    assert not told, f"what is compiled now differs from {name}.yaml; if that is meant: make golden\n{told}"
+
+
+def test_kfp_reads_both_documents(name: str) -> None:
+    assert step_names(components.load_component_from_text(golden(name)))
+    for _, pod in executors(name).values():  # a key that the message lacks is an error
+        json_format.ParseDict(pod, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+
+
+def test_a_person_is_told_what_every_parameter_means(name: str) -> None:
+    pipeline = next(yaml.safe_load_all(golden(name)))
+    parameters = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert all(len(p["description"]) > 40 for p in parameters.values())
+    assert {key for key, p in parameters.items() if not p.get("isOptional")} <= {"data"}
+    assert pipeline["pipelineInfo"]["displayName"] and pipeline["pipelineInfo"]["description"]
+
+
+def test_every_step_is_tried_again_and_has_bounds_and_room_to_write(name: str) -> None:
+    pipeline = next(yaml.safe_load_all(golden(name)))
+    for task in pipeline["root"]["dag"]["tasks"].values():
+        retry = task["retryPolicy"]
+        assert retry["maxRetryCount"] >= 3 and retry["backoffFactor"] == 2 and retry["backoffDuration"] == "30s"
+    for container, pod in executors(name).values():
+        resources = container["resources"]
+        assert {"resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest"} <= resources.keys()
+        assert {"/tmp", "/work"} <= {mount["mountPath"] for mount in pod["emptyDirMounts"]}
+        assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
+        assert pod["podMetadata"]["labels"]["app.kubernetes.io/name"] == "esvit"
+        assert container["image"].partition("@sha256:")[2] and pod["imagePullSecret"][0]["secretName"] == "registry"
+
+
+def test_training_gets_its_node_and_its_shared_memory() -> None:
+    container, pod = executors("pretrain")["exec-pretrain"]
+    assert container["resources"]["accelerator"]["resourceType"] == "nvidia.com/gpu"
+    assert container["resources"]["accelerator"]["resourceCount"] == "4"
+    assert pod["nodeSelector"]["labels"] == {"esvit.dev/pool": "gpu"}
+    assert pod["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+    shared = {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "16Gi", "volumeName": "shared-memory"}
+    assert shared in pod["emptyDirMounts"]
+    assert "accelerator" not in executors("pretrain")["exec-knn"][0]["resources"], "it would not use it"
+
+
+def test_each_kind_of_step_has_the_keys_of_its_own_role() -> None:
+    for _, pod in executors("pretrain").values():
+        role = pod["podMetadata"]["labels"]["esvit.dev/role"]
+        assert {secret["secretName"] for secret in pod["secretAsEnv"]} == {f"esvit-object-store-{role}"}
+
+
+def test_a_change_shows_in_the_diff() -> None:
+    before = golden("pretrain")
+    more = changes(before, pipeline_text("pretrain", Config.load(RECIPE, ["cluster.train.accelerators=8"])))
+    # The pod of one step, and the default of the parameter that holds the whole configuration.
+    assert set(more) == {
+        *("-count: '4'", "-resourceCount: '4'", "-accelerators: 4.0"),
+        *("+count: '8'", "+resourceCount: '8'", "+accelerators: 8.0"),
+    }
+    longer = changes(before, pipeline_text("pretrain", Config.load(RECIPE, ["training.epochs=200"])))
+    assert longer == ["-epochs: 100.0", "+epochs: 200.0"]
+
+
+def test_no_credential_is_in_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {
+        "ESVIT_S3_ENDPOINT": "store.example:9000",
+        "ESVIT_S3_ACCESS_KEY": "AKSEEN",
+        "ESVIT_S3_SECRET_KEY": "SKSEEN",
+        "KF_PIPELINES_ENDPOINT": "https://kubeflow.example",
+    }
+    for key, value in keys.items():
+        monkeypatch.setenv(key, value)
+    text = pipeline_text(name, Config.load(RECIPE))
+    assert not [value for value in keys.values() if value in text]
+    # The keys are named in one place only, as what the environment gets from a secret.
+    lines = {
+        line.strip().removeprefix("- ") for line in text.splitlines() if "ACCESS_KEY" in line or "SECRET_KEY" in line
+    }
+    assert {line.partition(":")[0] for line in lines} == {"envVar", "secretKey"}
+
+
+def test_a_pod_without_accelerators_limits_or_user_is_left_to_the_cluster() -> None:
+    changed = ["cluster.run_as=null", "cluster.image_pull_secrets=[]", "cluster.ca_config_map=null"]
+    changed += ["cluster.train.cpu_limit=null", "cluster.train.timeout_minutes=null", "cluster.train.accelerators=0"]
+    pipeline, platform = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, changed)))
+    pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
+    assert not {"securityContext", "imagePullSecret", "configMapAsVolume", "activeDeadlineSeconds"} & pod.keys()
+    resources = pipeline["deploymentSpec"]["executors"]["exec-pretrain"]["container"]["resources"]
+    assert not {"accelerator", "resourceCpuLimit"} & resources.keys()
+
+
+def test_an_unknown_pipeline_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="pipeline pretain: there is none, did you mean 'pretrain'"):
+        build("pretain", Config())
+
+
+def test_the_defaults_ask_for_no_more_than_they_may_have() -> None:
+    cluster = Config().cluster
+    for role in ("prepare", "train", "evaluate", "publish"):
+        pod: PodConfig = getattr(cluster, role)
+        assert pod.memory_limit and int(pod.memory.removesuffix("Gi")) <= int(pod.memory_limit.removesuffix("Gi"))
