@@ -1,0 +1,292 @@
+"""The connection to a Kubeflow Pipelines server: where it is, who asks, and what its errors mean.
+
+The address, the token and the certificate are looked at before KFP's own client is made, with one request that does not
+wait: that client tries an address that is wrong for half a minute, and tells it with a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esvit_core.errors import UserError
+
+if TYPE_CHECKING:
+    import kfp
+
+IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+# Where Kubernetes puts the token with KFP's audience, if the pod asks for one.
+TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+HEALTH = "/apis/v2beta1/healthz"
+OLD_HEALTH = "/apis/v1beta1/healthz"
+_SECONDS = (5, 20)  # to connect, to answer
+_PAGE = 100
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where Kubeflow Pipelines is, and who asks; what is None is found in the pod that this runs in.
+
+    Args:
+        host: address of its API.
+        namespace: of the user, where the server has several.
+        token_file: file with the token.
+        ca_file: certificate of the authority that signed the server's.
+        cookie: of a session, where a login page stands before the server.
+        ui: address that links begin with; None: the host's.
+    """
+
+    host: str | None = None
+    namespace: str | None = None
+    token_file: Path | None = None
+    ca_file: Path | None = None
+    cookie: str | None = None
+    ui: str | None = None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A server that has answered.
+
+    Attributes:
+        client: KFP's client.
+        host: address of the API.
+        namespace: of the user; None where the server has one for all.
+        ui: what links begin with.
+    """
+
+    client: kfp.Client
+    host: str
+    namespace: str | None
+    ui: str
+
+    def link(self, kind: str, name: str) -> str:
+        """Address of a page: ``kind`` is ``runs`` or ``recurringrun``."""
+        return f"{self.ui}/#/{kind}/details/{name}"
+
+
+@contextlib.contextmanager
+def connected(server: Server) -> Iterator[Connection]:
+    """Connect, and tell every refusal of the server in one line.
+
+    Raises:
+        UserError: there is no such server, it is too old, it refuses the token, or what it is asked for.
+    """
+    host = _host(server)
+    if server.ca_file is not None and not server.ca_file.is_file():
+        raise UserError(f"--ca-file {server.ca_file}: no such file; expected a certificate in PEM form")
+    token = _token(server)
+    with told(host, token is not None):
+        namespace = _looked_at(host, token, server)
+        import kfp
+
+        quiet = warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO())
+        with quiet[0], quiet[1]:  # it tells of beta versions, and prints its own links
+            warnings.simplefilter("ignore")
+            client = kfp.Client(
+                host=host,
+                namespace=namespace or "kubeflow",
+                existing_token=token,
+                cookies=server.cookie,
+                ssl_ca_cert=str(server.ca_file) if server.ca_file else None,
+            )
+        yield Connection(client, host, namespace, (server.ui or host).rstrip("/"))
+
+
+@contextlib.contextmanager
+def told(host: str, with_token: bool) -> Iterator[None]:
+    """Turn what KFP's client raises into one line."""
+    import kfp_server_api
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except kfp_server_api.ApiException as error:
+        raise UserError(f"{host}: {_refusal(error, with_token)}") from None
+    except HTTPError as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{host}: {_silence(reason)}") from None
+
+
+def experiment_id(connection: Connection, name: str, create: bool) -> str:
+    """The id of an experiment.
+
+    Args:
+        create: make it if it is not there.
+
+    Raises:
+        UserError: it is not there.
+    """
+    known = {e.display_name: e.experiment_id for e in experiments(connection)}
+    if name in known:
+        return str(known[name])
+    if not create:
+        told = ", ".join(sorted(known)) or "none"
+        raise UserError(
+            f"experiment {name}: there is none at {connection.host}; it has {told}; --new-experiment makes it"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = connection.client.create_experiment(name, namespace=connection.namespace)
+    return str(made.experiment_id)
+
+
+def experiments(connection: Connection) -> list[Any]:
+    """All experiments of the namespace."""
+
+    def page(token: str) -> Any:
+        return connection.client.list_experiments(
+            page_token=token, page_size=_PAGE, namespace=connection.namespace or ""
+        )
+
+    return list(pages(page, "experiments"))
+
+
+def pages(page: Callable[[str], Any], key: str) -> Iterator[Any]:
+    """Everything of a list that comes in pages.
+
+    Args:
+        page: gives the page of a token, the first one's is empty.
+        key: where the things are in a page.
+    """
+    token = ""
+    while True:
+        answer = page(token)
+        yield from getattr(answer, key) or []
+        token = answer.next_page_token or ""
+        if not token:
+            return
+
+
+def _host(server: Server) -> str:
+    host = server.host or (IN_CLUSTER if SERVICE_ACCOUNT.is_dir() else None)
+    if host is None:
+        raise UserError(
+            "no Kubeflow Pipelines server is named; give --host https://..., or set KF_PIPELINES_ENDPOINT "
+            "(of a cluster on this machine: kubectl -n kubeflow port-forward svc/ml-pipeline 8888, and "
+            "--host http://localhost:8888)"
+        )
+    if not host.startswith(("http://", "https://")):
+        raise UserError(f"--host {host}: expected http:// or https:// before it")
+    return host.rstrip("/")
+
+
+def _token(server: Server) -> str | None:
+    """Read the token, which is never on a command line: other users of the machine would see it there."""
+    file = server.token_file or (TOKEN if TOKEN.is_file() and server.host is None else None)
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"--token-file {file}: cannot be read ({reason})") from None
+    if not token or len(token.split()) != 1:
+        raise UserError(f"--token-file {file}: expected a token and nothing else")
+    return token
+
+
+def _looked_at(host: str, token: str | None, server: Server) -> str | None:
+    """Ask the server whether it is one, and return the namespace to work in."""
+    import kfp_server_api
+
+    settings = kfp_server_api.Configuration(host=host)
+    settings.retries = False
+    if server.ca_file:
+        settings.ssl_ca_cert = str(server.ca_file)
+    if token:
+        settings.api_key["authorization"], settings.api_key_prefix["authorization"] = token, "Bearer"
+    with kfp_server_api.ApiClient(settings, cookie=server.cookie) as asking:
+        try:
+            health = _json(asking, HEALTH)
+        except kfp_server_api.ApiException as error:
+            if error.status != 404:
+                raise
+            with contextlib.suppress(kfp_server_api.ApiException):
+                if _json(asking, OLD_HEALTH) is not None:
+                    raise UserError(
+                        f"{host}: it is a server of Kubeflow Pipelines 1 (it answers {OLD_HEALTH} only); version 2 is "
+                        "needed"
+                    ) from None
+            raise UserError(
+                f"{host}: something answers, but not Kubeflow Pipelines ({HEALTH}: 404); "
+                "behind Kubeflow's gateway the address ends with /pipeline"
+            ) from None
+    if health is None:
+        raise UserError(
+            f"{host}: it answers with a web page, probably to log in; give --token-file, or the session's cookie in "
+            "ESVIT_KFP_COOKIE; or the address lacks /pipeline"
+        )
+    return _namespace(host, server, bool(health.get("multi_user")))
+
+
+def _namespace(host: str, server: Server, several: bool) -> str | None:
+    if server.namespace is not None or not several:
+        return server.namespace
+    try:
+        return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+    except OSError:
+        raise UserError(f"{host}: the server has a namespace for each user; give yours with --namespace") from None
+
+
+def _json(asking: Any, path: str) -> dict[str, Any] | None:
+    """What the server says at a path; None if that is no JSON."""
+    headers = {"Accept": "application/json"}
+    if token := asking.configuration.get_api_key_with_prefix("authorization"):
+        headers["authorization"] = token
+    if asking.cookie:
+        headers["Cookie"] = asking.cookie
+    # Not by call_api, which stumbles over the errors of a connection that cannot be made safe.
+    answer = asking.request("GET", asking.configuration.host + path, headers=headers, _request_timeout=_SECONDS)
+    try:
+        said = json.loads(answer.data)
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _refusal(error: Any, with_token: bool) -> str:
+    """What the server said, in words."""
+    if not error.status:  # the connection could not be made safe
+        return _silence(error.reason)
+    said = _message(error)
+    if error.status == 401:
+        given = "it refuses the token" if with_token else "it asks for a token"
+        return f"{given} (401{said}); make one (kubectl create token ...) and give its file with --token-file"
+    if error.status == 403:
+        return f"it does not allow this (403{said}); look at --namespace and at the rights of the account"
+    if error.status == 404:
+        return f"there is no such thing (404{said})"
+    return f"it refused ({error.status}{said})"
+
+
+def _message(error: Any) -> str:
+    """The server's own words, in short."""
+    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or "")
+    try:
+        said = json.loads(body)
+        text = str(said.get("message") or said.get("error") or "")
+    except (ValueError, AttributeError):
+        text = "" if "<" in body[:200] else body
+    text = " ".join(text.split())
+    return f": {text[:300]}" if text else ""
+
+
+def _silence(reason: Any) -> str:
+    text = " ".join(str(reason).split())
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return "its certificate is not signed by an authority that is known here; give the authority's with --ca-file"
+    if "WRONG_VERSION_NUMBER" in text or "record layer" in text:
+        return "it does not speak https; give --host http://..."
+    if "getaddrinfo" in text or "Name or service" in text or "name resolution" in text:
+        return "there is no such host; look at --host"
+    if "timed out" in text:
+        return "it does not answer in time; look at --host, and at what stands between"
+    short = text.rpartition(": ")[2].strip("'\")( ")
+    return f"it does not answer ({short}); look at --host"

@@ -1,0 +1,192 @@
+"""`esvit schedule`: a pipeline that runs again and again on a cluster, as `kfp recurring-run create` has it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esvit_core.errors import UserError
+from esvit_core.monitoring.progress import format_duration
+from esvit_pipelines.kubeflow import Connection, pages
+from esvit_pipelines.submit import Package, table_width
+
+_PAGE = 100
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
+_DAYS = ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"]
+# Seconds come first: KFP reads cron with github.com/robfig/cron.
+_FIELDS: tuple[tuple[str, int, int, list[str]], ...] = (
+    ("second", 0, 59, []),
+    ("minute", 0, 59, []),
+    ("hour", 0, 23, []),
+    ("day of the month", 1, 31, []),
+    ("month", 1, 12, _MONTHS),
+    ("day of the week", 0, 6, _DAYS),
+)
+
+
+def cron(text: str) -> str:
+    """A cron expression as KFP wants it: second, minute, hour, day of the month, month, day of the week.
+
+    Raises:
+        UserError: it is not one. Five fields, as everywhere else, would run at other times than meant.
+    """
+    fields = text.split()
+    if len(fields) == 5:
+        raise UserError(f"--cron '{text}': KFP's cron begins with the second; write '0 {text}'")
+    if len(fields) != 6:
+        raise UserError(
+            f"--cron '{text}': expected six fields, second minute hour day month weekday, such as '0 0 3 * * 1' "
+            "(Mondays at 3:00)"
+        )
+    for field, (what, low, high, names) in zip(fields, _FIELDS, strict=True):
+        if not all(_fits(part, low, high, names, what.startswith("day")) for part in field.split(",")):
+            raise UserError(f"--cron '{text}': {field} is no {what}; expected {low} to {high}, *, a-b, or */n")
+    return " ".join(fields)
+
+
+def _fits(part: str, low: int, high: int, names: list[str], day: bool) -> bool:
+    span, slash, step = part.partition("/")
+    if slash and not (step.isdecimal() and step.isascii() and int(step) > 0):
+        return False
+    if span == "*" or (span == "?" and day):
+        return True
+    values = [_value(end, low, names) for end in span.split("-")]
+    if len(values) > 2 or any(value is None or not low <= value <= high for value in values):
+        return False
+    return values == sorted(v for v in values if v is not None)
+
+
+def _value(text: str, low: int, names: list[str]) -> int | None:
+    if text.upper() in names:
+        return names.index(text.upper()) + low
+    return int(text) if text.isdecimal() and text.isascii() else None
+
+
+def interval(text: str) -> int:
+    """Seconds of an interval such as ``12h`` or ``7d``.
+
+    Raises:
+        UserError: it is not one.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,6})([smhdw])", text)
+    if match is None:
+        raise UserError(f"--every {text}: expected a number and s, m, h, d or w, such as 12h or 7d")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def schedules(connection: Connection, experiment: str | None = None) -> list[Any]:
+    """The schedules of the namespace, or of one experiment."""
+
+    def page(token: str) -> Any:
+        return connection.client.list_recurring_runs(
+            page_token=token,
+            page_size=_PAGE,
+            sort_by="created_at desc",
+            experiment_id=experiment,
+            namespace=connection.namespace or "",
+        )
+
+    return list(pages(page, "recurring_runs"))
+
+
+def create(
+    connection: Connection,
+    pipeline: Package,
+    values: Mapping[str, Any],
+    name: str,
+    experiment: str,
+    trigger: Mapping[str, Any],
+    service_account: str | None,
+    paused: bool,
+    replace: bool,
+) -> Any:
+    """Make a schedule: one run at a time, and none for the times that were missed.
+
+    Args:
+        values: the arguments of every run.
+        experiment: its id.
+        trigger: ``cron_expression`` or ``interval_second``.
+        service_account: of the steps; None: the server's default.
+        paused: it waits to be resumed.
+        replace: one of the same name gives way to it. KFP cannot change a schedule.
+
+    Returns:
+        The schedule, as the server describes it.
+
+    Raises:
+        UserError: there is one of that name.
+    """
+    there = [one for one in schedules(connection, experiment) if one.display_name == name]
+    if there and not replace:
+        raise UserError(f"schedule {name}: there is one of that name; --replace puts the new one in its place")
+    made = connection.client.create_recurring_run(
+        experiment_id=experiment,
+        job_name=name,
+        max_concurrency=1,
+        no_catchup=True,
+        params=dict(values),
+        pipeline_package_path=str(pipeline.path),
+        enabled=not paused,
+        service_account=service_account,
+        **trigger,
+    )
+    for one in there:
+        connection.client.delete_recurring_run(one.recurring_run_id)
+    return made
+
+
+def find(connection: Connection, name: str) -> Any:
+    """The schedule of that name, or of that id or its beginning.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    known = schedules(connection)
+    found = [one for one in known if one.display_name == name]
+    found = found or [one for one in known if one.recurring_run_id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(one.recurring_run_id for one in found)
+        raise UserError(f"schedule {name}: there are {len(found)} of that name; give the id of one: {ids}")
+    names = ", ".join(one.display_name for one in known) or "none"
+    raise UserError(f"schedule {name}: there is none at {connection.host}; it has {names}")
+
+
+def show(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
+    """Print schedules: a table, or JSON for programs."""
+    rows = [
+        {
+            "id": one.recurring_run_id,
+            "name": one.display_name,
+            "state": str(one.status or "unknown").lower(),
+            "when": when(one),
+            "link": connection.link("recurringrun", one.recurring_run_id),
+        }
+        for one in found
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print("no schedules")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("schedule", "state", "when", "link", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["name"], row["state"], row["when"], row["link"])
+    Console(width=max(Console().width, table_width(table)), soft_wrap=True).print(table)
+
+
+def when(one: Any) -> str:
+    """What starts the runs of a schedule, in words."""
+    if one.trigger and one.trigger.cron_schedule:
+        return f"cron {one.trigger.cron_schedule.cron}"
+    if one.trigger and one.trigger.periodic_schedule:
+        return f"every {format_duration(float(one.trigger.periodic_schedule.interval_second))}"
+    return "never"

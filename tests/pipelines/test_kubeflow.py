@@ -1,0 +1,324 @@
+"""Submitting and scheduling, over HTTP, against a server that speaks KFP's API with KFP's own types."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kfp_server import KfpServer
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_pipelines import cli
+from esvit_pipelines.compile import compile_pipeline
+from esvit_pipelines.schedule import cron, interval
+
+VARIABLES = (
+    "KF_PIPELINES_ENDPOINT",
+    "KF_PIPELINES_UI_ENDPOINT",
+    "KF_PIPELINES_SA_TOKEN_PATH",
+    "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
+    "ESVIT_KFP_NAMESPACE",
+    "ESVIT_KFP_CA_FILE",
+    "ESVIT_KFP_COOKIE",
+)
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[KfpServer]:
+    made = KfpServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server(running: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KfpServer:
+    """The server as it is at first, named to the commands."""
+    running.reset()
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", running.url)
+    monkeypatch.setenv("HOME", str(tmp_path))  # KFP's client keeps a file there
+    return running
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled pipeline: the one that measures."""
+    path = tmp_path_factory.mktemp("compiled") / "evaluate.yaml"
+    compile_pipeline("evaluate", Config.load("demo"), path)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line in this process: exit code, what it prints, what it complains of."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["esvit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        code = stop.value.code
+        return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+    return run
+
+
+def only(kept: dict[str, Any]) -> Any:
+    (one,) = kept.values()
+    return one
+
+
+def told(result: tuple[int, str, str], *parts: str) -> None:
+    """A mistake: one line that has these parts, exit code 2."""
+    code, out, error = result
+    assert code == 2, (out, error)
+    (line,) = error.splitlines()
+    assert line.startswith("error: ") and all(part in line for part in parts), line
+
+
+# Submitting
+
+
+def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpServer, call: Call) -> None:
+    options = ["--data", "s3://pictures/all", "--set", "cluster.train.accelerators=2", "-p", "settings=seed=4"]
+    code, out, error = call("submit", *options, "--name", "first")
+    assert (code, error) == (0, "")
+    run = only(server.kept["runs"])
+    assert out.splitlines() == ["submitted first", f"{server.url}/#/runs/details/{run.run_id}"]
+    assert run.runtime_config.parameters == {"data": "s3://pictures/all", "settings": "seed=4"}
+    assert run.service_account == "esvit-pipeline"
+    assert run.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-pretrain"
+    pods = run.pipeline_spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert pods["exec-pretrain"]["secretAsEnv"][0]["secretName"] == "esvit-object-store"
+    assert only(server.kept["experiments"]).display_name == "esvit"
+
+
+def test_a_compiled_file_is_sent_as_it_is(server: KfpServer, call: Call, compiled: Path) -> None:
+    code, out, _ = call("submit", compiled, "--data", "s3://b/p", "-p", "backbone=s3://b/runs/x", "--no-caching")
+    assert code == 0 and out.startswith("submitted esvit-evaluate 20")
+    run = only(server.kept["runs"])
+    assert run.runtime_config.parameters["backbone"] == "s3://b/runs/x"
+    tasks = run.pipeline_spec["pipeline_spec"]["root"]["dag"]["tasks"].values()
+    assert not any(task["cachingOptions"].get("enableCache") for task in tasks)
+
+
+def test_one_can_wait_for_the_end(server: KfpServer, call: Call, compiled: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for end, code in (("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)):
+        server.states = ["PENDING", "RUNNING", "RUNNING", end]
+        done, out, _ = call("submit", compiled, "--data", "s3://b/p", "--wait")
+        assert done == code
+        assert [line.split()[-1] for line in out.splitlines()[2:]] == ["pending", "running", end.lower()]
+
+
+def test_a_folder_of_this_machine_is_named(server: KfpServer, call: Call, compiled: Path) -> None:
+    _, out, _ = call("submit", compiled, "--data", "pictures")
+    assert "note: the steps on the cluster look for the pictures at pictures" in out
+
+
+def test_arguments_are_looked_at_before_the_server_is_asked(server: KfpServer, call: Call, compiled: Path) -> None:
+    told(call("submit", compiled), "esvit-evaluate: it needs data; give --data")
+    told(call("submit", compiled, "--data", "s3://b/p", "-p", "bakbone=x"), "did you mean 'backbone'")
+    told(call("submit", compiled, "--data", "s3://b/p", "-p", "configuration=5"), "expected a mapping")
+    told(call("submit", "pretrian", "--data", "s3://b/p"), "did you mean 'pretrain'")
+    told(call("submit", "nowhere.yaml"), "nowhere.yaml: cannot be read")
+    assert server.requests == []
+
+
+# What can be wrong with the server
+
+
+def test_no_server_is_named(call: Call, compiled: Path, server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    told(call("runs"), "--host", "KF_PIPELINES_ENDPOINT", "port-forward")
+
+
+def test_a_wrong_host(server: KfpServer, call: Call) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening
+        port = taken.getsockname()[1]
+        told(call("runs", "--host", f"http://127.0.0.1:{port}"), f"127.0.0.1:{port}", "Connection refused")
+    told(call("runs", "--host", "http://nowhere.invalid"), "nowhere.invalid", "no such host")
+    told(call("runs", "--host", "localhost:8888"), "expected http:// or https://")
+    told(call("runs", "--host", server.url.replace("http:", "https:")), "does not speak https")
+
+
+def test_a_token_that_is_refused(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
+    server.token = "right"
+    told(call("runs"), server.url, "it asks for a token", "401", "--token-file")
+    (tmp_path / "token").write_text("wrong\n")
+    told(call("submit", compiled, "--data", "s3://b/p", "--token-file", tmp_path / "token"), "it refuses the token")
+    told(call("runs", "--token-file", tmp_path / "none"), "--token-file", "No such file")
+    (tmp_path / "token").write_text("right\n")
+    code, out, error = call("runs", "--token-file", tmp_path / "token")
+    assert (code, out, error) == (0, "no runs\n", "")
+    assert server.authorization[-1] == "Bearer right"
+
+
+def test_an_unknown_experiment(server: KfpServer, call: Call, compiled: Path) -> None:
+    call("submit", compiled, "--data", "s3://b/p")
+    told(call("runs", "--experiment", "other"), "experiment other: there is none", "it has esvit")
+    arguments = ["submit", compiled, "--data", "s3://b/p", "--experiment", "other"]
+    told(call(*arguments), "--new-experiment makes it")
+    assert call(*arguments, "--new-experiment")[0] == 0
+    assert {e.display_name for e in server.kept["experiments"].values()} == {"esvit", "other"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("v1", "a server of Kubeflow Pipelines 1"),
+        ("login", "answers with a web page, probably to log in"),
+        ("other", "something answers, but not Kubeflow Pipelines"),
+    ],
+)
+def test_a_server_that_is_another(server: KfpServer, call: Call, kind: str, says: str) -> None:
+    server.kind = kind
+    told(call("runs"), server.url, says)
+
+
+def test_a_server_with_a_namespace_for_each_user(server: KfpServer, call: Call, compiled: Path) -> None:
+    server.multi_user = True
+    told(call("runs"), "give yours with --namespace")
+    assert call("submit", compiled, "--data", "s3://b/p", "--namespace", "team")[0] == 0
+    assert only(server.kept["experiments"]).namespace == "team"
+    assert call("runs", "--namespace", "team")[1].count("esvit-evaluate") == 1
+
+
+def test_what_the_server_refuses_is_told_in_its_words(server: KfpServer, call: Call, tmp_path: Path) -> None:
+    pipeline, platform = yaml.safe_load_all((Path(__file__).parent / "golden" / "evaluate.yaml").read_text())
+    pipeline["root"]["inputDefinitions"]["parameters"]["data"]["parameterType"] = "LIST"
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump_all([pipeline, platform]))
+    server._check = lambda made: server.refuse(400, "the pipeline is too large")  # type: ignore[method-assign]
+    try:
+        told(call("submit", tmp_path / "odd.yaml", "-p", "data=[a]"), "it refused (400: the pipeline is too large)")
+    finally:
+        del server._check
+
+
+# Looking
+
+
+def test_the_runs_are_listed_with_state_duration_and_link(server: KfpServer, call: Call, compiled: Path) -> None:
+    for name in ("one", "two", "three"):
+        call("submit", compiled, "--data", "s3://b/p", "--name", name)
+    first, second, _ = server.kept["runs"].values()
+    server.states = ["SUCCEEDED"]
+    server._get("runs", first.run_id)
+    lines = call("runs", "--ui", "https://kubeflow.example/_/pipeline/")[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "three", "two", "one"]
+    assert "succeeded" in lines[3] and "1:07:00" in lines[3]
+    assert lines[3].endswith(f"https://kubeflow.example/_/pipeline/#/runs/details/{first.run_id}")
+    rows = json.loads(call("runs", "--json", "--number", "2")[1])
+    assert [row["name"] for row in rows] == ["three", "two"] and rows[1]["id"] == second.run_id
+
+
+def test_all_pages_are_read(server: KfpServer, call: Call, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esvit_pipelines.submit._PAGE", 2)
+    call("submit", compiled, "--data", "s3://b/p")
+    for number in range(4):
+        server.kept["runs"][str(number)] = next(iter(server.kept["runs"].values()))
+    assert len(json.loads(call("runs", "--json")[1])) == 5
+
+
+# Scheduling
+
+
+def test_a_schedule_is_made_listed_paused_resumed_and_deleted(server: KfpServer, call: Call, compiled: Path) -> None:
+    arguments = ["schedule", "create", compiled, "--name", "weekly", "--data", "s3://b/p"]
+    code, out, error = call(*arguments, "--cron", "0 0 3 * * MON")
+    assert (code, error) == (0, "") and out.startswith("scheduled weekly, cron 0 0 3 * * MON\n")
+    made = only(server.kept["recurringruns"])
+    assert (made.no_catchup, made.max_concurrency, made.mode) == (True, "1", "ENABLE")
+    assert made.trigger.cron_schedule.cron == "0 0 3 * * MON" and made.service_account == "esvit-pipeline"
+    assert made.runtime_config.parameters == {"data": "s3://b/p"}
+    assert "weekly    enabled  cron 0 0 3 * * MON" in call("schedule", "list")[1]
+    assert call("schedule", "pause", "weekly")[1] == "paused weekly\n" and made.status == "DISABLED"
+    assert call("schedule", "resume", made.recurring_run_id)[1] == "resumed weekly\n" and made.status == "ENABLED"
+    assert call("schedule", "delete", "weekly")[1] == "deleted weekly\n"
+    assert call("schedule", "list")[1] == "no schedules\n"
+    told(call("schedule", "pause", "weekly"), "schedule weekly: there is none")
+
+
+def test_a_schedule_of_the_same_name_is_replaced_only_if_one_says_so(
+    server: KfpServer, call: Call, compiled: Path
+) -> None:
+    arguments = ["schedule", "create", compiled, "--name", "daily", "--data", "s3://b/p", "--every", "1d"]
+    assert call(*arguments, "--paused")[0] == 0
+    before = only(server.kept["recurringruns"])
+    assert before.status == "DISABLED" and before.trigger.periodic_schedule.interval_second == "86400"
+    told(call(*arguments), "there is one of that name; --replace")
+    assert call(*arguments, "--replace")[0] == 0
+    assert only(server.kept["recurringruns"]).recurring_run_id != before.recurring_run_id
+
+
+def test_times_are_looked_at_first(server: KfpServer, call: Call, compiled: Path) -> None:
+    arguments = ["schedule", "create", compiled, "--name", "a", "--data", "s3://b/p"]
+    told(call(*arguments), "either --cron", "--every")
+    told(call(*arguments, "--cron", "0 3 * * 1"), "write '0 0 3 * * 1'")
+    told(call(*arguments, "--every", "weekly"), "such as 12h or 7d")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "text", ["0 0 3 * * 1", "0 */15 * * * ?", "*/30 0 0 1,15 JAN-MAR MON-FRI", "0 0 0-6/2 ? * sun"]
+)
+def test_a_cron_expression_of_six_fields_is_taken(text: str) -> None:
+    assert cron(text) == text
+
+
+@given(st.integers(0, 5), st.sampled_from(["60", "x", "-1", "5-3", "*/0", "1-2-3", "", "²"]))
+def test_a_field_that_is_none_is_refused(place: int, wrong: str) -> None:
+    fields = "0 0 3 * * 1".split()  # noqa: SIM905
+    fields[place] = wrong
+    with pytest.raises(UserError):
+        cron(" ".join(fields))
+
+
+@given(st.integers(1, 10**6), st.sampled_from("smhdw"))
+def test_an_interval_is_seconds(number: int, unit: str) -> None:
+    assert interval(f"{number}{unit}") == number * interval(f"1{unit}") == number * interval(f"1{unit}")
+
+
+# The same with KFP's own command line, as the documentation has it
+
+
+def documented(marker: str) -> list[str]:
+    """The words of the line in docs/submit.md that begins with ``marker``."""
+    text = (Path(__file__).parents[2] / "docs" / "submit.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith(marker)]
+    import shlex
+
+    return shlex.split(line)
+
+
+def test_the_documented_lines_of_kfp_do_the_same(server: KfpServer, compiled: Path, tmp_path: Path) -> None:
+    """In one process, for each start of KFP's command line costs a second."""
+    lines = [documented("kfp --endpoint $HOST run create"), documented("kfp --endpoint $HOST recurring-run create")]
+    words = [[server.url if word == "$HOST" else word for word in line[1:]] for line in lines]
+    words = [[str(compiled) if word.endswith(".yaml") else word for word in line] for line in words]
+    code = "import json, sys\nfrom kfp.cli.__main__ import main\nfrom unittest import mock\n"
+    code += "for words in json.loads(sys.argv[1]):\n    sys.argv[1:] = words\n"
+    code += "    try: main()\n    except SystemExit as stop: assert not stop.code, stop.code\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run, made = only(server.kept["runs"]), only(server.kept["recurringruns"])
+    assert run.runtime_config.parameters["data"] == made.runtime_config.parameters["data"] == "s3://my-bucket/pictures"
+    assert (made.no_catchup, made.max_concurrency, made.mode) == (True, "1", "ENABLE")
+    assert made.trigger.cron_schedule.cron == cron("0 0 3 * * 1")
