@@ -22,6 +22,10 @@ from esvit_core.runs import Run, open_run
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
 
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    # Triton reads it when it is imported: where there is no GPU, its kernels run in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 MICRO_RECIPE = """# A network that trains in seconds.
 recipe: micro
 data: {val_fraction: 0.25}

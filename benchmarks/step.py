@@ -3,25 +3,25 @@
     python benchmarks/step.py --arch swin_tiny_w7 --batch 8
     python benchmarks/step.py --device cuda --batch 128 --rounds 10
 
-The implementations take turns within one process, step by step, and the ratios are medians over the rounds, so that
-other load on the machine falls on all alike. Peak memory is measured with each in a process of its own: resident
-memory, interpreter and libraries included, or on a GPU what torch has allocated. The last line is JSON: time ratios
-are plain / ours, memory ratios ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is
-what the published code computes there. On a GPU it is the plain step under autocast in the given half precision.
+Each implementation has a process of its own, and they take turns, step by step, while the others sleep; the ratios
+are medians over the rounds, so that other load on the machine falls on all alike. On a machine that is busy with
+other things ``--clock cpu`` compares processor time instead. Peak memory is resident memory, interpreter and libraries
+included, or on a GPU what torch has allocated. The last line is JSON: time ratios are plain / ours, memory ratios
+ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is what the published code
+computes there. On a GPU it is the plain step under autocast in the half precision that was asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
 from esvit_core.models.multicrop import NetworkOutput
+from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.parts import assemble
@@ -64,10 +65,10 @@ class OurStep:
         return training_step(self.parts, batch, at)[0].total.detach()
 
 
-def implementation(name: str) -> tuple[Callable[..., object], torch.dtype]:
+def implementation(name: str) -> tuple[Callable[..., Any], torch.dtype]:
     """``ours-bfloat16`` and the like."""
     who, dtype = name.split("-")
-    makers: dict[str, Callable[..., object]] = {"ours": OurStep, "plain": PlainStep}
+    makers: dict[str, Callable[..., Any]] = {"ours": OurStep, "plain": PlainStep}
     return makers[who], getattr(torch, dtype)
 
 
@@ -88,49 +89,6 @@ def crops_of(config: Config, batch: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     kinds = (config.augment.global_crops, *config.augment.local_kinds)
     return [torch.randn(batch, 3, k.size, k.size, generator=generator) for k in kinds for _ in range(k.number)]
-
-
-def wait(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def time_steps(names: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each round of each implementation; prints the parts."""
-    config, device = config_of(arguments), torch.device(arguments.device)
-    crops, at = crops_of(config, arguments.batch), Schedules(config, 1).at(20)
-    steps, clocks, seconds = {}, {}, {name: [] for name in names}
-    for name in names:
-        make, dtype = implementation(name)
-        steps[name], clocks[name] = make(config, device, dtype), StepClock(device)
-        steps[name](crops, at)  # warm
-    for _ in range(arguments.rounds):
-        for name in names:
-            start = wait(device)
-            steps[name](crops, at)
-            seconds[name].append(wait(device) - start)
-    for _ in range(arguments.rounds if device.type == "cuda" else max(1, arguments.rounds // 2)):
-        for name, step in steps.items():
-            parts = step.student, step.teacher, step.objective, step.optimizer
-            with clocks[name].attached(*parts), clocks[name].step():
-                step(crops, at)
-    print_parts(names, clocks, seconds, arguments.batch)
-    return seconds
-
-
-def print_parts(names: list[str], clocks: dict[str, StepClock], seconds: dict[str, list[float]], batch: int) -> None:
-    print(f"{'seconds':24}" + "".join(f"{name:>18}" for name in names))
-    for part in PARTS:
-        print(f"{part:24}" + "".join(f"{clocks[name].seconds[part] / clocks[name].steps:18.3f}" for name in names))
-    medians = {name: statistics.median(seconds[name]) for name in names}
-    print(f"{'whole step, median':24}" + "".join(f"{medians[name]:18.3f}" for name in names))
-    print(f"{'pictures a second':24}" + "".join(f"{batch / medians[name]:18.2f}" for name in names))
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    """Median of the rounds' own ratios."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 # The objective alone
@@ -167,53 +125,141 @@ def run_objective(objective: Callable[..., torch.Tensor], outputs: list[NetworkO
     objective(*outputs, 0.05).backward()
 
 
-def time_objective(arguments: argparse.Namespace) -> float:
-    config, device = config_of(arguments), torch.device(arguments.device)
-    outputs = outputs_of(config, arguments.batch, device, torch.float32)
-    objectives = {who: objective_of(who, config, device) for who in ("plain", "ours")}
-    seconds: dict[str, list[float]] = {who: [] for who in objectives}
-    for number in range(arguments.rounds + 1):
-        for who, objective in objectives.items():
-            start = wait(device)
-            run_objective(objective, outputs)
-            if number:  # the first warms
-                seconds[who].append(wait(device) - start)
-    medians = {who: statistics.median(values) for who, values in seconds.items()}
-    print(f"objective alone, forward and backward: plain {medians['plain']:.3f} s, ours {medians['ours']:.3f} s")
-    return ratio(seconds["plain"], seconds["ours"])
+# One process an implementation
 
 
-# Memory
+def work(arguments: argparse.Namespace) -> None:
+    """Body of a worker: answers each word on its input with a line of JSON."""
+    who, _ = arguments.worker.split("-")
+    if who == "ours":  # as a training process does first
+        keep_freed_memory()
+    what = ObjectiveWork(who, arguments) if arguments.worker.endswith("-objective") else StepWork(arguments)
+    for line in sys.stdin:
+        print(json.dumps(getattr(what, line.strip())()), flush=True)
 
 
-def measure_memory(arguments: argparse.Namespace) -> None:
-    """Body of a process of its own: prints the peak in bytes as its last line."""
-    config, device = config_of(arguments), torch.device(arguments.device)
-    what, who = arguments.memory_of.split(":")
-    if what == "objective":
-        outputs, objective = (
-            outputs_of(config, arguments.batch, device, torch.float32),
-            objective_of(who, config, device),
-        )
-        before = reset_peak_memory(device)
-        run_objective(objective, outputs)
-        print(peak_memory(device) - before)
-        return
-    make, dtype = implementation(who)
-    step = make(config, device, dtype)
-    crops, at = crops_of(config, arguments.batch), Schedules(config, 1).at(20)
-    for _ in range(2):  # the first makes the optimizer's state
-        reset_peak_memory(device)
-        step(crops, at)
-    print(peak_memory(device))
+class StepWork:
+    """Whole steps, steps by parts, and their peak memory."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.config, self.device = config_of(arguments), torch.device(arguments.device)
+        make, dtype = implementation(arguments.worker)
+        self.take_step = make(self.config, self.device, dtype)
+        self.inputs = crops_of(self.config, arguments.batch), Schedules(self.config, 1).at(20)
+        self.now = CLOCKS[arguments.clock]
+
+    def run(self) -> float:
+        start = self._wait()
+        self.take_step(*self.inputs)
+        return self._wait() - start
+
+    def parts(self) -> dict[str, float]:
+        clock, step = StepClock(self.device, self.now), self.take_step
+        with clock.attached(step.student, step.teacher, step.objective, step.optimizer), clock.step():
+            step(*self.inputs)
+        return clock.seconds
+
+    def memory(self) -> int:
+        reset_peak_memory(self.device)
+        self.take_step(*self.inputs)
+        return peak_memory(self.device)
+
+    def _wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.now()
 
 
-def memory_of(what: str) -> int:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", what]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return int(done.stdout.splitlines()[-1])
+class ObjectiveWork:
+    """The objective alone, forward and backward."""
+
+    def __init__(self, who: str, arguments: argparse.Namespace) -> None:
+        self.config, self.device = config_of(arguments), torch.device(arguments.device)
+        self.outputs = outputs_of(self.config, arguments.batch, self.device, torch.float32)
+        self.objective = objective_of(who, self.config, self.device)
+        self.now = CLOCKS[arguments.clock]
+
+    def run(self) -> float:
+        start = StepWork._wait(self)  # type: ignore[arg-type]
+        run_objective(self.objective, self.outputs)
+        return StepWork._wait(self) - start  # type: ignore[arg-type]
+
+    def memory(self) -> int:
+        """Beyond what is given."""
+        for logits in self.outputs[0][:2]:
+            logits.grad = None
+        before = reset_peak_memory(self.device)
+        run_objective(self.objective, self.outputs)
+        return peak_memory(self.device) - before
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Worker:
+    """The other end of :func:`work`."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        self.name = name
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, word: str) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} failed")
+        return json.loads(line)
+
+    def end(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def in_turn(names: list[str], arguments: argparse.Namespace) -> Measured:
+    """Let the named implementations take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    parts: dict[str, dict[str, float]] = {}
+    memory = {}
+    workers = [Worker(name) for name in names]
+    for worker in workers:  # the objective's memory is that of its first run, before anything is kept
+        first = worker("memory")
+        memory[worker.name] = first if "objective" in worker.name else worker("memory")
+    for _ in range(arguments.rounds):
+        for worker in workers:
+            seconds[worker.name].append(worker("run"))
+    for worker in workers:
+        if "objective" not in worker.name:
+            parts[worker.name] = worker("parts")
+        worker.end()
+    return Measured(seconds, parts, memory)
+
+
+@dataclass
+class Measured:
+    """Of each implementation the seconds of every round, one round by parts, and the peak memory in bytes."""
+
+    seconds: dict[str, list[float]]
+    parts: dict[str, dict[str, float]]
+    memory: dict[str, int]
+
+    def ratio(self, above: str, below: str) -> float:
+        """How many times as fast ``below`` is: the median of the rounds' own ratios."""
+        rounds = zip(self.seconds[above], self.seconds[below], strict=True)
+        return statistics.median(a / b for a, b in rounds)
+
+    def table(self, batch: int) -> None:
+        names = list(self.seconds)
+        medians = {name: statistics.median(values) for name, values in self.seconds.items()}
+        print(f"{'seconds':24}" + "".join(f"{name:>18}" for name in names))
+        for part in PARTS:
+            print(f"{part:24}" + "".join(f"{self.parts[name][part]:18.3f}" for name in names))
+        print(f"{'whole step, median':24}" + "".join(f"{medians[name]:18.3f}" for name in names))
+        print(f"{'pictures a second':24}" + "".join(f"{batch / medians[name]:18.2f}" for name in names))
+        print(f"{'peak memory, MiB':24}" + "".join(f"{self.memory[name] / MIB:18,.0f}" for name in names))
 
 
 def main() -> None:
@@ -227,53 +273,62 @@ def main() -> None:
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--view-only", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true", help="leave the processes that measure memory out")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory_of:
-        measure_memory(arguments)
-        return
-    report(arguments)
+    if arguments.worker:
+        work(arguments)
+    else:
+        print(json.dumps({name: round(value, 3) for name, value in report(arguments).items()}))
 
 
-def report(arguments: argparse.Namespace) -> None:
+def implementations(arguments: argparse.Namespace) -> list[str]:
+    """Names of those to compare, ``plain-float32`` and the like."""
     gpu = arguments.device != "cpu"
-    print(
-        f"{arguments.arch}, batch {arguments.batch}, 2 + {arguments.local_crops} crops, K = {arguments.prototypes:,}, "
-        f"{describe(torch.device(arguments.device))}"
-    )
     dtypes = ["float32", "bfloat16"] if arguments.dtype == "both" else [arguments.dtype]
     names = [f"{who}-{dtype}" for dtype in dtypes for who in ("plain", "ours")]
+    if not gpu and arguments.dtype == "both":
+        names.remove("plain-bfloat16")
     if "ours-float16" in names:  # ours trains in bfloat16 wherever the published code trains in float16
         names[names.index("ours-float16")] = "ours-bfloat16"
     if not gpu and "plain-float32" not in names:
         names.insert(0, "plain-float32")
-    seconds = time_steps(names, arguments)
+    return names
+
+
+def report(arguments: argparse.Namespace) -> dict[str, float]:
+    """Print the tables; the figures of the last line."""
+    gpu, names = arguments.device != "cpu", implementations(arguments)
+    print(
+        f"{arguments.arch}, batch {arguments.batch}, 2 + {arguments.local_crops} crops, K = {arguments.prototypes:,}, "
+        f"{describe(torch.device(arguments.device))}, {arguments.rounds} rounds, {arguments.clock} time",
+        flush=True,
+    )
+    steps = in_turn(names, arguments)
+    steps.table(arguments.batch)
     result: dict[str, float] = {}
     if "ours-float32" in names:
-        result["step_float32"] = ratio(seconds["plain-float32"], seconds["ours-float32"])
+        result["step_float32"] = steps.ratio("plain-float32", "ours-float32")
     if "ours-bfloat16" in names:
-        half = [n for n in names if n.startswith("plain") and n != "plain-float32"]
+        half = [name for name in names if name.startswith("plain") and name != "plain-float32"]
         for name in half:
-            print(
-                f"ours in bfloat16 against {name}: {ratio(seconds[name], seconds['ours-bfloat16']):.2f} times as fast"
-            )
-        above = half[0] if gpu else "plain-float32"
-        result["step_bfloat16"] = ratio(seconds[above], seconds["ours-bfloat16"])
-    if not arguments.no_memory:
-        peaks = {name: memory_of(f"step:{name}") for name in names}
-        print(f"{'peak memory, MiB':24}" + "".join(f"{peaks[name] / MIB:18,.0f}" for name in names))
-        dtype = "float32" if "ours-float32" in names else "bfloat16"
-        plain = f"plain-{dtype}" if f"plain-{dtype}" in names else next(n for n in names if n.startswith("plain"))
-        result["step_memory"] = peaks[f"ours-{dtype}"] / peaks[plain]
-    result["objective_time"] = time_objective(arguments)
-    if not arguments.no_memory:
-        peaks = {who: memory_of(f"objective:{who}") for who in ("plain", "ours")}
-        print(
-            f"objective alone, beyond its inputs: plain {peaks['plain'] / MIB:,.0f} MiB, ours {peaks['ours'] / MIB:,.0f} MiB"
-        )
-        result["objective_memory"] = peaks["ours"] / peaks["plain"]
-    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+            print(f"ours-bfloat16 against {name}: {steps.ratio(name, 'ours-bfloat16'):.2f} times as fast")
+        result["step_bfloat16"] = steps.ratio(half[0] if gpu and half else "plain-float32", "ours-bfloat16")
+    for name in names:
+        base = next(n for n in names if n.startswith("plain"))
+        share = steps.memory[name] / steps.memory[base]
+        if name != base:
+            print(f"{name} against {base}: {steps.ratio(base, name):.2f} times as fast, {share:.2f} of its memory")
+    ours = names[-1]  # what `training.precision: auto` takes: the half precision, where it was measured
+    plain = next(name for name in names if name.startswith("plain"))
+    result["step_memory"] = steps.memory[ours] / steps.memory[plain]
+    objectives = in_turn(["plain-objective", "ours-objective"], arguments)
+    for name, values in objectives.seconds.items():
+        beyond = objectives.memory[name] / MIB
+        print(f"{name}, forward and backward: {statistics.median(values):.3f} s, {beyond:,.0f} MiB beyond its inputs")
+    result["objective_time"] = objectives.ratio("plain-objective", "ours-objective")
+    result["objective_memory"] = objectives.memory["ours-objective"] / objectives.memory["plain-objective"]
+    return result
 
 
 if __name__ == "__main__":

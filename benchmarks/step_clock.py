@@ -7,7 +7,7 @@ divide the backward pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,10 @@ PARTS = (
 class StepClock:
     """Adds up the seconds of each part over the steps it is attached for.
 
+    Args:
+        device: of the networks.
+        clock: seconds; :func:`time.process_time` on a machine that is busy with other things.
+
     On a GPU every mark waits for the device, so that a part's time is its own: the whole then takes a little longer.
 
     Attributes:
@@ -33,9 +37,10 @@ class StepClock:
         steps: taken so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
+        self._clock = clock
         self._cuda = device.type == "cuda"
         self._last = 0.0
 
@@ -97,4 +102,4 @@ class StepClock:
     def _now(self) -> float:
         if self._cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self._clock()

@@ -47,7 +47,7 @@ ALLOWED = {
     "esvit_pipelines": {"esvit_core", "esvit_components"},
 }
 FOLDERS = {"esvit_core": "esvit_core", "esvit_components": "components", "esvit_pipelines": "pipelines"}
-NETWORK_LIBRARIES = {"torch", "timm", "numpy"}
+NETWORK_LIBRARIES = {"torch", "timm", "numpy", "triton"}  # Triton comes with torch where there are GPUs
 # These start fast: the command line and the steps that find their work done import them.
 LIGHT = [
     "esvit_core",

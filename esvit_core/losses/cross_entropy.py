@@ -6,11 +6,14 @@ With probabilities ``p`` of the teacher, logits ``s`` of the student, ``m(r)`` t
 
 which is the usual cross-entropy because each ``p_t`` sums to one. Rows are worked off in chunks that stay in the
 cache, and the softmax of a chunk serves loss and gradient at once: besides the gradient itself no tensor of
-(rows x K) is made, and the logits are not kept for the backward pass.
+(rows x K) is made, and the logits are not kept for the backward pass. On a GPU with Triton
+:mod:`esvit_core.losses.cross_entropy_triton` takes over. :mod:`esvit_core.losses.plain` is the specification of both.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,7 +44,16 @@ def matched_cross_entropy(
     Returns:
         Scalar.
     """
-    return _MatchedCrossEntropy.apply(student_logits, teacher_probabilities, weights, student_temp, *matches)
+    function: type[torch.autograd.Function] = _MatchedCrossEntropy
+    if student_logits.is_cuda and teacher_probabilities.dtype == torch.float32 and has_triton():
+        from esvit_core.losses.cross_entropy_triton import MatchedCrossEntropyTriton as function  # noqa: N813
+    return function.apply(student_logits, teacher_probabilities, weights, student_temp, *matches)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether there is Triton, the compiler of the GPU's form of this module."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class _MatchedCrossEntropy(torch.autograd.Function):

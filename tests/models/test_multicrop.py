@@ -31,7 +31,7 @@ MICRO = {
 }
 
 
-def crops(*sizes: int, B: int = 2) -> list[torch.Tensor]:  # noqa: N803
+def crops(*sizes: int, B: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(B, 3, size, size, generator=generator) for size in sizes]
 

@@ -1,0 +1,60 @@
+"""The GPU kernels of the objective, run by Triton's interpreter on a CPU, against the form for processors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esvit_core.losses import cross_entropy
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("compiled here, not interpreted; tests/losses/test_objective.py runs it", allow_module_level=True)
+
+from esvit_core.losses import cross_entropy_triton as kernels
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    K=st.sampled_from([2, 7, 16, 33]),
+    groups=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_kernels_equal_the_form_for_processors(K, groups, dtype, seed) -> None:
+    """``groups``: rows and matches of each, which differ from group to group as those of crops do."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(count for count, _ in groups)
+    student = torch.randn(rows, K, generator=generator).to(dtype)
+    teacher = torch.randn(4, K, generator=generator).softmax(-1)
+    weights = torch.rand(rows, generator=generator)
+    matches = [torch.randint(4, group, generator=generator) for group in groups]
+    results = []
+    for function in (kernels.MatchedCrossEntropyTriton, cross_entropy._MatchedCrossEntropy):
+        logits = student.clone().requires_grad_()
+        loss = function.apply(logits, teacher, weights, 0.1, *matches)
+        (3 * loss).backward()
+        results.append((loss.detach(), logits.grad.float()))
+    precise = dtype == torch.float32
+    torch.testing.assert_close(*(loss for loss, _ in results), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        *(gradient for _, gradient in results), rtol=1e-4 if precise else 2e-2, atol=1e-5 if precise else 2e-2
+    )
+
+
+def test_many_columns_are_worked_off_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    student = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    teacher, weights = torch.full((1, 50), 1 / 50), torch.ones(3)
+    loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, weights, 1.0, torch.zeros(3, 1, dtype=torch.long))
+    loss.backward()
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - 1 / 50)
+
+
+def test_a_large_logit_does_not_overflow() -> None:
+    student = torch.tensor([[1000.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[0.0, 1.0]])
+    loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, torch.ones(1), 1.0, torch.zeros(1, 1).long())
+    assert loss.item() == 1000.0
