@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esvit_core.models import cvt, longformer, swin
+from esvit_core.models import cvt, heads, longformer, swin
 from esvit_core.models.windows import MASKED
 
 
@@ -20,6 +20,11 @@ def plainly(network: nn.Module) -> nn.Module:
     for module in network.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
     return network
+
+
+class PlainPrototypes(heads.Prototypes):
+    def forward(self, x: Tensor) -> Tensor:  # the logits themselves, however many
+        return F.linear(x, self.weight())
 
 
 # Swin
@@ -231,6 +236,7 @@ class PlainCvtAttention(cvt.Attention):
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    heads.Prototypes: PlainPrototypes,
     swin.WindowAttention: PlainWindowAttention,
     swin.SwinBlock: PlainSwinBlock,
     swin.PatchMerging: PlainPatchMerging,

@@ -90,7 +90,7 @@ class StepClock:
             (HEADS_BACK, (output.view_features, output.region_features)),
         )
         for part, tensors in divided:
-            for tensor in tensors:
+            for tensor in (getattr(t, "embeddings", t) for t in tensors):  # of logits that are made in the objective
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(lambda _, part=part: self._mark(part))
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esvit_core.models.prototype_logits import PrototypeLogits
+
 
 class Centre(nn.Module):
     """Moving average of the teacher's mean logits; its state is the buffer ``value``, (1, K)."""
@@ -28,14 +30,17 @@ class Centre(nn.Module):
         self._noted: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
-    def update(self, teacher_logits: Tensor, last: bool = True) -> None:
+    def update(self, teacher_logits: Tensor | PrototypeLogits, last: bool = True) -> None:
         """Take in the logits of this process.
 
         Args:
             teacher_logits: (rows, K).
             last: these complete the batch; False: they are added to those of the next call, and the centre stays.
         """
-        total = teacher_logits.sum(0, keepdim=True, dtype=self.value.dtype)
+        if isinstance(teacher_logits, PrototypeLogits):
+            total = teacher_logits.sum(self.value.dtype)
+        else:
+            total = teacher_logits.sum(0, keepdim=True, dtype=self.value.dtype)
         rows = len(teacher_logits)
         if self._noted is not None:
             total, rows = total.add_(self._noted[0]), rows + self._noted[1]

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esvit_core.models.prototype_logits import PrototypeLogits
+
 # Values of a chunk: 2 MB of float32 on a processor, so that it stays in the cache; on a GPU enough to fill it.
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 25}
 
@@ -86,8 +88,19 @@ class _MatchedCrossEntropy(torch.autograd.Function):
         return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def rows_per_chunk(logits: Tensor) -> int:
+def teacher_distribution(logits: Tensor, centre: Tensor, temp: float, out: Tensor | None = None) -> Tensor:
+    """Centred, sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
+    step = rows_per_chunk(logits)
+    out = torch.empty(logits.shape, dtype=centre.dtype, device=logits.device) if out is None else out
+    for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
+        torch.softmax((rows - centre).mul_(1 / temp), -1, out=chunk)
+    return out
+
+
+def rows_per_chunk(logits: Tensor | PrototypeLogits) -> int:
     """How many rows of ``logits`` (rows, K) to work off at a time."""
+    if isinstance(logits, PrototypeLogits):
+        return 256  # the product of fewer takes as long
     return max(1, _CHUNK_VALUES.get(logits.device.type, 1 << 25) // logits.shape[1])
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.cross_entropy import matched_cross_entropy
-from esvit_core.losses.view import teacher_distribution
+from esvit_core.losses.by_picture import Logits, Teacher, cross_entropy_by_picture
+from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
+from esvit_core.models.prototype_logits import PrototypeLogits, are_many
 
 
 def match_regions(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -27,8 +28,8 @@ def match_regions(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def region_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     student_features: Tensor,
     teacher_features: Tensor,
     centre: Tensor,
@@ -57,9 +58,13 @@ def region_loss(
     """
     B = len(teacher_logits) // (2 * teacher_regions)
     pairs = 2 * (len(student_regions) - 1)
-    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2 * B * T, K)
     matches = match_crops(student_features, teacher_features, student_regions, teacher_regions)
-    weights = torch.cat([targets.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
+    weights = torch.cat([centre.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
+    if isinstance(student_logits, PrototypeLogits) or are_many(student_logits, student_logits.shape[1]):
+        teacher = Teacher(teacher_logits, centre, teacher_temp)
+        return cross_entropy_by_picture(student_logits, teacher, matches, weights, student_temp, B)
+    assert isinstance(teacher_logits, Tensor)
+    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2 * B * T, K)
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
 
 

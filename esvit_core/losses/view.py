@@ -8,21 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.cross_entropy import matched_cross_entropy, rows_per_chunk
-
-
-def teacher_distribution(logits: Tensor, centre: Tensor, temp: float) -> Tensor:
-    """Centred and sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
-    step = rows_per_chunk(logits)
-    out = torch.empty(logits.shape, dtype=centre.dtype, device=logits.device)
-    for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
-        torch.softmax((rows - centre).mul_(1 / temp), -1, out=chunk)
-    return out
+from esvit_core.losses.by_picture import Logits, Teacher, cross_entropy_by_picture
+from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
+from esvit_core.models.prototype_logits import PrototypeLogits, are_many
 
 
 def view_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     centre: Tensor,
     student_temp: float,
     teacher_temp: float,
@@ -47,14 +40,24 @@ def view_loss(
         Scalar.
     """
     B = len(teacher_logits) // 2
-    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
     pairs = 2 * (n_crops - 1)
     if mix is not None:
+        student_logits, teacher_logits = (
+            logits.dense() if isinstance(logits, PrototypeLogits) else logits
+            for logits in (student_logits, teacher_logits)
+        )
+        targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
         return _mixed_loss(student_logits, targets, student_temp, mix) * (weight / (pairs * B))
-    own = torch.arange(B, device=student_logits.device)
+    own = torch.arange(B, device=centre.device)
     first, second = own[:, None], own[:, None] + B  # rows of the teacher's two crops
     matches = [second, first, torch.cat((first, second), 1).repeat(n_crops - 2, 1)]
-    weights = targets.new_full((n_crops * B,), weight / (pairs * B))
+    weights = centre.new_full((n_crops * B,), weight / (pairs * B))
+    if isinstance(student_logits, PrototypeLogits) or are_many(student_logits, student_logits.shape[1]):
+        matches[2:] = matches[2].split(B) if n_crops > 2 else []
+        teacher = Teacher(teacher_logits, centre, teacher_temp)
+        return cross_entropy_by_picture(student_logits, teacher, matches, weights, student_temp, B)
+    assert isinstance(teacher_logits, Tensor)
+    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from esvit_core.models.prototype_logits import PrototypeLogits, are_many
+
 
 class Prototypes(nn.Module):
     """Linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``."""
@@ -21,8 +23,14 @@ class Prototypes(nn.Module):
         """The prototypes, (K, in_dim)."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight())
+    def forward(self, x: Tensor) -> Tensor | PrototypeLogits:
+        """Embeddings (rows, in_dim) to logits (rows, K)."""
+        if not are_many(x, len(self.weight_v)):
+            return F.linear(x, self.weight())
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        weight = self.weight()
+        # With a gradient the weight stays wide, for the gradients of many rows are added up in it.
+        return PrototypeLogits(x.to(dtype), weight if weight.requires_grad else weight.to(dtype))
 
 
 class ProjectionHead(nn.Module):
@@ -60,6 +68,6 @@ class ProjectionHead(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (rows, in_dim) to logits (rows, K)."""
+    def forward(self, x: Tensor) -> Tensor | PrototypeLogits:
+        """Features (rows, in_dim) to logits (rows, K); those of many prototypes as a product to be computed later."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from esvit_core.config import Config
 from esvit_core.models.heads import ProjectionHead
+from esvit_core.models.prototype_logits import PrototypeLogits
 from esvit_core.models.registry import create_backbone
 from esvit_core.models.timm_backbone import TimmBackbone
 
@@ -17,8 +18,8 @@ from esvit_core.models.timm_backbone import TimmBackbone
 class NetworkOutput(NamedTuple):
     """What a network says of V crops of B pictures; rows: crop by crop, picture by picture, region by region."""
 
-    view_logits: Tensor  # (V * B, K)
-    region_logits: Tensor | None  # (sum of B * N, K)
+    view_logits: Tensor | PrototypeLogits  # (V * B, K)
+    region_logits: Tensor | PrototypeLogits | None  # (sum of B * N, K)
     region_features: Tensor | None  # (sum of B * N, D)
     regions_per_crop: list[int]  # N of each crop
     view_features: Tensor | None = None  # (V * B, D)

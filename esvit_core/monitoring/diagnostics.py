@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esvit_core.losses.by_picture import Logits
 from esvit_core.losses.cross_entropy import rows_per_chunk
 from esvit_core.losses.objective import Objective
 from esvit_core.losses.region import match_crops
@@ -164,8 +165,8 @@ def effective_rank(features: Tensor) -> float:
 
 
 def _task(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     match: Tensor,
     regions: int,
     centre: Tensor,
@@ -224,7 +225,7 @@ def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Te
     return there, back[there] == torch.arange(len(there), device=there.device)
 
 
-def _distribution(logits: Tensor, rows: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+def _distribution(logits: Logits, rows: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
     """The mean of the rows' distributions, (K,), and the mean of their entropies, (1,)."""
     mean, entropy = torch.zeros_like(centre[0]), centre.new_zeros(1)
     for chunk in rows.split(rows_per_chunk(logits)):
@@ -235,8 +236,8 @@ def _distribution(logits: Tensor, rows: Tensor, centre: Tensor, temp: float) -> 
 
 
 def _divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     rows: Tensor,
     match: Tensor,
     centre: Tensor,
@@ -252,7 +253,7 @@ def _divergence(
     return total / len(rows)
 
 
-def _first_choices(logits: Tensor, centre: Tensor) -> Tensor:
+def _first_choices(logits: Logits, centre: Tensor) -> Tensor:
     """1 for each prototype that some row likes best, else 0, (K,)."""
     chosen = torch.zeros_like(centre[0])
     for chunk in logits.split(rows_per_chunk(logits)):

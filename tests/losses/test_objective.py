@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esvit_core.config import ObjectiveConfig
 from esvit_core.losses import Objective, cross_entropy, region_loss, view_loss
 from esvit_core.losses.plain import plain_region_loss, plain_view_loss
 from esvit_core.losses.region import match_regions
-from esvit_core.models import NetworkOutput
+from esvit_core.models import NetworkOutput, prototype_logits
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 
@@ -76,15 +77,26 @@ def assert_same(fast, plain, inputs: dict) -> None:
         assert torch.equal(inputs[name], value), f"{name} was changed"
 
 
-@settings(max_examples=40, deadline=None)
-@given(sizes)
-def test_region_loss_equals_the_plain_formula(size):
+@pytest.fixture(params=[1 << 30, 2], ids=["few_prototypes", "many_prototypes"])
+def many(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of many prototypes the loss is worked off picture by picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prototype_logits, "FEWEST_PROTOTYPES", request.param)
+        yield
+
+
+per_example = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@per_example
+@given(size=sizes)
+def test_region_loss_equals_the_plain_formula(many: None, size: dict) -> None:
     assert_same(region_loss, plain_region_loss, region_inputs(size, torch.float64))
 
 
-@settings(max_examples=40, deadline=None)
-@given(sizes)
-def test_view_loss_equals_the_plain_formula(size):
+@per_example
+@given(size=sizes)
+def test_view_loss_equals_the_plain_formula(many: None, size: dict) -> None:
     assert_same(view_loss, plain_view_loss, view_inputs(size, torch.float64))
 
 
@@ -112,7 +124,7 @@ def test_chunking_does_not_show(monkeypatch, chunk):
     assert_same(region_loss, plain_region_loss, region_inputs(size, torch.float64))
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_by_finite_differences(many: None) -> None:
     inputs = region_inputs({"B": 2, "K": 5, "teacher": 2, "local": [1, 2], "seed": 1}, torch.float64)
     logits = inputs.pop("student_logits")
     assert torch.autograd.gradcheck(lambda x: region_loss(x, **inputs), logits)
@@ -121,7 +133,7 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(lambda x: view_loss(x, **inputs), logits)
 
 
-def test_bfloat16_logits_are_computed_in_float32():
+def test_bfloat16_logits_are_computed_in_float32(many: None) -> None:
     inputs = region_inputs({"B": 2, "K": 32, "teacher": 4, "local": [2, 2], "seed": 2}, torch.float32)
     for name in ("student_logits", "teacher_logits"):
         inputs[name] = inputs[name].detach().bfloat16()
