@@ -84,7 +84,7 @@ def promotion(facts: Facts) -> Verdict:
     decision = facts.promotion.value
     name = facts.config.promotion.pointer
     if decision is None:
-        return Verdict("plain", "Promotion: unknown.", [facts.promotion.reason])
+        return Verdict("plain", "No promotion.", [_capital(facts.promotion.reason) + "."])
     reason = _capital(str(decision.get("reason", ""))) + "."
     promoted = bool(decision.get("promoted"))
     if decision.get("decided"):

@@ -13,6 +13,8 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.existing import take_backbone
 from esvit_core.export import load_backbone, save_backbone
 from esvit_core.models.registry import create_backbone
+from esvit_core.reporting import verdict
+from esvit_core.reporting.facts import read_facts
 from esvit_core.runs import Run, start_run
 from esvit_core.storage import ObjectStore
 
@@ -59,6 +61,9 @@ def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: An
     assert run.store.get_json(run.at("untrained/backbone.json"))["step"] == 0
     assert run.store.get_json(run.at("measured.json"))["backbone"] == trained.at("backbone")
     assert take_backbone(trained.uri, settings="seed=3", **arguments).uri == run.uri
+    facts = read_facts(run.uri, run.store, run.config)
+    assert facts.training.reason.endswith(trained.at("backbone"))
+    assert verdict.promotion(facts).details[0].endswith("it promotes nothing.")
 
 
 def test_a_checkpoint_is_measured_while_the_run_has_published_nothing(
@@ -99,5 +104,5 @@ def test_a_champion_that_has_moved_is_another_run(trained: Run, arguments: Any) 
 
 
 def test_a_backbone_that_is_nowhere_is_told_in_a_line(arguments: Any) -> None:
-    with pytest.raises(UserError, match="nobody: no such file"):
+    with pytest.raises(UserError, match=r"^backbone nobody: no such file"):
         take_backbone("nobody", **arguments)
