@@ -15,7 +15,7 @@ import typer
 from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
-from esvit_pipelines import cluster_commands
+from esvit_pipelines import cluster_commands, store_commands
 from esvit_pipelines.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
 from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, store_in
 
@@ -274,6 +274,12 @@ def store_ls(
             print(f"{found.size:>13,}  {found.uri}")
             number, size = number + 1, size + found.size
         print(f"{size:>13,}  bytes in {number} objects")
+
+
+store_app.command("bucket")(store_commands.bucket)
+store_app.command("keys")(store_commands.keys)
+store_app.command("policies")(store_commands.policies)
+store_app.command("prune")(store_commands.prune)
 
 
 @recipe_app.command("list")

@@ -1,7 +1,8 @@
 """The alert rules for Prometheus, made from one table so that a test can run the same rules in seconds.
 
-``python -m esvit_core.monitoring.alerts > manifests/monitoring/alerts.yaml`` writes them; a test holds that file to
-what is here. docs/monitoring.md has a section for every alert: what it means, and what to do.
+``python -m esvit_core.monitoring.alerts > manifests/monitoring/alerts.yaml`` writes them, and with ``--kubernetes`` as a
+``PrometheusRule``, ``prometheusrule.yaml``; tests hold the files to what is here. docs/operate.md has a section for
+every alert: what it means, and what to do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import yaml
 
 from esvit_core.config import DiagnosticsConfig
 
-RUNBOOK = "docs/monitoring.md"
+RUNBOOK = "docs/operate.md"
 BY_RUN = "by (run, recipe)"
 SLOW_FACTOR = 1.5  # of the run's own past
 STARVED_SHARE = 0.25  # of a step, spent waiting for data
@@ -203,6 +204,14 @@ def rule_file(rules: dict[str, Any]) -> str:
     return yaml.safe_dump(rules, sort_keys=False, width=120)
 
 
+def prometheus_rule(rules: dict[str, Any]) -> dict[str, Any]:
+    """The rules as an object of the Prometheus operator."""
+    metadata = {"name": "esvit", "labels": {"app.kubernetes.io/name": "esvit"}}
+    return {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": metadata, "spec": rules}
+
+
 if __name__ == "__main__":
-    sys.stdout.write("# Made by `python -m esvit_core.monitoring.alerts`; docs/monitoring.md says what to do.\n")
-    sys.stdout.write(rule_file(alert_rules()))
+    kubernetes = sys.argv[1:] == ["--kubernetes"]
+    called = "python -m esvit_core.monitoring.alerts" + (" --kubernetes" if kubernetes else "")
+    sys.stdout.write(f"# Made by `{called}`; {RUNBOOK} says what to do.\n")
+    sys.stdout.write(rule_file(prometheus_rule(alert_rules()) if kubernetes else alert_rules()))

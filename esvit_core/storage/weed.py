@@ -29,7 +29,7 @@ from esvit_core.errors import UserError
 LOOPBACK = "127.0.0.1"
 IDENTITIES = "identities.json"
 MASTER = "master"
-CERTIFICATE, PRIVATE_KEY = "certificate.pem", "private-key.pem"
+CERTIFICATE, PRIVATE_KEY, SECURITY = "certificate.pem", "private-key.pem", "security.toml"
 _ROLES = ("s3", "master", "volume", "filer")
 _VOLUME_MIB = 256
 _VOLUMES = 100_000  # not preallocated: the disk is the limit
@@ -130,9 +130,11 @@ def write_configuration(directory: Path) -> None:
         identities = {"identities": [{"name": "esvit", "credentials": [key], "actions": actions}]}
         write_private(directory / IDENTITIES, json.dumps(identities, indent=1))
     if not (directory / CERTIFICATE).exists():
-        _write_certificate(directory)
+        certificate, private_key = new_certificate()
+        write_private(directory / PRIVATE_KEY, private_key)
+        write_private(directory / CERTIFICATE, certificate)
     # Written anew for each start: tokens live for a minute, and the directory may have been moved.
-    write_private(directory / "security.toml", _security(directory))
+    write_private(directory / SECURITY, security(directory))
     write_private(directory / "master.toml", "[master.volume_growth]\ncopy_1 = 1\n")
     place = json.dumps(str(directory / "data" / "filerldb2"))
     write_private(directory / "filer.toml", f"[leveldb2]\nenabled = true\ndir = {place}\n")
@@ -178,7 +180,8 @@ def binary() -> Path:
     return Path(found)
 
 
-def _security(directory: Path) -> str:
+def security(directory: Path) -> str:
+    """The server's ``security.toml``: new keys for its tokens, and mutual TLS with the certificate in ``directory``."""
     lines = []
     for section in ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read"):
         lines += [f"[{section}]", f'key = "{secrets.token_hex(32)}"', "expires_after_seconds = 60"]
@@ -189,8 +192,8 @@ def _security(directory: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_certificate(directory: Path) -> None:
-    """A self-signed certificate, which all parts of the server show to each other and accept from no one else."""
+def new_certificate() -> tuple[str, str]:
+    """A self-signed certificate and its key, which all parts of the server show to each other and accept from no one else."""
     # Imported here: needed once per directory.
     import datetime
     import ipaddress
@@ -217,5 +220,4 @@ def _write_certificate(directory: Path) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    write_private(directory / PRIVATE_KEY, private.decode())
-    write_private(directory / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM).decode())
+    return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()

@@ -80,6 +80,6 @@ def test_shorter_durations_change_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", sorted({rule["alert"] for rule in rules()}))
 def test_the_documentation_says_what_to_do(name: str) -> None:
-    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
     section = re.search(rf"^### {name}\n(.+?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     assert section and len(section.group(1)) > 150
