@@ -219,7 +219,7 @@ def _difference(there: Config, here: Config) -> str:
         return "" if a == b else f"{key}: {a} there, {b} here"
 
     def counted(config: Config) -> dict[str, Any]:
-        values = config.model_dump(mode="json", exclude={"cluster"})
+        values = config.model_dump(mode="json", exclude={"cluster", "launch"})
         for transfer_set in values["evaluation"]["transfer"]:
             del transfer_set["source"]
         if values["init"]["sha256"]:

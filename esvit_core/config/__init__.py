@@ -20,6 +20,7 @@ from esvit_core.config.cluster import ClusterConfig as ClusterConfig
 from esvit_core.config.crops import AugmentConfig, MixupConfig
 from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
+from esvit_core.config.launch import LaunchConfig
 from esvit_core.config.section import Section
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
@@ -286,6 +287,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
     cluster: ClusterConfig = ClusterConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _mixup_is_view_only(self) -> Self:
@@ -342,8 +344,8 @@ class Config(Section):
         return cls.from_mapping(parse_yaml(text, origin), origin)
 
     def digest(self) -> str:
-        """SHA-256 of the resolved tree, hexadecimal, without the section ``cluster``: where a run computes is not what."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude={"cluster"}), sort_keys=True)
+        """SHA-256 of the resolved tree, hexadecimal, without ``cluster`` and ``launch``: where a run computes is not what."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"cluster", "launch"}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -1,7 +1,11 @@
-"""The process between the launcher and the training processes: torch elastic's agent, with two things added.
+"""The process between the launcher and the training processes: torch elastic's agent, with a few things added.
 
-It ends when the launcher dies, however that dies; and it leaves the reason of the first failure, in one line, where
-torchx looks for it. ``python -m esvit_core.training.agent`` takes torchrun's arguments.
+It ends when the launcher dies, however that dies; it leaves the reason of the first failure, in one line, where
+torchx or Kubernetes looks for it; and it does not repeat what failed by a mistake of the user's.
+``python -m esvit_core.training.agent`` takes torchrun's arguments.
+
+Exit codes: 0; 2 a mistake of the user's; 75 stopped from outside, or parted from the other nodes: started again it
+goes on; 1 the training processes failed more often than ``--max-restarts``.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ def main(arguments: list[str]) -> int:
     """Run torchrun; the exit code is that of the first process that failed, 0 when none has."""
     if launcher := os.environ.get(LAUNCHER_VARIABLE):
         end_with(int(launcher))
+    if os.getpid() == 1:  # of a container: until torch listens, the kernel would not let a signal reach it
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED_EXIT_CODE))
     os.environ[AGENT_VARIABLE] = str(os.getpid())
 
     # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
@@ -37,16 +43,21 @@ def main(arguments: list[str]) -> int:
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import api as launcher_api
 
     # The exchange of failures between agents is torch's; between this one and the launcher it is the file below.
     error_file = os.environ.pop(ERROR_FILE_VARIABLE, None)
+    launcher_api.LocalElasticAgent = _patient_agent()  # type: ignore[misc]
     try:
-        torch.distributed.run.run(torch.distributed.run.parse_args(arguments))
+        torch.distributed.run.run(_with_host(torch.distributed.run.parse_args(arguments)))
         return 0
     except ChildFailedError as error:
         failure = first_failure(error)
     except SignalException as error:
         failure = {"exit_code": STOPPED_EXIT_CODE, "reason": f"stopped from outside by {error.sigval.name}"}
+    except RendezvousError as error:
+        failure = {"exit_code": STOPPED_EXIT_CODE, "reason": f"parted from the other nodes: {_one_line(error)}"}
     if launcher and os.getppid() != int(launcher):
         shutil.rmtree(os.environ[RENDEZVOUS_VARIABLE], ignore_errors=True)  # nobody else is left to do it
     elif error_file:
@@ -55,27 +66,61 @@ def main(arguments: list[str]) -> int:
     return failure["exit_code"] if failure["exit_code"] > 0 else 1
 
 
+def _with_host(options: Any) -> Any:
+    """Of several nodes the one whose address is the endpoint's keeps the rendezvous' store.
+
+    torch would find out by resolving names, which a pod's may not be when it starts.
+    """
+    if options.local_addr and options.rdzv_backend == "c10d" and not options.rdzv_conf:
+        host = options.rdzv_endpoint.rpartition(":")[0]
+        options.rdzv_conf = f"is_host={int(host == options.local_addr)}"
+    return options
+
+
+def _patient_agent() -> type[Any]:
+    """torch's agent, which restarts its processes whatever they failed of; but a mistake stays one."""
+    from torch.distributed.elastic.agent.server.api import WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    class PatientAgent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            if result.state == WorkerState.FAILED:
+                if any(failure.exitcode == USER_ERROR_EXIT_CODE for failure in result.failures.values()):
+                    self._remaining_restarts = 0
+                elif self._remaining_restarts > 0:
+                    rank, failure = min(result.failures.items(), key=_order)
+                    print(f"{_reason(rank, failure)}; starting again", file=sys.stderr, flush=True)
+            return result
+
+    return PatientAgent
+
+
 def first_failure(error: ChildFailedError) -> dict[str, Any]:
     """Exit code and one-line reason of the process that failed first.
 
     A process that explains itself comes before those that were merely cut off: when one of them dies, the others
     fail a moment later, in the middle of a collective, and the clock of the error files has whole seconds.
     """
-
-    def order(item: tuple[int, Any]) -> tuple[int, float]:
-        code, has_file = item[1].exitcode, Path(item[1].error_file).is_file()
-        if code == USER_ERROR_EXIT_CODE:
-            kind = 0
-        elif code < 0 and code != -signal.SIGTERM:  # killed from outside, or crashed: the others' errors follow from it
-            kind = 1
-        elif has_file:
-            kind = 2
-        else:
-            kind = 3
-        return kind, item[1].timestamp
-
-    rank, failure = min(error.failures.items(), key=order)
+    rank, failure = min(error.failures.items(), key=_order)
     return {"exit_code": failure.exitcode, "rank": rank, "reason": _reason(rank, failure)}
+
+
+def _order(item: tuple[int, Any]) -> tuple[int, float]:
+    code, has_file = item[1].exitcode, Path(item[1].error_file).is_file()
+    if code == USER_ERROR_EXIT_CODE:
+        kind = 0
+    elif code < 0 and code != -signal.SIGTERM:  # killed from outside, or crashed: the others' errors follow from it
+        kind = 1
+    elif has_file:
+        kind = 2
+    else:
+        kind = 3
+    return kind, item[1].timestamp
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def _reason(rank: int, failure: Any) -> str:
@@ -87,7 +132,7 @@ def _reason(rank: int, failure: Any) -> str:
     if not Path(failure.error_file).is_file():
         return f"process {rank} ended with exit code {failure.exitcode} and without a reason"
     message = failure.message
-    text = " ".join(str(message.get("message", "") if isinstance(message, dict) else message).split())
+    text = _one_line(message.get("message", "") if isinstance(message, dict) else message)
     if failure.exitcode == USER_ERROR_EXIT_CODE:
         return re.sub(r"^\w+: ", "", text)  # torch elastic puts the class before the text: UserError, StoreFull, ...
     return f"process {rank}: {text}"

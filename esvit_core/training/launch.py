@@ -1,4 +1,4 @@
-"""Launch the training processes of a run on this machine and wait for them: torchx, ``dist.ddp``, ``local_cwd``.
+"""Launch the training processes of a run and wait for them; on this machine: torchx, ``dist.ddp``, ``local_cwd``.
 
 launcher (the pre-train step) -> agent (torch elastic) -> training processes. Each ends when the one before it ends,
 however that happens; a stop asked of the launcher becomes a checkpoint.
@@ -10,16 +10,11 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import psutil
@@ -27,13 +22,13 @@ import psutil
 import esvit_core
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
-from esvit_core.monitoring.journal import note
-from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.retry import RetryPolicy
+from esvit_core.storage import ObjectStore
 from esvit_core.training.agent import LAUNCHER_VARIABLE
 from esvit_core.training.environment import available_cores
+from esvit_core.training.interrupt import Signals, keep_signal_handlers
+from esvit_core.training.outcome import Outcome, conclude
 from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE
-from esvit_core.training.summary import LATEST, TrainingSummary, read_summary
+from esvit_core.training.summary import TrainingSummary, read_summary
 
 MODULE = "esvit_core.training"
 SCHEDULER = "local_cwd"
@@ -59,21 +54,24 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
     if summary := read_summary(store, run_uri):
         print(f"train: already done; the backbone is at {summary.backbone}", flush=True)
         return summary
+    if config.launch.scheduler != "local":
+        from esvit_core.training.launchers.follow import launch_on_cluster
+
+        launch_on_cluster(store, run_uri, config)
+    else:
+        _launch_here(store, run_uri, config)
+    if summary := read_summary(store, run_uri):
+        return summary
+    raise UserError(f"training of {run_uri}: ended without a summary; the same command again goes on")
+
+
+def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
     processes, threads = divide_cores(config)
     many = "process" if processes == 1 else "processes"
     print(f"train: starting {processes} {many} with {threads} threads each", flush=True)
     with tempfile.TemporaryDirectory(prefix="esvit-train-", ignore_cleanup_errors=True) as folder:
         outcome = _run(run_uri, processes, threads, Path(folder))
-    if outcome.signal:
-        step = _checkpointed_step(store, run_uri)
-        print(f"train: interrupted; the same command again goes on from step {step}", flush=True)
-        raise SystemExit(128 + outcome.signal)
-    if outcome.reason:
-        _note_failure(store, run_uri, outcome)
-        raise UserError(outcome.reason)
-    if summary := read_summary(store, run_uri):
-        return summary
-    raise UserError(f"training of {run_uri}: ended without a summary; the same command again goes on")
+    conclude(store, run_uri, outcome)
 
 
 def divide_cores(config: Config) -> tuple[int, int]:
@@ -95,17 +93,7 @@ def divide_cores(config: Config) -> tuple[int, int]:
     return processes, max(1, cores // processes)
 
 
-@dataclass
-class _Outcome:
-    """How the processes ended: on a signal to the launcher, for a reason, or (neither) of themselves."""
-
-    signal: int = 0
-    reason: str = ""
-    rank: int | None = None
-    last_words: str = ""
-
-
-def _run(run_uri: str, processes: int, threads: int, folder: Path) -> _Outcome:
+def _run(run_uri: str, processes: int, threads: int, folder: Path) -> Outcome:
     from torchx.components.dist import ddp
     from torchx.runner import get_runner
 
@@ -113,17 +101,17 @@ def _run(run_uri: str, processes: int, threads: int, folder: Path) -> _Outcome:
     app = ddp("--run-uri", run_uri, m=MODULE, name=f"esvit/{name}", j=f"1x{processes}", cpu=threads * processes, tee=0)
     app.roles[0].env.update(_environment(threads, folder))
     _start_through_agent(app.roles[0], folder)
-    with _keep_signal_handlers(), get_runner() as runner:
+    with keep_signal_handlers(), get_runner() as runner:
         request = runner.dryrun(app, SCHEDULER, cfg={"log_dir": str(folder / "logs")})
         replica = request.request.role_params[app.roles[0].name][0]
-        stop = _Signals()  # after the scheduler has been made: it sets handlers of its own
+        stop = Signals()  # after the scheduler has been made: it sets handlers of its own
         handle = runner.schedule(request)
         try:
             status = _wait(runner, handle, Path(replica.stdout), stop)
         finally:
             runner.cancel(handle)
             _end_processes(folder)
-        return _Outcome(stop.first) if stop.first else _explain(status, Path(replica.stderr))
+        return Outcome(stop.first) if stop.first else _explain(status, Path(replica.stderr))
 
 
 def _environment(threads: int, folder: Path) -> dict[str, str]:
@@ -155,42 +143,7 @@ def _start_through_agent(role: Any, folder: Path) -> None:
     role.args = ["-m", f"{MODULE}.agent", *local, *arguments]
 
 
-class _Signals:
-    """SIGINT and SIGTERM of the launcher, remembered."""
-
-    def __init__(self) -> None:
-        self.first = 0
-        self.count = 0
-        self._arrived = threading.Event()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle)
-
-    def sleep(self, seconds: float) -> None:
-        """Until a signal arrives, but not longer."""
-        self._arrived.wait(seconds)
-        self._arrived.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.first = self.first or number
-        self.count += 1
-        self._arrived.set()
-
-
-@contextlib.contextmanager
-def _keep_signal_handlers() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(runner: Any, handle: str, stdout: Path, stop: _Signals) -> Any:
+def _wait(runner: Any, handle: str, stdout: Path, stop: Signals) -> Any:
     """Relay the output until the job has ended; its last status."""
     deadline = float("inf")
     with stdout.open(encoding="utf-8", errors="replace") as stream:
@@ -242,42 +195,29 @@ def _end_processes(folder: Path) -> None:
             process.kill()
 
 
-def _explain(status: Any, stderr: Path) -> _Outcome:
+def _explain(status: Any, stderr: Path) -> Outcome:
     """The first failure in one line, if there is one.
 
     Where a process failed for a reason that only its traceback tells, that goes to the error output.
     """
     if status is not None and status.state.name == "SUCCEEDED":
-        return _Outcome()
+        return Outcome()
     try:
         failure = json.loads(status.structured_error_msg)
         code, reason, rank = failure["exit_code"], failure["reason"], failure.get("rank")
     except (AttributeError, ValueError, KeyError):
         code, reason, rank = 1, "the agent of the training processes failed", None
     if code == USER_ERROR_EXIT_CODE:
-        return _Outcome(reason=str(reason), rank=rank)
+        return Outcome(reason=str(reason), rank=rank)
     last_words = ""
     if code > 0 and code != STOPPED_EXIT_CODE:
         last_words = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:])
         print(last_words, file=sys.stderr, flush=True)
-    return _Outcome(
+    return Outcome(
         reason=f"training: {reason}; the same command again goes on from the last checkpoint",
         rank=rank,
         last_words=last_words,
     )
-
-
-def _note_failure(store: ObjectStore, run_uri: str, outcome: _Outcome) -> None:
-    """Leave the reason in the run's journal, unless the store is itself the reason."""
-    facts = {"last_words": outcome.last_words} if outcome.last_words else None
-    impatient = ObjectStore(store.address, RetryPolicy(attempts=3))
-    with contextlib.suppress(UserError):
-        note(impatient, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
-
-
-def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:
-    pointer = store.read_pointer(join_uri(run_uri, LATEST))
-    return int(pointer.value["step"]) if pointer else 0
 
 
 def _gpus() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ from esvit_core.training.parts import Parts, build_parts, make_deterministic
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
 from esvit_core.training.watch import Watch
+
+METRICS_PORT_VARIABLE = "ESVIT_METRICS_PORT"  # of a pod, where monitoring expects it, whatever the recipe says
 
 
 def carry_out(run_uri: str, stop: StopRequest) -> int:
@@ -195,8 +198,9 @@ def _metrics(run: Run, parts: Parts) -> TrainingMetrics:
         partial(device_memory, parts.world.device),
         first=parts.world.first,
     )
-    if training.metrics_port is not None:
-        print(f"train: metrics on {metrics.serve(training.metrics_port)}", flush=True)
+    port = os.environ.get(METRICS_PORT_VARIABLE, training.metrics_port)
+    if port is not None:
+        print(f"train: metrics on {metrics.serve(int(port))}", flush=True)
     return metrics
 
 

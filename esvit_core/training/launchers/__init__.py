@@ -1,0 +1,1 @@
+"""Training in a job of several pods: what is created, and how the step that launches it follows it."""

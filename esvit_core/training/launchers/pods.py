@@ -1,0 +1,185 @@
+"""The pod of a training node, whoever creates it: what Kubernetes has to know and torchx and the Trainer do not say.
+
+Everything here is a plain dictionary, as it is sent to the API. No credential is in it: the pod takes the object
+store's address and keys from a secret, and all that it is told of the run is where it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from typing import Any
+
+from esvit_core.config import Config
+from esvit_core.config.launch import LaunchConfig
+from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE
+
+MODULE = "esvit_core.training"
+RENDEZVOUS_PORT = 29500
+METRICS_PORT = 9400
+USER = 10001  # of the image
+GRACE_SECONDS = 60  # a training process gives itself 25 s for its last checkpoint, the agent its processes 30 s
+RUN_LABEL = "esvit.dev/run"
+RUN_ANNOTATION = "esvit.dev/run-uri"
+TERMINATION_FILE = "/dev/termination-log"
+SCRATCH, TEMPORARY = "/work", "/tmp"
+
+
+def job_name(run_uri: str) -> str:
+    """The name of the job that trains the run at ``run_uri``: always the same, so that a step repeated finds it.
+
+    At most 46 characters: the pods' names, which are host names too, add up to 15.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", run_id(run_uri).lower()).strip("-")[:31].strip("-")
+    return f"esvit-{slug}-{hashlib.sha256(run_uri.encode()).hexdigest()[:8]}"
+
+
+def run_id(run_uri: str) -> str:
+    return run_uri.rstrip("/").rpartition("/")[2]
+
+
+def labels(run_uri: str) -> dict[str, str]:
+    """Of the job and of its pods."""
+    value = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_id(run_uri))[:63].strip("-_.")
+    return {"app.kubernetes.io/name": "esvit", "app.kubernetes.io/component": "trainer", RUN_LABEL: value}
+
+
+def agent_command(torchrun: str, *, endpoint: str, address: str, job: str, restarts: int) -> list[str]:
+    """The command of a pod: our agent with the arguments that torchx gives torchrun.
+
+    torchx lets a shell find the first node from a variable, and falls back on ``localhost``, where a node whose
+    variable is missing would train by itself. The job's name is known, and with it the names of its pods.
+
+    Args:
+        torchrun: ``torchrun --rdzv_endpoint ... -m esvit_core.training ...``, for a shell.
+        endpoint: host name of the first node.
+        address: host name of this one. The one whose address is the endpoint's keeps the store of the rendezvous.
+            Ranks follow the order of the addresses, so that the first node has rank 0.
+        job: name of the rendezvous.
+        restarts: how often the agent starts its processes anew after a failure.
+    """
+    arguments = shlex.split(torchrun)[1:]
+    for option, value in (("--rdzv_endpoint", f"{endpoint}:{RENDEZVOUS_PORT}"), ("--rdzv_id", job)):
+        arguments[arguments.index(option) + 1] = value
+    own = ["--local_addr", address, "--max_restarts", str(restarts)]
+    return ["python", "-m", f"{MODULE}.agent", *own, *arguments]
+
+
+def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None:
+    """Complete a pod template with one container, in place.
+
+    Args:
+        template: ``metadata`` and ``spec`` of the pod. The container's name, command and literal environment stay.
+        run_uri: of the run that it trains.
+        config: of the run.
+    """
+    launch, spec = config.launch, template["spec"]
+    metadata = template.setdefault("metadata", {})
+    metadata["labels"] = {**metadata.get("labels", {}), **labels(run_uri)}
+    (container,) = spec["containers"]
+    container |= {
+        "image": launch.image or config.cluster.image,
+        "env": _environment(container.get("env", []), launch),
+        "resources": _resources(launch),
+        "ports": [
+            {"name": "c10d", "containerPort": RENDEZVOUS_PORT},
+            {"name": "metrics", "containerPort": METRICS_PORT},
+        ],
+        "volumeMounts": [
+            {"name": "shm", "mountPath": "/dev/shm"},
+            {"name": "tmp", "mountPath": TEMPORARY},
+            {"name": "work", "mountPath": SCRATCH},
+        ],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": TERMINATION_FILE,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    spec |= {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "restartPolicy": "Never",
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "serviceAccountName": launch.service_account,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": launch.spread_over,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {RUN_LABEL: labels(run_uri)[RUN_LABEL]}},
+            }
+        ],
+        "volumes": [
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _gib(launch.shm_gib)}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
+            {"name": "work", "emptyDir": {"sizeLimit": _gib(launch.scratch_gib)}},
+        ],
+    }
+    chosen = {
+        "nodeSelector": launch.node_selector,
+        "tolerations": [toleration.model_dump(exclude_none=True) for toleration in launch.tolerations],
+        "imagePullSecrets": [{"name": name} for name in launch.pull_secrets],
+    }
+    for name, value in chosen.items():
+        spec.pop(name, None)
+        if value:
+            spec[name] = value
+
+
+def _environment(given: list[dict[str, Any]], launch: LaunchConfig) -> list[dict[str, Any]]:
+    """Literals that are nobody's secret, and references to the secret."""
+    literals = {item["name"]: item["value"] for item in given} | literal_environment(launch) | launch.env
+    references = [
+        {
+            "name": name,
+            "valueFrom": {"secretKeyRef": {"name": launch.secret, "key": name, **({"optional": True} if more else {})}},
+        }
+        for name, more in ((ENDPOINT, 0), (ACCESS_KEY, 0), (SECRET_KEY, 0), (SECURE, 1), (REGION, 1), (CA_FILE, 1))
+    ]
+    return [*references, *({"name": name, "value": value} for name, value in literals.items())]
+
+
+def literal_environment(launch: LaunchConfig) -> dict[str, str]:
+    """What every node of a training is told, in a pod or in another container."""
+    environment = {
+        "LOGLEVEL": "ERROR",
+        "PYTHONUNBUFFERED": "1",
+        "HOME": SCRATCH,
+        "ESVIT_CACHE_DIR": f"{SCRATCH}/cache",
+        "ESVIT_PENDING_DIR": f"{SCRATCH}/pending",
+        "ESVIT_METRICS_PORT": str(METRICS_PORT),
+        "OMP_NUM_THREADS": str(max(1, int(launch.cpu) // launch.processes)),  # torchrun would set 1
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on GPUs
+        # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # The agent leaves the reason of a failure here, and Kubernetes takes it into the pod's status.
+        "TORCHELASTIC_ERROR_FILE": TERMINATION_FILE,
+    }
+    if launch.gpus:
+        environment["NCCL_DEBUG"] = "WARN"
+    if launch.interface:
+        environment |= {"NCCL_SOCKET_IFNAME": launch.interface, "GLOO_SOCKET_IFNAME": launch.interface}
+    return environment
+
+
+def _resources(launch: LaunchConfig) -> dict[str, Any]:
+    """Requests are the limits: a node of a training that is thrown out stops all of them."""
+    amounts = {"cpu": f"{launch.cpu:g}", "memory": _gib(launch.memory_gib)}
+    if launch.gpus:
+        amounts[launch.gpu_resource] = str(launch.gpus)
+    return {"requests": dict(amounts), "limits": amounts}
+
+
+def _gib(amount: float) -> str:
+    return f"{round(amount * 1024)}Mi"

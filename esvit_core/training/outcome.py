@@ -1,0 +1,51 @@
+"""How a launched training has ended, and what the step that launched it makes of that."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from esvit_core.errors import UserError
+from esvit_core.monitoring.journal import note
+from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.retry import RetryPolicy
+from esvit_core.training.summary import LATEST
+
+
+@dataclass
+class Outcome:
+    """How the processes ended: on a signal to the launcher, for a reason, or (neither) of themselves."""
+
+    signal: int = 0
+    reason: str = ""
+    rank: int | None = None
+    last_words: str = ""
+
+
+def conclude(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
+    """End the step as its training has ended.
+
+    Raises:
+        UserError: the training failed; the text is the reason.
+        SystemExit: it was interrupted (code 128 + signal).
+    """
+    if outcome.signal:
+        step = _checkpointed_step(store, run_uri)
+        print(f"train: interrupted; the same command again goes on from step {step}", flush=True)
+        raise SystemExit(128 + outcome.signal)
+    if outcome.reason:
+        _note_failure(store, run_uri, outcome)
+        raise UserError(outcome.reason)
+
+
+def _note_failure(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
+    """Leave the reason in the run's journal, unless the store is itself the reason."""
+    facts = {"last_words": outcome.last_words} if outcome.last_words else None
+    impatient = ObjectStore(store.address, RetryPolicy(attempts=3))
+    with contextlib.suppress(UserError):
+        note(impatient, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
+
+
+def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:
+    pointer = store.read_pointer(join_uri(run_uri, LATEST))
+    return int(pointer.value["step"]) if pointer else 0
