@@ -1,0 +1,309 @@
+"""The step beside its Volcano job, against a server that answers as the Kubernetes API does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.monitoring.journal import read_journal
+from esvit_core.training.launchers import follow
+from esvit_core.training.launchers.follow import launch_on_cluster
+from esvit_core.training.launchers.pods import job_name
+from esvit_core.training.launchers.volcano import volcano_job
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kube_server import KubeServer, Stage
+
+RUNNING = Stage("Running", {0: "running", 1: "running"})
+DONE = Stage("Completed", {0: "done", 1: "done"})
+LOG = [
+    "2026-11-25T04:00:06.100000000Z train: swin, 2 processes on cpu",
+    "2026-11-25T04:00:06.100000001Z train  1/8 steps  12 %",
+    "2026-11-25T04:00:06.100000001Z train  1/8 steps  12 %",
+    "2026-11-25T04:00:07.000000000Z train: done, 8 steps",
+]
+
+
+@pytest.fixture
+def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServer]:
+    server = KubeServer()
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def train(kube: KubeServer, store_env: Any) -> Callable[..., None]:
+    """Launch a run on two nodes: ``train("launch.queue=x")``."""
+
+    def launch(*settings: str) -> None:
+        config = Config.load("demo", ["launch.scheduler=volcano", "launch.nodes=2", "launch.min_nodes=1", *settings])
+        launch_on_cluster(store_env, store_env.uri("runs/a"), config)
+
+    return launch
+
+
+def test_a_training_is_followed_to_its_end(
+    kube: KubeServer, train: Callable[..., None], store_env: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kube.log = LOG
+    kube.script = [
+        Stage("Pending", {0: "unscheduled", 1: "unscheduled"}, "full"),
+        Stage("Pending", {0: "starting", 1: "starting"}),
+        RUNNING,
+        RUNNING,
+        Stage("Restarting", {0: "running", 1: "parted"}),
+        Stage("Pending", {0: "running", 1: "starting"}),
+        RUNNING,
+        Stage("Completing", {0: "done", 1: "running"}),
+        DONE,
+    ]
+    train()
+    output = capfd.readouterr()
+    name = job_name(store_env.uri("runs/a"))
+    lines = [line for line in output.out.splitlines() if line.startswith("train: ")]
+    assert lines[0] == f"train: created the Volcano job esvit/{name}: nodes 1 to 2, processes on each 1"
+    said = [line.partition(f"esvit/{name}: ")[2] for line in lines[1:] if f"esvit/{name}: " in line]
+    assert said[0] == (
+        "waiting: NotEnoughResources: 1/2 tasks in gang unschedulable: pod group is not ready, 2 Pending, "
+        "1 minAvailable; Pending: 2 Unschedulable"
+    )
+    assert said[1:] == [
+        "waiting",
+        "running, 2 pods running",
+        "restarting, 1 pod running",
+        "waiting",
+        "running, 2 pods running",
+        "ending, 1 pod running",
+        "succeeded",
+    ]
+    assert f"train: pod {name}-training-1-0: parted from the other nodes" in output.out
+    assert output.out.count("train  1/8 steps  12 %\n") == 1  # what the API repeats is printed once
+    assert "train: done, 8 steps\n" in output.out and "2026-11-25T04" not in output.out
+    posted = next(body for method, _, body in kube.requests if method == "POST")
+    credentials = store_env.address.environment()
+    for text in (json.dumps(posted), output.out, output.err):
+        for variable in ("ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY"):
+            assert credentials[variable] not in text
+
+
+def test_a_queue_without_quota_says_so_and_is_not_waited_for_without_end(
+    kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    kube.script = [Stage("Pending", {}, "waiting", "quota")]
+    with pytest.raises(UserError, match=r"waited for 0.005 minutes.*insufficient nvidia.com/gpu.*ask for less"):
+        train("launch.pending_minutes=0.005", "launch.queue=small")
+    assert (
+        "waiting: queue small: queue resource quota insufficient: insufficient nvidia.com/gpu" in capfd.readouterr().out
+    )
+    assert not kube.jobs
+
+
+def test_an_image_that_cannot_be_pulled_is_told(
+    kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    kube.script = [Stage("Pending", {0: "no-image"}), RUNNING, DONE]
+    train()
+    assert 'ImagePullBackOff: Back-off pulling image "registry.example/esvit/trainer:9"' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "phase, pods, words",
+    [
+        ("Terminated", {0: "lost", 1: "mistake"}, r"^data: expected pictures; add some$"),
+        ("Failed", {0: "lost", 1: "killed"}, r"^training: process 0 was killed by SIGKILL.*training-1-0\); the same"),
+        ("Failed", {0: "memory", 1: "parted"}, r"ran out of memory; raise launch.memory_gib"),
+        ("Terminated", {0: "crashed"}, r"exit code 1: ModuleNotFoundError: No module named 'esvit_core'"),
+        ("Failed", {0: "evicted"}, r"Evicted: The node was low on resource: ephemeral-storage"),
+        ("Failed", {}, r"ended without a reason of its pods \(Failed\)"),
+        ("Aborted", {0: "parted"}, r"was aborted by somebody else"),
+    ],
+)
+def test_the_first_failure_is_the_reason(
+    kube: KubeServer,
+    train: Callable[..., None],
+    store_env: Any,
+    phase: str,
+    pods: dict[int, str],
+    words: str,
+) -> None:
+    kube.script = [RUNNING, Stage(phase, pods)]
+    with pytest.raises(UserError, match=words) as caught:
+        train()
+    (entry,) = read_journal(store_env, store_env.uri("runs/a"))
+    assert (entry.kind, entry.reason) == ("failed", str(caught.value))
+
+
+def test_a_pod_that_was_replaced_is_still_the_reason(kube: KubeServer, train: Callable[..., None]) -> None:
+    kube.script = [Stage("Running", {0: "running", 1: "memory"}), RUNNING, Stage("Failed", {0: "parted", 1: "parted"})]
+    with pytest.raises(UserError, match="ran out of memory"):
+        train()
+
+
+@pytest.mark.parametrize(
+    "refusals, words",
+    [
+        (
+            {("POST", "jobs"): (403, "jobs is forbidden")},
+            "jobs is forbidden.*needs the verb create on jobs.batch.volcano",
+        ),
+        ({("GET", "jobs"): (404, "")}, "does not know jobs.batch.volcano.sh; install Volcano 1.11 or newer"),
+        ({("GET", "jobs"): (401, "Unauthorized")}, "refused the token"),
+        ({("POST", "jobs"): (422, "unable to find job queue")}, "could not create.*unable to find job queue"),
+        ({("GET", "pods"): (403, "")}, "needs the verb list on pods"),
+    ],
+)
+def test_what_the_cluster_refuses_is_one_line(
+    kube: KubeServer, train: Callable[..., None], refusals: dict[tuple[str, str], tuple[int, str]], words: str
+) -> None:
+    kube.refusals = refusals
+    with pytest.raises(UserError, match=words):
+        train()
+
+
+def test_a_missing_right_for_reasons_or_the_log_does_not_end_the_training(
+    kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    kube.script = [Stage("Pending", {0: "unscheduled"}), RUNNING, RUNNING, RUNNING, DONE]
+    kube.refusals = {("GET", "podgroups"): (403, "no groups"), ("GET", "pods/log"): (403, "no logs")}
+    train()
+    output = capfd.readouterr().out
+    assert "needs the verb get on podgroups.scheduling.volcano.sh" in output
+    assert "needs the verb get on pods/log" in output
+
+
+def test_an_api_that_does_not_answer_is_asked_again(
+    kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    kube.script = [RUNNING, RUNNING, DONE]
+    kube.failing = {("GET", "pods"): 2}
+    train()
+    assert "the API answered 500 etcdserver: request timed out; asking again" in capfd.readouterr().out
+
+
+def test_a_repeated_step_follows_the_job_that_is_there(
+    kube: KubeServer, train: Callable[..., None], store_env: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = store_env.uri("runs/a")
+    kube.put(volcano_job(uri, Config.load("demo", ["launch.scheduler=volcano"])), "Running")
+    kube.script = [RUNNING, RUNNING, DONE]
+    train()
+    assert f"found the Volcano job esvit/{job_name(uri)}, Running: following it" in capfd.readouterr().out
+    assert "POST" not in {method for method, _, _ in kube.requests}
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Completed", "Aborted", "Terminated"])
+def test_a_job_that_has_ended_makes_room_for_another(
+    kube: KubeServer, train: Callable[..., None], store_env: Any, capfd: pytest.CaptureFixture[str], phase: str
+) -> None:
+    kube.put(volcano_job(store_env.uri("runs/a"), Config.load("demo", ["launch.scheduler=volcano"])), phase)
+    kube.script = [Stage(phase, {0: "killed"}), RUNNING, DONE]
+    train()
+    methods = [method for method, path in kube.verbs() if "/jobs" in path]
+    assert methods.index("DELETE") < methods.index("POST")
+    assert "another goes on where it was" in capfd.readouterr().out
+
+
+def test_a_job_of_another_run_is_left_alone(kube: KubeServer, train: Callable[..., None], store_env: Any) -> None:
+    job = volcano_job(store_env.uri("runs/a"), Config.load("demo", ["launch.scheduler=volcano"]))
+    job["metadata"]["annotations"]["esvit.dev/run-uri"] = "s3://other/runs/a"
+    kube.put(job, "Running")
+    with pytest.raises(UserError, match="is of another run, s3://other/runs/a"):
+        train()
+    assert kube.jobs
+
+
+def test_two_steps_at_once_share_one_job(kube: KubeServer, train: Callable[..., None]) -> None:
+    kube.script = [RUNNING] * 20 + [DONE]
+    others: list[BaseException | None] = []
+
+    def other() -> None:
+        try:
+            train()
+            others.append(None)
+        except BaseException as error:
+            others.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    train()
+    thread.join()
+    assert others == [None]
+    created = [body["metadata"]["name"] for method, path, body in kube.requests if method == "POST" and "/jobs" in path]
+    assert len(kube.jobs) == 1 and len(set(created)) == 1
+
+
+def test_a_job_that_vanishes_is_a_failure(kube: KubeServer, train: Callable[..., None]) -> None:
+    kube.script = [RUNNING] * 1000
+    kube.at[3] = kube.jobs.clear
+    with pytest.raises(UserError, match="was deleted by somebody else; the same command again goes on"):
+        train()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_deletes_the_job_and_waits_for_its_pods(
+    kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    kube.script, kube.lag = [RUNNING] * 1000, 0.3
+    kube.at[3] = partial(os.kill, os.getpid(), number)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught:
+        train()
+    assert caught.value.code == 128 + number
+    assert not kube.jobs and not kube._pods()
+    output = capfd.readouterr().out
+    assert "stopping, writing a checkpoint" in output and "the same command again goes on from step 0" in output
+    assert signal.getsignal(number) is before
+
+
+def test_the_job_ends_with_the_pod_that_launched_it(
+    kube: KubeServer, train: Callable[..., None], tmp_path: Path, store_env: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "namespace").write_text("team")
+    monkeypatch.setattr("esvit_core.training.launchers.kube.NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.delenv("KUBERNETES_SERVICE_PORT", raising=False)  # no service account here: the kubeconfig is used
+    monkeypatch.setenv("KFP_POD_NAME", "pretrain-1")
+    monkeypatch.setenv("KFP_POD_UID", "uid-1")
+    kube.script = [RUNNING, DONE]
+    train()
+    (posted,) = [body for method, path, body in kube.requests if method == "POST"]
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "pretrain-1", "uid": "uid-1"}
+    assert posted["metadata"]["ownerReferences"] == [owner]
+    assert all("/namespaces/team/" in path for _, path, _ in kube.requests)
+
+    # The step is repeated in another pod: the first one's removal must not take the job along.
+    kube.jobs.clear()
+    kube.put(posted, "Running")
+    kube.script = [RUNNING, RUNNING, DONE]
+    monkeypatch.setenv("KFP_POD_NAME", "pretrain-2")
+    monkeypatch.setenv("KFP_POD_UID", "uid-2")
+    train()
+    (patched,) = [body for method, _, body in kube.requests if method == "PATCH"]
+    assert patched["metadata"]["ownerReferences"] == [owner | {"name": "pretrain-2", "uid": "uid-2"}]
+
+
+def test_without_a_cluster_the_mistake_is_named(
+    store_env: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
+    config = Config.load("demo", ["launch.scheduler=volcano"])
+    with pytest.raises(UserError, match=r"no Kubernetes cluster is known here.*launch.scheduler=local"):
+        launch_on_cluster(store_env, store_env.uri("runs/a"), config)
+
+
+def test_more_processes_than_pictures_of_a_step_are_refused(train: Callable[..., None]) -> None:
+    with pytest.raises(UserError, match=r"batch_size 2: expected at least launch.nodes times.*4"):
+        train("training.batch_size=2", "launch.processes_per_node=2")
