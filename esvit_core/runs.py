@@ -23,6 +23,7 @@ from esvit_core.storage.errors import NotFound
 from esvit_core.weights.source import with_source_pinned
 
 CONFIG = "config.yaml"
+PLACE = "place"  # a pointer: where the run is computed may change from one start to the next
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
 _REMOTE = ("s3://", "minio://", "gs://")
 
@@ -136,7 +137,27 @@ def start_run(
         run = open_run(uri, store)
         if difference := _difference(run.config, config):
             raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
+    _place(run, config)
     return run
+
+
+def placed(store: ObjectStore, uri: str, config: Config) -> Config:
+    """The configuration with the place that the latest start of the run asked for.
+
+    Args:
+        uri: of the run.
+        config: that it was started with.
+    """
+    pointer = store.read_pointer(join_uri(uri, PLACE))
+    return config if pointer is None else Config.from_mapping(config.model_dump(mode="json") | pointer.value)
+
+
+def _place(run: Run, wanted: Config) -> None:
+    """Remember where the run computes from now on, which is no part of what it is: sections ``cluster``, ``launch``."""
+    place = {"cluster": wanted.cluster.model_dump(mode="json"), "launch": wanted.launch.model_dump(mode="json")}
+    there = placed(run.store, run.uri, run.config)
+    if (there.cluster, there.launch) != (wanted.cluster, wanted.launch):
+        run.store.swap_pointer(run.at(PLACE), place, run.store.read_pointer(run.at(PLACE)))
 
 
 def changed(configuration: Mapping[str, Any], settings: str) -> Config:

@@ -8,12 +8,11 @@ from typing import Any
 
 from kfp import dsl
 
-from esvit_core.config.cluster import ClusterConfig, PodConfig, Role
+from esvit_core.config.cluster import CA_FOLDER, ClusterConfig, PodConfig, Role
 from esvit_core.errors import UserError
 
 REQUIRED_KEYS = ("ESVIT_S3_ENDPOINT", "ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY")
 OPTIONAL_KEYS = ("ESVIT_S3_SECURE", "ESVIT_S3_REGION", "ESVIT_S3_CA_FILE")
-CA_FOLDER = "/etc/esvit/ca"
 _LONGEST_WAIT = "3600s"  # KFP's own bound
 
 

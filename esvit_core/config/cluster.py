@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from esvit_core.config.section import Section
 
+CA_FOLDER = "/etc/esvit/ca"  # where the pods have the config map of cluster.ca_config_map
+
 Role = Literal["prepare", "train", "evaluate", "publish"]
 
 

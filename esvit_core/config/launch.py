@@ -7,19 +7,11 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from esvit_core.config.cluster import Name, Toleration
 from esvit_core.config.section import Section
 
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _CREDENTIAL = re.compile(r"^ESVIT_S3_|(^|_)(KEY|SECRET|TOKEN|PASSWORD)(_|$)", re.IGNORECASE)
-
-
-class Toleration(Section):
-    """A taint of nodes that the pods put up with, as Kubernetes has it."""
-
-    key: str | None = None
-    operator: Literal["Equal", "Exists"] = "Exists"
-    value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
 class LaunchConfig(Section):
@@ -42,14 +34,13 @@ class LaunchConfig(Section):
     shm_gib: float = Field(2.0, gt=0, description="Size of /dev/shm, in memory, GiB.")
     scratch_gib: float = Field(50.0, gt=0, description="Disk of a pod for shards and what waits for the store, GiB.")
     image: str | None = Field(None, description="Image of the pods; null: cluster.image.")
-    pull_secrets: tuple[str, ...] = Field((), description="Kubernetes secrets for pulling the image.")
-    secret: str = Field("esvit-object-store", description="Kubernetes secret with the ESVIT_S3_* keys.")
+    secret: Name | None = Field(None, description="Secret with the ESVIT_S3_* keys; null: that of the step.")
     namespace: str | None = Field(None, pattern=_DNS_LABEL, description="null: the step's own, else esvit.")
-    service_account: str = Field("esvit-trainer", description="Of the training pods; it needs no rights.")
-    queue: str = Field("esvit", description="Volcano's queue.")
-    priority_class: str | None = None
-    node_selector: dict[str, str] = Field({}, description="Labels that a node must have.")
-    tolerations: tuple[Toleration, ...] = ()
+    service_account: Name = Field("esvit-trainer", description="Of the training pods; it needs no rights.")
+    queue: Name = Field("esvit", description="Volcano's queue.")
+    priority_class: Name | None = None
+    node_selector: dict[str, str] = Field({}, description="Labels that the nodes must have.")
+    tolerations: tuple[Toleration, ...] = Field((), description="Taints that the pods tolerate.")
     spread_over: str = Field(
         "kubernetes.io/hostname", description="Label of nodes over whose values the pods are spread where possible."
     )

@@ -61,7 +61,12 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
         )
         run = prepared.outputs["run_uri"]
         sets = prepare_sets(steps, run)
-        trained = steps.add(pretrain(run_uri=run, dataset=prepared.outputs["dataset"]), "pretrain", "train")
+        trained = steps.add(
+            pretrain(run_uri=run, dataset=prepared.outputs["dataset"]),
+            "pretrain",
+            "train",
+            accelerated=config.launch.scheduler == "local",  # else the step waits for the pods that have them
+        )
         # All data are looked at before the long step begins: what is wrong with them shows at once.
         trained.after(*sets.values())
 

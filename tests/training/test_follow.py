@@ -17,6 +17,7 @@ import pytest
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.monitoring.journal import read_journal
+from esvit_core.runs import placed, start_run
 from esvit_core.training.launchers import follow
 from esvit_core.training.launchers.follow import launch_on_cluster
 from esvit_core.training.launchers.pods import job_name
@@ -307,3 +308,16 @@ def test_without_a_cluster_the_mistake_is_named(
 def test_more_processes_than_pictures_of_a_step_are_refused(train: Callable[..., None]) -> None:
     with pytest.raises(UserError, match=r"batch_size 2: expected at least launch.nodes times.*4"):
         train("training.batch_size=2", "launch.processes_per_node=2")
+
+
+def test_a_run_computes_where_its_latest_start_says(store_env: Any, pictures: Path) -> None:
+    uri = store_env.uri("runs/placed")
+    first = Config.load("demo")
+    moved = Config.load("demo", ["launch.scheduler=volcano", "launch.nodes=4", "cluster.image=esvit/trainer:2"])
+    assert first.digest() == moved.digest()
+    run = start_run(first.model_dump(mode="json"), str(pictures), uri, store_env)
+    assert placed(store_env, uri, run.config) == run.config
+    for wanted in (moved, first, moved):
+        run = start_run(wanted.model_dump(mode="json"), str(pictures), uri, store_env)
+        assert run.config == first
+        assert placed(store_env, uri, run.config) == wanted

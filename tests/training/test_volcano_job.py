@@ -31,9 +31,10 @@ SETTINGS = [
     "launch.priority_class=esvit-training",
     "launch.interface=eth0",
     "launch.node_selector={nvidia.com/gpu.product: H100}",
-    "launch.tolerations=[{key: nvidia.com/gpu, effect: NoSchedule}]",
+    "launch.tolerations=[{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
     "launch.env={NCCL_IB_HCA: mlx5}",
-    "launch.pull_secrets=[registry]",
+    "cluster.image_pull_secrets=[registry]",
+    "cluster.ca_config_map=store-ca",
 ]
 OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "pretrain-step", "uid": "00000000-0000-0000-0000-000000000001"}
 KEYS = {
@@ -97,7 +98,7 @@ def test_every_pod_keeps_the_restricted_standard(job: dict[str, Any]) -> None:
         assert context["allowPrivilegeEscalation"] is False and context["readOnlyRootFilesystem"] is True
         assert context["capabilities"] == {"drop": ["ALL"]} and "privileged" not in context
         assert not spec["automountServiceAccountToken"]
-        assert all(set(volume) == {"name", "emptyDir"} for volume in spec["volumes"])
+        assert all(set(volume) < {"name", "emptyDir", "configMap"} for volume in spec["volumes"])
         assert "hostNetwork" not in spec
         assert container["resources"]["requests"] == container["resources"]["limits"]
 

@@ -12,13 +12,13 @@ import shlex
 from typing import Any
 
 from esvit_core.config import Config
+from esvit_core.config.cluster import CA_FOLDER
 from esvit_core.config.launch import LaunchConfig
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE
 
 MODULE = "esvit_core.training"
 RENDEZVOUS_PORT = 29500
 METRICS_PORT = 9400
-USER = 10001  # of the image
 GRACE_SECONDS = 60  # a training process gives itself 25 s for its last checkpoint, the agent its processes 30 s
 RUN_LABEL = "esvit.dev/run"
 RUN_ANNOTATION = "esvit.dev/run-uri"
@@ -80,7 +80,8 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
     (container,) = spec["containers"]
     container |= {
         "image": launch.image or config.cluster.image,
-        "env": _environment(container.get("env", []), launch),
+        "imagePullPolicy": config.cluster.image_pull_policy,
+        "env": _environment(container.get("env", []), config),
         "resources": _resources(launch),
         "ports": [
             {"name": "c10d", "containerPort": RENDEZVOUS_PORT},
@@ -105,9 +106,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
         "restartPolicy": "Never",
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
+            **(dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user) if (user := config.cluster.run_as) else {}),
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "serviceAccountName": launch.service_account,
@@ -129,21 +128,26 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
     chosen = {
         "nodeSelector": launch.node_selector,
         "tolerations": [toleration.model_dump(exclude_none=True) for toleration in launch.tolerations],
-        "imagePullSecrets": [{"name": name} for name in launch.pull_secrets],
+        "imagePullSecrets": [{"name": name} for name in config.cluster.image_pull_secrets],
     }
+    if certificates := config.cluster.ca_config_map:
+        spec["volumes"].append({"name": "ca", "configMap": {"name": certificates}})
+        container["volumeMounts"].append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
     for name, value in chosen.items():
         spec.pop(name, None)
         if value:
             spec[name] = value
 
 
-def _environment(given: list[dict[str, Any]], launch: LaunchConfig) -> list[dict[str, Any]]:
+def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     """Literals that are nobody's secret, and references to the secret."""
+    launch = config.launch
+    secret = launch.secret or config.cluster.train.secret or config.cluster.secret
     literals = {item["name"]: item["value"] for item in given} | literal_environment(launch) | launch.env
     references = [
         {
             "name": name,
-            "valueFrom": {"secretKeyRef": {"name": launch.secret, "key": name, **({"optional": True} if more else {})}},
+            "valueFrom": {"secretKeyRef": {"name": secret, "key": name, **({"optional": True} if more else {})}},
         }
         for name, more in ((ENDPOINT, 0), (ACCESS_KEY, 0), (SECRET_KEY, 0), (SECURE, 1), (REGION, 1), (CA_FILE, 1))
     ]
