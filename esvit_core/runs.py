@@ -25,6 +25,7 @@ from esvit_core.weights.source import with_source_pinned
 CONFIG = "config.yaml"
 PLACE = "place"  # a pointer: where the run is computed may change from one start to the next
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
+RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
 _REMOTE = ("s3://", "minio://", "gs://")
 
 

@@ -43,6 +43,7 @@ RunArgument = Annotated[
 ]
 RunsBucketOption = Annotated[str, typer.Option("--bucket", help="Bucket in the object store.")]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
+PointerOption = Annotated[str, typer.Option("--pointer", metavar="NAME", help="Which; the recipe's promotion.pointer.")]
 
 
 ModelHelp = "A published backbone: champion, s3://bucket/prefix, a folder; or a file that `esvit import` takes."
@@ -198,6 +199,37 @@ def embed(
 
 
 cluster_commands.register(app)
+
+
+@app.command()
+def champions(
+    pointer: PointerOption = "champion",
+    out: Out = DEFAULT_OUT,
+    bucket: RunsBucketOption = DEFAULT_BUCKET,
+    json: JsonOption = False,
+) -> None:
+    """List the champions, the present one first: since when, with which figure, and why."""
+    from esvit_pipelines.champions import show_champions
+    from esvit_pipelines.watch import Place
+
+    show_champions(Place(out, bucket), pointer, json)
+
+
+@app.command()
+def rollback(
+    pointer: PointerOption = "champion",
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="RUN", help="A former champion; default: the one before this one.")
+    ] = None,
+    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="For the history.")] = "",
+    out: Out = DEFAULT_OUT,
+    bucket: RunsBucketOption = DEFAULT_BUCKET,
+) -> None:
+    """Go back to a former champion. The one that goes stays in the history, with who took it back, when, and why."""
+    from esvit_pipelines.champions import go_back
+    from esvit_pipelines.watch import Place
+
+    go_back(Place(out, bucket), pointer, to, why)
 
 
 @app.command("import")

@@ -21,6 +21,7 @@ from esvit_core.config.crops import AugmentConfig, MixupConfig
 from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
 from esvit_core.config.launch import LaunchConfig
+from esvit_core.config.promotion import PromotionConfig
 from esvit_core.config.section import Section
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
@@ -258,14 +259,6 @@ class EvaluationConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"transfer sets need distinct names, got {', '.join(names)}")
         return self
-
-
-class PromotionConfig(Section):
-    """When a backbone becomes the champion."""
-
-    metric: str = Field("knn/20", description="Measured figure that decides: knn/<k>, linear, or transfer/<set>.")
-    margin: float = Field(0.0, ge=0, description="Percentage points by which the present champion must be beaten.")
-    pointer: str = Field("champion", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
 
 
 class Config(Section):

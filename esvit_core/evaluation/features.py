@@ -155,12 +155,17 @@ def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> F
         raise UserError(f"features of {run_uri}: not extracted yet; run the step extract_features first")
     name = f"{model}-{split}.safetensors"
     if name not in manifest["files"]:
-        empty = np.zeros((0, 0), np.float32)
-        return Features(empty, empty, np.zeros(0, np.int64))
+        return nothing()
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         store.fetch(prefix, Path(folder), names=[name])
         arrays = load_file(Path(folder) / name)
     return Features(**{key: arrays[key] for key in ("view", "blocks", "labels")})
+
+
+def nothing() -> Features:
+    """The features of no pictures."""
+    empty = np.zeros((0, 0), np.float32)
+    return Features(empty, empty, np.zeros(0, np.int64))
 
 
 def load_model(run_uri: str, model: str, store: ObjectStore) -> nn.Module:

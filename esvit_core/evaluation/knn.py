@@ -92,10 +92,11 @@ def evaluate_knn(run_uri: str, store: ObjectStore, config: Config) -> Result:
     The training pictures are the bank, the held-out ones are classified. Written once to
     ``evaluation/knn.json``: top-1 under ``results``, top-5 under ``top5``.
     """
-    return once(store, run_uri, "knn", lambda: _measure(run_task(run_uri, store), config))
+    return once(store, run_uri, "knn", lambda: measure_knn(run_task(run_uri, store), config))
 
 
-def _measure(task: Task | str, config: Config) -> Result:
+def measure_knn(task: Task | str, config: Config) -> Result:
+    """The result of the task, for every model in it."""
     ks, temperature = config.evaluation.knn_k, config.evaluation.knn_temperature
     headline = f"knn/{20 if 20 in ks else ks[0]}" if ks else "knn"
     if not ks:

@@ -103,7 +103,7 @@ def evaluate_linear(run_uri: str, store: ObjectStore, config: Config) -> Result:
     test pictures has touched; ``linear/best`` that of the best epoch, the published code's figure. ``confusion``
     counts the trained backbone's predictions (rows: true class, columns: predicted).
     """
-    return once(store, run_uri, "linear", lambda: _measure(run_task(run_uri, store), config))
+    return once(store, run_uri, "linear", lambda: measure_linear(run_task(run_uri, store), config))
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:
@@ -111,7 +111,8 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes).tolist()
 
 
-def _measure(task: Task | str, config: Config) -> Result:
+def measure_linear(task: Task | str, config: Config) -> Result:
+    """The result of the task, for every model in it."""
     if isinstance(task, str):
         return left_out("linear", task)
     classes = len(task.classes)
@@ -129,7 +130,7 @@ def _measure(task: Task | str, config: Config) -> Result:
         for model, (train, val) in task.splits.items()
     }
     more = {}
-    if classes <= _CONFUSION_CLASSES:
+    if classes <= _CONFUSION_CLASSES and "trained" in outcomes:
         truth = task.splits["trained"][1].labels
         more["confusion"] = confusion_matrix(truth, outcomes["trained"].predictions, classes)
     return measured(

@@ -7,7 +7,7 @@ The strength lambda is the weight of ``|w|^2 / 2`` against the sum of the losses
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
+from torch import nn
 
 from esvit_core.config import Config, TransferSet
 from esvit_core.data.manifest import Manifest
@@ -164,11 +165,12 @@ def evaluate_transfer(run_uri: str, store: ObjectStore, config: Config, set_name
         store,
         run_uri,
         f"transfer-{set_name}",
-        lambda: _measure(_transfer_task(run_uri, store, config, set_name), chosen, config.seed),
+        lambda: evaluate_task(transfer_task(run_uri, store, config, set_name), chosen, config.seed),
     )
 
 
-def _measure(task: Task | str, chosen: TransferSet, seed: int) -> Result:
+def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
+    """The result of the task, for every model in it."""
     key = f"transfer/{chosen.name}"
     if isinstance(task, str):
         return left_out(key, task) | {"metric": chosen.metric}
@@ -192,7 +194,7 @@ def _measure(task: Task | str, chosen: TransferSet, seed: int) -> Result:
         for model, o in outcomes.items()
         if not o.converged
     ]
-    train, val = task.splits["trained"]
+    train, val = next(iter(task.splits.values()))
     return measured(
         key,
         {model: {key: o.figure} for model, o in outcomes.items()},
@@ -203,15 +205,18 @@ def _measure(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     ) | {"lambda": {model: o.strength for model, o in outcomes.items()}}
 
 
-def _transfer_task(run_uri: str, store: ObjectStore, config: Config, set_name: str) -> Task | str:
+def transfer_task(
+    run_uri: str, store: ObjectStore, config: Config, set_name: str, networks: Mapping[str, nn.Module] | None = None
+) -> Task | str:
+    """The classification of a set by the features of ``networks`` (None: the run's own), or why there is none."""
     prefix = join_uri(run_uri, "transfer", set_name)
     datasets = split_datasets(store, prefix)
     labels = [datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS]
     if reason := why_not(*labels):
         return reason
     splits: dict[str, Splits] = {}
-    for model in MODELS:
-        backbone = load_model(run_uri, model, store)
+    for model in networks or MODELS:
+        backbone = networks[model] if networks else load_model(run_uri, model, store)
         train, val = (
             features_of(
                 backbone, datasets[split], config, label=f"{set_name}: features of the {model} backbone, {split}"

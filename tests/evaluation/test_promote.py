@@ -8,7 +8,7 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.evaluation import promote as promotion
+from esvit_core.evaluation import champions
 from esvit_core.evaluation.promote import beats, foresee, promote
 from esvit_core.evaluation.results import left_out, measured, result_uri
 
@@ -154,7 +154,7 @@ def test_a_step_that_died_is_recognised_even_when_another_run_has_won_since(stor
 
 
 def test_the_history_is_bounded(store, make_run, monkeypatch):
-    monkeypatch.setattr(promotion, "HISTORY", 3)
+    monkeypatch.setattr(champions, "HISTORY", 3)
     for i in range(6):
         promote(make_run(f"r{i}", 50 + i), store, CONFIG)
     assert [entry["run"][-2:] for entry in champion(store)["history"]] == ["r2", "r3", "r4"]
@@ -203,3 +203,47 @@ def test_foresight_tells_the_decision_and_changes_nothing(store, make_run):
     before = foresee(worse, store, CONFIG)
     assert not before["promoted"] and not before["decided"]
     assert before["reason"] == promote(worse, store, CONFIG)["reason"]
+
+
+def transfers(store, run, **values):
+    """Give a run results on transfer sets, and the configuration that names them."""
+    for name, value in values.items():
+        figures = {model: {f"transfer/{name}": value} for model in ("trained", "untrained")}
+        result = measured(f"transfer/{name}", figures, CLASSES)
+        store.put_json(result_uri(run, f"transfer-{name}"), {"name": f"transfer-{name}"} | result)
+    sets = [{"name": name, "source": "unused"} for name in values]
+    return Config.from_mapping({"evaluation": {"transfer": sets}, "promotion": {"max_loss": 2.0}})
+
+
+@pytest.mark.parametrize(("digits", "wins"), [(78.0, True), (77.9, False)])
+def test_a_set_that_loses_more_than_is_allowed_blocks(store, make_run, digits, wins):
+    a, b = make_run("a", 50), make_run("b", 55)
+    config = transfers(store, a, digits=80.0, flags=60.0)
+    promote(a, store, config)
+    transfers(store, b, digits=digits, flags=70.0)
+    decision = promote(b, store, config)
+    assert decision["promoted"] is wins and decision["max_loss"] == 2.0
+    assert decision["figures"]["transfer/digits"] == {"run": digits, "champion": 80.0}
+    assert decision["figures"]["knn/20"] == {"run": 55.0, "champion": 50.0}
+    if not wins:
+        assert decision["reason"] == (
+            f"better: knn/20 55.00 against 50.00 of the champion {a}; "
+            "but transfer/digits fell by 2.10 points to 77.90, more than the allowed 2"
+        )
+        assert champion(store)["run"] == a
+
+
+def test_a_set_that_the_champion_was_not_measured_on_blocks_nothing(store, make_run):
+    promote(make_run("a", 50), store, CONFIG)
+    b = make_run("b", 55)
+    decision = promote(b, store, transfers(store, b, digits=1.0))
+    assert decision["promoted"] and decision["figures"]["transfer/digits"] == {"run": 1.0, "champion": None}
+
+
+def test_without_a_bound_a_set_may_fall(store, make_run):
+    a, b = make_run("a", 50), make_run("b", 55)
+    config = transfers(store, a, digits=80.0)
+    promote(a, store, config)
+    transfers(store, b, digits=10.0)
+    free = config.model_copy(update={"promotion": config.promotion.model_copy(update={"max_loss": None})})
+    assert promote(b, store, free)["promoted"]
