@@ -114,9 +114,9 @@ def compile_(
 ) -> None:
     """Write a pipeline as YAML for Kubeflow Pipelines.
 
-    The steps run in the image cluster.image, take the object store's address and keys from the Kubernetes secret
-    cluster.secret, and get the resources, nodes and volumes that the section cluster says. What is in the recipe is
-    the default of the pipeline's parameter `configuration`.
+    The steps run in the image cluster.image, take the object store's address and keys from Kubernetes secrets, one for
+    each kind of step unless cluster.secret names one for all, and get the resources, nodes and volumes that the section
+    cluster says. What is in the recipe is the default of the pipeline's parameter `configuration`.
     """
     from esvit_pipelines.compile import compile_pipeline
 

@@ -54,7 +54,7 @@ def place(task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerate
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=pod.shared_memory)
     if cluster.ca_config_map is not None:
         kubernetes.use_config_map_as_volume(task, cluster.ca_config_map, CA_FOLDER)
-    _keys(kubernetes, task, pod.secret or cluster.secret)
+    _keys(kubernetes, task, cluster.secret_of(role))
 
 
 def _kubernetes() -> Any:

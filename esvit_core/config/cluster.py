@@ -54,7 +54,7 @@ class PodConfig(Section):
     tolerations: tuple[Toleration, ...] = Field((), description="Taints that the pod tolerates.")
     shared_memory: Bytes | None = Field(None, description="Size of /dev/shm, which counts as memory; null: 64 MiB.")
     scratch: Bytes = Field("10Gi", description="Bound of each of the writable folders /tmp and /work.")
-    secret: Name | None = Field(None, description="Secret with the ESVIT_S3_* keys; null: cluster.secret.")
+    secret: Name | None = Field(None, description="Secret with the ESVIT_S3_* keys; null: what cluster.secret says.")
     retries: int = Field(3, ge=0, description="Times that the step is tried again, each after twice the last wait.")
     retry_seconds: int = Field(30, gt=0, description="Wait before the first of them.")
     timeout_minutes: int | None = Field(None, gt=0, description="The pod is stopped after this; null: never.")
@@ -78,7 +78,11 @@ class ClusterConfig(Section):
     image: str = Field("esvit/trainer:0.1.0", description="Image of the steps; name@sha256:... holds it fast.")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     image_pull_secrets: tuple[Name, ...] = Field((), description="Kubernetes secrets for the registry.")
-    secret: Name = Field("esvit-object-store", description="Kubernetes secret with the ESVIT_S3_* keys.")
+    secret: Name | None = Field(
+        None,
+        description="Kubernetes secret with the ESVIT_S3_* keys, for all steps; "
+        "null: esvit-object-store-<kind of step>, as `esvit store keys` makes them.",
+    )
     ca_config_map: Name | None = Field(
         None, description="Config map with the store's CA, mounted at /etc/esvit/ca (ESVIT_S3_CA_FILE names the file)."
     )
@@ -95,6 +99,10 @@ class ClusterConfig(Section):
         """What the pods of that kind of step get."""
         pod: PodConfig = getattr(self, role)
         return pod
+
+    def secret_of(self, role: Role) -> str:
+        """The Kubernetes secret from which that kind of step has its keys of the object store."""
+        return self.pod(role).secret or self.secret or f"esvit-object-store-{role}"
 
     @model_validator(mode="before")
     @classmethod

@@ -45,8 +45,12 @@ ROLES: Mapping[str, Role] = {
         ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/pictures/*"),
     ),
     "publish": Role(
-        "report, promotion, export: what people and other systems go by",
-        ("runs/*/report/*", "runs/*/promotion.json", "pointers/*", "exports/*"),
+        "report, promotion, export, and a backbone that is taken to be measured: what people and other systems go by",
+        (
+            *("runs/*/report/*", "runs/*/promotion.json", "pointers/*", "exports/*"),
+            # A run that measures a backbone begins with it. Whoever moves the champion could name any backbone anyway.
+            *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/untrained/*"),
+        ),
     ),
     "prune": Role("removal of old runs; it reads the pointers and cannot move them", ("runs/*",)),
     "read": Role("people and programs that look: `esvit status`, `esvit logs`, `load_backbone`"),

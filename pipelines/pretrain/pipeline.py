@@ -28,7 +28,7 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
     Args:
         config: its transfer sets and its section ``cluster`` shape the pipeline; as a whole it is the default of
             ``configuration``.
-        cluster: place the steps on a cluster, with keys from the Kubernetes secret that the configuration names.
+        cluster: place the steps on a cluster, with keys from the Kubernetes secrets that the configuration names.
 
     Returns:
         The pipeline, a kfp ``GraphComponent``: call it to run it locally, or compile it.

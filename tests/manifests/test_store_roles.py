@@ -10,14 +10,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from minio.commonconfig import CopySource
 from minio.error import S3Error
 
+from esvit_core.config import Config
+from esvit_core.config.cluster import Role as Kind
 from esvit_core.errors import UserError
+from esvit_core.evaluation.existing import take_backbone
+from esvit_core.export import save_backbone
+from esvit_core.models.registry import create_backbone
+from esvit_core.runs import MEASURED
 from esvit_core.storage import ObjectStore, StoreAddress, StoreError, StoreRefused, weed
 from esvit_core.storage.keys import new_keys, secret_manifests, secret_values
 from esvit_core.storage.retry import RetryPolicy
@@ -39,6 +45,7 @@ OBJECTS = (
     "runs/a/pictures/manifest.json",
     "runs/a/report/index.html",
     "runs/a/promotion.json",
+    "runs/a/measured.json",
     "pointers/champion",
     "elsewhere",
 )
@@ -142,7 +149,7 @@ def test_the_boundaries_that_matter() -> None:
     assert not may_write("evaluate", "runs/a/data/shards/train-00000.tar")
     assert not may_write("evaluate", "runs/a/backbone/manifest.json")
     assert [role for role in ROLES if may_write(role, "pointers/champion")] == ["publish"]
-    assert [role for role in ROLES if may_write(role, "runs/a/config.yaml")] == ["prepare", "prune"]
+    assert [role for role in ROLES if may_write(role, "runs/a/config.yaml")] == ["prepare", "publish", "prune"]
     assert not any(may_write("read", key) for key in OBJECTS)
 
 
@@ -223,11 +230,40 @@ def test_the_grpc_door_asks_for_a_certificate(server: Server) -> None:
 
 
 def test_every_object_of_a_real_run_has_one_writer(finished_run: Any, finished_store: Any) -> None:
+    """Beside `publish`, which also begins the runs that measure."""
     store = ObjectStore(finished_store.start())
     found = [stat.uri.removeprefix("s3://esvit/") for stat in store.list("s3://esvit")]
-    writers = {key: [r for r in ROLES if r != "prune" and may_write(r, key)] for key in found}
+    makers = ("prepare", "train", "evaluate")
+    writers = {
+        key: [r for r in makers if may_write(r, key)] or ["publish"] * may_write("publish", key) for key in found
+    }
     assert len(found) > 20
     assert {key: roles for key, roles in writers.items() if len(roles) != 1} == {}
+
+
+def test_a_backbone_is_taken_to_be_measured_with_the_key_of_that_step(
+    server: Server, micro_recipe: Path, pictures: Any, tmp_path: Path
+) -> None:
+    config = Config.load(micro_recipe, ["bucket=esvit"])
+    network = create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)
+    save_backbone(server.client("train"), "s3://esvit/runs/t/backbone", network, config, {"run": "t", "step": 8})
+    folder = pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
+    tree = config.model_dump(mode="json")
+    run = take_backbone("s3://esvit/runs/t/backbone", str(folder), tree, store=server.client("publish"))
+    assert run.store.exists(run.at(MEASURED))
+
+
+def test_the_steps_take_the_secrets_that_are_made_without_further_settings() -> None:
+    cluster = Config.load("demo").cluster
+    made = {
+        thing["metadata"]["name"]
+        for thing in yaml.safe_load_all(
+            secret_manifests(secret_values(new_keys(), "http://store:8333", "esvit"), "esvit")
+        )
+    }
+    assert {cluster.secret_of(kind) for kind in get_args(Kind)} <= made
+    one = Config.load("demo", ["cluster.secret=one", "cluster.train.secret=own"]).cluster
+    assert [one.secret_of(kind) for kind in get_args(Kind)] == ["one", "own", "one", "one"]
 
 
 def test_the_secrets_have_a_key_of_its_own_for_every_role() -> None:

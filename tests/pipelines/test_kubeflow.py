@@ -103,7 +103,7 @@ def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpS
     assert run.service_account == "esvit-pipeline"
     assert run.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-pretrain"
     pods = run.pipeline_spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert pods["exec-pretrain"]["secretAsEnv"][0]["secretName"] == "esvit-object-store"
+    assert pods["exec-pretrain"]["secretAsEnv"][0]["secretName"] == "esvit-object-store-train"
     assert only(server.kept["experiments"]).display_name == "esvit"
 
 

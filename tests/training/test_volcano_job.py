@@ -72,7 +72,7 @@ def test_no_credential_is_in_the_job(job: dict[str, Any]) -> None:
         stores = [item for item in container["env"] if item["name"].startswith("ESVIT_S3_")]
         assert {item["name"] for item in stores} >= set(KEYS)
         for item in stores:
-            assert "value" not in item and item["valueFrom"]["secretKeyRef"]["name"] == "esvit-object-store"
+            assert "value" not in item and item["valueFrom"]["secretKeyRef"]["name"] == "esvit-object-store-train"
 
 
 @pytest.mark.parametrize("name", ["ESVIT_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"])

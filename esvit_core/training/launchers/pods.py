@@ -142,7 +142,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
 def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     """Literals that are nobody's secret, and references to the secret."""
     launch = config.launch
-    secret = launch.secret or config.cluster.train.secret or config.cluster.secret
+    secret = launch.secret or config.cluster.secret_of("train")
     literals = {item["name"]: item["value"] for item in given} | literal_environment(launch) | launch.env
     references = [
         {
