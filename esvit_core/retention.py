@@ -1,7 +1,7 @@
 """Which runs may be removed from the object store, and their removal.
 
 A run stays if anything was written to it lately, if it is one of the newest, if a pointer or the history of one names
-it, or if a run that stays has started from it. When in doubt it stays.
+it, or if a run that stays has started from it or has taken over its pictures. When in doubt it stays.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from esvit_core.data.manifest import MANIFEST
 from esvit_core.runs import CONFIG, run_uri
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
@@ -71,10 +72,11 @@ def judge_runs(
     waiting = list(why)
     while waiting:
         follower = waiting.pop()
-        source = _started_from(store, follower)
+        source, data = _started_from(store, follower), _built_on(store, follower)
         for run in runs:
-            if run.uri not in why and _names(source, run.uri):
-                why[run.uri] = f"run {follower.rsplit('/', 1)[-1]} started from it"
+            if run.uri not in why and (_names(source, run.uri) or _names(data, run.uri)):
+                how = "started from it" if _names(source, run.uri) else "has taken over its pictures"
+                why[run.uri] = f"run {follower.rsplit('/', 1)[-1]} {how}"
                 waiting.append(run.uri)
     return [StoredRun(**{**vars(run), "kept": why.get(run.uri, "")}) for run in runs]
 
@@ -132,6 +134,15 @@ def _started_from(store: ObjectStore, uri: str) -> str:
         return ""
     init = config.get("init") if isinstance(config, dict) else None
     return str((init or {}).get("source") or "") if isinstance(init, dict | None) else ""
+
+
+def _built_on(store: ObjectStore, uri: str) -> str:
+    """The earlier data in whose shards pictures of the run lie; empty where there are none."""
+    try:
+        manifest = store.get_json(join_uri(uri, "data", MANIFEST))
+    except NotFound:
+        return ""
+    return str(manifest.get("base") or "")
 
 
 def _names(address: str, uri: str) -> bool:

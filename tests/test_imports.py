@@ -34,7 +34,7 @@ ALLOWED = {
     "esvit_core.monitoring": STORAGE | NETWORKS,
     "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
     "esvit_core.runs": STORAGE | {"esvit_core.data", "esvit_core.recipe_files", "esvit_core.weights"},
-    "esvit_core.retention": STORAGE | {"esvit_core.runs"},
+    "esvit_core.retention": STORAGE | {"esvit_core.data", "esvit_core.runs"},
     "esvit_core.export": STORAGE | {"esvit_core.models"},
     "esvit_core.importing": STORAGE | {"esvit_core.models", "esvit_core.weights", "esvit_core.export"},
     "esvit_core.weights": STORAGE | {"esvit_core.models"},

@@ -73,6 +73,19 @@ def test_what_a_run_that_stays_started_from_stays(store: Any) -> None:
     }
 
 
+def test_what_holds_pictures_of_a_run_that_stays_stays(store: Any) -> None:
+    names = ["first", "second", "third"]
+    uris = [make_run(store, name) for name in names]
+    for uri, base in zip(uris, [None, *uris], strict=False):
+        store.put_json(f"{uri}/data/manifest.json", {"base": base and f"{base}/data"})
+    store.swap_pointer(store.uri("pointers/champion"), {"run": uris[2]}, None)
+    assert judge(store) == {
+        "first": "run second has taken over its pictures",
+        "second": "run third has taken over its pictures",
+        "third": "pointer champion names it",
+    }
+
+
 @pytest.mark.parametrize("text", [b"", b"[1, 2]", b"init: 3", b"init: {source: null}", b"\xff\xfe", b"a: [", None])
 def test_a_configuration_that_cannot_be_read_stops_nothing(store: Any, text: bytes | None) -> None:
     uri = make_run(store, "odd")

@@ -178,8 +178,7 @@ def keep_last(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
 
 
 def _tar_entry(member: tarfile.TarInfo) -> Entry:
-    # Time is part of the stamp of a file in a folder only: an archive's fingerprint is that of its bytes.
-    entry = _with_safe_name(Entry(member.name, member.size, "", member))
+    entry = _with_safe_name(Entry(member.name, member.size, str(member.mtime), member))
     if entry.problem is None and not (member.isreg() or member.islnk() or member.issym()):
         return replace(entry, problem="not a regular file")
     return entry
@@ -187,7 +186,7 @@ def _tar_entry(member: tarfile.TarInfo) -> Entry:
 
 def _zip_entry(info: zipfile.ZipInfo) -> Entry:
     # Some tools on Windows write backslashes although the format forbids them.
-    entry = _with_safe_name(Entry(info.filename.replace("\\", "/"), info.file_size, "", info))
+    entry = _with_safe_name(Entry(info.filename.replace("\\", "/"), info.file_size, f"{info.CRC:08x}", info))
     if entry.problem is None and info.flag_bits & 1:
         return replace(entry, problem="encrypted")
     return entry

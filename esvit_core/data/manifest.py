@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from esvit_core.data.sources import check_source, source_fingerprint
 from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, join_uri
+from esvit_core.storage.uri import SCHEME
 
 __all__ = ["MANIFEST", "BadFiles", "Manifest", "Shard", "Split", "check_source", "source_fingerprint"]
 
@@ -29,10 +30,24 @@ class StoredFile(_Part):
 
 
 class Shard(StoredFile):
-    """A tar of samples; ``name`` is relative to the manifest's folder."""
+    """A tar of samples.
+
+    Attributes:
+        name: relative to the manifest's folder, or the whole ``s3://`` address of a shard of earlier data.
+        samples: pictures of it that belong to the data; one that is gone from the source may still lie in the tar.
+    """
 
     name: str
     samples: int = Field(gt=0)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it belongs to other data, which have to stay as long as these."""
+        return self.name.startswith(SCHEME)
+
+    def address(self, prefix: str) -> str:
+        """Where it lies, ``prefix`` being the manifest's folder."""
+        return self.name if self.is_elsewhere else join_uri(prefix, self.name)
 
 
 class Split(_Part):
@@ -67,11 +82,12 @@ class Manifest(_Part):
         format: of this file.
         source: where the pictures came from, as the user wrote it.
         source_fingerprint: of the source's listing when it was read, see :func:`source_fingerprint`.
-        fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every picture.
+        fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every picture; of those that
+            are taken over, the bytes in which they were found.
         settings: the data section of the configuration that it was made with.
         classes: names; a label is a place in this list. Empty where there are no labels.
         splits: ``train``, ``val`` and, where the source has all three, ``test``.
-        bytes: of all shards together.
+        bytes: of all shards together, those of earlier data too.
         considered: files that could have been pictures.
         bad: those that were left out.
         ignored: files passed over as no one's pictures (``.DS_Store``, ``Thumbs.db``, ...).
@@ -80,6 +96,7 @@ class Manifest(_Part):
         not_chosen: left out because of ``data.max_images``.
         reencoded: pictures stored in another form than they were found in (turned, shrunk, made RGB, ...).
         files: every object below the manifest's folder.
+        base: folder of the earlier data that these build on; None: they stand alone.
     """
 
     format: Literal["esvit-data/1"] = FORMAT
@@ -98,6 +115,7 @@ class Manifest(_Part):
     not_chosen: int = 0
     reencoded: int = 0
     files: dict[str, StoredFile]
+    base: str | None = None
 
     @property
     def samples(self) -> int:

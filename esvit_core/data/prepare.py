@@ -9,7 +9,7 @@ import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +17,13 @@ from pathlib import Path
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ahead import ahead, reading_threads
-from esvit_core.data.archives import Entry, ReadProblem, Source
-from esvit_core.data.choose import choose, hold_out, in_order
+from esvit_core.data.archives import ReadProblem, Source
+from esvit_core.data.carry import Base
 from esvit_core.data.decode import BadPicture, StoredPicture, listed, to_stored
-from esvit_core.data.layout import Layout, SplitName, arrange, is_ignored, may_be_picture
-from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, StoredFile
+from esvit_core.data.layout import SplitName
+from esvit_core.data.listing import LISTING, Fate, File, encode, fingerprint
+from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, Shard, StoredFile
+from esvit_core.data.plan import Candidate, Plan, plan
 from esvit_core.data.shards import Sample, ShardWriter
 from esvit_core.data.sources import open_source, source_fingerprint
 from esvit_core.errors import UserError
@@ -29,39 +31,7 @@ from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import NotFound, ObjectStore, join_uri
 
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
-_BYTES_PER_PIXEL = 8  # 16 bit RGBA: no sensible file is much larger than its pixels
 _READ_AHEAD = 4  # pictures in memory per thread
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A file that may be a picture, and where it belongs if it is one."""
-
-    entry: Entry
-    split: SplitName
-    label: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be read, and what is known before anything is.
-
-    Attributes:
-        candidates: in the order of storage.
-        bad: names and reasons.
-        classes: names.
-        files: all of the source, the ignored ones excepted.
-        ignored, not_chosen: files that are passed over.
-        divided: the splits are ours, not the source's.
-    """
-
-    candidates: list[_Candidate]
-    bad: list[tuple[str, str]]
-    classes: list[str]
-    files: int
-    ignored: int
-    not_chosen: int
-    divided: bool
 
 
 @dataclass
@@ -70,11 +40,13 @@ class _Job:
 
     source: str
     opened: Source
-    plan: _Plan
+    plan: Plan
     config: DataConfig
     store: ObjectStore
     destination: str
+    base: Base | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
+    fates: dict[str, File] = field(default_factory=dict)
     reencoded: int = 0
     copies: int = 0
     writers: dict[SplitName, ShardWriter] = field(default_factory=dict)
@@ -85,7 +57,16 @@ class _Job:
         return join_uri(self.destination, name)
 
 
-def prepare(source: str, store: ObjectStore, destination: str, config: DataConfig, seed: int = 0) -> Manifest:
+def prepare(
+    source: str,
+    store: ObjectStore,
+    destination: str,
+    config: DataConfig,
+    seed: int = 0,
+    *,
+    seen: Iterable[File] | None = None,
+    base: str | None = None,
+) -> Manifest:
     """Write the pictures of a source as shards, with a list of what was left out, and last the manifest.
 
     Done before with the same source and settings, it returns what is there. The result depends on the source and the
@@ -99,6 +80,11 @@ def prepare(source: str, store: ObjectStore, destination: str, config: DataConfi
         config: the data section of the configuration.
         seed: of the run. It changes nothing, on purpose: runs that differ in their seed are trained and measured on
             the same pictures.
+        seen: the files of the source as it was looked at before; what has come or changed since is left for another
+            time. None: it is looked at now.
+        base: folder of earlier data of the source. Their pictures are taken over by reference, with the split that
+            they have; those that are gone from the source are not, those that changed are read anew and keep their
+            split. A class keeps its number. None: everything is read.
 
     Returns:
         The manifest.
@@ -107,9 +93,10 @@ def prepare(source: str, store: ObjectStore, destination: str, config: DataConfi
         UserError: the source does not exist, has no pictures, or more than ``config.max_bad_fraction`` bad files; or
             the destination holds other data; or a disk is full.
     """
-    fingerprint = source_fingerprint(source, store)
+    looked = None if seen is None else {file.name: file for file in seen}
+    print_of_source = source_fingerprint(source, store) if looked is None else fingerprint(looked.values())
     if (present := _present(store, destination)) is not None:
-        if present.source_fingerprint == fingerprint and present.settings == config.model_dump(mode="json"):
+        if present.source_fingerprint == print_of_source and present.settings == config.model_dump(mode="json"):
             print(f"prepare: already done, {describe(present)}", flush=True)
             return present
         raise UserError(
@@ -118,10 +105,12 @@ def prepare(source: str, store: ObjectStore, destination: str, config: DataConfi
         )
     store.remove_prefix(destination)  # what an attempt that was killed has left
     with open_source(source, store) as opened:
-        job = _Job(source, opened, _plan(opened, source, config), config, store, destination)
+        earlier = None if base is None else Base.read(store, base)
+        entries = [e for e in opened.entries if looked is None or (e.name in looked and looked[e.name].is_same(e))]
+        job = _Job(source, opened, plan(entries, source, config, earlier), config, store, destination, earlier)
         try:
             _store_pictures(job)
-            manifest = _publish(job, fingerprint)
+            manifest = _publish(job, print_of_source)
         except BaseException:
             with contextlib.suppress(UserError):  # the first error is the one to tell
                 store.remove_prefix(destination)
@@ -149,65 +138,11 @@ def _present(store: ObjectStore, destination: str) -> Manifest | None:
         return None
 
 
-def _plan(opened: Source, source: str, config: DataConfig) -> _Plan:
-    files = [entry for entry in opened.entries if not is_ignored(entry.name)]
-    if not files:
-        raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
-    largest = config.max_megapixels * 1e6 * _BYTES_PER_PIXEL
-    bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
-    sound = [entry for entry in files if entry.problem is None]
-    layout = arrange([entry.name for entry in sound], source)
-    likely: list[int] = []
-    rest: list[int] = []
-    for number, (entry, place) in enumerate(zip(sound, layout.places, strict=True)):
-        problem = place.problem or (f"file of {entry.size:,} bytes" if entry.size > largest else None)
-        if problem:
-            bad.append((entry.name, problem))
-        else:
-            (likely if may_be_picture(entry.name) else rest).append(number)
-    chosen = _chosen(likely, layout, config.max_images)
-    divided = all(layout.places[i].split is None for i in chosen)
-    held = _held_out(chosen, layout, config.val_fraction) if divided else set()
-    classes: dict[str | None, int] = {name: number for number, name in enumerate(layout.classes)}
-    candidates = [
-        _Candidate(
-            sound[i],
-            "val" if i in held else layout.places[i].split or "train",
-            classes.get(layout.places[i].label, -1),
-        )
-        for i in in_order([place.key for place in layout.places], [*chosen, *rest])
-    ]
-    candidates.sort(key=lambda c: c.split)  # "train" comes before "val": see _settle
-    return _Plan(
-        candidates=candidates,
-        bad=bad,
-        classes=layout.classes,
-        files=len(files),
-        ignored=len(opened.entries) - len(files),
-        not_chosen=len(likely) - len(chosen),
-        divided=divided,
-    )
-
-
-def _chosen(likely: list[int], layout: Layout, count: int | None) -> list[int]:
-    if count is None:
-        return likely
-    places = [layout.places[i] for i in likely]
-    groups = [(place.split or "", place.label or "") for place in places]
-    return [likely[i] for i in choose([place.key for place in places], groups, count)]
-
-
-def _held_out(chosen: list[int], layout: Layout, fraction: float) -> set[int]:
-    places = [layout.places[i] for i in chosen]
-    held = hold_out([place.key for place in places], [place.label for place in places], fraction)
-    return {chosen[i] for i in held}
-
-
 def _store_pictures(job: _Job) -> None:
     """Read, check and write every candidate, in order."""
     plan, config = job.plan, job.config
     job.bad = list(plan.bad)
-    seen: dict[bytes, SplitName] = {}
+    seen: dict[str, SplitName] = {}
     load = partial(_load, job.opened, config)
     with (
         _told_of_the_disk(),
@@ -217,28 +152,46 @@ def _store_pictures(job: _Job) -> None:
         Progress(len(plan.candidates), unit="pictures", label="prepare") as progress,
     ):
         warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
+        _carry_over(job, seen, Path(folder))
         for candidate, future in ahead(pool, load, plan.candidates, _READ_AHEAD * reading_threads()):
             try:
                 digest, picture = future.result()
             except (BadPicture, ReadProblem) as error:
                 job.bad.append((candidate.entry.name, str(error)))
+                _remember(job, candidate, "bad" if isinstance(error, BadPicture) else "unread", reason=str(error))
                 if len(job.bad) >= _HOPELESS:
                     _check_share(job)
             else:
                 split = _settle(job, seen, digest, candidate)
                 _write(job, candidate, split, picture, Path(folder))
+                _remember(job, candidate, split, digest)
             progress.update(1)
         for writer in job.writers.values():
             writer.close()
 
 
-def _load(opened: Source, config: DataConfig, candidate: _Candidate) -> tuple[bytes, StoredPicture]:
+def _carry_over(job: _Job, seen: dict[str, SplitName], folder: Path) -> None:
+    """Begin with the pictures that are taken over from earlier data."""
+    for split in job.base.rows if job.base else ():
+        assert job.base is not None
+        carried = job.base.carried(split, job.plan.labels)
+        if not carried.files:
+            continue
+        _writer(job, split, folder, carried.shards, carried.rows.tolist())
+        for number, file in enumerate(carried.files):
+            name = _class(job, job.plan.labels[file.name])
+            job.content[split].update(f"{number:09d}\0{name}\0{file.digest}\n".encode())
+            seen.setdefault(file.digest, split)
+            job.fates[file.name] = file
+
+
+def _load(opened: Source, config: DataConfig, candidate: Candidate) -> tuple[str, StoredPicture]:
     """The digest of a file and the picture in it. Runs in several threads."""
     data = opened.read(candidate.entry)
-    return hashlib.sha256(data).digest()[:16], to_stored(data, config.max_megapixels, config.store_short_side)
+    return hashlib.sha256(data).hexdigest()[:32], to_stored(data, config.max_megapixels, config.store_short_side)
 
 
-def _settle(job: _Job, seen: dict[bytes, SplitName], digest: bytes, candidate: _Candidate) -> SplitName:
+def _settle(job: _Job, seen: dict[str, SplitName], digest: str, candidate: Candidate) -> SplitName:
     """The split of a picture: an exact copy of one that is trained on is not held out, for it would measure nothing."""
     split = candidate.split
     if digest in seen:
@@ -249,16 +202,30 @@ def _settle(job: _Job, seen: dict[bytes, SplitName], digest: bytes, candidate: _
     return split
 
 
-def _write(job: _Job, candidate: _Candidate, split: SplitName, picture: StoredPicture, folder: Path) -> None:
-    writer = job.writers.get(split)
-    if writer is None:
-        writer = ShardWriter(split, folder, int(job.config.shard_mib * 2**20), partial(_keep_shard, job))
-        job.writers[split], job.content[split] = writer, hashlib.sha256()
+def _write(job: _Job, candidate: Candidate, split: SplitName, picture: StoredPicture, folder: Path) -> None:
+    writer = job.writers.get(split) or _writer(job, split, folder)
     number = writer.add(Sample(picture.data, picture.suffix, candidate.label, candidate.entry.name))
     digest = hashlib.sha256(picture.data).hexdigest()
-    name = job.plan.classes[candidate.label] if candidate.label >= 0 else ""
-    job.content[split].update(f"{number:09d}\0{name}\0{digest}\n".encode())
+    job.content[split].update(f"{number:09d}\0{_class(job, candidate.label)}\0{digest}\n".encode())
     job.reencoded += picture.reencoded
+
+
+def _writer(
+    job: _Job, split: SplitName, folder: Path, shards: Iterable[Shard] = (), rows: Iterable[tuple[int, ...]] = ()
+) -> ShardWriter:
+    size = int(job.config.shard_mib * 2**20)
+    writer = ShardWriter(split, folder, size, partial(_keep_shard, job), list(shards), rows)
+    job.writers[split], job.content[split] = writer, hashlib.sha256()
+    return writer
+
+
+def _class(job: _Job, label: int) -> str:
+    return job.plan.classes[label] if label >= 0 else ""
+
+
+def _remember(job: _Job, candidate: Candidate, fate: Fate, digest: str = "", reason: str = "") -> None:
+    entry = candidate.entry
+    job.fates[entry.name] = File(entry.name, entry.size, entry.stamp, fate, digest, reason)
 
 
 def _keep_shard(job: _Job, name: str, path: Path) -> None:
@@ -269,7 +236,7 @@ def _publish(job: _Job, source_print: str) -> Manifest:
     """Write what goes with the shards, and the manifest."""
     if "train" not in job.writers:
         raise UserError(
-            f"{job.source}: none of its {job.plan.files:,} files is a picture to train on: {listed(job.bad)}; "
+            f"{job.source}: none of its {len(job.plan.files):,} files is a picture to train on: {listed(job.bad)}; "
             "expected JPEG, PNG, WebP, GIF, BMP or TIFF files"
         )
     _check_share(job)
@@ -281,7 +248,9 @@ def _publish(job: _Job, source_print: str) -> Manifest:
     bad = sorted(job.bad)
     lines = (json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in bad)
     _put(job, BAD_FILES, "".join(lines).encode())
+    _put(job, LISTING, encode(_files(job)))
     shards = [shard for split in splits.values() for shard in split.shards]
+    before = job.base.manifest if job.base else None
     prints = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(job.content.items()))
     manifest = Manifest(
         source=job.source,
@@ -291,17 +260,32 @@ def _publish(job: _Job, source_print: str) -> Manifest:
         classes=job.plan.classes,
         splits=splits,
         bytes=sum(shard.bytes for shard in shards),
-        considered=job.plan.files - job.plan.not_chosen,
+        considered=len(job.plan.files) - job.plan.not_chosen,
         bad=BadFiles(count=len(bad), reasons=dict(Counter(_kind(reason) for _, reason in bad).most_common())),
         ignored=job.plan.ignored,
         duplicates=job.opened.duplicates,
-        copies=job.copies,
+        copies=job.copies + (before.copies if before else 0),
         not_chosen=job.plan.not_chosen,
-        reencoded=job.reencoded,
-        files=job.files | {s.name: StoredFile(bytes=s.bytes, sha256=s.sha256) for s in shards},
+        reencoded=job.reencoded + (before.reencoded if before else 0),
+        files=job.files | {s.name: StoredFile(bytes=s.bytes, sha256=s.sha256) for s in shards if not s.is_elsewhere},
+        base=job.base.prefix if job.base else None,
     )
     manifest.write(job.store, job.destination)
     return manifest
+
+
+def _files(job: _Job) -> Iterator[File]:
+    """What became of every file: those stored in the order of the indexes, then the others."""
+    yield from job.fates.values()
+    reasons = dict(job.plan.bad)
+    for entry in job.plan.files:
+        if entry.name in job.fates:
+            continue
+        before = job.base.files.get(entry.name) if job.base else None
+        if before is not None and before.fate == "bad" and before.is_same(entry):
+            yield before
+        else:
+            yield File(entry.name, entry.size, entry.stamp, "passed over", reason=reasons.get(entry.name, "not chosen"))
 
 
 def _put(job: _Job, name: str, data: bytes) -> None:
@@ -315,11 +299,11 @@ def _check_share(job: _Job) -> None:
     # Of the files that were not chosen as many are bad as of those that were.
     read_bad = len(job.bad) - len(plan.bad)
     likely = len(plan.candidates) + plan.not_chosen
-    share = (len(plan.bad) + read_bad * likely / max(len(plan.candidates), 1)) / plan.files
+    share = (len(plan.bad) + read_bad * likely / max(len(plan.candidates), 1)) / len(plan.files)
     if share > limit:
         raise UserError(
-            f"{job.source}: {len(job.bad):,} of {plan.files - plan.not_chosen:,} files are bad, more than the allowed "
-            f"{100 * limit:g} %: {listed(job.bad)}; remove them, or raise data.max_bad_fraction"
+            f"{job.source}: {len(job.bad):,} of {len(plan.files) - plan.not_chosen:,} files are bad, more than the "
+            f"allowed {100 * limit:g} %: {listed(job.bad)}; remove them, or raise data.max_bad_fraction"
         )
 
 

@@ -11,13 +11,14 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from esvit_core.data.manifest import Shard, Split
+from esvit_core.data.manifest import Manifest, Shard, Split
+from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
 # One row a sample. Offsets are those of a file's content in its shard.
 INDEX_DTYPE = np.dtype(
@@ -58,13 +59,22 @@ class ShardWriter:
         directory: local; holds one shard at a time.
         max_bytes: upper bound of a shard; a sample larger than that gets a shard of its own.
         keep: called with each finished shard's name and file, which is deleted afterwards.
+        shards, rows: samples of earlier data, which go before those that are added.
     """
 
-    def __init__(self, split: str, directory: Path, max_bytes: int, keep: Callable[[str, Path], None]) -> None:
+    def __init__(
+        self,
+        split: str,
+        directory: Path,
+        max_bytes: int,
+        keep: Callable[[str, Path], None],
+        shards: Sequence[Shard] = (),
+        rows: Iterable[tuple[int, ...]] = (),
+    ) -> None:
         self.split = split
-        self.shards: list[Shard] = []
+        self.shards = list(shards)
         self._directory, self._max_bytes, self._keep = directory, max_bytes, keep
-        self._rows: list[tuple[int, ...]] = []
+        self._rows = list(rows)
         self._tar: tarfile.TarFile | None = None
         self._in_shard = 0
 
@@ -133,6 +143,22 @@ class ShardWriter:
         self._in_shard = 0
         self._keep(name, self._path)
         self._path.unlink()
+
+
+def read_index(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
+    """The index ``name`` of the prepared data at ``prefix``, compared with the manifest.
+
+    Raises:
+        IntegrityError: it is not the manifest's, or no index.
+    """
+    uri = join_uri(prefix, name)
+    data = store.get_bytes(uri)
+    if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
+        raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
+    index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    if index.dtype != INDEX_DTYPE:
+        raise IntegrityError(f"{uri}: not an index of shards; prepare the data again")
+    return index
 
 
 def _files(number: int, sample: Sample) -> list[tuple[str, bytes]]:

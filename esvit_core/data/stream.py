@@ -21,9 +21,9 @@ import simplejpeg
 from PIL import Image
 
 from esvit_core.data.manifest import Manifest, Shard, Split
-from esvit_core.data.shards import INDEX_DTYPE
+from esvit_core.data.shards import read_index
 from esvit_core.errors import UserError
-from esvit_core.storage import IntegrityError, ObjectStore, join_uri
+from esvit_core.storage import IntegrityError, ObjectStore
 
 CACHE_VARIABLE = "ESVIT_CACHE_DIR"
 _OPEN_FILES = 64  # a data set may have thousands of shards, a process about a thousand files
@@ -55,7 +55,7 @@ class ShardDataset:
         self.prefix, self.split = prefix, split
         self.classes = manifest.classes
         self.shards = splits[split].shards
-        index = _read_index(store, prefix, splits[split].index, manifest)
+        index = read_index(store, prefix, splits[split].index, manifest)
         if len(index) != splits[split].samples:
             raise IntegrityError(f"{prefix}: the index of {split} is not the manifest's; prepare the data again")
         self.labels: np.ndarray = index["label"].astype(np.int64)
@@ -102,7 +102,7 @@ class ShardDataset:
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
         entry = self.shards[shard]
-        return self._files.read(join_uri(self.prefix, entry.name), entry, int(offset), int(length))
+        return self._files.read(entry.address(self.prefix), entry, int(offset), int(length))
 
 
 def decode_picture(data: bytes) -> np.ndarray:
@@ -213,14 +213,3 @@ def _is_right(path: Path, shard: Shard) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     except FileNotFoundError:
         return False
-
-
-def _read_index(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
-    uri = join_uri(prefix, name)
-    data = store.get_bytes(uri)
-    if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-        raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
-    index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    if index.dtype != INDEX_DTYPE:
-        raise IntegrityError(f"{uri}: not an index of shards; prepare the data again")
-    return index

@@ -1,0 +1,243 @@
+"""Prepared data that grow with their source: only what is new is read, the rest is taken over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esvit_core.config import DataConfig
+from esvit_core.data import prepare as module
+from esvit_core.data.listing import File, compare, decode, encode, fingerprint, look
+from esvit_core.data.manifest import Manifest
+from esvit_core.data.prepare import prepare
+from esvit_core.data.stream import ShardDataset
+from esvit_core.errors import UserError
+
+CONFIG = DataConfig(val_fraction=0.3, shard_mib=0.01)
+
+
+@pytest.fixture
+def grow(store, monkeypatch):
+    """Prepare a source on top of earlier data: ``manifest, names of the files that were read = grow(...)``."""
+
+    def run(source, at, base=None, config=CONFIG, seen=None):
+        read: list[str] = []
+        load = module._load
+        monkeypatch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
+        base_uri = store.uri(base) if base else None
+        manifest = prepare(str(source), store, store.uri(at), config, seen=seen, base=base_uri)
+        monkeypatch.setattr(module, "_load", load)
+        return manifest, sorted(read)
+
+    return run
+
+
+def contents(store, at) -> dict[str, dict[str, tuple[str | None, bytes]]]:
+    """Class and picture of everything in prepared data, by split and name."""
+    manifest = Manifest.read(store, store.uri(at))
+    found: dict[str, dict[str, tuple[str | None, bytes]]] = {}
+    for split in manifest.splits:
+        dataset = ShardDataset(store, store.uri(at), split)
+        found[split] = {
+            dataset.name(i): (manifest.classes[dataset.label(i)] if dataset.label(i) >= 0 else None, dataset.encoded(i))
+            for i in range(len(dataset))
+        }
+    return found
+
+
+def flat(found):
+    return {name: entry for split in found.values() for name, entry in split.items()}
+
+
+def test_only_new_pictures_are_read_and_the_others_are_taken_over_as_they_are(store, grow, folder, make):
+    first, read = grow(folder, "one")
+    assert len(read) == 18
+    make.folder(folder, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(4)})
+    second, read = grow(folder, "two", base="one")
+    assert len(read) == 12 and all("new" in name for name in read)
+    before, after = contents(store, "one"), contents(store, "two")
+    for split in ("train", "val"):
+        assert before[split].items() <= after[split].items()
+    assert len(flat(after)) == 30 and second.samples == 30 and second.base == store.uri("one")
+    assert second.fingerprint != first.fingerprint
+    # Nothing is stored twice: below the new data lie the new pictures' shards alone.
+    new = {stat.uri.removeprefix(store.uri("two/")) for stat in store.list(store.uri("two"))}
+    assert new == {*second.files, "manifest.json"}
+    old = [shard for split in second.splits.values() for shard in split.shards if shard.is_elsewhere]
+    assert {shard.name for shard in old} == {
+        store.uri(f"one/{shard.name}") for split in first.splits.values() for shard in split.shards
+    }
+
+
+def test_the_pictures_and_their_splits_are_those_of_a_preparation_from_nothing(store, grow, folder, make):
+    grow(folder, "one")
+    make.folder(folder, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(8)})
+    grow(folder, "two", base="one")
+    grow(folder, "anew")
+    assert contents(store, "two") == contents(store, "anew")
+
+
+def test_a_picture_that_is_gone_is_gone_from_the_data(store, grow, folder):
+    grow(folder, "one")
+    gone = ["class0/0.png", "class1/3.png"]
+    for name in gone:
+        (folder / name).unlink()
+    manifest, read = grow(folder, "two", base="one")
+    assert read == [] and manifest.samples == 16
+    assert flat(contents(store, "one")).keys() - flat(contents(store, "two")).keys() == set(gone)
+    assert sum(manifest.splits["train"].per_class) + sum(manifest.splits["val"].per_class) == 16
+
+
+def test_a_picture_that_changed_is_read_anew_and_stays_on_its_side(store, grow, folder, make):
+    grow(folder, "one")
+    before = contents(store, "one")
+    changed = {split: next(iter(sorted(names))) for split, names in before.items()}
+    for split, name in changed.items():
+        (folder / name).write_bytes(make.file(4321 + len(split)))
+    _, read = grow(folder, "two", base="one")
+    after = contents(store, "two")
+    assert read == sorted(changed.values())
+    for split, name in changed.items():
+        assert after[split][name] != before[split][name]
+        assert after[split].keys() == before[split].keys()
+
+
+def test_a_file_known_to_be_bad_is_not_read_again_but_listed(store, grow, folder, make):
+    (folder / "class0" / "broken.png").write_bytes(b"no picture")
+    config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
+    assert grow(folder, "one", config=config)[0].bad.count == 1
+    make.folder(folder, {"class0/new.png": make.file(77)})
+    manifest, read = grow(folder, "two", base="one", config=config)
+    assert read == ["class0/new.png"] and manifest.bad.count == 1
+    assert b"broken.png" in store.get_bytes(store.uri("two/bad_files.jsonl"))
+    (folder / "class0" / "broken.png").write_bytes(make.file(78))
+    manifest, read = grow(folder, "three", base="two", config=config)
+    assert read == ["class0/broken.png"] and manifest.bad.count == 0
+
+
+def test_a_new_class_gets_the_next_number_and_the_others_keep_theirs(store, grow, folder, make):
+    grow(folder, "one")
+    make.folder(folder, {f"bear/{j}.png": make.file(600 + j) for j in range(6)})
+    manifest, _ = grow(folder, "two", base="one")
+    assert manifest.classes == ["class0", "class1", "class2", "bear"]
+    assert all(name.split("/")[0] == label for name, (label, _) in flat(contents(store, "two")).items())
+
+
+def test_a_new_copy_of_a_picture_that_is_trained_on_is_not_held_out(store, grow, folder):
+    grow(folder, "one")
+    trained = sorted(contents(store, "one")["train"])
+    for number, name in enumerate(trained * 4):
+        (folder / f"{name[:6]}" / f"copy{number}.png").write_bytes((folder / name).read_bytes())
+    grow(folder, "two", base="one")
+    after = contents(store, "two")
+    assert not {data for _, data in after["train"].values()} & {data for _, data in after["val"].values()}
+
+
+def test_a_chain_of_three_takes_each_picture_from_where_it_was_stored(store, grow, folder, make):
+    grow(folder, "one")
+    for step, base in (("two", "one"), ("three", "two")):
+        make.folder(
+            folder, {f"class1/{step}{j}.png": make.file(700 + 10 * len(step) + ord(step[0]) + j) for j in range(3)}
+        )
+        manifest, read = grow(folder, step, base=base)
+        assert len(read) == 3
+    places = {s.address(store.uri("three")).split("/")[3] for split in manifest.splits.values() for s in split.shards}
+    assert places == {"one", "two", "three"} and len(flat(contents(store, "three"))) == 24
+    train = ShardDataset(store, store.uri("three"), "train")
+    assert sum(train.shard_sizes) == len(train)
+
+
+def test_what_comes_after_the_look_waits_for_the_next(store, grow, folder, make):
+    seen = look(str(folder), store)
+    make.folder(folder, {"class0/late.png": make.file(55)})
+    os.utime(folder / "class1" / "0.png", (1, 1))  # and this one changes
+    manifest, read = grow(folder, "one", seen=seen)
+    assert "class0/late.png" not in read and "class1/0.png" not in read and manifest.samples == 17
+    assert manifest.source_fingerprint == fingerprint(seen)
+    assert grow(folder, "one", seen=seen)[0] == manifest  # done before
+    difference = compare(decode(store.get_bytes(store.uri("one/pictures.jsonl.gz"))), look(str(folder), store))
+    assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.gone
+
+
+def test_data_of_an_older_version_without_a_listing_cannot_be_built_on(store, grow, folder):
+    manifest, _ = grow(folder, "one")
+    files = {name: file for name, file in manifest.files.items() if not name.endswith(".gz")}
+    manifest.model_copy(update={"files": files}).write(store, store.uri("one"))
+    with pytest.raises(UserError, match="before listings were kept"):
+        grow(folder, "two", base="one")
+
+
+def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
+    config = CONFIG.model_copy(update={"max_images": 9})
+    grow(folder, "one", config=config)
+    before = decode(store.get_bytes(store.uri("one/pictures.jsonl.gz")))
+    assert compare(before, look(str(folder), store)).to_read == 0
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+files = st.builds(
+    File,
+    name=names,
+    size=st.integers(0, 2**40),
+    stamp=names,
+    fate=st.sampled_from([None, "train", "val", "test", "bad", "unread", "passed over"]),
+    digest=st.text("0123456789abcdef", max_size=32),
+    reason=st.text(max_size=8),
+)
+listings = st.lists(files, unique_by=lambda file: file.name, max_size=6)
+
+
+@given(listings)
+def test_a_listing_comes_back_as_it_was(listed):
+    assert list(decode(encode(listed))) == listed
+    assert encode(listed) == encode(list(listed))
+
+
+@given(listings, listings)
+def test_every_file_is_new_changed_gone_or_the_same(before, now):
+    difference = compare(before, now)
+    known, there = {file.name: file for file in before}, {file.name for file in now}
+    same = {file.name for file in now if file.name in known and known[file.name].is_same(file)}
+    assert {*difference.new} | {*difference.changed} | same == there
+    assert {*difference.gone} == {name for name, file in known.items() if file.split} - there
+    assert compare(now, now).to_read == 0
+
+
+def test_pictures_of_a_prefix_are_told_by_their_content(store, grow, folder, make, tmp_path: Path):
+    for name, data in make.labelled(each=3).items():
+        store.put_bytes(store.uri(f"in/{name}"), data)
+    grow(store.uri("in"), "one")
+    store.put_bytes(store.uri("in/class0/0.png"), make.file(0))  # the same again
+    store.put_bytes(store.uri("in/class0/1.png"), make.file(12345))
+    store.put_bytes(store.uri("in/class0/9.png"), make.file(9))
+    store.remove(store.uri("in/class2/2.png"))
+    before = decode(store.get_bytes(store.uri("one/pictures.jsonl.gz")))
+    difference = compare(before, look(store.uri("in"), store))
+    assert difference.new == ["class0/9.png"] and difference.changed == ["class0/1.png"]
+    assert difference.gone == ["class2/2.png"]
+    manifest, read = grow(store.uri("in"), "two", base="one")
+    assert read == ["class0/1.png", "class0/9.png"] and manifest.samples == 9
+    dataset = ShardDataset(store, store.uri("two"), "train", tmp_path / "cache")
+    assert np.isfinite(dataset.image(0)).all()
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar"])
+def test_an_archive_grows_too(store, grow, folder, make, tmp_path: Path, ending):
+    def pack(name):
+        return shutil.make_archive(str(tmp_path / name), ending, folder)
+
+    grow(pack("first"), "one")
+    make.folder(folder, {"class1/new.png": make.file(321)})
+    changed = folder / "class0" / "0.png"
+    size = changed.stat().st_size
+    other = next(data for seed in range(600, 700) if len(data := make.file(seed)) <= size)
+    changed.write_bytes(other.ljust(size, b"\0"))  # as many bytes as before
+    os.utime(changed, (1e9, 1e9))
+    manifest, read = grow(pack("second"), "two", base="one")
+    assert read == ["class0/0.png", "class1/new.png"] and manifest.samples == 19
