@@ -1,0 +1,66 @@
+"""The table of rights in docs/security.md: the rights that are given, no others, and the code that needs each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from esvit_core.storage.roles import ROLES
+
+Object = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+SECURITY = ROOT / "docs" / "security.md"
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table whose head begins with a word."""
+    table = SECURITY.read_text(encoding="utf-8").partition(f"| {heading} |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+
+
+def given(objects: list[Object]) -> set[tuple[str, str]]:
+    """Verb and resource of every right, as the table writes them."""
+    found = set()
+    for role in (thing for thing in objects if thing["kind"] == "Role"):
+        for rule in role["rules"]:
+            for group in rule["apiGroups"]:
+                for resource in rule["resources"]:
+                    full = f"`{resource}.{group}`" if group else f"`{resource}`"
+                    names = "".join(f" `{name}`" for name in rule.get("resourceNames", []))
+                    found |= {(f"`{verb}`", full + names) for verb in rule["verbs"]}
+    return found
+
+
+def test_the_table_has_every_right_once(rendered: dict[str, list[Object]]) -> None:
+    table = [(verb, resource) for verb, resource, *_ in rows("verb")]
+    assert len(table) == len(set(table))
+    assert set(table) == set().union(*(given(objects) for objects in rendered.values()))
+
+
+def test_the_line_that_needs_a_right_asks_for_it() -> None:
+    ours = 0
+    for verb, resource, _, asked_by in rows("verb"):
+        if not (place := re.fullmatch(r"\[\S+:(\d+)\]\(\.\./(\S+)#L(\d+)\) `(.+)`", asked_by)):
+            assert re.match(r"(KFP|Argo Workflows) [\d.]+, `\S+\.go`$", asked_by), (verb, resource)
+            continue
+        said, file, line, call = place.groups()
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        now = [number for number, text in enumerate(lines, 1) if call in text]
+        assert said == line and now == [int(line)], f"{verb} {resource}: {call} is in line {now} of {file}"
+        asked = {"get": ("get_", "read_")}.get(verb.strip("`"), (verb.strip("`") + "_",))
+        assert call.startswith(asked), f"{verb} {resource}: {call} asks for something else"
+        ours += 1
+    assert ours
+
+
+def test_every_call_of_the_kubernetes_api_is_in_the_table() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "esvit_core").rglob("*.py"))
+    calls = set(re.findall(r"\.((?:create|get|delete|patch|list|read|replace)_(?:namespaced|cluster)_\w+\()", code))
+    assert calls == {row[3].rpartition(") ")[2].strip("`") for row in rows("verb") if "](" in row[3]}
+
+
+def test_the_keys_of_the_store_are_those_of_the_code() -> None:
+    table = {name.strip("`"): re.findall(r"`([^`]+)`", writes) for name, _, writes in rows("key")}
+    assert table.pop("admin") == []
+    assert table == {name: list(role.writes) for name, role in ROLES.items()}
