@@ -18,7 +18,7 @@ class LaunchConfig(Section):
     """How the pre-training step starts its processes; no part of what determines a run.
 
     ``local``: inside the step, one process per GPU. ``volcano`` and ``trainjob``: in a job of as many pods as there
-    are nodes, through Volcano's scheduler or the Kubeflow Trainer.
+    are nodes, through Volcano or the Kubeflow Trainer. ``queue`` and ``ttl_minutes`` are Volcano's only.
     """
 
     scheduler: Literal["local", "volcano", "trainjob"] = "local"

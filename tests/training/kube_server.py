@@ -30,7 +30,7 @@ class Stage:
     """What the cluster looks like between one look at the job and the next.
 
     Attributes:
-        phase: of the job: a key of ``recorded/jobs.json``.
+        phase: of the job: a key of ``recorded/jobs.json``, or of ``recorded/trainjobs.json``.
         pods: keys of ``recorded/pods.json``, by node.
         group: key of ``recorded/podgroups.json``.
         events: key of ``recorded/events.json``.
@@ -45,6 +45,9 @@ class Stage:
 class KubeServer:
     """The API of one cluster, with a script of what happens to the one job.
 
+    Args:
+        kind: of the job: ``jobs`` are Volcano's, ``trainjobs`` the Trainer's.
+
     Attributes:
         script: stages; each look at the job leads to the next, and the last one stays.
         log: of the first pod.
@@ -56,7 +59,8 @@ class KubeServer:
         lag: seconds that deleted pods live on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "jobs") -> None:
+        self.kind = kind
         self.script: list[Stage] = [Stage("Pending")]
         self.log: list[str] = []
         self.requests: list[tuple[str, str, Any]] = []
@@ -124,8 +128,10 @@ class KubeServer:
         if self.failing.get((request.command, plural), 0) > 0:
             self.failing[request.command, plural] -= 1
             return _send(request, 500, _status(500, "etcdserver: request timed out"))
-        if custom and plural == "jobs":
+        if custom and plural == self.kind:
             return self._job(request, custom["name"], body)
+        if custom and request.command == "POST":
+            return _send(request, 201, body)
         if custom:
             groups = recorded("podgroups")
             return _send(request, 200, groups[self.now.group if self.now else "scheduled"])
@@ -138,13 +144,13 @@ class KubeServer:
     def _job(self, request: BaseHTTPRequestHandler, name: str | None, body: Any) -> None:
         if request.command == "POST":
             if body["metadata"]["name"] in self.jobs:
-                return _send(request, 409, _status(409, f'jobs "{body["metadata"]["name"]}" already exists'))
+                return _send(request, 409, _status(409, f'{self.kind} "{body["metadata"]["name"]}" already exists'))
             self.put(body, self.script[0].phase)
             self.now = None
             return _send(request, 201, self.jobs[body["metadata"]["name"]])
         assert name
         if name not in self.jobs:
-            return _send(request, 404, _status(404, f'jobs.batch.volcano.sh "{name}" not found'))
+            return _send(request, 404, _status(404, f'{self.kind} "{name}" not found'))
         job = self.jobs[name]
         if request.command == "DELETE":
             del self.jobs[name]
@@ -156,7 +162,7 @@ class KubeServer:
         self.looks += 1
         self.at.get(self.looks, int)()
         self.now = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        return _send(request, 200, job | {"status": recorded("jobs")[self.now.phase]})
+        return _send(request, 200, job | {"status": recorded(self.kind)[self.now.phase]})
 
     def _pods(self) -> list[dict[str, Any]]:
         if not self.now or (not self.jobs and time.monotonic() > self._gone_at):
@@ -164,7 +170,8 @@ class KubeServer:
         pods, name = [], next(iter(self.jobs), "gone")
         for node, kind in self.now.pods.items():
             pod = recorded("pods")[kind]
-            metadata = {**pod["metadata"], "name": f"{name}-training-{node}-0", "uid": f"{name}-{node}-{kind}"}
+            names = {"jobs": f"{name}-training-{node}-0", "trainjobs": f"{name}-node-0-{node}-{kind[:5]}"}
+            metadata = {**pod["metadata"], "name": names[self.kind], "uid": f"{name}-{node}-{kind}"}
             pods.append({"spec": {"containers": [{"name": "training-0"}]}, **pod, "metadata": metadata})
         return pods
 

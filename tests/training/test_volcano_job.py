@@ -149,11 +149,11 @@ def test_a_run_has_one_name_and_other_runs_have_others() -> None:
     ],
 )
 def test_states_of_volcano(phase: str, state: State) -> None:
-    assert Volcano().state({"status": {"state": {"phase": phase}}}) is state
+    assert Volcano().state({"status": {"state": {"phase": phase}}}, []) is state
 
 
 def test_a_job_that_nobody_has_looked_at_waits() -> None:
-    assert Volcano().state({"metadata": {}}) is State.WAITING
+    assert Volcano().state({"metadata": {}}, []) is State.WAITING
 
 
 @pytest.mark.parametrize(

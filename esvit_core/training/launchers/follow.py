@@ -14,6 +14,7 @@ from esvit_core.training.launchers.failures import Failures
 from esvit_core.training.launchers.kube import Cluster, Kind, State, UnreachableError
 from esvit_core.training.launchers.log_relay import REATTACH_SECONDS, LogRelay
 from esvit_core.training.launchers.pods import GRACE_SECONDS, RUN_ANNOTATION, job_name
+from esvit_core.training.launchers.train_job import TrainJob
 from esvit_core.training.launchers.volcano import Volcano
 from esvit_core.training.outcome import Outcome, conclude
 from esvit_core.training.summary import read_summary
@@ -31,7 +32,7 @@ class Backend(Protocol):
     def objects(self, run_uri: str, config: Config, owner: dict[str, Any] | None) -> list[tuple[Kind, dict[str, Any]]]:
         """What is created, the job last."""
 
-    def state(self, job: dict[str, Any]) -> State: ...
+    def state(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> State: ...
 
     def says(self, job: dict[str, Any]) -> str:
         """The state in the API's own words."""
@@ -42,7 +43,7 @@ class Backend(Protocol):
     def first_pod(self, pods: list[dict[str, Any]]) -> dict[str, Any] | None:
         """That of rank 0."""
 
-    def why_waiting(self, cluster: Cluster, job: dict[str, Any]) -> str:
+    def why_waiting(self, cluster: Cluster, job: dict[str, Any], pods: list[dict[str, Any]]) -> str:
         """In one line; empty when nobody says."""
 
 
@@ -74,7 +75,7 @@ def launch_on_cluster(store: ObjectStore, run_uri: str, config: Config) -> None:
 
 def backend(config: Config) -> Backend:
     """The one that the configuration names."""
-    return Volcano()
+    return TrainJob() if config.launch.scheduler == "trainjob" else Volcano()
 
 
 class Follower:
@@ -156,11 +157,12 @@ class Follower:
             raise UserError(
                 f"launch: the {self._title} is of another run, {other}; delete it, or name this run otherwise"
             )
-        state = self._backend.state(job)
+        pods = self._cluster.pods(self._backend.selector(self._name))
+        state = self._backend.state(job, pods)
         if metadata.get("deletionTimestamp"):
             self._say("begin", f"waiting for the earlier {self._title} to go")
         elif state.ended:
-            self._failures.observe(self._cluster.pods(self._backend.selector(self._name)))
+            self._failures.observe(pods)
             why = "" if state is State.SUCCEEDED else f": {self._failures.outcome(self._backend.says(job)).reason}"
             self._failures = Failures()
             self._say("begin", f"the earlier {self._title} has {state.value}{why}; another goes on where it was")
@@ -184,7 +186,7 @@ class Follower:
                 "the same command again goes on from the last checkpoint"
             )
         pods = self._cluster.pods(self._backend.selector(self._name))
-        state = self._backend.state(job)
+        state = self._backend.state(job, pods)
         log.follow(self._backend.first_pod(pods))
         running = sum(pod.get("status", {}).get("phase") == "Running" for pod in pods)
         for failure in self._failures.observe(pods):
@@ -221,7 +223,7 @@ class Follower:
         now = time.monotonic()
         self._waiting_since = self._waiting_since or now
         try:
-            why = _stuck(pods) or self._backend.why_waiting(self._cluster, job)
+            why = _stuck(pods) or self._backend.why_waiting(self._cluster, job, pods)
         except UserError as error:  # a right that is missing for the reason only
             why = str(error)
         self._say("state", f"the {self._title}: waiting{': ' * bool(why)}{why}")

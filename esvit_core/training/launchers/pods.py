@@ -45,7 +45,30 @@ def labels(run_uri: str) -> dict[str, str]:
     return {"app.kubernetes.io/name": "esvit", "app.kubernetes.io/component": "trainer", RUN_LABEL: value}
 
 
-def agent_command(torchrun: str, *, endpoint: str, address: str, job: str, restarts: int) -> list[str]:
+def training_app(run_uri: str, config: Config) -> Any:
+    """The training as torchx describes it (``dist.ddp``), for whichever scheduler."""
+    from torchx.components.dist import ddp
+
+    launch = config.launch
+    return ddp(
+        "--run-uri",
+        run_uri,
+        m=MODULE,
+        name=f"esvit/{job_name(run_uri)}",
+        image=launch.image or config.cluster.image,
+        j=f"{launch.fewest_nodes}:{launch.nodes}x{launch.processes}",
+        tee=0,
+    )
+
+
+def torchrun(run_uri: str, config: Config) -> str:
+    """The command of torchx's description: ``torchrun ... -m esvit_core.training ...``, for a shell."""
+    return str(training_app(run_uri, config).roles[0].args[-1])
+
+
+def agent_command(
+    torchrun: str, *, endpoint: str, address: str, job: str, restarts: int, join_seconds: int | None = None
+) -> list[str]:
     """The command of a pod: our agent with the arguments that torchx gives torchrun.
 
     torchx lets a shell find the first node from a variable, and falls back on ``localhost``, where a node whose
@@ -58,11 +81,14 @@ def agent_command(torchrun: str, *, endpoint: str, address: str, job: str, resta
             Ranks follow the order of the addresses, so that the first node has rank 0.
         job: name of the rendezvous.
         restarts: how often the agent starts its processes anew after a failure.
+        join_seconds: how long it waits for the others; None: ten minutes, as torchrun does.
     """
     arguments = shlex.split(torchrun)[1:]
     for option, value in (("--rdzv_endpoint", f"{endpoint}:{RENDEZVOUS_PORT}"), ("--rdzv_id", job)):
         arguments[arguments.index(option) + 1] = value
     own = ["--local_addr", address, "--max_restarts", str(restarts)]
+    if join_seconds is not None:
+        own += ["--rdzv_conf", f"join_timeout={join_seconds}"]
     return ["python", "-m", f"{MODULE}.agent", *own, *arguments]
 
 

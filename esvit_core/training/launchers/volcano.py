@@ -12,12 +12,12 @@ from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE
 from esvit_core.training.launchers.kube import Cluster, Kind, State
 from esvit_core.training.launchers.pods import (
-    MODULE,
     RUN_ANNOTATION,
     agent_command,
     complete_pod,
     job_name,
     labels,
+    training_app,
 )
 
 KIND = Kind("batch.volcano.sh", "v1alpha1", "jobs", "Volcano job", "Volcano 1.11 or newer")
@@ -97,7 +97,7 @@ class Volcano:
         """What is created, the job last."""
         return [(KIND, volcano_job(run_uri, config, owner))]
 
-    def state(self, job: dict[str, Any]) -> State:
+    def state(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> State:
         """A job that the controller has not looked at yet waits, and so does one in a state that is not known here."""
         return PHASES.get(_state(job).get("phase", ""), State.WAITING)
 
@@ -114,7 +114,7 @@ class Volcano:
         """That of rank 0, if it is there."""
         return next((pod for pod in pods if pod["metadata"]["name"].endswith("-training-0-0")), None)
 
-    def why_waiting(self, cluster: Cluster, job: dict[str, Any]) -> str:
+    def why_waiting(self, cluster: Cluster, job: dict[str, Any], pods: list[dict[str, Any]]) -> str:
         """What Volcano's scheduler says of the job's pod group, and what it and others have said of it and the job."""
         metadata = job["metadata"]
         group = f"{metadata['name']}-{metadata['uid']}"
@@ -140,19 +140,9 @@ def _state(job: dict[str, Any]) -> dict[str, Any]:
 
 def _dry_run(run_uri: str, config: Config) -> dict[str, Any]:
     """torchx's request as a plain dictionary."""
-    from torchx.components.dist import ddp
     from torchx.schedulers.kubernetes_scheduler import create_scheduler, sanitize_for_serialization
 
     launch = config.launch
-    app = ddp(
-        "--run-uri",
-        run_uri,
-        m=MODULE,
-        name=f"esvit/{job_name(run_uri)}",
-        image=launch.image or config.cluster.image,
-        j=f"{launch.fewest_nodes}:{launch.nodes}x{launch.processes}",
-        tee=0,
-    )
     options = {"queue": launch.queue, "priority_class": launch.priority_class}
-    request = create_scheduler("esvit").submit_dryrun(app, options).request
+    request = create_scheduler("esvit").submit_dryrun(training_app(run_uri, config), options).request
     return {"resource": sanitize_for_serialization(request.resource)}
