@@ -61,7 +61,7 @@ def note(store: ObjectStore, run_uri: str, kind: Kind, **what: Any) -> Entry:
         StoreError: it could not be written.
     """
     entry = Entry(kind, time.time(), socket.gethostname(), **what)
-    when = f"{time.strftime(_TIME, time.gmtime(entry.time))}.{int(entry.time * 1000) % 1000:03}Z"
+    when = _written(entry.time)
     # The mark keeps two machines from writing the same object in the same millisecond.
     name = f"{when}-{uuid.uuid4().hex[:6]}-{kind}.json"
     store.put_json(join_uri(run_uri, JOURNAL, name), entry.as_json())
@@ -73,11 +73,21 @@ def starts(store: ObjectStore, run_uri: str) -> int:
     return sum(kind == "started" for kind, _ in _objects(store, run_uri))
 
 
+def failed_since(store: ObjectStore, run_uri: str, when: float) -> bool:
+    """Whether a failure has been noted at or after a time (seconds since 1970), by the listing."""
+    return any(kind == "failed" and uri.rpartition("/")[2] >= _written(when) for kind, uri in _objects(store, run_uri))
+
+
 def read_journal(store: ObjectStore, run_uri: str) -> list[Entry]:
     """The entries of a run in the order of their times."""
     known = {field.name for field in fields(Entry)}
     found = (store.get_json(uri) for _, uri in _objects(store, run_uri))
     return [Entry(**{name: value for name, value in entry.items() if name in known}) for entry in found]
+
+
+def _written(when: float) -> str:
+    """A time as the names of the objects begin with it."""
+    return f"{time.strftime(_TIME, time.gmtime(when))}.{int(when * 1000) % 1000:03}Z"
 
 
 def _objects(store: ObjectStore, run_uri: str) -> list[tuple[str, str]]:

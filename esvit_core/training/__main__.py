@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
@@ -27,6 +28,7 @@ from esvit_core.training.stop import StopRequest, end_with, leave_process_id
 
 def main() -> int:
     """Train; the exit code."""
+    began = time.time()
     stop = StopRequest()
     stop.listen()  # before anything that takes time
     if agent := os.environ.get(AGENT_VARIABLE):
@@ -41,10 +43,13 @@ def main() -> int:
         "--run", "--run-uri", required=True, help="s3://bucket/runs/<id>; its config.yaml and data/ must be there"
     )
     run_uri: str = parser.parse_args().run
-    if int(os.environ.get("RANK", 0)) > 0:
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # the first process speaks for all  # noqa: SIM115
 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from esvit_core.training.outcome import note_own_failure
 
     errors = get_error_handler()
     errors.initialize()
@@ -54,11 +59,15 @@ def main() -> int:
         return carry_out(run_uri, stop)
     except UserError as error:
         errors.record_exception(error)
-        if int(os.environ.get("RANK", 0)) == 0 and not agent:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not agent:
+            if rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            note_own_failure(run_uri, error, rank, began)
         return USER_ERROR_EXIT_CODE
     except Exception as error:
         errors.record_exception(error)
+        if not agent:
+            note_own_failure(run_uri, error, rank, began)
         raise
 
 

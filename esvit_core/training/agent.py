@@ -71,9 +71,10 @@ def _with_host(options: Any) -> Any:
 
     torch would find out by resolving names, which a pod's may not be when it starts.
     """
-    if options.local_addr and options.rdzv_backend == "c10d" and not options.rdzv_conf:
+    if options.local_addr and options.rdzv_backend == "c10d" and "store_type" not in options.rdzv_conf:
         host = options.rdzv_endpoint.rpartition(":")[0]
-        options.rdzv_conf = f"is_host={int(host == options.local_addr)}"
+        own = f"is_host={int(host == options.local_addr)}"
+        options.rdzv_conf = f"{options.rdzv_conf},{own}" if options.rdzv_conf else own
     return options
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 from esvit_core.errors import UserError
-from esvit_core.monitoring.journal import note
+from esvit_core.monitoring.journal import failed_since, note
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.training.summary import LATEST
+
+ECHO_SECONDS = 2.0
 
 
 @dataclass
@@ -44,6 +47,30 @@ def _note_failure(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
     impatient = ObjectStore(store.address, RetryPolicy(attempts=3))
     with contextlib.suppress(UserError):
         note(impatient, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
+
+
+def note_own_failure(run_uri: str, error: BaseException, rank: int, began: float) -> None:
+    """Leave the reason in the journal, in a process that nobody launched who would do it: under plain torchrun.
+
+    One of the processes does. Those that have merely lost another wait a little: it may have a reason.
+
+    Args:
+        run_uri: ``s3://bucket/runs/<id>``.
+        error: what this process ends with.
+        rank: of this process.
+        began: when it did, seconds since 1970; a failure noted since then is the same one.
+    """
+    from torch.distributed import DistError
+
+    lost = isinstance(error, DistError) or "peer" in str(error)
+    time.sleep(ECHO_SECONDS * lost + min(1.0, 0.05 * rank))
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = isinstance(error, UserError)
+    outcome = Outcome(reason=text if known else f"process {rank}: {type(error).__name__}: {text}", rank=rank)
+    with contextlib.suppress(UserError):
+        store = ObjectStore.from_env()
+        if not failed_since(ObjectStore(store.address, RetryPolicy(attempts=3)), run_uri, began):
+            _note_failure(store, run_uri, outcome)
 
 
 def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:

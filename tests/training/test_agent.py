@@ -1,15 +1,26 @@
-"""Which of several failures is the reason."""
+"""Which of several failures is the reason, and where it is left; who keeps the rendezvous."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from esvit_core.training.agent import first_failure
+from esvit_core.errors import UserError
+from esvit_core.monitoring.journal import note, read_journal
+from esvit_core.training import outcome
+from esvit_core.training.agent import _with_host, first_failure
+from esvit_core.training.outcome import note_own_failure
 from esvit_core.training.stop import STOPPED_EXIT_CODE
 
 
@@ -46,3 +57,55 @@ def test_an_exception_comes_before_a_process_that_the_agent_ended(tmp_path: Path
 def test_a_stop_on_request_is_no_failure_of_a_process(tmp_path: Path) -> None:
     assert reason(failure(tmp_path, 0, STOPPED_EXIT_CODE)) == "stopped from outside by a signal"
     assert reason(failure(tmp_path, 1, 134)) == "process 1 ended with exit code 134 and without a reason"
+
+
+@pytest.mark.parametrize(
+    "conf, address, expected",
+    [
+        ("", "first", "is_host=1"),
+        ("", "second", "is_host=0"),
+        ("join_timeout=60", "first", "join_timeout=60,is_host=1"),
+        ("store_type=file", "first", "store_type=file"),  # nobody keeps it: it is a file
+        ("", "", ""),  # torch finds out by itself
+    ],
+)
+def test_the_node_of_the_endpoint_keeps_the_rendezvous(conf: str, address: str, expected: str) -> None:
+    options = Namespace(local_addr=address, rdzv_backend="c10d", rdzv_endpoint="first:29500", rdzv_conf=conf)
+    assert _with_host(options).rdzv_conf == expected
+
+
+def test_under_plain_torchrun_one_process_leaves_the_reason(micro_run: Callable[..., Any]) -> None:
+    run = micro_run("lost-shard")
+    for stat in list(run.store.list(f"{run.uri}/data")):
+        if stat.uri.endswith(".tar"):
+            run.store.remove(stat.uri)
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "esvit_core.training",
+        "--run-uri",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, run.uri], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode != 0
+    (entry,) = [entry for entry in read_journal(run.store, run.uri) if entry.kind == "failed"]
+    assert "shard" in entry.reason and f"error: {entry.reason}" in done.stderr
+
+
+def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "ECHO_SECONDS", 0.0)
+    uri, began = store_env.uri("runs/a"), time.time()
+    note(store_env, uri, "failed", reason="data: expected pictures")
+    note_own_failure(uri, RuntimeError("Connection closed by peer"), 0, began)
+    assert [entry.reason for entry in read_journal(store_env, uri)] == ["data: expected pictures"]
+    note_own_failure(uri, UserError("another time"), 0, time.time() + 1)  # a later start, another failure
+    note_own_failure(uri, ValueError("wrong\nshape"), 3, time.time() + 2)
+    assert [entry.reason for entry in read_journal(store_env, uri)][1:] == [
+        "another time",
+        "process 3: ValueError: wrong shape",
+    ]

@@ -63,7 +63,8 @@ def training_app(run_uri: str, config: Config) -> Any:
 
 def torchrun(run_uri: str, config: Config) -> str:
     """The command of torchx's description: ``torchrun ... -m esvit_core.training ...``, for a shell."""
-    return str(training_app(run_uri, config).roles[0].args[-1])
+    (role,) = training_app(run_uri, config).roles
+    return str(role.args[-1])
 
 
 def agent_command(

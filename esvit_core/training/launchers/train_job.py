@@ -48,13 +48,13 @@ def train_job(
     spec = {"mlPolicy": {"numNodes": config.launch.nodes}, "template": {"spec": _job_set(run_uri, config)}}
     # A runtime that is there already says the same: its name is its content's.
     content = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8]
-    runtime = {
+    runtime: dict[str, Any] = {
         "apiVersion": f"{GROUP}/{RUNTIME.version}",
         "kind": "TrainingRuntime",
         "metadata": {"name": f"{name}-{content}", **metadata},
         "spec": spec,
     }
-    job = {
+    job: dict[str, Any] = {
         "apiVersion": f"{GROUP}/{KIND.version}",
         "kind": "TrainJob",
         "metadata": {"name": name, **metadata},
