@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -108,6 +111,7 @@ class FinishedRun:
         output: what it printed.
         seconds: that it took.
         name: its run id.
+        commands: the command lines of all processes on this machine meanwhile.
     """
 
     folder: Path
@@ -115,6 +119,7 @@ class FinishedRun:
     output: str
     seconds: float
     name: str
+    commands: frozenset[str]
 
     @property
     def out(self) -> Path:
@@ -156,6 +161,25 @@ def micro_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextmanager
+def command_lines() -> Iterator[set[str]]:
+    """The command lines of all processes while this goes on, as everybody on the machine can read them."""
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            seen.update(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """`esvit run` on labelled pictures with one transfer set, in a folder with a space in its name."""
@@ -165,10 +189,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     (folder / "micro.yaml").write_text(MICRO_RECIPE, encoding="utf-8")
     arguments = ("run", "--data", "pictures", "--recipe", "micro.yaml", "--transfer", "marks=marks.zip", "--out", "out")
     start = time.monotonic()
-    done = run_esvit(*arguments, cwd=folder)
+    with command_lines() as commands:
+        done = run_esvit(*arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (here,) = folder.glob("out/micro-*")
-    return FinishedRun(folder, arguments, done.stdout, time.monotonic() - start, here.name)
+    return FinishedRun(folder, arguments, done.stdout, time.monotonic() - start, here.name, frozenset(commands))
 
 
 @pytest.fixture(scope="session")
