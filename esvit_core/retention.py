@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import yaml
 
 from esvit_core.data.manifest import MANIFEST
-from esvit_core.runs import CONFIG, run_uri
+from esvit_core.runs import CLAIMS, CONFIG, run_uri
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
 
@@ -99,14 +100,20 @@ def remove_run(store: ObjectStore, run: StoredRun) -> bool:
 
 
 def named_by_pointers(store: ObjectStore, bucket: str) -> dict[str, str]:
-    """The runs that pointers and their histories name: the run's address, and the pointer's name."""
+    """The runs that pointers and their histories name: the run's address, and the pointer's name.
+
+    So does the claim of a retraining: the next one compares the source with what that one took.
+    """
     root = f"s3://{bucket}/runs/"
     named = {}
-    for stat in store.list(join_uri(f"s3://{bucket}", POINTERS)):
+    place = f"s3://{bucket}/"
+    for stat in chain(store.list(place + POINTERS), store.list(place + CLAIMS)):
         pointer = store.read_pointer(stat.uri)
         for text in _texts(pointer.value if pointer else None):
             if text.startswith(root):
-                named[root + text.removeprefix(root).partition("/")[0]] = stat.uri.rsplit("/", 1)[-1]
+                named[root + text.removeprefix(root).partition("/")[0]] = stat.uri.removeprefix(place).removeprefix(
+                    f"{POINTERS}/"
+                )
     return named
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from esvit_core.config import Config, TransferSet, valid_keys
+from esvit_core.config import NO_PART_OF_A_RUN, Config, TransferSet, valid_keys
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import override
 from esvit_core.storage import ObjectStore, join_uri
@@ -26,6 +26,7 @@ CONFIG = "config.yaml"
 PLACE = "place"  # a pointer: where the run is computed may change from one start to the next
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
 RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
+CLAIMS = "claims"  # folder beside the runs: for each champion, who is at its retraining
 _REMOTE = ("s3://", "minio://", "gs://")
 
 
@@ -79,8 +80,9 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
     """The name of the run that ``config`` describes on this data.
 
     Args:
-        config: the resolved configuration. Where it is to run (the cluster section), where the transfer sets and the
-            weights to start from lie do not count; what is in them does.
+        config: the resolved configuration. Where it is to run (the cluster section), when there is reason to (the
+            retrain section), where the transfer sets and the weights to start from lie do not count; what is in them
+            does.
         fingerprint: of the pictures, see :func:`esvit_core.data.manifest.source_fingerprint`.
         transfer_fingerprints: the same of the transfer sets, by name.
     """
@@ -233,7 +235,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _difference(there: Config, here: Config) -> str:
-    """The first setting that differs, in words; where the run computes and where transfer sets lie do not count."""
+    """The first setting that differs, in words; what is no part of a run does not count, nor where transfer sets lie."""
 
     def differs(a: Any, b: Any, key: str) -> str:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -241,7 +243,7 @@ def _difference(there: Config, here: Config) -> str:
         return "" if a == b else f"{key}: {a} there, {b} here"
 
     def counted(config: Config) -> dict[str, Any]:
-        values = config.model_dump(mode="json", exclude={"cluster", "launch"})
+        values = config.model_dump(mode="json", exclude=NO_PART_OF_A_RUN)
         for transfer_set in values["evaluation"]["transfer"]:
             del transfer_set["source"]
         if values["init"]["sha256"]:

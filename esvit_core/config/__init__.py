@@ -22,6 +22,7 @@ from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
 from esvit_core.config.launch import LaunchConfig
 from esvit_core.config.promotion import PromotionConfig
+from esvit_core.config.promotion import RetrainConfig as RetrainConfig
 from esvit_core.config.section import Section
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
@@ -261,6 +262,10 @@ class EvaluationConfig(Section):
         return self
 
 
+#: Sections that say where and when a run computes, not what.
+NO_PART_OF_A_RUN = {"cluster", "launch", "retrain"}
+
+
 class Config(Section):
     """Everything that determines a run."""
 
@@ -279,6 +284,7 @@ class Config(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
+    retrain: RetrainConfig = RetrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     launch: LaunchConfig = LaunchConfig()
 
@@ -337,8 +343,8 @@ class Config(Section):
         return cls.from_mapping(parse_yaml(text, origin), origin)
 
     def digest(self) -> str:
-        """SHA-256 of the resolved tree, hexadecimal, without ``cluster`` and ``launch``: where a run computes is not what."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude={"cluster", "launch"}), sort_keys=True)
+        """SHA-256 of the resolved tree, hexadecimal, without :data:`NO_PART_OF_A_RUN`."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude=NO_PART_OF_A_RUN), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

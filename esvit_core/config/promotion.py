@@ -18,3 +18,23 @@ class PromotionConfig(Section):
         2.0, ge=0, description="Percentage points that no transfer set may lose against the champion; null: any."
     )
     pointer: str = Field("champion", pattern=POINTER_PATTERN)
+
+
+class RetrainConfig(Section):
+    """When a retraining has reason to begin, and how it goes on from the champion; no part of a run's identity."""
+
+    min_new_images: int = Field(
+        100, gt=0, description="Fewer new or changed pictures than this are left for another time."
+    )
+    max_gone_fraction: float = Field(
+        0.5, ge=0, le=1, description="More earlier pictures gone from the source than this share is an error."
+    )
+    epochs_scale: float = Field(
+        0.1, gt=0, le=1, description="Factor of training.epochs in a run that goes on from a champion."
+    )
+    lr_scale: float = Field(
+        0.1, gt=0, le=1, description="Factor of optimizer.lr in a run that goes on from a champion."
+    )
+    claim_hours: float = Field(
+        6.0, ge=0, description="Hours without a sign of life after which a retraining may be taken over by another."
+    )

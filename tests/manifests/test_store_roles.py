@@ -46,6 +46,11 @@ OBJECTS = (
     "runs/a/report/index.html",
     "runs/a/promotion.json",
     "runs/a/measured.json",
+    "runs/a/place",
+    "runs/a/retrain.json",
+    "runs/a/retrain/pictures.jsonl.gz",
+    "runs/a/evaluation/champion-b.json",
+    "claims/champion",
     "pointers/champion",
     "elsewhere",
 )
@@ -149,6 +154,7 @@ def test_the_boundaries_that_matter() -> None:
     assert not may_write("evaluate", "runs/a/data/shards/train-00000.tar")
     assert not may_write("evaluate", "runs/a/backbone/manifest.json")
     assert [role for role in ROLES if may_write(role, "pointers/champion")] == ["publish"]
+    assert [role for role in ROLES if may_write(role, "claims/champion")] == ["prepare"]
     assert [role for role in ROLES if may_write(role, "runs/a/config.yaml")] == ["prepare", "publish", "prune"]
     assert not any(may_write("read", key) for key in OBJECTS)
 

@@ -21,11 +21,13 @@ def prepare_transfer(run_uri: str, set_name: str, dataset: dsl.Output[dsl.Datase
 
     with step(f"prepare {set_name}"):
         from esvit_core.data.prepare import prepare
+        from esvit_core.retraining.data import earlier_set
         from esvit_core.runs import open_run, point_to
 
         run = open_run(run_uri)
         place = run.at("transfer", set_name)
         # The limit on the number of pictures is meant for the pictures that the network is trained on.
         limits = run.config.data.model_copy(update={"max_images": None})
-        manifest = prepare(run.transfer_set(set_name).source, run.store, place, limits, run.config.seed)
+        base = earlier_set(run, set_name, limits)
+        manifest = prepare(run.transfer_set(set_name).source, run.store, place, limits, base=base)
         point_to(dataset, place, **manifest.summary())

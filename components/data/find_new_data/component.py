@@ -1,0 +1,46 @@
+from typing import NamedTuple
+
+from kfp import dsl
+
+from esvit_components.image import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
+def find_new_data(
+    source: str,
+    configuration: dict,
+    owner: str,
+    found: dsl.Output[dsl.Artifact],
+    settings: str = "",
+) -> NamedTuple("Outputs", [("run_uri", str), ("nothing", bool), ("told", str)]):
+    """Compare the pictures of a source with what earlier retrainings have taken, and begin or go on with a retraining.
+
+    With fewer new pictures than retrain.min_new_images there is nothing to do: the run is then the last one, which is
+    finished, and every later step finds its work done. Of two at once one goes on; the other ends and says who has it.
+
+    Args:
+        source: Folder, tar, zip, or s3://bucket/prefix; with one folder a class where there are labels.
+        configuration: The whole configuration, as `esvit recipe show` prints it.
+        owner: Who asks, such as the id of KFP's run; the same owner may begin again.
+        settings: What to change in the configuration, such as retrain.min_new_images=500.
+
+    Returns:
+        found: The counts of new, changed and gone files, and whether there is nothing to do.
+        run_uri: The run to carry out.
+        nothing: Whether there is nothing to do.
+        told: What was found, in a sentence.
+    """
+    from esvit_core.errors import step
+
+    with step("find new data"):
+        import dataclasses
+
+        from esvit_core.retraining.find import find_new
+        from esvit_core.runs import changed, point_to
+        from esvit_core.storage import ObjectStore
+
+        seen = find_new(changed(configuration, settings), source, owner, ObjectStore.from_env())
+        point_to(found, seen.run, **dataclasses.asdict(seen))
+        print(seen.told, flush=True)
+
+    return (seen.run, seen.nothing, seen.told)
