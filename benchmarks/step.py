@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from machine import describe, peak_memory, reset_peak_memory
 from plain_step import PlainObjective, PlainStep
-from step_clock import PARTS, StepClock
 
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.training.allocator import keep_freed_memory
+from esvit_core.training.clock import PARTS, StepClock
 from esvit_core.training.distributed import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.parts import assemble

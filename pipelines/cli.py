@@ -87,6 +87,10 @@ def run(
     transfer: TransferOption = None,
     out: Out = DEFAULT_OUT,
     bucket: BucketOption = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Time the first steps by part and trace them, into profile/ of the run."),
+    ] = False,
 ) -> None:
     """Do the whole job on this machine: prepare, pre-train, measure, report, promote.
 
@@ -96,7 +100,8 @@ def run(
     from esvit_pipelines.attempt import StepError, StoppedError
     from esvit_pipelines.run import run as run_pipeline
 
-    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    asked = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
+    settings = Settings(data, recipe, tuple(asked), tuple(transfer or ()), out, bucket)
     try:
         run_pipeline(settings)
     except (StoppedError, KeyboardInterrupt):

@@ -7,10 +7,10 @@ import torch
 from plain_networks import plainly
 from plain_step import PlainStep
 from step import OurStep, crops_of
-from step_clock import PARTS, StepClock
 
 from esvit_core.config import Config
 from esvit_core.models.registry import create_backbone
+from esvit_core.training.clock import PARTS, StepClock
 from esvit_core.training.parts import seed_step
 from esvit_core.training.schedules import Schedules
 

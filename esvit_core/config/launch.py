@@ -50,6 +50,9 @@ class LaunchConfig(Section):
     pending_minutes: float | None = Field(
         1440.0, gt=0, description="Time that the job may wait for room in the cluster; null: any."
     )
+    profile_steps: int = Field(
+        0, ge=0, description="First steps of a start that are timed part by part and traced, into profile/ of the run."
+    )
     ttl_minutes: float = Field(1440.0, ge=0, description="Time after its end at which Volcano removes the job.")
 
     @property

@@ -87,8 +87,9 @@ def compute_features(
     with torch.inference_mode(), _arithmetic(device, precision), Progress(len(dataset), label=label) as progress:
         for batch in _batches(dataset, transform, batch_size):
             x = batch.to(device, non_blocking=True)  # (B, 3, S, S)
-            views.append(backbone(x).float().cpu().numpy())  # (B, D)
-            last.append(backbone.last_blocks(x, blocks).float().cpu().numpy())  # type: ignore[operator]  # (B, D')
+            view, block = backbone.view_and_last_blocks(x, blocks)  # type: ignore[operator]  # (B, D), (B, D')
+            views.append(view.float().cpu().numpy())
+            last.append(block.float().cpu().numpy())
             progress.update(len(batch))
     empty = np.zeros((0, 0), np.float32)
     return Features(

@@ -360,12 +360,16 @@ class CvT(nn.Module):
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
         """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
+        return self.view_and_last_blocks(x, n)[1]
+
+    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
         outputs = []
         for i, (embed, blocks) in enumerate(self._stages()):
             found = blocks.forward_blocks(embed(x))
             outputs += [self.norm(y) if i == self.num_stages - 1 else y for y in found]
             x = found[-1]
-        return torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)  # (B, D')
+        return self.forward_head(outputs[-1]), torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)
 
     def _before_last_attention(self, x: Tensor) -> tuple[Attention, Tensor]:
         *stages, (last_embed, last_blocks) = self._stages()

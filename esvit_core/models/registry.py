@@ -54,7 +54,7 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
 
     Returns:
         A module with timm's interface (``forward_features``, ``forward_head``, ``num_features`` ...) and EsViT's
-        (``views_and_regions``, ``last_blocks``, ``last_attention``, ``attention_map``).
+        (``views_and_regions``, ``last_blocks``, ``view_and_last_blocks``, ``last_attention``, ``attention_map``).
 
     Raises:
         UserError: no architecture of that name, or sizes that do not go together.

@@ -42,13 +42,17 @@ class ResNet(TimmResNet):
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
         """The linear-probe feature: averages of the last ``n`` residual blocks, concatenated, (B, D')."""
+        return self.view_and_last_blocks(x, n)[1]
+
+    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         outputs = []
         for name in ("layer1", "layer2", "layer3", "layer4"):
             for block in cast(nn.Sequential, getattr(self, name)):
                 x = block(x)
                 outputs.append(x)
-        return torch.cat([y.mean((2, 3)) for y in outputs[-n:]], -1)
+        return self.forward_head(x), torch.cat([y.mean((2, 3)) for y in outputs[-n:]], -1)
 
     def last_attention(self, x: Tensor) -> Tensor:
         """There is none.

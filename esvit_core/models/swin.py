@@ -329,13 +329,17 @@ class SwinTransformer(nn.Module):
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
         """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
+        return self.view_and_last_blocks(x, n)[1]
+
+    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
         outputs = []
         x = self.patch_embed(x)
         for i, stage in enumerate(self._stages()):
             blocks = stage.forward_blocks(x)
             outputs += [self.norm(y) if i == len(self.layers) - 1 else y for y in blocks]
             x = stage.merge(blocks[-1])
-        return torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)  # (B, D')
+        return self.forward_head(outputs[-1]), torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)
 
     def _before_last_attention(self, x: Tensor) -> tuple[WindowAttention, Tensor]:
         x = self.patch_embed(x)

@@ -129,6 +129,10 @@ class TimmBackbone(nn.Module):
             return self._regions(self.forward_features(x)).mean(1)
         return torch.cat([y.mean((2, 3)) for y in maps], -1)
 
+    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+        """View feature (B, D) and linear-probe feature (B, D'), in two passes: timm's maps need not lead to the view."""
+        return self(x), self.last_blocks(x, n)
+
     def last_attention(self, x: Tensor) -> Tensor:
         """Not given by timm's networks.
 

@@ -358,13 +358,17 @@ class VisionLongformer(nn.Module):
 
         Only the last stage is normed.
         """
+        return self.view_and_last_blocks(x, n)[1]
+
+    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
         outputs = []
         for stage, spec in enumerate(self.specs):
             tokens, x = self._forward_stage(stage, x)
             for y in tokens:
                 y = self.norm(y) if stage == len(self.specs) - 1 else y
                 outputs.append(y[:, 0] if spec.global_tokens else y.mean(1))
-        return torch.cat(outputs[-n:], -1)  # (B, D')
+        return self.forward_head(self.norm(x.permute(0, 2, 3, 1))), torch.cat(outputs[-n:], -1)
 
     def last_attention(self, x: Tensor) -> Tensor:
         """Attention of the last block, which must be a full one, (B, heads, N, N)."""

@@ -74,10 +74,15 @@ class VisionTransformer(TimmVisionTransformer):
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
         """The linear-probe feature: normed class tokens of the last ``n`` blocks and the mean of the last patches."""
-        tokens: Any = self.forward_intermediates(
-            x, n, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
-        )
-        return torch.cat([*(prefix[:, 0] for _, prefix in tokens), tokens[-1][0].mean(1)], -1)  # (B, (n + 1) * D)
+        return self.view_and_last_blocks(x, n)[1]  # (B, (n + 1) * D)
+
+    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
+        last: Any
+        tokens: Any
+        last, tokens = self.forward_intermediates(x, n, return_prefix_tokens=True, norm=True, output_fmt="NLC")
+        blocks = torch.cat([*(prefix[:, 0] for _, prefix in tokens), tokens[-1][0].mean(1)], -1)
+        return self.forward_head(last), blocks
 
     def last_attention(self, x: Tensor) -> Tensor:
         """Attention of the last block, (B, heads, 1 + N, 1 + N)."""

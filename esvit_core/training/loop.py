@@ -42,7 +42,8 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
     for batch in parts.batches():
         vote.begin(stop.requested, save=time.monotonic() - saved > 60 * training.checkpoint_minutes)
         at = parts.schedule_values()
-        outputs = training_step(parts, batch, at)
+        with parts.profiler.step():
+            outputs = training_step(parts, batch, at)
         stopped, due = vote.result()
         position.step += 1
         position.images += training.batch_size
@@ -60,6 +61,7 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
         if stopped:
             break
     parts.guard.settle()
+    parts.profiler.close()
     finished = position.step == parts.schedules.steps
     if checkpoints and finished and checkpoints.last_step != position.step:
         watch.flush()

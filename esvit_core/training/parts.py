@@ -28,6 +28,7 @@ from esvit_core.training.nonfinite import NonFiniteGuard
 from esvit_core.training.optimizer import build_optimizer
 from esvit_core.training.position import Position
 from esvit_core.training.precision import Precision, choose_precision
+from esvit_core.training.profiler import Profiler
 from esvit_core.training.schedules import Schedules, ScheduleValues
 from esvit_core.training.trace import Trace
 
@@ -50,6 +51,7 @@ class Parts:
     position: Position
     guard: NonFiniteGuard
     trace: Trace
+    profiler: Profiler
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -150,6 +152,7 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
         position=position,
         guard=NonFiniteGuard(config, world, position, loader.steps_per_epoch, networks, optimizer),
         trace=Trace(world),
+        profiler=Profiler(world.device, student, teacher, objective, optimizer),
     )
 
 

@@ -13,7 +13,7 @@ from esvit_core.monitoring.journal import note, starts
 from esvit_core.monitoring.log import LogWriter, read_log
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress import Progress, format_duration
-from esvit_core.runs import Run, open_run
+from esvit_core.runs import Run, open_run, placed
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.outbox import Outbox
 from esvit_core.training.allocator import keep_freed_memory
@@ -24,6 +24,7 @@ from esvit_core.training.initial import starting_states
 from esvit_core.training.loop import train
 from esvit_core.training.nonfinite import NONFINITE, RollBack
 from esvit_core.training.parts import Parts, build_parts, make_deterministic
+from esvit_core.training.profiler import PROFILE, Profile
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
 from esvit_core.training.watch import Watch
@@ -157,6 +158,8 @@ def _train(
     log = LogWriter(outbox) if outbox else None
     if outbox:
         parts.guard.keep = partial(_keep_nonfinite, outbox, metrics)
+        profile_steps = placed(run.store, run.uri, run.config).launch.profile_steps
+        parts.profiler.begin(profile_steps, partial(_keep_profile, run, outbox))
     steps = parts.schedules.steps
     try:
         while True:
@@ -185,6 +188,15 @@ def _keep_nonfinite(outbox: Outbox, metrics: TrainingMetrics | None, record: dic
     name = f"{NONFINITE}/{record['step']:08d}-{int(record['time'] * 1000)}.json"
     print(f"train: step {record['step']:,} was not finite ({record['action']}): {name}", flush=True)
     outbox.put(name, encode_json(record))
+
+
+def _keep_profile(run: Run, outbox: Outbox, profile: Profile) -> None:
+    outbox.put(f"{PROFILE}/summary.json", encode_json(profile.summary))
+    outbox.put(f"{PROFILE}/trace.json.gz", profile.trace)
+    parts = sorted(profile.summary["seconds_a_step"].items(), key=lambda part: -part[1])
+    total = sum(seconds for _, seconds in parts) or 1.0
+    shares = ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in parts[:4])
+    print(f"train: profile: {1000 * total:,.0f} ms a step, {shares}; {run.at(PROFILE)}", flush=True)
 
 
 def _metrics(run: Run, parts: Parts) -> TrainingMetrics:

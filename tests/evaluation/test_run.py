@@ -12,7 +12,13 @@ from PIL import Image
 from esvit_core.config import Config
 from esvit_core.data.stream import ShardDataset
 from esvit_core.errors import UserError
-from esvit_core.evaluation.features import compute_features, eval_transform, extract_features, load_features
+from esvit_core.evaluation.features import (
+    compute_features,
+    eval_transform,
+    extract_features,
+    features_of,
+    load_features,
+)
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
 from esvit_core.evaluation.linear import evaluate_linear
 from esvit_core.evaluation.pictures import draw_pictures
@@ -61,6 +67,31 @@ def test_features_do_not_depend_on_the_batch(measured_run, bucket, tmp_path, con
     dataset = ShardDataset(bucket, f"{measured_run}/data", "train", tmp_path)
     one, all_at_once = (compute_features(backbone, dataset, eval_transform(config), size) for size in (1, 100))
     assert one.view == pytest.approx(all_at_once.view, abs=1e-5)
+
+
+def test_features_in_bfloat16_point_where_those_in_float32_do(measured_run, bucket, tmp_path, config):
+    backbone = load_backbone(f"{measured_run}/backbone", bucket)
+    dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
+    exact, rounded = (
+        compute_features(backbone, dataset, eval_transform(config), 7, 2, precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    for kind in ("view", "blocks"):
+        a, b = getattr(exact, kind), getattr(rounded, kind)
+        assert b.dtype == np.float32 and not np.array_equal(a, b)
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosine.min() > 0.9995
+
+
+def test_only_a_run_that_asks_for_bfloat16_is_measured_in_it(measured_run, bucket, tmp_path, config):
+    backbone = load_backbone(f"{measured_run}/backbone", bucket)
+    dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
+    views = {}
+    for precision in ("auto", "float32", "bfloat16"):
+        asked = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
+        views[precision] = features_of(backbone, dataset, asked, "features").view
+    assert np.array_equal(views["auto"], views["float32"])
+    assert not np.array_equal(views["auto"], views["bfloat16"])
 
 
 def test_features_come_before_what_needs_them(bucket):

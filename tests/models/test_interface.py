@@ -69,6 +69,14 @@ def test_last_blocks(backbone, micro):
 
 
 @torch.no_grad()
+def test_one_pass_gives_both_features_bit_for_bit(backbone):
+    backbone.eval()
+    view, blocks = backbone.view_and_last_blocks(pictures(), 2)
+    assert torch.equal(view, backbone(pictures()))
+    assert torch.equal(blocks, backbone.last_blocks(pictures(), 2))
+
+
+@torch.no_grad()
 def test_last_attention_is_a_distribution(backbone, micro):
     if micro == "resnet":
         with pytest.raises(ValueError, match="no attention"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from esvit_core.errors import UserError
 from esvit_core.monitoring.log import read_log
 from esvit_core.runs import open_run
+from esvit_core.training.clock import PARTS
 from esvit_core.training.distributed import World
 from esvit_core.training.launch import launch_training
 from esvit_core.training.loop import training_step
@@ -73,6 +75,26 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert train(run) == 0
     assert launch_training(run.uri, run.config) == summary
     assert {stat.uri: stat.etag for stat in run.store.list(run.uri)} == before
+
+
+def test_a_profile_has_the_parts_the_operators_and_a_trace_and_changes_no_number(
+    micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = micro_run("profiled", launch={"profile_steps": 2}, training={"epochs": 2})
+    assert train(run) == 0
+    assert f"{run.uri}/profile" in capsys.readouterr().out
+    summary = run.store.get_json(f"{run.uri}/profile/summary.json")
+    assert summary["steps"] == 2
+    assert set(summary["seconds_a_step"]) == set(PARTS)
+    assert all(seconds > 0 for seconds in summary["seconds_a_step"].values())
+    assert any("mm" in operator["name"] for operator in summary["operators"])
+    trace = json.loads(gzip.decompress(run.store.get_bytes(f"{run.uri}/profile/trace.json.gz")))
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    plain = micro_run("plain", training={"epochs": 2})
+    assert train(plain) == 0
+    assert "profile" not in capsys.readouterr().out
+    weights = [run.store.get_json(f"{uri}/backbone/backbone.json")["weights"] for uri in (run.uri, plain.uri)]
+    assert weights[0]["sha256"] == weights[1]["sha256"]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
