@@ -2,6 +2,9 @@
 
     python benchmarks/step.py --arch swin_tiny_w7 --batch 8
     python benchmarks/step.py --device cuda --batch 128 --rounds 10
+    python benchmarks/step.py --reference ../esvit
+
+With ``--reference`` it is the step of a checkout of the published code itself that ours is compared with.
 
 Each implementation has a process of its own, and they take turns, step by step, while the others sleep; the ratios
 are medians over the rounds, so that other load on the machine falls on all alike. On a machine that is busy with
@@ -21,12 +24,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from machine import describe, peak_memory, reset_peak_memory
 from plain_step import PlainObjective, PlainStep
+from published_step import PublishedStep, load, published_objective
 
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
@@ -65,22 +70,26 @@ class OurStep:
         return training_step(self.parts, batch, at)[0].total.detach()
 
 
-def implementation(name: str) -> tuple[Callable[..., Any], torch.dtype]:
+def make_step(options: argparse.Namespace, config: Config, device: torch.device) -> Any:
     """``ours-bfloat16`` and the like."""
-    who, dtype = name.split("-")
-    makers: dict[str, Callable[..., Any]] = {"ours": OurStep, "plain": PlainStep}
-    return makers[who], getattr(torch, dtype)
+    who, dtype = options.worker.split("-")
+    makers: dict[str, Callable[..., Any]] = {
+        "ours": OurStep,
+        "plain": PlainStep,
+        "published": lambda *args: PublishedStep(*args, options.reference),
+    }
+    return makers[who](config, device, getattr(torch, dtype))
 
 
-def config_of(arguments: argparse.Namespace) -> Config:
+def config_of(options: argparse.Namespace) -> Config:
     return Config.from_mapping(
         {
-            "model": {"arch": arguments.arch, "drop_path": arguments.drop_path},
-            "head": {"out_dim": arguments.prototypes},
-            "augment": {"local_crops": {"size": 96, "number": arguments.local_crops, "scale": (0.05, 0.4)}},
-            "objective": {"region": not arguments.view_only},
+            "model": {"arch": options.arch, "drop_path": options.drop_path},
+            "head": {"out_dim": options.prototypes},
+            "augment": {"local_crops": {"size": 96, "number": options.local_crops, "scale": (0.05, 0.4)}},
+            "objective": {"region": not options.view_only},
             "optimizer": {"freeze_last_layer_epochs": 0},
-            "training": {"batch_size": arguments.batch, "epochs": 100},
+            "training": {"batch_size": options.batch, "epochs": 100},
         }
     )
 
@@ -112,11 +121,20 @@ def outputs_of(config: Config, batch: int, device: torch.device, dtype: torch.dt
     return outputs
 
 
-def objective_of(who: str, config: Config, device: torch.device) -> Callable[..., torch.Tensor]:
+def objective_of(who: str, config: Config, device: torch.device, reference: Path | None) -> Callable[..., torch.Tensor]:
     if who == "plain":
         return PlainObjective(config).to(device)
+    if who == "published":
+        assert reference is not None
+        published = published_objective(load(reference)[2], config).to(device)
+        return lambda student, teacher, _: published(as_published(student), as_published(teacher), 0, None)
     ours = Objective(config.objective, config.head.out_dim).to(device)
     return lambda *outputs: ours(*outputs).total
+
+
+def as_published(output: NetworkOutput) -> tuple[Any, ...]:
+    """View logits, region logits, region features, and the regions of a global and of a local crop."""
+    return output.view_logits, output.region_logits, output.region_features, output.regions_per_crop[::2][:2]
 
 
 def run_objective(objective: Callable[..., torch.Tensor], outputs: list[NetworkOutput]) -> None:
@@ -128,12 +146,12 @@ def run_objective(objective: Callable[..., torch.Tensor], outputs: list[NetworkO
 # One process an implementation
 
 
-def work(arguments: argparse.Namespace) -> None:
+def work(options: argparse.Namespace) -> None:
     """Body of a worker: answers each word on its input with a line of JSON."""
-    who, _ = arguments.worker.split("-")
+    who, _ = options.worker.split("-")
     if who == "ours":  # as a training process does first
         keep_freed_memory()
-    what = ObjectiveWork(who, arguments) if arguments.worker.endswith("-objective") else StepWork(arguments)
+    what = ObjectiveWork(who, options) if options.worker.endswith("-objective") else StepWork(options)
     for line in sys.stdin:
         print(json.dumps(getattr(what, line.strip())()), flush=True)
 
@@ -141,12 +159,11 @@ def work(arguments: argparse.Namespace) -> None:
 class StepWork:
     """Whole steps, steps by parts, and their peak memory."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.config, self.device = config_of(arguments), torch.device(arguments.device)
-        make, dtype = implementation(arguments.worker)
-        self.take_step = make(self.config, self.device, dtype)
-        self.inputs = crops_of(self.config, arguments.batch), Schedules(self.config, 1).at(20)
-        self.now = CLOCKS[arguments.clock]
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.config, self.device = config_of(options), torch.device(options.device)
+        self.take_step = make_step(options, self.config, self.device)
+        self.inputs = crops_of(self.config, options.batch), Schedules(self.config, 1).at(20)
+        self.now = CLOCKS[options.clock]
 
     def run(self) -> float:
         start = self._wait()
@@ -155,6 +172,8 @@ class StepWork:
 
     def parts(self) -> dict[str, float]:
         clock, step = StepClock(self.device, self.now), self.take_step
+        if not hasattr(step.student, "backbone"):  # the published network has no such parts
+            return {}
         with clock.attached(step.student, step.teacher, step.objective, step.optimizer), clock.step():
             step(*self.inputs)
         return clock.seconds
@@ -173,11 +192,11 @@ class StepWork:
 class ObjectiveWork:
     """The objective alone, forward and backward."""
 
-    def __init__(self, who: str, arguments: argparse.Namespace) -> None:
-        self.config, self.device = config_of(arguments), torch.device(arguments.device)
-        self.outputs = outputs_of(self.config, arguments.batch, self.device, torch.float32)
-        self.objective = objective_of(who, self.config, self.device)
-        self.now = CLOCKS[arguments.clock]
+    def __init__(self, who: str, options: argparse.Namespace) -> None:
+        self.config, self.device = config_of(options), torch.device(options.device)
+        self.outputs = outputs_of(self.config, options.batch, self.device, torch.float32)
+        self.objective = objective_of(who, self.config, self.device, options.reference)
+        self.now = CLOCKS[options.clock]
 
     def run(self) -> float:
         start = StepWork._wait(self)  # type: ignore[arg-type]
@@ -219,7 +238,7 @@ class Worker:
         self._process.wait()
 
 
-def in_turn(names: list[str], arguments: argparse.Namespace) -> Measured:
+def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
     """Let the named implementations take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, dict[str, float]] = {}
@@ -228,7 +247,7 @@ def in_turn(names: list[str], arguments: argparse.Namespace) -> Measured:
     for worker in workers:  # the objective's memory is that of its first run, before anything is kept
         first = worker("memory")
         memory[worker.name] = first if "objective" in worker.name else worker("memory")
-    for _ in range(arguments.rounds):
+    for _ in range(options.rounds):
         for worker in workers:
             seconds[worker.name].append(worker("run"))
     for worker in workers:
@@ -256,13 +275,17 @@ class Measured:
         medians = {name: statistics.median(values) for name, values in self.seconds.items()}
         print(f"{'seconds':24}" + "".join(f"{name:>18}" for name in names))
         for part in PARTS:
-            print(f"{part:24}" + "".join(f"{self.parts[name][part]:18.3f}" for name in names))
+            print(f"{part:24}" + "".join(_cell(self.parts[name].get(part)) for name in names))
         print(f"{'whole step, median':24}" + "".join(f"{medians[name]:18.3f}" for name in names))
         print(f"{'pictures a second':24}" + "".join(f"{batch / medians[name]:18.2f}" for name in names))
         print(f"{'peak memory, MiB':24}" + "".join(f"{self.memory[name] / MIB:18,.0f}" for name in names))
 
 
-def main() -> None:
+def _cell(seconds: float | None) -> str:
+    return f"{'-':>18}" if seconds is None else f"{seconds:18.3f}"
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="swin_tiny_w7")
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
@@ -272,62 +295,63 @@ def main() -> None:
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--view-only", action="store_true")
+    parser.add_argument("--reference", type=Path, help="checkout of the published code, in place of the plain step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work(arguments)
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    options = arguments()
+    if options.worker:
+        work(options)
     else:
-        print(json.dumps({name: round(value, 3) for name, value in report(arguments).items()}))
+        print(json.dumps({name: round(value, 3) for name, value in report(options).items()}))
 
 
-def implementations(arguments: argparse.Namespace) -> list[str]:
-    """Names of those to compare, ``plain-float32`` and the like."""
-    gpu = arguments.device != "cpu"
-    dtypes = ["float32", "bfloat16"] if arguments.dtype == "both" else [arguments.dtype]
-    names = [f"{who}-{dtype}" for dtype in dtypes for who in ("plain", "ours")]
-    if not gpu and arguments.dtype == "both":
-        names.remove("plain-bfloat16")
+def implementations(options: argparse.Namespace) -> list[str]:
+    """Names of those to compare, ``plain-float32`` and the like, the one that ours is compared with first."""
+    gpu, other = options.device != "cpu", "published" if options.reference else "plain"
+    dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
+    names = [f"{who}-{dtype}" for dtype in dtypes for who in (other, "ours")]
+    if not gpu and options.dtype == "both":
+        names.remove(f"{other}-bfloat16")
     if "ours-float16" in names:  # ours trains in bfloat16 wherever the published code trains in float16
         names[names.index("ours-float16")] = "ours-bfloat16"
-    if not gpu and "plain-float32" not in names:
-        names.insert(0, "plain-float32")
+    if not gpu and f"{other}-float32" not in names:
+        names.insert(0, f"{other}-float32")
     return names
 
 
-def report(arguments: argparse.Namespace) -> dict[str, float]:
+def report(options: argparse.Namespace) -> dict[str, float]:
     """Print the tables; the figures of the last line."""
-    gpu, names = arguments.device != "cpu", implementations(arguments)
+    gpu, names = options.device != "cpu", implementations(options)
     print(
-        f"{arguments.arch}, batch {arguments.batch}, 2 + {arguments.local_crops} crops, K = {arguments.prototypes:,}, "
-        f"{describe(torch.device(arguments.device))}, {arguments.rounds} rounds, {arguments.clock} time",
+        f"{options.arch}, batch {options.batch}, 2 + {options.local_crops} crops, K = {options.prototypes:,}, "
+        f"{describe(torch.device(options.device))}, {options.rounds} rounds, {options.clock} time",
         flush=True,
     )
-    steps = in_turn(names, arguments)
-    steps.table(arguments.batch)
-    result: dict[str, float] = {}
+    steps = in_turn(names, options)
+    steps.table(options.batch)
+    base, result = names[0], dict[str, float]()  # the other implementation's, in float32 where that was measured
+    other = base.split("-")[0]
+    half = [name for name in names if name.startswith(other) and not name.endswith("float32")]
     if "ours-float32" in names:
-        result["step_float32"] = steps.ratio("plain-float32", "ours-float32")
+        result["step_float32"] = steps.ratio(base, "ours-float32")
     if "ours-bfloat16" in names:
-        half = [name for name in names if name.startswith("plain") and name != "plain-float32"]
-        for name in half:
-            print(f"ours-bfloat16 against {name}: {steps.ratio(name, 'ours-bfloat16'):.2f} times as fast")
-        result["step_bfloat16"] = steps.ratio(half[0] if gpu and half else "plain-float32", "ours-bfloat16")
-    for name in names:
-        base = next(n for n in names if n.startswith("plain"))
+        result["step_bfloat16"] = steps.ratio(half[0] if gpu and half else base, "ours-bfloat16")
+    for name in names[1:]:
         share = steps.memory[name] / steps.memory[base]
-        if name != base:
-            print(f"{name} against {base}: {steps.ratio(base, name):.2f} times as fast, {share:.2f} of its memory")
-    ours = names[-1]  # what `training.precision: auto` takes: the half precision, where it was measured
-    plain = next(name for name in names if name.startswith("plain"))
-    result["step_memory"] = steps.memory[ours] / steps.memory[plain]
-    objectives = in_turn(["plain-objective", "ours-objective"], arguments)
+        print(f"{name} against {base}: {steps.ratio(base, name):.2f} times as fast, {share:.2f} of its memory")
+    # Of the precision that `training.precision: auto` takes: the half one, where it was measured.
+    result["step_memory"] = steps.memory[names[-1]] / steps.memory[base]
+    objectives = in_turn([f"{other}-objective", "ours-objective"], options)
     for name, values in objectives.seconds.items():
         beyond = objectives.memory[name] / MIB
         print(f"{name}, forward and backward: {statistics.median(values):.3f} s, {beyond:,.0f} MiB beyond its inputs")
-    result["objective_time"] = objectives.ratio("plain-objective", "ours-objective")
-    result["objective_memory"] = objectives.memory["ours-objective"] / objectives.memory["plain-objective"]
+    result["objective_time"] = objectives.ratio(f"{other}-objective", "ours-objective")
+    result["objective_memory"] = objectives.memory["ours-objective"] / objectives.memory[f"{other}-objective"]
     return result
 
 

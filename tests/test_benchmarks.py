@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from plain_networks import plainly
 from plain_step import PlainStep
-from step import OurStep, crops_of
+from published_step import load
+from step import OurStep, arguments, crops_of, implementations
 
 from esvit_core.config import Config
 from esvit_core.models.registry import create_backbone
@@ -71,6 +74,24 @@ def test_the_plain_step_takes_the_same_step(region: bool) -> None:
         ours, plain = (getattr(step, who).state_dict() for step in steps)
         for name, value in ours.items():
             torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_folder_without_the_published_code_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"expected a checkout of microsoft/esvit, with main_esvit\.py in it"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--dtype", "both"], ["plain-float32", "ours-float32", "ours-bfloat16"]),
+        (["--reference", "x"], ["published-float32", "ours-float32", "ours-bfloat16"]),
+        (["--dtype", "bfloat16"], ["plain-float32", "plain-bfloat16", "ours-bfloat16"]),
+        (["--device", "cuda", "--dtype", "float16"], ["plain-float16", "ours-bfloat16"]),
+    ],
+)
+def test_what_is_compared(options: list[str], names: list[str]) -> None:
+    assert implementations(arguments(["--device", "cpu", *options])) == names
 
 
 def test_the_clock_divides_a_whole_step() -> None:
