@@ -41,7 +41,7 @@ from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.clock import PARTS, StepClock
 from esvit_core.training.distributed import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import assemble
+from esvit_core.training.parts import assemble, recompute_blocks_
 from esvit_core.training.precision import Precision
 from esvit_core.training.schedules import Schedules, ScheduleValues
 
@@ -60,6 +60,8 @@ class OurStep:
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
         self.parts = assemble(config, World(0, 1, device, None), cast(TrainLoader, SameBatch()))
+        if config.launch.recompute:
+            recompute_blocks_(self.parts.student, config.model.arch)
         self.parts.precision = Precision(dtype, "benchmark", device.type)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
@@ -90,6 +92,7 @@ def config_of(options: argparse.Namespace) -> Config:
             "objective": {"region": not options.view_only},
             "optimizer": {"freeze_last_layer_epochs": 0},
             "training": {"batch_size": options.batch, "epochs": 100},
+            "launch": {"recompute": options.recompute},
         }
     )
 
@@ -295,6 +298,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--view-only", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="ours with launch.recompute")
     parser.add_argument("--reference", type=Path, help="checkout of the published code, in place of the plain step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")

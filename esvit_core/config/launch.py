@@ -50,6 +50,11 @@ class LaunchConfig(Section):
     pending_minutes: float | None = Field(
         1440.0, gt=0, description="Time that the job may wait for room in the cluster; null: any."
     )
+    recompute: bool = Field(
+        False,
+        description="Compute each block of the student once more in the backward pass instead of keeping what is in it: "
+        "less memory, a third more time, the same numbers.",
+    )
     profile_steps: int = Field(
         0, ge=0, description="First steps of a start that are timed part by part and traced, into profile/ of the run."
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
@@ -154,6 +155,20 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
         trace=Trace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
     )
+
+
+def recompute_blocks_(student: MultiCropNetwork, arch: str) -> None:
+    """Have the student keep a block's input only, and compute the block once more in the backward pass.
+
+    Raises:
+        UserError: the backbone has batch norms, which would take the same batch into their averages twice.
+    """
+    if any(isinstance(module, _BatchNorm) for module in student.backbone.modules()):
+        raise UserError(
+            f"launch.recompute: {arch} has batch norms, which would count every batch twice; "
+            "to save memory lower training.max_images_per_process"
+        )
+    student.backbone.set_grad_checkpointing(True)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -23,7 +23,7 @@ from esvit_core.training.environment import device_memory, hardware, versions
 from esvit_core.training.initial import starting_states
 from esvit_core.training.loop import train
 from esvit_core.training.nonfinite import NONFINITE, RollBack
-from esvit_core.training.parts import Parts, build_parts, make_deterministic
+from esvit_core.training.parts import Parts, build_parts, make_deterministic, recompute_blocks_
 from esvit_core.training.profiler import PROFILE, Profile
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
@@ -50,7 +50,10 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
     keep_freed_memory()
     patience = 60 * run.config.training.store_grace_minutes
     world = join_world(patience)
+    launch = world.from_first(placed(run.store, run.uri, run.config).launch if world.first else None)
     parts = build_parts(run, world)
+    if launch.recompute:
+        recompute_blocks_(parts.student, run.config.model.arch)
     metrics = _metrics(run, parts) if world.first_of_node else None
     outbox = _outbox(run, patience) if world.first else None
     checkpoints = _checkpointer(run, parts, outbox, metrics) if outbox else None
@@ -59,6 +62,8 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
         metrics.started(parts.position.step, _note_start(run, parts))
     stop.arm()
     try:
+        if outbox:
+            parts.profiler.begin(launch.profile_steps, partial(_keep_profile, run, outbox))
         finished, last_line = _train(run, parts, outbox, checkpoints, metrics, stop)
     finally:
         if metrics and (why := metrics.push()):
@@ -158,8 +163,6 @@ def _train(
     log = LogWriter(outbox) if outbox else None
     if outbox:
         parts.guard.keep = partial(_keep_nonfinite, outbox, metrics)
-        profile_steps = placed(run.store, run.uri, run.config).launch.profile_steps
-        parts.profiler.begin(profile_steps, partial(_keep_profile, run, outbox))
     steps = parts.schedules.steps
     try:
         while True:

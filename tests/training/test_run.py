@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.models.multicrop import build_network
 from esvit_core.monitoring.log import read_log
 from esvit_core.runs import open_run
 from esvit_core.training.clock import PARTS
 from esvit_core.training.distributed import World
 from esvit_core.training.launch import launch_training
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import build_parts
+from esvit_core.training.parts import build_parts, recompute_blocks_
 from esvit_core.training.run import carry_out
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import read_summary
@@ -77,10 +79,10 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert {stat.uri: stat.etag for stat in run.store.list(run.uri)} == before
 
 
-def test_a_profile_has_the_parts_the_operators_and_a_trace_and_changes_no_number(
+def test_a_profile_has_the_parts_the_operators_and_a_trace_and_like_recomputed_blocks_changes_no_number(
     micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = micro_run("profiled", launch={"profile_steps": 2}, training={"epochs": 2})
+    run = micro_run("profiled", launch={"profile_steps": 2, "recompute": True}, training={"epochs": 2})
     assert train(run) == 0
     assert f"{run.uri}/profile" in capsys.readouterr().out
     summary = run.store.get_json(f"{run.uri}/profile/summary.json")
@@ -95,6 +97,12 @@ def test_a_profile_has_the_parts_the_operators_and_a_trace_and_changes_no_number
     assert "profile" not in capsys.readouterr().out
     weights = [run.store.get_json(f"{uri}/backbone/backbone.json")["weights"] for uri in (run.uri, plain.uri)]
     assert weights[0]["sha256"] == weights[1]["sha256"]
+
+
+def test_batch_norms_are_not_computed_twice() -> None:
+    config = Config.from_mapping({"model": {"arch": "cvt_tiny"}, "head": {"out_dim": 8, "hidden_dim": 8}})
+    with pytest.raises(UserError, match=r"launch.recompute: cvt_tiny has batch norms"):
+        recompute_blocks_(build_network(config), "cvt_tiny")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
