@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,8 +56,12 @@ def matched_cross_entropy(
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether there is Triton, the compiler of the GPU's form of this module."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is Triton, the compiler of the GPU's form of this module, and the C compiler that it needs.
+
+    Triton builds its access to the driver from C at its first kernel, and an image may have no compiler.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return importlib.util.find_spec("triton") is not None and bool(compiler)
 
 
 class _MatchedCrossEntropy(torch.autograd.Function):

@@ -58,3 +58,12 @@ def test_a_large_logit_does_not_overflow() -> None:
     teacher = torch.tensor([[0.0, 1.0]])
     loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, torch.ones(1), 1.0, torch.zeros(1, 1).long())
     assert loss.item() == 1000.0
+
+
+def test_without_a_c_compiler_the_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the container images: Triton would fail at its first kernel."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert not cross_entropy.has_triton.__wrapped__()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert cross_entropy.has_triton.__wrapped__()
