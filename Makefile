@@ -7,12 +7,14 @@ OUT    ?= demo-run
 BIN     = $(VENV)/bin
 GOLDEN  = tests/pipelines/golden
 READY   = $(VENV)/.ready
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+IMAGE  ?= esvit/trainer:$(VERSION)
 
-.PHONY: demo test golden chaos lint types check format clean help
+.PHONY: demo test golden chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,6 +37,12 @@ golden: $(READY) ## Compile the pipelines anew into tests/pipelines/golden, afte
 
 chaos: $(READY) ## Kill trainings at random moments and count what was lost (an hour on two cores)
 	@$(BIN)/python benchmarks/chaos.py
+
+images: ## Build the container images (needs Docker; what can be set: docs/images.md)
+	@images/build
+
+test-containers: $(READY) ## Test the images, and run the whole pipeline in them (needs Docker and make images)
+	@ESVIT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/containers
 
 lint: $(READY) ## Check style and format
 	@$(BIN)/ruff check .

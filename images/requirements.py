@@ -1,0 +1,14 @@
+"""Print what pyproject.toml asks for, without the project itself: its dependencies and those of the named extras.
+
+    python images/requirements.py cluster export
+
+An image installs these in a layer of their own, which a change of our code leaves as it is.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+wanted = [*project["dependencies"], *(r for extra in sys.argv[1:] for r in project["optional-dependencies"][extra])]
+print("\n".join(wanted))
