@@ -1,0 +1,250 @@
+"""A training of one to two containers that torchx starts: nodes that are killed, and come back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from esvit_core.config import Config, DataConfig
+from esvit_core.data.prepare import prepare
+from esvit_core.monitoring.journal import Entry, read_journal
+from esvit_core.storage import ObjectStore, StoreAddress
+from esvit_core.storage.errors import StoreError
+from esvit_core.training.launchers.pods import MODULE, agent_command, literal_environment
+from esvit_core.training.stop import STOPPED_EXIT_CODE
+from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+
+RUN_URI = "s3://esvit/runs/two-containers"
+TRACE = "/trace"
+PICTURES = 64
+PATIENCE = 300.0
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.fixture(scope="module")
+def store(
+    docker_client: docker.DockerClient,
+    trainer_image: str,
+    restricted: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ObjectStore]:
+    """A server in a container of its own, on torchx's network."""
+    from torchx.schedulers.docker_scheduler import NETWORK, ensure_network
+
+    key = {"accessKey": "key-of-this-test", "secretKey": "only-for-this-test"}
+    identity = {"name": "esvit", "credentials": [key], "actions": ["Admin", "Read", "Write"]}
+    file = tmp_path_factory.mktemp("identities") / "identities.json"
+    file.write_text(json.dumps({"identities": [identity]}))
+    ensure_network(docker_client)
+    container = docker_client.containers.run(
+        trainer_image,
+        ["weed", "server", "-dir=/work", "-ip.bind=0.0.0.0", "-filer", "-s3", "-s3.port=8333", "-s3.config=/s3.json"],
+        network=NETWORK,
+        volumes={str(file): {"bind": "/s3.json", "mode": "ro"}},
+        detach=True,
+        **restricted,
+    )
+    try:
+        container.reload()
+        address = container.attrs["NetworkSettings"]["Networks"][NETWORK]["IPAddress"]
+        made = ObjectStore(StoreAddress(f"{address}:8333", key["accessKey"], key["secretKey"], secure=False))
+        wait_until(lambda: answers(made), "the object store", [container])
+        yield made
+    finally:
+        container.remove(force=True)
+
+
+@pytest.fixture(scope="module")
+def config(
+    store: ObjectStore, trainer_image: str, pictures: Any, micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Config:
+    """A run in the store, of which no test sees the end."""
+    settings = ["training.epochs=100000", "training.checkpoint_steps=20", "training.log_steps=20"]
+    launch = ["launch.nodes=2", "launch.min_nodes=1", "launch.cpu=1", "launch.memory_gib=3"]
+    made = Config.load(micro_recipe, [*settings, *launch, f"launch.image={trainer_image}"])
+    store.put_bytes(f"{RUN_URI}/config.yaml", made.to_yaml().encode())
+    folder = pictures.folder(tmp_path_factory.mktemp("data") / "pictures", [""], PICTURES)
+    prepare(str(folder), store, f"{RUN_URI}/data", DataConfig(val_fraction=0.0))
+    return made
+
+
+@dataclass
+class Story:
+    """What happened.
+
+    Args:
+        store: with the run in it.
+        trace: folder of the samples of every step.
+        node_ends: exit code of the second node after the first, which keeps the rendezvous, was killed.
+        logs: of both containers.
+        undisturbed: the first node went on through all that happened to the second.
+    """
+
+    store: ObjectStore
+    trace: Path
+    node_ends: int = -1
+    logs: str = ""
+    undisturbed: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def starts(self) -> list[Entry]:
+        return [entry for entry in read_journal(self.store, RUN_URI) if entry.kind == "started"]
+
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        pointer = self.store.read_pointer(f"{RUN_URI}/training/latest")
+        return pointer.value["step"] if pointer else -1
+
+    def trains(self, attempt: int, processes: int) -> bool:
+        """Whether that start, counted from 1, has so many processes and has come to a checkpoint."""
+        starts = self.starts()
+        if len(starts) < attempt:
+            return False
+        last = starts[-1]
+        return (last.facts or {})["processes"] == processes and self.step() > (last.step or 0)
+
+
+@pytest.fixture(scope="module")
+def story(
+    store: ObjectStore,
+    config: Config,
+    docker_client: docker.DockerClient,
+    restricted: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    say: Callable[[str], None],
+) -> Story:
+    """The second node is killed and comes back; then the first, and both come back; then the job is cancelled."""
+    from torchx.runner import get_runner
+
+    told = Story(store, tmp_path_factory.mktemp("trace"))
+    told.trace.chmod(0o777)  # the image's user is none of this machine's
+    begun = time.monotonic()
+
+    def until(what: str, condition: Callable[[], bool], *running: Any) -> None:
+        wait_until(condition, what, running)
+        told.seconds[what] = time.monotonic() - begun
+
+    with get_runner() as runner:
+        request = described(runner, config, told, restricted)
+        handle = runner.schedule(request)
+        first, second = nodes = [docker_client.containers.get(c.kwargs["name"]) for c in request.request.containers]
+        since = first.attrs["State"]["StartedAt"]
+        try:
+            until("two train", lambda: told.trains(1, 2), *nodes)
+            second.kill()
+            until("the second was killed and one trains", lambda: told.trains(2, 1), first)
+            second.start()
+            until("it is back and two train", lambda: told.trains(3, 2), *nodes)
+            first.reload()
+            told.undisturbed = first.attrs["State"]["StartedAt"] == since
+            first.kill()
+            told.node_ends = second.wait(timeout=PATIENCE)["StatusCode"]
+            for node in nodes:
+                node.start()
+            until("the first was killed, both are back and train", lambda: told.trains(4, 2), *nodes)
+        finally:
+            runner.cancel(handle)
+            told.logs = "".join(node.logs().decode() for node in nodes)
+            for node in nodes:
+                node.remove(force=True)
+    say("; ".join(f"{what}: {seconds:.0f} s" for what, seconds in told.seconds.items()))
+    return told
+
+
+def test_one_is_killed_the_other_goes_on_and_the_first_is_taken_in_again(story: Story) -> None:
+    assert [(entry.facts or {})["processes"] for entry in story.starts()][:3] == [2, 1, 2]
+    steps = [entry.step or 0 for entry in story.starts()]
+    assert steps[0] == 0 < steps[1] < steps[2]
+    assert story.undisturbed
+
+
+def test_without_the_node_that_keeps_the_rendezvous_the_other_ends_and_both_go_on(story: Story) -> None:
+    assert story.node_ends == STOPPED_EXIT_CODE  # which asks to be started again
+    assert [(entry.facts or {})["processes"] for entry in story.starts()] == [2, 1, 2, 2]
+    steps = [entry.step or 0 for entry in story.starts()]
+    assert steps[2] < steps[3] < story.step()
+
+
+def test_a_cancelled_job_leaves_a_checkpoint_of_its_last_step(story: Story) -> None:
+    assert f"stopped after step {story.step()}; the checkpoint is complete" in story.logs
+
+
+def test_no_sample_is_lost_or_seen_twice(story: Story) -> None:
+    kept = samples_that_count(story.trace)
+    per_epoch = PICTURES // len(kept[1])
+    for epoch in range(story.step() // per_epoch):
+        seen = (n for step in range(per_epoch) for n in kept[1 + epoch * per_epoch + step])
+        assert Counter(seen) == Counter(range(PICTURES)), epoch
+
+
+def test_no_credential_is_in_a_log(story: Story) -> None:
+    assert story.logs
+    assert story.store.address.secret_key not in story.logs
+    assert story.store.address.access_key not in story.logs
+
+
+def described(runner: Any, config: Config, told: Story, restricted: dict[str, Any]) -> Any:
+    """What torchx's `local_docker` makes of `-j 1:2x1`, completed as a pod is."""
+    from torchx.components.dist import ddp
+
+    launch = config.launch
+    app = ddp(
+        "--run-uri",
+        RUN_URI,
+        m=MODULE,
+        name="esvit/two",
+        image=launch.image or "",
+        j=f"{launch.fewest_nodes}:{launch.nodes}x{launch.processes}",
+        cpu=int(launch.cpu),
+        memMB=round(1024 * launch.memory_gib),
+        tee=0,
+    )
+    request = runner.dryrun(app, "local_docker")
+    containers = request.request.containers
+    for container in containers:
+        container.command = agent_command(
+            container.command[-1],
+            endpoint=containers[0].kwargs["name"],
+            address=container.kwargs["name"],
+            job="two",
+            restarts=launch.restarts,
+        )
+        container.kwargs["environment"] |= {
+            **literal_environment(launch),
+            **told.store.address.environment(),
+            TRACE_VARIABLE: TRACE,
+            "TORCHELASTIC_ERROR_FILE": "/tmp/error.json",  # Docker has no place for a pod's last words
+        }
+        container.kwargs |= {**restricted, "volumes": {str(told.trace): {"bind": TRACE, "mode": "rw"}}}
+    return request
+
+
+def answers(store: ObjectStore) -> bool:
+    try:
+        store.ensure_bucket("esvit")
+    except StoreError:
+        return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool], what: str, running: Any) -> None:
+    """Until the condition holds; the containers that are running must not end meanwhile."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        for container in running:
+            container.reload()
+        late = time.monotonic() > end
+        if late or any(container.status != "running" for container in running):
+            said = "".join(f"{container.name}:\n{container.logs(tail=40).decode()}" for container in running)
+            pytest.fail(
+                f"{what}: " + (f"not within {PATIENCE:.0f} s" if late else "a container has ended") + f"\n{said}"
+            )
+        time.sleep(0.5)
