@@ -1,12 +1,13 @@
 """Kill a training again and again, at random moments, and count what was lost: ``make chaos``.
 
-Every run is the same small recipe on two processes. One is left alone; each of the others is killed once (a rank, the
+Every run is the demo's recipe on two processes: shortened to 30 steps with a checkpoint every 4, or, with --whole, all
+of its 792 steps. One is left alone; each of the others is killed once (a rank, the
 agent, the launcher, the object store), sometimes has its newest checkpoint damaged, and is started again until it is
 finished. Its weights must then be those of the undisturbed run, bit for bit, and its steps must have seen the same
 samples. Afterwards: the number of processes changes within an epoch; two nodes of which one dies and comes back; the
 store is away for a minute.
 
-    python benchmarks/chaos.py --kills 20 --seed 1
+    python benchmarks/chaos.py --kills 20 --seed 1 [--whole] [--only-kills]
 
 The last line is JSON: {"kills": n, "bitwise_equal": n, "samples_lost": n, "samples_repeated": n}.
 """
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,13 +45,8 @@ from esvit_core.training.summary import read_summary
 from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = (
-    "training.epochs=10",
-    "training.checkpoint_steps=4",
-    "training.processes=2",
-    "training.metrics_port=null",
-    "data.max_images=400",
-)
+SETTINGS = ("training.processes=2", "training.metrics_port=null")
+SHORT = ("data.max_images=400", "training.epochs=10", "training.checkpoint_steps=4")
 VICTIMS = ("rank", "agent", "launcher", "store")
 DAMAGES = ("", "", "truncated", "byte flipped", "manifest missing")
 PATIENCE = 900.0  # seconds for anything that has to happen
@@ -121,14 +117,14 @@ class ChaosRun:
 
 
 class Scene:
-    """A store with prepared data, and runs on it."""
+    """A store with prepared data, and runs of the demo's recipe, with these settings, on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Sequence[str]) -> None:
         self.folder = folder
         self.server = EmbeddedStore(folder / "store")
         os.environ |= self.server.start().environment()
         self.store = ObjectStore.from_env()
-        self.config = Config.load("demo", SETTINGS)
+        self.config = Config.load("demo", settings)
         self.store.ensure_bucket(self.config.bucket)
         self.data = f"s3://{self.config.bucket}/data"
         prepare(str(ROOT / "samples" / "clipart.zip"), self.store, self.data, self.config.data)
@@ -287,11 +283,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--only-kills", action="store_true", help="leave out what comes after the kills")
+    parser.add_argument("--whole", action="store_true", help="the demo's recipe as it is, without shortening it")
     arguments = parser.parse_args()
+    settings = SETTINGS if arguments.whole else (*SETTINGS, *SHORT)
     rng = random.Random(arguments.seed)
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="esvit-chaos-") as folder:
-        scene = Scene(Path(folder))
+        scene = Scene(Path(folder), settings)
         runs = [scene.run("undisturbed")]
         with ending(runs, scene):
             start = time.monotonic()
