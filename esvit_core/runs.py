@@ -48,6 +48,11 @@ class Run:
     store: ObjectStore
     config: Config
 
+    @property
+    def name(self) -> str:
+        """The run's id."""
+        return self.uri.rpartition("/")[2]
+
     def at(self, *parts: str) -> str:
         """The address of something of this run."""
         return join_uri(self.uri, *parts)

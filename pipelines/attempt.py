@@ -40,15 +40,16 @@ class _Stop:
     asked: int = 0
 
 
-def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int) -> None:
+def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int, owner: str | None = None) -> None:
     """Run the pipeline to its end.
 
     Args:
         data: the pictures.
-        config_file: the resolved configuration.
+        config_file: the resolved configuration; of a retraining, the one that was asked for.
         run_uri: where the run lies.
         log: gets every line.
         lock: descriptor of the locked file that says that this run is in progress.
+        owner: of a retraining; None: the run is none.
 
     Raises:
         UserError: a step ended with one.
@@ -58,7 +59,7 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
     work = Path(tempfile.mkdtemp(prefix="esvit-run-"))
     try:
         request, error_file = work / "request.json", work / "error.txt"
-        Request(data, str(config_file), run_uri, str(work), str(log)).write(request)
+        Request(data, str(config_file), run_uri, str(work), str(log), owner).write(request)
         with log.open("a", encoding="utf-8") as errors, _signals() as stop:
             runner = subprocess.Popen(
                 [sys.executable, "-m", "esvit_pipelines.local_runner", str(request)],

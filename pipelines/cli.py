@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `status`, `logs`, `import`, `export`, `embed`, `store`, `recipe`, and a cluster's.
+"""The command line: `esvit run`, `retrain`, `status`, `logs`, `import`, `export`, `embed`, `store`, `recipe`, and a cluster's.
 
 What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +39,9 @@ recipe_app = typer.Typer(help="Recipes: complete configurations to start from.")
 app.add_typer(store_app, name="store")
 app.add_typer(recipe_app, name="recipe")
 
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="SOURCE", help="The pictures: a folder, a tar, a zip, or s3://bucket/prefix.")
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the store, the reports, the backbones.")]
 RunArgument = Annotated[
     str | None, typer.Argument(metavar="RUN", show_default=False, help="Name of a run, or the beginning of it.")
@@ -78,10 +83,7 @@ def options(
 
 @app.command()
 def run(
-    data: Annotated[
-        str,
-        typer.Option("--data", metavar="SOURCE", help="The pictures: a folder, a tar, a zip, or s3://bucket/prefix."),
-    ],
+    data: DataOption,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     transfer: TransferOption = None,
@@ -97,13 +99,43 @@ def run(
     Labels are optional: one folder a class where there are any. Ctrl-C stops the run, and the same command goes on
     with it. Everything is kept in an object store, in DIR/store, or in the one that ESVIT_S3_ENDPOINT names.
     """
-    from esvit_pipelines.attempt import StepError, StoppedError
     from esvit_pipelines.run import run as run_pipeline
 
     asked = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
     settings = Settings(data, recipe, tuple(asked), tuple(transfer or ()), out, bucket)
-    try:
+    with _told():
         run_pipeline(settings)
+
+
+@app.command()
+def retrain(
+    data: DataOption,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    transfer: TransferOption = None,
+    out: Out = DEFAULT_OUT,
+    bucket: BucketOption = None,
+) -> None:
+    """Look for new pictures, go on from the champion with them, and promote what is better.
+
+    Reads only what is new, and measures the champion on the same held-out pictures as its challenger. Where too little
+    is new it says so and ends. The section retrain of the recipe says when there is reason to, and how the training
+    goes on. Ctrl-C stops it, and the same command goes on with it.
+    """
+    from esvit_pipelines.retraining import retrain as retrain_champion
+
+    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    with _told():
+        retrain_champion(settings)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say how a run was interrupted, or which step failed, and exit."""
+    from esvit_pipelines.attempt import StepError, StoppedError
+
+    try:
+        yield
     except (StoppedError, KeyboardInterrupt):
         print(f"interrupted; the same command goes on from here:\n    {command()}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
@@ -175,10 +207,7 @@ def export(
 @app.command()
 def embed(
     model: Annotated[str, typer.Option("--model", metavar="BACKBONE", help=ModelHelp)],
-    data: Annotated[
-        str,
-        typer.Option("--data", metavar="SOURCE", help="The pictures: a folder, a tar, a zip, or s3://bucket/prefix."),
-    ],
+    data: DataOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to make, .parquet or .npz.")],
     regions: Annotated[bool, typer.Option("--regions", help="Write the map of regions too.")] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="Of the regions.")] = "float16",

@@ -16,6 +16,7 @@ from esvit_core.errors import UserError
 PIPELINES = {
     "pretrain": ("pretrain.pipeline", "build_pretrain_pipeline"),
     "evaluate": ("evaluate.pipeline", "build_evaluate_pipeline"),
+    "retrain": ("retrain.pipeline", "build_retrain_pipeline"),
 }
 
 

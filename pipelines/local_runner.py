@@ -1,4 +1,4 @@
-"""Runs the pipeline with kfp.local: the process that `esvit run` starts.
+"""Runs a pipeline with kfp.local: the process that `esvit run` and `esvit retrain` start.
 
 It is the head of a session of its own. A Ctrl-C in the terminal reaches only the command line, which passes it on
 once; this process goes on relaying the steps' lines until the last of them has saved its state and ended.
@@ -20,6 +20,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esvit_core.config import Config
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,11 @@ class Request:
 
     Args:
         data: the pictures.
-        config: file with the resolved configuration.
+        config: file with the resolved configuration; of a retraining, with the one that was asked for.
         run_uri: where the run lies in the object store.
         work: folder for this attempt only; gets ``outcome.json``.
         log: file that gets every line.
+        owner: of a retraining; None: the run is none.
     """
 
     data: str
@@ -39,6 +44,7 @@ class Request:
     run_uri: str
     work: str
     log: str
+    owner: str | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -91,14 +97,13 @@ def run_pipeline(request: Request) -> Outcome:
     from kfp import local
 
     from esvit_core.config import Config
-    from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
     from esvit_pipelines.step_console import KfpRecords, StepConsole
-    from esvit_pipelines.steps import pipeline_values, step_names
+    from esvit_pipelines.steps import step_names
 
     # The runner takes an image whose name lacks "python" for one without Python; ours has it.
     warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)
     config = Config.from_yaml(Path(request.config).read_text(encoding="utf-8"))
-    pipeline = build_pretrain_pipeline(config)
+    pipeline, arguments = _define(request, config)
     screen = sys.stdout
     # Without a buffer: what could not be written to a full disk is not tried again when the file is closed.
     with io.TextIOWrapper(Path(request.log).open("ab", buffering=0), encoding="utf-8", write_through=True) as log:
@@ -112,7 +117,7 @@ def run_pipeline(request: Request) -> Outcome:
         logging.getLogger().addFilter(records)
         sys.stdout = console
         try:
-            pipeline(data=request.data, configuration=pipeline_values(config), run_uri=request.run_uri)
+            pipeline(data=request.data, **arguments)
         except RuntimeError as error:  # how kfp.local tells that a step failed
             console.record(str(error))
             return Outcome(False, console.step, console.last_error)
@@ -120,6 +125,17 @@ def run_pipeline(request: Request) -> Outcome:
             sys.stdout = screen
             logging.getLogger().removeFilter(records)
     return Outcome(True)
+
+
+def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
+    """The pipeline, and what it is given besides the pictures; the configuration is its default."""
+    if request.owner is not None:
+        from esvit_pipelines.retrain.pipeline import build_retrain_pipeline
+
+        return build_retrain_pipeline(config, owner=request.owner), {}
+    from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
+
+    return build_pretrain_pipeline(config), {"run_uri": request.run_uri}
 
 
 def _interpreter_for_steps(folder: Path) -> None:

@@ -8,19 +8,24 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esvit_core.config import Config
 from esvit_core.data.manifest import check_source
 from esvit_core.errors import UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.monitoring.progress import format_duration
 from esvit_core.runs import CONFIG, Run, identify_run, run_uri
+from esvit_core.storage import ObjectStore
 from esvit_core.storage.errors import NotFound
 from esvit_core.storage.session import open_store
 from esvit_core.weights.source import with_source_pinned
 from esvit_pipelines.attempt import StepError, in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
+
+ASKED = "asked.yaml"  # below DIR/<run> of a retraining: what was asked for
 
 
 def run(settings: Settings) -> None:
@@ -32,6 +37,27 @@ def run(settings: Settings) -> None:
         StoppedError: the run was asked to stop; its state is saved.
     """
     config = resolve(settings)
+    with opened(settings, config) as store:
+        config = with_source_pinned(config, store)
+        name = identify_run(config, settings.data)
+        current = Run(run_uri(config.bucket, name), store, config)
+        say_if_no_recipe(settings)
+        there = store.exists(current.at(CONFIG))
+        print(f"run {name}" + (", which was started before: finished steps are found, not repeated" if there else ""))
+        carry_out(settings, current)
+        if config.recipe == DEFAULT_RECIPE and settings.transfer:
+            print(
+                f"\nThe same on your own pictures:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
+            )
+
+
+@contextmanager
+def opened(settings: Settings, config: Config) -> Iterator[ObjectStore]:
+    """The store, after a look at the sources and the folder for what the run leaves here.
+
+    Raises:
+        UserError: a source, the folder or the store cannot be used.
+    """
     local = [s for s in sources(config, settings.data) if not s.startswith("s3://")]
     for source in local:
         check_source(source)
@@ -42,36 +68,56 @@ def run(settings: Settings) -> None:
         for source in sources(config, settings.data):
             if source not in local:
                 check_source(source)
-        config = with_source_pinned(config, store)
-        name = identify_run(config, settings.data)
-        here = settings.out / name
-        here.mkdir(exist_ok=True)
-        current = Run(run_uri(config.bucket, name), store, config)
-        (here / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        log = here / LOG
-        start = time.monotonic()
-        _say_what_starts(settings, current, name, log)
-        with in_progress(here) as lock, _noted(current):
-            run_attempt(settings.data, here / CONFIG, current.uri, log, lock)
-        _keep(current, here)
-        _say_what_came_out(current, here, time.monotonic() - start)
-        if config.recipe == DEFAULT_RECIPE and settings.transfer:
-            print(
-                f"\nThe same on your own pictures:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
-            )
+        yield store
 
 
-def _say_what_starts(settings: Settings, current: Run, name: str, log: Path) -> None:
+@dataclass(frozen=True)
+class Retraining:
+    """How a retraining is asked for.
+
+    Attributes:
+        owner: who makes it.
+        config: as it was asked for; that of the run is made of it.
+    """
+
+    owner: str
+    config: Config
+
+
+def carry_out(settings: Settings, current: Run, retraining: Retraining | None = None) -> None:
+    """Run every step of a run, and show what came out.
+
+    Args:
+        retraining: None: the run is none.
+
+    Raises:
+        UserError, StepError, StoppedError: see :func:`run`.
+    """
+    here = settings.out / current.name
+    here.mkdir(exist_ok=True)
+    (here / CONFIG).write_text(current.config.to_yaml(), encoding="utf-8")
+    log = here / LOG
+    start = time.monotonic()
+    print(f"log {log}", flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
+    asked, owner = here / CONFIG, None
+    if retraining is not None:
+        asked, owner = here / ASKED, retraining.owner
+        asked.write_text(retraining.config.to_yaml(), encoding="utf-8")
+    with in_progress(here) as lock, _noted(current):
+        run_attempt(settings.data, asked, current.uri, log, lock, owner)
+    _keep(current, here)
+    _say_what_came_out(current, here, time.monotonic() - start)
+
+
+def say_if_no_recipe(settings: Settings) -> None:
+    """Tell which recipe is taken where none was named."""
     if settings.recipe is None:
         print(
             f"recipe {DEFAULT_RECIPE}, for none was named: a tiny network, minutes on a CPU; "
             f"`{program()} recipe list` shows the others"
         )
-    there = current.store.exists(current.at(CONFIG))
-    print(f"run {name}" + (", which was started before: finished steps are found, not repeated" if there else ""))
-    print(f"log {log}", flush=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
 
 
 @contextmanager

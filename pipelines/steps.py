@@ -1,6 +1,6 @@
 """What the pipelines have in common: how a step is named and placed, and the steps that measure a backbone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -97,12 +97,36 @@ def measure(
 
 
 def step_names(pipeline: Any) -> list[str]:
-    """Names of the pipeline's steps, each after those that it waits for."""
-    tasks = pipeline.pipeline_spec.root.dag.tasks
+    """Names of the pipeline's steps, each after those that it waits for; those below a condition too."""
+    return list(_names(pipeline.pipeline_spec, pipeline.pipeline_spec.root.dag))
+
+
+def _names(spec: Any, dag: Any) -> Iterator[str]:
+    tasks = dag.tasks
     waiting = {key: set(task.dependent_tasks) for key, task in sorted(tasks.items())}
-    return [tasks[key].task_info.name for key in TopologicalSorter(waiting).static_order()]
+    for key in TopologicalSorter(waiting).static_order():
+        component = spec.components[tasks[key].component_ref.name]
+        if component.HasField("dag"):
+            yield from _names(spec, component.dag)
+        else:
+            yield tasks[key].task_info.name
 
 
 def pipeline_values(config: Config) -> dict[str, Any]:
     """The configuration as an argument of a pipeline. KFP has no null: what is not set is not in it."""
     return config.model_dump(mode="json", exclude_none=True)
+
+
+def pipeline_nulls(config: Config) -> str:
+    """What :func:`pipeline_values` cannot say, as the argument ``settings``: null where the default is a value."""
+    wanted = config.model_dump(mode="json")
+    said = Config.from_mapping(pipeline_values(config)).model_dump(mode="json")
+
+    def nulls(wanted: Mapping[str, Any], said: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in wanted.items():
+            if isinstance(value, dict) and isinstance(said[name], dict):
+                yield from nulls(value, said[name], f"{prefix}{name}.")
+            elif value is None and said[name] is not None:
+                yield f"{prefix}{name}=null"
+
+    return " ".join(nulls(wanted, said, ""))

@@ -31,7 +31,7 @@ def is_retraining(run_uri: str, store: ObjectStore) -> bool:
 
 def comparison_uri(run_uri: str, champion: dict[str, Any]) -> str:
     """Where the figures of a champion on the run's pictures lie."""
-    return join_uri(run_uri, "evaluation", f"{CHAMPION}-{str(champion['run']).rpartition('/')[2]}.json")
+    return join_uri(run_uri, "comparison", f"{str(champion['run']).rpartition('/')[2]}.json")
 
 
 def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) -> Comparison | None:

@@ -46,7 +46,7 @@ ROLES: Mapping[str, Role] = {
     ),
     "evaluate": Role(
         "steps that compute and measure features",
-        ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/pictures/*"),
+        ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/comparison/*", "runs/*/pictures/*"),
     ),
     "publish": Role(
         "report, promotion, export, and a backbone that is taken to be measured: what people and other systems go by",
@@ -56,7 +56,7 @@ ROLES: Mapping[str, Role] = {
             *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/untrained/*"),
             "runs/*/place",
             # Where another run became champion in the meantime it is measured by the step that promotes.
-            "runs/*/evaluation/champion-*",
+            "runs/*/comparison/*",
         ),
     ),
     "prune": Role("removal of old runs; it reads the pointers and cannot move them", ("runs/*",)),

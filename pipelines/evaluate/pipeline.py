@@ -13,7 +13,7 @@ from esvit_components.data.prepare_data import prepare_data
 from esvit_components.evaluation.take_backbone import take_backbone
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
-from esvit_pipelines.steps import Steps, measure, pipeline_values, prepare_sets
+from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets
 
 PIPELINE_NAME = "esvit-evaluate"
 
@@ -32,12 +32,12 @@ def build_evaluate_pipeline(config: Config, *, cluster: bool = False) -> Any:
     Raises:
         UserError: for a cluster, and the cluster extra is not installed.
     """
-    values = pipeline_values(config)
+    values, nulls = pipeline_values(config), pipeline_nulls(config)
     steps = Steps(config, cluster)
 
     @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: measure a backbone")
     def evaluate_pipeline(  # type: ignore[no-untyped-def]
-        data: str, backbone: str = "champion", settings: str = "", configuration: dict = values, run_uri: str = ""
+        data: str, backbone: str = "champion", settings: str = nulls, configuration: dict = values, run_uri: str = ""
     ):
         """Measure a vision backbone that exists on labelled pictures, beside the same network untrained, and report it.
 

@@ -17,7 +17,7 @@ from esvit_components.deployment.promote import promote
 from esvit_components.reporting.report import report
 from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
-from esvit_pipelines.steps import Steps, measure, pipeline_values, prepare_sets
+from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets
 
 PIPELINE_NAME = "esvit-pretrain"
 
@@ -36,12 +36,12 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
     Raises:
         UserError: for a cluster, and the cluster extra is not installed.
     """
-    values = pipeline_values(config)
+    values, nulls = pipeline_values(config), pipeline_nulls(config)
     steps = Steps(config, cluster)
 
     @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: pre-train, measure, publish")
     def pretrain_pipeline(  # type: ignore[no-untyped-def]
-        data: str, settings: str = "", configuration: dict = values, run_uri: str = ""
+        data: str, settings: str = nulls, configuration: dict = values, run_uri: str = ""
     ):
         """Pre-train a vision backbone on unlabelled pictures (EsViT), measure it, report it, and publish it.
 

@@ -49,7 +49,7 @@ OBJECTS = (
     "runs/a/place",
     "runs/a/retrain.json",
     "runs/a/retrain/pictures.jsonl.gz",
-    "runs/a/evaluation/champion-b.json",
+    "runs/a/comparison/b.json",
     "claims/champion",
     "pointers/champion",
     "elsewhere",

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from esvit_core.config import Config
+from esvit_core.runs import changed
 from esvit_pipelines.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
-from esvit_pipelines.steps import step_names
+from esvit_pipelines.steps import pipeline_nulls, pipeline_values, step_names
 
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
 CONFIG = Config.load("demo", [SETS, "cluster.image=registry.example/esvit:1", "cluster.secret=keys"])
@@ -86,6 +87,15 @@ def test_parameters_have_types_descriptions_and_defaults(compiled: Any) -> None:
     assert all(len(p["description"]) > 40 for p in parameters.values())
     # KFP knows no integers inside of a structure: 20 epochs are 20.0 here, and 20 again when a step reads them.
     assert Config.from_mapping(parameters["configuration"]["defaultValue"]) == CONFIG
+
+
+def test_what_is_null_is_said_in_the_settings() -> None:
+    """KFP has no null: a setting whose default is a value cannot be put out in the configuration alone."""
+    nulls = ["promotion.max_loss=null", "cluster.train.cpu_limit=null", "init.source=null"]
+    config = Config.load("demo", nulls)
+    assert pipeline_nulls(config).split() == nulls[:2]
+    assert changed(pipeline_values(config), pipeline_nulls(config)) == config
+    assert pipeline_nulls(Config.load("demo")) == ""
 
 
 def test_every_step_runs_in_the_configured_image_and_installs_nothing(compiled: Any) -> None:

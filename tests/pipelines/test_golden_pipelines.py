@@ -72,7 +72,10 @@ def test_a_person_is_told_what_every_parameter_means(name: str) -> None:
 
 def test_every_step_is_tried_again_and_has_bounds_and_room_to_write(name: str) -> None:
     pipeline = next(yaml.safe_load_all(golden(name)))
-    for task in pipeline["root"]["dag"]["tasks"].values():
+    components = pipeline["components"]
+    dags = [pipeline["root"]["dag"], *(component["dag"] for component in components.values() if "dag" in component)]
+    tasks = [task for dag in dags for task in dag["tasks"].values()]
+    for task in (task for task in tasks if "dag" not in components[task["componentRef"]["name"]]):
         retry = task["retryPolicy"]
         assert retry["maxRetryCount"] >= 3 and retry["backoffFactor"] == 2 and retry["backoffDuration"] == "30s"
     for container, pod in executors(name).values():
@@ -93,6 +96,25 @@ def test_training_gets_its_node_and_its_shared_memory() -> None:
     shared = {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "16Gi", "volumeName": "shared-memory"}
     assert shared in pod["emptyDirMounts"]
     assert "accelerator" not in executors("pretrain")["exec-knn"][0]["resources"], "it would not use it"
+
+
+def test_where_nothing_is_new_only_the_look_at_it_runs() -> None:
+    pipeline = next(yaml.safe_load_all(golden("retrain")))
+    look, rest = sorted(pipeline["root"]["dag"]["tasks"].items(), key=lambda item: "triggerPolicy" in item[1])
+    assert look[0] == "find-new-data" and "triggerPolicy" not in look[1]
+    assert rest[1]["triggerPolicy"]["condition"].split() == [
+        "inputs.parameter_values['pipelinechannel--find-new-data-nothing']",
+        *("==", "false"),
+    ]
+    assert rest[1]["dependentTasks"] == ["find-new-data"]
+    # Another try of the same run of KFP is the same owner.
+    assert look[1]["inputs"]["parameters"]["owner"]["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
+
+
+def test_the_champion_is_compared_before_the_report_and_the_report_is_there_before_it_changes() -> None:
+    names = step_names(components.load_component_from_text(golden("retrain")))
+    assert names[0] == "find new data"
+    assert names[-3:] == ["compare with the champion", "report", "promote"]
 
 
 def test_each_kind_of_step_has_the_keys_of_its_own_role() -> None:

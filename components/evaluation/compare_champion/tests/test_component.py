@@ -22,7 +22,7 @@ def challenger(run_there: Run) -> Iterator[Run]:
     store.put_json(run_there.at(RETRAINING), {})
     store.put_json(POINTER, {"run": "s3://esvit/runs/start", "backbone": run_there.at("untrained")})
     yield run_there
-    for uri in (run_there.at(RETRAINING), run_there.at("evaluation/champion-start.json"), POINTER):
+    for uri in (run_there.at(RETRAINING), run_there.at("comparison/start.json"), POINTER):
         store.remove(uri)
     for uri, data in kept.items():
         store.put_bytes(uri, data)
@@ -35,6 +35,6 @@ def test_a_run_that_is_decided_has_nothing_to_compare(run_there: Run, components
 
 def test_the_champion_s_figures_on_the_run_s_pictures(challenger: Run, components: Any) -> None:
     outputs = components.through_kfp(compare_champion, run_uri=challenger.uri, results=["a"])
-    assert outputs["result"] == challenger.at("evaluation/champion-start.json")
+    assert outputs["result"] == challenger.at("comparison/start.json")
     own = challenger.store.get_json(challenger.at("evaluation/knn.json"))["results"]["untrained"]
     assert own.items() <= outputs["metrics"]["metadata"].items()
