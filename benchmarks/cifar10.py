@@ -25,15 +25,21 @@ from pathlib import Path
 from typing import Any
 
 from esvit_core.config import Config
+from esvit_core.evaluation.pictures import INDEX
 from esvit_core.evaluation.results import read_result
 from esvit_core.runs import identify_run, run_uri
+from esvit_core.storage import join_uri
 from esvit_core.storage.session import open_store
 from esvit_core.training.summary import read_summary
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 PER_CLASS = 500
 TASKS = {"view": "view only", "view + region": "view + region"}
-MEASURES = ("knn/20", "linear")
+MEASURES = {
+    "knn/20": "20-NN top-1, %",
+    "linear": "linear probe top-1, %",
+    "correspondence": "regions matched rightly, %",
+}
 Row = dict[str, Any]
 
 
@@ -96,9 +102,11 @@ def measure(data: Path, task: str, seed: int, settings: Sequence[str], work: Pat
     with open_store(work / "store") as store:
         results = {name: read_result(store, uri, name) for name in ("knn", "linear")}
         summary = read_summary(store, uri)
+        drawn = store.get_json(join_uri(uri, "pictures", INDEX))
     assert summary is not None
     figures = {
         model: {key: value for result in results.values() if result for key, value in result["results"][model].items()}
+        | {"correspondence": drawn["figures"]["correspondence"][model]}
         for model in ("trained", "untrained")
     }
     return {
@@ -148,26 +156,34 @@ def summarise(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, tuple[floa
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """A dot a seed and a bar for their mean; one panel a measure."""
+    """A dot a seed and a line at their mean; one panel a measure."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     groups = grouped(rows)
+    common = set.intersection(*(set(row["settings"]) for row in rows))
     names = sorted(groups, key=lambda key: (key[1] != "untrained", key))
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, 1.2 + 0.45 * len(names)), sharey=True)
-    for axis, name in zip(axes, MEASURES, strict=True):
+    labels = [
+        f"{task}\n{' '.join(s for s in settings.split() if s not in common) or 'the recipe'}"
+        for settings, task in names
+    ]
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 1.2 + 0.45 * len(names)), sharey=True)
+    for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
         for place, key in enumerate(names):
             values = [run[name] for run in groups[key]]
-            colour = {"untrained": "#999999", "view only": "#1f77b4"}.get(key[1], "#d95f02")
-            axis.barh(place, statistics.mean(values), color=colour, alpha=0.35, height=0.6)
-            axis.plot(values, [place] * len(values), "o", color=colour, markersize=5)
-        lowest = min(run[name] for runs in groups.values() for run in runs)
-        axis.set_xlim(left=max(0.0, lowest - 5))
-        axis.set_title({"knn/20": "20-NN top-1, %", "linear": "linear probe top-1, %"}[name])
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), [f"{task}\n{settings}" for settings, task in names], fontsize=8)
+            mean = statistics.mean(values)
+            colour = {"untrained": "#777777", "view only": "#1f77b4"}.get(key[1], "#d95f02")
+            axis.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
+            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=6)
+            axis.annotate(f"{mean:.1f}", (max(values), place), (7, 0), textcoords="offset points", va="center")
+        axis.set_title(title)
+        axis.grid(axis="x", alpha=0.3)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(names)), labels, fontsize=9)
     axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
