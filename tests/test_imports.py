@@ -69,6 +69,7 @@ LIGHT = [
     "esvit_core.weights.source",
     "esvit_pipelines.attempt",
     "esvit_pipelines.cli",
+    "esvit_pipelines.retraining",
     "esvit_pipelines.run",
     "esvit_pipelines.watch",
 ]

@@ -254,6 +254,18 @@ def test_a_schedule_is_made_listed_paused_resumed_and_deleted(server: KfpServer,
     told(call("schedule", "pause", "weekly"), "schedule weekly: there is none")
 
 
+def test_the_weekly_retraining_is_made_as_documented(
+    server: KfpServer, call: Call, micro_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(micro_recipe.parent)
+    micro_recipe.with_name("my-recipe.yaml").write_text(micro_recipe.read_text())
+    code, out, error = call(*documented("esvit schedule create retrain", "retrain")[1:])
+    assert (code, error) == (0, "") and out.startswith("scheduled weekly, cron 0 0 3 * * 1\n")
+    made = only(server.kept["recurringruns"])
+    assert (made.no_catchup, made.max_concurrency) == (True, "1")
+    assert made.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-retrain"
+
+
 def test_a_schedule_of_the_same_name_is_replaced_only_if_one_says_so(
     server: KfpServer, call: Call, compiled: Path
 ) -> None:
@@ -297,9 +309,9 @@ def test_an_interval_is_seconds(number: int, unit: str) -> None:
 # The same with KFP's own command line, as the documentation has it
 
 
-def documented(marker: str) -> list[str]:
-    """The words of the line in docs/submit.md that begins with ``marker``."""
-    text = (Path(__file__).parents[2] / "docs" / "submit.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def documented(marker: str, page: str = "submit") -> list[str]:
+    """The words of the line of a page below docs/ that begins with ``marker``."""
+    text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if line.startswith(marker)]
     import shlex
 
