@@ -23,7 +23,9 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.existing import take_backbone
 from esvit_core.export import save_backbone
 from esvit_core.models.registry import create_backbone
-from esvit_core.runs import MEASURED
+from esvit_core.retraining.data import prepare_new
+from esvit_core.retraining.find import find_new
+from esvit_core.runs import MEASURED, open_run
 from esvit_core.storage import ObjectStore, StoreAddress, StoreError, StoreRefused, weed
 from esvit_core.storage.keys import new_keys, secret_manifests, secret_values
 from esvit_core.storage.retry import RetryPolicy
@@ -257,6 +259,18 @@ def test_a_backbone_is_taken_to_be_measured_with_the_key_of_that_step(
     tree = config.model_dump(mode="json")
     run = take_backbone("s3://esvit/runs/t/backbone", str(folder), tree, store=server.client("publish"))
     assert run.store.exists(run.at(MEASURED))
+
+
+def test_a_retraining_is_found_claimed_and_prepared_with_the_key_of_those_steps(
+    server: Server, micro_recipe: Path, pictures: Any, tmp_path: Path
+) -> None:
+    config = Config.load(micro_recipe, ["bucket=esvit", "retrain.min_new_images=1", "promotion.pointer=roles"])
+    source, store = tmp_path / "pictures", server.client("prepare")
+    for each in (6, 7):
+        pictures.folder(source, ["a", "b"], each)
+        found = find_new(config, str(source), "me", store)
+        assert not found.nothing and prepare_new(open_run(found.run, store)).samples == 2 * each
+        server.client("publish").put_json(f"{found.run}/promotion.json", {"promoted": False})
 
 
 def test_the_steps_take_the_secrets_that_are_made_without_further_settings() -> None:
