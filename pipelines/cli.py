@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `retrain`, `status`, `logs`, `import`, `export`, `embed`, `store`, `recipe`, and a cluster's.
+"""The command line: `esvit run`, `plan`, `retrain`, `status`, `logs`, `import`, `export`, `embed`, and groups of others.
 
 What it needs to do its work is imported when the work begins: `esvit --help` answers at once.
 """
@@ -19,7 +19,7 @@ from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
 from esvit_pipelines import cluster_commands, store_commands
 from esvit_pipelines.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
-from esvit_pipelines.settings import DEFAULT_OUT, Settings, command, store_in
+from esvit_pipelines.settings import DEFAULT_OUT, DEFAULT_RECIPE, Settings, command, store_in
 
 INTERRUPTED_EXIT_CODE = 130
 DEFAULT_BUCKET = "esvit"
@@ -142,6 +142,36 @@ def _told() -> Iterator[None]:
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def plan(
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    gpu: Annotated[
+        Literal["h200", "h100", "a100", "cpu"], typer.Option("--gpu", help="What it runs on; cpu: this machine.")
+    ] = "h200",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="How many.")] = 1,
+    images: Annotated[
+        int, typer.Option("--images", min=1, metavar="N", help="Training pictures; default: those of ImageNet-1K.")
+    ] = 1_281_167,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, help="Of a device and hour, in any currency, for the cost.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option("--utilisation", min=0.01, max=1, help="Share of a GPU's peak that a step reaches.")
+    ] = 0.1,
+    json: JsonOption = False,
+) -> None:
+    """Say what a training will take before it starts: memory, images a second, days, cost; and whether it fits.
+
+    For a GPU the operations and bytes of a step are counted, and its speed follows from its data sheet and an assumed
+    share of its peak. For the processors of this machine a few real steps are taken.
+    """
+    from esvit_pipelines.plan import plan as plan_training
+
+    config = Config.load(recipe or DEFAULT_RECIPE, set_ or ())
+    plan_training(config, gpu, gpus, images, price, utilisation, json)
 
 
 @app.command()

@@ -41,6 +41,7 @@ ALLOWED = {
     "esvit_core.formats": WORK | {"esvit_core.training"},
     "esvit_core.embedding": WORK | {"esvit_core.training"},
     "esvit_core.training": WORK,
+    "esvit_core.planning": WORK | {"esvit_core.training"},
     "esvit_core.evaluation": WORK | {"esvit_core.training", "esvit_core.importing"},
     "esvit_core.reporting": WORK | {"esvit_core.training", "esvit_core.evaluation"},
     "esvit_core.retraining": WORK | {"esvit_core.evaluation"},

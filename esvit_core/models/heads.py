@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from esvit_core.models.prototype_logits import PrototypeLogits, are_many
+from esvit_core.models.prototype_logits import WEIGHT_ROWS, PrototypeLogits, are_many
 
 
 class Prototypes(nn.Module):
@@ -28,9 +28,17 @@ class Prototypes(nn.Module):
         if not are_many(x, len(self.weight_v)):
             return F.linear(x, self.weight())
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        weight = self.weight()
         # With a gradient the weight stays wide, for the gradients of many rows are added up in it.
-        return PrototypeLogits(x.to(dtype), weight if weight.requires_grad else weight.to(dtype))
+        trained = torch.is_grad_enabled() and self.weight_v.requires_grad
+        return PrototypeLogits(x.to(dtype), self.weight() if trained else self._narrow_weight(dtype))
+
+    @torch.no_grad()
+    def _narrow_weight(self, dtype: torch.dtype) -> Tensor:
+        """The prototypes in ``dtype``, without a copy in float32 of all of them."""
+        out = torch.empty_like(self.weight_v, dtype=dtype)
+        for part, v, g in zip(*(t.split(WEIGHT_ROWS) for t in (out, self.weight_v, self.weight_g)), strict=True):
+            part.copy_(torch._weight_norm(v, g, 0))
+        return out
 
 
 class ProjectionHead(nn.Module):

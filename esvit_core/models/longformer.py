@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Offsets of the nine windows a window sees, row by row; the fifth is the window itself.
 OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
@@ -29,7 +30,7 @@ OWN = 4
 @functools.lru_cache(maxsize=256)
 def _window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """-inf where a window would see padding or beyond the map, (windows, 9, 1, window ** 2)."""
-    # numpy, so that no mode or default device of the caller (inference, fake tensors, meta) reaches the cache.
+    # numpy, so that no default device of the caller reaches the cache.
     rows, columns = -(-height // window), -(-width // window)
     grid = np.zeros((rows * window, columns * window), dtype=bool)
     grid[:height, :width] = True
@@ -45,7 +46,8 @@ def window_mask(height: int, width: int, window: int, device: torch.device) -> T
     """The mask of a map, computed once per resolution and device."""
     if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
         return _window_mask.__wrapped__(height, width, window, device)
-    return _window_mask(height, width, window, device)
+    with _disable_current_modes():  # a fake tensor must not, either
+        return _window_mask(height, width, window, device)
 
 
 def _coordinates(rows: range, columns: range) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WEIGHT_ROWS = 2048  # prototypes that are converted at a time: 2 MB of float32 stay in the cache
 FEWEST_PROTOTYPES = 16384  # from this K on, on a processor; with fewer the logits are small and are simply there
 
 
@@ -54,7 +55,8 @@ class PrototypeLogits:
 
     def sum(self, dtype: torch.dtype) -> Tensor:
         """Sum over the rows, (1, K): the product of the sum."""
-        return self.embeddings.sum(0, keepdim=True, dtype=dtype) @ self.weight.to(dtype).T
+        total = self.embeddings.sum(0, keepdim=True, dtype=dtype)
+        return torch.cat([total @ part.to(dtype).T for part in self.weight.split(WEIGHT_ROWS)], -1)
 
     def dense(self) -> Tensor:
         """All of them, as a tensor."""

@@ -24,15 +24,15 @@ def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, then: Calla
         then: a layer, or several.
     """
     y = function(x)
-    if not y.requires_grad or torch.compiler.is_compiling():
+    if not y.requires_grad or torch.compiler.is_compiling() or _others_decide():
         return then(y)
-    place, size = y.data_ptr(), y.numel()
+    storage, size = y.untyped_storage()._cdata, y.numel()
     # `detach`: what is packed must not lead back to the graph that holds it.
     argument = x.detach()
 
     def pack(kept: Tensor) -> Any:
         # The same values in the same order: the output itself, or a contiguous view of it as rows.
-        if kept.data_ptr() == place and kept.numel() == size and kept.is_contiguous():
+        if kept.untyped_storage()._cdata == storage and kept.numel() == size and kept.is_contiguous():
             return kept.shape
         return kept
 
@@ -44,3 +44,8 @@ def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, then: Calla
 
     with saved_tensors_hooks(pack, unpack):
         return then(y)
+
+
+def _others_decide() -> bool:
+    """Whether hooks are set already on what is kept: those of a block that is recomputed as a whole keep nothing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 MASKED = -100.0  # as published: not minus infinity
 
@@ -33,12 +34,13 @@ def window_layout(height: int, width: int, window: int, shift: int, device: torc
     """The layout of a map, computed once per resolution and device."""
     if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
         return _window_layout.__wrapped__(height, width, window, shift, device)
-    return _window_layout(height, width, window, shift, device)
+    with _disable_current_modes():  # a fake tensor must not, either
+        return _window_layout(height, width, window, shift, device)
 
 
 @functools.lru_cache(maxsize=256)
 def _window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    # numpy, so that no mode or default device of the caller (inference, fake tensors, meta) reaches the cache.
+    # numpy, so that no default device of the caller reaches the cache.
     tokens = height * width
     places = np.arange(tokens).reshape(height, width)
     places = np.pad(places, ((0, -height % window), (0, -width % window)), constant_values=tokens)  # (Hp, Wp)

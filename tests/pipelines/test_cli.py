@@ -20,6 +20,7 @@ from esvit_pipelines.recipes import recipe_list, recipe_text
     [
         [],
         ["run"],
+        ["plan"],
         ["status"],
         ["logs"],
         ["export"],

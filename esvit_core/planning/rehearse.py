@@ -1,0 +1,166 @@
+"""Real steps of a run on this machine's processors, on noise, to know what they take: ``rehearse``.
+
+As many processes as will train take them together, on as many threads, each on a few pictures; what a whole share
+takes follows on the straight line through two sizes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from esvit_core.config import Config
+from esvit_core.data.loader import TrainLoader
+from esvit_core.data.stream import decode_picture
+from esvit_core.errors import UserError
+from esvit_core.training.allocator import keep_freed_memory
+from esvit_core.training.distributed import join_world
+from esvit_core.training.environment import device_memory
+from esvit_core.training.launch import divide_cores
+from esvit_core.training.loop import training_step
+from esvit_core.training.parts import assemble, make_deterministic, recompute_blocks_
+from esvit_core.training.stop import RENDEZVOUS_VARIABLE
+
+WARM_UP, STEPS = 1, 3
+LARGEST_STEP_FLOPS = 6e11  # half a minute of a slow core: no more pictures than that are taken at a time
+SHORT_SIDE = 375  # pixels, of ImageNet's pictures; where the recipe shrinks them further, its own
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step took.
+
+    Attributes:
+        processes: that trained together.
+        threads: of each.
+        pictures: of a process, the two sizes.
+        seconds: of a step with each, data included.
+        bytes: most memory of a process with each.
+    """
+
+    processes: int
+    threads: int
+    pictures: tuple[int, int]
+    seconds: tuple[float, float]
+    bytes: tuple[float, float]
+
+    def seconds_of(self, pictures: int) -> float:
+        """Of a step on ``pictures`` in each process."""
+        return _on_line(self.pictures, self.seconds, pictures)
+
+    def bytes_of(self, pictures: int) -> float:
+        """Most memory of a process that works on ``pictures`` at a time."""
+        return _on_line(self.pictures, self.bytes, pictures)
+
+
+def _on_line(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    slope = max(0.0, (y[1] - y[0]) / max(1, x[1] - x[0]))
+    return y[1] + slope * (at - x[1])
+
+
+def rehearse(config: Config, flops: float) -> Rehearsal:
+    """Take a few real steps of ``config`` on this machine's processors.
+
+    Args:
+        config: of the run.
+        flops: operations for each picture, which bound the pictures of a step.
+
+    Raises:
+        UserError: a process failed.
+    """
+    processes, threads = divide_cores(config)
+    share = -(-config.training.batch_size // processes)
+    most = min(share, config.training.max_images_per_process or share)
+    larger = int(min(most, max(4, LARGEST_STEP_FLOPS // flops)))
+    sizes = max(1, larger // 2), larger
+    with tempfile.TemporaryDirectory(prefix="esvit-plan-") as folder:
+        recipe = Path(folder) / "config.yaml"
+        recipe.write_text(config.to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", __name__, str(recipe), *map(str, sizes)]
+        running = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={
+                    **os.environ,
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
+                    **{"OMP_NUM_THREADS": str(threads), RENDEZVOUS_VARIABLE: folder},
+                },
+            )
+            for rank in range(processes)
+        ]
+        told = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise UserError("plan: the rehearsed steps failed, see above; with less memory than they need, plan for a GPU")
+    found = [json.loads(text.splitlines()[-1]) for text in told]
+    seconds, memory = (tuple(max(one[name][i] for one in found) for i in (0, 1)) for name in ("seconds", "bytes"))
+    return Rehearsal(processes, threads, sizes, seconds, memory)
+
+
+class Noise:
+    """Pictures of coarse noise, 3 to 4, decoded from JPEG as those of a run are."""
+
+    def __init__(self, config: Config, count: int) -> None:
+        short = min(config.data.store_short_side or SHORT_SIDE, SHORT_SIDE)
+        pixels = np.random.default_rng(0).integers(0, 256, (short // 8, short // 6, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, "JPEG", quality=90)
+        self._picture, self._count = file.getvalue(), count
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        return [self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, index: int) -> np.ndarray:
+        return decode_picture(self._picture)
+
+
+def main(recipe: str, *sizes: str) -> None:
+    """Body of a process: prints the seconds of a step and the most memory with each number of pictures."""
+    config = Config.from_yaml(Path(recipe).read_text(encoding="utf-8"))
+    keep_freed_memory()
+    if config.training.deterministic:
+        make_deterministic()
+    world = join_world()
+    seconds, memory = [], []
+    for pictures in map(int, sizes):
+        batch_size = pictures * world.size
+        training = config.training.model_copy(update={"batch_size": batch_size, "max_images_per_process": None})
+        small = config.model_copy(update={"training": training})
+        steps = WARM_UP + STEPS
+        loader = TrainLoader(Noise(small, steps * batch_size), small, small.seed, world.rank, world.size)
+        parts = assemble(small, world, loader)
+        if config.launch.recompute:
+            recompute_blocks_(parts.student, config.model.arch)
+        times, start = [], time.perf_counter()
+        for batch in loader.epoch(0):
+            training_step(parts, batch, parts.schedule_values())
+            parts.position.step += 1
+            times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        seconds.append(float(np.mean(times[WARM_UP:])))
+        memory.append(device_memory(world.device)["peak"])
+        del parts, loader
+    print(json.dumps({"seconds": seconds, "bytes": memory}), flush=True)
+    world.leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main(*sys.argv[1:])

@@ -1,0 +1,128 @@
+"""A plan counts what a real step does, and says what to change where a run does not fit."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from esvit_core.config import Config
+from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.errors import UserError
+from esvit_core.models import windows
+from esvit_core.planning import plan as planning
+from esvit_core.planning.count import LiveBytes, count_demand
+from esvit_core.planning.plan import Gpu, advice, plan_run
+from esvit_core.planning.rehearse import Rehearsal
+from esvit_core.training.distributed import World
+from esvit_core.training.loop import training_step
+from esvit_core.training.parts import assemble
+
+CPU = torch.device("cpu")
+
+
+class OneStep:
+    steps_per_epoch = 1
+
+
+def micro(**sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "augment": {
+            "global_crops": {"size": 64, "number": 2, "scale": (0.4, 1)},
+            "local_crops": {"size": 32, "number": 2, "scale": (0.05, 0.4)},
+        },
+        "model": {"arch": "swin", "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},
+        "head": {"out_dim": 512, "hidden_dim": 64, "bottleneck_dim": 32},
+        "training": {"batch_size": 16, "epochs": 2, "precision": "float32"},
+    }
+    return Config.from_mapping({**values, **{name: values.get(name, {}) | part for name, part in sections.items()}})
+
+
+@pytest.mark.parametrize("region", [True, False])
+def test_operations_and_bytes_are_those_of_a_real_step(region: bool) -> None:
+    config = micro(objective={"region": region}, optimizer={"freeze_last_layer_epochs": 0})
+    demand = count_demand(config, torch.float32, "cpu")
+    parts = assemble(config, World(0, 1, CPU, None), cast(TrainLoader, OneStep()))
+    crops = [torch.randn(16, 3, size, size) for size in (64, 64, 32, 32)]
+
+    def step() -> None:
+        training_step(parts, Batch(crops, np.arange(16), 0.0), parts.schedule_values())
+
+    step()  # makes the optimizer's averages
+    with FlopCounterMode(display=False) as counter:
+        step()
+    # The first layer's input takes no gradient, and the matching of regions is left out.
+    assert demand.flops * 16 == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+    class Peak(LiveBytes):
+        peak = 0
+
+        def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().__torch_dispatch__(*args, **kwargs)
+            self.peak = max(self.peak, self.bytes)
+            return result
+
+    parts.reducer.zero()
+    with Peak() as live:
+        step()
+    held = 16 * sum(p.numel() for p in parts.student.parameters()) + sum(crop.nbytes for crop in crops)
+    assert demand.bytes(16) == pytest.approx(held + live.peak, rel=0.15)
+
+
+def test_counting_takes_no_tensor_into_the_layouts_that_real_steps_use() -> None:
+    windows._window_layout.cache_clear()
+    count_demand(micro(), torch.bfloat16)
+    layout = windows.window_layout(8, 8, 4, 2, CPU)
+    assert type(layout.index) is torch.Tensor
+
+
+def test_recomputed_blocks_keep_less_and_compute_more() -> None:
+    kept, recomputed = (count_demand(micro(launch={"recompute": r}), torch.bfloat16) for r in (False, True))
+    assert recomputed.picture_bytes < 0.7 * kept.picture_bytes
+    assert kept.flops < recomputed.flops < 4 / 3 * kept.flops
+    assert recomputed.bytes(recomputed.most_pictures(1e9)) <= 1e9 < recomputed.bytes(recomputed.most_pictures(1e9) + 1)
+
+
+def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = micro(training={"precision": "bfloat16"})
+    flops = {torch.bfloat16: 1e12, torch.float32: 1e11}
+    demand = count_demand(config, torch.bfloat16)
+    monkeypatch.setitem(planning.GPUS, "h200", Gpu("large", flops, demand.bytes(16)))
+    monkeypatch.setitem(planning.GPUS, "a100", Gpu("small", flops, demand.bytes(6)))
+
+    large = plan_run(config, "h200", 2, images=100, utilisation=0.5)
+    assert large.fits and (large.pictures, large.at_once, large.steps) == (8, 8, 12)
+    assert large.images_per_second == pytest.approx(1e12 / demand.flops)
+    assert large.seconds == pytest.approx(12 * 16 / large.images_per_second)
+    assert large.cost(price=3.0) == pytest.approx(3.0 * 2 * large.seconds / 3600)
+
+    small = plan_run(config, "a100", 1, images=100)
+    assert not small.fits
+    said = advice(config, small)
+    setting = next(line for line in said if "max_images_per_process" in line)
+    most = int(setting.split("=")[1].split(":")[0])
+    again = plan_run(micro(training={"max_images_per_process": most, "precision": "bfloat16"}), "a100", 1, images=100)
+    assert again.fits and again.at_once == most
+    assert any("launch.recompute=true" in line for line in said) and any(line.startswith("--gpus ") for line in said)
+
+
+@pytest.mark.parametrize(("gpus", "images", "told"), [(1, 15, "--images 15"), (17, 100, "--gpus 17")])
+def test_what_makes_no_step_is_refused(gpus: int, images: int, told: str) -> None:
+    with pytest.raises(UserError, match=f"{told}: expected at .* training.batch_size, which is 16"):
+        plan_run(micro(), "h200", gpus, images)
+
+
+def test_larger_steps_lie_on_the_line_through_the_rehearsed_ones() -> None:
+    seen = Rehearsal(1, 1, (4, 8), (1.0, 1.5), (10.0, 14.0))
+    assert (seen.seconds_of(8), seen.seconds_of(16), seen.bytes_of(16)) == (1.5, 2.5, 22.0)
+
+
+def test_this_machine_takes_real_steps_in_as_many_processes_as_will_train() -> None:
+    plan = plan_run(micro(training={"processes": 2}), "cpu", 1, images=32)
+    assert plan.devices == 2 and plan.pictures == 8
+    assert plan.images_per_second > 0 and plan.seconds == pytest.approx(4 * 16 / plan.images_per_second)
+    assert 2 * 100e6 < plan.bytes < plan.memory == psutil.virtual_memory().total
