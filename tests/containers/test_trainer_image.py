@@ -104,7 +104,7 @@ def test_what_is_not_pytorch_s_own_is_small(
     rest = image["Size"] - torch - brought
     say(
         f"image {image['Size'] / 1e9:.2f} GB: PyTorch {torch / 1e9:.2f}, "
-        f"NVIDIA's libraries that it is linked with {brought / 1e9:.2f}, rest {rest / 1e9:.2f}"
+        f"NVIDIA's libraries and Triton {brought / 1e9:.2f}, rest {rest / 1e9:.2f}"
     )
     assert rest <= TARGET_BYTES
 
