@@ -33,8 +33,11 @@ from esvit_core.training.loop import training_step
 from esvit_core.training.parts import assemble, make_deterministic, recompute_blocks_
 from esvit_core.training.stop import RENDEZVOUS_VARIABLE
 
-WARM_UP, STEPS = 1, 3
-LARGEST_STEP_FLOPS = 6e11  # half a minute of a slow core: no more pictures than that are taken at a time
+WARM_UP = 2
+MOST_FLOPS = 6e11  # of a step, and of all steps with one number of pictures where they are small: seconds of a core
+FEWEST_STEPS, MOST_STEPS = 3, 20
+# What a training process holds beside its steps: metrics, log, the store's client, the checkpoint that is written.
+SERVICES_BYTES = 200e6
 SHORT_SIDE = 375  # pixels, of ImageNet's pictures; where the recipe shrinks them further, its own
 
 
@@ -62,7 +65,7 @@ class Rehearsal:
 
     def bytes_of(self, pictures: int) -> float:
         """Most memory of a process that works on ``pictures`` at a time."""
-        return _on_line(self.pictures, self.bytes, pictures)
+        return SERVICES_BYTES + _on_line(self.pictures, self.bytes, pictures)
 
 
 def _on_line(x: Sequence[float], y: Sequence[float], at: float) -> float:
@@ -83,17 +86,19 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
     processes, threads = divide_cores(config)
     share = -(-config.training.batch_size // processes)
     most = min(share, config.training.max_images_per_process or share)
-    larger = int(min(most, max(4, LARGEST_STEP_FLOPS // flops)))
+    larger = int(min(most, max(4, MOST_FLOPS // flops)))
     sizes = max(1, larger // 2), larger
+    steps = int(min(MOST_STEPS, max(FEWEST_STEPS, MOST_FLOPS // (flops * larger))))
     with tempfile.TemporaryDirectory(prefix="esvit-plan-") as folder:
         recipe = Path(folder) / "config.yaml"
         recipe.write_text(config.to_yaml(), encoding="utf-8")
-        command = [sys.executable, "-m", __name__, str(recipe), *map(str, sizes)]
+        command = [sys.executable, "-m", __name__, str(recipe), str(steps), *map(str, sizes)]
         running = [
             subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # as torchrun does: on a busy machine Linux gives each session its share
                 env={
                     **os.environ,
                     **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
@@ -102,7 +107,11 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
             )
             for rank in range(processes)
         ]
-        told = [process.communicate()[0] for process in running]
+        try:
+            told = [process.communicate()[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
     if any(process.returncode for process in running):
         raise UserError("plan: the rehearsed steps failed, see above; with less memory than they need, plan for a GPU")
     found = [json.loads(text.splitlines()[-1]) for text in told]
@@ -131,7 +140,7 @@ class Noise:
         return decode_picture(self._picture)
 
 
-def main(recipe: str, *sizes: str) -> None:
+def main(recipe: str, steps: str, *sizes: str) -> None:
     """Body of a process: prints the seconds of a step and the most memory with each number of pictures."""
     config = Config.from_yaml(Path(recipe).read_text(encoding="utf-8"))
     keep_freed_memory()
@@ -143,8 +152,9 @@ def main(recipe: str, *sizes: str) -> None:
         batch_size = pictures * world.size
         training = config.training.model_copy(update={"batch_size": batch_size, "max_images_per_process": None})
         small = config.model_copy(update={"training": training})
-        steps = WARM_UP + STEPS
-        loader = TrainLoader(Noise(small, steps * batch_size), small, small.seed, world.rank, world.size)
+        loader = TrainLoader(
+            Noise(small, (WARM_UP + int(steps)) * batch_size), small, small.seed, world.rank, world.size
+        )
         parts = assemble(small, world, loader)
         if config.launch.recompute:
             recompute_blocks_(parts.student, config.model.arch)
@@ -154,7 +164,7 @@ def main(recipe: str, *sizes: str) -> None:
             parts.position.step += 1
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
-        seconds.append(float(np.mean(times[WARM_UP:])))
+        seconds.append(float(np.median(times[WARM_UP:])))
         memory.append(device_memory(world.device)["peak"])
         del parts, loader
     print(json.dumps({"seconds": seconds, "bytes": memory}), flush=True)
