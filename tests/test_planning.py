@@ -42,9 +42,8 @@ def micro(**sections: dict[str, Any]) -> Config:
     return Config.from_mapping({**values, **{name: values.get(name, {}) | part for name, part in sections.items()}})
 
 
-@pytest.mark.parametrize("region", [True, False])
-def test_operations_and_bytes_are_those_of_a_real_step(region: bool) -> None:
-    config = micro(objective={"region": region}, optimizer={"freeze_last_layer_epochs": 0})
+def test_operations_and_bytes_are_those_of_a_real_step() -> None:
+    config = micro(optimizer={"freeze_last_layer_epochs": 0})
     demand = count_demand(config, torch.float32, "cpu")
     parts = assemble(config, World(0, 1, CPU, None), cast(TrainLoader, OneStep()))
     crops = [torch.randn(16, 3, size, size) for size in (64, 64, 32, 32)]

@@ -117,11 +117,16 @@ class FromWindows(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attention of (B, windows, heads, N, d) with a bias (windows or 1, heads, N, N).
 
-    On a GPU the fused kernel, with windows and heads in one axis so that the bias is not copied for each picture;
-    on a processor, where windows are small and the fused kernel knows no gradient of the bias, the plain formula.
+    On a GPU the fused kernel; on a processor, where windows are small and the fused kernel knows no gradient of the
+    bias, the plain formula.
     """
-    if not q.is_cuda:
-        return ((q * scale @ k.mT).add_(bias)).softmax(-1) @ v
+    if q.is_cuda:
+        return attend_fused(q, k, v, bias, scale)
+    return ((q * scale @ k.mT).add_(bias)).softmax(-1) @ v
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The same with windows and heads in one axis, so that the bias is not copied for each picture."""
     shape = q.shape
     bias = bias.expand(shape[1], -1, -1, -1).flatten(0, 1)[None]  # (1, windows * heads, N, N)
     q, k, v = (t.flatten(1, 2) for t in (q, k, v))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.models.windows import FromWindows, ToWindows, WindowAttention, window_layout
+from esvit_core.models.windows import FromWindows, ToWindows, WindowAttention, attend, attend_fused, window_layout
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,18 @@ def test_attention_equals_padding_rolling_and_masking(shape, heads, bias):
     for attention in (layer, lambda x: plain_attention(layer, x)):
         out = attention(x)
         inputs = [x, *layer.parameters()]
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("biases", [1, 3])
+def test_the_form_for_gpus_computes_the_same(biases):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 4, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs.append(torch.randn(biases, 4, 9, 9, dtype=torch.float64, requires_grad=True))
+    results = []
+    for form in (attend, attend_fused):
+        out = form(*inputs, 8**-0.5)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     torch.testing.assert_close(*results)
 

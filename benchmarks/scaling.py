@@ -1,0 +1,115 @@
+"""One process with all cores against one process a core: pictures a second, and what the second way spends on talking.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --recipe imagenet_swin_tiny_w7 --batch 4
+
+Both take the same global batch, on noise that is there already. Communication is the time that a process waits for
+gradients after its own backward pass; what overlaps with it costs nothing. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, cast
+
+import numpy as np
+import torch
+from machine import describe
+
+from esvit_core.config import Config
+from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.training.allocator import keep_freed_memory
+from esvit_core.training.distributed import join_world
+from esvit_core.training.environment import available_cores
+from esvit_core.training.loop import training_step
+from esvit_core.training.parts import assemble
+from esvit_core.training.stop import RENDEZVOUS_VARIABLE
+
+
+class OneStep:
+    """In place of a loader: an epoch of one step."""
+
+    steps_per_epoch = 1
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Body of a process: prints the seconds of each step, and those that it waited for the others."""
+    keep_freed_memory()
+    world = join_world()
+    config = Config.load(arguments.recipe, [f"training.batch_size={arguments.batch}"])
+    parts = assemble(config, world, cast(TrainLoader, OneStep()))
+    pictures = arguments.batch // world.size
+    kinds = (config.augment.global_crops, *config.augment.local_kinds)
+    crops = [torch.randn(pictures, 3, kind.size, kind.size) for kind in kinds for _ in range(kind.number)]
+    waited = 0.0
+    finish = parts.reducer.finish
+
+    def timed() -> None:
+        nonlocal waited
+        start = time.perf_counter()
+        finish()
+        waited += time.perf_counter() - start
+
+    parts.reducer.finish = timed  # type: ignore[method-assign]
+    rows = []
+    for _ in range(arguments.rounds + 1):
+        waited, start = 0.0, time.perf_counter()
+        training_step(parts, Batch(crops, np.arange(pictures), 0.0), parts.schedules.at(20))
+        rows.append((time.perf_counter() - start, waited))
+    print(json.dumps(rows[1:]), flush=True)
+    world.leave()
+
+
+def measure(processes: int, threads: int) -> dict[str, Any]:
+    """Median seconds of a step, and the share of them that is waiting."""
+    with tempfile.TemporaryDirectory(prefix="esvit-scaling-") as folder:
+        environment = {**os.environ, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
+        environment[RENDEZVOUS_VARIABLE] = folder
+        running = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], "--worker"],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(processes)
+        ]
+        told = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        sys.exit(f"{processes} processes: one of them failed")
+    rows = [row for text in told for row in json.loads(text.splitlines()[-1])]
+    seconds = statistics.median(row[0] for row in rows)
+    return {"seconds": seconds, "waiting": statistics.median(row[1] / row[0] for row in rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--batch", type=int, default=64, help="pictures a step, of all processes together")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+        return
+    cores = available_cores()
+    print(f"{arguments.recipe}, batch {arguments.batch}, {cores} cores, {describe(torch.device('cpu'))}", flush=True)
+    result = {}
+    for processes in (1, arguments.processes):
+        found = measure(processes, max(1, cores // processes))
+        rate = arguments.batch / found["seconds"]
+        print(f"{processes} processes: {rate:8.2f} images/s, {found['waiting']:.1%} of a step waiting for gradients")
+        result |= {f"images_per_second_{processes}": round(rate, 2), f"waiting_{processes}": round(found["waiting"], 4)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
