@@ -6,9 +6,11 @@ The untrained one, the same network at step 0, is the baseline of every figure.
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,28 +71,37 @@ def compute_features(
     *,
     precision: str = "float32",
     label: str = "features",
+    devices: Sequence[torch.device] | None = None,
 ) -> Features:
     """Features of every picture, in order.
 
     Args:
-        backbone: in eval mode; it runs on the GPU if there is one.
+        backbone: in eval mode.
         transform: from a picture (H, W, 3) uint8 to the network's input (3, S, S).
         blocks: number of last blocks of the linear-probe feature.
         precision: ``bfloat16`` runs the network under autocast; all else in float32, the default also where
             training used bfloat16, for its rounding reorders the neighbours of small networks.
         label: first word of the progress lines.
+        devices: that take the batches in turn, each with a copy of the backbone; None: all GPUs of this machine, else
+            the processor.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = backbone.to(device)
+    devices = devices or _devices()
+    copies = [(backbone if not i else copy.deepcopy(backbone)).to(device) for i, device in enumerate(devices)]
+
+    def compute(number: int, batch: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        device, network = devices[number % len(devices)], copies[number % len(devices)]
+        with torch.inference_mode(), _arithmetic(device, precision):  # of this thread
+            x = batch.to(device, non_blocking=True)  # (B, 3, S, S)
+            view, block = network.view_and_last_blocks(x, blocks)  # type: ignore[operator]  # (B, D), (B, D')
+            return view.float().cpu().numpy(), block.float().cpu().numpy()
+
     views: list[np.ndarray] = []
     last: list[np.ndarray] = []
-    with torch.inference_mode(), _arithmetic(device, precision), Progress(len(dataset), label=label) as progress:
-        for batch in _batches(dataset, transform, batch_size):
-            x = batch.to(device, non_blocking=True)  # (B, 3, S, S)
-            view, block = backbone.view_and_last_blocks(x, blocks)  # type: ignore[operator]  # (B, D), (B, D')
-            views.append(view.float().cpu().numpy())
-            last.append(block.float().cpu().numpy())
-            progress.update(len(batch))
+    with Progress(len(dataset), label=label) as progress:
+        for view, block in _in_turn(compute, _batches(dataset, transform, batch_size), len(devices)):
+            views.append(view)
+            last.append(block)
+            progress.update(len(view))
     empty = np.zeros((0, 0), np.float32)
     return Features(
         view=np.concatenate(views) if views else empty,
@@ -189,6 +200,27 @@ def eval_transform(config: Config) -> EvalTransform:
     return EvalTransform(
         config.evaluation.resize, config.evaluation.crop, mean=config.augment.mean, std=config.augment.std
     )
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def _in_turn(
+    compute: Callable[[int, torch.Tensor], tuple[np.ndarray, np.ndarray]], batches: Iterator[torch.Tensor], many: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Results in the order of the batches, ``many`` of which are under way at a time."""
+    if many == 1:
+        yield from (compute(0, batch) for batch in batches)
+        return
+    with ThreadPoolExecutor(max_workers=many) as pool:
+        pending = deque[Future[tuple[np.ndarray, np.ndarray]]]()
+        for number, batch in enumerate(batches):
+            pending.append(pool.submit(compute, number, batch))
+            if len(pending) > many:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 @contextlib.contextmanager

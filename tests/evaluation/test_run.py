@@ -69,6 +69,18 @@ def test_features_do_not_depend_on_the_batch(measured_run, bucket, tmp_path, con
     assert one.view == pytest.approx(all_at_once.view, abs=1e-5)
 
 
+def test_features_of_several_devices_are_those_of_one(measured_run, bucket, tmp_path, config):
+    backbone = load_backbone(f"{measured_run}/backbone", bucket)
+    dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
+    one, two = (
+        compute_features(backbone, dataset, eval_transform(config), 3, 2, devices=[torch.device("cpu")] * many)
+        for many in (1, 2)
+    )
+    assert len(two) == len(dataset) == 11
+    for kind in ("view", "blocks", "labels"):
+        assert np.array_equal(getattr(one, kind), getattr(two, kind))
+
+
 def test_features_in_bfloat16_point_where_those_in_float32_do(measured_run, bucket, tmp_path, config):
     backbone = load_backbone(f"{measured_run}/backbone", bucket)
     dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
