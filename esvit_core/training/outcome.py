@@ -52,7 +52,8 @@ def _note_failure(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
 def note_own_failure(run_uri: str, error: BaseException, rank: int, began: float) -> None:
     """Leave the reason in the journal, in a process that nobody launched who would do it: under plain torchrun.
 
-    One of the processes does. Those that have merely lost another wait a little: it may have a reason.
+    The first process does so at once. The others wait a little and leave it at that if a reason is there; longer when
+    they have merely lost another, which may have one.
 
     Args:
         run_uri: ``s3://bucket/runs/<id>``.
@@ -63,7 +64,7 @@ def note_own_failure(run_uri: str, error: BaseException, rank: int, began: float
     from torch.distributed import DistError
 
     lost = isinstance(error, DistError) or "peer" in str(error)
-    time.sleep(ECHO_SECONDS * lost + min(1.0, 0.05 * rank))
+    time.sleep(ECHO_SECONDS * (lost + (rank > 0)) + min(1.0, 0.05 * rank))
     text = " ".join(str(error).split()) or type(error).__name__
     known = isinstance(error, UserError)
     outcome = Outcome(reason=text if known else f"process {rank}: {type(error).__name__}: {text}", rank=rank)

@@ -67,7 +67,12 @@ def config(
     store: ObjectStore, trainer_image: str, pictures: Any, micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Config:
     """A run in the store, of which no test sees the end."""
-    settings = ["training.epochs=100000", "training.checkpoint_steps=20", "training.log_steps=20"]
+    settings = [
+        "training.epochs=100000",
+        "training.collapse_patience=1000000",
+        "training.checkpoint_steps=20",
+        "training.log_steps=20",
+    ]
     launch = ["launch.nodes=2", "launch.min_nodes=1", "launch.cpu=1", "launch.memory_gib=3"]
     made = Config.load(micro_recipe, [*settings, *launch, f"launch.image={trainer_image}"])
     store.put_bytes(f"{RUN_URI}/config.yaml", made.to_yaml().encode())

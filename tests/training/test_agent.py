@@ -74,7 +74,7 @@ def test_the_node_of_the_endpoint_keeps_the_rendezvous(conf: str, address: str, 
     assert _with_host(options).rdzv_conf == expected
 
 
-def test_under_plain_torchrun_one_process_leaves_the_reason(micro_run: Callable[..., Any]) -> None:
+def test_under_plain_torchrun_the_processes_leave_the_reason(micro_run: Callable[..., Any]) -> None:
     run = micro_run("lost-shard")
     for stat in list(run.store.list(f"{run.uri}/data")):
         if stat.uri.endswith(".tar"):
@@ -93,8 +93,9 @@ def test_under_plain_torchrun_one_process_leaves_the_reason(micro_run: Callable[
         [sys.executable, "-m", *command, run.uri], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode != 0
-    (entry,) = [entry for entry in read_journal(run.store, run.uri) if entry.kind == "failed"]
-    assert "shard" in entry.reason and f"error: {entry.reason}" in done.stderr
+    # Once as a rule; twice where the second has not seen in time what the first has left.
+    (reason,) = {entry.reason for entry in read_journal(run.store, run.uri) if entry.kind == "failed"}
+    assert "shard" in reason and f"error: {reason}" in done.stderr
 
 
 def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from esvit_core.training.optimizer import build_optimizer
 from esvit_core.training.parts import Parts
 from esvit_core.training.position import Position
 from esvit_core.training.precision import choose_precision
+from esvit_core.training.profiler import Profiler
 from esvit_core.training.schedules import Schedules
 from esvit_core.training.trace import Trace
 
@@ -77,6 +78,7 @@ def test_every_preset_trains_a_step(name: str) -> None:
     if not recipe.objective.region:
         student.head_dense = teacher.head_dense = None
     optimizer, position = build_optimizer(student, recipe), Position(step=recipe.optimizer.warmup_epochs)
+    objective = Objective(recipe.objective, K)
     parts = Parts(
         config=recipe,
         world=world,
@@ -85,13 +87,14 @@ def test_every_preset_trains_a_step(name: str) -> None:
         schedules=Schedules(recipe, steps_per_epoch=1),
         student=student,
         teacher=teacher,
-        objective=Objective(recipe.objective, K),
+        objective=objective,
         optimizer=optimizer,
         reducer=GradientReducer(student.parameters(), world),
         collapse=CollapseWatch(recipe.diagnostics, 1, K),
         position=position,
         guard=NonFiniteGuard(recipe, world, position, 1, [], optimizer),
         trace=Trace(world),
+        profiler=Profiler(world.device, student, teacher, objective, optimizer),
     )
     generator = torch.Generator().manual_seed(0)
     kinds = (recipe.augment.global_crops, *recipe.augment.local_kinds)
