@@ -1,4 +1,4 @@
-"""What the pipelines have in common: how a step is named and placed, and the steps that measure a backbone."""
+"""What the pipelines have in common: how a step is named and placed, and the steps that more than one of them has."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from esvit_components.evaluation.knn import knn
 from esvit_components.evaluation.linear_probe import linear_probe
 from esvit_components.evaluation.pictures import pictures
 from esvit_components.evaluation.transfer import transfer
+from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
 from esvit_core.config.cluster import Role
 from esvit_pipelines.pods import place
@@ -63,6 +64,24 @@ def prepare_sets(steps: Steps, run: Any) -> dict[str, dsl.PipelineTask]:
         s.name: steps.add(prepare_transfer(run_uri=run, set_name=s.name), f"prepare {s.name}", "prepare")
         for s in steps.config.evaluation.transfer
     }
+
+
+def train(steps: Steps, run: Any, dataset: Any, sets: Mapping[str, dsl.PipelineTask]) -> dsl.PipelineTask:
+    """The step that pre-trains, with the output ``model``.
+
+    Args:
+        run: address of the run, an output of a step.
+        dataset: the prepared pictures.
+        sets: of :func:`prepare_sets`.
+    """
+    trained = steps.add(
+        pretrain(run_uri=run, dataset=dataset),
+        "pretrain",
+        "train",
+        accelerated=steps.config.launch.scheduler == "local",  # else the step waits for the pods that have them
+    )
+    # All data are looked at before the long step begins: what is wrong with them shows at once.
+    return trained.after(*sets.values())
 
 
 def measure(

@@ -15,9 +15,8 @@ from kfp import dsl
 from esvit_components.data.prepare_data import prepare_data
 from esvit_components.deployment.promote import promote
 from esvit_components.reporting.report import report
-from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
-from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets
+from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets, train
 
 PIPELINE_NAME = "esvit-pretrain"
 
@@ -61,16 +60,7 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
         )
         run = prepared.outputs["run_uri"]
         sets = prepare_sets(steps, run)
-        trained = steps.add(
-            pretrain(run_uri=run, dataset=prepared.outputs["dataset"]),
-            "pretrain",
-            "train",
-            accelerated=config.launch.scheduler == "local",  # else the step waits for the pods that have them
-        )
-        # All data are looked at before the long step begins: what is wrong with them shows at once.
-        trained.after(*sets.values())
-
-        model = trained.outputs["model"]
+        model = train(steps, run, prepared.outputs["dataset"], sets).outputs["model"]
         measured = measure(steps, run, prepared.outputs["dataset"], model, sets)
         told = steps.add(
             report(run_uri=run, results=[task.outputs["result"] for task in measured]), "report", "publish"

@@ -15,9 +15,8 @@ from esvit_components.data.prepare_new_data import prepare_new_data
 from esvit_components.deployment.promote import promote
 from esvit_components.evaluation.compare_champion import compare_champion
 from esvit_components.reporting.report import report
-from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
-from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets
+from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets, train
 
 PIPELINE_NAME = "esvit-retrain"
 
@@ -62,25 +61,16 @@ def build_retrain_pipeline(
         )
         # kfp.local has no conditions: there the other steps run too, and find their work done.
         with dsl.If(found.outputs["nothing"] == False, "something-new") if cluster else nullcontext():  # noqa: E712
-            _retrain(steps, config, found)
+            _retrain(steps, found)
 
     return retrain_pipeline
 
 
-def _retrain(steps: Steps, config: Config, found: dsl.PipelineTask) -> None:
+def _retrain(steps: Steps, found: dsl.PipelineTask) -> None:
     run = found.outputs["run_uri"]
     prepared = steps.add(prepare_new_data(run_uri=run, found=found.outputs["found"]), "prepare new data", "prepare")
     sets = prepare_sets(steps, run)
-    trained = steps.add(
-        pretrain(run_uri=run, dataset=prepared.outputs["dataset"]),
-        "pretrain",
-        "train",
-        accelerated=config.launch.scheduler == "local",  # else the step waits for the pods that have them
-    )
-    # All data are looked at before the long step begins: what is wrong with them shows at once.
-    trained.after(*sets.values())
-
-    model = trained.outputs["model"]
+    model = train(steps, run, prepared.outputs["dataset"], sets).outputs["model"]
     measured = measure(steps, run, prepared.outputs["dataset"], model, sets)
     results = [task.outputs["result"] for task in measured]
     compared = steps.add(compare_champion(run_uri=run, results=results), "compare with the champion", "evaluate")
