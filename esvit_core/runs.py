@@ -26,6 +26,7 @@ CONFIG = "config.yaml"
 PLACE = "place"  # a pointer: where the run is computed may change from one start to the next
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
 RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
+PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
 CLAIMS = "claims"  # folder beside the runs: for each champion, who is at its retraining
 _REMOTE = ("s3://", "minio://", "gs://")
 
@@ -40,6 +41,11 @@ class Artifact(Protocol):
     def path(self) -> str: ...
 
 
+def name_of_run(uri: str) -> str:
+    """The id of the run at ``uri``."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that has been started, as its steps see it."""
@@ -51,7 +57,7 @@ class Run:
     @property
     def name(self) -> str:
         """The run's id."""
-        return self.uri.rpartition("/")[2]
+        return name_of_run(self.uri)
 
     def at(self, *parts: str) -> str:
         """The address of something of this run."""

@@ -17,7 +17,7 @@ from esvit_core.data.manifest import check_source
 from esvit_core.errors import UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.monitoring.progress import format_duration
-from esvit_core.runs import CONFIG, Run, identify_run, run_uri
+from esvit_core.runs import CONFIG, PROMOTION, Run, identify_run, run_uri
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.errors import NotFound
 from esvit_core.storage.session import open_store
@@ -168,7 +168,7 @@ def usage(backbone: Path) -> list[str]:
 
 def _promotion(current: Run) -> str:
     try:
-        decision: dict[str, Any] = current.store.get_json(current.at("promotion.json"))
+        decision: dict[str, Any] = current.store.get_json(current.at(PROMOTION))
     except NotFound:
         return "no decision was taken"
     return f"{'yes' if decision['promoted'] else 'no'}, {decision['reason']}"

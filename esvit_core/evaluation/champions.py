@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esvit_core.errors import UserError
+from esvit_core.runs import name_of_run
 from esvit_core.storage import ObjectStore, Pointer, join_uri
 
 HISTORY = 50  # former champions that the pointer remembers
@@ -37,7 +38,7 @@ class Champion:
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.run.rpartition("/")[2]
+        return name_of_run(self.run)
 
 
 def pointer_uri(bucket: str, name: str) -> str:
@@ -122,7 +123,7 @@ def _former(present: dict[str, Any], name: str) -> dict[str, Any]:
     before = [entry for entry in history[:own] if "rolled_back" not in entry]
     if not before:
         raise UserError(
-            f"pointer {name}: {present['run'].rpartition('/')[2]} has no predecessor to go back to; "
+            f"pointer {name}: {name_of_run(present['run'])} has no predecessor to go back to; "
             "`esvit champions` lists the others"
         )
     return before[-1]
@@ -130,14 +131,14 @@ def _former(present: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _named(present: dict[str, Any], name: str, to: str) -> dict[str, Any]:
     history: list[dict[str, Any]] = present.get("history", [])
-    wanted = to.rstrip("/").rpartition("/")[2]
-    found = {entry["run"]: entry for entry in history if entry["run"].rpartition("/")[2].startswith(wanted)}
+    wanted = name_of_run(to)
+    found = {entry["run"]: entry for entry in history if name_of_run(entry["run"]).startswith(wanted)}
     found.pop(present["run"], None)
     if len(found) == 1:
         return next(iter(found.values()))
-    if present["run"].rpartition("/")[2].startswith(wanted) and not found:
+    if name_of_run(present["run"]).startswith(wanted) and not found:
         raise UserError(f"--to {to}: it is the {name} now")
-    known = ", ".join(dict.fromkeys(entry["run"].rpartition("/")[2] for entry in reversed(history))) or "none"
+    known = ", ".join(dict.fromkeys(name_of_run(entry["run"]) for entry in reversed(history))) or "none"
     which = "more than one former champion begins so" if found else "no former champion of this name"
     raise UserError(f"--to {to}: {which}; pointer {name} remembers {known}")
 

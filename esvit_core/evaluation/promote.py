@@ -18,6 +18,7 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.champions import now, pointer_uri, with_history
 from esvit_core.evaluation.comparison import CHAMPION, compare_with_champion, is_retraining, read_comparison
 from esvit_core.evaluation.results import Result, read_result
+from esvit_core.runs import PROMOTION
 from esvit_core.storage import ObjectStore, Pointer, join_uri, split_uri
 from esvit_core.storage.errors import NotFound
 
@@ -55,7 +56,7 @@ def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     Raises:
         UserError: the pointer changed under every one of many attempts.
     """
-    record = join_uri(run_uri, "promotion.json")
+    record = join_uri(run_uri, PROMOTION)
     try:
         return store.get_json(record)
     except NotFound:
@@ -73,7 +74,7 @@ def foresee(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
         ``promoted``, ``reason``, and ``decided``: whether it is on record.
     """
     try:
-        return store.get_json(join_uri(run_uri, "promotion.json")) | {"decided": True}
+        return store.get_json(join_uri(run_uri, PROMOTION)) | {"decided": True}
     except NotFound:
         pass
     figure = metric_figure(store, run_uri, config.promotion.metric)

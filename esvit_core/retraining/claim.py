@@ -18,10 +18,8 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.evaluation.champions import now
 from esvit_core.monitoring.progress import format_duration
-from esvit_core.runs import CLAIMS
+from esvit_core.runs import CLAIMS, PROMOTION
 from esvit_core.storage import ObjectStore, Pointer, join_uri
-
-PROMOTION = "promotion.json"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from esvit_core.evaluation.champions import pointer_uri
 from esvit_core.evaluation.comparison import CHAMPION, compare_with_champion, comparison_uri
-from esvit_core.retraining.claim import PROMOTION
-from esvit_core.runs import RETRAINING, Run
+from esvit_core.runs import PROMOTION, RETRAINING, Run, name_of_run
 from esvit_core.storage import split_uri
 
 
@@ -28,5 +27,5 @@ def compare_with_present(run: Run) -> tuple[str, dict[str, float], str]:
     for result in compared["results"].values():
         figures |= result["results"].get(CHAMPION, {})
     told = ", ".join(f"{name} {value:.1f} %" for name, value in figures.items()) or "no figures"
-    name = str(present.value["run"]).rpartition("/")[2]
+    name = name_of_run(present.value["run"])
     return comparison_uri(run.uri, present.value), figures, f"champion {name} ({compared['how']}): {told}"

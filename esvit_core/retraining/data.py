@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from esvit_core.config import DataConfig
 from esvit_core.data.listing import LISTING, decode
-from esvit_core.data.manifest import Manifest
+from esvit_core.data.manifest import MANIFEST, Manifest
 from esvit_core.data.prepare import prepare
 from esvit_core.retraining.find import SEEN
 from esvit_core.runs import RETRAINING, Run
@@ -20,8 +20,8 @@ def prepare_new(run: Run) -> Manifest:
     Raises:
         UserError: see :func:`esvit_core.data.prepare.prepare`.
     """
-    if run.store.exists(run.at("data", "manifest.json")):  # what was found is held fast: it cannot have changed
-        print("already done: found data/manifest.json", flush=True)
+    if run.store.exists(run.at("data", MANIFEST)):  # what was found is held fast: it cannot have changed
+        print(f"already done: found data/{MANIFEST}", flush=True)
         return Manifest.read(run.store, run.at("data"))
     record = run.store.get_json(run.at(RETRAINING))
     seen = list(decode(run.store.get_bytes(run.at(SEEN))))

@@ -14,7 +14,7 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.champions import now, pointer_uri
 from esvit_core.retraining.claim import Claim, claim_uri, request_of, require_free
 from esvit_core.retraining.continued import continued
-from esvit_core.runs import CONFIG, RETRAINING, Run, open_run, run_id, run_uri, start_run
+from esvit_core.runs import CONFIG, RETRAINING, Run, name_of_run, open_run, run_id, run_uri, start_run
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
 from esvit_core.storage.json_text import encode_json
@@ -146,7 +146,7 @@ def _nothing(source: str, earlier: _Earlier, difference: Difference, files: list
     few = ""
     if difference.to_read:
         few = f", fewer than retrain.min_new_images={config.retrain.min_new_images}"
-    told = f"nothing to do: {source} has {_counts(difference)} since {_name(earlier.run)}{few}"
+    told = f"nothing to do: {source} has {_counts(difference)} since {name_of_run(earlier.run)}{few}"
     counts = len(difference.new), len(difference.changed), len(difference.gone)
     return Found(earlier.run, True, len(files), *counts, told)
 
@@ -168,7 +168,7 @@ def _planned(
     sets = {s.name: source_fingerprint(s.source, store) for s in made.evaluation.transfer}
     run = Run(run_uri(made.bucket, run_id(made, content, sets)), store, made)
     start = f"starts from {made.init.source}" if made.init.source else "starts from nothing"
-    since = f"since {_name(earlier.run)}" if earlier else "and is looked at for the first time"
+    since = f"since {name_of_run(earlier.run)}" if earlier else "and is looked at for the first time"
     record = {
         "source": source,
         "base": base.prefix if base else None,
@@ -178,7 +178,7 @@ def _planned(
         "gone": len(difference.gone),
         "champion": champion["run"] if champion else None,
         "time": now(),
-        "told": f"{source} has {_counts(difference)} {since}; {_name(run.uri)} {start}",
+        "told": f"{source} has {_counts(difference)} {since}; {run.name} {start}",
     }
     return run, record
 
@@ -208,7 +208,3 @@ def _counts(difference: Difference) -> str:
     parts += [f"{len(difference.changed):,} changed"] if difference.changed else []
     parts += [f"{len(difference.gone):,} gone"] if difference.gone else []
     return ", ".join(parts)
-
-
-def _name(run: str) -> str:
-    return run.rpartition("/")[2]

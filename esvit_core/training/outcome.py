@@ -37,16 +37,15 @@ def conclude(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
         print(f"train: interrupted; the same command again goes on from step {step}", flush=True)
         raise SystemExit(128 + outcome.signal)
     if outcome.reason:
-        _note_failure(store, run_uri, outcome)
+        _note_failure(_impatient(store), run_uri, outcome)
         raise UserError(outcome.reason)
 
 
 def _note_failure(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
     """Leave the reason in the run's journal, unless the store is itself the reason."""
     facts = {"last_words": outcome.last_words} if outcome.last_words else None
-    impatient = ObjectStore(store.address, RetryPolicy(attempts=3))
     with contextlib.suppress(UserError):
-        note(impatient, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
+        note(store, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
 
 
 def note_own_failure(run_uri: str, error: BaseException, rank: int, began: float) -> None:
@@ -69,9 +68,14 @@ def note_own_failure(run_uri: str, error: BaseException, rank: int, began: float
     known = isinstance(error, UserError)
     outcome = Outcome(reason=text if known else f"process {rank}: {type(error).__name__}: {text}", rank=rank)
     with contextlib.suppress(UserError):
-        store = ObjectStore.from_env()
-        if not failed_since(ObjectStore(store.address, RetryPolicy(attempts=3)), run_uri, began):
+        store = _impatient(ObjectStore.from_env())
+        if not failed_since(store, run_uri, began):
             _note_failure(store, run_uri, outcome)
+
+
+def _impatient(store: ObjectStore) -> ObjectStore:
+    """The same store, given up soon: what it is told now matters less than an end."""
+    return ObjectStore(store.address, RetryPolicy(attempts=3))
 
 
 def _checkpointed_step(store: ObjectStore, run_uri: str) -> int:

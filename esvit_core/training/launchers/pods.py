@@ -14,6 +14,7 @@ from typing import Any
 from esvit_core.config import Config
 from esvit_core.config.cluster import CA_FOLDER
 from esvit_core.config.launch import LaunchConfig
+from esvit_core.runs import name_of_run
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE
 
 MODULE = "esvit_core.training"
@@ -31,17 +32,13 @@ def job_name(run_uri: str) -> str:
 
     At most 46 characters: the pods' names, which are host names too, add up to 15.
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", run_id(run_uri).lower()).strip("-")[:31].strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", name_of_run(run_uri).lower()).strip("-")[:31].strip("-")
     return f"esvit-{slug}-{hashlib.sha256(run_uri.encode()).hexdigest()[:8]}"
-
-
-def run_id(run_uri: str) -> str:
-    return run_uri.rstrip("/").rpartition("/")[2]
 
 
 def labels(run_uri: str) -> dict[str, str]:
     """Of the job and of its pods."""
-    value = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_id(run_uri))[:63].strip("-_.")
+    value = re.sub(r"[^A-Za-z0-9_.-]+", "-", name_of_run(run_uri))[:63].strip("-_.")
     return {"app.kubernetes.io/name": "esvit", "app.kubernetes.io/component": "trainer", RUN_LABEL: value}
 
 
