@@ -79,6 +79,11 @@ def test_counting_takes_no_tensor_into_the_layouts_that_real_steps_use() -> None
     assert type(layout.index) is torch.Tensor
 
 
+def test_a_network_that_draws_in_its_forward_pass_is_counted() -> None:
+    demand = count_demand(Config.load("imagenet_vil_2262"), torch.bfloat16)
+    assert demand.flops > 1e11 and demand.picture_bytes > 1e8
+
+
 def test_recomputed_blocks_keep_less_and_compute_more() -> None:
     kept, recomputed = (count_demand(micro(launch={"recompute": r}), torch.bfloat16) for r in (False, True))
     assert recomputed.picture_bytes < 0.7 * kept.picture_bytes

@@ -197,7 +197,8 @@ class SparseAttention(GlobalBias):
         if self.mode == -1:
             return [OWN]
         if self.mode > 0 and self.training:
-            drawn = int(torch.randint(8, ()))
+            with _disable_current_modes():  # a fake tensor has no value
+                drawn = int(torch.randint(8, ()))
             return [OWN, drawn + (drawn >= OWN)]
         return [OWN, *(i for i in range(9) if i != OWN)]
 
