@@ -71,6 +71,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         forward = _count(lambda: student(_crops(2, sizes)))
         teacher = _count(lambda: student(_crops(2, sizes[:2])))
         recompute = config.launch.recompute
+        again = _count(lambda: [student.backbone(crop) for crop in _crops(2, sizes)]) if recompute else 0.0
         student.backbone.set_grad_checkpointing(recompute)
         kept = [_kept(student, _crops(n, sizes), dtype) for n in (2, 4)]
         output: NetworkOutput = student(_crops(2, sizes))
@@ -80,11 +81,10 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     fixed, each = _objective_bytes(config, output, dtype, device_type)
     picture = (kept[1] - kept[0]) / 2
     products = _product_flops(config, output)  # of student and teacher, for one picture
-    backbone = _count_backbone(config, sizes) if recompute else 0.0
     return Demand(
         parameters=parameters,
         # A backward pass is two products for each of the forward pass.
-        flops=(3 * forward + teacher) / 2 + backbone / 2 + products,
+        flops=(3 * forward + teacher) / 2 + again / 2 + products,
         fixed_bytes=8 * parameters + (optimizer - 8) * trained + (kept[0] - 2 * picture) + fixed,
         picture_bytes=picture + each + 4 * 3 * sum(size**2 for size in sizes),
     )
@@ -99,13 +99,6 @@ def _count(forward: Callable[[], Any]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
     return float(counter.get_total_flops())
-
-
-def _count_backbone(config: Config, sizes: Sequence[int]) -> float:
-    """Operations of the student's backbone on two pictures."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        backbone = build_network(config).backbone
-        return sum(_count(lambda crop=crop: backbone(crop)) for crop in _crops(2, sizes))  # type: ignore[misc]
 
 
 def _kept(student: MultiCropNetwork, crops: list[torch.Tensor], dtype: torch.dtype) -> float:

@@ -38,7 +38,6 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 SXM", {torch.bfloat16: 989e12, torch.float32: 67e12}, 80e9),
     "a100": Gpu("NVIDIA A100 SXM 80 GB", {torch.bfloat16: 312e12, torch.float32: 19.5e12}, 80e9),
 }
-DEVICES = ("cpu", *GPUS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Plan:
 
     Attributes:
         device: what it runs on, in words.
+        on_cpu: it is this machine's processors, whose processes share one memory.
         devices: how many of them, a process each.
         dtype: of the networks' arithmetic.
         demand: of each process.
@@ -60,6 +60,7 @@ class Plan:
     """
 
     device: str
+    on_cpu: bool
     devices: int
     dtype: torch.dtype
     demand: Demand
@@ -87,7 +88,7 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, utilisation: floa
 
     Args:
         config: of the run.
-        gpu: one of :data:`DEVICES`; ``cpu``: this machine, which takes a few real steps.
+        gpu: one of :data:`GPUS`, or ``cpu``: this machine, which takes a few real steps.
         gpus: how many.
         images: training pictures.
         utilisation: share of a GPU's peak that the step reaches.
@@ -112,6 +113,7 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, utilisation: floa
     source = f"counted operations, at {utilisation:.0%} of the GPU's peak: assumed, not measured"
     return Plan(
         device=kind.name,
+        on_cpu=False,
         devices=gpus,
         dtype=dtype,
         demand=demand,
@@ -134,6 +136,7 @@ def _on_cpu(config: Config, steps: int) -> Plan:
     seconds = seen.seconds_of(pictures)
     return Plan(
         device=f"this machine, {seen.threads} threads a process",
+        on_cpu=True,
         devices=seen.processes,
         dtype=dtype,
         demand=demand,
@@ -158,7 +161,7 @@ def shares(config: Config, processes: int) -> tuple[int, int]:
 def advice(config: Config, plan: Plan) -> list[str]:
     """What to change so that a plan that does not fit does: settings, each with the memory that it leads to."""
     room, found = FREE_SHARE * plan.memory, []
-    processes = plan.devices if plan.device.startswith("this machine") else 1  # that share the memory
+    processes = plan.devices if plan.on_cpu else 1  # that share the memory
     most = plan.demand.most_pictures(room / processes)
     if most >= 2:
         parts = math.ceil(plan.pictures / most)
@@ -167,12 +170,12 @@ def advice(config: Config, plan: Plan) -> list[str]:
         )
     if not config.launch.recompute:
         launch = config.launch.model_copy(update={"recompute": True})
-        kind = "cpu" if processes > 1 else "cuda"
+        kind = "cpu" if plan.on_cpu else "cuda"
         less = count_demand(config.model_copy(update={"launch": launch}), plan.dtype, kind)
         amount = processes * less.bytes(plan.at_once) / 1e9
         fits = "fits" if 1e9 * amount <= room else "not enough alone"
         found.append(f"--set launch.recompute=true: {amount:.1f} GB, {fits}; a third more time, the same numbers")
-    if most >= 1 and processes == 1:
+    if most >= 1 and not plan.on_cpu:
         found.append(f"--gpus {plan.devices * math.ceil(plan.pictures / most)}")
     if not most:
         found.append("a smaller model or fewer prototypes (head.out_dim): not one picture fits")
