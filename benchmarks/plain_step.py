@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from plain_networks import plainly
 from torch import Tensor, nn
 
 from esvit_core.config import Config
-from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput, build_student_teacher
+from esvit_core.models.multicrop import NetworkOutput, build_student_teacher
 from esvit_core.training.optimizer import parameter_groups
 from esvit_core.training.schedules import ScheduleValues
 
@@ -85,10 +86,10 @@ class PlainStep:
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         networks = [plainly(network).to(device) for network in build_student_teacher(config)]
-        self.student: MultiCropNetwork
-        self.teacher: MultiCropNetwork
+        self.student: nn.Module
+        self.teacher: nn.Module
         self.student, self.teacher = networks
-        self.objective = PlainObjective(config).to(device)
+        self.objective: nn.Module = PlainObjective(config).to(device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student))
         self.scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
 
@@ -102,7 +103,7 @@ class PlainStep:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             teacher_out = self.teacher(crops[:2])
             student_out = self.student(crops)
-            loss = self.objective(student_out, teacher_out, at.teacher_temp)
+            loss = self._loss(student_out, teacher_out, at)
         if not math.isfinite(loss.item()):
             sys.exit(f"the loss is {loss.item()}")
         self.optimizer.zero_grad()
@@ -112,16 +113,7 @@ class PlainStep:
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
         self._wait()
-        for p in self.student.parameters():
-            if p.grad is not None:
-                norm = p.grad.data.norm(2)
-                factor = self.config.optimizer.clip_grad / (norm.item() + 1e-6)
-                if factor < 1:
-                    p.grad.data.mul_(factor)
-        if at.epoch < self.config.optimizer.freeze_last_layer_epochs:
-            for name, p in self.student.named_parameters():
-                if "last_layer" in name:
-                    p.grad = None
+        self._clip(at)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -133,6 +125,23 @@ class PlainStep:
                 of_teacher.data.mul_(m).add_((1 - m) * of_student.detach().data)
         self._wait()
         return loss.item()
+
+    def _loss(self, student: Any, teacher: Any, at: ScheduleValues) -> Tensor:
+        loss: Tensor = self.objective(student, teacher, at.teacher_temp)
+        return loss
+
+    def _clip(self, at: ScheduleValues) -> None:
+        """Clip the gradients, and in the first epochs cancel those of the prototypes."""
+        for p in self.student.parameters():
+            if p.grad is not None:
+                norm = p.grad.data.norm(2)
+                factor = self.config.optimizer.clip_grad / (norm.item() + 1e-6)
+                if factor < 1:
+                    p.grad.data.mul_(factor)
+        if at.epoch < self.config.optimizer.freeze_last_layer_epochs:
+            for name, p in self.student.named_parameters():
+                if "last_layer" in name:
+                    p.grad = None
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

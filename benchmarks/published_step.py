@@ -2,15 +2,13 @@
 
 The published files run as they are. Only what is gone from today's torch and timm, or is not needed for a step, is
 put in their way: the old address of timm's layers, the package that reads configurations, einops. The loop itself
-cannot be called, it is written for CUDA, so its order of calls stands here.
+cannot be called, it is written for CUDA: its order of calls is that of :class:`plain_step.PlainStep`.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
-import math
 import sys
 import tempfile
 import types
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from plain_step import PlainStep
 from torch import Tensor, nn
 
 from esvit_core.config import Config
@@ -31,7 +30,7 @@ from esvit_core.models.swin import SwinStage, SwinTransformer
 from esvit_core.training.schedules import ScheduleValues
 
 
-class PublishedStep:
+class PublishedStep(PlainStep):
     """Student, teacher, objective and optimizer of the published code, with our initial weights.
 
     Args:
@@ -63,41 +62,14 @@ class PublishedStep:
         self.optimizer = torch.optim.AdamW(self.functions.get_params_groups(self.student))
         self.scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
 
-    def __call__(self, crops: list[Tensor], at: ScheduleValues) -> float:
-        """One step; the loss."""
-        for number, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = at.lr
-            if number == 0:
-                group["weight_decay"] = at.weight_decay
-        crops = [crop.to(self.device, non_blocking=True) for crop in crops]
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            teacher_out = self.teacher(crops[:2])
-            student_out = self.student(crops)
-            loss = self.objective(student_out, teacher_out, at.epoch, None)
-        if not math.isfinite(loss.item()):
-            sys.exit(f"the loss is {loss.item()}")
-        self.optimizer.zero_grad()
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        self._wait()
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+    def _loss(self, student: Any, teacher: Any, at: ScheduleValues) -> Tensor:
+        loss: Tensor = self.objective(student, teacher, at.epoch, None)
+        return loss
+
+    def _clip(self, at: ScheduleValues) -> None:
         self.functions.clip_gradients(self.student, self.config.optimizer.clip_grad)
         frozen = self.config.optimizer.freeze_last_layer_epochs
         self.functions.cancel_gradients_last_layer(at.epoch, self.student, frozen)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        with torch.no_grad():
-            for p, q in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-                q.data.mul_(at.teacher_momentum).add_((1 - at.teacher_momentum) * p.detach().data)
-        self._wait()
-        return loss.item()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def published_objective(functions: Any, config: Config) -> nn.Module:
@@ -148,12 +120,11 @@ def load(checkout: Path) -> tuple[Any, Any, Any]:
     main = checkout / "main_esvit.py"
     if not main.is_file():
         sys.exit(f"--reference {checkout}: expected a checkout of microsoft/esvit, with main_esvit.py in it")
-    for name, members in {"einops": ("rearrange", "repeat")}.items():
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-            continue
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__dict__.update(dict.fromkeys(members))
+    try:
+        importlib.import_module("einops")
+    except ImportError:
+        sys.modules["einops"] = types.ModuleType("einops")
+        sys.modules["einops"].__dict__.update(dict.fromkeys(("rearrange", "repeat")))
     sys.path.insert(0, str(checkout))
     package = types.ModuleType("models")  # without its __init__, which loads every architecture
     package.__path__ = [str(checkout / "models")]
