@@ -6,12 +6,18 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from esvit_core.config import Config
+from esvit_core.training.launchers import follow
 
 RECORDED = Path(__file__).parent / "recorded"
 _CUSTOM = re.compile(
@@ -185,6 +191,27 @@ class KubeServer:
             request.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
             request.wfile.flush()
         request.wfile.write(b"0\r\n\r\n")
+
+
+@contextmanager
+def serving(folder: Path, patch: pytest.MonkeyPatch, kind: str = "jobs") -> Iterator[KubeServer]:
+    """A server that this process takes for its cluster, asked without long waits."""
+    server = KubeServer(kind)
+    patch.setenv("KUBECONFIG", str(server.kubeconfig(folder / "kubeconfig")))
+    patch.setattr(follow, "POLL_SECONDS", 0.02)
+    yield server
+    server.stop()
+
+
+def launching(store: Any, scheduler: str) -> Callable[..., None]:
+    """Launch the run ``runs/a`` of the store on one or two nodes: ``launch("launch.queue=x")``."""
+
+    def launch(*settings: str) -> None:
+        nodes = ["launch.nodes=2", "launch.min_nodes=1"]
+        config = Config.load("demo", [f"launch.scheduler={scheduler}", *nodes, *settings])
+        follow.launch_on_cluster(store, store.uri("runs/a"), config)
+
+    return launch
 
 
 def _status(code: int, message: str) -> dict[str, Any]:

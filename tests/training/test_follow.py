@@ -18,13 +18,12 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.monitoring.journal import read_journal
 from esvit_core.runs import placed, start_run
-from esvit_core.training.launchers import follow
 from esvit_core.training.launchers.follow import launch_on_cluster
 from esvit_core.training.launchers.pods import job_name
 from esvit_core.training.launchers.volcano import volcano_job
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kube_server import KubeServer, Stage
+from kube_server import KubeServer, Stage, launching, serving
 
 RUNNING = Stage("Running", {0: "running", 1: "running"})
 DONE = Stage("Completed", {0: "done", 1: "done"})
@@ -38,22 +37,13 @@ LOG = [
 
 @pytest.fixture
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServer]:
-    server = KubeServer()
-    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
-    yield server
-    server.stop()
+    with serving(tmp_path, monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
 def train(kube: KubeServer, store_env: Any) -> Callable[..., None]:
-    """Launch a run on two nodes: ``train("launch.queue=x")``."""
-
-    def launch(*settings: str) -> None:
-        config = Config.load("demo", ["launch.scheduler=volcano", "launch.nodes=2", "launch.min_nodes=1", *settings])
-        launch_on_cluster(store_env, store_env.uri("runs/a"), config)
-
-    return launch
+    return launching(store_env, "volcano")
 
 
 def test_a_training_is_followed_to_its_end(

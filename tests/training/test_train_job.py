@@ -15,14 +15,12 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.training.launchers import follow
-from esvit_core.training.launchers.follow import launch_on_cluster
 from esvit_core.training.launchers.kube import State
 from esvit_core.training.launchers.pods import job_name
 from esvit_core.training.launchers.train_job import TrainJob, train_job
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kube_server import KubeServer, Stage, recorded
+from kube_server import KubeServer, Stage, launching, recorded, serving
 
 GOLDEN = Path(__file__).parent / "recorded" / "train_job.yaml"
 RUN = "s3://esvit/runs/factory-2f3a9c"
@@ -57,20 +55,13 @@ def node_job(made: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServer]:
-    server = KubeServer("trainjobs")
-    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
-    yield server
-    server.stop()
+    with serving(tmp_path, monkeypatch, "trainjobs") as server:
+        yield server
 
 
 @pytest.fixture
 def train(kube: KubeServer, store_env: Any) -> Callable[..., None]:
-    def launch(*settings: str) -> None:
-        config = Config.load("demo", ["launch.scheduler=trainjob", "launch.nodes=2", "launch.min_nodes=1", *settings])
-        launch_on_cluster(store_env, store_env.uri("runs/a"), config)
-
-    return launch
+    return launching(store_env, "trainjob")
 
 
 def test_the_golden_objects_are_current(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
