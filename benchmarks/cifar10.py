@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from esvit_core.training.summary import read_summary
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 PER_CLASS = 500
+EPOCHS = 20
 TASKS = {"view": "view only", "view + region": "view + region"}
 MEASURES = {
     "knn/20": "20-NN top-1, %",
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("cifar10-runs"), help="folder of the runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--plot", type=Path, help="where to draw the results of the file")
     arguments = parser.parse_args()
@@ -163,13 +165,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = grouped(rows)
-    common = set.intersection(*(set(row["settings"]) for row in rows))
     names = sorted(groups, key=lambda key: (key[1] != "untrained", key))
-    labels = [
-        f"{task}\n{' '.join(s for s in settings.split() if s not in common) or 'the recipe'}"
-        for settings, task in names
-    ]
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 1.2 + 0.45 * len(names)), sharey=True)
+    labels = [f"{task}\n{_short(settings)}" for settings, task in names]
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 1.2 + 0.55 * len(names)), sharey=True)
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
         for place, key in enumerate(names):
             values = [run[name] for run in groups[key]]
@@ -178,7 +176,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
             axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=6)
             axis.annotate(f"{mean:.1f}", (max(values), place), (7, 0), textcoords="offset points", va="center")
-        axis.set_title(title)
+        axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.12)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -187,6 +185,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def _short(settings: str) -> str:
+    """Without the sections' names, and without the number of epochs where it is the recipe's."""
+    if "=" not in settings:
+        return settings
+    changed = [re.sub(r"^\w+\.", "", setting) for setting in settings.split() if setting != f"training.epochs={EPOCHS}"]
+    return "\n".join(changed) or "the recipe"
 
 
 if __name__ == "__main__":
