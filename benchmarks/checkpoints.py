@@ -87,12 +87,15 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     checkpoints.wait()
     without, with_them = (statistics.median(wall for wall, _ in times[kind]) for kind in (False, True))
     pairs = list(zip(times[False], times[True], strict=True))
+    ratios = [b[0] / a[0] for a, b in pairs]  # of neighbours: what else the machine does changes slowly
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     print(
         json.dumps(
             {
                 "step_seconds_without": round(without, 4),
                 "step_seconds_with": round(with_them, 4),
-                "ratio": round(with_them / without, 4),
+                "ratio": round(statistics.median(ratios), 4),
+                "ratio_quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
                 "ratio_of_processor_time": round(statistics.median(b[1] / a[1] for a, b in pairs), 4),
                 "training_waits_seconds": round(statistics.median(copies), 4),
                 "checkpoint_seconds": round(statistics.median(w.seconds for w in written), 3),

@@ -1,0 +1,104 @@
+"""Nothing in a step waits for the device: no value of a tensor is asked for between two steps.
+
+On a processor every value is there at once, so what is looked for is the asking: the operators that a GPU would have
+to be waited for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from esvit_core.config import Config
+from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.losses import cross_entropy
+from esvit_core.training.distributed import World
+from esvit_core.training.loop import training_step
+from esvit_core.training.parts import Parts, assemble
+
+aten = torch.ops.aten
+# Their result, or the shape of it, depends on values.
+WAITING = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten._unique2}
+
+
+class WaitedError(AssertionError):
+    pass
+
+
+class WithoutWaiting(TorchDispatchMode):
+    """Refuses what a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
+        )
+        if func.overloadpacket in WAITING or by_mask:
+            raise WaitedError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class OneStep:
+    steps_per_epoch = 1
+
+
+def parts_of(**sections: dict[str, Any]) -> Parts:
+    values: dict[str, Any] = {
+        "augment": {
+            "global_crops": {"size": 64, "number": 2, "scale": (0.4, 1)},
+            "local_crops": {"size": 32, "number": 2, "scale": (0.05, 0.4)},
+        },
+        "model": {"arch": "swin", "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},
+        "head": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+        "optimizer": {"freeze_last_layer_epochs": 0},
+        "training": {"batch_size": 4, "epochs": 2, "precision": "bfloat16"},
+    }
+    config = Config.from_mapping({**values, **{name: values.get(name, {}) | part for name, part in sections.items()}})
+    return assemble(config, World(0, 1, torch.device("cpu"), None), cast(TrainLoader, OneStep()))
+
+
+def step(parts: Parts) -> None:
+    batch = Batch([torch.randn(4, 3, size, size) for size in (64, 64, 32, 32)], np.arange(4), 0.0)
+    training_step(parts, batch, parts.schedule_values())
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one place where a processor asks for a value to spare itself a pass, and a GPU does not."""
+
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, *(None for _ in ctx.needs_input_grad[1:])
+
+    monkeypatch.setattr(cross_entropy._MatchedCrossEntropy, "backward", staticmethod(backward))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"training": {"on_nonfinite": "skip"}},
+        {"training": {"max_images_per_process": 2}},
+        {"objective": {"region": False}, "mixup": {"use": True}},
+        {"optimizer": {"name": "sgd"}},
+        {"optimizer": {"name": "lars"}},
+    ],
+    ids=["as published", "skip", "micro-batches", "mixup", "sgd", "lars"],
+)
+def test_a_step_waits_for_nothing(sections: dict[str, Any]) -> None:
+    parts = parts_of(**sections)
+    step(parts)  # makes the optimizer's state
+    with WithoutWaiting():
+        step(parts)
+
+
+def test_what_waits_is_seen() -> None:
+    """SGD has no switch on the device that leaves its step out: with ``skip`` it asks."""
+    parts = parts_of(optimizer={"name": "sgd"}, training={"on_nonfinite": "skip"})
+    with pytest.raises(WaitedError), WithoutWaiting():
+        step(parts)
