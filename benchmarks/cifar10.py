@@ -1,12 +1,14 @@
 """What pre-training brings on photographs, and what the region task adds: 20-NN and linear probe on CIFAR-10.
 
     python benchmarks/cifar10.py DIR --results docs/cifar10.jsonl [--seeds 0 1 2] [--epochs 20] [--set key=value ...]
+    python benchmarks/cifar10.py DIR --results docs/cifar10.jsonl --after-view 40 --epochs 10
     python benchmarks/cifar10.py --results docs/cifar10.jsonl --plot docs/cifar10.png
 
 DIR holds CIFAR-10 as ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Each seed is trained on 500 pictures a class,
 once view only and once with both tasks, and measured on the whole test set beside the untrained backbone. A result
-that is in the file already is not measured again, so the command can be interrupted. The last line is JSON: mean and
-standard deviation over the seeds, percent.
+that is in the file already is not measured again, so the command can be interrupted. With ``--after-view`` both tasks go on
+from a view-only run of so many epochs, as most of the published runs did. The last line is JSON: mean and standard
+deviation over the seeds, percent.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from esvit_core.runs import identify_run, run_uri
 from esvit_core.storage import join_uri
 from esvit_core.storage.session import open_store
 from esvit_core.training.summary import read_summary
+from esvit_core.weights.source import with_source_pinned
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 PER_CLASS = 500
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--after-view", type=int, default=0, metavar="EPOCHS", help="of a view-only run before")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--plot", type=Path, help="where to draw the results of the file")
     arguments = parser.parse_args()
@@ -63,9 +67,10 @@ def main() -> None:
         for seed in arguments.seeds:
             for task in arguments.tasks:
                 settings = [f"training.epochs={arguments.epochs}", *arguments.settings]
-                if any((row["seed"], row["task"], row["settings"]) == (seed, task, settings) for row in rows):
+                wanted = {"task": task, "seed": seed, "settings": settings, "after_view": arguments.after_view}
+                if any(all(row[key] == value for key, value in wanted.items()) for row in rows):
                     continue
-                rows.append(measure(data, task, seed, settings, arguments.work))
+                rows.append(measure(data, wanted, arguments.work))
                 with arguments.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     figures = summarise(rows)
@@ -91,16 +96,23 @@ def subset(pictures: Path, archive: Path) -> Path:
     return archive
 
 
-def measure(data: Path, task: str, seed: int, settings: Sequence[str], work: Path) -> Row:
-    """Run the pipeline and read what it has measured."""
-    chosen = [f"objective.region={task != 'view'}".lower(), f"seed={seed}", *settings]
-    arguments = [argument for setting in chosen for argument in ("--set", setting)]
-    command = ["-m", "esvit_pipelines", "run", "--recipe", str(RECIPE), "--data", str(data), "--out", str(work)]
-    print(f"== {task}, seed {seed}", flush=True)
+def measure(data: Path, wanted: Row, work: Path) -> Row:
+    """Run the pipeline and read what it has measured.
+
+    Args:
+        data: the tar of :func:`subset`.
+        wanted: the row's ``task``, ``seed``, ``settings`` and ``after_view``.
+        work: folder of the runs.
+    """
+    print(f"== {wanted['task']}, seed {wanted['seed']}", flush=True)
+    settings = list(wanted["settings"])
+    if wanted["after_view"]:
+        others = [setting for setting in settings if not setting.startswith("training.epochs=")]
+        before = [f"training.epochs={wanted['after_view']}", *others]
+        first = run_pipeline(data, "view", wanted["seed"], before, work)
+        settings += [f"init.source={first}", "init.take=heads"]
     start = time.monotonic()
-    subprocess.run([sys.executable, *command, *arguments], check=True)
-    config = Config.load(RECIPE, chosen)
-    uri = run_uri(config.bucket, identify_run(config, str(data)))
+    uri = run_pipeline(data, wanted["task"], wanted["seed"], settings, work)
     with open_store(work / "store") as store:
         results = {name: read_result(store, uri, name) for name in ("knn", "linear")}
         summary = read_summary(store, uri)
@@ -112,9 +124,7 @@ def measure(data: Path, task: str, seed: int, settings: Sequence[str], work: Pat
         for model in ("trained", "untrained")
     }
     return {
-        "task": task,
-        "seed": seed,
-        "settings": list(settings),
+        **wanted,
         "trained": {key: round(figures["trained"][key], 2) for key in MEASURES},
         "untrained": {key: round(figures["untrained"][key], 2) for key in MEASURES},
         "steps": summary.steps,
@@ -126,10 +136,21 @@ def measure(data: Path, task: str, seed: int, settings: Sequence[str], work: Pat
     }
 
 
+def run_pipeline(data: Path, task: str, seed: int, settings: Sequence[str], work: Path) -> str:
+    """Carry a run out, if it is not finished already; its address."""
+    chosen = [f"objective.region={task != 'view'}".lower(), f"seed={seed}", *settings]
+    arguments = [argument for setting in chosen for argument in ("--set", setting)]
+    command = ["-m", "esvit_pipelines", "run", "--recipe", str(RECIPE), "--data", str(data), "--out", str(work)]
+    subprocess.run([sys.executable, *command, *arguments], check=True)
+    with open_store(work / "store") as store:
+        config = with_source_pinned(Config.load(RECIPE, chosen), store)
+    return run_uri(config.bucket, identify_run(config, str(data)))
+
+
 def read(results: Path) -> list[Row]:
     if not results.exists():
         return []
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    return [{"after_view": 0, **json.loads(line)} for line in results.read_text(encoding="utf-8").splitlines()]
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]]:
@@ -138,8 +159,11 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]
     untrained: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         settings = " ".join(row["settings"])
+        if row["after_view"]:  # its untrained network is the one of the run before
+            settings += f" after_view={row['after_view']}"
+        else:
+            untrained["every run", row["seed"]] = row["untrained"]
         groups[settings, TASKS[row["task"]]].append(row["trained"])
-        untrained["every run", row["seed"]] = row["untrained"]
     for (settings, _), figures in untrained.items():
         groups[settings, "untrained"].append(figures)
     return groups

@@ -36,6 +36,7 @@ from published_step import PublishedStep, load, published_objective
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
+from esvit_core.models.attention import choose_timm_attention_
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.clock import PARTS, StepClock
@@ -64,6 +65,8 @@ class OurStep:
             recompute_blocks_(self.parts.student, config.model.arch)
         self.parts.precision = Precision(dtype, "benchmark", device.type)
         self.student, self.teacher = self.parts.student, self.parts.teacher
+        for network in (self.student, self.teacher):
+            choose_timm_attention_(network, dtype, device)
         self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
 
     def __call__(self, crops: list[torch.Tensor], at: ScheduleValues) -> torch.Tensor:

@@ -25,6 +25,7 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from esvit_core.models.attention import attend
 from esvit_core.models.entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
@@ -82,7 +83,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._windows(x)
-        out = F.scaled_dot_product_attention(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), scale=self.scale)
+        out = attend(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), None, self.scale)
         return self.proj_out(self._map(out.view(q.shape), x.shape[1], x.shape[2], self._window(x)))
 
     def weights(self, x: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from esvit_core.models.attention import attend
+
 # Offsets of the nine windows a window sees, row by row; the fifth is the window itself.
 OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
 OWN = 4
@@ -140,7 +142,7 @@ class FullAttention(GlobalBias):
         q, k, v = self._qkv(x)
         bias = self._bias(height * width)
         bias = None if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        out = attend(q, k, v, bias, self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -242,7 +244,7 @@ class SparseAttention(GlobalBias):
         )  # (B, windows, heads, keys, d)
         q = q.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(2, 3)
         bias = self._bias(windows, window_mask(height, width, w, q.device)).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        out = attend(q, k, v, bias, self.scale)
         out = out.transpose(2, 3).reshape(B, rows, columns, w, w, C)
         out = out.transpose(2, 3).reshape(B, rows * w, columns * w, C)
         return out[:, :height, :width].flatten(1, 2)
@@ -261,5 +263,5 @@ class SparseAttention(GlobalBias):
         bias = None
         if self.relative:
             bias = self._from_global(kv.shape[1] - self.global_tokens)[None].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        out = attend(q, k, v, bias, self.scale)
         return out.transpose(1, 2).flatten(2)

@@ -16,6 +16,8 @@ from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_norma
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from esvit_core.models.attention import attend
+
 MASKED = -100.0  # as published: not minus infinity
 
 
@@ -114,19 +116,11 @@ class FromWindows(torch.autograd.Function):
         return out, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention of (B, windows, heads, N, d) with a bias (windows or 1, heads, N, N).
-
-    On a GPU the fused kernel; on a processor, where windows are small and the fused kernel knows no gradient of the
-    bias, the plain formula.
-    """
-    if q.is_cuda:
-        return attend_fused(q, k, v, bias, scale)
-    return ((q * scale @ k.mT).add_(bias)).softmax(-1) @ v
-
-
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The same with windows and heads in one axis, so that the bias is not copied for each picture."""
+    """Attention of (B, windows, heads, N, d) with a bias (windows or 1, heads, N, N), by the fused kernel of a GPU.
+
+    With windows and heads in one axis the bias is not copied for each picture.
+    """
     shape = q.shape
     bias = bias.expand(shape[1], -1, -1, -1).flatten(0, 1)[None]  # (1, windows * heads, N, N)
     q, k, v = (t.flatten(1, 2) for t in (q, k, v))
@@ -197,7 +191,8 @@ class WindowAttention(nn.Module):
         B, H, W, C = x.shape
         layout = self.layout(x)
         q, k, v = self._qkv(x, layout)
-        out = attend(q, k, v, self._bias(layout).to(q.dtype), self.scale)
+        bias = self._bias(layout).to(q.dtype)
+        out = attend_fused(q, k, v, bias, self.scale) if q.is_cuda else attend(q, k, v, bias, self.scale)
         out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
         return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
 

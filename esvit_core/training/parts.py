@@ -17,6 +17,7 @@ from esvit_core.data.order import rank_share
 from esvit_core.data.stream import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.losses.objective import Objective
+from esvit_core.models.attention import choose_timm_attention_
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.monitoring.collapse import CollapseWatch
 from esvit_core.runs import Run
@@ -136,12 +137,15 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
     share_batch_norms_(teacher, world)
     objective = Objective(config.objective, config.head.out_dim, Fraction(share.stop - share.start, batch_size))
     objective.to(world.device)
+    precision = choose_precision(config.training.precision, world.device)
+    for network in (student, teacher):
+        choose_timm_attention_(network, precision.dtype, world.device)
     optimizer, position = build_optimizer(student, config), Position()
     networks = [student, teacher, objective]
     return Parts(
         config=config,
         world=world,
-        precision=choose_precision(config.training.precision, world.device),
+        precision=precision,
         loader=loader,
         schedules=Schedules(config, loader.steps_per_epoch),
         student=student,
