@@ -112,7 +112,8 @@ def data_argument(directory: Path) -> str:
 def environment(directory: Path) -> dict[str, str]:
     """All of the server's environment."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "TMPDIR") if name in os.environ}
-    return {**kept, "HOME": str(directory), "GOMEMLIMIT": "256MiB"}
+    # With less memory its garbage collector runs without end during an upload, which then costs three times as much.
+    return {**kept, "HOME": str(directory), "GOMEMLIMIT": "384MiB"}
 
 
 def sockets(ports: Ports) -> list[Path]:
