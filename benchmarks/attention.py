@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
+from esvit_core.models.attention import attend_plainly
+
 # (pictures and windows), heads, queries, keys, width of a head, and whether there is a bias that is learned
 SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {
     "swin, window 7": ((4, 16), 6, 49, 49, 32, True),
@@ -31,15 +33,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {
 }
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    logits = q * q.shape[-1] ** -0.5 @ k.mT
-    if bias is not None:
-        logits.add_(bias)
-    return logits.softmax(-1) @ v
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def inputs_of(name: str, dtype: torch.dtype) -> list[Tensor | None]:
@@ -53,10 +48,10 @@ def inputs_of(name: str, dtype: torch.dtype) -> list[Tensor | None]:
     return [draw(queries), draw(keys), draw(keys), bias]
 
 
-def seconds(form: Callable[..., Tensor], inputs: list[Tensor | None]) -> float:
+def seconds(form: Callable[..., Tensor], inputs: list[Tensor | None], scale: float) -> float:
     start = time.process_time()
     for _ in range(3):
-        out = form(*inputs)
+        out = form(*inputs, scale)
         torch.autograd.grad(out.sum(), [t for t in inputs if t is not None])
     return time.process_time() - start
 
@@ -71,10 +66,10 @@ def main() -> None:
     for name in SHAPES:
         found[name] = {}
         for dtype in (torch.float32, torch.bfloat16):
-            inputs = inputs_of(name, dtype)
-            for form in (fused, plain):
-                seconds(form, inputs)  # warm
-            ratios = [seconds(fused, inputs) / seconds(plain, inputs) for _ in range(rounds)]
+            given = inputs_of(name, dtype), SHAPES[name][4] ** -0.5
+            for form in (fused, attend_plainly):
+                seconds(form, *given)  # warm
+            ratios = [seconds(fused, *given) / seconds(attend_plainly, *given) for _ in range(rounds)]
             found[name][str(dtype).removeprefix("torch.")] = round(statistics.median(ratios), 2)
         print(f"{name:20} " + "  ".join(f"{key} {value:5.2f}" for key, value in found[name].items()), flush=True)
     print(json.dumps(found))

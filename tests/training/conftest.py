@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -17,8 +18,11 @@ import torch
 from PIL import Image
 
 from esvit_core.config import Config, DataConfig
+from esvit_core.data.loader import TrainLoader
 from esvit_core.data.prepare import prepare
 from esvit_core.storage import ObjectStore
+from esvit_core.training.distributed import World
+from esvit_core.training.parts import Parts, assemble
 from esvit_core.training.stop import StopRequest
 
 MICRO: dict[str, Any] = {
@@ -40,6 +44,18 @@ MICRO: dict[str, Any] = {
     "optimizer": {"warmup_epochs": 1},
     "training": {"epochs": 3, "batch_size": 16, "checkpoint_steps": 5, "log_steps": 2},
 }
+
+
+@pytest.fixture
+def assembled() -> Callable[..., Parts]:
+    """The parts of a micro training whose epochs are one step, without data: ``assembled(optimizer={...})``."""
+
+    def assemble_micro(**sections: dict[str, Any]) -> Parts:
+        config = Config.from_mapping({**MICRO, **{name: MICRO.get(name, {}) | part for name, part in sections.items()}})
+        loader = cast(TrainLoader, SimpleNamespace(steps_per_epoch=1))
+        return assemble(config, World(0, 1, torch.device("cpu"), None), loader)
+
+    return assemble_micro
 
 
 @pytest.fixture

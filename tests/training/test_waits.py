@@ -1,4 +1,4 @@
-"""Nothing in a step waits for the device: no value of a tensor is asked for between two steps.
+"""Nothing in a step waits for the device: it asks for no tensor's value.
 
 On a processor every value is there at once, so what is looked for is the asking: the operators that a GPU would have
 to be waited for.
@@ -6,7 +6,8 @@ to be waited for.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from esvit_core.config import Config
-from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.data.loader import Batch
 from esvit_core.losses import cross_entropy
-from esvit_core.training.distributed import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import Parts, assemble
+from esvit_core.training.parts import Parts
 
 aten = torch.ops.aten
 # Their result, or the shape of it, depends on values.
@@ -43,27 +42,8 @@ class WithoutWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class OneStep:
-    steps_per_epoch = 1
-
-
-def parts_of(**sections: dict[str, Any]) -> Parts:
-    values: dict[str, Any] = {
-        "augment": {
-            "global_crops": {"size": 64, "number": 2, "scale": (0.4, 1)},
-            "local_crops": {"size": 32, "number": 2, "scale": (0.05, 0.4)},
-        },
-        "model": {"arch": "swin", "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},
-        "head": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
-        "optimizer": {"freeze_last_layer_epochs": 0},
-        "training": {"batch_size": 4, "epochs": 2, "precision": "bfloat16"},
-    }
-    config = Config.from_mapping({**values, **{name: values.get(name, {}) | part for name, part in sections.items()}})
-    return assemble(config, World(0, 1, torch.device("cpu"), None), cast(TrainLoader, OneStep()))
-
-
 def step(parts: Parts) -> None:
-    batch = Batch([torch.randn(4, 3, size, size) for size in (64, 64, 32, 32)], np.arange(4), 0.0)
+    batch = Batch([torch.randn(16, 3, size, size) for size in (16, 16, 8, 8)], np.arange(16), 0.0)
     training_step(parts, batch, parts.schedule_values())
 
 
@@ -83,22 +63,24 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         {},
         {"training": {"on_nonfinite": "skip"}},
-        {"training": {"max_images_per_process": 2}},
+        {"training": {"max_images_per_process": 8}},
         {"objective": {"region": False}, "mixup": {"use": True}},
         {"optimizer": {"name": "sgd"}},
         {"optimizer": {"name": "lars"}},
     ],
     ids=["as published", "skip", "micro-batches", "mixup", "sgd", "lars"],
 )
-def test_a_step_waits_for_nothing(sections: dict[str, Any]) -> None:
-    parts = parts_of(**sections)
+def test_a_step_waits_for_nothing(assembled: Callable[..., Parts], sections: dict[str, Any]) -> None:
+    training = {"precision": "bfloat16"} | sections.get("training", {})
+    optimizer = {"freeze_last_layer_epochs": 0} | sections.get("optimizer", {})
+    parts = assembled(**{**sections, "training": training, "optimizer": optimizer})
     step(parts)  # makes the optimizer's state
     with WithoutWaiting():
         step(parts)
 
 
-def test_what_waits_is_seen() -> None:
+def test_what_waits_is_seen(assembled: Callable[..., Parts]) -> None:
     """SGD has no switch on the device that leaves its step out: with ``skip`` it asks."""
-    parts = parts_of(optimizer={"name": "sgd"}, training={"on_nonfinite": "skip"})
+    parts = assembled(optimizer={"name": "sgd"}, training={"on_nonfinite": "skip"})
     with pytest.raises(WaitedError), WithoutWaiting():
         step(parts)
