@@ -1,11 +1,12 @@
-"""What the diagnostics cost: their time as a share of the training's, at the default interval.
+"""What diagnostics and metrics cost: their time as a share of the training's.
 
     python benchmarks/diagnostics.py [--rounds 5] [--cases demo,swin_tiny_w7]
 
-A round is one training step and one measurement of its outputs, in turn, in this process. The share is the median
-measurement over the median step times the steps between two measurements. Pictures are noise: loading is left out,
-which only makes the share larger. On a processor one thread's time counts, so that other work does not. The last
-line is JSON.
+A round is one training step, one measurement of its outputs, and the metrics of a step, of a line of the log and of a
+scrape, in turn, in this process. Diagnostics are taken at the default interval: their share is the median measurement
+over the median step times the steps between two measurements. Metrics count as if every step were logged and scraped,
+which is more than ever happens. Pictures are noise: loading is left out, which only makes the shares larger. On a
+processor one thread's time counts, so that other work does not. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import time
 from types import SimpleNamespace
 
 import torch
+from prometheus_client import generate_latest
 
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import build_student_teacher
 from esvit_core.monitoring.diagnostics import BatchStatistics
+from esvit_core.monitoring.metrics import TrainingMetrics
+from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed import GradientReducer, join_world
 from esvit_core.training.loop import training_step
 from esvit_core.training.nonfinite import NonFiniteGuard
@@ -47,24 +51,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", default=",".join(CASES))
     arguments = parser.parse_args()
+    keep_freed_memory()  # as a training process does first
     make_deterministic()
     torch.set_num_threads(1)
-    shares = {}
+    shares, of_metrics = {}, {}
     for name in arguments.cases.split(","):
         recipe, overrides = CASES[name]
         config = Config.load(recipe, overrides)
-        step, measurement = measure(config, arguments.rounds)
+        step, measurement, metrics = measure(config, arguments.rounds)
         interval = config.diagnostics.steps or config.training.log_steps
         shares[name] = round(100 * measurement / (interval * step), 3)
+        of_metrics[name] = round(100 * metrics / step, 3)
         print(
-            f"{name}: a step {step:.3f} s, diagnostics {measurement:.4f} s every {interval} steps: {shares[name]} %",
+            f"{name}: a step {step:.3f} s, diagnostics {measurement:.4f} s every {interval} steps: {shares[name]} %, "
+            f"metrics {metrics:.4f} s at every step: {of_metrics[name]} %",
             flush=True,
         )
-    print(json.dumps({"percent_of_training": shares}))
+    print(json.dumps({"percent_of_training": shares, "metrics_percent_of_training": of_metrics}))
 
 
-def measure(config: Config, rounds: int) -> tuple[float, float]:
-    """Median seconds of a step and of the diagnostics."""
+def measure(config: Config, rounds: int) -> tuple[float, float, float]:
+    """Median seconds of a step, of the diagnostics and of the metrics."""
     parts = untrained(config)
     at = ScheduleValues(1e-4, 0.04, config.optimizer.teacher_momentum, config.objective.teacher_temp, epoch=1)
     generator = torch.Generator().manual_seed(0)
@@ -75,17 +82,26 @@ def measure(config: Config, rounds: int) -> tuple[float, float]:
     ]
     batch = Batch(crops, torch.arange(config.training.batch_size), 0.0)
     clock = time.process_time if parts.world.device.type == "cpu" else time.perf_counter
-    times: dict[str, list[float]] = {"step": [], "diagnostics": []}
-    for _ in range(rounds + 1):
+    metrics = TrainingMetrics("benchmark", config.recipe, 1, rounds)
+    times: dict[str, list[float]] = {"step": [], "diagnostics": [], "metrics": []}
+    for number in range(rounds + 1):
         start = clock()
         outputs = training_step(parts, batch, at)
         float(outputs.terms.view)  # waits for the device, if it is another one
         between = clock()
-        BatchStatistics(outputs.student, outputs.teacher, parts.objective, at.teacher_temp).diagnostics()
-        times["diagnostics"].append(clock() - between)
+        figures = (
+            BatchStatistics(outputs.student, outputs.teacher, parts.objective, at.teacher_temp).diagnostics().figures()
+        )
+        diagnosed = clock()
+        metrics.step(number, 0.1, 0.01, config.training.batch_size)
+        metrics.line({"loss": 1.0, "loss_view": 1.0, "loss_region": 1.0, "lr": at.lr, "grad_norm": 1.0, **figures})
+        generate_latest(metrics.registry)
+        times["metrics"].append(clock() - diagnosed)
+        times["diagnostics"].append(diagnosed - between)
         times["step"].append(between - start)
         del outputs
-    return tuple(statistics.median(seconds[1:]) for seconds in times.values())  # the first round allocates
+    step, diagnostics, of_metrics = (statistics.median(seconds[1:]) for seconds in times.values())
+    return step, diagnostics, of_metrics  # without the first round, which allocates
 
 
 def untrained(config: Config) -> SimpleNamespace:
