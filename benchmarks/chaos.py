@@ -100,7 +100,7 @@ class ChaosRun:
         return int(pointer.value["step"]) if pointer else 0
 
     def step(self) -> int:
-        """The last step that any process has done."""
+        """The last step that any process has begun."""
         return max(samples_that_count(self.trace), default=0)
 
     def finished(self) -> bool:

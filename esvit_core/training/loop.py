@@ -42,13 +42,13 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
     for batch in parts.batches():
         vote.begin(stop.requested, save=time.monotonic() - saved > 60 * training.checkpoint_minutes)
         at = parts.schedule_values()
+        parts.trace.step(position.step + 1, batch.indices)
         with parts.profiler.step():
             outputs = training_step(parts, batch, at)
         stopped, due = vote.result()
         position.step += 1
         position.images += training.batch_size
         position.seconds = time.monotonic() - start
-        parts.trace.step(position.step, batch.indices)
         parts.guard.end_step(at, outputs.terms, outputs.grad_norm, batch.indices)
         watch.step(at, outputs, batch.wait_seconds)
         del outputs  # before the next step makes its own: they are wide

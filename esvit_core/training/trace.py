@@ -1,7 +1,8 @@
 """Which samples each step saw: JSON lines on this machine, written where ``ESVIT_TRACE_DIR`` asks for them.
 
-An attempt is one start of the processes. Each process writes a file of its own, a line a step once the step is done,
-so that what a killed process has left is true.
+An attempt is one start of the processes. Each process writes a file of its own, a line a step before its gradients meet
+those of the others: one that is killed after that has its part in the step, and another may keep the result. A step
+that came to nothing has a line too, and the attempt that repeats it takes its place.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Trace:
             self._path = Path(self._folder) / f"{started:020d}-{world.rank}.jsonl"
 
     def step(self, step: int, indices: np.ndarray) -> None:
-        """Note the samples (B,) that this process saw in the step that has just been done, counted from 1."""
+        """Note the samples (B,) of this process in the step that it has begun, counted from 1."""
         if self._folder:
             line = {"step": step, "rank": self._world.rank, "world": self._world.size, "indices": indices.tolist()}
             with self._path.open("a", encoding="utf-8") as file:

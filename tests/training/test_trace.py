@@ -1,0 +1,53 @@
+"""What the trace says of processes that died: the proofs that no sample is lost or repeated rest on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.training import loop
+from esvit_core.training.run import carry_out
+from esvit_core.training.stop import StopRequest
+from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_a_process_that_dies_when_its_gradients_are_out_has_its_samples_in_the_trace(
+    micro_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, steps = micro_run("dies"), iter(range(1, 9))
+
+    def die_in_the_third(*_: Any) -> None:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv(TRACE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(loop, "update_teacher_", die_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run.uri, StopRequest())
+    seen = samples_that_count(tmp_path)
+    assert {step: len(set(samples)) for step, samples in seen.items()} == {1: 16, 2: 16, 3: 16}
+
+
+def test_what_an_attempt_repeats_takes_the_place_of_what_was_lost(tmp_path: Path) -> None:
+    def attempt(number: int, *ranks: dict[int, list[int]]) -> None:
+        for rank, steps in enumerate(ranks):
+            lines = [
+                json.dumps({"step": step, "rank": rank, "world": len(ranks), "indices": indices}) + "\n"
+                for step, indices in steps.items()
+            ]
+            (tmp_path / f"{number:020d}-{rank}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    attempt(1, {1: [0, 1], 2: [4, 5], 3: [8, 9]}, {1: [2, 3], 2: [6, 7]})  # the second died before the third step
+    attempt(2, {})  # dies before its first step
+    attempt(3, {3: [8, 9, 10, 11], 4: [12, 13, 14, 15]})
+    assert samples_that_count(tmp_path) == {
+        1: [0, 1, 2, 3],
+        2: [4, 5, 6, 7],
+        3: [8, 9, 10, 11],
+        4: [12, 13, 14, 15],
+    }
