@@ -45,6 +45,8 @@ class Teacher:
 
     def distributions(self, rows: list[slice]) -> Tensor:
         """Of the given rows one after the other, (their number, K)."""
+        if isinstance(self.logits, PrototypeLogits):
+            return teacher_distribution(self.logits.of(rows), self.centre, self.temp)
         counts = [s.stop - s.start for s in rows]
         out = self.centre.new_empty(sum(counts), self.centre.shape[1])
         for crop, part in zip(rows, out.split(counts), strict=True):

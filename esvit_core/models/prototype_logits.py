@@ -6,7 +6,7 @@ teacher together. Its embedding, from which a matrix product makes the row, take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,14 @@ class PrototypeLogits:
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """The logits of some rows."""
         return F.linear(self.embeddings[rows], self.weight.to(self.dtype))
+
+    def of(self, parts: Sequence[slice]) -> Tensor:
+        """The logits of several runs of rows, one after the other, in one product."""
+        return self[torch.cat([torch.arange(part.start, part.stop, device=self.device) for part in parts])]
+
+    def converted(self) -> PrototypeLogits:
+        """The same, with the prototypes in the dtype of the products: what takes longer than the product of few rows."""
+        return PrototypeLogits(self.embeddings, self.weight.detach().to(self.dtype))
 
     def split(self, step: int) -> Iterator[Tensor]:
         """All rows, ``step`` of them at a time."""

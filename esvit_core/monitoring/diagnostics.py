@@ -10,6 +10,7 @@ softmaxes are taken of a sample of the rows, and a chunk of them at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,8 +22,10 @@ from esvit_core.losses.cross_entropy import rows_per_chunk
 from esvit_core.losses.objective import Objective
 from esvit_core.losses.region import match_crops
 from esvit_core.models.multicrop import NetworkOutput
+from esvit_core.models.prototype_logits import PrototypeLogits
 
-SAMPLED_ROWS = 512  # of one process's views or regions: the mean of these tells enough, of all of them costs a step
+SAMPLED_ROWS = 256  # of one process's views or regions: the mean of these tells enough, of all of them costs a step
+_BLOCK_VALUES = 1 << 24  # of the teacher's logits of a few pictures: 256 rows of 65,536 make an efficient product
 RANKED_ROWS = 512  # over all processes; their singular values take time with the cube of it
 
 
@@ -181,10 +184,26 @@ def _task(
     Returns:
         Mean distribution, (K,), mean entropy and mean divergence, (1,), first choices, (K,), norm of the centre, (1,).
     """
-    rows = _sampled(len(match), regions, match.device)
-    mean, entropy = _distribution(teacher_logits, rows, centre, teacher_temp)
-    divergence = _divergence(student_logits, teacher_logits, rows, match[rows], centre, student_temp, teacher_temp)
-    return mean, entropy, divergence, _first_choices(teacher_logits, centre), centre.norm().reshape(1)
+    mean, chosen = torch.zeros_like(centre[0]), torch.zeros_like(centre[0])
+    entropy, divergence = centre.new_zeros(1), centre.new_zeros(1)
+    stride = _stride(len(match), regions)
+    if isinstance(student_logits, PrototypeLogits):
+        student_logits = student_logits.converted()
+    for block in _blocks(len(match), regions, len(mean)):
+        rows = torch.cat([_multiples(1, crop, match.device) for crop in block])
+        teacher = teacher_logits[rows]  # once: they may be a product, which takes as long as all the rest
+        _mark_first_choices(chosen, teacher, centre)
+        sampled = torch.cat([_multiples(stride, crop, match.device) for crop in block])
+        here = _places(torch.cat((sampled, match[sampled])), block)
+        needed, where = here.unique(return_inverse=True)
+        own, matched = where[: len(sampled)], where[len(sampled) :]
+        p, entropies = _sharpened(teacher, needed, centre, teacher_temp)
+        del teacher  # before the student's are made: they are wide
+        mean += torch.zeros_like(entropies).index_fill_(0, own, 1.0) @ p
+        entropy += entropies[own].sum()
+        divergence += _cross_entropy(student_logits[sampled], p, matched, student_temp) - entropies[matched].sum()
+    count = -(-len(match) // stride)
+    return mean / count, entropy / count, divergence / count, chosen, centre.norm().reshape(1)
 
 
 _TASK_PARTS = 5
@@ -203,12 +222,31 @@ def _task_diagnostics(
     )
 
 
-def _sampled(count: int, regions: int, device: torch.device) -> Tensor:
-    """At most :data:`SAMPLED_ROWS` of ``count`` rows, evenly."""
+def _stride(count: int, regions: int) -> int:
+    """From which row to the next, where at most :data:`SAMPLED_ROWS` of ``count`` are looked at."""
     stride = max(1, math.ceil(count / SAMPLED_ROWS))
     while math.gcd(stride, regions) > 1:  # else it would meet some places of the map only
         stride += 1
-    return torch.arange(0, count, stride, device=device)
+    return stride
+
+
+def _multiples(stride: int, rows: slice, device: torch.device) -> Tensor:
+    first = -(-rows.start // stride) * stride
+    return torch.arange(first, max(first, rows.stop), stride, device=device)
+
+
+def _blocks(count: int, regions: int, prototypes: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of a few pictures in the first global crop and in the second: matches never leave a block."""
+    half, step = count // 2, regions * max(1, _BLOCK_VALUES // (2 * regions * prototypes))
+    for start in range(0, half, step):
+        stop = min(half, start + step)
+        yield slice(start, stop), slice(half + start, half + stop)
+
+
+def _places(rows: Tensor, block: tuple[slice, slice]) -> Tensor:
+    """Where these rows are in the block, counted from its first."""
+    first, second = block
+    return torch.where(rows < first.stop, rows - first.start, rows - second.start + first.stop - first.start)
 
 
 def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Tensor]:
@@ -225,45 +263,28 @@ def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Te
     return there, back[there] == torch.arange(len(there), device=there.device)
 
 
-def _distribution(logits: Logits, rows: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """The mean of the rows' distributions, (K,), and the mean of their entropies, (1,)."""
-    mean, entropy = torch.zeros_like(centre[0]), centre.new_zeros(1)
-    for chunk in rows.split(rows_per_chunk(logits)):
-        p, chunk_entropy = _sharpened(logits[chunk], centre, temp)
-        mean += p.sum(0)
-        entropy += chunk_entropy.sum()
-    return mean / len(rows), entropy / len(rows)
-
-
-def _divergence(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    rows: Tensor,
-    match: Tensor,
-    centre: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> Tensor:
-    """Mean KL(teacher || student) of student ``rows`` and the teacher's rows matched to them, (1,)."""
-    total, step = centre.new_zeros(1), rows_per_chunk(student_logits)
-    for chunk, matched in zip(rows.split(step), match.split(step), strict=True):
-        p, entropy = _sharpened(teacher_logits[matched], centre, teacher_temp)
-        student = student_logits[chunk].to(centre.dtype) * (1 / student_temp)  # (r, K)
-        total += (student.logsumexp(-1) - (p * student).sum(-1) - entropy).sum()
-    return total / len(rows)
-
-
-def _first_choices(logits: Logits, centre: Tensor) -> Tensor:
-    """1 for each prototype that some row likes best, else 0, (K,)."""
-    chosen = torch.zeros_like(centre[0])
+def _mark_first_choices(chosen: Tensor, logits: Tensor, centre: Tensor) -> None:
+    """Set ``chosen`` (K,) to 1 for each prototype that some row of the logits (r, K) likes best."""
     for chunk in logits.split(rows_per_chunk(logits)):
-        chosen[(chunk.to(centre.dtype) - centre).max(-1).indices] = 1.0
-    return chosen
+        chosen[(chunk - centre).argmax(-1)] = 1.0
 
 
-def _sharpened(logits: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """The teacher's distributions, (r, K), and their entropies, (r,)."""
-    z = (logits.to(centre.dtype) - centre).mul_(1 / temp)
-    p = z.softmax(-1)
-    log_sum = z.amax(-1) - p.amax(-1).log()  # of the largest logit: z = log_sum + log p
-    return p, log_sum - z.mul_(p).sum(-1)
+def _sharpened(logits: Tensor, rows: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """The teacher's distributions in these rows of the logits, (r, K), and their entropies, (r,)."""
+    p, entropies = centre.new_empty(len(rows), centre.shape[1]), centre.new_empty(len(rows))
+    step = rows_per_chunk(logits)
+    for chunk, out, entropy in zip(rows.split(step), p.split(step), entropies.split(step), strict=True):
+        z = (logits[chunk] - centre).mul_(1 / temp)
+        torch.softmax(z, -1, out=out)
+        log_sum = z.amax(-1) - out.amax(-1).log()  # of the largest logit: z = log_sum + log p
+        torch.sub(log_sum, torch.linalg.vecdot(z, out), out=entropy)
+    return p, entropies
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, matched: Tensor, temp: float) -> Tensor:
+    """Sum of the cross-entropies of the student's logits (r, K) with their matched targets, (1,)."""
+    total, step = targets.new_zeros(1), rows_per_chunk(logits)
+    for chunk, rows in zip(logits.split(step), matched.split(step), strict=True):
+        z = chunk.to(targets.dtype) * (1 / temp)
+        total += (z.logsumexp(-1) - torch.linalg.vecdot(z, targets[rows])).sum()
+    return total

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from esvit_core.config import ObjectiveConfig
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import NetworkOutput
-from esvit_core.monitoring.diagnostics import SAMPLED_ROWS, BatchStatistics, Diagnostics, _sampled, effective_rank
+from esvit_core.monitoring import diagnostics
+from esvit_core.monitoring.diagnostics import (
+    SAMPLED_ROWS,
+    BatchStatistics,
+    Diagnostics,
+    _multiples,
+    _stride,
+    effective_rank,
+)
 
 K, B, T, D = 32, 16, 4, 8  # prototypes, pictures, regions of a global crop, width
 TAU_S, TAU_T = 0.1, 0.05
@@ -106,6 +114,17 @@ def test_figures_are_those_of_their_definitions():
     assert found.region.centre_norm == pytest.approx(centre.norm().item())
 
 
+@pytest.mark.parametrize("sampled_rows", [SAMPLED_ROWS, 40, 4])
+def test_few_pictures_at_a_time_have_the_figures_of_all_together(
+    sampled_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "SAMPLED_ROWS", sampled_rows)
+    student, teacher = outputs()
+    together = diagnose(student, teacher, centre=0.5).figures()
+    monkeypatch.setattr(diagnostics, "_BLOCK_VALUES", 3 * 2 * T * K)  # of 16 pictures
+    assert diagnose(student, teacher, centre=0.5).figures() == pytest.approx(together, rel=1e-5)
+
+
 def test_a_student_that_says_what_the_teacher_says_of_the_other_crop_has_no_divergence():
     student, teacher = outputs()
     own = teacher.view_logits.roll(B, 0) * TAU_S / TAU_T
@@ -167,7 +186,8 @@ def test_effective_rank_is_that_of_the_singular_values():
 
 @given(st.integers(1, 60), st.sampled_from([1, 4, 9, 16, 36, 49, 196]))
 def test_the_sample_meets_every_place_of_the_map_alike(pictures: int, regions: int):
-    rows = _sampled(2 * pictures * regions, regions, torch.device("cpu"))
-    assert 1 <= len(rows) <= SAMPLED_ROWS and rows[-1] < 2 * pictures * regions
+    count = 2 * pictures * regions
+    rows = _multiples(_stride(count, regions), slice(0, count), torch.device("cpu"))
+    assert 1 <= len(rows) <= SAMPLED_ROWS and rows[-1] < count
     met = torch.bincount(rows % regions, minlength=regions)
     assert met.max() - met.min() <= 1
