@@ -7,7 +7,8 @@
 With ``--reference`` it is the step of a checkout of the published code itself that ours is compared with.
 
 Each implementation has a process of its own, and they take turns, step by step, while the others sleep; the ratios
-are medians over the rounds, so that other load on the machine falls on all alike. On a machine that is busy with
+are medians over the rounds, so that other load on the machine falls on all alike. Before that each shows its peak
+memory alone: ``--rounds 0`` ends there, for batches of which the machine cannot hold all implementations at once. On a machine that is busy with
 other things ``--clock cpu`` compares processor time instead. Peak memory is resident memory, interpreter and libraries
 included, or on a GPU what torch has allocated. The last line is JSON: time ratios are plain / ours, memory ratios
 ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is what the published code
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -249,10 +251,15 @@ def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, dict[str, float]] = {}
     memory = {}
-    workers = [Worker(name) for name in names]
-    for worker in workers:  # the objective's memory is that of its first run, before anything is kept
-        first = worker("memory")
-        memory[worker.name] = first if "objective" in worker.name else worker("memory")
+    for name in names:  # each alone: what several hold together may be more than there is
+        worker = Worker(name)
+        memory[name] = worker("memory")  # the objective's is that of its first run, before anything is kept
+        if "objective" not in name:
+            memory[name] = worker("memory")
+        worker.end()
+    workers = [Worker(name) for name in names] if options.rounds else []
+    for worker in workers:
+        worker("run")
     for _ in range(options.rounds):
         for worker in workers:
             seconds[worker.name].append(worker("run"))
@@ -274,17 +281,21 @@ class Measured:
     def ratio(self, above: str, below: str) -> float:
         """How many times as fast ``below`` is: the median of the rounds' own ratios."""
         rounds = zip(self.seconds[above], self.seconds[below], strict=True)
-        return statistics.median(a / b for a, b in rounds)
+        return _median(a / b for a, b in rounds)
 
     def table(self, batch: int) -> None:
         names = list(self.seconds)
-        medians = {name: statistics.median(values) for name, values in self.seconds.items()}
+        medians = {name: _median(values) for name, values in self.seconds.items()}
         print(f"{'seconds':24}" + "".join(f"{name:>18}" for name in names))
         for part in PARTS:
             print(f"{part:24}" + "".join(_cell(self.parts[name].get(part)) for name in names))
         print(f"{'whole step, median':24}" + "".join(f"{medians[name]:18.3f}" for name in names))
         print(f"{'pictures a second':24}" + "".join(f"{batch / medians[name]:18.2f}" for name in names))
         print(f"{'peak memory, MiB':24}" + "".join(f"{self.memory[name] / MIB:18,.0f}" for name in names))
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(found) if (found := list(values)) else math.nan
 
 
 def _cell(seconds: float | None) -> str:
@@ -303,7 +314,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--view-only", action="store_true")
     parser.add_argument("--recompute", action="store_true", help="ours with launch.recompute")
     parser.add_argument("--reference", type=Path, help="checkout of the published code, in place of the plain step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0: memory only")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(given)
@@ -314,7 +325,7 @@ def main() -> None:
     if options.worker:
         work(options)
     else:
-        print(json.dumps({name: round(value, 3) for name, value in report(options).items()}))
+        print(json.dumps({name: round(value, 3) for name, value in report(options).items() if value == value}))
 
 
 def implementations(options: argparse.Namespace) -> list[str]:
@@ -356,7 +367,7 @@ def report(options: argparse.Namespace) -> dict[str, float]:
     objectives = in_turn([f"{other}-objective", "ours-objective"], options)
     for name, values in objectives.seconds.items():
         beyond = objectives.memory[name] / MIB
-        print(f"{name}, forward and backward: {statistics.median(values):.3f} s, {beyond:,.0f} MiB beyond its inputs")
+        print(f"{name}, forward and backward: {_median(values):.3f} s, {beyond:,.0f} MiB beyond its inputs")
     result["objective_time"] = objectives.ratio(f"{other}-objective", "ours-objective")
     result["objective_memory"] = objectives.memory["ours-objective"] / objectives.memory[f"{other}-objective"]
     return result

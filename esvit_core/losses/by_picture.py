@@ -1,9 +1,10 @@
 """The matched cross-entropy of many prototypes, picture by picture, so that nothing of (all rows x K) is stored.
 
 The regions of a picture are compared with each other only. So the teacher's distributions of a few pictures are made,
-compared with the student's logits of the same pictures, and forgotten; the softmax serves loss and gradient at once.
-Where the logits are themselves a product (:class:`~esvit_core.models.prototype_logits.PrototypeLogits`) they are
-made and forgotten likewise, and their gradient, before it is, goes into those of embeddings and prototypes.
+of the rows that match one of the student's, compared with the student's logits of the same pictures, and forgotten;
+the softmax serves loss and gradient at once. Where the logits are themselves a product
+(:class:`~esvit_core.models.prototype_logits.PrototypeLogits`) they are made and forgotten likewise, and their gradient,
+before it is, goes into those of embeddings and prototypes.
 
 The formula is in :mod:`esvit_core.losses.cross_entropy`; with ``t`` the mean of the teacher rows matched to row ``r``,
 
@@ -20,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.cross_entropy import teacher_distribution
+from esvit_core.losses.cross_entropy import rows_per_chunk, softmax_and_log_sum, teacher_distribution
 from esvit_core.models.prototype_logits import PrototypeLogits
 
 Logits = Tensor | PrototypeLogits
 
 _ROWS_PER_BLOCK = 256  # of the student, at least one picture: enough for the matrix products to be efficient
-_CHUNK_VALUES = 1 << 17  # a chunk, its softmax and its target, 1.5 MB of float32 together, stay in the second cache
+_CHUNK_VALUES = 1 << 19  # 2 MB of float32: few enough for the caches, and enough to be shared by a few threads
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,11 @@ class Teacher:
     centre: Tensor
     temp: float
 
-    def distributions(self, rows: list[slice]) -> Tensor:
-        """Of the given rows one after the other, (their number, K)."""
-        if isinstance(self.logits, PrototypeLogits):
-            return teacher_distribution(self.logits.of(rows), self.centre, self.temp)
-        counts = [s.stop - s.start for s in rows]
-        out = self.centre.new_empty(sum(counts), self.centre.shape[1])
-        for crop, part in zip(rows, out.split(counts), strict=True):
-            teacher_distribution(self.logits[crop], self.centre, self.temp, part)
+    def distributions(self, rows: Tensor) -> Tensor:
+        """Of the given rows, (their number, K)."""
+        out, step = self.centre.new_empty(len(rows), self.centre.shape[1]), rows_per_chunk(self.logits)
+        for chunk, part in zip(rows.split(step), out.split(step), strict=True):
+            teacher_distribution(self.logits[chunk], self.centre, self.temp, part)
         return out
 
 
@@ -70,7 +68,7 @@ def cross_entropy_by_picture(
     Returns:
         Scalar.
     """
-    blocks = list(_blocks(matches, len(teacher.logits), pictures))
+    blocks = list(_blocks(matches, pictures))
     if isinstance(student, PrototypeLogits):
         return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, weights, student_temp)
     return _OfTensors.apply(student, teacher, blocks, weights, student_temp)
@@ -78,27 +76,32 @@ def cross_entropy_by_picture(
 
 @dataclass(frozen=True)
 class _Block:
-    """A few pictures: their rows of the student and of the teacher, and which of the latter match, counted here."""
+    """A few pictures.
+
+    Attributes:
+        student: their rows, crop by crop.
+        teacher: the rows of it that match one of these, each once.
+        matches: for each crop which of those, by their place in ``teacher``.
+    """
 
     student: list[slice]
-    teacher: list[slice]
+    teacher: Tensor
     matches: list[Tensor]
 
 
-def _blocks(matches: Sequence[Tensor], teacher_rows: int, pictures: int) -> Iterator[_Block]:
-    per_picture = sum(len(group) for group in matches) // pictures
-    step, T = max(1, _ROWS_PER_BLOCK // per_picture), teacher_rows // (2 * pictures)
+def _blocks(matches: Sequence[Tensor], pictures: int) -> Iterator[_Block]:
+    counts = [len(group) // pictures for group in matches]
+    step = max(1, _ROWS_PER_BLOCK // sum(counts))
     for first in range(0, pictures, step):
         last = min(pictures, first + step)
-        block, start = _Block([], [slice(o + first * T, o + last * T) for o in (0, pictures * T)], []), 0
-        for group in matches:
-            n = len(group) // pictures
-            block.student.append(slice(start + first * n, start + last * n))
-            matched = group[first * n : last * n] - first * T
-            second = matched >= pictures * T  # of the teacher's second crop
-            block.matches.append(torch.where(second, matched - (pictures - (last - first)) * T, matched))
+        student, matched, start = [], [], 0
+        for n, group in zip(counts, matches, strict=True):
+            student.append(slice(start + first * n, start + last * n))
+            matched.append(group[first * n : last * n])
             start += len(group)
-        yield block
+        teacher, places = torch.cat([group.flatten() for group in matched]).unique(return_inverse=True)
+        parts = places.split([group.numel() for group in matched])
+        yield _Block(student, teacher, [part.view_as(group) for part, group in zip(parts, matched, strict=True)])
 
 
 class _OfTensors(torch.autograd.Function):
@@ -185,8 +188,7 @@ class _OfProducts(torch.autograd.Function):
 
 def _compare(z: Tensor, targets: Tensor, matched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits (r, K) over the temperature: softmax (r, K), mean matched target (r, K), their cross-entropy (r,)."""
-    p = z.softmax(-1)
-    lse = z.amax(-1) - p.amax(-1).log()  # of the largest logit: z = lse + log p
+    p, lse = softmax_and_log_sum(z)
     if matched.shape[1] == 1:
         target = targets.index_select(0, matched[:, 0])
     else:

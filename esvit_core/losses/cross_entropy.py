@@ -74,8 +74,7 @@ class _MatchedCrossEntropy(torch.autograd.Function):
         for rows, matched in _chunks(matches, student):
             Q = matched.shape[1]
             logits = student[rows].to(teacher.dtype) * (1 / student_temp)  # (r, K)
-            p = logits.softmax(-1)
-            lse = logits.amax(-1) - p.amax(-1).log()  # of the largest logit: s = lse + log p
+            p, lse = softmax_and_log_sum(logits)
             target = _targets(teacher, matched)  # (r, K)
             score = logits.mul_(target).sum(-1)  # (r,)
             loss += (weights[rows] * (Q * lse - score)).sum()
@@ -101,6 +100,15 @@ def teacher_distribution(logits: Tensor, centre: Tensor, temp: float, out: Tenso
     for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
         torch.softmax((rows - centre).mul_(1 / temp), -1, out=chunk)
     return out
+
+
+def softmax_and_log_sum(z: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax (r, K) of logits (r, K) and their logsumexp (r,), for the price of the first.
+
+    The second follows from the first at the largest logit, where ``z = logsumexp + log p``.
+    """
+    p = torch.softmax(z, -1, out=out)
+    return p, z.amax(-1) - p.amax(-1).log()
 
 
 def rows_per_chunk(logits: Tensor | PrototypeLogits) -> int:

@@ -6,7 +6,6 @@ teacher together. Its embedding, from which a matrix product makes the row, take
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +47,9 @@ class PrototypeLogits:
         """The logits of some rows."""
         return F.linear(self.embeddings[rows], self.weight.to(self.dtype))
 
-    def of(self, parts: Sequence[slice]) -> Tensor:
-        """The logits of several runs of rows, one after the other, in one product."""
-        return self[torch.cat([torch.arange(part.start, part.stop, device=self.device) for part in parts])]
-
     def converted(self) -> PrototypeLogits:
         """The same, with the prototypes in the dtype of the products: what takes longer than the product of few rows."""
         return PrototypeLogits(self.embeddings, self.weight.detach().to(self.dtype))
-
-    def split(self, step: int) -> Iterator[Tensor]:
-        """All rows, ``step`` of them at a time."""
-        for start in range(0, len(self), step):
-            yield self[start : start + step]
 
     def sum(self, dtype: torch.dtype) -> Tensor:
         """Sum over the rows, (1, K): the product of the sum."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esvit_core.losses.by_picture import Logits
-from esvit_core.losses.cross_entropy import rows_per_chunk
+from esvit_core.losses.cross_entropy import rows_per_chunk, softmax_and_log_sum
 from esvit_core.losses.objective import Objective
 from esvit_core.losses.region import match_crops
 from esvit_core.models.multicrop import NetworkOutput
@@ -275,8 +275,7 @@ def _sharpened(logits: Tensor, rows: Tensor, centre: Tensor, temp: float) -> tup
     step = rows_per_chunk(logits)
     for chunk, out, entropy in zip(rows.split(step), p.split(step), entropies.split(step), strict=True):
         z = (logits[chunk] - centre).mul_(1 / temp)
-        torch.softmax(z, -1, out=out)
-        log_sum = z.amax(-1) - out.amax(-1).log()  # of the largest logit: z = log_sum + log p
+        _, log_sum = softmax_and_log_sum(z, out)
         torch.sub(log_sum, torch.linalg.vecdot(z, out), out=entropy)
     return p, entropies
 
@@ -286,5 +285,5 @@ def _cross_entropy(logits: Tensor, targets: Tensor, matched: Tensor, temp: float
     total, step = targets.new_zeros(1), rows_per_chunk(logits)
     for chunk, rows in zip(logits.split(step), matched.split(step), strict=True):
         z = chunk.to(targets.dtype) * (1 / temp)
-        total += (z.logsumexp(-1) - torch.linalg.vecdot(z, targets[rows])).sum()
+        total += (softmax_and_log_sum(z)[1] - torch.linalg.vecdot(z, targets[rows])).sum()
     return total
