@@ -162,7 +162,8 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]
         if row["after_view"]:  # its untrained network is the one of the run before
             settings += f" after_view={row['after_view']}"
         else:
-            untrained["every run", row["seed"]] = row["untrained"]
+            network = " ".join(setting for setting in row["settings"] if setting.startswith("model."))
+            untrained[network or "every other run", row["seed"]] = row["untrained"]
         groups[settings, TASKS[row["task"]]].append(row["trained"])
     for (settings, _), figures in untrained.items():
         groups[settings, "untrained"].append(figures)

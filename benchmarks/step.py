@@ -249,7 +249,7 @@ class Worker:
 def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
     """Let the named implementations take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    parts: dict[str, dict[str, float]] = {}
+    parts: dict[str, dict[str, float]] = {name: {} for name in names}
     memory = {}
     for name in names:  # each alone: what several hold together may be more than there is
         worker = Worker(name)
@@ -279,7 +279,7 @@ class Measured:
     memory: dict[str, int]
 
     def ratio(self, above: str, below: str) -> float:
-        """How many times as fast ``below`` is: the median of the rounds' own ratios."""
+        """How many times as fast ``below`` is: the median of the rounds' own ratios, NaN without a round."""
         rounds = zip(self.seconds[above], self.seconds[below], strict=True)
         return _median(a / b for a, b in rounds)
 
@@ -287,10 +287,10 @@ class Measured:
         names = list(self.seconds)
         medians = {name: _median(values) for name, values in self.seconds.items()}
         print(f"{'seconds':24}" + "".join(f"{name:>18}" for name in names))
-        for part in PARTS:
-            print(f"{part:24}" + "".join(_cell(self.parts[name].get(part)) for name in names))
-        print(f"{'whole step, median':24}" + "".join(f"{medians[name]:18.3f}" for name in names))
-        print(f"{'pictures a second':24}" + "".join(f"{batch / medians[name]:18.2f}" for name in names))
+        for part in PARTS if any(self.parts.values()) else ():
+            print(f"{part:24}" + "".join(f"{_figure(self.parts[name].get(part)):>18}" for name in names))
+        print(f"{'whole step, median':24}" + "".join(f"{_figure(medians[name]):>18}" for name in names))
+        print(f"{'pictures a second':24}" + "".join(f"{_figure(batch / medians[name], 2):>18}" for name in names))
         print(f"{'peak memory, MiB':24}" + "".join(f"{self.memory[name] / MIB:18,.0f}" for name in names))
 
 
@@ -298,8 +298,8 @@ def _median(values: Iterable[float]) -> float:
     return statistics.median(found) if (found := list(values)) else math.nan
 
 
-def _cell(seconds: float | None) -> str:
-    return f"{'-':>18}" if seconds is None else f"{seconds:18.3f}"
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -361,13 +361,13 @@ def report(options: argparse.Namespace) -> dict[str, float]:
         result["step_bfloat16"] = steps.ratio(half[0] if gpu and half else base, "ours-bfloat16")
     for name in names[1:]:
         share = steps.memory[name] / steps.memory[base]
-        print(f"{name} against {base}: {steps.ratio(base, name):.2f} times as fast, {share:.2f} of its memory")
+        print(f"{name} against {base}: {_figure(steps.ratio(base, name), 2)} times as fast, {share:.2f} of its memory")
     # Of the precision that `training.precision: auto` takes: the half one, where it was measured.
     result["step_memory"] = steps.memory[names[-1]] / steps.memory[base]
     objectives = in_turn([f"{other}-objective", "ours-objective"], options)
     for name, values in objectives.seconds.items():
         beyond = objectives.memory[name] / MIB
-        print(f"{name}, forward and backward: {_median(values):.3f} s, {beyond:,.0f} MiB beyond its inputs")
+        print(f"{name}, forward and backward: {_figure(_median(values))} s, {beyond:,.0f} MiB beyond its inputs")
     result["objective_time"] = objectives.ratio(f"{other}-objective", "ours-objective")
     result["objective_memory"] = objectives.memory["ours-objective"] / objectives.memory[f"{other}-objective"]
     return result
