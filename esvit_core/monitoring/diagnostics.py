@@ -189,12 +189,11 @@ def _task(
     stride = _stride(len(match), regions)
     if isinstance(student_logits, PrototypeLogits):
         student_logits = student_logits.converted()
-    for block in _blocks(len(match), regions, len(mean)):
-        rows = torch.cat([_multiples(1, crop, match.device) for crop in block])
+    for rows in _blocks(len(match), regions, len(mean), match.device):
         teacher = teacher_logits[rows]  # once: they may be a product, which takes as long as all the rest
         _mark_first_choices(chosen, teacher, centre)
-        sampled = torch.cat([_multiples(stride, crop, match.device) for crop in block])
-        here = _places(torch.cat((sampled, match[sampled])), block)
+        sampled = rows[rows % stride == 0]
+        here = torch.searchsorted(rows, torch.cat((sampled, match[sampled])))
         needed, where = here.unique(return_inverse=True)
         own, matched = where[: len(sampled)], where[len(sampled) :]
         p, entropies = _sharpened(teacher, needed, centre, teacher_temp)
@@ -230,23 +229,11 @@ def _stride(count: int, regions: int) -> int:
     return stride
 
 
-def _multiples(stride: int, rows: slice, device: torch.device) -> Tensor:
-    first = -(-rows.start // stride) * stride
-    return torch.arange(first, max(first, rows.stop), stride, device=device)
-
-
-def _blocks(count: int, regions: int, prototypes: int) -> Iterator[tuple[slice, slice]]:
-    """The rows of a few pictures in the first global crop and in the second: matches never leave a block."""
-    half, step = count // 2, regions * max(1, _BLOCK_VALUES // (2 * regions * prototypes))
-    for start in range(0, half, step):
-        stop = min(half, start + step)
-        yield slice(start, stop), slice(half + start, half + stop)
-
-
-def _places(rows: Tensor, block: tuple[slice, slice]) -> Tensor:
-    """Where these rows are in the block, counted from its first."""
-    first, second = block
-    return torch.where(rows < first.stop, rows - first.start, rows - second.start + first.stop - first.start)
+def _blocks(count: int, regions: int, prototypes: int, device: torch.device) -> Iterator[Tensor]:
+    """The rows, in order, of a few pictures in both global crops: matches never leave a block."""
+    crops = torch.arange(count, device=device).view(2, -1)
+    for block in crops.split(regions * max(1, _BLOCK_VALUES // (2 * regions * prototypes)), dim=1):
+        yield block.flatten()
 
 
 def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Tensor]:
