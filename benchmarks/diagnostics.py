@@ -16,24 +16,19 @@ import json
 import statistics
 import time
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from prometheus_client import generate_latest
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch
-from esvit_core.losses.objective import Objective
-from esvit_core.models.multicrop import build_student_teacher
+from esvit_core.data.loader import Batch, TrainLoader
 from esvit_core.monitoring.diagnostics import BatchStatistics
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed import GradientReducer, join_world
+from esvit_core.training.distributed import join_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.nonfinite import NonFiniteGuard
-from esvit_core.training.optimizer import build_optimizer
-from esvit_core.training.parts import make_deterministic
-from esvit_core.training.position import Position
-from esvit_core.training.precision import choose_precision
+from esvit_core.training.parts import assemble, make_deterministic
 from esvit_core.training.schedules import ScheduleValues
 
 # Swin-T with all prototypes, and few pictures and crops: the smaller the step, the dearer the diagnostics.
@@ -72,7 +67,7 @@ def main() -> None:
 
 def measure(config: Config, rounds: int) -> tuple[float, float, float]:
     """Median seconds of a step, of the diagnostics and of the metrics."""
-    parts = untrained(config)
+    parts = assemble(config, join_world(), cast(TrainLoader, SimpleNamespace(steps_per_epoch=1)))
     at = ScheduleValues(1e-4, 0.04, config.optimizer.teacher_momentum, config.objective.teacher_temp, epoch=1)
     generator = torch.Generator().manual_seed(0)
     crops = [
@@ -102,27 +97,6 @@ def measure(config: Config, rounds: int) -> tuple[float, float, float]:
         del outputs
     step, diagnostics, of_metrics = (statistics.median(seconds[1:]) for seconds in times.values())
     return step, diagnostics, of_metrics  # without the first round, which allocates
-
-
-def untrained(config: Config) -> SimpleNamespace:
-    """Those of the parts of a run that a step needs."""
-    world = join_world()
-    student, teacher = (network.to(world.device) for network in build_student_teacher(config))
-    optimizer, position = build_optimizer(student, config), Position()
-    return SimpleNamespace(
-        config=config,
-        world=world,
-        precision=choose_precision(config.training.precision, world.device),
-        student=student,
-        teacher=teacher,
-        objective=Objective(config.objective, config.head.out_dim).to(world.device),
-        optimizer=optimizer,
-        guard=NonFiniteGuard(config, world, position, 1, [], optimizer),
-        reducer=GradientReducer(student.parameters(), world),
-        position=position,
-        micro_batches=1,
-        weight=lambda pictures: 1.0,
-    )
 
 
 if __name__ == "__main__":

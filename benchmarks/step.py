@@ -6,13 +6,13 @@
 
 With ``--reference`` it is the step of a checkout of the published code itself that ours is compared with.
 
-Each implementation has a process of its own, and they take turns, step by step, while the others sleep; the ratios
-are medians over the rounds, so that other load on the machine falls on all alike. Before that each shows its peak
-memory alone: ``--rounds 0`` ends there, for batches of which the machine cannot hold all implementations at once. On a machine that is busy with
-other things ``--clock cpu`` compares processor time instead. Peak memory is resident memory, interpreter and libraries
-included, or on a GPU what torch has allocated. The last line is JSON: time ratios are plain / ours, memory ratios
-ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is what the published code
-computes there. On a GPU it is the plain step under autocast in the half precision that was asked for.
+Each implementation has a process of its own. First each shows its peak memory, alone: ``--rounds 0`` ends there, for
+batches of which the machine cannot hold all implementations at once. Then they take turns, step by step, while the
+others sleep; the ratios are medians over the rounds, so that other load on the machine falls on all alike. On a machine
+that is busy with other things ``--clock cpu`` compares processor time instead. Peak memory is resident memory,
+interpreter and libraries included, or on a GPU what torch has allocated. The last line is JSON: time ratios are
+plain / ours, memory ratios ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is what
+the published code computes there. On a GPU it is the plain step under autocast in the half precision that was asked for.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def main() -> None:
     if options.worker:
         work(options)
     else:
-        print(json.dumps({name: round(value, 3) for name, value in report(options).items() if value == value}))
+        print(json.dumps({name: round(value, 3) for name, value in report(options).items() if not math.isnan(value)}))
 
 
 def implementations(options: argparse.Namespace) -> list[str]:
