@@ -13,21 +13,21 @@ The formula is in :mod:`esvit_core.losses.cross_entropy`; with ``t`` the mean of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.cross_entropy import rows_per_chunk, softmax_and_log_sum, teacher_distribution
+from esvit_core.losses.cross_entropy import rows_per_chunk
+from esvit_core.losses.rows import compare, sharpen
 from esvit_core.models.prototype_logits import PrototypeLogits
 
 Logits = Tensor | PrototypeLogits
 
 _ROWS_PER_BLOCK = 256  # of the student, at least one picture: enough for the matrix products to be efficient
-_CHUNK_VALUES = 1 << 19  # 2 MB of float32: few enough for the caches, and enough to be shared by a few threads
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,13 @@ class Teacher:
 
     def distributions(self, rows: Tensor) -> Tensor:
         """Of the given rows, (their number, K)."""
-        out, step = self.centre.new_empty(len(rows), self.centre.shape[1]), rows_per_chunk(self.logits)
+        out = self.centre.new_empty(len(rows), self.centre.shape[1])
+        if isinstance(self.logits, Tensor):
+            sharpen(self.logits, rows, self.centre, self.temp, out)
+            return out
+        step = rows_per_chunk(self.logits)
         for chunk, part in zip(rows.split(step), out.split(step), strict=True):
-            teacher_distribution(self.logits[chunk], self.centre, self.temp, part)
+            sharpen(self.logits[chunk], torch.arange(len(chunk)), self.centre, self.temp, part)
         return out
 
 
@@ -69,9 +73,10 @@ def cross_entropy_by_picture(
         Scalar.
     """
     blocks = list(_blocks(matches, pictures))
+    factors = torch.cat([group.shape[1] * part for group, part in zip(matches, _split(weights, matches), strict=True)])
     if isinstance(student, PrototypeLogits):
-        return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, weights, student_temp)
-    return _OfTensors.apply(student, teacher, blocks, weights, student_temp)
+        return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, factors, student_temp)
+    return _OfTensors.apply(student, teacher, blocks, factors, student_temp)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,17 @@ class _Block:
     student: list[slice]
     teacher: Tensor
     matches: list[Tensor]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows of each crop."""
+        return [len(group) for group in self.matches]
+
+    @property
+    def places(self) -> list[slice]:
+        """Where these rows are among those of the block."""
+        ends = itertools.accumulate(self.sizes, initial=0)
+        return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def _blocks(matches: Sequence[Tensor], pictures: int) -> Iterator[_Block]:
@@ -109,25 +125,15 @@ class _OfTensors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Teacher, blocks: list[_Block], weights: Tensor, student_temp: float
+        ctx: Any, student: Tensor, teacher: Teacher, blocks: list[_Block], factors: Tensor, student_temp: float
     ) -> Tensor:
-        loss = torch.zeros((), dtype=teacher.centre.dtype, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        values, scale = torch.empty_like(factors), factors / student_temp
         for block in blocks:
             targets = teacher.distributions(block.teacher)
-            for crop, matches in zip(block.student, block.matches, strict=True):
-                step = _rows_per_chunk(student)
-                Q, start = matches.shape[1], crop.start
-                for matched in matches.split(step):
-                    rows = slice(start, start + len(matched))
-                    z = student[rows].to(targets.dtype) * (1 / student_temp)  # (r, K)
-                    p, target, value = _compare(z, targets, matched)
-                    loss += Q * weights[rows].dot(value)
-                    if gradient is not None:
-                        torch.mul(p.sub_(target), weights[rows, None] * (Q / student_temp), out=gradient[rows])
-                    start += len(matched)
+            compare(student, block.student, block.matches, targets, student_temp, scale, values, gradient)
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
-        return loss
+        return factors.dot(values)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,7 +150,7 @@ class _OfProducts(torch.autograd.Function):
         weight: Tensor,
         teacher: Teacher,
         blocks: list[_Block],
-        weights: Tensor,
+        factors: Tensor,
         student_temp: float,
     ) -> Tensor:
         loss = torch.zeros((), dtype=teacher.centre.dtype, device=embeddings.device)
@@ -154,28 +160,18 @@ class _OfProducts(torch.autograd.Function):
             of_embeddings, of_weight = torch.zeros_like(embeddings), torch.zeros_like(weight)
         for block in blocks:
             targets = teacher.distributions(block.teacher)
-            own = torch.cat([embeddings[s] for s in block.student])  # (r, D)
-            tile = (own * (1 / student_temp)) @ prototypes.T  # (r, K): the logits, then their gradient
-            factors, start = [], 0
-            for crop, matches in zip(block.student, block.matches, strict=True):
-                Q, step = matches.shape[1], _rows_per_chunk(tile)
-                factors.append(weights[crop, None] * Q)
-                for matched, factor in zip(matches.split(step), factors[-1].split(step), strict=True):
-                    chunk = tile[start : start + len(matched)]
-                    p, target, value = _compare(chunk.to(targets.dtype), targets, matched)
-                    loss += factor[:, 0].dot(value)
-                    torch.sub(p, target, out=chunk)
-                    start += len(matched)
+            own = torch.cat([embeddings[rows] for rows in block.student])  # (r, D)
+            factor = torch.cat([factors[rows] for rows in block.student])  # (r,)
+            tile, values = own @ prototypes.T, torch.empty_like(factor)  # (r, K): the logits, then their gradient
+            compare(tile, block.places, block.matches, targets, student_temp, factor / student_temp, values, tile)
+            loss += factor.dot(values)
             if wanted:
-                scale = torch.cat(factors) * (1 / student_temp)  # (r, 1), on the narrow side of both products
-                scaled = (own * scale).to(own.dtype)
                 if of_weight.dtype == tile.dtype:
-                    of_weight.addmm_(tile.T, scaled)
+                    of_weight.addmm_(tile.T, own)
                 else:
-                    of_weight += tile.T @ scaled
-                of_own = (tile @ prototypes).mul_(scale).split([s.stop - s.start for s in block.student])
-                for crop, part in zip(block.student, of_own, strict=True):
-                    of_embeddings[crop] = part
+                    of_weight += tile.T @ own
+                for rows, part in zip(block.student, (tile @ prototypes).split(block.sizes), strict=True):
+                    of_embeddings[rows] = part
             del tile, targets  # before the next are made
         ctx.save_for_backward(*((of_embeddings, of_weight) if wanted else ()))
         return loss
@@ -186,18 +182,8 @@ class _OfProducts(torch.autograd.Function):
         return of_embeddings, of_weight, None, None, None, None
 
 
-def _compare(z: Tensor, targets: Tensor, matched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (r, K) over the temperature: softmax (r, K), mean matched target (r, K), their cross-entropy (r,)."""
-    p, lse = softmax_and_log_sum(z)
-    if matched.shape[1] == 1:
-        target = targets.index_select(0, matched[:, 0])
-    else:
-        target = F.embedding_bag(matched, targets, mode="mean")
-    return p, target, lse - torch.linalg.vecdot(z, target)
-
-
-def _rows_per_chunk(logits: Tensor) -> int:
-    return max(1, _CHUNK_VALUES // logits.shape[1])
+def _split(rows: Tensor, matches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return rows.split([len(group) for group in matches])
 
 
 def _times(gradient: Tensor, outer: Tensor) -> Tensor:
