@@ -9,6 +9,8 @@ before it is, goes into those of embeddings and prototypes.
 The formula is in :mod:`esvit_core.losses.cross_entropy`; with ``t`` the mean of the teacher rows matched to row ``r``,
 
     loss_r = w_r Q (logsumexp(z_r) - t . z_r)        z_r = s_r / tau        dloss_r / dz_r = w_r Q (softmax(z_r) - t)
+
+Its two passes over rows, sharpening the teacher's and comparing the student's, are in :mod:`esvit_core.losses.rows`.
 """
 
 from __future__ import annotations

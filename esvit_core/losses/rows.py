@@ -125,16 +125,16 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         return None
-    with tempfile.TemporaryDirectory() as folder:  # half a second; what is kept would have to be trusted later
-        binary = Path(folder) / "rows.so"
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # half a second; what is kept would have to be trusted later
+            binary = Path(folder) / "rows.so"
             command = [*shlex.split(compiler), *_FLAGS, str(_SOURCE), "-o", str(binary), "-lm"]
             subprocess.run(command, check=True, capture_output=True)
             found = ctypes.CDLL(str(binary))
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", b"") or str(error).encode()
-            logger.info("the objective runs in torch: %s did not compile it: %s", compiler, said.decode().strip())
-            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"") or str(error).encode()
+        logger.info("the objective runs in torch: %s did not compile it: %s", compiler, said.decode().strip())
+        return None
     pointer, size, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     found.sharpen.argtypes = [pointer, flag, size, pointer, real, pointer, size, pointer]
     found.compare.argtypes = [pointer, size, flag, size, real, pointer, pointer, size, pointer, pointer, pointer]
