@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--after-view", type=int, default=0, metavar="EPOCHS", help="of a view-only run before")
+    parser.add_argument("--recipe", default=str(RECIPE), help="another one: a file, or the name of a preset")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--plot", type=Path, help="where to draw the results of the file")
     arguments = parser.parse_args()
@@ -68,9 +69,10 @@ def main() -> None:
             for task in arguments.tasks:
                 settings = [f"training.epochs={arguments.epochs}", *arguments.settings]
                 wanted = {"task": task, "seed": seed, "settings": settings, "after_view": arguments.after_view}
+                wanted["recipe"] = Config.load(arguments.recipe).recipe
                 if any(all(row[key] == value for key, value in wanted.items()) for row in rows):
                     continue
-                rows.append(measure(data, wanted, arguments.work))
+                rows.append(measure(data, wanted, arguments.recipe, arguments.work))
                 with arguments.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     figures = summarise(rows)
@@ -96,12 +98,13 @@ def subset(pictures: Path, archive: Path) -> Path:
     return archive
 
 
-def measure(data: Path, wanted: Row, work: Path) -> Row:
+def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
     """Run the pipeline and read what it has measured.
 
     Args:
         data: the tar of :func:`subset`.
-        wanted: the row's ``task``, ``seed``, ``settings`` and ``after_view``.
+        wanted: the row's ``task``, ``seed``, ``settings``, ``after_view`` and the recipe's name.
+        recipe: where it is.
         work: folder of the runs.
     """
     print(f"== {wanted['task']}, seed {wanted['seed']}", flush=True)
@@ -109,10 +112,10 @@ def measure(data: Path, wanted: Row, work: Path) -> Row:
     if wanted["after_view"]:
         others = [setting for setting in settings if not setting.startswith("training.epochs=")]
         before = [f"training.epochs={wanted['after_view']}", *others]
-        first = run_pipeline(data, "view", wanted["seed"], before, work)
+        first = run_pipeline(data, recipe, "view", wanted["seed"], before, work)
         settings += [f"init.source={first}", "init.take=heads"]
     start = time.monotonic()
-    uri = run_pipeline(data, wanted["task"], wanted["seed"], settings, work)
+    uri = run_pipeline(data, recipe, wanted["task"], wanted["seed"], settings, work)
     with open_store(work / "store") as store:
         results = {name: read_result(store, uri, name) for name in ("knn", "linear")}
         summary = read_summary(store, uri)
@@ -136,21 +139,24 @@ def measure(data: Path, wanted: Row, work: Path) -> Row:
     }
 
 
-def run_pipeline(data: Path, task: str, seed: int, settings: Sequence[str], work: Path) -> str:
+def run_pipeline(data: Path, recipe: str, task: str, seed: int, settings: Sequence[str], work: Path) -> str:
     """Carry a run out, if it is not finished already; its address."""
     chosen = [f"objective.region={task != 'view'}".lower(), f"seed={seed}", *settings]
     arguments = [argument for setting in chosen for argument in ("--set", setting)]
-    command = ["-m", "esvit_pipelines", "run", "--recipe", str(RECIPE), "--data", str(data), "--out", str(work)]
+    command = ["-m", "esvit_pipelines", "run", "--recipe", recipe, "--data", str(data), "--out", str(work)]
     subprocess.run([sys.executable, *command, *arguments], check=True)
     with open_store(work / "store") as store:
-        config = with_source_pinned(Config.load(RECIPE, chosen), store)
+        config = with_source_pinned(Config.load(recipe, chosen), store)
     return run_uri(config.bucket, identify_run(config, str(data)))
 
 
 def read(results: Path) -> list[Row]:
     if not results.exists():
         return []
-    return [{"after_view": 0, **json.loads(line)} for line in results.read_text(encoding="utf-8").splitlines()]
+    return [
+        {"after_view": 0, "recipe": "cifar10-micro", **json.loads(line)}
+        for line in results.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]]:
@@ -158,11 +164,12 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]
     groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     untrained: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
-        settings = " ".join(row["settings"])
+        other = [] if row["recipe"] == "cifar10-micro" else [f"recipe={row['recipe']}"]
+        settings = " ".join([*row["settings"], *other])
         if row["after_view"]:  # its untrained network is the one of the run before
             settings += f" after_view={row['after_view']}"
         else:
-            network = " ".join(setting for setting in row["settings"] if setting.startswith("model."))
+            network = " ".join([*(setting for setting in row["settings"] if setting.startswith("model.")), *other])
             untrained[network or "every other run", row["seed"]] = row["untrained"]
         groups[settings, TASKS[row["task"]]].append(row["trained"])
     for (settings, _), figures in untrained.items():
