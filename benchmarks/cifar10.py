@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -189,42 +190,50 @@ def summarise(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, tuple[floa
     return out
 
 
+COLOURS = {"untrained": "#777777", "view only": "#1f77b4", "view + region": "#d95f02"}
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """A dot a seed and a line at their mean; one panel a measure."""
+    """A row for each setting, in it a colour for each task: a dot a seed and a line at their mean. One panel a measure."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     groups = grouped(rows)
-    names = sorted(groups, key=lambda key: (key[1] != "untrained", key))
-    labels = [f"{task}\n{_short(settings)}" for settings, task in names]
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 1.2 + 0.55 * len(names)), sharey=True)
+    settings = sorted({setting for setting, _ in groups}, key=lambda s: ((s, "untrained") not in groups, s))
+    labels = [_short(setting) for setting in settings]
+    heights = [0.8 + 0.5 * label.count("\n") for label in labels]
+    places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 1.2 + 0.42 * sum(heights)), sharey=True)
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
-        for place, key in enumerate(names):
-            values = [run[name] for run in groups[key]]
-            mean = statistics.mean(values)
-            colour = {"untrained": "#777777", "view only": "#1f77b4"}.get(key[1], "#d95f02")
-            axis.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
-            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=6)
-            axis.annotate(f"{mean:.1f}", (max(values), place), (7, 0), textcoords="offset points", va="center")
+        for (setting, task), runs in groups.items():
+            place = places[settings.index(setting)] + {"view only": -0.17, "view + region": 0.17}.get(task, 0.0)
+            values = [run[name] for run in runs]
+            mean, colour = statistics.mean(values), COLOURS[task]
+            axis.plot([mean, mean], [place - 0.13, place + 0.13], color=colour, linewidth=2)
+            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+            beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axis.annotate(f"{mean:.1f}", (max(values), place), color=colour, **beside)
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.12)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    axes[0].set_yticks(range(len(names)), labels, fontsize=9)
-    axes[0].invert_yaxis()
+    axes[0].set_yticks(places, labels, fontsize=9)
+    axes[0].set_ylim(sum(heights), 0)
+    marks = [plt.Line2D([], [], color=colour, marker="o", linestyle="", label=task) for task, colour in COLOURS.items()]
+    axes[0].legend(handles=marks, frameon=False, fontsize=9, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def _short(settings: str) -> str:
-    """Without the sections' names, and without the number of epochs where it is the recipe's."""
+    """Without the sections' names, and without the number of epochs where it is the recipe's; a few to a line."""
     if "=" not in settings:
-        return settings
+        return f"untrained, {settings}"
     changed = [re.sub(r"^\w+\.", "", setting) for setting in settings.split() if setting != f"training.epochs={EPOCHS}"]
-    return "\n".join(changed) or "the recipe"
+    return textwrap.fill(", ".join(changed), 36, break_on_hyphens=False) or "the recipe"
 
 
 if __name__ == "__main__":
