@@ -75,7 +75,8 @@ def cross_entropy_by_picture(
         Scalar.
     """
     blocks = list(_blocks(matches, pictures))
-    factors = torch.cat([group.shape[1] * part for group, part in zip(matches, _split(weights, matches), strict=True)])
+    of_crops = weights.split([len(group) for group in matches])
+    factors = torch.cat([group.shape[1] * part for group, part in zip(matches, of_crops, strict=True)])
     if isinstance(student, PrototypeLogits):
         return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, factors, student_temp)
     return _OfTensors.apply(student, teacher, blocks, factors, student_temp)
@@ -182,10 +183,6 @@ class _OfProducts(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         of_embeddings, of_weight = (_times(gradient, outer) for gradient in ctx.saved_tensors)
         return of_embeddings, of_weight, None, None, None, None
-
-
-def _split(rows: Tensor, matches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return rows.split([len(group) for group in matches])
 
 
 def _times(gradient: Tensor, outer: Tensor) -> Tensor:
