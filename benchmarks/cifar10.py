@@ -37,7 +37,7 @@ from esvit_core.storage.session import open_store
 from esvit_core.training.summary import read_summary
 from esvit_core.weights.source import with_source_pinned
 
-RECIPE = Path(__file__).with_suffix(".yaml")
+RECIPE, RECIPE_NAME = Path(__file__).with_suffix(".yaml"), "cifar10-micro"
 PER_CLASS = 500
 EPOCHS = 20
 TASKS = {"view": "view only", "view + region": "view + region"}
@@ -66,11 +66,12 @@ def main() -> None:
     if arguments.pictures:
         arguments.work.mkdir(parents=True, exist_ok=True)
         data = subset(arguments.pictures, arguments.work / "cifar10.tar")
+        name = Config.load(arguments.recipe).recipe
         for seed in arguments.seeds:
             for task in arguments.tasks:
                 settings = [f"training.epochs={arguments.epochs}", *arguments.settings]
                 wanted = {"task": task, "seed": seed, "settings": settings, "after_view": arguments.after_view}
-                wanted["recipe"] = Config.load(arguments.recipe).recipe
+                wanted["recipe"] = name
                 if any(all(row[key] == value for key, value in wanted.items()) for row in rows):
                     continue
                 rows.append(measure(data, wanted, arguments.recipe, arguments.work))
@@ -155,7 +156,7 @@ def read(results: Path) -> list[Row]:
     if not results.exists():
         return []
     return [
-        {"after_view": 0, "recipe": "cifar10-micro", **json.loads(line)}
+        {"after_view": 0, "recipe": RECIPE_NAME, **json.loads(line)}
         for line in results.read_text(encoding="utf-8").splitlines()
     ]
 
@@ -165,7 +166,7 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]
     groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     untrained: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
-        other = [] if row["recipe"] == "cifar10-micro" else [f"recipe={row['recipe']}"]
+        other = [] if row["recipe"] == RECIPE_NAME else [f"recipe={row['recipe']}"]
         settings = " ".join([*row["settings"], *other])
         if row["after_view"]:  # its untrained network is the one of the run before
             settings += f" after_view={row['after_view']}"
