@@ -7,11 +7,14 @@ product, a sum, a softmax and a product, ViL keeps the channel before the place,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esvit_core.models import cvt, heads, longformer, swin
+from esvit_core.models.stochastic_depth import StochasticDepth
 from esvit_core.models.windows import MASKED
 
 
@@ -25,6 +28,16 @@ def plainly(network: nn.Module) -> nn.Module:
 class PlainPrototypes(heads.Prototypes):
     def forward(self, x: Tensor) -> Tensor:  # the logits themselves, however many
         return F.linear(x, self.weight())
+
+
+class PlainStochasticDepth(StochasticDepth):
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        y = branch(x)
+        if self.drop_prob == 0 or not self.training:
+            return x + y
+        keep = 1 - self.drop_prob
+        mask = y.new_empty(len(y), *(1,) * (y.ndim - 1)).bernoulli_(keep)
+        return x + y.div(keep) * mask
 
 
 # Swin
@@ -52,7 +65,7 @@ def shift_mask(height: int, width: int, w: int, shift: int, device: torch.device
             number += 1
     part = to_windows(part, w)[..., 0]  # (windows, w * w)
     difference = part[:, None] - part[:, :, None]
-    return difference.masked_fill(difference != 0, MASKED).to(device)
+    return difference.masked_fill(difference != 0, MASKED).masked_fill(difference == 0, 0.0).to(device)
 
 
 class PlainWindowAttention(swin.WindowAttention):
@@ -71,7 +84,7 @@ class PlainWindowAttention(swin.WindowAttention):
 
 
 class PlainSwinBlock(swin.SwinBlock):
-    def forward(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         w, shift = self.attn.window_size, self.attn.shift_size
         y = F.pad(self.norm1(x), (0, 0, 0, -W % w, 0, -H % w))
@@ -83,9 +96,11 @@ class PlainSwinBlock(swin.SwinBlock):
         y = from_windows(self.attn(to_windows(y, w), mask), w, Hp, Wp)
         if shift:
             y = torch.roll(y, (shift, shift), (1, 2))
-        x = x + self.drop_path(y[:, :H, :W].contiguous())
+        return y[:, :H, :W].contiguous()
+
+    def _mlp(self, x: Tensor) -> Tensor:
         mlp = self.mlp
-        return x + self.drop_path(mlp.fc2(F.gelu(mlp.fc1(self.norm2(x)))))
+        return mlp.fc2(F.gelu(mlp.fc1(self.norm2(x))))
 
 
 class PlainPatchMerging(swin.PatchMerging):
@@ -236,6 +251,7 @@ class PlainCvtAttention(cvt.Attention):
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    StochasticDepth: PlainStochasticDepth,
     heads.Prototypes: PlainPrototypes,
     swin.WindowAttention: PlainWindowAttention,
     swin.SwinBlock: PlainSwinBlock,

@@ -7,8 +7,8 @@
 With ``--reference`` it is the step of a checkout of the published code itself that ours is compared with.
 
 Each implementation has a process of its own. First each shows its peak memory, alone: ``--rounds 0`` ends there, for
-batches of which the machine cannot hold all implementations at once. Then they take turns, step by step, while the
-others sleep; the ratios are medians over the rounds, so that other load on the machine falls on all alike. On a machine
+batches of which the machine cannot hold all implementations at once. Then they take turns, two steps each of which the
+second counts, while the others sleep; the ratios are medians over the rounds, so that other load on the machine falls on all alike. On a machine
 that is busy with other things ``--clock cpu`` compares processor time instead. Peak memory is resident memory,
 interpreter and libraries included, or on a GPU what torch has allocated. The last line is JSON: time ratios are
 plain / ours, memory ratios ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is what
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -38,11 +39,12 @@ from published_step import PublishedStep, load, published_objective
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
-from esvit_core.models.attention import choose_timm_attention_
+from esvit_core.models.fastest import choose_fastest_
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.clock import PARTS, StepClock
 from esvit_core.training.distributed import World
+from esvit_core.training.environment import BEFORE_TORCH
 from esvit_core.training.loop import training_step
 from esvit_core.training.parts import assemble, recompute_blocks_
 from esvit_core.training.precision import Precision
@@ -68,7 +70,7 @@ class OurStep:
         self.parts.precision = Precision(dtype, "benchmark", device.type)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         for network in (self.student, self.teacher):
-            choose_timm_attention_(network, dtype, device)
+            choose_fastest_(network, dtype, device)
         self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
 
     def __call__(self, crops: list[torch.Tensor], at: ScheduleValues) -> torch.Tensor:
@@ -229,7 +231,10 @@ class Worker:
     def __init__(self, name: str) -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
         self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**BEFORE_TORCH, **os.environ} if name.startswith("ours") else None
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def __call__(self, word: str) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -258,10 +263,9 @@ def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
             memory[name] = worker("memory")
         worker.end()
     workers = [Worker(name) for name in names] if options.rounds else []
-    for worker in workers:
-        worker("run")
     for _ in range(options.rounds):
         for worker in workers:
+            worker("run")  # what slept finds cold caches, and its memory given back: a training does not
             seconds[worker.name].append(worker("run"))
     for worker in workers:
         if "objective" not in worker.name:

@@ -27,6 +27,7 @@ from esvit_core.data.stream import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import MODELS
 from esvit_core.export import load_backbone
+from esvit_core.models.fastest import choose_fastest_
 from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import ObjectStore, join_uri
 
@@ -86,6 +87,7 @@ def compute_features(
             the processor.
     """
     devices = devices or _devices()
+    choose_fastest_(backbone, getattr(torch, precision), devices[0])
     copies = [(backbone if not i else copy.deepcopy(backbone)).to(device) for i, device in enumerate(devices)]
 
     def compute(number: int, batch: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

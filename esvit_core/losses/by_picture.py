@@ -25,11 +25,14 @@ from torch import Tensor
 
 from esvit_core.losses.cross_entropy import rows_per_chunk
 from esvit_core.losses.rows import compare, sharpen
-from esvit_core.models.prototype_logits import PrototypeLogits
+from esvit_core.models.linear import linear
+from esvit_core.models.prototype_logits import WEIGHT_ROWS, PrototypeLogits
 
 Logits = Tensor | PrototypeLogits
 
-_ROWS_PER_BLOCK = 256  # of the student, at least one picture: enough for the matrix products to be efficient
+# Rows of the student that are worked off at a time, at least those of one picture.
+_ROWS_OF_TENSORS = 256
+ROWS_OF_PRODUCTS = 512  # each time the prototypes are read and their whole gradient is added to
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ def cross_entropy_by_picture(
     Returns:
         Scalar.
     """
-    blocks = list(_blocks(matches, pictures))
     of_crops = weights.split([len(group) for group in matches])
     factors = torch.cat([group.shape[1] * part for group, part in zip(matches, of_crops, strict=True)])
     if isinstance(student, PrototypeLogits):
+        blocks = list(_blocks(matches, pictures, ROWS_OF_PRODUCTS))
         return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, factors, student_temp)
+    blocks = list(_blocks(matches, pictures, _ROWS_OF_TENSORS))
     return _OfTensors.apply(student, teacher, blocks, factors, student_temp)
 
 
@@ -108,9 +112,9 @@ class _Block:
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def _blocks(matches: Sequence[Tensor], pictures: int) -> Iterator[_Block]:
+def _blocks(matches: Sequence[Tensor], pictures: int, most: int) -> Iterator[_Block]:
     counts = [len(group) // pictures for group in matches]
-    step = max(1, _ROWS_PER_BLOCK // sum(counts))
+    step = max(1, most // sum(counts))
     for first in range(0, pictures, step):
         last = min(pictures, first + step)
         student, matched, start = [], [], 0
@@ -165,15 +169,15 @@ class _OfProducts(torch.autograd.Function):
             targets = teacher.distributions(block.teacher)
             own = torch.cat([embeddings[rows] for rows in block.student])  # (r, D)
             factor = torch.cat([factors[rows] for rows in block.student])  # (r,)
-            tile, values = own @ prototypes.T, torch.empty_like(factor)  # (r, K): the logits, then their gradient
+            tile, values = linear(own, prototypes), torch.empty_like(factor)  # (r, K): the logits, then their gradient
             compare(tile, block.places, block.matches, targets, student_temp, factor / student_temp, values, tile)
             loss += factor.dot(values)
             if wanted:
                 if of_weight.dtype == tile.dtype:
                     of_weight.addmm_(tile.T, own)
                 else:
-                    of_weight += tile.T @ own
-                for rows, part in zip(block.student, (tile @ prototypes).split(block.sizes), strict=True):
+                    _add_(of_weight, tile.T @ own)
+                for rows, part in zip(block.student, linear(tile, prototypes.T).split(block.sizes), strict=True):
                     of_embeddings[rows] = part
             del tile, targets  # before the next are made
         ctx.save_for_backward(*((of_embeddings, of_weight) if wanted else ()))
@@ -183,6 +187,12 @@ class _OfProducts(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         of_embeddings, of_weight = (_times(gradient, outer) for gradient in ctx.saved_tensors)
         return of_embeddings, of_weight, None, None, None, None
+
+
+def _add_(total: Tensor, term: Tensor) -> None:
+    """Add a matrix in another dtype, converted while in the cache rather than as a whole."""
+    for part, other in zip(total.split(WEIGHT_ROWS), term.split(WEIGHT_ROWS), strict=True):
+        part += other
 
 
 def _times(gradient: Tensor, outer: Tensor) -> Tensor:

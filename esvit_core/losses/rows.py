@@ -1,38 +1,23 @@
 """The two passes over rows of K values that the objective of many prototypes consists of.
 
-On a processor with a C compiler ``rows.c`` makes them, compiled when a process first asks: a row stays in the cache from
-its first reading to the writing of its gradient. Elsewhere torch makes them, a few operations a pass. The two agree to
-the rounding of float32, so a training is repeated bit for bit where the same of the two is at hand.
+On a processor with a C compiler ``rows.c`` of :mod:`esvit_core.compiled` makes them: a row stays in the cache from its
+first reading to the writing of its gradient. Elsewhere torch makes them, a few operations a pass.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esvit_core.compiled import call, library
 from esvit_core.losses.cross_entropy import rows_per_chunk, softmax_and_log_sum, teacher_distribution
 
-_SOURCE = Path(__file__).with_suffix(".c")
-# Loops over a row as wide as the processor allows; no -ffast-math, which changes how the whole process rounds.
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _ROWS_PER_CALL = 8  # of one thread: its call costs little beside them, and threads end at nearly the same time
 
 _Job = tuple[Tensor | float | None, ...]  # the arguments of a call
-
-logger = logging.getLogger(__name__)
 
 
 def sharpen(logits: Tensor, rows: Tensor, centre: Tensor, temp: float, out: Tensor) -> None:
@@ -49,7 +34,7 @@ def sharpen(logits: Tensor, rows: Tensor, centre: Tensor, temp: float, out: Tens
         given: _Job = (logits, logits.dtype == torch.bfloat16, logits.shape[1], centre, 1 / temp)
         chunks = zip(rows.split(_ROWS_PER_CALL), out.split(_ROWS_PER_CALL), strict=True)
         jobs: list[_Job] = [(*given, chunk, len(chunk), part) for chunk, part in chunks]
-        _call("sharpen", jobs)
+        call("sharpen", jobs)
         return
     step = rows_per_chunk(logits)
     for chunk, part in zip(rows.split(step), out.split(step), strict=True):
@@ -84,7 +69,7 @@ def compare(
         for rows, matched in _chunks(places, matches, _ROWS_PER_CALL):
             written = values[rows], None if out is None else out[rows]
             jobs.append((logits[rows], len(matched), *given, matched, matched.shape[1], scale[rows], *written))
-        _call("compare", jobs)
+        call("compare", jobs)
         return
     for rows, matched in _chunks(places, matches, rows_per_chunk(logits)):
         z = logits[rows].to(targets.dtype) * (1 / temp)  # (r, K)
@@ -117,41 +102,3 @@ def _compiled_fits(logits: Tensor, *others: Tensor) -> bool:
         and all(tensor.is_contiguous() for tensor in (logits, *others))
         and library() is not None
     )
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """``rows.c``, compiled for this very processor; None where there is no C compiler, or none that can do it."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        return None
-    try:
-        with tempfile.TemporaryDirectory() as folder:  # half a second; what is kept would have to be trusted later
-            binary = Path(folder) / "rows.so"
-            command = [*shlex.split(compiler), *_FLAGS, str(_SOURCE), "-o", str(binary), "-lm"]
-            subprocess.run(command, check=True, capture_output=True)
-            found = ctypes.CDLL(str(binary))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        logger.info("the objective runs in torch: %s did not compile it: %s", compiler, said.decode().strip())
-        return None
-    pointer, size, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    found.sharpen.argtypes = [pointer, flag, size, pointer, real, pointer, size, pointer]
-    found.compare.argtypes = [pointer, size, flag, size, real, pointer, pointer, size, pointer, pointer, pointer]
-    return found
-
-
-def _call(name: str, jobs: Iterable[_Job]) -> None:
-    """Call a function of the library with the arguments of each job, as many at a time as torch has threads."""
-    function = getattr(library(), name)
-
-    def run(job: _Job) -> int:
-        return int(function(*(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in job)))
-
-    if any(_threads(torch.get_num_threads()).map(run, jobs)):
-        raise MemoryError(f"no memory for two rows of logits ({name})")
-
-
-@functools.cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, thread_name_prefix="rows")

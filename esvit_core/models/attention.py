@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -36,17 +36,3 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: 
     if bias is not None:
         logits.add_(bias)
     return logits.softmax(-1) @ v
-
-
-def choose_timm_attention_(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Have the attention layers of timm in ``network`` compute likewise; they say by ``fused_attn`` how they do.
-
-    Args:
-        network: any.
-        dtype: of its arithmetic.
-        device: where it is.
-    """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        for module in network.modules():
-            if isinstance(getattr(module, "fused_attn", None), bool):
-                setattr(module, "fused_attn", False)  # noqa: B010  mypy takes attributes of modules for tensors

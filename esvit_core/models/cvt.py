@@ -14,7 +14,7 @@ memory. Their weights keep the published shapes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -32,13 +32,19 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1 x 1 convolution on (B, H, W, C)."""
+    """A 1 x 1 convolution on (B, H, W, C).
+
+    Attributes:
+        product: how it is computed: set by :mod:`esvit_core.models.fastest`.
+    """
+
+    product: Callable[..., Tensor] = staticmethod(F.linear)
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
         super().__init__(in_dim, out_dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return self.product(x, self.weight.flatten(1), self.bias)
 
 
 class DepthWiseConv(nn.Module):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from esvit_core.models.linear import linear
 
 WEIGHT_ROWS = 2048  # prototypes that are converted at a time: 2 MB of float32 stay in the cache
 FEWEST_PROTOTYPES = 16384  # from this K on, on a processor; with fewer the logits are small and are simply there
@@ -45,7 +46,7 @@ class PrototypeLogits:
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """The logits of some rows."""
-        return F.linear(self.embeddings[rows], self.weight.to(self.dtype))
+        return linear(self.embeddings[rows], self.weight.to(self.dtype))
 
     def converted(self) -> PrototypeLogits:
         """The same, with the prototypes in the dtype of the products: what takes longer than the product of few rows."""

@@ -21,13 +21,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.models.entrypoints import default_cfg, register
 from esvit_core.models.recompute import without_keeping
+from esvit_core.models.stochastic_depth import StochasticDepth
 from esvit_core.models.windows import WindowAttention
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -42,14 +43,19 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window_size, shift_size, qkv_bias)
-        self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
+        self.drop_path = StochasticDepth(drop)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(without_keeping(self.norm1, x, self.attn))
+        return self.drop_path(self.drop_path(x, self._attention), self._mlp)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        return without_keeping(self.norm1, x, self.attn)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         h = without_keeping(self.norm2, x, self.mlp.fc1)
-        return x + self.drop_path(without_keeping(self.mlp.act, h, self.mlp.fc2))
+        return without_keeping(self.mlp.act, h, self.mlp.fc2)
 
 
 class PatchMerging(nn.Module):

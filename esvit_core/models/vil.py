@@ -15,13 +15,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.models.entrypoints import default_cfg, register
 from esvit_core.models.longformer import FullAttention, SparseAttention
+from esvit_core.models.stochastic_depth import StochasticDepth
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
@@ -33,10 +34,10 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.norm = LayerNorm(dim)
         self.attn = attention
-        self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
+        self.drop_path = StochasticDepth(drop)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return x + self.drop_path(self.attn(self.norm(x), height, width))
+        return self.drop_path(x, lambda x: self.attn(self.norm(x), height, width))
 
 
 class MlpBlock(nn.Module):
@@ -44,12 +45,12 @@ class MlpBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, drop: float) -> None:
         super().__init__()
-        self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
+        self.drop_path = StochasticDepth(drop)
         self.norm = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mlp(self.norm(x)))
+        return self.drop_path(x, lambda x: self.mlp(self.norm(x)))
 
 
 class PatchEmbed(nn.Module):

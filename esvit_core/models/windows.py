@@ -16,7 +16,9 @@ from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_norma
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from esvit_core.models import compiled_windows
 from esvit_core.models.attention import attend
+from esvit_core.models.compiled_windows import attend_in_windows
 
 MASKED = -100.0  # as published: not minus infinity
 
@@ -25,7 +27,8 @@ MASKED = -100.0  # as published: not minus infinity
 class WindowLayout:
     """How the tokens of a map lie in its (shifted) windows."""
 
-    index: Tensor  # (windows * N,) token at each place of the windows; any token where there is padding
+    places: Tensor  # (windows, N) token at each place of the windows, -1 where there is padding
+    index: Tensor  # (windows * N,) the same, any token where there is padding
     inverse: Tensor  # (tokens,) place of each token
     padding: Tensor | None  # (P,) places of padding; None: there is none
     mask: Tensor | None  # (windows, 1, N, N) added to the logits of shifted windows
@@ -60,6 +63,7 @@ def _window_layout(height: int, width: int, window: int, shift: int, device: tor
         mask = np.where(part[:, None, :, None] == part[:, None, None, :], 0, MASKED).astype(np.float32)
     with torch.inference_mode(False):
         return WindowLayout(
+            places=torch.from_numpy(np.where(index == tokens, -1, index)).to(device),
             index=torch.from_numpy(index.ravel().clip(max=tokens - 1)).to(device),
             inverse=torch.from_numpy(inverse).to(device),
             padding=torch.from_numpy(padding).to(device) if len(padding) else None,
@@ -128,9 +132,14 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention within (shifted) windows with a relative position bias."""
+    """Multi-head attention within (shifted) windows with a relative position bias.
+
+    Attributes:
+        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.models.fastest`.
+    """
 
     relative_position_index: Tensor
+    compiled = False
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -169,17 +178,20 @@ class WindowAttention(nn.Module):
     def layout(self, x: Tensor) -> WindowLayout:
         return window_layout(x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
 
-    def _bias(self, layout: WindowLayout) -> Tensor:
-        """Relative position bias plus mask, (windows or 1, heads, N, N)."""
+    def _bias(self) -> Tensor:
+        """Relative position bias, (heads, N, N)."""
         size = self.window_size**2
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = bias.view(size, size, -1).permute(2, 0, 1)[None]  # (1, heads, N, N)
+        return bias.view(size, size, -1).permute(2, 0, 1).contiguous()  # to add it is slow else
+
+    def _masked_bias(self, layout: WindowLayout) -> Tensor:
+        """The same plus the mask, (windows or 1, heads, N, N)."""
+        bias = self._bias()[None]
         return bias if layout.mask is None else bias + layout.mask
 
-    def _qkv(self, x: Tensor, layout: WindowLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads)."""
-        B, _, _, C = x.shape
-        qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
+    def _in_windows(self, qkv: Tensor, layout: WindowLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads), of those of the tokens (B, L, 3C)."""
+        B, C = qkv.shape[0], qkv.shape[2] // 3
         # A token of padding is zero before this layer, hence the layer's bias after it.
         bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
         qkv = ToWindows.apply(qkv, bias, layout)  # (B, windows * N, 3C)
@@ -190,8 +202,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         layout = self.layout(x)
-        q, k, v = self._qkv(x, layout)
-        bias = self._bias(layout).to(q.dtype)
+        qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
+        if self.compiled and compiled_windows.fits(qkv, self.num_heads, self.window_size**2):
+            mask = None if layout.mask is None else layout.mask[:, 0]
+            out = attend_in_windows(qkv, self.qkv.bias, layout.places, self._bias(), mask, self.scale)
+            return self.proj(out).view(B, H, W, C)
+        q, k, v = self._in_windows(qkv, layout)
+        bias = self._masked_bias(layout).to(q.dtype)
         out = attend_fused(q, k, v, bias, self.scale) if q.is_cuda else attend(q, k, v, bias, self.scale)
         out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
         return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
@@ -199,5 +216,5 @@ class WindowAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """The attention itself, (B, windows, heads, N, N)."""
         layout = self.layout(x)
-        q, k, _ = self._qkv(x, layout)
-        return (q * self.scale @ k.mT + self._bias(layout)).softmax(-1)
+        q, k, _ = self._in_windows(self.qkv(x).flatten(1, 2), layout)
+        return (q * self.scale @ k.mT + self._masked_bias(layout)).softmax(-1)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_core.config import Config
+from esvit_core.losses.by_picture import ROWS_OF_PRODUCTS
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput, build_network
 from esvit_core.models.prototype_logits import PrototypeLogits
 
@@ -65,7 +66,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         UserError: no such backbone, or one that does not take the recipe's crops.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student = build_network(config).train()
+        student = build_network(config, drop_path=0.0).train()  # masks depend on data, which is not there
         kinds = (config.augment.global_crops, *config.augment.local_kinds)
         sizes = [kind.size for kind in kinds for _ in range(kind.number)]
         forward = _count(lambda: student(_crops(2, sizes)))
@@ -160,7 +161,8 @@ def _objective_bytes(
     student, teacher = _rows(config, output)
     K, width = config.head.out_dim, dtype.itemsize
     if device_type == "cpu" and isinstance(output.view_logits, PrototypeLogits):
-        # Of one picture at a time; and the gradient of a head's prototypes, with a product to be added to it.
-        return (student * width + teacher * 4 + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
+        # Of a few pictures at a time; and the gradient of a head's prototypes, with a product to be added to it.
+        few = max(1, ROWS_OF_PRODUCTS // student)
+        return (few * (student * width + teacher * 4) + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
     dense = not isinstance(output.view_logits, PrototypeLogits)  # then the student's logits are counted already
     return 0.0, (student * width * (1 if dense else 2) + teacher * (width + 4)) * float(K)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
 from esvit_core.training.agent import AGENT_VARIABLE
+from esvit_core.training.environment import BEFORE_TORCH
 from esvit_core.training.stop import StopRequest, end_with, leave_process_id
 
 
@@ -35,8 +36,8 @@ def main() -> int:
         end_with(int(agent))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())  # torchrun's agent: a process that outlives it would be in the way of its successor
-    # As the launcher sets it; to be set before torch starts. Deterministic matrix products on GPUs need it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name, value in BEFORE_TORCH.items():
+        os.environ.setdefault(name, value)
     leave_process_id()
     parser = argparse.ArgumentParser(prog="python -m esvit_core.training", description="Pre-train the run's backbone.")
     parser.add_argument(

@@ -17,7 +17,7 @@ from esvit_core.data.order import rank_share
 from esvit_core.data.stream import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.losses.objective import Objective
-from esvit_core.models.attention import choose_timm_attention_
+from esvit_core.models.fastest import choose_fastest_
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.monitoring.collapse import CollapseWatch
 from esvit_core.runs import Run
@@ -139,7 +139,7 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
     objective.to(world.device)
     precision = choose_precision(config.training.precision, world.device)
     for network in (student, teacher):
-        choose_timm_attention_(network, precision.dtype, world.device)
+        choose_fastest_(network, precision.dtype, world.device)
     optimizer, position = build_optimizer(student, config), Position()
     networks = [student, teacher, objective]
     return Parts(

@@ -52,7 +52,7 @@ def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_b
             logits = PrototypeLogits(*leaves)
             given = (logits, teacher) if loss is ours else (logits.dense(), teacher.dense())
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(by_picture, "_ROWS_PER_BLOCK", rows_per_block)
+                patch.setattr(by_picture, "ROWS_OF_PRODUCTS", rows_per_block)
                 value = loss(*given, centre=centre, **TEMPS, **others)
             (3 * value).backward()
             results.append((value.detach(), *(leaf.grad for leaf in leaves)))
@@ -137,7 +137,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_holds_the_logits_of_all_pictures(
     networks: list[MultiCropNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_picture, "_ROWS_PER_BLOCK", 1)
+    monkeypatch.setattr(by_picture, "ROWS_OF_PRODUCTS", 1)
     monkeypatch.setattr(prototype_logits, "FEWEST_PROTOTYPES", 600)
     student, teacher = networks
     with torch.no_grad():

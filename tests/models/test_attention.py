@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.models.attention import attend, choose_timm_attention_
+from esvit_core.models.attention import attend
+from esvit_core.models.fastest import choose_fastest_
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -48,8 +49,8 @@ def test_networks_of_timm_leave_the_fused_form_in_bfloat16_on_a_processor() -> N
     pictures = torch.randn(2, 3, 32, 32)
     fused = network(pictures)
     for dtype, device in ((torch.float32, CPU), (torch.bfloat16, torch.device("cuda"))):
-        choose_timm_attention_(network, dtype, device)
+        choose_fastest_(network, dtype, device)
         assert all(block.attn.fused_attn for block in network.blocks)
-    choose_timm_attention_(network, torch.bfloat16, CPU)
+    choose_fastest_(network, torch.bfloat16, CPU)
     assert not any(block.attn.fused_attn for block in network.blocks)
     torch.testing.assert_close(network(pictures), fused)

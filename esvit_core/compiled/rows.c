@@ -1,50 +1,20 @@
 /* The two loops over the prototypes that the objective of many prototypes consists of, a row at a time.
  *
  * A row of 65,536 logits stays in a core's cache, so that each is read from memory once and its gradient written once.
- * esvit_core/losses/rows.py compiles this file, calls it, and has the same two functions in torch. */
+ * esvit_core/losses/rows.py calls it, and has the same two functions in torch. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-/* e^x for x <= 0 within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series up to r^7. NaN stays. */
-static inline float exponential(float x)
-{
-    x = x < -87.0f ? -87.0f : x; /* 1.6e-38, the last that is no denormal */
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
-    float p = 1.0f + r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r / 5040))))));
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
+#include "numbers.h"
 
 /* Row of float32, or of bfloat16 made wide into `wide`. */
 static const float *widened(const void *logits, int64_t row, int64_t K, int half, float *wide)
 {
     if (!half)
         return (const float *)logits + row * K;
-    const uint16_t *narrow = (const uint16_t *)logits + row * K;
+    const uint16_t *values = (const uint16_t *)logits + row * K;
 #pragma omp simd
-    for (int64_t k = 0; k < K; k++) {
-        uint32_t bits = (uint32_t)narrow[k] << 16;
-        memcpy(&wide[k], &bits, sizeof bits);
-    }
+    for (int64_t k = 0; k < K; k++)
+        wide[k] = widen(values[k]);
     return wide;
-}
-
-/* Round to bfloat16, the nearest, halves to even; NaN stays. */
-static void narrow(const float *values, uint16_t *out, int64_t K)
-{
-#pragma omp simd
-    for (int64_t k = 0; k < K; k++) {
-        uint32_t bits;
-        memcpy(&bits, &values[k], sizeof bits);
-        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        out[k] = values[k] == values[k] ? rounded : 0x7fc0;
-    }
 }
 
 /* out = softmax((logits - centre) / temperature) of the n given rows. Returns 0, or 1 where memory lacks. */
@@ -117,8 +87,12 @@ int compare(const void *logits, int64_t n, int half, int64_t K, float inverse_te
 #pragma omp simd
         for (int64_t k = 0; k < K; k++)
             gradient[k] = (exponential((z[k] - largest) * inverse_temp - log_total) - t[k]) * factor;
-        if (half)
-            narrow(gradient, (uint16_t *)out + row * K, K);
+        if (half) {
+            uint16_t *narrowed = (uint16_t *)out + row * K;
+#pragma omp simd
+            for (int64_t k = 0; k < K; k++)
+                narrowed[k] = narrow(gradient[k]);
+        }
     }
     free(scratch);
     return 0;

@@ -1,0 +1,255 @@
+/* Attention within the windows of a map, forward and backward, a window and head at a time.
+ *
+ * Queries, keys and values are read where the tokens lie and the results written there; what is between stays in a core's
+ * cache, and nothing of it is kept: the backward pass makes the weights again from the logarithms of their sums.
+ * esvit_core/models/compiled_windows.py calls it; esvit_core/models/windows.py has the same in torch. */
+
+#include "numbers.h"
+
+enum {
+    HEAD = 32,  /* width of a head */
+    MOST = 64,  /* places of a window, at most; rows of logits are as long */
+    ROWS = 70,  /* MOST, so that blocks of 5 and of 10 rows end within */
+    LANES = 16, /* floats of a vector */
+};
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float matrix[ROWS][HEAD] __attribute__((aligned(64)));
+typedef float square[ROWS][MOST] __attribute__((aligned(64)));
+typedef float columns[HEAD][MOST] __attribute__((aligned(64)));
+
+typedef struct {
+    const void *qkv;      /* (B, L, 3 heads HEAD), float32 or bfloat16 */
+    int64_t half;         /* whether bfloat16; the same of every void pointer */
+    const float *fill;    /* (3 heads HEAD), what padding has in place of a token */
+    const int64_t *index; /* (windows, N), token of each place, -1 for padding */
+    const float *bias;    /* (heads, N, MOST), very low from place N on */
+    const float *mask;    /* (windows, N, MOST), 0 from place N on, or NULL */
+    float scale;
+    int64_t L, windows, heads, N;
+} given;
+
+/* Have what the next head will use brought into the cache meanwhile. */
+static inline void fetch(const given *g, const void *from, int64_t start)
+{
+    const char *at = (const char *)from + start * (g->half ? 2 : 4);
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + HEAD * (g->half ? 2 : 4) - 1);
+}
+
+/* Which places of a window hold a token; their number. */
+static int64_t tokens_of(const given *g, int64_t window, int64_t *places)
+{
+    int64_t count = 0;
+    for (int64_t n = 0; n < g->N; n++)
+        if (g->index[window * g->N + n] >= 0)
+            places[count++] = n;
+    return count;
+}
+
+/* Rows of a window and head that start at `offset` of each token, times `factor`: of every place, with `fill` for
+ * padding, or, without a fill, of the tokens only, one after the other. The rows that are left are 0. */
+static void gather(const given *g, const void *from, int64_t wide, int64_t picture, int64_t window, int64_t offset,
+                   const float *fill, float factor, matrix out)
+{
+    const int64_t *index = g->index + window * g->N;
+    int64_t row = 0;
+    for (int64_t n = 0; n < g->N; n++) {
+        if (index[n] < 0) {
+            for (int d = 0; fill && d < HEAD; d++)
+                out[row][d] = fill[offset + d] * factor;
+            row += fill != NULL;
+            continue;
+        }
+        int64_t start = (picture * g->L + index[n]) * wide + offset;
+        fetch(g, from, start + HEAD);
+        if (g->half)
+            for (int d = 0; d < HEAD; d++)
+                out[row][d] = widen(((const uint16_t *)from)[start + d]) * factor;
+        else
+            for (int d = 0; d < HEAD; d++)
+                out[row][d] = ((const float *)from)[start + d] * factor;
+        row++;
+    }
+    memset(out[row], 0, (ROWS - row) * sizeof *out);
+}
+
+/* Back to the tokens, likewise: what belongs to padding is added to `fill`; without one, values are of tokens only. */
+static void scatter(const given *g, void *to, int64_t wide, int64_t picture, int64_t window, int64_t offset,
+                    float *fill, matrix values)
+{
+    const int64_t *index = g->index + window * g->N;
+    int64_t row = 0;
+    for (int64_t n = 0; n < g->N; n++) {
+        if (index[n] < 0) {
+            for (int d = 0; fill && d < HEAD; d++)
+                fill[offset + d] += values[row][d];
+            row += fill != NULL;
+            continue;
+        }
+        int64_t start = (picture * g->L + index[n]) * wide + offset;
+        fetch(g, to, start + HEAD);
+        if (g->half)
+            for (int d = 0; d < HEAD; d++)
+                ((uint16_t *)to)[start + d] = narrow(values[row][d]);
+        else
+            memcpy((float *)to + start, values[row], HEAD * sizeof(float));
+        row++;
+    }
+}
+
+static void transpose(matrix from, int64_t N, columns to)
+{
+    for (int d = 0; d < HEAD; d++) {
+        for (int64_t n = 0; n < N; n++)
+            to[d][n] = from[n][d];
+        for (int64_t n = N; n < MOST; n++)
+            to[d][n] = 0;
+    }
+}
+
+/* out = a b, (rows, MOST); five rows at a time, so that their sums are in registers. */
+static void times_columns(matrix a, columns b, int64_t rows, square out)
+{
+    for (int64_t n = 0; n < rows; n += 5) {
+        vector sums[5][MOST / LANES] = {0};
+        for (int d = 0; d < HEAD; d++) {
+            const vector *row = (const vector *)b[d];
+#pragma GCC unroll 5
+            for (int i = 0; i < 5; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < MOST / LANES; j++)
+                    sums[i][j] += a[n + i][d] * row[j];
+        }
+        memcpy(out[n], sums, sizeof sums);
+    }
+}
+
+/* out[n] = factor * sum over m < terms of a[n * down + m * right] b[m], (rows, HEAD); ten rows at a time. */
+static inline void times_rows(const float *a, int64_t down, int64_t right, matrix b, int64_t rows, int64_t terms,
+                              float factor, matrix out)
+{
+    for (int64_t n = 0; n < rows; n += 10) {
+        vector sums[10][HEAD / LANES] = {0};
+        for (int64_t m = 0; m < terms; m++) {
+            const vector *row = (const vector *)b[m];
+#pragma GCC unroll 10
+            for (int i = 0; i < 10; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < HEAD / LANES; j++)
+                    sums[i][j] += a[(n + i) * down + m * right] * row[j];
+        }
+#pragma GCC unroll 10
+        for (int i = 0; i < 10; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < HEAD / LANES; j++)
+                ((vector *)out[n + i])[j] = factor * sums[i][j];
+    }
+}
+
+/* Logits of a window's tokens in a head, (tokens, MOST), the bias and the mask added. */
+static void logits_of(const given *g, int64_t window, int64_t head, matrix q, columns k, const int64_t *places,
+                      int64_t tokens, square out)
+{
+    times_columns(q, k, tokens, out);
+    for (int64_t n = 0; n < tokens; n++) {
+        const float *bias = g->bias + (head * g->N + places[n]) * MOST;
+        const float *mask = g->mask ? g->mask + (window * g->N + places[n]) * MOST : NULL;
+#pragma omp simd
+        for (int m = 0; m < MOST; m++)
+            out[n][m] += bias[m];
+        if (mask)
+#pragma omp simd
+            for (int m = 0; m < MOST; m++)
+                out[n][m] += mask[m];
+    }
+}
+
+/* Of the windows first to last - 1, counted through all pictures: out (B, L, heads HEAD), and the logarithms of the
+ * sums that the weights were divided by, (B, windows, heads, N), of a window's tokens one after the other. */
+int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
+{
+    matrix q, k, v, result;
+    columns across;
+    square weights;
+    int64_t width = g->heads * HEAD, N = g->N, places[MOST];
+    memset(weights, 0, sizeof weights);
+    for (int64_t place = first; place < last; place++)
+        for (int64_t head = 0; head < g->heads; head++) {
+            int64_t picture = place / g->windows, window = place % g->windows, at = head * HEAD;
+            int64_t tokens = tokens_of(g, window, places);
+            gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
+            gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
+            gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
+            transpose(k, N, across);
+            logits_of(g, window, head, q, across, places, tokens, weights);
+            for (int64_t n = 0; n < tokens; n++) {
+                float *row = weights[n], largest = -INFINITY, total = 0;
+#pragma omp simd reduction(max : largest)
+                for (int m = 0; m < MOST; m++)
+                    largest = row[m] > largest ? row[m] : largest;
+#pragma omp simd reduction(+ : total)
+                for (int m = 0; m < MOST; m++) {
+                    row[m] = exponential(row[m] - largest);
+                    total += row[m];
+                }
+                float inverse = 1 / total;
+#pragma omp simd
+                for (int m = 0; m < MOST; m++)
+                    row[m] *= inverse;
+                sums[(place * g->heads + head) * N + n] = largest + logf(total);
+            }
+            times_rows(weights[0], MOST, 1, v, tokens, N, 1, result);
+            scatter(g, out, width, picture, window, at, NULL, result);
+        }
+    return 0;
+}
+
+/* From the gradient of `out` those of qkv, and of fill (3 heads HEAD) and bias (heads, N, MOST), which are added to. */
+int attend_backward(const given *g, int64_t first, int64_t last, const void *of_out, const float *sums, void *of_qkv,
+                    float *of_fill, float *of_bias)
+{
+    matrix q, k, v, o, result;
+    columns across;
+    square weights, change;
+    int64_t width = g->heads * HEAD, N = g->N, places[MOST];
+    memset(weights, 0, sizeof weights);
+    memset(change, 0, sizeof change);
+    for (int64_t place = first; place < last; place++)
+        for (int64_t head = 0; head < g->heads; head++) {
+            int64_t picture = place / g->windows, window = place % g->windows, at = head * HEAD;
+            int64_t tokens = tokens_of(g, window, places);
+            gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
+            gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
+            gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
+            gather(g, of_out, width, picture, window, at, NULL, 1, o);
+            transpose(k, N, across);
+            logits_of(g, window, head, q, across, places, tokens, weights);
+            for (int64_t n = 0; n < tokens; n++) {
+                float sum = sums[(place * g->heads + head) * N + n], *row = weights[n];
+#pragma omp simd
+                for (int m = 0; m < MOST; m++)
+                    row[m] = exponential(row[m] - sum);
+            }
+            times_rows(weights[0], 1, MOST, o, N, tokens, 1, result);
+            scatter(g, of_qkv, 3 * width, picture, window, 2 * width + at, of_fill, result);
+            transpose(v, N, across);
+            times_columns(o, across, tokens, change);
+            for (int64_t n = 0; n < tokens; n++) {
+                float *row = change[n], *bias = of_bias + (head * N + places[n]) * MOST, mean = 0;
+#pragma omp simd reduction(+ : mean)
+                for (int m = 0; m < MOST; m++)
+                    mean += weights[n][m] * row[m];
+#pragma omp simd
+                for (int m = 0; m < MOST; m++) {
+                    row[m] = weights[n][m] * (row[m] - mean);
+                    bias[m] += row[m];
+                }
+            }
+            times_rows(change[0], MOST, 1, k, tokens, N, g->scale, result);
+            scatter(g, of_qkv, 3 * width, picture, window, at, NULL, result);
+            times_rows(change[0], 1, MOST, q, N, tokens, 1, result);
+            scatter(g, of_qkv, 3 * width, picture, window, width + at, of_fill, result);
+        }
+    return 0;
+}

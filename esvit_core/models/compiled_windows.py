@@ -1,0 +1,108 @@
+"""Window attention in C (``esvit_core/compiled/windows.c``): the windows are never laid out, the weights never kept."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esvit_core.compiled import Windows, call, library
+
+HEAD = 32  # width of a head
+NEVER = -1e30  # added to the logits of places that there are not
+FEWEST, MOST = 33, 64  # places of a window; with fewer, torch is as fast
+
+
+def fits(qkv: Tensor, heads: int, places: int) -> bool:
+    """Whether the compiled form computes with these.
+
+    Args:
+        qkv: (B, L, 3C).
+        heads: their number.
+        places: of a window.
+    """
+    return (
+        type(qkv) is Tensor
+        and qkv.device.type == "cpu"
+        and qkv.dtype in (torch.float32, torch.bfloat16)
+        and qkv.shape[2] == 3 * HEAD * heads
+        and FEWEST <= places <= MOST
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and library() is not None
+    )
+
+
+def attend_in_windows(
+    qkv: Tensor, fill: Tensor | None, index: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """``softmax(scale q k^T + bias + mask) v`` of each window and head.
+
+    Args:
+        qkv: queries, keys and values of the tokens, (B, L, 3C), float32 or bfloat16.
+        fill: those of a place of padding, (3C,); None: zeros.
+        index: token at each place of the windows, -1 where there is padding, (windows, N). Each token has one place.
+        bias: (heads, N, N).
+        mask: (windows, N, N), without a gradient; None: there is none.
+        scale: of the products.
+
+    Returns:
+        (B, L, C), in the dtype of ``qkv``.
+    """
+    out: Tensor = _Attention.apply(qkv, fill, index, bias, mask, scale)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, fill: Tensor | None, index: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        qkv, fill = qkv.contiguous(), qkv.new_zeros(qkv.shape[2]) if fill is None else fill
+        fill = fill.float().contiguous()
+        bias, mask = _widened(bias, NEVER), None if mask is None else _widened(mask, 0)
+        B, L, C3 = qkv.shape
+        out = qkv.new_empty(B, L, C3 // 3)
+        sums = torch.empty(B, len(index), *bias.shape[:2])
+        ctx.save_for_backward(qkv, fill, index, bias, mask, sums)
+        ctx.scale = scale
+        given = _describe(qkv, fill, index, bias, mask, scale)
+        call("attend", [(given, first, last, out, sums) for first, last in _shares(B * len(index))])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, fill, index, bias, mask, sums = ctx.saved_tensors
+        gradient = gradient.to(qkv.dtype).contiguous()
+        heads, N, _ = bias.shape
+        shares = _shares(len(qkv) * len(index))
+        of_qkv = torch.empty_like(qkv)
+        of_fill, of_bias = torch.zeros(len(shares), len(fill)), torch.zeros(len(shares), heads, N, MOST)
+        given = _describe(qkv, fill, index, bias, mask, ctx.scale)
+        parts = zip(shares, of_fill, of_bias, strict=True)
+        call("attend_backward", [(given, *share, gradient, sums, of_qkv, *added) for share, *added in parts])
+        of_fill, of_bias = of_fill.sum(0), of_bias.sum(0)[..., :N]
+        return of_qkv, of_fill if ctx.needs_input_grad[1] else None, None, of_bias, None, None
+
+
+def _widened(matrices: Tensor, beyond: float) -> Tensor:
+    """(..., N, N) to (..., N, MOST)."""
+    return F.pad(matrices.float(), (0, MOST - matrices.shape[-1]), value=beyond).contiguous()
+
+
+def _describe(qkv: Tensor, fill: Tensor, index: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Windows:
+    pointers = (tensor.data_ptr() for tensor in (fill, index, bias))
+    return Windows(
+        *(qkv.data_ptr(), qkv.dtype == torch.bfloat16, *pointers, None if mask is None else mask.data_ptr()),
+        *(scale, qkv.shape[1], *index.shape[:1], *bias.shape[:2]),
+    )
+
+
+def _shares(windows: int) -> list[tuple[int, int]]:
+    """First and last window of each thread: as many shares as threads, for sums that are always the same."""
+    threads = min(torch.get_num_threads(), windows)
+    ends = [windows * i // threads for i in range(threads + 1)]
+    return list(itertools.pairwise(ends))

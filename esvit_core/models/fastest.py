@@ -1,0 +1,35 @@
+"""Forms of a network's layers that compute the same and are the fastest where it runs.
+
+A network that was only built computes in torch's own operations, as published bit for bit in float32 where ours can; one
+that is trained, or used for features, in these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from esvit_core.models.cvt import PointwiseConv
+from esvit_core.models.linear import Linear, linear
+from esvit_core.models.windows import WindowAttention
+
+
+def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Have the layers of ``network`` compute in the fastest form.
+
+    Args:
+        network: any; the attention layers of timm say by ``fused_attn`` how they compute.
+        dtype: of its arithmetic.
+        device: where it is.
+    """
+    if device.type != "cpu":
+        return
+    for module in network.modules():
+        if isinstance(module, WindowAttention):
+            module.compiled = True
+        if dtype == torch.float32 and type(module) is nn.Linear:
+            module.__class__ = Linear
+        if dtype == torch.float32 and isinstance(module, PointwiseConv):
+            module.product = linear
+        if dtype == torch.bfloat16 and isinstance(getattr(module, "fused_attn", None), bool):
+            setattr(module, "fused_attn", False)  # noqa: B010  mypy takes attributes of modules for tensors

@@ -1,0 +1,72 @@
+"""Linear layers in float32 on a processor: oneDNN's products in place of BLAS's where it is the faster of the two.
+
+torch leaves products in float32 to the BLAS it was built with. On AMD processors MKL, of the wheels for x86, reaches
+nine tenths of oneDNN's speed where matrices are square and a third where a few rows meet many prototypes; only the
+gradient of the weight, a product over the rows, is faster in MKL. ``benchmarks/linear.py`` measures it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``.
+
+    Args:
+        x: (..., D).
+        weight: (K, D), in any order of memory.
+        bias: (K,).
+
+    Returns:
+        (..., K).
+    """
+    if not _is_onednn_faster(x, weight):
+        return F.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x, weight, bias)
+    return out
+
+
+def _is_onednn_faster(*tensors: Tensor) -> bool:
+    """Whether these are to be multiplied by oneDNN rather than by what torch takes."""
+    return (
+        _AVAILABLE
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_x = _product(gradient, weight.T, None) if ctx.needs_input_grad[0] else None
+        of_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` in the faster of the two ways."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,107 @@
+"""Window attention in C computes what torch's form does: values, and the gradients of all that has one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esvit_core.compiled import library
+from esvit_core.models import compiled_windows
+from esvit_core.models.fastest import choose_fastest_
+from esvit_core.models.windows import WindowAttention
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+
+def attention(heads: int, window: int, shift: int, qkv_bias: bool = True, seed: int = 0) -> WindowAttention:
+    torch.manual_seed(seed)
+    made = WindowAttention(32 * heads, heads, window, shift, qkv_bias)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return made
+
+
+def measured(
+    module: WindowAttention, x: torch.Tensor, dtype: torch.dtype, outer: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of the input and of every parameter."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
+        out = module(x)
+    out.backward(outer.to(out.dtype))
+    assert x.grad is not None
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **gradients}
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    window=st.sampled_from([6, 7, 8]),
+    height=st.integers(3, 17),
+    width=st.integers(3, 17),
+    shifted=st.booleans(),
+    qkv_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_values_and_gradients_are_those_of_torch_in_float64(
+    batch: int, heads: int, window: int, height: int, width: int, shifted: bool, qkv_bias: bool, dtype, seed: int
+) -> None:
+    plain = attention(heads, window, window // 2 if shifted else 0, qkv_bias, seed)
+    compiled = copy.deepcopy(plain)
+    choose_fastest_(compiled, dtype, CPU)
+    assert compiled.compiled and not plain.compiled
+    x, outer = torch.randn(2, batch, height, width, 32 * heads)
+    expected = measured(plain.double(), x.double(), torch.float64, outer.double())
+    found = measured(compiled, x, dtype, outer)
+    assert found.keys() == expected.keys()
+    tolerance = 2e-5 if dtype == torch.float32 else 0.03
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name].double(), value, rtol=0, atol=tolerance * max(1.0, value.abs().max().item()), msg=name
+        )
+
+
+def test_the_compiled_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(compiled_windows, "call", lambda name, jobs: calls.append(name))
+    module = attention(1, 7, 3)
+    module(torch.randn(1, 14, 14, 32))  # as it was built
+    assert not calls
+    choose_fastest_(module, torch.float32, CPU)
+    module(torch.randn(1, 14, 14, 32)).sum().backward()
+    assert calls == ["attend", "attend_backward"]
+
+
+@pytest.mark.parametrize("window", [4, 14])
+def test_other_windows_are_left_to_torch(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_windows, "call", pytest.fail)
+    module = attention(2, window, 0)
+    choose_fastest_(module, torch.float32, CPU)
+    assert module(torch.randn(1, 14, 14, 64)).shape == (1, 14, 14, 64)
+
+
+def test_repeated_it_is_the_same_bit_for_bit() -> None:
+    module = attention(2, 7, 3)
+    choose_fastest_(module, torch.float32, CPU)
+    x, outer = torch.randn(2, 5, 13, 9, 64)
+    first, second = (measured(module, x, torch.float32, outer) for _ in range(2))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0)
+
+
+def test_values_that_are_not_finite_stay_so() -> None:
+    module = attention(1, 7, 0)
+    choose_fastest_(module, torch.float32, CPU)
+    x = torch.randn(1, 7, 7, 32)
+    x[0, 3, 3, 5] = torch.nan
+    assert module(x).isnan().all()

@@ -1,0 +1,55 @@
+"""A branch that is dropped is not computed, and the sum is that of timm's stochastic depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from esvit_core.models.stochastic_depth import StochasticDepth
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.pictures: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pictures.append(len(x))
+        return self.layer(x)
+
+
+def run(drop: float, seed: int, ours: bool, training: bool = True) -> tuple[Branch, list[Tensor], Tensor]:
+    """The branch, the sum with its gradients, and what is drawn next."""
+    torch.manual_seed(7)
+    branch, x = Branch(), torch.randn(6, 5, 4, requires_grad=True)
+    torch.manual_seed(seed)
+    out = StochasticDepth(drop).train(training)(x, branch) if ours else x + DropPath(drop).train(training)(branch(x))
+    drawn = torch.rand(3)
+    out.square().sum().backward()
+    return branch, [out.detach(), x.grad, *(p.grad for p in branch.parameters())], drawn
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("training", [True, False])
+def test_sum_and_gradients_are_those_of_timm(drop: float, training: bool) -> None:
+    counts = set()
+    for seed in range(8):
+        branch, found, drawn = run(drop, seed, True, training)
+        _, expected, drawn_there = run(drop, seed, False, training)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(drawn, drawn_there)
+        counts.update(branch.pictures)
+    if training and 0 < drop < 0.99:
+        assert min(counts) < 6  # the others were not computed
+    elif not training or drop == 0:
+        assert counts == {6}
+
+
+def test_where_every_picture_drops_the_branch_its_gradients_are_zeros_and_not_missing() -> None:
+    branch, (out, of_x, *others), _ = run(0.999, 0, True)
+    assert branch.pictures == [1]
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in others)
+    torch.testing.assert_close(of_x, 2 * out)
