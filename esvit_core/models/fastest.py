@@ -11,6 +11,7 @@ from torch import nn
 
 from esvit_core.models.cvt import PointwiseConv
 from esvit_core.models.linear import Linear, linear
+from esvit_core.models.stochastic_depth import StochasticDepth
 from esvit_core.models.windows import WindowAttention
 
 
@@ -27,6 +28,8 @@ def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device
     for module in network.modules():
         if isinstance(module, WindowAttention):
             module.compiled = True
+        if isinstance(module, StochasticDepth):
+            module.sparing = True
         if dtype == torch.float32 and type(module) is nn.Linear:
             module.__class__ = Linear
         if dtype == torch.float32 and isinstance(module, PointwiseConv):

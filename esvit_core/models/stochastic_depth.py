@@ -12,8 +12,12 @@ from torch import Tensor
 class StochasticDepth(DropPath):
     """``x + mask * branch(x) / (1 - drop_prob)``, one mask a picture, drawn as timm draws it.
 
-    On a processor the branch is computed for the pictures that keep it only. A GPU would have to wait for their number.
+    Attributes:
+        sparing: whether to compute the branch only for the pictures that keep it: set by
+            :mod:`esvit_core.models.fastest` on a processor. A GPU would have to wait for their number.
     """
+
+    sparing = False
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
         """The sum, in the dtype of ``x``.
@@ -24,7 +28,7 @@ class StochasticDepth(DropPath):
         """
         if not self.training or self.drop_prob == 0:
             return x + branch(x)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not self.sparing:
             return x + super().forward(branch(x))
         keep = 1 - self.drop_prob
         kept = x.new_empty(len(x)).bernoulli_(keep).nonzero()[:, 0]

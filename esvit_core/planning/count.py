@@ -66,7 +66,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         UserError: no such backbone, or one that does not take the recipe's crops.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student = build_network(config, drop_path=0.0).train()  # masks depend on data, which is not there
+        student = build_network(config).train()
         kinds = (config.augment.global_crops, *config.augment.local_kinds)
         sizes = [kind.size for kind in kinds for _ in range(kind.number)]
         forward = _count(lambda: student(_crops(2, sizes)))

@@ -27,7 +27,7 @@ from esvit_core.data.stream import decode_picture
 from esvit_core.errors import UserError
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed import join_world
-from esvit_core.training.environment import device_memory
+from esvit_core.training.environment import BEFORE_TORCH, device_memory
 from esvit_core.training.launch import divide_cores
 from esvit_core.training.loop import training_step
 from esvit_core.training.parts import assemble, make_deterministic, recompute_blocks_
@@ -100,6 +100,7 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
                 text=True,
                 start_new_session=True,  # as torchrun does: on a busy machine Linux gives each session its share
                 env={
+                    **BEFORE_TORCH,
                     **os.environ,
                     **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
                     **{"OMP_NUM_THREADS": str(threads), RENDEZVOUS_VARIABLE: folder},

@@ -7,6 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from esvit_core.models.fastest import choose_fastest_
 from esvit_core.models.stochastic_depth import StochasticDepth
 
 
@@ -26,7 +27,12 @@ def run(drop: float, seed: int, ours: bool, training: bool = True) -> tuple[Bran
     torch.manual_seed(7)
     branch, x = Branch(), torch.randn(6, 5, 4, requires_grad=True)
     torch.manual_seed(seed)
-    out = StochasticDepth(drop).train(training)(x, branch) if ours else x + DropPath(drop).train(training)(branch(x))
+    if ours:
+        depth = StochasticDepth(drop).train(training)
+        choose_fastest_(depth, torch.float32, torch.device("cpu"))
+        out = depth(x, branch)
+    else:
+        out = x + DropPath(drop).train(training)(branch(x))
     drawn = torch.rand(3)
     out.square().sum().backward()
     return branch, [out.detach(), x.grad, *(p.grad for p in branch.parameters())], drawn
@@ -53,3 +59,10 @@ def test_where_every_picture_drops_the_branch_its_gradients_are_zeros_and_not_mi
     assert branch.pictures == [1]
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in others)
     torch.testing.assert_close(of_x, 2 * out)
+
+
+def test_as_it_is_built_every_picture_is_computed() -> None:
+    torch.manual_seed(0)
+    branch, depth = Branch(), StochasticDepth(0.5)
+    depth(torch.randn(6, 5, 4), branch)
+    assert branch.pictures == [6]
