@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
+from esvit_core.models.linear import onednn_product
 from esvit_core.training.allocator import keep_freed_memory
 
 # Rows, width before, width after.
@@ -33,11 +34,6 @@ SHAPES = {
 }
 
 
-def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
 def seconds(product: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
     product()
@@ -48,14 +44,14 @@ def ratios(rows: int, before: int, after: int, rounds: int) -> dict[str, float]:
     """Of the three products of a layer."""
     x, weight, gradient = torch.randn(rows, before), torch.randn(after, before), torch.randn(rows, after)
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "forward": (lambda: F.linear(x, weight), lambda: onednn(x, weight)),
-        "input": (lambda: gradient @ weight, lambda: onednn(gradient, weight.T)),
-        "weight": (lambda: gradient.T @ x, lambda: onednn(gradient.T, x.T)),
+        "forward": (lambda: F.linear(x, weight), lambda: onednn_product(x, weight, None)),
+        "input": (lambda: gradient @ weight, lambda: onednn_product(gradient, weight.T, None)),
+        "weight": (lambda: gradient.T @ x, lambda: onednn_product(gradient.T, x.T, None)),
     }
     found = {}
-    for what, (ours, theirs) in pairs.items():
-        ours(), theirs()  # warm
-        found[what] = round(statistics.median(seconds(ours) / seconds(theirs) for _ in range(rounds)), 2)
+    for what, (of_torch, of_onednn) in pairs.items():
+        of_torch(), of_onednn()  # warm
+        found[what] = round(statistics.median(seconds(of_torch) / seconds(of_onednn) for _ in range(rounds)), 2)
     return found
 
 

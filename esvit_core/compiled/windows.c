@@ -174,10 +174,10 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
     square weights;
     int64_t width = g->heads * HEAD, N = g->N, places[MOST];
     memset(weights, 0, sizeof weights);
-    for (int64_t place = first; place < last; place++)
+    for (int64_t place = first; place < last; place++) {
+        int64_t picture = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
         for (int64_t head = 0; head < g->heads; head++) {
-            int64_t picture = place / g->windows, window = place % g->windows, at = head * HEAD;
-            int64_t tokens = tokens_of(g, window, places);
+            int64_t at = head * HEAD;
             gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
             gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
             gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
@@ -202,6 +202,7 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
             times_rows(weights[0], MOST, 1, v, tokens, N, 1, result);
             scatter(g, out, width, picture, window, at, NULL, result);
         }
+    }
     return 0;
 }
 
@@ -215,10 +216,10 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
     int64_t width = g->heads * HEAD, N = g->N, places[MOST];
     memset(weights, 0, sizeof weights);
     memset(change, 0, sizeof change);
-    for (int64_t place = first; place < last; place++)
+    for (int64_t place = first; place < last; place++) {
+        int64_t picture = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
         for (int64_t head = 0; head < g->heads; head++) {
-            int64_t picture = place / g->windows, window = place % g->windows, at = head * HEAD;
-            int64_t tokens = tokens_of(g, window, places);
+            int64_t at = head * HEAD;
             gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
             gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
             gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
@@ -251,5 +252,6 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
             times_rows(change[0], 1, MOST, q, N, tokens, 1, result);
             scatter(g, of_qkv, 3 * width, picture, window, width + at, of_fill, result);
         }
+    }
     return 0;
 }

@@ -44,7 +44,8 @@ def _is_onednn_faster(*tensors: Tensor) -> bool:
 _AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear` by oneDNN, without a gradient of its own."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
@@ -53,13 +54,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        of_x = _product(gradient, weight.T, None) if ctx.needs_input_grad[0] else None
+        of_x = onednn_product(gradient, weight.T, None) if ctx.needs_input_grad[0] else None
         of_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
