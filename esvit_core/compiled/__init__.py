@@ -1,4 +1,4 @@
-"""What torch computes in many operations, in one, for a processor: ``rows.c`` and ``windows.c``.
+"""What torch computes in many operations, in one, for a processor: ``rows.c`` and ``windows.h``.
 
 They are compiled when a process first asks, for this very processor, if there is a C compiler. Elsewhere torch computes
 the same to the rounding of float32, so a training is repeated bit for bit where the same of the two is at hand.
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Windows(ctypes.Structure):
-    """``given`` of ``windows.c``."""
+    """``given`` of ``windows.h``."""
 
     _fields_ = (
         ("qkv", ctypes.c_void_p),
@@ -61,8 +61,9 @@ def library() -> ctypes.CDLL | None:
     found.sharpen.argtypes = [pointer, flag, size, pointer, real, pointer, size, pointer]
     found.compare.argtypes = [pointer, size, flag, size, real, pointer, pointer, size, pointer, pointer, pointer]
     given = ctypes.POINTER(Windows)
-    found.attend.argtypes = [given, size, size, pointer, pointer]
-    found.attend_backward.argtypes = [given, size, size, pointer, pointer, pointer, pointer, pointer]
+    for attend, backward in ((found.attend_32, found.attend_backward_32), (found.attend_64, found.attend_backward_64)):
+        attend.argtypes = [given, size, size, pointer, pointer]
+        backward.argtypes = [given, size, size, pointer, pointer, pointer, pointer, pointer]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Window attention in C (``esvit_core/compiled/windows.c``): the windows are never laid out, the weights never kept."""
+"""Window attention in C (``esvit_core/compiled/windows.h``): the windows are never laid out, the weights never kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esvit_core.compiled import Windows, call, library
 
-HEAD = 32  # width of a head
+HEADS = (32, 64)  # widths of a head
 NEVER = -1e30  # added to the logits of places that there are not
 FEWEST, MOST = 33, 64  # places of a window; with fewer, torch is as fast
 
@@ -28,7 +28,7 @@ def fits(qkv: Tensor, heads: int, places: int) -> bool:
         type(qkv) is Tensor
         and qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
-        and qkv.shape[2] == 3 * HEAD * heads
+        and qkv.shape[2] in [3 * heads * width for width in HEADS]
         and FEWEST <= places <= MOST
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -37,55 +37,79 @@ def fits(qkv: Tensor, heads: int, places: int) -> bool:
 
 
 def attend_in_windows(
-    qkv: Tensor, fill: Tensor | None, index: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+    qkv: Tensor,
+    heads: int,
+    fill: Tensor | None,
+    index: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """``softmax(scale q k^T + bias + mask) v`` of each window and head.
 
     Args:
         qkv: queries, keys and values of the tokens, (B, L, 3C), float32 or bfloat16.
+        heads: their number.
         fill: those of a place of padding, (3C,); None: zeros.
         index: token at each place of the windows, -1 where there is padding, (windows, N). Each token has one place.
-        bias: (heads, N, N).
+        bias: (heads, N, N); None: there is none.
         mask: (windows, N, N), without a gradient; None: there is none.
         scale: of the products.
 
     Returns:
         (B, L, C), in the dtype of ``qkv``.
     """
-    out: Tensor = _Attention.apply(qkv, fill, index, bias, mask, scale)
+    out: Tensor = _Attention.apply(qkv, heads, fill, index, bias, mask, scale)
     return out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, fill: Tensor | None, index: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+        ctx: Any,
+        qkv: Tensor,
+        heads: int,
+        fill: Tensor | None,
+        index: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
     ) -> Tensor:
         qkv, fill = qkv.contiguous(), qkv.new_zeros(qkv.shape[2]) if fill is None else fill
         fill = fill.float().contiguous()
-        bias, mask = _widened(bias, NEVER), None if mask is None else _widened(mask, 0)
+        bias, mask = (None if t is None else _widened(t, beyond) for t, beyond in ((bias, NEVER), (mask, 0)))
         B, L, C3 = qkv.shape
         out = qkv.new_empty(B, L, C3 // 3)
-        sums = torch.empty(B, len(index), *bias.shape[:2])
+        sums = torch.empty(B, len(index), heads, index.shape[1])
         ctx.save_for_backward(qkv, fill, index, bias, mask, sums)
         ctx.scale = scale
-        given = _describe(qkv, fill, index, bias, mask, scale)
-        call("attend", [(given, first, last, out, sums) for first, last in _shares(B * len(index))])
+        given = _describe(qkv, heads, fill, index, bias, mask, scale)
+        name = f"attend_{C3 // (3 * heads)}"
+        call(name, [(given, first, last, out, sums) for first, last in _shares(B * len(index))])
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, fill, index, bias, mask, sums = ctx.saved_tensors
         gradient = gradient.to(qkv.dtype).contiguous()
-        heads, N, _ = bias.shape
+        _, _, heads, N = sums.shape
         shares = _shares(len(qkv) * len(index))
         of_qkv = torch.empty_like(qkv)
-        of_fill, of_bias = torch.zeros(len(shares), len(fill)), torch.zeros(len(shares), heads, N, MOST)
-        given = _describe(qkv, fill, index, bias, mask, ctx.scale)
-        parts = zip(shares, of_fill, of_bias, strict=True)
-        call("attend_backward", [(given, *share, gradient, sums, of_qkv, *added) for share, *added in parts])
-        of_fill, of_bias = of_fill.sum(0), of_bias.sum(0)[..., :N]
-        return of_qkv, of_fill if ctx.needs_input_grad[1] else None, None, of_bias, None, None
+        of_fill = torch.zeros(len(shares), len(fill))
+        of_bias = None if bias is None else torch.zeros(len(shares), heads, N, MOST)
+        given = _describe(qkv, heads, fill, index, bias, mask, ctx.scale)
+        parts = zip(shares, of_fill, [None] * len(shares) if of_bias is None else of_bias, strict=True)
+        name = f"attend_backward_{qkv.shape[2] // (3 * heads)}"
+        call(name, [(given, *share, gradient, sums, of_qkv, *added) for share, *added in parts])
+        return (
+            of_qkv,
+            None,
+            of_fill.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
+            None if of_bias is None else of_bias.sum(0)[..., :N],
+            None,
+            None,
+        )
 
 
 def _widened(matrices: Tensor, beyond: float) -> Tensor:
@@ -93,11 +117,12 @@ def _widened(matrices: Tensor, beyond: float) -> Tensor:
     return F.pad(matrices.float(), (0, MOST - matrices.shape[-1]), value=beyond).contiguous()
 
 
-def _describe(qkv: Tensor, fill: Tensor, index: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Windows:
-    pointers = (tensor.data_ptr() for tensor in (fill, index, bias))
+def _describe(
+    qkv: Tensor, heads: int, fill: Tensor, index: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> Windows:
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (fill, index, bias, mask))
     return Windows(
-        *(qkv.data_ptr(), qkv.dtype == torch.bfloat16, *pointers, None if mask is None else mask.data_ptr()),
-        *(scale, qkv.shape[1], *index.shape[:1], *bias.shape[:2]),
+        qkv.data_ptr(), qkv.dtype == torch.bfloat16, *pointers, scale, qkv.shape[1], len(index), heads, index.shape[1]
     )
 
 

@@ -25,8 +25,12 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from esvit_core.models import compiled_windows
 from esvit_core.models.attention import attend
+from esvit_core.models.compiled_windows import attend_in_windows
 from esvit_core.models.entrypoints import default_cfg, register
+from esvit_core.models.stochastic_depth import StochasticDepth
+from esvit_core.models.windows import window_layout
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
 
@@ -61,7 +65,13 @@ class DepthWiseConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention within windows."""
+    """Multi-head attention within windows.
+
+    Attributes:
+        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.models.fastest`.
+    """
+
+    compiled = False
 
     def __init__(self, dim: int, num_heads: int, window_size: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -74,11 +84,13 @@ class Attention(nn.Module):
     def _window(self, x: Tensor) -> int:
         return min(self.window_size, *x.shape[1:3])
 
-    def _windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, w: int) -> Tensor:
+        """Queries, keys and values of the map and what it is padded with to whole windows, (B, H', W', 3C)."""
+        return self.qkv(F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % w)))
+
+    def _windows(self, qkv: Tensor, w: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each (B, rows, columns, heads, window ** 2, C / heads)."""
-        w = self._window(x)
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % w))
-        qkv = self.qkv(x).unflatten(1, (-1, w)).unflatten(3, (-1, w)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = qkv.unflatten(1, (-1, w)).unflatten(3, (-1, w)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)
         return q, k, v
 
@@ -88,13 +100,22 @@ class Attention(nn.Module):
         return x.flatten(5).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._windows(x)
+        _, H, W, _ = x.shape
+        w = self._window(x)
+        qkv = self._qkv(x, w)
+        tokens = qkv.flatten(1, 2)
+        if self.compiled and compiled_windows.fits(tokens, self.num_heads, w * w):
+            places = window_layout(qkv.shape[1], qkv.shape[2], w, 0, x.device).places
+            out = attend_in_windows(tokens, self.num_heads, None, places, None, None, self.scale)
+            return self.proj_out(out.unflatten(1, qkv.shape[1:3])[:, :H, :W])
+        q, k, v = self._windows(qkv, w)
         out = attend(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), None, self.scale)
-        return self.proj_out(self._map(out.view(q.shape), x.shape[1], x.shape[2], self._window(x)))
+        return self.proj_out(self._map(out.view(q.shape), H, W, w))
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention itself, (B, rows, columns, heads, N, N)."""
-        q, k, _ = self._windows(x)
+        w = self._window(x)
+        q, k, _ = self._windows(self._qkv(x, w), w)
         return (q @ k.mT * self.scale).softmax(-1)
 
     def received(self, x: Tensor) -> Tensor:
@@ -108,7 +129,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with a QuickGELU between."""
+    """Two layers with a QuickGELU between.
+
+    Attributes:
+        folded: whether its factor goes into the layers: set by :mod:`esvit_core.models.fastest`.
+    """
+
+    folded = False
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -116,7 +143,12 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(PointwiseConv(dim, hidden), QuickGELU(), PointwiseConv(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        if not self.folded:
+            return self.net(x)
+        # x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one pass over the wide map instead of three
+        first, _, second = cast(tuple[PointwiseConv, nn.Module, PointwiseConv], self.net)
+        x = F.silu(first.product(x, 1.702 * first.weight.flatten(1), 1.702 * cast(Tensor, first.bias)))
+        return second.product(x, second.weight.flatten(1) / 1.702, second.bias)
 
 
 class PreNorm(nn.Module):
@@ -149,7 +181,8 @@ class Transformer(nn.Module):
                 [
                     PreNorm(dim, Attention(dim, num_heads, window_size, qkv_bias)),
                     PreNorm(dim, FeedForward(dim, mlp_ratio)),
-                    DropPath(drop) if drop > 0 else nn.Identity(),
+                    DropPath(drop),  # not to be spared the pictures it drops: batch norms see all of them
+                    StochasticDepth(drop),
                 ]
             )
             for drop in drop_path
@@ -157,9 +190,9 @@ class Transformer(nn.Module):
         self.grad_checkpointing = False
 
     def block(self, i: int, x: Tensor) -> Tensor:
-        attention, feed_forward, drop_path = cast(nn.ModuleList, self.layers[i])
+        attention, feed_forward, drop_path, stochastic_depth = cast(nn.ModuleList, self.layers[i])
         x = x + drop_path(attention(x))
-        return x + drop_path(feed_forward(x))
+        return stochastic_depth(x, feed_forward)
 
     def forward_blocks(self, x: Tensor) -> list[Tensor]:
         """The output of every block, each (B, H, W, C)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from esvit_core.models.cvt import PointwiseConv
+from esvit_core.models import cvt
 from esvit_core.models.linear import Linear, linear
 from esvit_core.models.stochastic_depth import StochasticDepth
 from esvit_core.models.windows import WindowAttention
@@ -26,13 +26,15 @@ def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device
     if device.type != "cpu":
         return
     for module in network.modules():
-        if isinstance(module, WindowAttention):
+        if isinstance(module, WindowAttention | cvt.Attention):
             module.compiled = True
+        if isinstance(module, cvt.FeedForward):
+            module.folded = True
         if isinstance(module, StochasticDepth):
             module.sparing = True
         if dtype == torch.float32 and type(module) is nn.Linear:
             module.__class__ = Linear
-        if dtype == torch.float32 and isinstance(module, PointwiseConv):
+        if dtype == torch.float32 and isinstance(module, cvt.PointwiseConv):
             module.product = linear
         if dtype == torch.bfloat16 and isinstance(getattr(module, "fused_attn", None), bool):
             setattr(module, "fused_attn", False)  # noqa: B010  mypy takes attributes of modules for tensors

@@ -205,7 +205,7 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
         if self.compiled and compiled_windows.fits(qkv, self.num_heads, self.window_size**2):
             mask = None if layout.mask is None else layout.mask[:, 0]
-            out = attend_in_windows(qkv, self.qkv.bias, layout.places, self._bias(), mask, self.scale)
+            out = attend_in_windows(qkv, self.num_heads, self.qkv.bias, layout.places, self._bias(), mask, self.scale)
             return self.proj(out).view(B, H, W, C)
         q, k, v = self._in_windows(qkv, layout)
         bias = self._masked_bias(layout).to(q.dtype)

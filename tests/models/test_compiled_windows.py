@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from esvit_core.compiled import library
-from esvit_core.models import compiled_windows
+from esvit_core.models import compiled_windows, cvt
 from esvit_core.models.fastest import choose_fastest_
-from esvit_core.models.windows import WindowAttention
+from esvit_core.models.windows import WindowAttention, window_layout
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -27,9 +28,7 @@ def attention(heads: int, window: int, shift: int, qkv_bias: bool = True, seed: 
     return made
 
 
-def measured(
-    module: WindowAttention, x: torch.Tensor, dtype: torch.dtype, outer: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def measured(module: nn.Module, x: torch.Tensor, dtype: torch.dtype, outer: torch.Tensor) -> dict[str, torch.Tensor]:
     """The output, and the gradients of the input and of every parameter."""
     x = x.clone().requires_grad_()
     module.zero_grad()
@@ -63,12 +62,58 @@ def test_values_and_gradients_are_those_of_torch_in_float64(
     x, outer = torch.randn(2, batch, height, width, 32 * heads)
     expected = measured(plain.double(), x.double(), torch.float64, outer.double())
     found = measured(compiled, x, dtype, outer)
+    check(found, expected, dtype)
+
+
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     assert found.keys() == expected.keys()
     tolerance = 2e-5 if dtype == torch.float32 else 0.03
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name].double(), value, rtol=0, atol=tolerance * max(1.0, value.abs().max().item()), msg=name
         )
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([32, 64]),
+    rows=st.integers(6, 17),
+    columns=st.integers(6, 17),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_so_are_those_of_cvt(batch: int, heads: int, width: int, rows: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    plain = cvt.Attention(heads * width, heads, 7, qkv_bias=True)
+    compiled = copy.deepcopy(plain)
+    choose_fastest_(compiled, torch.float32, CPU)
+    assert compiled.compiled and not plain.compiled
+    x, outer = torch.randn(2, batch, rows, columns, heads * width)
+    expected = measured(plain.double(), x.double(), torch.float64, outer.double())
+    check(measured(compiled, x, torch.float32, outer), expected, torch.float32)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_bias_it_is_the_formula(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads, scale = 3, 0.3
+    qkv = torch.randn(2, 14 * 21, 3 * heads * width).to(dtype).requires_grad_()
+    places = window_layout(14, 21, 7, 0, CPU).places  # (windows, 49)
+    out = compiled_windows.attend_in_windows(qkv, heads, None, places, None, None, scale)
+    exact = qkv.detach().double().requires_grad_()
+    q, k, v = exact[:, places].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
+    expected = ((scale * q @ k.mT).softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)  # window by window
+    outer = torch.randn_like(out)
+    out.backward(outer)
+    expected.backward(outer.double()[:, places.flatten()])
+    assert exact.grad is not None and qkv.grad is not None
+    check(
+        {"out": out.detach()[:, places.flatten()], "qkv": qkv.grad},
+        {"out": expected.detach(), "qkv": exact.grad},
+        dtype,
+    )
 
 
 def test_the_compiled_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +124,16 @@ def test_the_compiled_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert not calls
     choose_fastest_(module, torch.float32, CPU)
     module(torch.randn(1, 14, 14, 32)).sum().backward()
-    assert calls == ["attend", "attend_backward"]
+    assert calls == ["attend_32", "attend_backward_32"]
+
+
+def test_heads_of_cvt_are_64_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(compiled_windows, "call", lambda name, jobs: calls.append(name))
+    module = cvt.Attention(128, 2, 7, True)
+    choose_fastest_(module, torch.float32, CPU)
+    module(torch.randn(1, 14, 14, 128)).sum().backward()
+    assert calls == ["attend_64", "attend_backward_64"]
 
 
 @pytest.mark.parametrize("window", [4, 14])

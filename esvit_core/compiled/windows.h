@@ -1,4 +1,5 @@
-/* Attention within the windows of a map, forward and backward, a window and head at a time.
+/* Attention within the windows of a map, forward and backward, a window and head at a time, for heads of one width: each of
+ * windows_32.c and windows_64.c defines HEAD and the names of the two functions, and includes this.
  *
  * Queries, keys and values are read where the tokens lie and the results written there; what is between stays in a core's
  * cache, and nothing of it is kept: the backward pass makes the weights again from the logarithms of their sums.
@@ -7,13 +8,16 @@
 #include "numbers.h"
 
 enum {
-    HEAD = 32,  /* width of a head */
-    MOST = 64,  /* places of a window, at most; rows of logits are as long */
-    ROWS = 70,  /* MOST, so that blocks of 5 and of 10 rows end within */
-    LANES = 16, /* floats of a vector */
+    MOST = 64,                 /* places of a window, at most; rows of logits are as long */
+    ROWS = 70,                 /* MOST, so that blocks of 5 and of 10 rows end within */
+    LANES = 16,                /* floats of a vector */
+    BLOCK = 20 * LANES / HEAD, /* rows of a product with 20 vectors of sums, which are in registers */
 };
 
+static const float NEVER = -1e30f; /* the logit of a place that there is not */
+
 typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float four __attribute__((vector_size(16)));
 typedef float matrix[ROWS][HEAD] __attribute__((aligned(64)));
 typedef float square[ROWS][MOST] __attribute__((aligned(64)));
 typedef float columns[HEAD][MOST] __attribute__((aligned(64)));
@@ -23,7 +27,7 @@ typedef struct {
     int64_t half;         /* whether bfloat16; the same of every void pointer */
     const float *fill;    /* (3 heads HEAD), what padding has in place of a token */
     const int64_t *index; /* (windows, N), token of each place, -1 for padding */
-    const float *bias;    /* (heads, N, MOST), very low from place N on */
+    const float *bias;    /* (heads, N, MOST), very low from place N on, or NULL */
     const float *mask;    /* (windows, N, MOST), 0 from place N on, or NULL */
     float scale;
     int64_t L, windows, heads, N;
@@ -32,9 +36,10 @@ typedef struct {
 /* Have what the next head will use brought into the cache meanwhile. */
 static inline void fetch(const given *g, const void *from, int64_t start)
 {
-    const char *at = (const char *)from + start * (g->half ? 2 : 4);
-    __builtin_prefetch(at);
-    __builtin_prefetch(at + HEAD * (g->half ? 2 : 4) - 1);
+    int size = g->half ? 2 : 4, line = 64;
+    const char *at = (const char *)from + start * size;
+    for (int byte = 0; byte < HEAD * size; byte += line)
+        __builtin_prefetch(at + byte);
 }
 
 /* Which places of a window hold a token; their number. */
@@ -98,14 +103,38 @@ static void scatter(const given *g, void *to, int64_t wide, int64_t picture, int
     }
 }
 
-static void transpose(matrix from, int64_t N, columns to)
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t four_lanes __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (four_lanes){__VA_ARGS__})
+#endif
+
+/* Four by four; the rows from which nothing comes are 0. */
+static void transpose(matrix from, columns to)
 {
-    for (int d = 0; d < HEAD; d++) {
-        for (int64_t n = 0; n < N; n++)
-            to[d][n] = from[n][d];
-        for (int64_t n = N; n < MOST; n++)
-            to[d][n] = 0;
-    }
+    for (int n = 0; n < MOST; n += 4)
+        for (int d = 0; d < HEAD; d += 4) {
+            four rows[4], low[2], high[2];
+            for (int i = 0; i < 4; i++)
+                rows[i] = *(four *)(from[n + i] + d);
+            for (int i = 0; i < 2; i++) {
+                low[i] = SHUFFLE(rows[2 * i], rows[2 * i + 1], 0, 4, 1, 5);
+                high[i] = SHUFFLE(rows[2 * i], rows[2 * i + 1], 2, 6, 3, 7);
+            }
+            *(four *)(to[d] + n) = SHUFFLE(low[0], low[1], 0, 1, 4, 5);
+            *(four *)(to[d + 1] + n) = SHUFFLE(low[0], low[1], 2, 3, 6, 7);
+            *(four *)(to[d + 2] + n) = SHUFFLE(high[0], high[1], 0, 1, 4, 5);
+            *(four *)(to[d + 3] + n) = SHUFFLE(high[0], high[1], 2, 3, 6, 7);
+        }
+}
+
+/* The sum of LANES floats, four by four; the compiler's own sum of them is one after the other. */
+static inline float sum_of(const float *lanes)
+{
+    const four *parts = (const four *)lanes;
+    four sums = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 /* out = a b, (rows, MOST); five rows at a time, so that their sums are in registers. */
@@ -125,26 +154,33 @@ static void times_columns(matrix a, columns b, int64_t rows, square out)
     }
 }
 
-/* out[n] = factor * sum over m < terms of a[n * down + m * right] b[m], (rows, HEAD); ten rows at a time. */
+/* out[n] = factor * sum over m < terms of a[n * down + m * right] b[m], (rows, HEAD); BLOCK rows at a time. */
 static inline void times_rows(const float *a, int64_t down, int64_t right, matrix b, int64_t rows, int64_t terms,
                               float factor, matrix out)
 {
-    for (int64_t n = 0; n < rows; n += 10) {
-        vector sums[10][HEAD / LANES] = {0};
+    for (int64_t n = 0; n < rows; n += BLOCK) {
+        vector sums[BLOCK][HEAD / LANES] = {0};
         for (int64_t m = 0; m < terms; m++) {
             const vector *row = (const vector *)b[m];
 #pragma GCC unroll 10
-            for (int i = 0; i < 10; i++)
-#pragma GCC unroll 2
+            for (int i = 0; i < BLOCK; i++)
+#pragma GCC unroll 4
                 for (int j = 0; j < HEAD / LANES; j++)
                     sums[i][j] += a[(n + i) * down + m * right] * row[j];
         }
 #pragma GCC unroll 10
-        for (int i = 0; i < 10; i++)
-#pragma GCC unroll 2
+        for (int i = 0; i < BLOCK; i++)
+#pragma GCC unroll 4
             for (int j = 0; j < HEAD / LANES; j++)
                 ((vector *)out[n + i])[j] = factor * sums[i][j];
     }
+}
+
+static void add(const float *row, float *out)
+{
+#pragma omp simd
+    for (int m = 0; m < MOST; m++)
+        out[m] += row[m];
 }
 
 /* Logits of a window's tokens in a head, (tokens, MOST), the bias and the mask added. */
@@ -153,15 +189,13 @@ static void logits_of(const given *g, int64_t window, int64_t head, matrix q, co
 {
     times_columns(q, k, tokens, out);
     for (int64_t n = 0; n < tokens; n++) {
-        const float *bias = g->bias + (head * g->N + places[n]) * MOST;
-        const float *mask = g->mask ? g->mask + (window * g->N + places[n]) * MOST : NULL;
-#pragma omp simd
-        for (int m = 0; m < MOST; m++)
-            out[n][m] += bias[m];
-        if (mask)
-#pragma omp simd
-            for (int m = 0; m < MOST; m++)
-                out[n][m] += mask[m];
+        if (g->bias)
+            add(g->bias + (head * g->N + places[n]) * MOST, out[n]);
+        else
+            for (int64_t m = g->N; m < MOST; m++)
+                out[n][m] = NEVER;
+        if (g->mask)
+            add(g->mask + (window * g->N + places[n]) * MOST, out[n]);
     }
 }
 
@@ -172,6 +206,7 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
     matrix q, k, v, result;
     columns across;
     square weights;
+    float peaks[MOST], totals[MOST];
     int64_t width = g->heads * HEAD, N = g->N, places[MOST];
     memset(weights, 0, sizeof weights);
     for (int64_t place = first; place < last; place++) {
@@ -181,32 +216,40 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
             gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
             gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
             gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
-            transpose(k, N, across);
+            transpose(k, across);
             logits_of(g, window, head, q, across, places, tokens, weights);
             for (int64_t n = 0; n < tokens; n++) {
-                float *row = weights[n], largest = -INFINITY, total = 0;
+                float *row = weights[n], largest = -INFINITY, lanes[LANES] __attribute__((aligned(64))) = {0};
 #pragma omp simd reduction(max : largest)
                 for (int m = 0; m < MOST; m++)
                     largest = row[m] > largest ? row[m] : largest;
-#pragma omp simd reduction(+ : total)
-                for (int m = 0; m < MOST; m++) {
-                    row[m] = exponential(row[m] - largest);
-                    total += row[m];
-                }
-                float inverse = 1 / total;
+#pragma GCC unroll 4
+                for (int j = 0; j < MOST; j += LANES)
 #pragma omp simd
-                for (int m = 0; m < MOST; m++)
-                    row[m] *= inverse;
-                sums[(place * g->heads + head) * N + n] = largest + logf(total);
+                    for (int l = 0; l < LANES; l++) {
+                        row[j + l] = exponential(row[j + l] - largest);
+                        lanes[l] += row[j + l];
+                    }
+                peaks[n] = largest;
+                totals[n] = sum_of(lanes);
             }
             times_rows(weights[0], MOST, 1, v, tokens, N, 1, result);
+            for (int64_t n = 0; n < tokens; n++) {
+                float inverse = 1 / totals[n];
+#pragma omp simd
+                for (int d = 0; d < HEAD; d++)
+                    result[n][d] *= inverse;
+            }
+            for (int64_t n = 0; n < tokens; n++)
+                sums[(place * g->heads + head) * N + n] = peaks[n] + logf(totals[n]);
             scatter(g, out, width, picture, window, at, NULL, result);
         }
     }
     return 0;
 }
 
-/* From the gradient of `out` those of qkv, and of fill (3 heads HEAD) and bias (heads, N, MOST), which are added to. */
+/* From the gradient of `out` those of qkv, and of fill (3 heads HEAD) and, if there is one, bias (heads, N, MOST),
+ * which are added to. */
 int attend_backward(const given *g, int64_t first, int64_t last, const void *of_out, const float *sums, void *of_qkv,
                     float *of_fill, float *of_bias)
 {
@@ -224,7 +267,7 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
             gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
             gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
             gather(g, of_out, width, picture, window, at, NULL, 1, o);
-            transpose(k, N, across);
+            transpose(k, across);
             logits_of(g, window, head, q, across, places, tokens, weights);
             for (int64_t n = 0; n < tokens; n++) {
                 float sum = sums[(place * g->heads + head) * N + n], *row = weights[n];
@@ -234,18 +277,21 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
             }
             times_rows(weights[0], 1, MOST, o, N, tokens, 1, result);
             scatter(g, of_qkv, 3 * width, picture, window, 2 * width + at, of_fill, result);
-            transpose(v, N, across);
+            transpose(v, across);
             times_columns(o, across, tokens, change);
             for (int64_t n = 0; n < tokens; n++) {
-                float *row = change[n], *bias = of_bias + (head * N + places[n]) * MOST, mean = 0;
-#pragma omp simd reduction(+ : mean)
-                for (int m = 0; m < MOST; m++)
-                    mean += weights[n][m] * row[m];
+                float *row = change[n], lanes[LANES] __attribute__((aligned(64))) = {0};
+#pragma GCC unroll 4
+                for (int j = 0; j < MOST; j += LANES)
 #pragma omp simd
-                for (int m = 0; m < MOST; m++) {
+                    for (int l = 0; l < LANES; l++)
+                        lanes[l] += weights[n][j + l] * row[j + l];
+                float mean = sum_of(lanes);
+#pragma omp simd
+                for (int m = 0; m < MOST; m++)
                     row[m] = weights[n][m] * (row[m] - mean);
-                    bias[m] += row[m];
-                }
+                if (of_bias)
+                    add(row, of_bias + (head * N + places[n]) * MOST);
             }
             times_rows(change[0], MOST, 1, k, tokens, N, g->scale, result);
             scatter(g, of_qkv, 3 * width, picture, window, at, NULL, result);

@@ -1,0 +1,23 @@
+"""What of CvT has a second, faster form computes the same in it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from esvit_core.models import cvt
+from esvit_core.models.fastest import choose_fastest_
+
+
+def test_the_factor_of_quick_gelu_goes_into_the_layers() -> None:
+    plain = cvt.FeedForward(6, 2.0).double()
+    folded = copy.deepcopy(plain)
+    choose_fastest_(folded, torch.float64, torch.device("cpu"))
+    assert folded.folded and not plain.folded
+    x, outer = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
+    for module in (plain, folded):
+        module(x).backward(outer)
+    torch.testing.assert_close(folded(x), plain(x))
+    for (name, parameter), other in zip(plain.named_parameters(), folded.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
