@@ -14,6 +14,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.export import load_backbone, save_backbone
 from esvit_core.models.timm_names import to_timm
+from esvit_core.monitoring.log import read_log
 from esvit_core.runs import open_run, run_id, start_run
 from esvit_core.storage.outbox import Outbox
 from esvit_core.training.checkpoint import Checkpointer
@@ -87,13 +88,37 @@ def test_everything_of_another_run_is_gone_on_with(micro_run, source, capsys):
     assert new.store.get_json(new.at(RECORD))["step"] == 6
 
 
-def test_a_published_checkpoint_is_gone_on_with_at_its_epoch(micro_run, source, tmp_path):
-    run, there = source("a")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_a_published_checkpoint_is_gone_on_with_at_its_epoch(optimizer, micro_run, source, tmp_path):
+    run, there = source("a", optimizer={"name": optimizer})
     path = published(run, there, tmp_path / "checkpoint.pth", epoch=2)
-    _, parts, _ = started(micro_run, "b", init={"source": str(path), "take": "all"})
+    _, parts, _ = started(micro_run, "b", init={"source": str(path), "take": "all"}, optimizer={"name": optimizer})
     assert same(parts.student.state_dict(), there["student"]) and same(parts.teacher.state_dict(), there["teacher"])
     assert same(parts.objective.state_dict(), there["objective"])
-    assert parts.position.step == 2 * parts.schedules.steps_per_epoch and parts.optimizer.state_dict()["state"]
+    own, other = parts.optimizer.state_dict()["state"], there["optimizer"]["state"]
+    assert own.keys() == other.keys() and all(same(own[i], other[i]) for i in own)
+    assert parts.position.step == 2 * parts.schedules.steps_per_epoch
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_start_from_the_same_as_one(micro_run, source):
+    run, _ = source("a", model={"drop_path": 0.0})
+    losses = []
+    for processes in (1, 2):
+        new = micro_run(
+            f"with-{processes}",
+            init={"source": run.uri, "take": "all"},
+            model={"drop_path": 0.0},
+            training={"precision": "float32", "log_steps": 1},
+            launch={"processes_per_node": processes},
+        )
+        process = new.launch()
+        said = process.communicate(timeout=240)[0]
+        assert process.returncode == 0 and said.count(f"starting from {run.uri}") == 1, said
+        log = read_log(new.store, new.uri)
+        assert [line["step"] for line in log] == list(range(7, 13))  # from where the source was
+        losses.append([line["loss"] for line in log])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_view_only_checkpoint_gets_a_region_head_as_published(micro_run, source, tmp_path, capsys):
