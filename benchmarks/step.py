@@ -269,6 +269,7 @@ def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
             seconds[worker.name].append(worker("run"))
     for worker in workers:
         if "objective" not in worker.name:
+            worker("run")  # as above
             parts[worker.name] = worker("parts")
         worker.end()
     return Measured(seconds, parts, memory)
