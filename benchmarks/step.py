@@ -8,11 +8,12 @@ With ``--reference`` it is the step of a checkout of the published code itself t
 
 Each implementation has a process of its own. First each shows its peak memory, alone: ``--rounds 0`` ends there, for
 batches of which the machine cannot hold all implementations at once. Then they take turns, two steps each of which the
-second counts, while the others sleep; the ratios are medians over the rounds, so that other load on the machine falls on all alike. On a machine
-that is busy with other things ``--clock cpu`` compares processor time instead. Peak memory is resident memory,
-interpreter and libraries included, or on a GPU what torch has allocated. The last line is JSON: time ratios are
-plain / ours, memory ratios ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one: that is what
-the published code computes there. On a GPU it is the plain step under autocast in the half precision that was asked for.
+second counts, while the others sleep; the ratios are medians over the rounds, so that other load on the machine falls on
+all alike. On a machine that is busy with other things ``--clock cpu`` compares processor time instead. Peak memory is
+resident memory, interpreter and libraries included, or on a GPU what torch has allocated. The last line is JSON: time
+ratios are plain / ours, memory ratios ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one:
+that is what the published code computes there. On a GPU it is the plain step under autocast in the half precision that
+was asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from published_step import PublishedStep, load, published_objective
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
-from esvit_core.models.fastest import choose_fastest_
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.clock import PARTS, StepClock
@@ -47,7 +47,6 @@ from esvit_core.training.distributed import World
 from esvit_core.training.environment import BEFORE_TORCH
 from esvit_core.training.loop import training_step
 from esvit_core.training.parts import assemble, recompute_blocks_
-from esvit_core.training.precision import Precision
 from esvit_core.training.schedules import Schedules, ScheduleValues
 
 MIB = 2**20
@@ -64,13 +63,12 @@ class OurStep:
     """The step of :mod:`esvit_core.training.loop` on crops that are there already."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+        training = config.training.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
+        config = config.model_copy(update={"training": training})
         self.parts = assemble(config, World(0, 1, device, None), cast(TrainLoader, SameBatch()))
         if config.launch.recompute:
             recompute_blocks_(self.parts.student, config.model.arch)
-        self.parts.precision = Precision(dtype, "benchmark", device.type)
         self.student, self.teacher = self.parts.student, self.parts.teacher
-        for network in (self.student, self.teacher):
-            choose_fastest_(network, dtype, device)
         self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
 
     def __call__(self, crops: list[torch.Tensor], at: ScheduleValues) -> torch.Tensor:

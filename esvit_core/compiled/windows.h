@@ -8,10 +8,10 @@
 #include "numbers.h"
 
 enum {
-    MOST = 64,                 /* places of a window, at most; rows of logits are as long */
-    ROWS = 70,                 /* MOST, so that blocks of 5 and of 10 rows end within */
-    LANES = 16,                /* floats of a vector */
-    BLOCK = 20 * LANES / HEAD, /* rows of a product with 20 vectors of sums, which are in registers */
+    MOST = 64,  /* places of a window, at most; rows of logits are as long */
+    ROWS = 70,  /* MOST, so that blocks of 5 and of 10 rows end within */
+    LANES = 16, /* floats of a vector */
+    SUMS = 20,  /* vectors of a product that are in registers */
 };
 
 static const float NEVER = -1e30f; /* the logit of a place that there is not */
@@ -27,8 +27,8 @@ typedef struct {
     int64_t half;         /* whether bfloat16; the same of every void pointer */
     const float *fill;    /* (3 heads HEAD), what padding has in place of a token */
     const int64_t *index; /* (windows, N), token of each place, -1 for padding */
-    const float *bias;    /* (heads, N, MOST), very low from place N on, or NULL */
-    const float *mask;    /* (windows, N, MOST), 0 from place N on, or NULL */
+    const float *bias;    /* (heads, N, MOST), or NULL; what is from place N on does not count */
+    const float *mask;    /* (windows, N, MOST), likewise */
     float scale;
     int64_t L, windows, heads, N;
 } given;
@@ -137,42 +137,25 @@ static inline float sum_of(const float *lanes)
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-/* out = a b, (rows, MOST); five rows at a time, so that their sums are in registers. */
-static void times_columns(matrix a, columns b, int64_t rows, square out)
+/* out[n] = factor * sum over m < terms of a[n * down + m * right] b[m], rows of `width` floats, which is known when this is
+ * compiled; so many rows at a time that their sums are in registers. */
+static inline __attribute__((always_inline)) void product(const float *a, int64_t down, int64_t right, const float *b,
+                                                          int64_t rows, int64_t terms, float factor, int width, float *out)
 {
-    for (int64_t n = 0; n < rows; n += 5) {
-        vector sums[5][MOST / LANES] = {0};
-        for (int d = 0; d < HEAD; d++) {
-            const vector *row = (const vector *)b[d];
-#pragma GCC unroll 5
-            for (int i = 0; i < 5; i++)
-#pragma GCC unroll 4
-                for (int j = 0; j < MOST / LANES; j++)
-                    sums[i][j] += a[n + i][d] * row[j];
-        }
-        memcpy(out[n], sums, sizeof sums);
-    }
-}
-
-/* out[n] = factor * sum over m < terms of a[n * down + m * right] b[m], (rows, HEAD); BLOCK rows at a time. */
-static inline void times_rows(const float *a, int64_t down, int64_t right, matrix b, int64_t rows, int64_t terms,
-                              float factor, matrix out)
-{
-    for (int64_t n = 0; n < rows; n += BLOCK) {
-        vector sums[BLOCK][HEAD / LANES] = {0};
+    const int across = width / LANES, block = SUMS / across;
+    for (int64_t n = 0; n < rows; n += block) {
+        vector sums[SUMS] = {0};
         for (int64_t m = 0; m < terms; m++) {
-            const vector *row = (const vector *)b[m];
+            const vector *row = (const vector *)(b + m * width);
 #pragma GCC unroll 10
-            for (int i = 0; i < BLOCK; i++)
+            for (int i = 0; i < block; i++)
 #pragma GCC unroll 4
-                for (int j = 0; j < HEAD / LANES; j++)
-                    sums[i][j] += a[(n + i) * down + m * right] * row[j];
+                for (int j = 0; j < across; j++)
+                    sums[i * across + j] += a[(n + i) * down + m * right] * row[j];
         }
-#pragma GCC unroll 10
-        for (int i = 0; i < BLOCK; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < HEAD / LANES; j++)
-                ((vector *)out[n + i])[j] = factor * sums[i][j];
+#pragma GCC unroll 20
+        for (int i = 0; i < SUMS; i++)
+            ((vector *)(out + n * width))[i] = factor * sums[i];
     }
 }
 
@@ -183,19 +166,24 @@ static void add(const float *row, float *out)
         out[m] += row[m];
 }
 
-/* Logits of a window's tokens in a head, (tokens, MOST), the bias and the mask added. */
-static void logits_of(const given *g, int64_t window, int64_t head, matrix q, columns k, const int64_t *places,
-                      int64_t tokens, square out)
+/* Queries (of tokens only), keys and values of a window and head, and its logits, (tokens, MOST), with bias and mask. */
+static void load(const given *g, int64_t picture, int64_t window, int64_t head, const int64_t *places, int64_t tokens,
+                 matrix q, matrix k, matrix v, square logits)
 {
-    times_columns(q, k, tokens, out);
+    columns across;
+    int64_t width = g->heads * HEAD, at = head * HEAD;
+    gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
+    gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
+    gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
+    transpose(k, across);
+    product(q[0], HEAD, 1, across[0], tokens, HEAD, 1, MOST, logits[0]);
     for (int64_t n = 0; n < tokens; n++) {
         if (g->bias)
-            add(g->bias + (head * g->N + places[n]) * MOST, out[n]);
-        else
-            for (int64_t m = g->N; m < MOST; m++)
-                out[n][m] = NEVER;
+            add(g->bias + (head * g->N + places[n]) * MOST, logits[n]);
         if (g->mask)
-            add(g->mask + (window * g->N + places[n]) * MOST, out[n]);
+            add(g->mask + (window * g->N + places[n]) * MOST, logits[n]);
+        for (int64_t m = g->N; m < MOST; m++)
+            logits[n][m] = NEVER;
     }
 }
 
@@ -204,7 +192,6 @@ static void logits_of(const given *g, int64_t window, int64_t head, matrix q, co
 int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
 {
     matrix q, k, v, result;
-    columns across;
     square weights;
     float peaks[MOST], totals[MOST];
     int64_t width = g->heads * HEAD, N = g->N, places[MOST];
@@ -213,11 +200,7 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
         int64_t picture = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
         for (int64_t head = 0; head < g->heads; head++) {
             int64_t at = head * HEAD;
-            gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
-            gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
-            gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
-            transpose(k, across);
-            logits_of(g, window, head, q, across, places, tokens, weights);
+            load(g, picture, window, head, places, tokens, q, k, v, weights);
             for (int64_t n = 0; n < tokens; n++) {
                 float *row = weights[n], largest = -INFINITY, lanes[LANES] __attribute__((aligned(64))) = {0};
 #pragma omp simd reduction(max : largest)
@@ -233,7 +216,7 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
                 peaks[n] = largest;
                 totals[n] = sum_of(lanes);
             }
-            times_rows(weights[0], MOST, 1, v, tokens, N, 1, result);
+            product(weights[0], MOST, 1, v[0], tokens, N, 1, HEAD, result[0]);
             for (int64_t n = 0; n < tokens; n++) {
                 float inverse = 1 / totals[n];
 #pragma omp simd
@@ -263,22 +246,18 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
         int64_t picture = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
         for (int64_t head = 0; head < g->heads; head++) {
             int64_t at = head * HEAD;
-            gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
-            gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
-            gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
+            load(g, picture, window, head, places, tokens, q, k, v, weights);
             gather(g, of_out, width, picture, window, at, NULL, 1, o);
-            transpose(k, across);
-            logits_of(g, window, head, q, across, places, tokens, weights);
             for (int64_t n = 0; n < tokens; n++) {
                 float sum = sums[(place * g->heads + head) * N + n], *row = weights[n];
 #pragma omp simd
                 for (int m = 0; m < MOST; m++)
                     row[m] = exponential(row[m] - sum);
             }
-            times_rows(weights[0], 1, MOST, o, N, tokens, 1, result);
+            product(weights[0], 1, MOST, o[0], N, tokens, 1, HEAD, result[0]);
             scatter(g, of_qkv, 3 * width, picture, window, 2 * width + at, of_fill, result);
             transpose(v, across);
-            times_columns(o, across, tokens, change);
+            product(o[0], HEAD, 1, across[0], tokens, HEAD, 1, MOST, change[0]);
             for (int64_t n = 0; n < tokens; n++) {
                 float *row = change[n], lanes[LANES] __attribute__((aligned(64))) = {0};
 #pragma GCC unroll 4
@@ -293,9 +272,9 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
                 if (of_bias)
                     add(row, of_bias + (head * N + places[n]) * MOST);
             }
-            times_rows(change[0], MOST, 1, k, tokens, N, g->scale, result);
+            product(change[0], MOST, 1, k[0], tokens, N, g->scale, HEAD, result[0]);
             scatter(g, of_qkv, 3 * width, picture, window, at, NULL, result);
-            times_rows(change[0], 1, MOST, q, N, tokens, 1, result);
+            product(change[0], 1, MOST, q[0], N, tokens, 1, HEAD, result[0]);
             scatter(g, of_qkv, 3 * width, picture, window, width + at, of_fill, result);
         }
     }

@@ -12,7 +12,6 @@ from torch import Tensor
 from esvit_core.compiled import Windows, call, library
 
 HEADS = (32, 64)  # widths of a head
-NEVER = -1e30  # added to the logits of places that there are not
 FEWEST, MOST = 33, 64  # places of a window; with fewer, torch is as fast
 
 
@@ -77,7 +76,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         qkv, fill = qkv.contiguous(), qkv.new_zeros(qkv.shape[2]) if fill is None else fill
         fill = fill.float().contiguous()
-        bias, mask = (None if t is None else _widened(t, beyond) for t, beyond in ((bias, NEVER), (mask, 0)))
+        bias, mask = (None if matrices is None else _widened(matrices) for matrices in (bias, mask))
         B, L, C3 = qkv.shape
         out = qkv.new_empty(B, L, C3 // 3)
         sums = torch.empty(B, len(index), heads, index.shape[1])
@@ -112,9 +111,9 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def _widened(matrices: Tensor, beyond: float) -> Tensor:
+def _widened(matrices: Tensor) -> Tensor:
     """(..., N, N) to (..., N, MOST)."""
-    return F.pad(matrices.float(), (0, MOST - matrices.shape[-1]), value=beyond).contiguous()
+    return F.pad(matrices.float(), (0, MOST - matrices.shape[-1])).contiguous()
 
 
 def _describe(
