@@ -63,6 +63,16 @@ def test_every_call_of_the_kubernetes_api_is_in_the_table() -> None:
     assert calls == {row[3].rpartition(") ")[2].strip("`") for row in rows("verb") if "](" in row[3]}
 
 
+def test_only_the_account_of_the_steps_mounts_its_token(rendered: dict[str, list[Object]]) -> None:
+    """KFP's and Argo's containers in a step's pod end without it; the other accounts have no use for one."""
+    table = {name.strip("`"): token.split(":")[0] for name, _, token, _ in rows("account")}
+    assert table == {"esvit-pipeline": "yes", "esvit-trainer": "no", "esvit-maintenance": "no"}
+    for objects in rendered.values():
+        accounts = {t["metadata"]["name"]: t for t in objects if t["kind"] == "ServiceAccount"}
+        mounts = {name: "yes" if t["automountServiceAccountToken"] else "no" for name, t in accounts.items()}
+        assert mounts == table
+
+
 def test_the_keys_of_the_store_are_those_of_the_code() -> None:
     table = {name.strip("`"): re.findall(r"`([^`]+)`", writes) for name, _, writes in rows("key")}
     assert table.pop("admin") == []
