@@ -41,5 +41,6 @@ def step(name: str) -> Iterator[None]:
         line = f"{name}: {error}"
         print(f"error: {line}", file=sys.stderr, flush=True)
         if path := os.environ.get(ERROR_FILE_VARIABLE):
-            Path(path).write_text(line, encoding="utf-8")
+            with contextlib.suppress(OSError):  # the disk may be what failed; standard error has the line
+                Path(path).write_text(line, encoding="utf-8")
         raise SystemExit(USER_ERROR_EXIT_CODE) from None

@@ -16,6 +16,7 @@ from esvit_core.errors import UserError
 from esvit_core.export import describe_backbone, save_backbone, write_backbone
 from esvit_core.models.registry import create_backbone
 from esvit_core.storage import NotFound, ObjectStore, join_uri
+from esvit_core.storage.disk import writing
 from esvit_core.storage.transfer import sha256_of
 from esvit_core.weights.arguments import settings_of
 from esvit_core.weights.files import adapted, from_timm_registry, load_file
@@ -164,5 +165,6 @@ def _publish_checkpoint(snapshot: Snapshot, sha256: str | None, uri: str, store:
     for name, state in states.items():
         if state is not None:
             files[f"{name}.pt"] = folder / f"{name}.pt"
-            torch.save(state, files[f"{name}.pt"])
+            with writing(files[f"{name}.pt"], RuntimeError):
+                torch.save(state, files[f"{name}.pt"])
     store.publish(uri, files, "checkpoint", {"epoch": snapshot.epoch, "sha256": sha256})

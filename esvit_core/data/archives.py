@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import errno
 import gzip
 import lzma
@@ -210,8 +211,9 @@ def _plain_tar(source: str, path: Path) -> BinaryIO:
     try:
         with opener(path) as compressed:
             shutil.copyfileobj(compressed, plain, 2**20)
+        plain.seek(0)  # writes what is still in the buffer
     except DAMAGE as error:
-        plain.close()
+        with contextlib.suppress(OSError):  # closing tries that once more
+            plain.close()
         raise damaged(source, error) from None
-    plain.seek(0)
     return plain

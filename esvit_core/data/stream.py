@@ -24,6 +24,7 @@ from esvit_core.data.manifest import Manifest, Shard, Split
 from esvit_core.data.shards import read_index
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, ObjectStore
+from esvit_core.storage.disk import read_at
 
 CACHE_VARIABLE = "ESVIT_CACHE_DIR"
 _OPEN_FILES = 64  # a data set may have thousands of shards, a process about a thousand files
@@ -160,7 +161,14 @@ class ShardCache:
             if descriptor is None:
                 descriptor = self._add(uri, shard)
             self._open.move_to_end(shard.sha256)
-            return os.pread(descriptor, length, offset)  # has no position that a fork or a thread could disturb
+            # By position: neither a fork nor a thread can disturb it.
+            data = read_at(descriptor, length, offset)
+        if len(data) != length:
+            raise IntegrityError(
+                f"{self._directory / shard.sha256}.tar: became shorter while it was in use; leave the cache alone, or "
+                f"set {CACHE_VARIABLE} to another directory"
+            )
+        return data
 
     def _add(self, uri: str, shard: Shard) -> int:
         path = self._directory / f"{shard.sha256}.tar"

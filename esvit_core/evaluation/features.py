@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -30,6 +31,7 @@ from esvit_core.export import load_backbone
 from esvit_core.models.fastest import choose_fastest_
 from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.disk import writing
 
 SPLITS = ("train", "val")
 # Where the run keeps each model.
@@ -251,4 +253,5 @@ def _batches(
 
 def _save(features: Features, path: Path) -> None:
     arrays = {"view": features.view, "blocks": features.blocks, "labels": features.labels}
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)
+    with writing(path, SafetensorError):
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.models.timm_names import stock_network, to_timm
+from esvit_core.storage.disk import writing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TIMM = "timm:"
@@ -46,7 +47,8 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
             f"format timm: the weights of {description['arch']} do not fit timm's {name}: {error}"
         ) from None
     path.mkdir()
-    safetensors.torch.save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
+    with writing(path / WEIGHTS, SafetensorError, otherwise="name another place"):
+        safetensors.torch.save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
     config = {
         "architecture": name,
         "num_classes": 0,

@@ -1,12 +1,15 @@
-"""Room on a disk: asked for before writing, because a full disk is a poor place to find out."""
+"""Local disks: room is asked for before writing, and every read and write is of all its bytes or an error."""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from esvit_core.storage.errors import StoreFull
+from esvit_core.storage.errors import StoreError, StoreFull
 
 # Kept free beside what the embedded server stores: its index and log go on growing, and the parts that other
 # processes have under way are not on the disk yet.
@@ -39,6 +42,59 @@ def require_room(directory: Path, size: int = 0) -> None:
 def is_full(error: OSError) -> bool:
     """Whether the system says that a disk or a quota is used up."""
     return error.errno in _NO_ROOM
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of ``data`` at a position of a file.
+
+    ``os.pwrite`` may write less than it is given, which is how a disk that is nearly full begins to fail.
+
+    Raises:
+        OSError: not all of it could be written.
+    """
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        left, offset = left[written:], offset + written
+
+
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read ``length`` bytes from a position of a file; fewer only where the file ends before.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    data = os.pread(descriptor, length, offset)
+    while 0 < len(data) < length:
+        more = os.pread(descriptor, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+@contextmanager
+def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to another disk") -> Iterator[None]:
+    """Report a failure to write a temporary file as one line about that file.
+
+    Args:
+        path: what is written.
+        kinds: what the library that writes it raises besides ``OSError``.
+        otherwise: what helps besides free space.
+
+    Raises:
+        StoreFull: its disk is full.
+        StoreError: it cannot be written for another reason.
+    """
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise StoreFull(f"{path}: the disk is full; free some space there, or {otherwise}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise StoreError(f"{path}: cannot be written ({reason}); free some space there, or {otherwise}") from None
 
 
 def mebibytes(size: int) -> str:

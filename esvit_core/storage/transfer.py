@@ -16,7 +16,7 @@ from minio.datatypes import Part
 from minio.error import S3Error
 
 from esvit_core.storage.connection import WRITER, Connection, S3Client
-from esvit_core.storage.disk import is_full
+from esvit_core.storage.disk import is_full, read_at, write_at
 from esvit_core.storage.errors import IntegrityError, NotFound, StoreError, StoreFull
 from esvit_core.storage.uri import SCHEME
 
@@ -123,7 +123,7 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
         data, now = connection.call(uri, lambda client: client.read(bucket, key, offset, PART_BYTES))
         if now != etag:
             raise IntegrityError(f"{uri}: the object was replaced while it was read; read it again")
-        os.pwrite(file.fileno(), data, offset)
+        write_at(file.fileno(), data, offset)
 
     try:
         with _appearing(path) as file:
@@ -160,7 +160,7 @@ def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
 
 
 def _read_part(path: Path, file: BinaryIO, offset: int, length: int) -> bytes:
-    data = os.pread(file.fileno(), length, offset)
+    data = read_at(file.fileno(), length, offset)
     if len(data) != length:
         raise IntegrityError(f"{path}: became shorter while it was stored; store a file that does not change")
     return data

@@ -163,3 +163,12 @@ def test_the_cache_is_where_the_user_says_or_beside_the_store(store, tmp_path, m
     assert default_cache(store) == store.address.directory / "cache"
     monkeypatch.setenv("ESVIT_CACHE_DIR", str(tmp_path))
     assert default_cache(store) == tmp_path
+
+
+def test_a_shard_cut_short_while_it_is_read_is_blamed_on_the_cache(dataset, tmp_path):
+    dataset.encoded(0)
+    for path in (tmp_path / "cache").glob("*.tar"):
+        with path.open("r+b") as file:
+            file.truncate(600)
+    with pytest.raises(IntegrityError, match=r"cache/[0-9a-f]{64}\.tar: became shorter .*ESVIT_CACHE_DIR"):
+        dataset.encoded(dataset.shard_sizes[0] - 1)

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import io
 import os
 import shutil
 import subprocess
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.storage import ObjectStore, StoreFull, disk
+from esvit_core.storage import ObjectStore, StoreError, StoreFull, disk
 from esvit_core.storage.embedded import EmbeddedStore
 
 MIB = 2**20
@@ -114,8 +118,6 @@ def test_a_server_that_fails_for_want_of_room_is_not_asked_again(
 def test_a_download_to_a_full_disk_is_one_line_and_leaves_nothing(
     store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-
     def no_room(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -124,3 +126,76 @@ def test_a_download_to_a_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(StoreFull, match="copy: the disk is full, 4 bytes needed"):
         store.get_file(store.uri("object"), tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads and writes by position transfer at most 1,000 bytes, as the system may do at any time."""
+    pread, pwrite = os.pread, os.pwrite
+    monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 1000), offset))
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:1000], offset))
+
+
+def test_a_transfer_is_whole_where_the_system_reads_and_writes_less_than_it_is_asked_to(
+    store, small_pieces: None, tmp_path: Path
+) -> None:
+    original = tmp_path / "original"
+    original.write_bytes(os.urandom(17 * MIB // 1000))
+    store.put_file(store.uri("object"), original)
+    store.get_file(store.uri("object"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == original.read_bytes()
+
+
+def test_a_disk_that_becomes_full_during_a_download_is_an_error_and_leaves_nothing(
+    store, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write that does not fit is cut short; only the next one is refused."""
+    pwrite, size = os.pwrite, 3 * MIB
+
+    def write(descriptor: int, data: bytes, offset: int) -> int:
+        room = size - offset
+        if room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data[:room], offset)
+
+    if os.path.ismount(small_disk):  # a real disk cuts and refuses by itself
+        (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - size))
+    else:
+        monkeypatch.setattr(os, "pwrite", write)
+    store.put_bytes(store.uri("object"), b"x" * 5 * MIB)
+    with pytest.raises(StoreFull, match="copy: the disk is full, 5242880 bytes needed"):
+        store.get_file(store.uri("object"), small_disk / "copy")
+    assert {path.name for path in small_disk.iterdir()} <= {"others"}
+
+
+def test_features_that_do_not_fit_on_the_temporary_disk_are_one_line(small_disk: Path) -> None:
+    import numpy as np
+
+    from esvit_core.evaluation.features import Features, _save
+
+    rows = 2 * SIZE // 4
+    features = Features(view=np.zeros((rows, 1), "f4"), blocks=np.zeros((0, 1), "f4"), labels=np.zeros(0, "i8"))
+    if not os.path.ismount(small_disk):
+        pytest.skip("no disk of 120 MiB can be mounted here")
+    with pytest.raises(StoreError, match="features: cannot be written .*No space left.*TMPDIR"):
+        _save(features, small_disk / "features")
+
+
+@pytest.mark.parametrize("short_by", [2048, 200 * 1024])
+def test_an_archive_that_does_not_fit_decompressed_is_no_damaged_archive(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_by: int
+) -> None:
+    """Even where only what is left in the buffer at the end does not fit."""
+    from esvit_core.data.sources import open_source
+
+    if not os.path.ismount(small_disk):
+        pytest.skip("no disk of 120 MiB can be mounted here")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        entry = tarfile.TarInfo("a.png")
+        entry.size = 1_050_000
+        tar.addfile(entry, io.BytesIO(os.urandom(entry.size)))
+    needed = 103 * tarfile.RECORDSIZE  # 6 KiB more than a MiB, in which pieces it is written
+    (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - needed + short_by))
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with pytest.raises(UserError, match="no room to decompress it"), open_source(str(tmp_path / "x.tar.gz")):
+        pass
