@@ -47,7 +47,7 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
             f"format timm: the weights of {description['arch']} do not fit timm's {name}: {error}"
         ) from None
     path.mkdir()
-    with writing(path / WEIGHTS, SafetensorError, otherwise="name another place"):
+    with writing(path / WEIGHTS, safetensors.SafetensorError, otherwise="name another place"):
         safetensors.torch.save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
     config = {
         "architecture": name,

@@ -88,9 +88,10 @@ def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to
         StoreFull: its disk is full.
         StoreError: it cannot be written for another reason.
     """
+    caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
-    except (OSError, *kinds) as error:
+    except caught as error:
         if isinstance(error, OSError) and is_full(error):
             raise StoreFull(f"{path}: the disk is full; free some space there, or {otherwise}") from None
         reason = (isinstance(error, OSError) and error.strerror) or error

@@ -177,7 +177,7 @@ def test_features_that_do_not_fit_on_the_temporary_disk_are_one_line(small_disk:
     features = Features(view=np.zeros((rows, 1), "f4"), blocks=np.zeros((0, 1), "f4"), labels=np.zeros(0, "i8"))
     if not os.path.ismount(small_disk):
         pytest.skip("no disk of 120 MiB can be mounted here")
-    with pytest.raises(StoreError, match="features: cannot be written .*No space left.*TMPDIR"):
+    with pytest.raises(StoreError, match=r"features: cannot be written .*No space left.*TMPDIR"):
         _save(features, small_disk / "features")
 
 
