@@ -10,17 +10,21 @@ from kfp import dsl
 
 from esvit_core.config.cluster import CA_FOLDER, ClusterConfig, PodConfig, Role
 from esvit_core.errors import UserError
+from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels, pod_security
 
 REQUIRED_KEYS = ("ESVIT_S3_ENDPOINT", "ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY")
 OPTIONAL_KEYS = ("ESVIT_S3_SECURE", "ESVIT_S3_REGION", "ESVIT_S3_CA_FILE")
 _LONGEST_WAIT = "3600s"  # KFP's own bound
 
 
-def place(task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerated: bool) -> None:
+def place(
+    task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerated: bool, serves_metrics: bool = False
+) -> None:
     """Give the step's pod what the configuration says for its kind of step.
 
     Args:
         accelerated: with the accelerators, too.
+        serves_metrics: the step trains in its own pod; Prometheus finds it at the port of all trainings.
 
     Raises:
         UserError: the cluster extra is not installed.
@@ -35,9 +39,13 @@ def place(task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerate
     kubernetes.set_image_pull_policy(task, cluster.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
-    if cluster.run_as is not None:
+    if cluster.run_as is not None:  # KFP can say these three of the security context, and no more
+        security = pod_security(cluster.run_as)
         kubernetes.set_security_context(
-            task, run_as_user=cluster.run_as, run_as_group=cluster.run_as, run_as_non_root=True
+            task,
+            run_as_user=security["runAsUser"],
+            run_as_group=security["runAsGroup"],
+            run_as_non_root=security["runAsNonRoot"],
         )
     if pod.timeout_minutes is not None:
         kubernetes.set_timeout(task, 60 * pod.timeout_minutes)
@@ -45,9 +53,13 @@ def place(task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerate
         kubernetes.add_node_selector(task, key, value)
     for toleration in pod.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())
-    for label, value in {"name": "esvit", "component": "step"}.items():
-        kubernetes.add_pod_label(task, f"app.kubernetes.io/{label}", value)
-    kubernetes.add_pod_label(task, "esvit.dev/role", role)
+    metrics = {METRICS_LABEL: "true"} if serves_metrics else {}
+    for label, value in pod_labels("step", **{"esvit.dev/role": role}, **metrics).items():
+        kubernetes.add_pod_label(task, label, value)
+    for annotation, value in pod_annotations().items():
+        kubernetes.add_pod_annotation(task, annotation, value)
+    if serves_metrics:
+        task.set_env_variable(METRICS_PORT_VARIABLE, str(METRICS_PORT))
     for folder in ("tmp", "work"):
         kubernetes.empty_dir_mount(task, folder, f"/{folder}", size_limit=pod.scratch)
     if pod.shared_memory is not None:

@@ -34,7 +34,14 @@ class Steps:
     _last: list[dsl.PipelineTask] = field(default_factory=list)
 
     def add(
-        self, task: dsl.PipelineTask, name: str, role: Role, *, cached: bool = False, accelerated: bool = True
+        self,
+        task: dsl.PipelineTask,
+        name: str,
+        role: Role,
+        *,
+        cached: bool = False,
+        accelerated: bool = True,
+        serves_metrics: bool = False,
     ) -> dsl.PipelineTask:
         """Name a step for the UI and say where it runs.
 
@@ -42,12 +49,13 @@ class Steps:
             role: kind of step, which decides what its pod gets.
             cached: KFP may take the outputs of an earlier run; right only for what the arguments alone determine.
             accelerated: it can use the accelerators of its kind of step.
+            serves_metrics: it trains in its own pod.
         """
         task.set_display_name(name)
         task.set_container_image(self.config.cluster.image)
         task.set_caching_options(cached)
         if self.cluster:
-            place(task, self.config.cluster, role, accelerated)
+            place(task, self.config.cluster, role, accelerated, serves_metrics)
             return task
         task.after(*self._last)
         self._last = [task]
@@ -74,11 +82,9 @@ def train(steps: Steps, run: Any, dataset: Any, sets: Mapping[str, dsl.PipelineT
         dataset: the prepared pictures.
         sets: of :func:`prepare_sets`.
     """
+    here = steps.config.launch.scheduler == "local"  # else the step waits for other pods, which train
     trained = steps.add(
-        pretrain(run_uri=run, dataset=dataset),
-        "pretrain",
-        "train",
-        accelerated=steps.config.launch.scheduler == "local",  # else the step waits for the pods that have them
+        pretrain(run_uri=run, dataset=dataset), "pretrain", "train", accelerated=here, serves_metrics=here
     )
     # All data are looked at before the long step begins: what is wrong with them shows at once.
     return trained.after(*sets.values())

@@ -21,11 +21,13 @@ WORK = STORAGE | {
     "esvit_core.losses",
     "esvit_core.monitoring",
     "esvit_core.export",
+    "esvit_core.pod",
     "esvit_core.runs",
     "esvit_core.weights",
 }
 ALLOWED = {
     "esvit_core.errors": set(),
+    "esvit_core.pod": set(),
     "esvit_core.recipe_files": {"esvit_core.errors"},
     "esvit_core.config": {"esvit_core.errors", "esvit_core.recipe_files"},
     "esvit_core.storage": FOUNDATION,

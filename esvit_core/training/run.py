@@ -13,6 +13,7 @@ from esvit_core.monitoring.journal import note, starts
 from esvit_core.monitoring.log import LogWriter, read_log
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress import Progress, format_duration
+from esvit_core.pod import METRICS_PORT_VARIABLE
 from esvit_core.runs import Run, open_run, placed
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.outbox import Outbox
@@ -29,7 +30,6 @@ from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
 from esvit_core.training.watch import Watch
 
-METRICS_PORT_VARIABLE = "ESVIT_METRICS_PORT"  # of a pod, where monitoring expects it, whatever the recipe says
 
 
 def carry_out(run_uri: str, stop: StopRequest) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from esvit_core.pod import CONTAINER_SECURITY, NO_SIDECAR, pod_annotations, pod_labels, pod_security
+
 Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 # https://kubernetes.io/docs/concepts/security/pod-security-standards, 2026-11-25
@@ -160,4 +162,14 @@ def test_what_a_pod_refers_to_is_there_or_is_made_by_the_installation(objects: l
         wanted |= {v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v}
         assert wanted <= made, name
         assert spec["automountServiceAccountToken"] is False, name
-        assert pod["metadata"]["labels"]["sidecar.istio.io/inject"] == "false", name
+
+
+def test_pods_carry_what_all_our_pods_carry(objects: list[Object]) -> None:
+    for name, pod in pods(objects):
+        metadata, context = pod["metadata"], pod["spec"]["securityContext"]
+        component = metadata["labels"].get("app.kubernetes.io/component")
+        expected = pod_labels(component) if component else NO_SIDECAR
+        assert expected.items() <= metadata["labels"].items(), name
+        assert pod_annotations().items() <= metadata["annotations"].items(), name
+        assert pod_security(10001).items() <= context.items(), name
+        assert all(container["securityContext"] == CONTAINER_SECURITY for container in containers(pod["spec"])), name

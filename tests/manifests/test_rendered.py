@@ -149,3 +149,28 @@ def test_monitors_find_the_ports_that_exist(rendered: dict[str, list[Object]]) -
     ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
     assert {port["targetPort"] for port in service["spec"]["ports"]} == ports
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+
+
+def test_monitors_and_rules_carry_the_label_that_prometheus_selects(rendered: dict[str, list[Object]]) -> None:
+    for overlay in ("onprem", "cloud"):
+        kinds = ("PodMonitor", "ServiceMonitor", "PrometheusRule")
+        monitored = [thing for kind in kinds for thing in of_kind(rendered[overlay], kind)]
+        assert len(monitored) >= 3
+        assert {thing["metadata"]["labels"]["release"] for thing in monitored} == {"kube-prometheus-stack"}
+
+
+def test_the_monitors_find_a_step_that_trains_and_the_pods_of_a_job(rendered: dict[str, list[Object]]) -> None:
+    from esvit_core.pod import METRICS_LABEL, METRICS_PORT, pod_labels
+
+    monitors = {m["metadata"]["name"]: m["spec"] for m in of_kind(rendered["onprem"], "PodMonitor")}
+    pods = {
+        "esvit-step": pod_labels("step", **{METRICS_LABEL: "true"}),
+        "esvit-trainer": pod_labels("trainer"),
+        "": pod_labels("step"),  # launches a job, or does not train at all
+    }
+    for name, labels in pods.items():
+        found = [m for m, spec in monitors.items() if spec["selector"]["matchLabels"].items() <= labels.items()]
+        assert found == [name][: bool(name)]
+    (endpoint,) = monitors["esvit-step"]["podMetricsEndpoints"]
+    (address,) = [r for r in endpoint["relabelings"] if r.get("targetLabel") == "__address__"]
+    assert address["replacement"] == f"$1:{METRICS_PORT}"

@@ -69,6 +69,11 @@ def test_alerts_look_at_metrics_that_are_exported() -> None:
         assert used and used <= exported, rule["alert"]
 
 
+def test_alerts_hold_for_every_way_to_train() -> None:
+    """A step's own pod and the pods of a job are scraped under other names of the job."""
+    assert not [rule["alert"] for rule in rules() if re.search(r"\b(job|instance|pod|container)\b", rule["expr"])]
+
+
 def test_shorter_durations_change_nothing_else() -> None:
     def without_times(rule: dict[str, Any]) -> str:
         return re.sub(r"\b\d+(ms|s|m|h)\b|> [\d.]+ unless", "", f"{rule['expr']} {rule['labels']} {'for' in rule}")

@@ -45,7 +45,7 @@ def test_every_query_asks_for_metrics_and_labels_that_are_exported() -> None:
         assert used or "ALERTS" in query, query
         for name, selector in used:
             assert name in metrics, query
-            assert set(re.findall(r"(\w+)=", selector)) <= metrics[name] | {"job"}, query
+            assert set(re.findall(r"(\w+)=", selector)) <= metrics[name], query
 
 
 def test_every_metric_of_ours_is_shown() -> None:

@@ -15,6 +15,7 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from esvit_core.config import Config
 from esvit_core.config.cluster import PodConfig
 from esvit_core.errors import UserError
+from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels
 from esvit_pipelines.compile import PIPELINES, build, pipeline_text
 from esvit_pipelines.steps import step_names
 
@@ -83,7 +84,8 @@ def test_every_step_is_tried_again_and_has_bounds_and_room_to_write(name: str) -
         assert {"resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest"} <= resources.keys()
         assert {"/tmp", "/work"} <= {mount["mountPath"] for mount in pod["emptyDirMounts"]}
         assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
-        assert pod["podMetadata"]["labels"]["app.kubernetes.io/name"] == "esvit"
+        assert pod_labels("step").items() <= pod["podMetadata"]["labels"].items()
+        assert pod["podMetadata"]["annotations"] == pod_annotations()
         assert container["image"].partition("@sha256:")[2] and pod["imagePullSecret"][0]["secretName"] == "registry"
 
 
@@ -96,6 +98,17 @@ def test_training_gets_its_node_and_its_shared_memory() -> None:
     shared = {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "16Gi", "volumeName": "shared-memory"}
     assert shared in pod["emptyDirMounts"]
     assert "accelerator" not in executors("pretrain")["exec-knn"][0]["resources"], "it would not use it"
+
+
+def test_prometheus_finds_the_step_that_trains_and_no_other(name: str) -> None:
+    for key, (container, pod) in executors(name).items():
+        environment = {item["name"]: item["value"] for item in container.get("env", [])}
+        trains = key == "exec-pretrain"
+        assert (METRICS_LABEL in pod["podMetadata"]["labels"]) is trains
+        assert environment.get(METRICS_PORT_VARIABLE) == (str(METRICS_PORT) if trains else None)
+    _, launching = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, ["launch.scheduler=volcano"])))
+    pod = launching["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
+    assert METRICS_LABEL not in pod["podMetadata"]["labels"]
 
 
 def test_where_nothing_is_new_only_the_look_at_it_runs() -> None:

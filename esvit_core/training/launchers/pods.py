@@ -14,12 +14,19 @@ from typing import Any
 from esvit_core.config import Config
 from esvit_core.config.cluster import CA_FOLDER
 from esvit_core.config.launch import LaunchConfig
+from esvit_core.pod import (
+    CONTAINER_SECURITY,
+    METRICS_PORT,
+    METRICS_PORT_VARIABLE,
+    pod_annotations,
+    pod_labels,
+    pod_security,
+)
 from esvit_core.runs import name_of_run
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE
 
 MODULE = "esvit_core.training"
 RENDEZVOUS_PORT = 29500
-METRICS_PORT = 9400
 GRACE_SECONDS = 60  # a training process gives itself 25 s for its last checkpoint, the agent its processes 30 s
 RUN_LABEL = "esvit.dev/run"
 RUN_ANNOTATION = "esvit.dev/run-uri"
@@ -37,9 +44,9 @@ def job_name(run_uri: str) -> str:
 
 
 def labels(run_uri: str) -> dict[str, str]:
-    """Of the job and of its pods."""
+    """Of the pods of a training job."""
     value = re.sub(r"[^A-Za-z0-9_.-]+", "-", name_of_run(run_uri))[:63].strip("-_.")
-    return {"app.kubernetes.io/name": "esvit", "app.kubernetes.io/component": "trainer", RUN_LABEL: value}
+    return pod_labels("trainer", **{RUN_LABEL: value})
 
 
 def training_app(run_uri: str, config: Config) -> Any:
@@ -101,6 +108,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
     launch, spec = config.launch, template["spec"]
     metadata = template.setdefault("metadata", {})
     metadata["labels"] = {**metadata.get("labels", {}), **labels(run_uri)}
+    metadata["annotations"] = {**metadata.get("annotations", {}), **pod_annotations()}
     (container,) = spec["containers"]
     container |= {
         "image": launch.image or config.cluster.image,
@@ -116,11 +124,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
             {"name": "tmp", "mountPath": TEMPORARY},
             {"name": "work", "mountPath": SCRATCH},
         ],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": CONTAINER_SECURITY,
         "terminationMessagePath": TERMINATION_FILE,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
@@ -128,11 +132,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "restartPolicy": "Never",
-        "securityContext": {
-            "runAsNonRoot": True,
-            **(dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user) if (user := config.cluster.run_as) else {}),
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": pod_security(config.cluster.run_as),
         "serviceAccountName": launch.service_account,
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "topologySpreadConstraints": [
@@ -186,7 +186,7 @@ def literal_environment(launch: LaunchConfig) -> dict[str, str]:
         "HOME": SCRATCH,
         "ESVIT_CACHE_DIR": f"{SCRATCH}/cache",
         "ESVIT_PENDING_DIR": f"{SCRATCH}/pending",
-        "ESVIT_METRICS_PORT": str(METRICS_PORT),
+        METRICS_PORT_VARIABLE: str(METRICS_PORT),
         "OMP_NUM_THREADS": str(max(1, int(launch.cpu) // launch.processes)),  # torchrun would set 1
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on GPUs
         # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
