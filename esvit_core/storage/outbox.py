@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from esvit_core.errors import UserError
 from esvit_core.storage.connection import Connection
 from esvit_core.storage.disk import is_full
 from esvit_core.storage.errors import StoreUnavailable
+from esvit_core.storage.private import private_folder
 from esvit_core.storage.publish import MANIFEST
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
@@ -272,14 +272,17 @@ def pending_folder(store: ObjectStore, uri: str) -> Path:
     """Where what is on its way to ``uri`` lies on this machine.
 
     Below ``ESVIT_PENDING_DIR`` if that is set; beside the data of the embedded store where that is in use; else below
-    the system's temporary directory.
+    a folder of this user's in the system's temporary one.
+
+    Raises:
+        UserError: that folder cannot be made, or is not this user's alone.
     """
     if given := os.environ.get(PENDING_VARIABLE):
         root = Path(given)
     elif store.address.directory is not None:
         root = store.address.directory / "pending"
     else:
-        root = Path(tempfile.gettempdir()) / f"esvit-pending-{os.getuid()}"
+        root = private_folder("pending", PENDING_VARIABLE)
     where = uri if store.address.directory is not None else f"{store.address.endpoint} {uri}"  # its port may change
     whose = hashlib.sha256(where.encode()).hexdigest()[:16]
     return root / f"{uri.rstrip('/').rpartition('/')[2]}-{whose}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from esvit_core.data.manifest import Manifest
-from esvit_core.data.stream import ShardDataset, default_cache
+from esvit_core.data.stream import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore
 
@@ -133,19 +132,8 @@ def _never(*arguments: object) -> None:
     raise AssertionError("not to be called")
 
 
-def test_shards_that_were_not_opened_for_long_are_forgotten(store, dataset, tmp_path):
-    expected = dataset.image(0)
-    (old,) = (tmp_path / "cache").glob("*.tar")
-    os.utime(old, (1, 1))
-    for i in range(18):
-        dataset.image(i)
-    assert not old.exists() and np.array_equal(dataset.image(0), expected)  # it is open here still
-    again = ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
-    assert np.array_equal(again.image(0), expected) and old.exists()
-
-
 def test_threads_and_few_open_files(dataset, monkeypatch):
-    monkeypatch.setattr("esvit_core.data.stream._OPEN_FILES", 2)
+    monkeypatch.setattr("esvit_core.data.cache._OPEN_FILES", 2)
     expected = [int(dataset.image(i).sum()) for i in range(18)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: int(dataset.image(i % 18).sum()), range(180)))
@@ -156,13 +144,6 @@ def test_a_pickled_dataset_reads(dataset):
     dataset.image(0)
     copy = pickle.loads(pickle.dumps(dataset))
     assert np.array_equal(copy.image(5), dataset.image(5))
-
-
-def test_the_cache_is_where_the_user_says_or_beside_the_store(store, tmp_path, monkeypatch):
-    monkeypatch.delenv("ESVIT_CACHE_DIR", raising=False)
-    assert default_cache(store) == store.address.directory / "cache"
-    monkeypatch.setenv("ESVIT_CACHE_DIR", str(tmp_path))
-    assert default_cache(store) == tmp_path
 
 
 def test_a_shard_cut_short_while_it_is_read_is_blamed_on_the_cache(dataset, tmp_path):
