@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kfp_rules
 import numpy as np
 import psutil
 import pytest
@@ -217,7 +218,7 @@ def run_there(finished_run: FinishedRun, finished_store: EmbeddedStore, monkeypa
 
 
 class ComponentRunner:
-    """Calls a component in the two ways in which it is used."""
+    """Calls a component in the two ways in which it is used, and holds its outputs to Kubeflow's rules."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -237,7 +238,9 @@ class ComponentRunner:
             else:
                 arguments.setdefault(name, kind(name=name, uri="s3://esvit/unused"))
         assert all(isinstance(artifact, dsl.Artifact) for artifact in artifacts.values())
-        return component.python_func(**arguments, **artifacts), artifacts
+        returned = component.python_func(**arguments, **artifacts)
+        assert not kfp_rules.refused(kfp_rules.executor_output(component, returned, artifacts))
+        return returned, artifacts
 
     def through_kfp(self, component: Any, **arguments: Any) -> dict[str, Any]:
         """Run it in a pipeline of its own with kfp.local; the outputs by name."""
@@ -267,7 +270,9 @@ class ComponentRunner:
             warnings.simplefilter("ignore")
             dsl.pipeline(name="alone")(alone)()
         (written,) = self.folder.glob(f"kfp/*/{component.name}/executor_output.json")
-        found = json.loads(written.read_text(encoding="utf-8"))
+        text = written.read_text(encoding="utf-8")
+        assert not kfp_rules.refused(text)
+        found = json.loads(text)
         artifacts = {name: value["artifacts"][0] for name, value in found.get("artifacts", {}).items()}
         return {**found.get("parameterValues", {}), **artifacts}
 

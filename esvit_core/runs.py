@@ -7,13 +7,11 @@ the same command finds the same run again: it continues where that one stopped.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from esvit_core.config import NO_PART_OF_A_RUN, Config, TransferSet, valid_keys
 from esvit_core.errors import UserError
@@ -28,17 +26,6 @@ MEASURED = "measured.json"  # of a run that measures a backbone trained elsewher
 RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
 PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
 CLAIMS = "claims"  # folder beside the runs: for each champion, who is at its retraining
-_REMOTE = ("s3://", "minio://", "gs://")
-
-
-class Artifact(Protocol):
-    """What is used of a KFP artifact (this package imports no kfp)."""
-
-    uri: str
-    metadata: dict[str, Any]
-
-    @property
-    def path(self) -> str: ...
 
 
 def name_of_run(uri: str) -> str:
@@ -209,40 +196,6 @@ def open_run(uri: str, store: ObjectStore | None = None) -> Run:
     except NotFound:
         raise UserError(f"run {uri}: there is none ({CONFIG} is missing); prepare the data first") from None
     return Run(uri.rstrip("/"), store, Config.from_yaml(text, origin=join_uri(uri, CONFIG)))
-
-
-def point_to(artifact: Artifact, uri: str, **figures: Any) -> None:
-    """Make a KFP artifact stand for what lies at ``uri`` in the object store.
-
-    The large things stay where they are. KFP's launcher on a cluster accepts only addresses below its own pipeline
-    root for what a step puts out, and downloads everything at an input's address before a step starts. There the
-    artifact keeps the address that it was given and holds a few bytes that say where the thing is; elsewhere the
-    artifact's own ``uri`` says so. ``metadata["uri"]`` says so everywhere.
-    """
-    artifact.metadata.update({"uri": uri, **figures})
-    path = Path(artifact.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(artifact.metadata, indent=1) + "\n", encoding="utf-8")
-    if not artifact.uri.startswith(_REMOTE):
-        artifact.uri = uri
-
-
-def figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Print what an evaluation found, in a line, and return its figures by name, the untrained network's marked.
-
-    There are none if it was left out.
-    """
-    if result["status"] == "measured":
-        values = {model: figures[result["headline"]] for model, figures in result["results"].items()}
-        told = ", ".join(f"{value:.1f} {result['unit']} {model}" for model, value in values.items())
-        print(f"{result['headline']}: {told}", flush=True)
-    else:
-        print(f"left out: {result['reason']}", flush=True)
-    return {
-        name if model == "trained" else f"{name} ({model})": value
-        for model, values in result.get("results", {}).items()
-        for name, value in values.items()
-    }
 
 
 def _difference(there: Config, here: Config) -> str:

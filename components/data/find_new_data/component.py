@@ -35,8 +35,9 @@ def find_new_data(
     with step("find new data"):
         import dataclasses
 
+        from esvit_core.artifacts import point_to
         from esvit_core.retraining.find import find_new
-        from esvit_core.runs import changed, point_to
+        from esvit_core.runs import changed
         from esvit_core.storage import ObjectStore
 
         seen = find_new(changed(configuration, settings), source, owner, ObjectStore.from_env())

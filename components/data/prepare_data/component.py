@@ -32,8 +32,9 @@ def prepare_data(
     from esvit_core.errors import step
 
     with step("prepare data"):
+        from esvit_core.artifacts import point_to
         from esvit_core.data.prepare import prepare
-        from esvit_core.runs import open_run, point_to, start_run
+        from esvit_core.runs import open_run, start_run
 
         started = run_uri and not configuration
         run = open_run(run_uri) if started else start_run(configuration, source, run_uri, settings=settings)

@@ -20,9 +20,10 @@ def prepare_transfer(run_uri: str, set_name: str, dataset: dsl.Output[dsl.Datase
     from esvit_core.errors import step
 
     with step(f"prepare {set_name}"):
+        from esvit_core.artifacts import point_to
         from esvit_core.data.prepare import prepare
         from esvit_core.retraining.data import earlier_set
-        from esvit_core.runs import open_run, point_to
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
         place = run.at("transfer", set_name)

@@ -29,8 +29,8 @@ def export(
     from esvit_core.errors import step
 
     with step("export"):
+        from esvit_core.artifacts import point_to
         from esvit_core.formats.publish import publish_export
-        from esvit_core.runs import point_to
         from esvit_core.storage import ObjectStore
 
         manifest = publish_export(backbone, format, destination, regions, ObjectStore.from_env())

@@ -30,7 +30,8 @@ def promote(
     from esvit_core.errors import step
 
     with step("promote"):
-        from esvit_core.runs import open_run, point_to
+        from esvit_core.artifacts import point_to
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
 

@@ -27,12 +27,12 @@ def compare_champion(
     from esvit_core.errors import step
 
     with step("compare with the champion"):
+        from esvit_core.artifacts import log_metrics
         from esvit_core.retraining.compare import compare_with_present
         from esvit_core.runs import open_run
 
         address, figures, told = compare_with_present(open_run(run_uri))
-        for name, value in figures.items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, figures)
         print(told, flush=True)
 
     return (address,)

@@ -26,7 +26,8 @@ def extract_features(
     from esvit_core.errors import step
 
     with step("extract features"):
-        from esvit_core.runs import open_run, point_to
+        from esvit_core.artifacts import point_to
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
 

@@ -26,7 +26,8 @@ def knn(
     from esvit_core.errors import step
 
     with step("k-NN"):
-        from esvit_core.runs import figures, open_run
+        from esvit_core.artifacts import figures, log_metrics
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
 
@@ -35,7 +36,6 @@ def knn(
 
             evaluate_knn(run.uri, run.store, run.config)
 
-        for name, value in figures(run.once("evaluation/knn.json", measure)).items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, figures(run.once("evaluation/knn.json", measure)))
 
     return (run.at("evaluation/knn.json"),)

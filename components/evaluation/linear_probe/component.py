@@ -28,7 +28,8 @@ def linear_probe(
     from esvit_core.errors import step
 
     with step("linear probe"):
-        from esvit_core.runs import figures, open_run
+        from esvit_core.artifacts import figures, log_metrics
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
 
@@ -38,8 +39,7 @@ def linear_probe(
             evaluate_linear(run.uri, run.store, run.config)
 
         result = run.once("evaluation/linear.json", measure)
-        for name, value in figures(result).items():
-            metrics.log_metric(name, value)
+        log_metrics(metrics, figures(result))
         # KFP keeps a confusion matrix among an artifact's metadata, which has to stay small.
         if result.get("confusion") and len(result["classes"]) <= 100:
             confusion.log_confusion_matrix(result["classes"], result["confusion"])

@@ -30,7 +30,8 @@ def pictures(
     from esvit_core.errors import step
 
     with step("pictures"):
-        from esvit_core.runs import open_run, point_to
+        from esvit_core.artifacts import log_metrics, point_to
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
 
@@ -43,7 +44,7 @@ def pictures(
         drawn = run.store.get_json(run.at("pictures/pictures.json"))
         for figure, values in drawn["figures"].items():
             for network in ("trained", "untrained"):
-                metrics.log_metric(f"{figure} ({network})", values[network])
+                log_metrics(metrics, {f"{figure} ({network})": values[network]})
         point_to(drawings, run.at("pictures"), pictures=len(drawn["pictures"]))
 
     return (run.at("pictures/pictures.json"),)

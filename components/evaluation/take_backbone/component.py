@@ -35,8 +35,9 @@ def take_backbone(
     from esvit_core.errors import step
 
     with step("take backbone"):
+        from esvit_core.artifacts import point_to
         from esvit_core.evaluation.existing import take_backbone
-        from esvit_core.runs import MEASURED, point_to
+        from esvit_core.runs import MEASURED
 
         run = take_backbone(backbone, source, configuration, run_uri, settings)
         taken = run.store.get_json(run.at(MEASURED))

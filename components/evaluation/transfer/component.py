@@ -31,7 +31,8 @@ def transfer(
     from esvit_core.errors import step
 
     with step(f"transfer {set_name}"):
-        from esvit_core.runs import figures, open_run
+        from esvit_core.artifacts import figures, log_metrics
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
         name = f"evaluation/transfer-{set_name}.json"
@@ -41,7 +42,6 @@ def transfer(
 
             evaluate_transfer(run.uri, run.store, run.config, set_name)
 
-        for figure, value in figures(run.once(name, measure)).items():
-            metrics.log_metric(figure, value)
+        log_metrics(metrics, figures(run.once(name, measure)))
 
     return (run.at(name),)

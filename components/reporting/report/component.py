@@ -21,6 +21,7 @@ def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML]):
     with step("report"):
         from pathlib import Path
 
+        from esvit_core.artifacts import describe
         from esvit_core.runs import open_run
 
         run = open_run(run_uri)
@@ -34,4 +35,4 @@ def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML]):
             text = write_report(run.uri, run.store, run.config)
         # The UI shows what is in the artifact itself, so this one stays where KFP wants it.
         Path(html.path).write_text(text, encoding="utf-8")
-        html.metadata.update(uri=place, results=len(results))
+        describe(html, uri=place, results=len(results))

@@ -33,9 +33,9 @@ def import_checkpoint(
     from esvit_core.errors import step
 
     with step("import checkpoint"):
+        from esvit_core.artifacts import point_to
         from esvit_core.config import Config
         from esvit_core.importing import import_weights
-        from esvit_core.runs import point_to
         from esvit_core.storage import ObjectStore
 
         values = configuration or ({"recipe": "imported", "model": {"arch": arch}} if arch else None)

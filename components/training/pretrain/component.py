@@ -26,7 +26,8 @@ def pretrain(
     from esvit_core.errors import step
 
     with step("pretrain"):
-        from esvit_core.runs import open_run, point_to
+        from esvit_core.artifacts import log_metrics, point_to
+        from esvit_core.runs import open_run
 
         run = open_run(run_uri)
 
@@ -36,9 +37,8 @@ def pretrain(
             launch_training(run.uri, run.config)
 
         summary = run.once("training/summary.json", train)
-        for name, value in summary.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                metrics.log_metric(name, value)
+        numbers = {name: value for name, value in summary.items() if type(value) in (int, float)}
+        log_metrics(metrics, numbers)
         point_to(
             model,
             run.at("backbone"),
