@@ -25,10 +25,13 @@ class Role:
     Attributes:
         purpose: who uses it, in a few words.
         writes: patterns of the keys that it may make, replace and delete, in the bucket of the runs.
+        deletes: patterns of the keys that it may delete only. SeaweedFS has one action for writing and deleting, so that
+            there the key may write them too; the policies of AWS and MinIO tell the two apart.
     """
 
     purpose: str
     writes: tuple[str, ...] = ()
+    deletes: tuple[str, ...] = ()
 
 
 ROLES: Mapping[str, Role] = {
@@ -59,7 +62,7 @@ ROLES: Mapping[str, Role] = {
             "runs/*/comparison/*",
         ),
     ),
-    "prune": Role("removal of old runs; it reads the pointers and cannot move them", ("runs/*",)),
+    "prune": Role("removal of old runs; it reads the pointers and cannot move them", deletes=("runs/*",)),
     "read": Role("people and programs that look: `esvit status`, `esvit logs`, `load_backbone`"),
 }
 
@@ -73,7 +76,7 @@ class Key:
 
 
 def may_write(role: str, key: str) -> bool:
-    """Whether the table lets a role write an object of the bucket of the runs."""
+    """Whether the table lets a role make or replace an object of the bucket of the runs."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in ROLES[role].writes)
 
 
@@ -96,7 +99,7 @@ def identities(keys: Mapping[str, Key], bucket: str, sources: Sequence[str] = ()
 
     reads = [f"{action}:{one}" for one in (bucket, *sources) for action in ("Read", "List")]
     roles = (
-        identity(name, [*reads, *(f"Write:{bucket}/{pattern}" for pattern in role.writes)])
+        identity(name, [*reads, *(f"Write:{bucket}/{pattern}" for pattern in (*role.writes, *role.deletes))])
         for name, role in ROLES.items()
     )
     return {"identities": [identity(ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]), *roles]}
@@ -109,13 +112,15 @@ def policy(role: str, bucket: str, sources: Sequence[str] = ()) -> dict[str, Any
         {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": buckets},
         {"Effect": "Allow", "Action": ["s3:GetObject"], "Resource": [f"{one}/*" for one in buckets]},
     ]
-    if patterns := ROLES[role].writes:
-        statements += [
-            {
-                "Effect": "Allow",
-                "Action": ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"],
-                "Resource": [f"{buckets[0]}/{pattern}" for pattern in patterns],
-            },
-            {"Effect": "Allow", "Action": ["s3:ListBucketMultipartUploads"], "Resource": buckets[:1]},
-        ]
+    remove = ["s3:DeleteObject", "s3:AbortMultipartUpload"]
+    for patterns, actions in ((ROLES[role].writes, ["s3:PutObject", *remove]), (ROLES[role].deletes, remove)):
+        if patterns:
+            statements += [
+                {
+                    "Effect": "Allow",
+                    "Action": actions,
+                    "Resource": [f"{buckets[0]}/{pattern}" for pattern in patterns],
+                },
+                {"Effect": "Allow", "Action": ["s3:ListBucketMultipartUploads"], "Resource": buckets[:1]},
+            ]
     return {"Version": "2012-10-17", "Statement": statements}

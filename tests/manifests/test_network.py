@@ -108,11 +108,12 @@ def cluster(objects: list[Object]) -> Cluster:
     return Cluster(objects)
 
 
-def api(cluster: Cluster) -> tuple[Pod, int]:
+def api(cluster: Cluster) -> tuple[list[Pod], int]:
+    """The servers of the Kubernetes API, and their port."""
     (policy,) = [p for p in cluster.policies if p["metadata"]["name"] == "esvit-kubernetes-api"]
     (rule,) = policy["spec"]["egress"]
-    network = ipaddress.ip_network(rule["to"][0]["ipBlock"]["cidr"])
-    return Pod("", address=str(network[0])), rule["ports"][0]["port"]
+    networks = [ipaddress.ip_network(peer["ipBlock"]["cidr"]) for peer in rule["to"]]
+    return [Pod("", address=str(network[0])) for network in networks], rule["ports"][0]["port"]
 
 
 def test_pods_of_a_training_reach_each_other_on_every_port(cluster: Cluster) -> None:
@@ -146,18 +147,21 @@ def test_prometheus_sees_the_figures_and_nothing_else_does(cluster: Cluster) -> 
 
 
 def test_steps_reach_kubeflow_and_the_kubernetes_api_and_trainers_do_not(cluster: Cluster) -> None:
-    address, port = api(cluster)
+    servers, port = api(cluster)
     assert cluster.reach(cluster.step, cluster.metadata, 8080)
     assert cluster.reach(cluster.step, cluster.pipelines, 8887)
-    assert cluster.reach(cluster.step, address, port)
+    assert all(cluster.reach(cluster.step, server, port) for server in servers)
     for pod in (cluster.trainer, cluster.prune):
-        assert not cluster.reach(pod, address, port)
+        assert not any(cluster.reach(pod, server, port) for server in servers)
         assert not cluster.reach(pod, cluster.metadata, 8080)
 
 
 def test_all_of_ours_resolve_names_and_none_reaches_the_internet(cluster: Cluster) -> None:
     for pod in (cluster.step, cluster.trainer, cluster.prune):
-        assert cluster.reach(pod, cluster.dns, 53, "UDP")
+        for resolver in (cluster.dns, Pod("", address="169.254.20.10")):  # the latter: NodeLocal DNSCache
+            assert cluster.reach(pod, resolver, 53, "UDP") and cluster.reach(pod, resolver, 53)
+            assert not cluster.reach(pod, resolver, 80)
+        assert not cluster.reach(pod, Pod("", address="169.254.169.254"), 80)  # a cloud's metadata, with its keys
         for port in (80, 443, 8333):
             assert not cluster.reach(pod, Pod("", address="203.0.113.1"), port)
 
@@ -185,3 +189,8 @@ def test_no_address_block_is_the_whole_world(cluster: Cluster) -> None:
             for peer in (*rule.get("to", []), *rule.get("from", [])):
                 if "ipBlock" in peer:
                     assert ipaddress.ip_network(peer["ipBlock"]["cidr"]).prefixlen >= 12
+
+
+def test_every_server_of_a_highly_available_api_is_named(rendered: dict[str, list[Object]]) -> None:
+    for overlay in ("onprem", "cloud"):
+        assert len(api(Cluster(rendered[overlay]))[0]) > 1
