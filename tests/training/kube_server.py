@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,8 @@ class KubeServer:
     def put(self, body: dict[str, Any], phase: str) -> None:
         """A job that is there before the step."""
         self._born += 1
-        metadata = {**body["metadata"], "uid": f"job-uid-{self._born}"}
+        created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        metadata = {"creationTimestamp": created, **body["metadata"], "uid": f"job-uid-{self._born}"}
         self.jobs[body["metadata"]["name"]] = {**body, "metadata": metadata}
         self.now = Stage(phase)
 
@@ -163,7 +165,9 @@ class KubeServer:
             self._gone_at = time.monotonic() + self.lag
             return _send(request, 200, _status(200, "deleted"))
         if request.command == "PATCH":
-            job["metadata"] |= body["metadata"]
+            for name, value in body["metadata"].items():  # a merge patch
+                there = job["metadata"].get(name)
+                job["metadata"][name] = {**there, **value} if isinstance(there, dict) else value
             return _send(request, 200, job)
         self.looks += 1
         self.at.get(self.looks, int)()

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.monitoring.journal import read_journal
 from esvit_core.runs import placed, start_run
-from esvit_core.training.launchers.follow import launch_on_cluster
+from esvit_core.training.launchers.follow import LAST_RUNNING, launch_on_cluster
 from esvit_core.training.launchers.pods import job_name
 from esvit_core.training.launchers.volcano import volcano_job
 
@@ -100,6 +101,39 @@ def test_a_queue_without_quota_says_so_and_is_not_waited_for_without_end(
         "waiting: queue small: queue resource quota insufficient: insufficient nvidia.com/gpu" in capfd.readouterr().out
     )
     assert not kube.jobs
+
+
+HOUR_AGO = (datetime.now(UTC) - timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def job_of_an_hour(uri: str, **annotations: str) -> dict[str, Any]:
+    """A job that another step made an hour ago."""
+    job = volcano_job(uri, Config.load("demo", ["launch.scheduler=volcano"]))
+    job["metadata"]["creationTimestamp"] = HOUR_AGO
+    job["metadata"]["annotations"] |= annotations
+    return job
+
+
+@pytest.mark.parametrize("phase", ["Pending", "Restarting"])
+def test_a_repeated_step_goes_on_counting_how_long_the_job_has_waited(
+    kube: KubeServer, train: Callable[..., None], store_env: Any, phase: str
+) -> None:
+    kube.put(job_of_an_hour(store_env.uri("runs/a")), phase)
+    kube.script = [Stage(phase), Stage("Restarting"), Stage("Pending"), RUNNING, DONE]
+    with pytest.raises(UserError, match="waited for 30 minutes"):
+        train("launch.pending_minutes=30")
+    assert not kube.jobs
+
+
+def test_a_job_that_ran_lately_may_wait_again(
+    kube: KubeServer, train: Callable[..., None], store_env: Any
+) -> None:
+    lately = (datetime.now(UTC) - timedelta(minutes=10)).isoformat(timespec="seconds")
+    kube.put(job_of_an_hour(store_env.uri("runs/a"), **{LAST_RUNNING: lately}), "Pending")
+    kube.script = [Stage("Pending"), Stage("Pending"), RUNNING, Stage("Pending"), DONE]
+    train("launch.pending_minutes=30")
+    (job,) = kube.jobs.values()
+    assert job["metadata"]["annotations"][LAST_RUNNING] > lately  # noted for the next step
 
 
 def test_an_image_that_cannot_be_pulled_is_told(
@@ -282,8 +316,9 @@ def test_the_job_ends_with_the_pod_that_launched_it(
     monkeypatch.setenv("KFP_POD_NAME", "pretrain-2")
     monkeypatch.setenv("KFP_POD_UID", "uid-2")
     train()
-    (patched,) = [body for method, _, body in kube.requests if method == "PATCH"]
-    assert patched["metadata"]["ownerReferences"] == [owner | {"name": "pretrain-2", "uid": "uid-2"}]
+    bodies = [body["metadata"] for method, _, body in kube.requests if method == "PATCH"]
+    (patched,) = [metadata for metadata in bodies if "ownerReferences" in metadata]
+    assert patched["ownerReferences"] == [owner | {"name": "pretrain-2", "uid": "uid-2"}]
 
 
 def test_without_a_cluster_the_mistake_is_named(

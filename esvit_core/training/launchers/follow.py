@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from esvit_core.config import Config
@@ -22,6 +23,8 @@ from esvit_core.training.summary import read_summary
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 1800.0  # with an API that does not answer: the training does not need it
 REMOVAL_SECONDS = 300.0  # that an earlier job may take to go
+LAST_RUNNING = "esvit.dev/last-running"  # annotation of the job: a repeated step goes on counting the wait from it
+NOTE_INTERVAL = timedelta(minutes=10)
 
 
 class Backend(Protocol):
@@ -95,7 +98,8 @@ class Follower:
         self._name = job_name(run_uri)
         self._failures = Failures()
         self._told: dict[str, str] = {}
-        self._waiting_since: float | None = None
+        self._seen_running: datetime | None = None
+        self._noted: datetime | None = None
         self._answered = time.monotonic()
 
     def run(self) -> Outcome:
@@ -169,7 +173,7 @@ class Follower:
             self._cluster.delete(self._backend.kind, self._name)
         else:
             if owner := self._cluster.owner():
-                self._cluster.adopt(self._backend.kind, self._name, owner)
+                self._cluster.patch_metadata(self._backend.kind, self._name, {"ownerReferences": [owner]})
             self._say("begin", f"found the {self._title}, {self._backend.says(job) or 'just created'}: following it")
             return True
         return False
@@ -195,7 +199,8 @@ class Follower:
         if state is State.WAITING:
             self._wait(job, pods)
         else:
-            self._waiting_since = None
+            if state is State.RUNNING:
+                self._note_running()
             many = "pod" if running == 1 else "pods"
             self._say("state", f"the {self._title}: {state.value}" + f", {running} {many} running" * (not state.ended))
         if not state.ended:
@@ -215,25 +220,41 @@ class Follower:
         return outcome
 
     def _wait(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:
-        """Say what the job waits for, and for how long at most.
+        """Say what the job waits for, and end it when it has waited for as long as it may.
+
+        The wait counts from the last time that the job ran, or from its creation. A repeated step, and a job that
+        restarts without ever running, do not begin it anew.
 
         Raises:
-            UserError: that has passed.
+            UserError: the job has waited longer than ``launch.pending_minutes``.
         """
-        now = time.monotonic()
-        self._waiting_since = self._waiting_since or now
+        waited = datetime.now(UTC) - self._idle_since(job)
         try:
             why = _stuck(pods) or self._backend.why_waiting(self._cluster, job, pods)
         except UserError as error:  # a right that is missing for the reason only
             why = str(error)
         self._say("state", f"the {self._title}: waiting{': ' * bool(why)}{why}")
         bound = self._config.launch.pending_minutes
-        if bound is not None and now - self._waiting_since > 60 * bound:
+        if bound is not None and waited > timedelta(minutes=bound):
             self._cluster.delete(self._backend.kind, self._name)
             raise UserError(
                 f"launch: the {self._title} has waited for {bound:g} minutes, as long as launch.pending_minutes lets it"
                 f"{f' ({why})' if why else ''}; ask for less, make room, or let it wait longer"
             )
+
+    def _idle_since(self, job: dict[str, Any]) -> datetime:
+        metadata = job["metadata"]
+        noted = metadata.get("annotations", {}).get(LAST_RUNNING)
+        known = [_time(text) for text in (metadata["creationTimestamp"], noted) if text]
+        return max([*known, *([self._seen_running] if self._seen_running else [])])
+
+    def _note_running(self) -> None:
+        """Remember that the job runs, now and then in the job itself."""
+        self._seen_running = now = datetime.now(UTC)
+        if self._noted is None or now - self._noted > NOTE_INTERVAL:
+            annotation = {LAST_RUNNING: now.isoformat(timespec="seconds")}
+            self._cluster.patch_metadata(self._backend.kind, self._name, {"annotations": annotation})
+            self._noted = now
 
     def _cancel(self, log: LogRelay) -> Outcome:
         """Delete the job and wait for its pods, which write a checkpoint; a second signal ends the waiting."""
@@ -268,6 +289,11 @@ class Follower:
         if self._told.get(topic) != line:
             self._told[topic] = line
             print(f"train: {line}", flush=True)
+
+
+def _time(text: str) -> datetime:
+    """A time as Kubernetes writes it."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
 def _stuck(pods: list[dict[str, Any]]) -> str:

@@ -125,16 +125,16 @@ class Cluster:
                 if error.status != 404:
                     raise
 
-    def adopt(self, kind: Kind, name: str, owner: dict[str, Any]) -> None:
-        """Make the object end with another owner."""
-        with _told(f"take over the {kind.name} {name}", self.namespace, kind, "patch"):
+    def patch_metadata(self, kind: Kind, name: str, metadata: dict[str, Any]) -> None:
+        """Replace these parts of the object's metadata, such as its owner or an annotation."""
+        with _told(f"change the metadata of the {kind.name} {name}", self.namespace, kind, "patch"):
             self.objects.patch_namespaced_custom_object(
                 kind.group,
                 kind.version,
                 self.namespace,
                 kind.plural,
                 name,
-                {"metadata": {"ownerReferences": [owner]}},
+                {"metadata": metadata},
                 _request_timeout=TIMEOUT_SECONDS,
             )
 
