@@ -175,7 +175,10 @@ class TrainingConfig(Section):
     )
     log_steps: int = Field(10, gt=0, description="Steps between lines of the log.")
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="Port of /metrics on this machine; 0: any free one; None: not served. In a pod of a cluster: 9400."
+        None,
+        ge=0,
+        le=65535,
+        description="Port of /metrics on this machine; 0: any free one; None: not served. In a pod of a cluster: 9400.",
     )
     collapse_patience: int = Field(
         100, gt=0, description="Steps that the diagnostics may show a collapsed teacher before the run stops."

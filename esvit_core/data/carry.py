@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -48,6 +48,19 @@ class Base:
             if sum(file.fate == split for file in files) != len(index):
                 raise IntegrityError(f"{prefix}: the listing of {split} is not the index's; prepare the data again")
         return cls(prefix, manifest, {file.name: file for file in files}, rows)
+
+    def at_present(self, now: Iterable[File]) -> Base:
+        """The same with the stamps that its files have now, where their content is what it was.
+
+        Args:
+            now: the files of the source, as :func:`esvit_core.data.listing.recognise` gives them.
+        """
+        files = dict(self.files)
+        for file in now:
+            before = files.get(file.name)
+            if before is not None and before.stamp != file.stamp and before.is_same(file):
+                files[file.name] = replace(before, stamp=file.stamp)
+        return replace(self, files=files)
 
     def carried(self, split: SplitName, labels: Mapping[str, int]) -> Carried:
         """What of a split is taken over.

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ahead import ahead, reading_threads
-from esvit_core.data.archives import ReadProblem, Source
-from esvit_core.data.carry import Base
+from esvit_core.data.archives import Entry, ReadProblem, Source
+from esvit_core.data.carry import Base, read_listing
 from esvit_core.data.decode import BadPicture, StoredPicture, listed, to_stored
 from esvit_core.data.layout import SplitName
-from esvit_core.data.listing import LISTING, Fate, File, encode, fingerprint
+from esvit_core.data.listing import LISTING, Fate, File, Look, digest_of, encode, reader, recognise
 from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, Shard, StoredFile
 from esvit_core.data.plan import Candidate, Plan, plan
 from esvit_core.data.shards import Sample, ShardWriter
-from esvit_core.data.sources import open_source, source_fingerprint
+from esvit_core.data.sources import is_listed, open_source, source_fingerprint
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import Progress
 from esvit_core.storage import NotFound, ObjectStore, join_uri
@@ -64,7 +64,7 @@ def prepare(
     config: DataConfig,
     seed: int = 0,
     *,
-    seen: Iterable[File] | None = None,
+    seen: Look | None = None,
     base: str | None = None,
 ) -> Manifest:
     """Write the pictures of a source as shards, with a list of what was left out, and last the manifest.
@@ -80,8 +80,8 @@ def prepare(
         config: the data section of the configuration.
         seed: of the run. It changes nothing, on purpose: runs that differ in their seed are trained and measured on
             the same pictures.
-        seen: the files of the source as it was looked at before; what has come or changed since is left for another
-            time. None: it is looked at now.
+        seen: the source as it was looked at before; what has come or changed since is left for another time. None: it
+            is looked at now.
         base: folder of earlier data of the source. Their pictures are taken over by reference, with the split that
             they have; those that are gone from the source are not, those that changed are read anew and keep their
             split. A class keeps its number. None: everything is read.
@@ -93,20 +93,25 @@ def prepare(
         UserError: the source does not exist, has no pictures, or more than ``config.max_bad_fraction`` bad files; or
             the destination holds other data; or a disk is full.
     """
-    looked = None if seen is None else {file.name: file for file in seen}
-    print_of_source = source_fingerprint(source, store) if looked is None else fingerprint(looked.values())
-    if (present := _present(store, destination)) is not None:
-        if present.source_fingerprint == print_of_source and present.settings == config.model_dump(mode="json"):
+    with contextlib.ExitStack() as stack:
+        # What is listed file by file is opened at once; an archive only if it is to be read.
+        opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None
+        print_of_source = source_fingerprint(source, store, opened) if seen is None else seen.fingerprint
+        if (present := _present(store, destination)) is not None:
+            if present.source_fingerprint != print_of_source or present.settings != config.model_dump(mode="json"):
+                raise UserError(
+                    f"{destination}: holds the pictures of {present.source}, which are others or were prepared "
+                    "differently; choose another run"
+                )
+            if seen is None and opened is not None:
+                _warn_of_edits(store, destination, present, opened)
             print(f"prepare: already done, {describe(present)}", flush=True)
             return present
-        raise UserError(
-            f"{destination}: holds the pictures of {present.source}, which are others or were prepared differently; "
-            "choose another run"
-        )
-    store.remove_prefix(destination)  # what an attempt that was killed has left
-    with open_source(source, store) as opened:
-        earlier = None if base is None else Base.read(store, base)
-        entries = [e for e in opened.entries if looked is None or (e.name in looked and looked[e.name].is_same(e))]
+        opened = opened or stack.enter_context(open_source(source, store))
+        store.remove_prefix(destination)  # what an attempt that was killed has left
+        entries, earlier = _as_seen(opened, seen), None if base is None else Base.read(store, base)
+        if earlier is not None:
+            earlier = earlier.at_present(_recognised(earlier, entries, seen, opened))
         job = _Job(source, opened, plan(entries, source, config, earlier), config, store, destination, earlier)
         try:
             _store_pictures(job)
@@ -117,6 +122,38 @@ def prepare(
             raise
     print(f"prepare: {describe(manifest)}", flush=True)
     return manifest
+
+
+def _as_seen(opened: Source, seen: Look | None) -> list[Entry]:
+    """The files of a source, without those that have come or changed since it was looked at."""
+    if seen is None:
+        return opened.entries
+    looked = {file.name: file for file in seen.files}
+    return [e for e in opened.entries if e.name in looked and looked[e.name].is_same(e)]
+
+
+def _recognised(earlier: Base, entries: list[Entry], seen: Look | None, opened: Source) -> list[File]:
+    """The files of a source, with digests where only those tell whether the earlier data still hold them."""
+    looked = {file.name: file for file in seen.files} if seen else {}
+    now = [looked.get(entry.name) or File(entry.name, entry.size, entry.stamp) for entry in entries]
+    return recognise(earlier.files.values(), now, reader(opened))
+
+
+def _warn_of_edits(store: ObjectStore, destination: str, present: Manifest, opened: Source) -> None:
+    """Tell of files that were edited after they were prepared, where the fingerprint of the source cannot show it."""
+    if LISTING not in present.files:  # of a version that kept none
+        return
+    before = {file.name: file for file in read_listing(store, destination, present)}
+    now = recognise(before.values(), [File(e.name, e.size, e.stamp) for e in opened.entries], reader(opened))
+    edited = [file.name for file in now if file.digest and not before[file.name].is_same(file)]
+    if edited:
+        others = f" and {len(edited) - 3:,} more" if len(edited) > 3 else ""
+        print(
+            f"warning: {len(edited):,} of the files have other content than when they were prepared, under the same "
+            f"name and of the same size: {', '.join(edited[:3])}{others}; what was prepared is kept. Rename them to "
+            "prepare them anew",
+            flush=True,
+        )
 
 
 def describe(manifest: Manifest) -> str:
@@ -154,11 +191,11 @@ def _store_pictures(job: _Job) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
         _carry_over(job, seen, Path(folder))
         for candidate, future in ahead(pool, load, plan.candidates, _READ_AHEAD * reading_threads()):
-            try:
-                digest, picture = future.result()
-            except (BadPicture, ReadProblem) as error:
-                job.bad.append((candidate.entry.name, str(error)))
-                _remember(job, candidate, "bad" if isinstance(error, BadPicture) else "unread", reason=str(error))
+            digest, picture = future.result()
+            if isinstance(picture, BadPicture | ReadProblem):
+                job.bad.append((candidate.entry.name, str(picture)))
+                fate: Fate = "bad" if isinstance(picture, BadPicture) else "unread"
+                _remember(job, candidate, fate, digest, reason=str(picture))
                 if len(job.bad) >= _HOPELESS:
                     _check_share(job)
             else:
@@ -185,10 +222,18 @@ def _carry_over(job: _Job, seen: dict[str, SplitName], folder: Path) -> None:
             job.fates[file.name] = file
 
 
-def _load(opened: Source, config: DataConfig, candidate: Candidate) -> tuple[str, StoredPicture]:
-    """The digest of a file and the picture in it. Runs in several threads."""
-    data = opened.read(candidate.entry)
-    return hashlib.sha256(data).hexdigest()[:32], to_stored(data, config.max_megapixels, config.store_short_side)
+def _load(
+    opened: Source, config: DataConfig, candidate: Candidate
+) -> tuple[str, StoredPicture | BadPicture | ReadProblem]:
+    """The digest of a file, and the picture in it or why there is none. Runs in several threads."""
+    try:
+        data = opened.read(candidate.entry)
+    except ReadProblem as error:
+        return "", error
+    try:
+        return digest_of(data), to_stored(data, config.max_megapixels, config.store_short_side)
+    except BadPicture as error:
+        return digest_of(data), error
 
 
 def _settle(job: _Job, seen: dict[str, SplitName], digest: str, candidate: Candidate) -> SplitName:

@@ -5,24 +5,24 @@ one at a time and in any order; nothing is ever unpacked to where an archive's n
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import stat
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from esvit_core.data import archives
+from esvit_core.data import fingerprint as fingerprints
 from esvit_core.data.archives import Entry, ReadProblem, Source, TarSource, ZipSource
 from esvit_core.data.layout import is_ignored, may_be_picture
 from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, StoreRefused, join_uri, split_uri
+from esvit_core.storage.disk import read_at
 
 SCHEME = "s3://"
 _EXPECTED = "expected a folder, a tar (.gz, .bz2, .xz), a zip, or s3://bucket/prefix"
-_HASHED_WHOLE = 64 * 2**20  # larger archives are known by size, time, and their ends
-_ENDS = 2**20
 
 
 class FolderSource:
@@ -35,6 +35,17 @@ class FolderSource:
     def read(self, entry: Entry) -> bytes:
         try:
             return Path(str(entry.handle)).read_bytes()
+        except OSError as error:
+            raise ReadProblem(f"cannot be read ({error.strerror})") from None
+
+    def fingerprint(self) -> str:
+        return fingerprints.listing_fingerprint(self.entries, self._read_piece)
+
+    @staticmethod
+    def _read_piece(entry: Entry, offset: int, length: int) -> bytes:
+        try:
+            with Path(str(entry.handle)).open("rb") as file:
+                return read_at(file.fileno(), length, offset)
         except OSError as error:
             raise ReadProblem(f"cannot be read ({error.strerror})") from None
 
@@ -61,6 +72,15 @@ class PrefixSource:
             if type(error) is not UserError:  # the store failed, not this object
                 raise
             raise ReadProblem("its key is not a valid one") from None
+
+    def fingerprint(self) -> str:
+        return fingerprints.listing_fingerprint(self.entries, self._read_piece)
+
+    def _read_piece(self, entry: Entry, offset: int, length: int) -> bytes:
+        try:
+            return self._store.open_range(str(entry.handle), offset, length)
+        except (NotFound, StoreRefused):
+            raise ReadProblem("cannot be read") from None
 
 
 @contextlib.contextmanager
@@ -92,6 +112,13 @@ def open_source(source: str, store: ObjectStore | None = None) -> Iterator[Sourc
             yield opened
 
 
+def is_listed(source: str, store: ObjectStore | None = None) -> bool:
+    """Whether a source is a folder or a prefix, and no archive."""
+    if source.startswith(SCHEME):
+        return not _is_archive_object(store or ObjectStore.from_env(), source)
+    return _is_folder(source)
+
+
 def check_source(source: str) -> None:
     """Find the common mistakes without reading pictures.
 
@@ -105,12 +132,15 @@ def check_source(source: str) -> None:
     raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
 
 
-def source_fingerprint(source: str, store: ObjectStore | None = None) -> str:
-    """A digest of what is in a source, from its listing: the same until something is added, removed or changed.
+def source_fingerprint(source: str, store: ObjectStore | None = None, opened: Source | None = None) -> str:
+    """A digest of what is in a source: the same wherever it lies, until something is added, removed or changed.
+
+    See :mod:`esvit_core.data.fingerprint` for what is looked at.
 
     Args:
         source: as for :func:`open_source`.
         store: where ``s3://`` lies; None: the one that ``ESVIT_S3_*`` name.
+        opened: the source, where it is open already: it is not listed again.
 
     Returns:
         64 hexadecimal digits.
@@ -118,25 +148,22 @@ def source_fingerprint(source: str, store: ObjectStore | None = None) -> str:
     Raises:
         UserError: it does not exist or cannot be read.
     """
-    digest = hashlib.sha256()
-    path = Path(source)
-    if not source.startswith(SCHEME) and not _is_folder(source):
-        _require_file(source)
-        _add_archive(digest, path)
-        return digest.hexdigest()
+    if isinstance(opened, FolderSource | PrefixSource):
+        return opened.fingerprint()
     if source.startswith(SCHEME):
         store = store or ObjectStore.from_env()
-        if _is_archive_object(store, source):
-            found = store.stat(source)
-            digest.update(f"{found.size}\0{found.etag}".encode())
-            return digest.hexdigest()
-        opened: Source = PrefixSource(store, source)
-    else:
-        opened = FolderSource(path)
-    for entry in sorted(opened.entries, key=lambda e: e.name):
-        if not is_ignored(entry.name):
-            digest.update(f"{entry.name}\0{entry.size}\0{entry.stamp}\n".encode())
-    return digest.hexdigest()
+        if not _is_archive_object(store, source):
+            return PrefixSource(store, source).fingerprint()
+        return fingerprints.archive_fingerprint(store.stat(source).size, partial(store.open_range, source))
+    if _is_folder(source):
+        return FolderSource(Path(source)).fingerprint()
+    _require_file(source)
+    try:
+        with Path(source).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return fingerprints.archive_fingerprint(size, lambda offset, length: read_at(file.fileno(), length, offset))
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that may be read") from None
 
 
 def _walk(root: Path) -> Iterator[Entry]:
@@ -224,15 +251,3 @@ def _glance(source: str) -> Iterator[Iterator[str]]:
 def _is_archive_object(store: ObjectStore, uri: str) -> bool:
     key = split_uri(uri)[1]
     return key.lower().endswith(archives.SUFFIXES) and store.exists(uri)
-
-
-def _add_archive(digest: hashlib._Hash, path: Path) -> None:
-    with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        if found.st_size <= _HASHED_WHOLE:
-            digest.update(file.read())
-            return
-        digest.update(f"{found.st_size}\0{found.st_mtime_ns}\0".encode())
-        digest.update(file.read(_ENDS))
-        file.seek(-_ENDS, os.SEEK_END)
-        digest.update(file.read())

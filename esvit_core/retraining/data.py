@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esvit_core.config import DataConfig
-from esvit_core.data.listing import LISTING, decode
+from esvit_core.data.listing import LISTING, Look, decode
 from esvit_core.data.manifest import MANIFEST, Manifest
 from esvit_core.data.prepare import prepare
 from esvit_core.retraining.find import SEEN
@@ -24,7 +24,7 @@ def prepare_new(run: Run) -> Manifest:
         print(f"already done: found data/{MANIFEST}", flush=True)
         return Manifest.read(run.store, run.at("data"))
     record = run.store.get_json(run.at(RETRAINING))
-    seen = list(decode(run.store.get_bytes(run.at(SEEN))))
+    seen = Look(list(decode(run.store.get_bytes(run.at(SEEN)))), record["fingerprint"])
     return prepare(record["source"], run.store, run.at("data"), run.config.data, seen=seen, base=record["base"])
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.data.carry import read_listing
-from esvit_core.data.listing import LISTING, Difference, File, compare, encode, fingerprint, look
+from esvit_core.data.listing import LISTING, Difference, File, Look, compare, encode, look, recognise_in
 from esvit_core.data.manifest import Manifest, source_fingerprint
 from esvit_core.errors import UserError
 from esvit_core.evaluation.champions import now, pointer_uri
@@ -89,18 +89,22 @@ def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> Fou
                 continue  # another was quicker: see who
         champion = store.read_pointer(pointer_uri(config.bucket, config.promotion.pointer))
         known = None if champion is None else champion.value
-        files = look(source, store)
-        if not files:
+        seen = look(source, store)
+        if not seen.files:
             raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
-        earlier = _of_champion(known, files, config, store) if claim is None else _of_claim(claim, decided, store)
-        difference = compare(earlier.files if earlier else [], files)
+        earlier = _of_champion(known, store) if claim is None else _of_claim(claim, decided, store)
+        if earlier is not None:
+            seen = replace(seen, files=recognise_in(source, store, earlier.files, seen.files))
+            if claim is None and not _is_of_this_source(earlier, seen, config):
+                earlier = None
+        difference = compare(earlier.files if earlier else [], seen.files)
         if earlier is not None:
             _require_most_of_it(source, earlier, difference, config)
             if difference.to_read < config.retrain.min_new_images:
-                return _nothing(source, earlier, difference, files, config)
-        run, record = _planned(config, source, known, earlier, difference, files, store)
+                return _nothing(source, earlier, difference, seen, config)
+        run, record = _planned(config, source, known, earlier, difference, seen, store)
         if Claim(run.uri, request, owner, now(), record["base"]).put(store, config, pointer):
-            _begin(run, record, files)
+            _begin(run, record, seen.files)
             return _found(run.uri, record)
     raise UserError(f"pointer {claim_uri(config)}: changed under {_ATTEMPTS} attempts; run the step again")
 
@@ -111,16 +115,16 @@ def _of_claim(claim: Claim, decided: bool, store: ObjectStore) -> _Earlier | Non
     return None if prefix is None else _read(prefix, store)
 
 
-def _of_champion(
-    champion: Mapping[str, Any] | None, files: list[File], config: Config, store: ObjectStore
-) -> _Earlier | None:
-    """Before the first retraining: what the run of the champion took, if that was of this source."""
-    found = None if champion is None else _read(join_uri(str(champion["run"]), "data"), store)
-    if found is None:
-        return None
-    difference = compare(found.files, files)
+def _of_champion(champion: Mapping[str, Any] | None, store: ObjectStore) -> _Earlier | None:
+    """Before the first retraining: what the run of the champion took."""
+    return None if champion is None else _read(join_uri(str(champion["run"]), "data"), store)
+
+
+def _is_of_this_source(earlier: _Earlier, seen: Look, config: Config) -> bool:
+    """Whether most of the earlier data are in the source."""
+    difference = compare(earlier.files, seen.files)
     others = len(difference.gone) + len(difference.changed)
-    return found if others <= config.retrain.max_gone_fraction * found.manifest.samples else None
+    return others <= config.retrain.max_gone_fraction * earlier.manifest.samples
 
 
 def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
@@ -142,13 +146,13 @@ def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, 
         )
 
 
-def _nothing(source: str, earlier: _Earlier, difference: Difference, files: list[File], config: Config) -> Found:
+def _nothing(source: str, earlier: _Earlier, difference: Difference, seen: Look, config: Config) -> Found:
     few = ""
     if difference.to_read:
         few = f", fewer than retrain.min_new_images={config.retrain.min_new_images}"
     told = f"nothing to do: {source} has {_counts(difference)} since {name_of_run(earlier.run)}{few}"
     counts = len(difference.new), len(difference.changed), len(difference.gone)
-    return Found(earlier.run, True, len(files), *counts, told)
+    return Found(earlier.run, True, len(seen.files), *counts, told)
 
 
 def _planned(
@@ -157,14 +161,14 @@ def _planned(
     champion: Mapping[str, Any] | None,
     earlier: _Earlier | None,
     difference: Difference,
-    files: list[File],
+    seen: Look,
     store: ObjectStore,
 ) -> tuple[Run, dict[str, Any]]:
     """The run that the new pictures make, and what is to be known of it."""
     made = continued(config, champion, store)
     # Pictures that were prepared with other settings are not what is wanted now: all are read again.
     base = earlier if earlier and earlier.manifest.settings == made.data.model_dump(mode="json") else None
-    content = fingerprint(files) + (base.manifest.fingerprint if base else "")
+    content = seen.fingerprint + (base.manifest.fingerprint if base else "")
     sets = {s.name: source_fingerprint(s.source, store) for s in made.evaluation.transfer}
     run = Run(run_uri(made.bucket, run_id(made, content, sets)), store, made)
     start = f"starts from {made.init.source}" if made.init.source else "starts from nothing"
@@ -172,7 +176,8 @@ def _planned(
     record = {
         "source": source,
         "base": base.prefix if base else None,
-        "pictures": len(files),
+        "pictures": len(seen.files),
+        "fingerprint": seen.fingerprint,
         "new": len(difference.new),
         "changed": len(difference.changed),
         "gone": len(difference.gone),

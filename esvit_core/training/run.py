@@ -31,7 +31,6 @@ from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
 from esvit_core.training.watch import Watch
 
 
-
 def carry_out(run_uri: str, stop: StopRequest) -> int:
     """Train the run at ``run_uri`` in this process, with those that torchrun has started beside it.
 

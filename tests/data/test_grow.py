@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esvit_core.config import DataConfig
+from esvit_core.data import listing
 from esvit_core.data import prepare as module
-from esvit_core.data.listing import File, compare, decode, encode, fingerprint, look
+from esvit_core.data.listing import File, compare, decode, digest_of, encode, look, recognise, recognise_in
 from esvit_core.data.manifest import Manifest
 from esvit_core.data.prepare import prepare
 from esvit_core.data.stream import ShardDataset
@@ -156,12 +157,12 @@ def test_a_chain_of_three_takes_each_picture_from_where_it_was_stored(store, gro
 def test_what_comes_after_the_look_waits_for_the_next(store, grow, folder, make):
     seen = look(str(folder), store)
     make.folder(folder, {"class0/late.png": make.file(55)})
-    os.utime(folder / "class1" / "0.png", (1, 1))  # and this one changes
+    (folder / "class1" / "0.png").write_bytes(make.file(54))  # and this one changes
     manifest, read = grow(folder, "one", seen=seen)
     assert "class0/late.png" not in read and "class1/0.png" not in read and manifest.samples == 17
-    assert manifest.source_fingerprint == fingerprint(seen)
+    assert manifest.source_fingerprint == seen.fingerprint
     assert grow(folder, "one", seen=seen)[0] == manifest  # done before
-    difference = compare(decode(store.get_bytes(store.uri("one/pictures.jsonl.gz"))), look(str(folder), store))
+    difference = compare(decode(store.get_bytes(store.uri("one/pictures.jsonl.gz"))), look(str(folder), store).files)
     assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.gone
 
 
@@ -177,7 +178,66 @@ def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
     config = CONFIG.model_copy(update={"max_images": 9})
     grow(folder, "one", config=config)
     before = decode(store.get_bytes(store.uri("one/pictures.jsonl.gz")))
-    assert compare(before, look(str(folder), store)).to_read == 0
+    assert compare(before, look(str(folder), store).files).to_read == 0
+
+
+def in_the_listing(store, at) -> list[File]:
+    return list(decode(store.get_bytes(store.uri(f"{at}/pictures.jsonl.gz"))))
+
+
+def redate(folder: Path, seconds: int) -> None:
+    for path in folder.rglob("*"):
+        os.utime(path, (seconds, seconds))
+
+
+def test_a_copy_of_the_source_with_other_dates_is_not_read_again(store, grow, folder, make, tmp_path):
+    (folder / "class0" / "broken.png").write_bytes(b"no picture")
+    config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
+    grow(folder, "one", config=config)
+    copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    redate(copy, 1_000)
+    before = in_the_listing(store, "one")
+    now = look(str(copy), store).files
+    assert compare(before, recognise_in(str(copy), store, before, now)).to_read == 0
+    make.folder(copy, {"class0/new.png": make.file(77)})
+    manifest, read = grow(copy, "two", base="one", config=config)
+    assert read == ["class0/new.png"] and manifest.samples == 19 and manifest.bad.count == 1
+    # The new listing has the new dates: the next look reads nothing at all.
+    assert compare(in_the_listing(store, "two"), look(str(copy), store).files).to_read == 0
+
+
+def test_a_file_that_was_edited_without_a_change_of_its_size_is_read_anew(store, grow, folder):
+    grow(folder, "one")
+    path = folder / "class0" / "0.png"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    redate(folder, 1_000)
+    _, read = grow(folder, "two", base="one")
+    assert read == ["class0/0.png"]
+
+
+def test_a_picture_that_was_edited_after_it_was_prepared_is_told_where_nothing_else_shows_it(
+    store, grow, tmp_path, make, capsys
+):
+    def bitmap(seed, place=None):
+        data = bytearray(make.file(make.pixels(seed, 400, 300), "BMP"))
+        if place is not None:
+            data[place] ^= 255
+        return bytes(data)
+
+    folder = make.folder(tmp_path / "x", {f"{i}.bmp": bitmap(i) for i in range(6)})
+    first, _ = grow(folder, "one")
+    assert "warning" not in capsys.readouterr().out
+    (folder / "3.bmp").write_bytes(bitmap(3, place=180_000))  # in the middle: not in its ends
+    again, read = grow(folder, "one")
+    told = capsys.readouterr().out
+    assert again == first and not read
+    assert "warning: 1 of the files have other content than when they were prepared" in told and "3.bmp" in told
+    (folder / "3.bmp").write_bytes(bitmap(3))
+    redate(folder, 1_000)
+    grow(folder, "one")
+    assert "warning" not in capsys.readouterr().out
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -218,7 +278,7 @@ def test_pictures_of_a_prefix_are_told_by_their_content(store, grow, folder, mak
     store.put_bytes(store.uri("in/class0/9.png"), make.file(9))
     store.remove(store.uri("in/class2/2.png"))
     before = decode(store.get_bytes(store.uri("one/pictures.jsonl.gz")))
-    difference = compare(before, look(store.uri("in"), store))
+    difference = compare(before, look(store.uri("in"), store).files)
     assert difference.new == ["class0/9.png"] and difference.changed == ["class0/1.png"]
     assert difference.gone == ["class2/2.png"]
     manifest, read = grow(store.uri("in"), "two", base="one")
@@ -241,3 +301,34 @@ def test_an_archive_grows_too(store, grow, folder, make, tmp_path: Path, ending)
     os.utime(changed, (1e9, 1e9))
     manifest, read = grow(pack("second"), "two", base="one")
     assert read == ["class0/0.png", "class1/new.png"] and manifest.samples == 19
+
+
+contents_by_name = st.dictionaries(names, st.binary(min_size=1, max_size=2), max_size=8)
+
+
+@given(contents_by_name, contents_by_name, st.integers(1, 4))
+def test_a_file_counts_as_changed_exactly_if_its_content_did_whatever_its_date(before, now, sample):
+    """Unless nearly all dates differ and a sample says that it is a copy, which is how a copy is told without reading it."""
+
+    def files(contents, stamp, known):
+        return [
+            File(name, len(data), stamp, "train" if known else None, digest_of(data) if known else "")
+            for name, data in contents.items()
+        ]
+
+    earlier, listed, read = files(before, "old", True), files(now, "new", False), []
+    listing._COPY_SAMPLE, kept = sample, listing._COPY_SAMPLE
+    try:
+        seen = recognise(earlier, listed, lambda file: (read.append(file.name), now[file.name])[1])
+    finally:
+        listing._COPY_SAMPLE = kept
+    difference = compare(earlier, seen)
+    changed = {name for name in now if name in before and now[name] != before[name]}
+    assert {*difference.new} == now.keys() - before.keys()
+    assert {*difference.gone} == before.keys() - now.keys()
+    assert {*difference.changed} <= changed
+    redated = {name for name in now if name in before and len(now[name]) == len(before[name])}
+    if {*read} >= redated:
+        assert {*difference.changed} == changed
+    else:  # taken for a copy
+        assert len(redated) > 0.9 * len(before) and len(read) == sample and not changed & {*read}

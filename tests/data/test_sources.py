@@ -248,31 +248,6 @@ def test_pictures_without_a_suffix_are_given_a_chance(tmp_path, make):
     check_source(str(make.folder(tmp_path / "x", {"0123abcd": make.file(0)})))
 
 
-def test_a_fingerprint_is_that_of_the_content_not_of_the_place(tmp_path, make):
-    first, second = (make.folder(tmp_path / name, FILES) for name in ("a", "b"))
-    for name in FILES:
-        os.utime(first / name, (1, 1))
-        os.utime(second / name, (1, 1))
-    assert source_fingerprint(str(first)) == source_fingerprint(str(second))
-    (second / ".DS_Store").write_bytes(b"x")
-    assert source_fingerprint(str(first)) == source_fingerprint(str(second))
-    os.utime(second / "cat/1.png", (2, 2))
-    assert source_fingerprint(str(first)) != source_fingerprint(str(second))
-    archives = [tar_of(tmp_path / f"{name}.tar", [*FILES.items()]) for name in ("c", "d")]
-    os.utime(archives[0], (5, 5))
-    assert source_fingerprint(str(archives[0])) == source_fingerprint(str(archives[1]))
-
-
-def test_a_large_archive_is_known_by_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("esvit_core.data.sources._HASHED_WHOLE", 1000)
-    monkeypatch.setattr("esvit_core.data.sources._ENDS", 100)
-    path = tar_of(tmp_path / "a.tar", [("1.png", bytes(5000))])
-    os.utime(path, (5, 5))
-    first = source_fingerprint(str(path))
-    os.utime(path, (6, 6))
-    assert source_fingerprint(str(path)) != first
-
-
 def test_no_room_to_decompress_is_told(tmp_path, monkeypatch):
     path = tar_of(tmp_path / "a.tar.gz", [*FILES.items()], "w:gz")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
@@ -13,6 +14,7 @@ from esvit_core.data.manifest import Manifest
 from esvit_core.data.prepare import prepare
 from esvit_core.errors import UserError
 from esvit_core.retraining.data import earlier_set, prepare_new
+from esvit_core.retraining.find import find_new
 from esvit_core.runs import RETRAINING, open_run
 
 
@@ -43,6 +45,19 @@ def test_where_nothing_is_new_there_is_nothing_to_do(store, find, decide, monkey
     assert found.nothing and found.run == first.run
     assert found.told.startswith("nothing to do") and "has 0 new files since tiny-" in found.told
     assert {stat.uri: stat.etag for stat in store.list(store.uri(""))} == keys
+
+
+def test_a_source_that_was_copied_to_another_place_has_nothing_new(
+    store, find, decide, config, source, tmp_path, monkeypatch
+) -> None:
+    first = find()
+    prepared(store, first.run, monkeypatch)
+    decide(first)
+    copy = shutil.copytree(source, tmp_path / "copy")
+    for path in copy.rglob("*"):
+        os.utime(path, (1_000, 1_000))
+    found = find_new(config, str(copy), "me", store)
+    assert found.nothing and (found.new, found.changed, found.gone) == (0, 0, 0)
 
 
 def test_a_few_new_pictures_wait_until_there_are_enough(store, find, decide, grow, monkeypatch) -> None:
