@@ -60,12 +60,41 @@ class Connection:
         host: address of the API.
         namespace: of the user; None where the server has one for all.
         ui: what links begin with.
+        server: how it was reached.
     """
 
     client: kfp.Client
     host: str
     namespace: str | None
     ui: str
+    server: Server
+
+    def api(self) -> Any:
+        """The lower half of KFP's client, for what the upper half does not offer; it closes when its block ends."""
+        return _client(self.host, _token(self.server), self.server)
+
+    def ask(self, method: str, path: str, body: Any = None) -> bytes:
+        """Send one request past KFP's client, and do not repeat it.
+
+        The token is read from its file each time: those that Kubernetes issues are renewed there within the hour.
+
+        Args:
+            method: ``GET`` or ``POST``.
+            path: below the host, such as ``/apis/v1beta1/runs/<id>``.
+            body: sent as JSON.
+
+        Returns:
+            The body of the answer.
+
+        Raises:
+            urllib3.exceptions.HTTPError: the server does not answer.
+            kfp_server_api.ApiException: the server refuses.
+        """
+        with self.api() as asking:
+            headers = _headers(asking, "application/json, text/plain")
+            url = self.host + path
+            answer = asking.request(method, url, headers=headers, body=body, _request_timeout=_SECONDS)
+        return answer.data if isinstance(answer.data, bytes) else str(answer.data).encode()
 
     def link(self, kind: str, name: str) -> str:
         """Address of a page: ``kind`` is ``runs`` or ``recurringrun``."""
@@ -97,7 +126,7 @@ def connected(server: Server) -> Iterator[Connection]:
                 cookies=server.cookie,
                 ssl_ca_cert=str(server.ca_file) if server.ca_file else None,
             )
-        yield Connection(client, host, namespace, (server.ui or host).rstrip("/"))
+        yield Connection(client, host, namespace, (server.ui or host).rstrip("/"), server)
 
 
 @contextlib.contextmanager
@@ -108,11 +137,22 @@ def told(host: str, with_token: bool) -> Iterator[None]:
 
     try:
         yield
-    except kfp_server_api.ApiException as error:
-        raise UserError(f"{host}: {_refusal(error, with_token)}") from None
-    except HTTPError as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"{host}: {_silence(reason)}") from None
+    except (kfp_server_api.ApiException, HTTPError) as error:
+        raise UserError(f"{host}: {refusal(error, with_token)}") from None
+
+
+def refusal(error: Exception, with_token: bool) -> str:
+    """What an error of KFP's client means, and what to do."""
+    import kfp_server_api
+
+    if isinstance(error, kfp_server_api.ApiException):
+        return _refusal(error, with_token)
+    return _silence(getattr(error, "reason", None) or error)
+
+
+def words_of(error: Any) -> str:
+    """What the server itself said when it refused, in short."""
+    return _message(error).removeprefix(": ") or f"status {error.status}"
 
 
 def experiment_id(connection: Connection, name: str, create: bool) -> str:
@@ -196,13 +236,7 @@ def _looked_at(host: str, token: str | None, server: Server) -> str | None:
     """Ask the server whether it is one, and return the namespace to work in."""
     import kfp_server_api
 
-    settings = kfp_server_api.Configuration(host=host)
-    settings.retries = False
-    if server.ca_file:
-        settings.ssl_ca_cert = str(server.ca_file)
-    if token:
-        settings.api_key["authorization"], settings.api_key_prefix["authorization"] = token, "Bearer"
-    with kfp_server_api.ApiClient(settings, cookie=server.cookie) as asking:
+    with _client(host, token, server) as asking:
         try:
             health = _json(asking, HEALTH)
         except kfp_server_api.ApiException as error:
@@ -235,13 +269,31 @@ def _namespace(host: str, server: Server, several: bool) -> str | None:
         raise UserError(f"{host}: the server has a namespace for each user; give yours with --namespace") from None
 
 
-def _json(asking: Any, path: str) -> dict[str, Any] | None:
-    """What the server says at a path; None if that is no JSON."""
-    headers = {"Accept": "application/json"}
+def _client(host: str, token: str | None, server: Server) -> Any:
+    """The lower half of KFP's client, which asks once and does not wait."""
+    import kfp_server_api
+
+    settings = kfp_server_api.Configuration(host=host)
+    settings.retries = False
+    if server.ca_file:
+        settings.ssl_ca_cert = str(server.ca_file)
+    if token:
+        settings.api_key["authorization"], settings.api_key_prefix["authorization"] = token, "Bearer"
+    return kfp_server_api.ApiClient(settings, cookie=server.cookie)
+
+
+def _headers(asking: Any, accept: str) -> dict[str, str]:
+    headers = {"Accept": accept}
     if token := asking.configuration.get_api_key_with_prefix("authorization"):
         headers["authorization"] = token
     if asking.cookie:
         headers["Cookie"] = asking.cookie
+    return headers
+
+
+def _json(asking: Any, path: str) -> dict[str, Any] | None:
+    """What the server says at a path; None if that is no JSON."""
+    headers = _headers(asking, "application/json")
     # Not by call_api, which stumbles over the errors of a connection that cannot be made safe.
     answer = asking.request("GET", asking.configuration.host + path, headers=headers, _request_timeout=_SECONDS)
     try:
@@ -267,7 +319,7 @@ def _refusal(error: Any, with_token: bool) -> str:
 
 
 def _message(error: Any) -> str:
-    """The server's own words, in short."""
+    """The server's own words, in short, after a colon."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or "")
     try:
         said = json.loads(body)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import format_duration
+from esvit_pipelines.cluster_runs import table_width
 from esvit_pipelines.kubeflow import Connection, pages
-from esvit_pipelines.submit import Package, table_width
+from esvit_pipelines.submit import Package, account_allowed, source
+
+if TYPE_CHECKING:
+    from esvit_pipelines.registration import Registered
 
 _PAGE = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -102,6 +106,7 @@ def create(
     service_account: str | None,
     paused: bool,
     replace: bool,
+    version: Registered | None,
 ) -> Any:
     """Make a schedule: one run at a time, and none for the times that were missed.
 
@@ -112,30 +117,74 @@ def create(
         service_account: of the steps; None: the server's default.
         paused: it waits to be resumed.
         replace: one of the same name gives way to it. KFP cannot change a schedule.
+        version: that its runs refer to; None: the pipeline is kept with the schedule.
 
     Returns:
         The schedule, as the server describes it.
 
     Raises:
-        UserError: there is one of that name.
+        UserError: there is one of that name; or the server does not allow, or does not keep, the service account.
     """
     there = [one for one in schedules(connection, experiment) if one.display_name == name]
     if there and not replace:
         raise UserError(f"schedule {name}: there is one of that name; --replace puts the new one in its place")
-    made = connection.client.create_recurring_run(
-        experiment_id=experiment,
-        job_name=name,
-        max_concurrency=1,
-        no_catchup=True,
-        params=dict(values),
-        pipeline_package_path=str(pipeline.path),
-        enabled=not paused,
-        service_account=service_account,
-        **trigger,
-    )
+    with account_allowed(connection, service_account):
+        made = connection.client.create_recurring_run(
+            experiment_id=experiment,
+            job_name=name,
+            max_concurrency=1,
+            no_catchup=True,
+            params=dict(values),
+            enabled=not paused,
+            service_account=service_account,
+            **source(pipeline, version),
+            **trigger,
+        )
+    if service_account is not None and made.service_account != service_account:
+        connection.client.delete_recurring_run(made.recurring_run_id)
+        made = _create_without_version(connection, pipeline, made, service_account, version)
     for one in there:
         connection.client.delete_recurring_run(one.recurring_run_id)
     return made
+
+
+def _create_without_version(
+    connection: Connection, pipeline: Package, made: Any, service_account: str, version: Registered | None
+) -> Any:
+    """Make a schedule again whose service account the server has not kept.
+
+    KFP 2.16.1 and older compile a pipeline that is pinned to a version when the schedule is made, with the server's
+    default account. A schedule that names no version is compiled when a run begins, with the account that was asked
+    for. It would follow the newest version of its pipeline, and so it gets a pipeline of its own with one version.
+
+    Raises:
+        UserError: the pipeline may not be registered.
+    """
+    import kfp_server_api
+
+    from esvit_pipelines.registration import register
+
+    name = str(made.display_name)
+    if version is None:
+        raise UserError(
+            f"schedule {name}: {connection.host} does not keep the service account {service_account} of a schedule "
+            f"that holds its pipeline (KFP 2.16.1 and older; it would run as {made.service_account}); leave --inline "
+            "out, or give --service-account '' for the server's default"
+        )
+    alone = register(connection, pipeline, f"{pipeline.name}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}")
+    body = kfp_server_api.V2beta1RecurringRun(
+        display_name=name,
+        experiment_id=made.experiment_id,
+        mode=made.mode,
+        trigger=made.trigger,
+        runtime_config=made.runtime_config,
+        max_concurrency=made.max_concurrency,
+        no_catchup=made.no_catchup,
+        service_account=service_account,
+        pipeline_version_reference={"pipeline_id": alone.pipeline_id},
+    )
+    with connection.api() as api:
+        return kfp_server_api.RecurringRunServiceApi(api).recurring_run_service_create_recurring_run(body)
 
 
 def find(connection: Connection, name: str) -> Any:

@@ -1,29 +1,30 @@
-"""`esvit submit` and `esvit runs`: run a pipeline on a cluster, and see how the runs there are doing."""
+"""`esvit submit`: run a pipeline on a cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import difflib
+import hashlib
 import io
-import json
+import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.monitoring.progress import format_duration
-from esvit_pipelines.kubeflow import Connection, pages
+from esvit_pipelines.kubeflow import Connection, words_of
 
-ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
-GOOD = ("SUCCEEDED", "SKIPPED")
-_PAGE = 100
+if TYPE_CHECKING:
+    from esvit_pipelines.registration import Registered
+
+#: Names of this project's pipelines; others are sent with the run.
+OWN = ("esvit-pretrain", "esvit-evaluate", "esvit-retrain")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,20 @@ class Package:
         path: of the file.
         name: of the pipeline.
         parameters: its parameters as KFP describes them.
+        image: of its steps; empty: they have none, or several.
+        digest: SHA-256 of the text, without the comments before it.
     """
 
     path: Path
     name: str
     parameters: Mapping[str, Mapping[str, Any]]
+    image: str = ""
+    digest: str = ""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is one of this project's pipelines."""
+        return self.name in OWN
 
 
 @contextlib.contextmanager
@@ -65,14 +75,19 @@ def package(pipeline: str, config: Config) -> Iterator[Package]:
 
 def _read(path: Path) -> Package:
     try:
-        spec = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        spec = next(yaml.safe_load_all(text))
         name = spec["pipelineInfo"]["name"]
         parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     except OSError as error:
         raise UserError(f"pipeline {path}: cannot be read ({error.strerror}); `esvit compile` makes one") from None
     except (yaml.YAMLError, UnicodeDecodeError, StopIteration, KeyError, TypeError, AttributeError):
         raise UserError(f"pipeline {path}: no compiled pipeline of KFP 2; `esvit compile` makes one") from None
-    return Package(path, name, parameters)
+    executors = ((spec.get("deploymentSpec") or {}).get("executors") or {}).values()
+    images = {one["container"]["image"] for one in executors if "image" in (one.get("container") or {})}
+    body = re.sub(r"\A(#[^\n]*\n)+", "", text)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return Package(path, name, parameters, images.pop() if len(images) == 1 else "", digest)
 
 
 def arguments(pipeline: Package, given: Sequence[str]) -> dict[str, Any]:
@@ -124,129 +139,73 @@ def submit(
     connection: Connection,
     pipeline: Package,
     values: Mapping[str, Any],
-    name: str | None,
+    name: str,
     experiment: str,
     service_account: str | None,
     caching: bool | None,
+    version: Registered | None,
 ) -> Any:
     """Run a pipeline once, as `kfp run create` does.
 
     Args:
         values: the arguments.
-        name: of the run; None: the pipeline's and the time.
+        name: of the run.
         experiment: its id.
         service_account: of the steps; None: the server's default.
         caching: None: as compiled.
+        version: that the run refers to; None: the pipeline is sent with the run.
 
     Returns:
         The run, as the server describes it.
+
+    Raises:
+        UserError: the server does not allow the service account.
     """
-    name = name or f"{pipeline.name} {datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the link, and so does the caller
+    with contextlib.redirect_stdout(io.StringIO()), account_allowed(connection, service_account):  # it prints the link
         return connection.client.run_pipeline(
             experiment_id=experiment,
             job_name=name,
-            pipeline_package_path=str(pipeline.path),
             params=dict(values),
             enable_caching=caching,
             service_account=service_account,
+            **source(pipeline, version),
         )
 
 
-def wait(connection: Connection, run_id: str, seconds: float = 5.0) -> Any:
-    """Wait until a run has ended, and tell each change of its state.
+def source(pipeline: Package, version: Registered | None) -> dict[str, str]:
+    """What a run is made of, in the words of KFP's client."""
+    if version is None:
+        return {"pipeline_package_path": str(pipeline.path)}
+    return {"pipeline_id": version.pipeline_id, "version_id": version.version_id}
 
-    Returns:
-        The run, as the server describes it.
+
+@contextlib.contextmanager
+def account_allowed(connection: Connection, account: str | None) -> Iterator[None]:
+    """Say what to change when the server refuses to run steps with a service account.
+
+    Servers after KFP 2.17.0 take no other account than their default and those that ALLOWEDSERVICEACCOUNTS lists; with
+    a namespace for each user the user needs the verb ``use`` on the account, too.
+
+    Raises:
+        UserError: it refuses.
     """
-    before = None
-    while True:
-        run = connection.client.get_run(run_id)
-        if run.state != before:
-            print(f"{datetime.datetime.now():%H:%M:%S}  {state(run)}", flush=True)
-            before = run.state
-        if run.state in ENDED:
-            return run
-        time.sleep(seconds)
+    import kfp_server_api
+
+    try:
+        yield
+    except kfp_server_api.ApiException as error:
+        said = words_of(error)
+        about = re.search(r"service ?account", said, re.IGNORECASE) is not None
+        if account is None or error.status not in (400, 403) or not about:
+            raise
+        raise UserError(
+            f"service account {account}: {connection.host} does not allow it ({error.status}: {said}); let the server "
+            f"list it (kubectl -n kubeflow set env deployment/ml-pipeline ALLOWEDSERVICEACCOUNTS={account}; with a "
+            "namespace for each user, also a role with the verb `use` on it), or give --service-account '' for the "
+            "server's default"
+        ) from None
 
 
-def runs(connection: Connection, experiment: str | None, number: int) -> list[Any]:
-    """The newest runs.
-
-    Args:
-        experiment: its id; None: of all of the namespace.
-    """
-
-    def page(token: str) -> Any:
-        return connection.client.list_runs(
-            page_token=token,
-            page_size=min(number, _PAGE),
-            sort_by="created_at desc",
-            experiment_id=experiment,
-            namespace=connection.namespace or "",
-        )
-
-    found = []
-    for run in pages(page, "runs"):
-        found.append(run)
-        if len(found) == number:
-            break
-    return found
-
-
-def show_runs(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
-    """Print the runs: a table, or JSON for programs."""
-    rows = [
-        {
-            "id": run.run_id,
-            "name": run.display_name,
-            "state": state(run),
-            "started": run.created_at.isoformat() if run.created_at else None,
-            "seconds": duration(run),
-            "error": run.error.message if run.error else None,
-            "link": connection.link("runs", run.run_id),
-        }
-        for run in found
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    if not rows:
-        print("no runs")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("run", "state", "started", "took", "link", box=None, pad_edge=False)
-    for row, run in zip(rows, found, strict=True):
-        started = f"{run.created_at.astimezone():%Y-%m-%d %H:%M}" if run.created_at else ""
-        took = "" if row["seconds"] is None else format_duration(row["seconds"])
-        table.add_row(row["name"], row["state"], started, took, row["link"], style=_STYLES.get(run.state))
-    # Links are to be copied: they are not broken where the terminal is narrow.
-    Console(width=max(Console().width, table_width(table)), soft_wrap=True).print(table)
-
-
-_STYLES = {"FAILED": "red", "RUNNING": "cyan"}
-
-
-def table_width(table: Any) -> int:
-    """Columns that a table takes if nothing is broken."""
-    from rich.console import Console
-
-    wide = Console(width=10_000)
-    return int(wide.measure(table).maximum)
-
-
-def state(run: Any) -> str:
-    """Of a run, in a word."""
-    return str(run.state or "unknown").removeprefix("RUNTIME_STATE_").lower()
-
-
-def duration(run: Any) -> float | None:
-    """Seconds that a run has taken until now; None before it has begun."""
-    if run.created_at is None:
-        return None
-    # The server's zero time stands for a run that has not ended.
-    ended = run.finished_at if run.finished_at and run.finished_at.year > 1970 else None
-    until = ended or datetime.datetime.now(datetime.UTC)
-    return max(0.0, round((until - run.created_at).total_seconds(), 1))
+def run_name(pipeline: Package) -> str:
+    """A name for a run: the pipeline's and the time."""
+    return f"{pipeline.name} {datetime.datetime.now():%Y-%m-%d %H:%M:%S}"

@@ -86,7 +86,9 @@ class ClusterConfig(Section):
     ca_config_map: Name | None = Field(
         None, description="Config map with the store's CA, mounted at /etc/esvit/ca (ESVIT_S3_CA_FILE names the file)."
     )
-    service_account: Name = Field("esvit-pipeline", description="Of the steps; `esvit submit` asks for it.")
+    service_account: Name | None = Field(
+        "esvit-pipeline", description="Of the steps; `esvit submit` asks for it. null: the server's default."
+    )
     run_as: int | None = Field(
         10001, gt=0, description="User and group of the steps; null: the image's, or what the cluster assigns."
     )

@@ -1,7 +1,8 @@
 """A server that speaks the REST API of Kubeflow Pipelines 2 (v2beta1), for the tests.
 
 What comes in and goes out passes through the types that KFP generates from its own API description
-(``kfp_server_api``): a field that they do not know is an error here, too. It keeps experiments, runs and recurring runs.
+(``kfp_server_api``): a field that they do not know is an error here, too. It keeps experiments, pipelines with their
+versions, runs and recurring runs. Of a run's steps it says what ``workflows`` and ``logs`` hold.
 """
 
 from __future__ import annotations
@@ -18,14 +19,29 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api
+import yaml
 from kfp_server_api import models
 
-TYPES = {"experiments": "V2beta1Experiment", "runs": "V2beta1Run", "recurringruns": "V2beta1RecurringRun"}
-IDS = {"experiments": "experiment_id", "runs": "run_id", "recurringruns": "recurring_run_id"}
+TYPES = {
+    "experiments": "V2beta1Experiment",
+    "runs": "V2beta1Run",
+    "recurringruns": "V2beta1RecurringRun",
+    "pipelines": "V2beta1Pipeline",
+    "versions": "V2beta1PipelineVersion",
+}
+IDS = {
+    "experiments": "experiment_id",
+    "runs": "run_id",
+    "recurringruns": "recurring_run_id",
+    "pipelines": "pipeline_id",
+    "versions": "pipeline_version_id",
+}
+DEFAULT_ACCOUNT = "pipeline-runner"
 LISTS = {
     "experiments": (models.V2beta1ListExperimentsResponse, "experiments"),
     "runs": (models.V2beta1ListRunsResponse, "runs"),
     "recurringruns": (models.V2beta1ListRecurringRunsResponse, "recurring_runs"),
+    "versions": (models.V2beta1ListPipelineVersionsResponse, "pipeline_versions"),
 }
 
 
@@ -45,7 +61,14 @@ class KfpServer:
         token: that is asked for; None: none is.
         multi_user: whether lists need a namespace.
         kind: ``v2``; ``v1``, which has the old API only; ``login``, which shows a page to log in; ``other``.
-        states: that a run goes through, one each time that it is asked for.
+        states: that a run goes through, one each time that it is asked for; the last one stays.
+        workflows: the Argo workflows that a run goes through, likewise.
+        logs: of pods, by name.
+        lost: so many requests from now on end without an answer.
+        down: status of a proxy that has no server behind it; 0: there is one.
+        accounts: service accounts that may be asked for besides the default; None: all.
+        forgetful: the account of a schedule that is pinned to a version is lost, as in KFP 2.16.1.
+        closed: nobody may register pipelines.
         requests: method and path of each.
         authorization: the header of each request.
     """
@@ -65,6 +88,11 @@ class KfpServer:
         self.multi_user = False
         self.kind = "v2"
         self.states: list[str] = []
+        self.workflows: list[dict[str, Any]] = []
+        self.logs: dict[str, str] = {}
+        self.lost = self.down = 0
+        self.accounts: set[str] | None = None
+        self.forgetful = self.closed = False
         self.requests: list[str] = []
         self.authorization: list[str | None] = []
 
@@ -78,7 +106,11 @@ class KfpServer:
         self.authorization.append(header)
         if self.token is not None and header != f"Bearer {self.token}":
             raise RefusalError(401, "Unauthenticated: the token is missing or has expired")
+        if self.down:
+            raise RefusalError(self.down, "no healthy upstream")
         version = "v1beta1" if self.kind == "v1" else "v2beta1"
+        if self.kind == "v2" and (special := self._special(method, path, query, body)) is not None:
+            return special
         if self.kind == "other" or not path.startswith(f"/apis/{version}/"):
             raise RefusalError(404, "Not Found")
         if path.endswith("/healthz"):
@@ -94,11 +126,74 @@ class KfpServer:
             ("DELETE", True, None): lambda: self._delete(kind, name),
             ("POST", True, "enable"): lambda: self._turn(name, "ENABLED"),
             ("POST", True, "disable"): lambda: self._turn(name, "DISABLED"),
+            ("POST", True, "terminate"): lambda: self._end(name),
+            ("POST", True, "retry"): lambda: self._retry(name),
         }
         handler = handlers.get((method, name is not None, verb))
         if handler is None:
             raise RefusalError(501, "Method Not Allowed")
         return handler()
+
+    def _special(self, method: str, path: str, query: dict[str, str], body: bytes) -> Any:
+        """What has an address of its own; None: the path is not one of these."""
+        if match := re.fullmatch(r"/apis/v1alpha1/runs/[\w-]+/nodes/([\w-]+)/log", path):
+            missing = json.dumps({"error_message": f'pods "{match[1]}" not found', "error_details": "..."})
+            return self.logs.get(match[1], missing)
+        if match := re.fullmatch(r"/apis/v1beta1/runs/([\w-]+)", path):
+            self._found("runs", match[1])
+            kept = self._next(self.workflows)
+            return {"pipeline_runtime": {"workflow_manifest": json.dumps(kept)} if kept else {}}
+        if match := re.fullmatch(r"/apis/v2beta1/pipelines/names/([\w.-]+)", path):
+            for one in self.kept["pipelines"].values():
+                if (one.display_name, one.namespace or "") == (match[1], query.get("namespace", "")):
+                    return one
+            raise RefusalError(404, f"Pipeline {match[1]} not found")
+        if path == "/apis/v2beta1/pipelines/upload_version":
+            return self._upload(query, body)
+        if match := re.fullmatch(r"/apis/v2beta1/pipelines/([\w-]+)/versions", path):
+            return self._list("versions", {**query, "pipeline_id": match[1]})
+        if path == "/apis/v2beta1/pipelines" and method == "POST" and self.closed:
+            raise RefusalError(403, "User is not authorized to create pipelines")
+        return None
+
+    def _upload(self, query: dict[str, str], body: bytes) -> Any:
+        """A version of a pipeline, from a form with a file."""
+        self._found("pipelines", query["pipelineid"])
+        if self.closed:
+            raise RefusalError(400, "Failed to create a pipeline version")
+        kept = self.kept["versions"].values()
+        if any((one.pipeline_id, one.name) == (query["pipelineid"], query["name"]) for one in kept):
+            raise RefusalError(409, "The pipeline version already exists")
+        pipeline, platform = yaml.safe_load_all(body.partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0])
+        made = models.V2beta1PipelineVersion(
+            pipeline_id=query["pipelineid"],
+            pipeline_version_id=str(uuid.uuid4()),
+            name=query["name"],
+            display_name=query["name"],
+            description=query.get("description"),
+            created_at=datetime.datetime.now(datetime.UTC),
+            pipeline_spec={"pipeline_spec": pipeline, "platform_spec": platform},
+        )
+        self.kept["versions"][made.pipeline_version_id] = made
+        return made
+
+    @staticmethod
+    def _next(moments: list[Any]) -> Any:
+        """The first of them, which then gives way; the last one stays."""
+        if not moments:
+            return None
+        return moments.pop(0) if len(moments) > 1 else moments[0]
+
+    def _end(self, name: str) -> Any:
+        self._found("runs", name).state = "CANCELING"
+        return {}
+
+    def _retry(self, name: str) -> Any:
+        found = self._found("runs", name)
+        if found.state != "FAILED":
+            raise RefusalError(400, "Workflow must be Failed/Error to retry")
+        found.state = "RUNNING"
+        return {}
 
     def refuse(self, status: int, message: str) -> None:
         raise RefusalError(status, message)
@@ -113,8 +208,9 @@ class KfpServer:
         made = self._json.deserialize(SimpleNamespace(data=body.decode()), TYPES[kind])
         setattr(made, IDS[kind], str(uuid.uuid4()))
         made.created_at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(microseconds=len(self.kept[kind]))
-        if kind != "experiments":
+        if kind in ("runs", "recurringruns"):
             self._check(made)
+            self._account(made, kind)
         if kind == "runs":
             made.state = "PENDING"
         if kind == "recurringruns":
@@ -126,7 +222,7 @@ class KfpServer:
         """What the real server checks before it takes a pipeline."""
         if made.experiment_id not in self.kept["experiments"]:
             raise RefusalError(404, f"Experiment {made.experiment_id} not found")
-        spec = made.pipeline_spec["pipeline_spec"]
+        spec = self._spec_of(made)
         declared = spec["root"].get("inputDefinitions", {}).get("parameters", {})
         given = (made.runtime_config.parameters if made.runtime_config else None) or {}
         kinds = {"STRING": str, "STRUCT": dict, "LIST": list, "BOOLEAN": bool, "NUMBER_INTEGER": int}
@@ -139,12 +235,34 @@ class KfpServer:
         if missing:
             raise RefusalError(400, f"parameter {missing[0]} is required")
 
-    def _get(self, kind: str, name: str) -> Any:
+    def _spec_of(self, made: Any) -> Any:
+        """The pipeline: sent along, of a version, or of the newest version."""
+        if made.pipeline_spec:
+            return made.pipeline_spec["pipeline_spec"]
+        reference = made.pipeline_version_reference
+        versions = [v for v in self.kept["versions"].values() if v.pipeline_id == reference.pipeline_id]
+        if reference.pipeline_version_id:
+            versions = [self._found("versions", reference.pipeline_version_id)]
+        return versions[-1].pipeline_spec["pipeline_spec"]
+
+    def _account(self, made: Any, kind: str) -> None:
+        asked = made.service_account
+        if asked and self.accounts is not None and asked not in self.accounts | {DEFAULT_ACCOUNT}:
+            raise RefusalError(403, f"service account {asked} is not in the list of allowed service accounts")
+        reference = made.pipeline_version_reference
+        pinned = made.pipeline_spec or reference.pipeline_version_id
+        lost = self.forgetful and kind == "recurringruns" and pinned
+        made.service_account = DEFAULT_ACCOUNT if lost or not asked else asked
+
+    def _found(self, kind: str, name: str) -> Any:
         if name not in self.kept[kind]:
             raise RefusalError(404, f"{TYPES[kind].removeprefix('V2beta1')} {name} not found")
-        found = self.kept[kind][name]
+        return self.kept[kind][name]
+
+    def _get(self, kind: str, name: str) -> Any:
+        found = self._found(kind, name)
         if kind == "runs" and self.states:
-            found.state = self.states.pop(0)
+            found.state = self._next(self.states)
             if found.state in ("SUCCEEDED", "FAILED"):
                 found.finished_at = found.created_at + datetime.timedelta(minutes=67)
         return found
@@ -155,13 +273,14 @@ class KfpServer:
         return {}
 
     def _list(self, kind: str, query: dict[str, str]) -> Any:
-        if self.multi_user and not query.get("namespace") and not query.get("experiment_id"):
+        if self.multi_user and not any(query.get(key) for key in ("namespace", "experiment_id", "pipeline_id")):
             raise RefusalError(400, "Invalid input error: a namespace is required in multi-user mode")
         found = list(self.kept[kind].values())
         for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
             found = [one for one in found if getattr(one, predicate["key"]) == predicate["stringValue"]]
-        if experiment := query.get("experiment_id"):
-            found = [one for one in found if one.experiment_id == experiment]
+        for key in ("experiment_id", "pipeline_id"):
+            if wanted := query.get(key):
+                found = [one for one in found if getattr(one, key) == wanted]
         if query.get("sort_by", "").endswith("desc"):
             found.sort(key=lambda one: one.created_at, reverse=True)
         start, size = int(query.get("page_token") or 0), int(query.get("page_size") or 10)
@@ -181,13 +300,16 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.api.lost:
+            self.api.lost -= 1
+            self.close_connection = True
+            return
         status, content, kind = 200, b"<html><title>Log in</title></html>", "text/html"
         if self.api.kind != "login":
             kind = "application/json"
             try:
-                content = self.api.text(
-                    self.api.answer(self.command, url.path, query, body, self.headers.get("authorization"))
-                )
+                said = self.api.answer(self.command, url.path, query, body, self.headers.get("authorization"))
+                content = said.encode() if isinstance(said, str) else self.api.text(said)
             except RefusalError as refusal:
                 status = refusal.status
                 content = self.api.text({"error": str(refusal), "code": status, "message": str(refusal)})

@@ -6,9 +6,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,78 +15,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kfp_server import KfpServer
+from told import Call, only, told
 
-from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_pipelines import cli
-from esvit_pipelines.compile import compile_pipeline
 from esvit_pipelines.schedule import cron, interval
-
-VARIABLES = (
-    "KF_PIPELINES_ENDPOINT",
-    "KF_PIPELINES_UI_ENDPOINT",
-    "KF_PIPELINES_SA_TOKEN_PATH",
-    "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
-    "ESVIT_KFP_NAMESPACE",
-    "ESVIT_KFP_CA_FILE",
-    "ESVIT_KFP_COOKIE",
-)
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[KfpServer]:
-    made = KfpServer()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def server(running: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KfpServer:
-    """The server as it is at first, named to the commands."""
-    running.reset()
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", running.url)
-    monkeypatch.setenv("HOME", str(tmp_path))  # KFP's client keeps a file there
-    return running
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compiled pipeline: the one that measures."""
-    path = tmp_path_factory.mktemp("compiled") / "evaluate.yaml"
-    compile_pipeline("evaluate", Config.load("demo"), path)
-    return path
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command line in this process: exit code, what it prints, what it complains of."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["esvit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        code = stop.value.code
-        return (code if isinstance(code, int) else 0), printed.out, printed.err
-
-    return run
-
-
-def only(kept: dict[str, Any]) -> Any:
-    (one,) = kept.values()
-    return one
-
-
-def told(result: tuple[int, str, str], *parts: str) -> None:
-    """A mistake: one line that has these parts, exit code 2."""
-    code, out, error = result
-    assert code == 2, (out, error)
-    (line,) = error.splitlines()
-    assert line.startswith("error: ") and all(part in line for part in parts), line
-
 
 # Submitting
 
@@ -98,31 +28,29 @@ def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpS
     code, out, error = call("submit", *options, "--name", "first")
     assert (code, error) == (0, "")
     run = only(server.kept["runs"])
-    assert out.splitlines() == ["submitted first", f"{server.url}/#/runs/details/{run.run_id}"]
+    version = only(server.kept["versions"])
+    assert out.splitlines() == [
+        f"pipeline esvit-pretrain, version {version.name} (new)",
+        "submitted first",
+        f"{server.url}/#/runs/details/{run.run_id}",
+    ]
     assert run.runtime_config.parameters == {"data": "s3://pictures/all", "settings": "seed=4"}
     assert run.service_account == "esvit-pipeline"
-    assert run.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-pretrain"
-    pods = run.pipeline_spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert run.pipeline_version_reference.pipeline_version_id == version.pipeline_version_id
+    assert version.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-pretrain"
+    pods = version.pipeline_spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert pods["exec-pretrain"]["secretAsEnv"][0]["secretName"] == "esvit-object-store-train"
     assert only(server.kept["experiments"]).display_name == "esvit"
 
 
 def test_a_compiled_file_is_sent_as_it_is(server: KfpServer, call: Call, compiled: Path) -> None:
-    code, out, _ = call("submit", compiled, "--data", "s3://b/p", "-p", "backbone=s3://b/runs/x", "--no-caching")
+    options = ["--inline", "--no-caching"]
+    code, out, _ = call("submit", compiled, "--data", "s3://b/p", "-p", "backbone=s3://b/runs/x", *options)
     assert code == 0 and out.startswith("submitted esvit-evaluate 20")
     run = only(server.kept["runs"])
     assert run.runtime_config.parameters["backbone"] == "s3://b/runs/x"
     tasks = run.pipeline_spec["pipeline_spec"]["root"]["dag"]["tasks"].values()
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks)
-
-
-def test_one_can_wait_for_the_end(server: KfpServer, call: Call, compiled: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    for end, code in (("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)):
-        server.states = ["PENDING", "RUNNING", "RUNNING", end]
-        done, out, _ = call("submit", compiled, "--data", "s3://b/p", "--wait")
-        assert done == code
-        assert [line.split()[-1] for line in out.splitlines()[2:]] == ["pending", "running", end.lower()]
 
 
 def test_a_folder_of_this_machine_is_named(server: KfpServer, call: Call, compiled: Path) -> None:
@@ -205,7 +133,10 @@ def test_what_the_server_refuses_is_told_in_its_words(server: KfpServer, call: C
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump_all([pipeline, platform]))
     server._check = lambda made: server.refuse(400, "the pipeline is too large")  # type: ignore[method-assign]
     try:
-        told(call("submit", tmp_path / "odd.yaml", "-p", "data=[a]"), "it refused (400: the pipeline is too large)")
+        told(
+            call("submit", tmp_path / "odd.yaml", "--inline", "-p", "data=[a]"),
+            "it refused (400: the pipeline is too large)",
+        )
     finally:
         del server._check
 
@@ -228,7 +159,7 @@ def test_the_runs_are_listed_with_state_duration_and_link(server: KfpServer, cal
 
 
 def test_all_pages_are_read(server: KfpServer, call: Call, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esvit_pipelines.submit._PAGE", 2)
+    monkeypatch.setattr("esvit_pipelines.cluster_runs._PAGE", 2)
     call("submit", compiled, "--data", "s3://b/p")
     for number in range(4):
         server.kept["runs"][str(number)] = next(iter(server.kept["runs"].values()))
@@ -241,7 +172,8 @@ def test_all_pages_are_read(server: KfpServer, call: Call, compiled: Path, monke
 def test_a_schedule_is_made_listed_paused_resumed_and_deleted(server: KfpServer, call: Call, compiled: Path) -> None:
     arguments = ["schedule", "create", compiled, "--name", "weekly", "--data", "s3://b/p"]
     code, out, error = call(*arguments, "--cron", "0 0 3 * * MON")
-    assert (code, error) == (0, "") and out.startswith("scheduled weekly, cron 0 0 3 * * MON\n")
+    assert (code, error) == (0, "") and out.startswith("pipeline esvit-evaluate, version ")
+    assert "scheduled weekly, cron 0 0 3 * * MON\n" in out
     made = only(server.kept["recurringruns"])
     assert (made.no_catchup, made.max_concurrency, made.mode) == (True, "1", "ENABLE")
     assert made.trigger.cron_schedule.cron == "0 0 3 * * MON" and made.service_account == "esvit-pipeline"
@@ -260,10 +192,11 @@ def test_the_weekly_retraining_is_made_as_documented(
     monkeypatch.chdir(micro_recipe.parent)
     micro_recipe.with_name("my-recipe.yaml").write_text(micro_recipe.read_text())
     code, out, error = call(*documented("esvit schedule create retrain", "retrain")[1:])
-    assert (code, error) == (0, "") and out.startswith("scheduled weekly, cron 0 0 3 * * 1\n")
+    assert (code, error) == (0, "") and "scheduled weekly, cron 0 0 3 * * 1\n" in out
     made = only(server.kept["recurringruns"])
     assert (made.no_catchup, made.max_concurrency) == (True, "1")
-    assert made.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-retrain"
+    version = server.kept["versions"][made.pipeline_version_reference.pipeline_version_id]
+    assert version.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-retrain"
 
 
 def test_a_schedule_of_the_same_name_is_replaced_only_if_one_says_so(

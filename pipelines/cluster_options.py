@@ -1,0 +1,155 @@
+"""Options and first steps that the commands about a cluster share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from esvit_core.config import Config
+from esvit_pipelines.settings import DEFAULT_OUT, Settings, resolve
+
+if TYPE_CHECKING:
+    from esvit_pipelines.kubeflow import Connection
+    from esvit_pipelines.registration import Registered
+    from esvit_pipelines.submit import Package
+
+DEFAULT_EXPERIMENT = "esvit"
+
+PipelineArgument = Annotated[
+    str, typer.Argument(metavar="[PIPELINE]", show_default=False, help="pretrain (the default), evaluate, or retrain.")
+]
+SentArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[PIPELINE|FILE]",
+        show_default=False,
+        help="pretrain (the default), evaluate, or retrain; or a .yaml that was compiled before.",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", metavar="S3", help="The pictures, s3://bucket/prefix: the pipeline's parameter `data`."),
+]
+ParameterOption = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Another of its parameters. Repeatable."),
+]
+ExperimentOption = Annotated[
+    str,
+    typer.Option(
+        "--experiment",
+        envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
+        help="KFP's folder of runs; `esvit` is made if it is not there.",
+    ),
+]
+OneExperimentOption = Annotated[
+    str | None, typer.Option("--experiment", metavar="NAME", help="Only of this one; default: all.")
+]
+NewExperimentOption = Annotated[bool, typer.Option("--new-experiment", help="Make the experiment if it is not there.")]
+AccountOption = Annotated[
+    str | None,
+    typer.Option("--service-account", help="Of the steps; default: cluster.service_account. '': the server's."),
+]
+InlineOption = Annotated[
+    bool, typer.Option("--inline", help="Send the pipeline along; default: refer to its version on the Pipelines page.")
+]
+ScheduleArgument = Annotated[str, typer.Argument(metavar="SCHEDULE", show_default=False, help="Its name or its id.")]
+
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        envvar="KF_PIPELINES_ENDPOINT",
+        metavar="URL",
+        help="Kubeflow Pipelines' API; default: in a cluster, the one there.",
+    ),
+]
+NamespaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--namespace", "-n", envvar="ESVIT_KFP_NAMESPACE", help="Yours, where the server has one for each user."
+    ),
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        envvar="KF_PIPELINES_SA_TOKEN_PATH",
+        metavar="FILE",
+        help="Holds the token; default: in a cluster, the service account's.",
+    ),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option("--ca-file", envvar="ESVIT_KFP_CA_FILE", metavar="FILE", help="The authority of its certificate."),
+]
+UiOption = Annotated[
+    str | None,
+    typer.Option("--ui", envvar="KF_PIPELINES_UI_ENDPOINT", metavar="URL", help="What links begin with; default: URL."),
+]
+
+
+@contextmanager
+def server_at(
+    host: str | None, namespace: str | None, token_file: Path | None, ca_file: Path | None, ui: str | None
+) -> Iterator[Connection]:
+    import os
+
+    from esvit_pipelines.kubeflow import Server, connected
+
+    with connected(Server(host, namespace, token_file, ca_file, os.environ.get("ESVIT_KFP_COOKIE"), ui)) as server:
+        yield server
+
+
+def version_of(server: Connection, pipeline: Package, inline: bool) -> Registered | None:
+    """The version on the server that a run refers to; None: the pipeline is sent along, as a foreign one always is."""
+    from esvit_pipelines.registration import register
+
+    if inline or not pipeline.own:
+        return None
+    found = register(server, pipeline)
+    print(f"pipeline {found.pipeline}, version {found.version}{' (new)' if found.new else ''}", flush=True)
+    return found
+
+
+@contextmanager
+def sent(
+    pipeline: str, config: Config, data: str | None, parameter: list[str] | None
+) -> Iterator[tuple[Package, dict[str, Any]]]:
+    """The pipeline and its arguments, looked at before a server is asked."""
+    from esvit_pipelines.submit import arguments, package
+
+    given = [*([] if data is None else [f"data={data}"]), *(parameter or [])]
+    with package(pipeline, config) as ready:
+        values = arguments(ready, given)
+        note_local_places(config, data)
+        yield ready, values
+
+
+def config_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Config:
+    return resolve(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
+
+
+def account_of(given: str | None, config: Config) -> str | None:
+    return (config.cluster.service_account if given is None else given) or None
+
+
+def note_local_places(config: Config, data: str | None = None) -> None:
+    """Name the sources that a cluster will look for where it cannot find them."""
+    places = [(f"transfer set {s.name}", s.source) for s in config.evaluation.transfer]
+    places += [] if data is None else [("the pictures", data)]
+    for what, place in places:
+        if not place.startswith("s3://"):
+            print(
+                f"note: the steps on the cluster look for {what} at {place}; "
+                "an s3://bucket/prefix is found from everywhere"
+            )
+    if config.init.source and Path(config.init.source).exists():
+        print(
+            f"note: the steps on the cluster look for init.source at {config.init.source}; "
+            "put the file into the store and give its s3:// address"
+        )

@@ -1,0 +1,129 @@
+"""The log of a step on a cluster, and what it says of the step: figures, the reason of a decision, why it failed.
+
+KFP keeps the figures of a step in its metadata store, which its REST API does not show (2.16, 2.17). The launcher in
+the step's pod prints what the step hands over, figures included, as ``ExecutorOutput: {...}``; that is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from esvit_core.errors import USER_ERROR_EXIT_CODE
+from esvit_pipelines.kubeflow import Connection
+
+_OUTPUT = re.compile(r"^I\d{4} .*\] ExecutorOutput: ")
+_EXIT = re.compile(r"^[EF]\d{4} .*exit status (\d+)$")
+_EXIT_OF_POD = re.compile(r"exit code (\d+)")
+_ERROR = re.compile(r"^error: ")
+# Lines of KFP's launcher and of Argo, which say nothing about the step itself.
+_MACHINERY = re.compile(r'^([IWEF]\d{4} \d\d:\d\d:\d\d|time="?\d{4}-|\[KFP Executor |\{"level":)')
+_LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What the log of a step's pod holds.
+
+    Attributes:
+        lines: all of it.
+        figures: scalar metrics that the step handed over, by name.
+        outputs: its output parameters, by name.
+        exit_code: of the step's own process, if the launcher named it.
+    """
+
+    lines: Sequence[str] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+    @property
+    def error(self) -> str:
+        """The last line that a person wrote for a failure: ``error: ...``; empty: there is none."""
+        return next((line for line in reversed(self.lines) if _ERROR.match(line)), "")
+
+    def last_lines(self, number: int = _LAST_LINES) -> list[str]:
+        """The end of the log without the lines of KFP and Argo, unless there are no others."""
+        own = [line for line in self.lines if line.strip() and not _MACHINERY.match(line)]
+        return list(own or self.lines)[-number:]
+
+
+def read_log(connection: Connection, run_id: str, pod: str) -> StepLog | None:
+    """Read the log of a pod through KFP's API, which looks in the archive of logs when the pod is gone.
+
+    Returns:
+        None: there is none.
+
+    Raises:
+        urllib3.exceptions.HTTPError: the server does not answer.
+    """
+    import kfp_server_api
+
+    path = f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(pod)}/log"
+    try:
+        text = connection.ask("GET", path).decode(errors="replace")
+    except kfp_server_api.ApiException:
+        return None
+    return parse_log(text)
+
+
+def parse_log(text: str) -> StepLog | None:
+    """Take a log apart; None: it is the server's message that there is none.
+
+    The server begins to answer with 200 before it looks for the log, so that its error is the last thing in the text.
+    """
+    lines = text.splitlines()
+    if lines and lines[-1].startswith('{"error_message":'):
+        del lines[-1]
+        if not lines:
+            return None
+    handed = _handed_over(lines)
+    codes = [match[1] for line in lines if (match := _EXIT.match(line))]
+    return StepLog(lines, _figures(handed), handed.get("parameterValues") or {}, int(codes[-1]) if codes else None)
+
+
+def users_mistake(log: StepLog | None, message: str) -> bool:
+    """Whether a step failed for what it was given, which another attempt would not change.
+
+    Args:
+        log: of the step; None: it could not be read.
+        message: of its pod.
+    """
+    if log is not None and log.exit_code is not None:
+        return log.exit_code == USER_ERROR_EXIT_CODE
+    match = _EXIT_OF_POD.search(message)
+    return match is not None and int(match[1]) == USER_ERROR_EXIT_CODE
+
+
+def figures_line(figures: Mapping[str, float], number: int = 6) -> str:
+    """Figures for people, in one line."""
+    parts = [f"{name} {value:.4g}" if abs(value) < 1e4 else f"{name} {value:,.0f}" for name, value in figures.items()]
+    more = f", and {len(parts) - number} more" if len(parts) > number else ""
+    return ", ".join(parts[:number]) + more
+
+
+def _handed_over(lines: Sequence[str]) -> Mapping[str, Any]:
+    """The last JSON after `ExecutorOutput:`, which runs over several lines."""
+    for number in range(len(lines) - 1, -1, -1):
+        if match := _OUTPUT.match(lines[number]):
+            text = "\n".join([lines[number][match.end() :], *lines[number + 1 :]])
+            try:
+                said, _ = json.JSONDecoder().raw_decode(text)
+            except ValueError:
+                return {}
+            return said if isinstance(said, dict) else {}
+    return {}
+
+
+def _figures(handed: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars of the outputs that are metrics; the types of outputs are not in what is handed over, their names are."""
+    figures: dict[str, float] = {}
+    for name, artifacts in (handed.get("artifacts") or {}).items():
+        for artifact in artifacts.get("artifacts") or () if "metric" in name else ():
+            values = artifact.get("metadata") or {}
+            figures.update({k: float(v) for k, v in values.items() if isinstance(v, (int, float))})
+    return figures

@@ -1,0 +1,69 @@
+"""What the tests of the commands about a cluster share: a server that speaks KFP's API, and the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kfp_server import KfpServer
+
+from esvit_core.config import Config
+from esvit_pipelines import cli
+from esvit_pipelines.compile import compile_pipeline
+
+VARIABLES = (
+    "KF_PIPELINES_ENDPOINT",
+    "KF_PIPELINES_UI_ENDPOINT",
+    "KF_PIPELINES_SA_TOKEN_PATH",
+    "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
+    "ESVIT_KFP_NAMESPACE",
+    "ESVIT_KFP_CA_FILE",
+    "ESVIT_KFP_COOKIE",
+)
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[KfpServer]:
+    made = KfpServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server(running: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KfpServer:
+    """The server as it is at first, named to the commands."""
+    running.reset()
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", running.url)
+    monkeypatch.setenv("HOME", str(tmp_path))  # KFP's client keeps a file there
+    return running
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled pipeline: the one that measures."""
+    path = tmp_path_factory.mktemp("compiled") / "evaluate.yaml"
+    compile_pipeline("evaluate", Config.load("demo"), path)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line in this process: exit code, what it prints, what it complains of."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["esvit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        code = stop.value.code
+        return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+    return run

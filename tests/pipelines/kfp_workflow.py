@@ -1,0 +1,114 @@
+"""Argo workflows as KFP keeps them with its runs, for the tests: nodes are named and nested as KFP 2.17 makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RUN = "esvit-evaluate-x7k2p"
+BEGAN = "2026-11-28T10:00:00Z"
+ENDED = "2026-11-28T10:01:07Z"
+ENTRY = "metadata-0-3-retry-"  # before the names of templates whose pods have labels and are tried again
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the pipeline at one moment.
+
+    Attributes:
+        name: key of the task.
+        title: what the user interface shows.
+        after: names of tasks that it waits for.
+        phase: of the node of the step; None: KFP's driver is at work; empty: it has not begun.
+        pods: phase and message of each attempt.
+    """
+
+    name: str
+    title: str
+    after: Sequence[str] = ()
+    phase: str | None = ""
+    pods: Sequence[tuple[str, str]] = ()
+
+
+def pod(task: str, attempt: int = 0) -> str:
+    """Name of the pod of an attempt."""
+    return f"{RUN}-{ENTRY}system-container-impl-{_hash(f'{RUN}.root.{task}.executor({attempt})')}"
+
+
+def workflow(tasks: Sequence[Task], *, terminated: bool = False, message: str = "", name: str = RUN) -> dict[str, Any]:
+    """The workflow of a run."""
+    nodes: dict[str, Any] = {}
+
+    def add(path: str, kind: str, template: str, phase: str, message: str = "") -> None:
+        full = f"{name}.{path}" if path else name
+        ended = None if phase in ("Pending", "Running") else ENDED
+        nodes[f"{name}-{_hash(full)}"] = {
+            "id": f"{name}-{_hash(full)}",
+            "name": full,
+            "displayName": path.rpartition(".")[2] or name,
+            "type": kind,
+            "templateName": template,
+            "phase": phase,
+            "message": message,
+            "startedAt": BEGAN,
+            "finishedAt": ended,
+        }
+
+    add("", "DAG", "entrypoint", "Running")
+    add("root-driver", "Pod", "system-dag-driver", "Succeeded")
+    add("root", "DAG", "root", "Running")
+    for task in tasks:
+        if task.phase == "":
+            continue
+        driver = "Running" if task.phase is None else "Succeeded"
+        add(f"root.{task.name}-driver", "Pod", "system-container-driver", driver)
+        if task.phase is None:
+            continue
+        add(f"root.{task.name}", "DAG", f"{ENTRY}system-container-executor", task.phase)
+        kind = "Retry" if task.pods else "Skipped"
+        add(f"root.{task.name}.executor", kind, f"{ENTRY}system-container-impl", task.phase if task.pods else "Skipped")
+        for number, (phase, why) in enumerate(task.pods):
+            add(f"root.{task.name}.executor({number})", "Pod", f"{ENTRY}system-container-impl", phase, why)
+    root = {"dag": {"tasks": {task.name: _task(task) for task in tasks}}}
+    spec: dict[str, Any] = {"arguments": {"parameters": [{"name": "components-root", "value": json.dumps(root)}]}}
+    if terminated:
+        spec["activeDeadlineSeconds"] = 0
+    metadata: Mapping[str, Any] = {"name": name, "namespace": "kubeflow"}
+    return {"metadata": metadata, "spec": spec, "status": {"nodes": nodes, "message": message}}
+
+
+def _task(task: Task) -> dict[str, Any]:
+    return {"taskInfo": {"name": task.title}, "dependentTasks": list(task.after)}
+
+
+def _hash(text: str) -> str:
+    """FNV-1a of 32 bits, as Argo names nodes."""
+    value = 0x811C9DC5
+    for byte in text.encode():
+        value = (value ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return str(value)
+
+
+def handed_over(metrics: Mapping[str, float], outputs: Mapping[str, Any] | None = None) -> str:
+    """What the launcher prints of a step's outputs."""
+    said = {
+        "artifacts": {"metrics": {"artifacts": [{"name": "metrics", "uri": "s3://b/m", "metadata": dict(metrics)}]}},
+        "parameterValues": dict(outputs or {}),
+    }
+    line = "I1128 10:01:05.123456      18 launcher_v2.go:1230] ExecutorOutput: "
+    return line + json.dumps(said, indent=2) + "\nI1128 10:01:06.000000      18 launcher_v2.go:206] publish success.\n"
+
+
+def failure(line: str, code: int) -> str:
+    """The end of the log of a step that failed."""
+    return (
+        "step begins\n"
+        f"{line}\n"
+        f"E1128 10:01:05.1      18 launcher_v2.go:449] Component failed to execute successfully: exit status {code}\n"
+        "I1128 10:01:06.0      18 launcher_v2.go:206] publish success.\n"
+        f"F1128 10:01:06.1      18 main.go:49] failed to execute component: exit status {code}\n"
+        'time="2026-11-28T10:01:07Z" level=info msg="sub-process exited" argo=true error="<nil>"\n'
+        "Error: exit status 1\n"
+    )

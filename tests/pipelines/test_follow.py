@@ -1,0 +1,338 @@
+"""Following runs over HTTP: what is printed of their steps, how they end, and what a broken connection changes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kfp_server import KfpServer
+from kfp_workflow import Task, failure, handed_over, pod, workflow
+from told import Call, only, told
+
+WAITING = "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."
+PREPARED = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", "")])
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Nobody sleeps; the pauses that were asked for. No Kubernetes API is reached."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    return pauses
+
+
+def measured(phase: str | None, *pods: tuple[str, str]) -> Task:
+    return Task("knn", "k-NN", ("prepare-data",), phase, pods)
+
+
+def moments(*last: Task) -> list[dict[str, Any]]:
+    """The workflows of a run whose first step is done, and whose second goes through the given moments."""
+    return [workflow([PREPARED, task]) for task in last]
+
+
+def submitted(call: Call, compiled: Path, *options: str) -> tuple[int, list[str], str]:
+    code, out, error = call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine", "--wait", *options)
+    return code, out.splitlines(), error
+
+
+def without_times(lines: list[str]) -> list[str]:
+    return [line[10:] if line[2:3] == ":" and line[5:6] == ":" else line for line in lines]
+
+
+# How a run goes
+
+
+def test_the_steps_are_shown_as_they_begin_wait_and_end(server: KfpServer, call: Call, compiled: Path) -> None:
+    server.states = ["PENDING", "RUNNING", "RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"]
+    server.workflows = [
+        {},
+        *moments(
+            measured(None),
+            measured("Running", ("Pending", WAITING)),
+            measured("Running", ("Running", "")),
+            measured("Running", ("Running", "")),
+            measured("Succeeded", ("Succeeded", "")),
+        ),
+    ]
+    server.logs[pod("knn")] = "k-NN ...\n" + handed_over({"accuracy_k20": 36.31, "images": 50000.0})
+    code, lines, error = submitted(call, compiled)
+    assert (code, error) == (0, "")
+    assert without_times(lines[2:-2]) == [
+        "pending",
+        "prepare data  succeeded after 1:07",
+        f"k-NN          waiting: {WAITING}",
+        "k-NN          running",
+        "k-NN          succeeded after 1:07: accuracy_k20 36.31, images 50,000",
+    ]
+    assert lines[-2] == "succeeded" and lines[-1] == server.url + f"/#/runs/details/{only(server.kept['runs']).run_id}"
+
+
+def test_the_verdict_is_the_last_word(server: KfpServer, call: Call, compiled: Path) -> None:
+    promote = Task("promote", "promote", (), "Succeeded", [("Succeeded", "")])
+    server.states, server.workflows = ["SUCCEEDED"], [workflow([promote])]
+    server.logs[pod("promote")] = handed_over({}, {"promoted": True, "reason": "36.3 beats 34.9 by 1.4"})
+    code, lines, _ = submitted(call, compiled)
+    assert (code, lines[-2]) == (0, "succeeded: 36.3 beats 34.9 by 1.4")
+
+
+def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, call: Call, compiled: Path) -> None:
+    cached = Task("prepare-data", "prepare data", (), "Succeeded")
+    lost = ("Failed", "pod deleted")
+    server.states = ["RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"]
+    server.workflows = [
+        workflow([cached, measured("Running", ("Running", ""))]),
+        workflow([cached, measured("Running", lost)]),
+        workflow([cached, measured("Running", lost, ("Running", ""))]),
+        workflow([cached, measured("Succeeded", lost, ("Succeeded", ""))]),
+    ]
+    _, lines, _ = submitted(call, compiled)
+    assert without_times(lines[3:-2]) == [
+        "prepare data  cached",
+        "k-NN          running",
+        "k-NN          waiting: pod deleted",
+        "k-NN          running again, attempt 2",
+        "k-NN          succeeded after 1:07",
+    ]
+
+
+def test_a_failed_run_ends_with_the_last_lines_of_its_step(server: KfpServer, call: Call, compiled: Path) -> None:
+    server.states = ["FAILED"]
+    server.workflows = moments(measured("Failed", ("Failed", "Error (exit code 1)")))
+    server.logs[pod("knn")] = failure("error: k-NN: --data s3://b/p: no pictures; name a prefix that has some", 2)
+    code, lines, _ = submitted(call, compiled)
+    assert code == 1
+    start = lines.index("the last lines of k-NN:")
+    assert [line.strip() for line in lines[start + 1 : start + 4]] == [
+        "step begins",
+        "error: k-NN: --data s3://b/p: no pictures; name a prefix that has some",
+        "Error: exit status 1",
+    ]
+    assert lines[-3] == "failed: step k-NN: k-NN: --data s3://b/p: no pictures; name a prefix that has some"
+    assert f"runs logs {only(server.kept['runs']).run_id} knn" in lines[-2]
+
+
+def test_a_step_whose_pod_is_gone_is_named_all_the_same(server: KfpServer, call: Call, compiled: Path) -> None:
+    server.states = ["FAILED"]
+    server.workflows = moments(measured("Failed", ("Error", "pod deleted")))
+    code, lines, _ = submitted(call, compiled)
+    assert code == 1
+    assert lines[-3:-1] == ["the log of k-NN is gone with its pod", "failed: step k-NN: pod deleted"]
+
+
+def test_a_run_without_a_workflow_is_followed_by_its_state(server: KfpServer, call: Call, compiled: Path) -> None:
+    for end, code in (("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)):
+        server.states = ["PENDING", "RUNNING", "RUNNING", end]
+        done, lines, _ = submitted(call, compiled)
+        assert done == code
+        assert without_times(lines[2:5]) == ["pending", "running", end.lower()]
+
+
+# A connection that is lost
+
+
+def test_a_lost_connection_does_not_end_it(
+    server: KfpServer, call: Call, compiled: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def later(seconds: float) -> None:
+        at_once.append(seconds)
+        if server.states == ["RUNNING", "SUCCEEDED"]:
+            server.lost = 4
+            server.states.pop(0)
+
+    monkeypatch.setattr("time.sleep", later)
+    server.states = ["RUNNING", "RUNNING", "SUCCEEDED"]
+    server.workflows = moments(measured("Running", ("Running", "")), measured("Succeeded", ("Succeeded", "")))
+    code, lines, error = submitted(call, compiled)
+    assert (code, error) == (0, "")
+    lost = [line for line in lines if "lost the server" in line]
+    assert len(lost) == 1 and "the run goes on without it" in lost[0]
+    assert len([line for line in lines if "the server answers again" in line]) == 1
+    assert [pause for pause in at_once if pause != 5.0] == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_a_proxy_without_a_server_is_waited_for_but_not_for_ever(
+    server: KfpServer, call: Call, compiled: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esvit_pipelines.follow.PATIENCE_SECONDS", 3600)
+    server.states = ["RUNNING"]
+    call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
+    run = only(server.kept["runs"])
+    from esvit_core.errors import UserError
+    from esvit_pipelines.follow import follow
+    from esvit_pipelines.kubeflow import Server, connected
+
+    with connected(Server(server.url)) as connection:
+        server.down = 503
+        with pytest.raises(UserError, match=f"no answer for 1:00:.*runs show {run.run_id} --wait"):
+            follow(connection, run.run_id)
+    assert sum(at_once) >= 3600 and max(at_once) == 30.0
+
+
+def test_a_refusal_is_not_waited_out(server: KfpServer, call: Call, at_once: list[float]) -> None:
+    told(call("runs", "show", "00000000-0000-0000-0000-000000000000", "--wait"), "there is no such thing (404")
+    assert at_once == []
+
+
+def test_the_token_is_read_anew(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
+    """Those that Kubernetes puts into a pod are replaced within the hour."""
+    from esvit_pipelines.kubeflow import Server, connected
+
+    token = tmp_path / "token"
+    token.write_text("first")
+    server.token = "first"
+    with connected(Server(server.url, token_file=token)) as connection:
+        server.token = "second"
+        token.write_text("second")
+        connection.ask("GET", "/apis/v2beta1/healthz")
+    assert server.authorization[-1] == "Bearer second"
+
+
+def test_ctrl_c_leaves_the_run_and_says_how_to_come_back(
+    server: KfpServer, call: Call, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    server.states = ["RUNNING"]
+    code, lines, _ = submitted(call, compiled)
+    run = only(server.kept["runs"])
+    assert code == 130 and run.state == "RUNNING"
+    assert f"runs show {run.run_id} --wait" in lines[-3] and f"runs terminate {run.run_id}" in lines[-1]
+
+
+# Submitting again
+
+
+def failed_with(server: KfpServer, message: str, log: str | None) -> None:
+    server.states = ["FAILED"]
+    server.workflows = moments(measured("Failed", ("Failed", message)))
+    server.logs = {} if log is None else {pod("knn"): log}
+
+
+@pytest.mark.parametrize(
+    ("message", "log"),
+    [
+        ("pod deleted", None),
+        ("The node was low on resource: memory.", None),
+        ("Error (exit code 1)", failure("the store does not answer", 75)),
+        ("OOMKilled (exit code 137)", failure("Killed", 137)),
+    ],
+)
+def test_what_the_cluster_broke_is_submitted_again(
+    server: KfpServer, call: Call, compiled: Path, message: str, log: str | None
+) -> None:
+    failed_with(server, message, log)
+    code, lines, _ = submitted(call, compiled, "--resubmit", "2")
+    runs = list(server.kept["runs"].values())
+    assert code == 1
+    assert [run.display_name for run in runs] == ["mine", "mine (attempt 2)", "mine (attempt 3)"]
+    assert len({json.dumps(run.runtime_config.parameters) for run in runs}) == 1
+    assert len([line for line in lines if line.startswith("submitting it again, ")]) == 2
+
+
+def test_a_mistake_in_the_input_is_not_submitted_again(server: KfpServer, call: Call, compiled: Path) -> None:
+    failed_with(server, "Error (exit code 1)", failure("error: k-NN: no labels", 2))
+    code, lines, _ = submitted(call, compiled, "--resubmit", "2")
+    assert code == 1 and len(server.kept["runs"]) == 1
+    assert lines[-1] == "not submitted again: another attempt would end in the same way"
+
+
+def test_what_a_person_terminated_is_not_submitted_again(server: KfpServer, call: Call, compiled: Path) -> None:
+    server.states = ["FAILED"]
+    stopped = measured("Failed", ("Failed", "workflow shutdown with strategy: Terminate"))
+    server.workflows = [workflow([PREPARED, stopped], terminated=True)]
+    code, lines, _ = submitted(call, compiled, "--resubmit", "2")
+    assert code == 1 and len(server.kept["runs"]) == 1
+    assert "terminated: it was terminated" in lines
+
+
+def test_submitting_again_needs_somebody_who_waits(server: KfpServer, call: Call, compiled: Path) -> None:
+    told(call("submit", compiled, "--data", "s3://b/p", "--resubmit", "1"), "--resubmit", "--wait")
+    assert server.requests == []
+
+
+# One run
+
+
+@pytest.fixture
+def run(server: KfpServer, call: Call, compiled: Path) -> Any:
+    """A run whose second step is at work."""
+    call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
+    found = only(server.kept["runs"])
+    found.state = "RUNNING"
+    server.workflows = moments(measured("Running", ("Running", "")))
+    server.logs = {pod("prepare-data"): "preparing\n" + handed_over({"images": 800}), pod("knn"): "measuring\n"}
+    return found
+
+
+def test_a_run_is_shown_with_its_steps(server: KfpServer, call: Call, run: Any) -> None:
+    code, out, error = call("runs", "show", "mine")
+    assert (code, error) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("mine: running, ") and lines[1].split() == ["step", "state", "began", "took", "tries"]
+    assert lines[2].startswith("prepare data  succeeded") and lines[2].rstrip().endswith("images 800")
+    assert lines[3].startswith("k-NN          running")
+    shown = json.loads(call("runs", "show", run.run_id[:8], "--json")[1])
+    assert [(step["name"], step["state"], step["figures"]) for step in shown["steps"]] == [
+        ("prepare-data", "succeeded", {"images": 800.0}),
+        ("knn", "running", {}),
+    ]
+    assert shown["steps"][1]["pod"] == pod("knn") and shown["reason"] is None
+
+
+def test_a_run_is_found_by_its_link(server: KfpServer, call: Call, run: Any) -> None:
+    assert call("runs", "show", f"{server.url}/#/runs/details/{run.run_id}")[1].startswith("mine: running")
+
+
+def test_a_run_that_is_not_there_or_not_the_only_one(server: KfpServer, call: Call, run: Any, compiled: Path) -> None:
+    told(call("runs", "show", "yours"), "run yours: there is none", "`esvit runs` lists", "`esvit status`")
+    call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
+    told(call("runs", "show", "mine"), "there are 2 of that name", run.run_id)
+
+
+def test_the_log_of_a_step(server: KfpServer, call: Call, run: Any) -> None:
+    assert call("runs", "logs", "mine") == (0, "measuring\n", "")
+    assert call("runs", "logs", "mine", "prepare data")[1].startswith("preparing\n")
+    told(call("runs", "logs", "mine", "knm"), "step knm", "did you mean 'knn'")
+    del server.logs[pod("knn")]
+    told(call("runs", "logs", "mine"), "step k-NN (running) has no log")
+
+
+def test_a_log_is_followed_until_the_step_ends(
+    server: KfpServer, call: Call, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def more(seconds: float) -> None:
+        server.logs[pod("knn")] += "measured\n"
+        server.workflows = moments(measured("Succeeded", ("Succeeded", "")))
+
+    monkeypatch.setattr("time.sleep", more)
+    assert call("runs", "logs", "mine", "--follow") == (0, "measuring\nmeasured\n", "")
+
+
+def test_a_run_is_terminated_once(server: KfpServer, call: Call, run: Any) -> None:
+    code, out, _ = call("runs", "terminate", "mine")
+    assert code == 0 and run.state == "CANCELING"
+    assert out.startswith("terminating mine; ") and f"runs show {run.run_id} --wait" in out
+    run.state = "FAILED"
+    told(call("runs", "terminate", "mine"), "run mine: it has ended (failed)")
+
+
+def test_a_failed_run_is_tried_again_and_followed(server: KfpServer, call: Call, run: Any) -> None:
+    told(call("runs", "retry", "mine"), "run mine: it is running", "only a run that failed")
+    run.state = "FAILED"
+    server.workflows = moments(measured("Running", ("Running", "")), measured("Succeeded", ("Succeeded", "")))
+    server.states = ["FAILED", "RUNNING", "SUCCEEDED"]
+    code, out, _ = call("runs", "retry", "mine", "--wait")
+    assert code == 0 and out.startswith("trying mine again\n") and "succeeded" in out
+    assert f"POST /apis/v2beta1/runs/{run.run_id}:retry" in server.requests
+
+
+def test_an_option_before_the_command_is_not_lost_in_silence(server: KfpServer, call: Call) -> None:
+    told(call("runs", "--host", server.url, "show", "mine"), "--host", "give it after the command")

@@ -1,0 +1,86 @@
+"""Reading the steps of a run: packed workflows, sub-pipelines, and servers that keep no workflow."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kfp_server import KfpServer
+from kfp_server_api import models
+from kfp_workflow import BEGAN, RUN, Task, pod, workflow
+
+from esvit_pipelines.kubeflow import Server, connected
+from esvit_pipelines.run_steps import read_workflow, workflow_of
+from esvit_pipelines.step_log import parse_log, users_mistake
+
+DONE = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", "")])
+LATER = Task("knn", "k-NN", ("prepare-data",))
+BETWEEN = Task("extract", "extract features", ("prepare-data",), "Running", [("Running", "")])
+
+
+def test_steps_come_in_the_order_in_which_they_begin_and_then_of_their_dependencies() -> None:
+    found = read_workflow(workflow([Task("a-last", "last", ("knn",)), LATER, DONE]))
+    assert [(step.title, step.state) for step in found.steps] == [
+        ("prepare data", "succeeded"),
+        ("k-NN", "not begun"),
+        ("last", "not begun"),
+    ]
+    assert found.steps[0].pod == pod("prepare-data") and found.steps[0].seconds == 67.0
+    assert found.namespace == "kubeflow" and not found.terminated
+
+
+def test_a_workflow_whose_nodes_are_packed_is_the_same() -> None:
+    plain = workflow([DONE, BETWEEN])
+    packed = json.loads(json.dumps(plain))
+    nodes = gzip.compress(json.dumps(packed["status"].pop("nodes")).encode())
+    packed["status"]["compressedNodes"] = base64.b64encode(nodes).decode()
+    assert read_workflow(packed).steps[0] == read_workflow(plain).steps[0]
+
+
+def test_a_step_of_a_sub_pipeline_is_named_by_its_path() -> None:
+    manifest = workflow([Task("inner", "inner", (), "Running", [])])
+    nested = workflow([Task("inner.knn", "k-NN", (), "Running", [("Running", "")])])
+    manifest["status"]["nodes"].update(nested["status"]["nodes"])
+    node = next(n for n in manifest["status"]["nodes"].values() if n["name"] == f"{RUN}.root.inner")
+    node["templateName"] = "comp-inner"
+    assert [(step.name, step.state) for step in read_workflow(manifest).steps] == [
+        ("inner", "running"),
+        ("inner.knn", "running"),
+    ]
+
+
+def test_without_a_workflow_the_list_of_tasks_is_used(server: KfpServer) -> None:
+    began = datetime.datetime.fromisoformat(BEGAN.replace("Z", "+00:00"))
+    never = datetime.datetime.fromtimestamp(0, datetime.UTC)
+    names = [(RUN, "RUNNING"), ("root", "RUNNING"), ("root-driver", "SUCCEEDED"), ("knn", "RUNNING")]
+    names += [("knn-driver", "SUCCEEDED"), ("executor", "RUNNING"), ("executor(0)", "RUNNING")]
+    tasks = [
+        models.V2beta1PipelineTaskDetail(display_name=name, state=state, start_time=began, end_time=never)
+        for name, state in names
+    ]
+    run = SimpleNamespace(run_id="r", run_details=models.V2beta1RunDetails(task_details=tasks))
+    server.kept["runs"]["r"] = run
+    with connected(Server(server.url)) as connection:
+        found = workflow_of(connection, run)
+    assert [(step.name, step.state, step.pod) for step in found.steps] == [("knn", "running", None)]
+
+
+def test_the_exit_code_of_the_step_counts_not_that_of_the_launcher() -> None:
+    log = parse_log(
+        "E1128 10:01:05.1 18 launcher_v2.go:449] Component failed to execute successfully: exit status 75\n"
+    )
+    assert log is not None and log.exit_code == 75
+    assert not users_mistake(log, "Error (exit code 2)")
+    assert users_mistake(None, "Error (exit code 2)") and not users_mistake(None, "pod deleted")
+
+
+def test_figures_are_those_of_the_last_output_and_broken_ones_are_none() -> None:
+    log = parse_log("x\nI1128 10:01:05.1 18 launcher_v2.go:1230] ExecutorOutput: {broken\n")
+    assert log is not None and log.figures == {} and log.outputs == {}
+    assert parse_log('{"error_message":"pods \\"a\\" not found","error_details":""}') is None
