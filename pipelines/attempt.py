@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from esvit_core.errors import UserError
+from esvit_core.errors import CrashError, UserError, read_error_file
 from esvit_pipelines.local_runner import Outcome, Request, environment
 
 SAVE_SECONDS = 120.0  # that the steps get to save their state after a Ctrl-C
@@ -27,10 +27,6 @@ END_SECONDS = 15.0  # that what is left gets after SIGTERM
 
 class StoppedError(Exception):
     """The person, or the system, asked the run to stop, and it has."""
-
-
-class StepError(Exception):
-    """A step ended with an error that is not the user's mistake."""
 
 
 @dataclass
@@ -52,8 +48,8 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
         owner: of a retraining; None: the run is none.
 
     Raises:
-        UserError: a step ended with one.
-        StepError: a step ended with another error.
+        UserError, InfrastructureError: a step ended with one.
+        CrashError: a step ended in another way.
         StoppedError: by SIGINT, SIGTERM or SIGHUP.
     """
     work = Path(tempfile.mkdtemp(prefix="esvit-run-"))
@@ -102,10 +98,11 @@ def _raise_for(outcome: Outcome, error_file: Path, log: Path) -> None:
     if outcome.finished:
         return
     if error_file.exists():
-        raise UserError(error_file.read_text(encoding="utf-8"))
+        raise read_error_file(error_file)
     step = outcome.step or "the pipeline"
     reason = outcome.error or "it ended without saying why (killed, or out of memory?)"
-    raise StepError(f"{step} failed: {reason}; the log has the rest: {log}")
+    reason = f"{reason}; the log has the rest: {log}"
+    raise CrashError(f"{step} failed: {reason}", step=step, reason=reason)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import typer
 
 from esvit_core import __version__
 from esvit_core.config import Config
-from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
+from esvit_core.errors import USER_ERROR_EXIT_CODE, EsvitError, UserError
 from esvit_pipelines import cluster_commands, store_commands
 from esvit_pipelines.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
 from esvit_pipelines.settings import DEFAULT_OUT, DEFAULT_RECIPE, Settings, command, store_in
@@ -131,17 +131,14 @@ def retrain(
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Say how a run was interrupted, or which step failed, and exit."""
-    from esvit_pipelines.attempt import StepError, StoppedError
+    """Say how a run was interrupted, and exit."""
+    from esvit_pipelines.attempt import StoppedError
 
     try:
         yield
     except (StoppedError, KeyboardInterrupt):
         print(f"interrupted; the same command goes on from here:\n    {command()}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
-    except StepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -398,12 +395,12 @@ def recipe_show(
 
 
 def main() -> None:
-    """The console script: a mistake of the user's is one line on stderr and exit code 2."""
+    """The console script: an error that can be explained is one line on stderr; docs/exit-codes.md has the codes."""
     try:
         code = app(standalone_mode=False)
-    except UserError as error:
+    except EsvitError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = USER_ERROR_EXIT_CODE
+        code = error.exit_code
     except _UsageError as error:
         print(f"error: {' '.join(error.format_message().split()).rstrip('.')}; see `esvit --help`", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE

@@ -18,7 +18,8 @@ def retrain(settings: Settings) -> None:
 
     Raises:
         UserError: in the settings, the data, or the surroundings; or another one is at it.
-        StepError: a step failed.
+        InfrastructureError: something failed that may work later.
+        CrashError: a step failed unexpectedly.
         StoppedError: it was asked to stop; its state is saved.
     """
     config, owner = resolve(settings), _owner(settings.out)

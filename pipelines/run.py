@@ -14,7 +14,7 @@ from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.data.manifest import check_source
-from esvit_core.errors import UserError
+from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.monitoring.progress import format_duration
 from esvit_core.runs import CONFIG, PROMOTION, Run, identify_run, run_uri
@@ -22,7 +22,7 @@ from esvit_core.storage import ObjectStore
 from esvit_core.storage.errors import NotFound
 from esvit_core.storage.session import open_store
 from esvit_core.weights.source import with_source_pinned
-from esvit_pipelines.attempt import StepError, in_progress, run_attempt
+from esvit_pipelines.attempt import in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 
 ASKED = "asked.yaml"  # below DIR/<run> of a retraining: what was asked for
@@ -33,7 +33,8 @@ def run(settings: Settings) -> None:
 
     Raises:
         UserError: in the settings, the data, or the surroundings; before anything is started where that is possible.
-        StepError: a step failed.
+        InfrastructureError: something failed that may work later.
+        CrashError: a step failed unexpectedly.
         StoppedError: the run was asked to stop; its state is saved.
     """
     config = resolve(settings)
@@ -91,7 +92,7 @@ def carry_out(settings: Settings, current: Run, retraining: Retraining | None = 
         retraining: None: the run is none.
 
     Raises:
-        UserError, StepError, StoppedError: see :func:`run`.
+        EsvitError, StoppedError: see :func:`run`.
     """
     here = settings.out / current.name
     here.mkdir(exist_ok=True)
@@ -126,11 +127,10 @@ def _noted(current: Run) -> Iterator[None]:
     before = len(read_journal(current.store, current.uri))
     try:
         yield
-    except (UserError, StepError) as error:
-        part, _, reason = str(error).partition(": ")
-        with suppress(UserError):  # the store may be what failed
+    except EsvitError as error:
+        with suppress(EsvitError):  # the store may be what failed
             if all(entry.kind != "failed" for entry in read_journal(current.store, current.uri)[before:]):
-                note(current.store, current.uri, "failed", part=part.removesuffix(" failed"), reason=reason)
+                note(current.store, current.uri, "failed", part=error.step or "the run", reason=error.reason)
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esvit_core.config import Config, valid_keys
-from esvit_core.errors import ERROR_FILE_VARIABLE, USER_ERROR_EXIT_CODE, UserError, step
+from esvit_core.errors import (
+    ERROR_FILE_VARIABLE,
+    TRY_AGAIN_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    InfrastructureError,
+    UserError,
+    read_error_file,
+    step,
+)
 from esvit_core.recipe_files import preset_names
+from esvit_core.storage import (
+    IntegrityError,
+    NotFound,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreRejected,
+    StoreUnavailable,
+)
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -147,7 +165,46 @@ def test_a_step_ends_with_one_line_and_exit_code_2(
         raise UserError("data/: no pictures;\n expected jpg or png")
     assert caught.value.code == USER_ERROR_EXIT_CODE
     assert capsys.readouterr().err == "error: prepare_data: data/: no pictures; expected jpg or png\n"
-    assert record.read_text() == "prepare_data: data/: no pictures; expected jpg or png"
+    left = read_error_file(record)
+    assert isinstance(left, UserError) and str(left) == "prepare_data: data/: no pictures; expected jpg or png"
+    assert (left.step, left.reason) == ("prepare_data", "data/: no pictures; expected jpg or png")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (StoreUnavailable("s3://b/k: no answer"), "s3://b/k: no answer"),
+        (StoreFull("s3://b/k: full"), "s3://b/k: full"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+            "/tmp/x: the disk failed (No space left on device)",
+        ),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_step_ends_with_one_line_and_exit_code_75_where_trying_again_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    record = tmp_path / "error.txt"
+    monkeypatch.setenv(ERROR_FILE_VARIABLE, str(record))
+    with pytest.raises(SystemExit) as caught, step("knn"):
+        raise error
+    assert caught.value.code == TRY_AGAIN_EXIT_CODE
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: knn: {line}") and printed.count("\n") == 1
+    assert isinstance(read_error_file(record), InfrastructureError)
+
+
+def test_a_bug_in_a_step_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError), step("knn"):
+        raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("mistake", [NotFound, StoreRefused, StoreRejected, IntegrityError])
+def test_what_stays_wrong_is_a_mistake_and_an_outage_is_none(mistake: type[StoreError]) -> None:
+    assert issubclass(mistake, UserError) and mistake.exit_code == USER_ERROR_EXIT_CODE
+    for outage in (StoreUnavailable, StoreFull):
+        assert not issubclass(outage, UserError) and outage.exit_code == TRY_AGAIN_EXIT_CODE
 
 
 def test_diagnostics_need_a_line_of_the_log_and_bounds_in_their_order() -> None:

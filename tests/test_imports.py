@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 # What each package may import of ours. A part of esvit_core imports only what stands below it.
 FOUNDATION = {"esvit_core.config", "esvit_core.errors"}
 STORAGE = FOUNDATION | {"esvit_core.storage"}
-NETWORKS = FOUNDATION | {"esvit_core.models", "esvit_core.losses", "esvit_core.compiled"}
+NETWORKS = FOUNDATION | {"esvit_core.collectives", "esvit_core.models", "esvit_core.losses", "esvit_core.compiled"}
 WORK = STORAGE | {
+    "esvit_core.collectives",
     "esvit_core.data",
     "esvit_core.models",
     "esvit_core.losses",
@@ -28,6 +29,7 @@ WORK = STORAGE | {
 ALLOWED = {
     "esvit_core.errors": set(),
     "esvit_core.pod": set(),
+    "esvit_core.collectives": {"esvit_core.errors"},
     "esvit_core.recipe_files": {"esvit_core.errors"},
     "esvit_core.config": {"esvit_core.errors", "esvit_core.recipe_files"},
     "esvit_core.storage": FOUNDATION,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
-from esvit_core.errors import UserError
+from esvit_core.errors import EsvitError, InfrastructureError, UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
@@ -88,7 +88,7 @@ class TarSource:
         except DAMAGE as error:
             self._file.close()
             raise damaged(source, error) from None
-        except UserError:
+        except EsvitError:
             self._file.close()
             raise
         self.entries, self.duplicates = keep_last(found)
@@ -153,10 +153,10 @@ def kind_of(path: Path) -> Literal["tar", "zip"] | None:
     return None
 
 
-def damaged(source: str, why: object) -> UserError:
+def damaged(source: str, why: object) -> EsvitError:
     """The error of an archive that cannot be used at all."""
     if isinstance(why, OSError) and why.errno in _NO_ROOM:
-        return UserError(
+        return InfrastructureError(
             f"{source}: no room to decompress it in {tempfile.gettempdir()}; "
             "free some space there, set TMPDIR, or unpack it yourself and give the folder"
         )

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from esvit_core.config import Config
 from esvit_core.data.augment import MultiCrop, sample_rng
 from esvit_core.data.order import epoch_order, rank_batches
-from esvit_core.errors import UserError
+from esvit_core.errors import EsvitError
 
 
 class Pictures(Protocol):
@@ -26,7 +26,7 @@ class Pictures(Protocol):
     def image(self, index: int) -> np.ndarray: ...
 
 
-_Loaded = list[torch.Tensor] | UserError
+_Loaded = list[torch.Tensor] | EsvitError
 
 
 @dataclass
@@ -91,7 +91,7 @@ class TrainLoader:
         for indices in batches:
             start = time.perf_counter()
             crops = next(loaded)
-            if isinstance(crops, UserError):
+            if isinstance(crops, EsvitError):
                 raise crops
             yield Batch(crops, indices, time.perf_counter() - start)
 
@@ -125,7 +125,7 @@ class _Batches(Dataset[_Loaded]):
     def __getitem__(self, key: tuple[int, np.ndarray]) -> _Loaded:
         try:
             return self._load(*key)
-        except UserError as error:
+        except EsvitError as error:
             return error
 
     def _load(self, epoch: int, indices: np.ndarray) -> list[torch.Tensor]:

@@ -26,9 +26,9 @@ from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, Shard, Store
 from esvit_core.data.plan import Candidate, Plan, plan
 from esvit_core.data.shards import Sample, ShardWriter
 from esvit_core.data.sources import is_listed, open_source, source_fingerprint
-from esvit_core.errors import UserError
+from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.progress import Progress
-from esvit_core.storage import NotFound, ObjectStore, join_uri
+from esvit_core.storage import NotFound, ObjectStore, StoreFull, join_uri
 
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
 _READ_AHEAD = 4  # pictures in memory per thread
@@ -91,7 +91,8 @@ def prepare(
 
     Raises:
         UserError: the source does not exist, has no pictures, or more than ``config.max_bad_fraction`` bad files; or
-            the destination holds other data; or a disk is full.
+            the destination holds other data.
+        StoreFull: a disk is full.
     """
     with contextlib.ExitStack() as stack:
         # What is listed file by file is opened at once; an archive only if it is to be read.
@@ -117,7 +118,7 @@ def prepare(
             _store_pictures(job)
             manifest = _publish(job, print_of_source)
         except BaseException:
-            with contextlib.suppress(UserError):  # the first error is the one to tell
+            with contextlib.suppress(EsvitError):  # the first error is the one to tell
                 store.remove_prefix(destination)
             raise
     print(f"prepare: {describe(manifest)}", flush=True)
@@ -364,6 +365,6 @@ def _told_of_the_disk() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(
+        raise StoreFull(
             f"{tempfile.gettempdir()}: the disk is full; a shard needs room there: free some, or set TMPDIR"
         ) from None

@@ -18,7 +18,7 @@ from esvit_core.data import fingerprint as fingerprints
 from esvit_core.data.archives import Entry, ReadProblem, Source, TarSource, ZipSource
 from esvit_core.data.layout import is_ignored, may_be_picture
 from esvit_core.errors import UserError
-from esvit_core.storage import NotFound, ObjectStore, StoreRefused, join_uri, split_uri
+from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
 from esvit_core.storage.disk import read_at
 
 SCHEME = "s3://"
@@ -68,9 +68,7 @@ class PrefixSource:
             return self._store.get_bytes(str(entry.handle))
         except (NotFound, StoreRefused) as error:
             raise ReadProblem("vanished" if isinstance(error, NotFound) else "the key may not read it") from None
-        except UserError as error:
-            if type(error) is not UserError:  # the store failed, not this object
-                raise
+        except InvalidAddress:
             raise ReadProblem("its key is not a valid one") from None
 
     def fingerprint(self) -> str:

@@ -17,7 +17,6 @@ from torch import nn
 
 from esvit_core.config import Config, InitConfig
 from esvit_core.data.manifest import source_fingerprint
-from esvit_core.errors import UserError
 from esvit_core.export import BACKBONE_FORMAT, describe_backbone, load_backbone, save_backbone
 from esvit_core.importing import import_weights
 from esvit_core.models.registry import create_backbone
@@ -55,10 +54,7 @@ def take_backbone(
     """
     store = store or ObjectStore.from_env()
     asked = changed(configuration, settings)
-    try:
-        place, sha256 = find(backbone, "backbone", asked.bucket, store)
-    except UserError as error:
-        raise UserError(str(error).replace("init.source", "backbone", 1)) from None
+    place, sha256 = find(backbone, "backbone", asked.bucket, store, setting="backbone")
     network, description = _load(place, store)
     config = _configuration(asked, description)
     if not uri:

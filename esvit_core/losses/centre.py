@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esvit_core.collectives import collective
 from esvit_core.models.prototype_logits import PrototypeLogits
 
 
@@ -49,7 +50,8 @@ class Centre(nn.Module):
             return
         share = self.share
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
+            with collective():
+                dist.all_reduce(total)
             share = share or Fraction(1, dist.get_world_size())
         rows = int(rows / share) if share else rows
         self.value.mul_(self.momentum).add_(total, alpha=(1 - self.momentum) / rows)

@@ -15,7 +15,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
-from esvit_core.weights.source import find, with_source_pinned
+from esvit_core.weights.source import NoWeights, find, with_source_pinned
 
 _ONLY_IN_TRAINING = {"drop_path", "mode", "mode_switch"}  # the same network with another of these
 
@@ -63,9 +63,7 @@ def _start(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> t
     """Where the weights are: the last checkpoint, which has the heads too, or else the published backbone alone."""
     try:
         source, _ = find(champion["run"], "heads", config.bucket, store)
-    except UserError as error:
-        if type(error) is not UserError:  # the store failed
-            raise
+    except NoWeights:
         return {"source": champion["backbone"], "take": "backbone"}, False
     return {"source": source, "take": "heads"}, True
 

@@ -10,7 +10,7 @@ from esvit_core.config import Config
 from esvit_core.data.carry import read_listing
 from esvit_core.data.listing import LISTING, Difference, File, Look, compare, encode, look, recognise_in
 from esvit_core.data.manifest import Manifest, source_fingerprint
-from esvit_core.errors import UserError
+from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.evaluation.champions import now, pointer_uri
 from esvit_core.retraining.claim import Claim, claim_uri, request_of, require_free
 from esvit_core.retraining.continued import continued
@@ -106,7 +106,7 @@ def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> Fou
         if Claim(run.uri, request, owner, now(), record["base"]).put(store, config, pointer):
             _begin(run, record, seen.files)
             return _found(run.uri, record)
-    raise UserError(f"pointer {claim_uri(config)}: changed under {_ATTEMPTS} attempts; run the step again")
+    raise InfrastructureError(f"pointer {claim_uri(config)}: changed under {_ATTEMPTS} attempts; run the step again")
 
 
 def _of_claim(claim: Claim, decided: bool, store: ObjectStore) -> _Earlier | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.errors import (
     IntegrityError,
+    InvalidAddress,
     NotFound,
     StoreError,
     StoreFull,
     StoreRefused,
+    StoreRejected,
     StoreUnavailable,
 )
 from esvit_core.storage.pointer import Pointer
@@ -17,6 +19,7 @@ from esvit_core.storage.uri import join_uri, split_uri
 
 __all__ = [
     "IntegrityError",
+    "InvalidAddress",
     "NotFound",
     "ObjectStat",
     "ObjectStore",
@@ -25,6 +28,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreRefused",
+    "StoreRejected",
     "StoreUnavailable",
     "join_uri",
     "split_uri",

@@ -15,7 +15,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 
 from esvit_core.storage import disk
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE, StoreAddress
-from esvit_core.storage.errors import NotFound, StoreError, StoreRefused, StoreUnavailable
+from esvit_core.storage.errors import NotFound, StoreError, StoreFull, StoreRefused, StoreRejected, StoreUnavailable
 from esvit_core.storage.retry import RetryPolicy, ShortBodyError, is_transient, with_retries
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ _REFUSALS = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccountProblem"}
 )
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidLocationConstraint"})
+_NO_ROOM_STATUS = 507  # Insufficient Storage
 _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFound", "NoSuchUpload"})
 
 
@@ -143,9 +144,9 @@ class Connection:
         Raises:
             NotFound: no such object or bucket.
             StoreRefused: the key is not accepted, or may not do this.
-            StoreFull: the disk of this machine's own store has no room left.
+            StoreFull: the store has no room left.
             StoreUnavailable: no answer, or only failures, after all attempts.
-            StoreError: the server says anything else.
+            StoreRejected: the server says anything else.
         """
 
         def attempt() -> T:
@@ -203,7 +204,9 @@ def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
                 f"check {ACCESS_KEY} and {SECRET_KEY}, and what the key may do"
             )
         advice = f"; check {REGION}" if code in _WRONG_REGION else ""
-        kind = StoreUnavailable if is_transient(error) else StoreError
+        kind: type[StoreError] = StoreUnavailable if is_transient(error) else StoreRejected
+        if getattr(error.response, "status", 0) == _NO_ROOM_STATUS:
+            kind, advice = StoreFull, "; free some space there"
         return kind(f"{what}: the {store} answers {code} ({error.message}){advice}")
     if isinstance(error, (InvalidResponseError, ServerError)):
         status = error._code if isinstance(error, InvalidResponseError) else error.status_code

@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from esvit_core.storage.errors import StoreError, StoreFull
+from esvit_core.storage.errors import LocalDiskError, PathError, StoreError, StoreFull
 
 # Kept free beside what the embedded server stores: its index and log go on growing, and the parts that other
 # processes have under way are not on the disk yet.
 RESERVE_BYTES = 64 * 2**20
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_WRONG_PATH = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+    }
+)
 
 
 def free_bytes(directory: Path) -> int:
@@ -37,6 +43,13 @@ def require_room(directory: Path, size: int = 0) -> None:
             f"{directory}: the disk of the object store is full: {mebibytes(needed)} needed, {mebibytes(free)} free; "
             "free some space there, or choose a directory on another disk"
         )
+
+
+def family_of(error: OSError) -> type[StoreError]:
+    """Whether a failed operation on a file is a full disk, a wrong path, or a disk that fails."""
+    if is_full(error):
+        return StoreFull
+    return PathError if error.errno in _WRONG_PATH else LocalDiskError
 
 
 def is_full(error: OSError) -> bool:
@@ -86,7 +99,7 @@ def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to
 
     Raises:
         StoreFull: its disk is full.
-        StoreError: it cannot be written for another reason.
+        LocalDiskError, PathError: it cannot be written for another reason.
     """
     caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
@@ -95,7 +108,8 @@ def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to
         if isinstance(error, OSError) and is_full(error):
             raise StoreFull(f"{path}: the disk is full; free some space there, or {otherwise}") from None
         reason = (isinstance(error, OSError) and error.strerror) or error
-        raise StoreError(f"{path}: cannot be written ({reason}); free some space there, or {otherwise}") from None
+        family = family_of(error) if isinstance(error, OSError) else LocalDiskError
+        raise family(f"{path}: cannot be written ({reason}); free some space there, or {otherwise}") from None
 
 
 def mebibytes(size: int) -> str:

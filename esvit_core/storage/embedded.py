@@ -23,7 +23,7 @@ from esvit_core.storage import weed
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection
 from esvit_core.storage.disk import is_full, require_room
-from esvit_core.storage.errors import StoreError, StoreFull
+from esvit_core.storage.errors import PathError, StoreError, StoreFull, StoreUnavailable
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
 
@@ -164,7 +164,7 @@ class EmbeddedStore:
             reason = self._last_words()
             require_room(self.directory)
             # Another program may have taken one of the ports in the meantime: try others.
-        raise StoreError(
+        raise StoreUnavailable(
             f"{self.directory}: the object store does not start ({reason}); see {self.directory / LOG} for the reason"
         )
 
@@ -230,7 +230,7 @@ class EmbeddedStore:
                 if _ended(pid):
                     return
                 time.sleep(_POLL_SECONDS)
-        raise StoreError(f"{self.directory}: the object store (process {pid}) does not end; end it by hand")
+        raise StoreUnavailable(f"{self.directory}: the object store (process {pid}) does not end; end it by hand")
 
     def _end_strays(self) -> None:
         """End a server of this directory of which nothing is written down: its starter was killed meanwhile."""
@@ -318,7 +318,7 @@ def _ended(pid: int) -> bool:
 def _unusable(directory: Path, error: OSError) -> StoreError:
     if is_full(error):
         require_room(directory)
-    return StoreError(
+    return PathError(
         f"{directory}: the object store cannot keep its data there ({error.strerror or error}); "
         "choose a directory that you can write to"
     )

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from esvit_core.errors import UserError
 from esvit_core.storage.connection import Connection
-from esvit_core.storage.disk import is_full
-from esvit_core.storage.errors import StoreUnavailable
+from esvit_core.storage.disk import family_of, is_full
+from esvit_core.storage.errors import StoreError, StoreUnavailable
 from esvit_core.storage.private import private_folder
 from esvit_core.storage.publish import MANIFEST
 from esvit_core.storage.retry import RetryPolicy
@@ -53,7 +52,8 @@ class Outbox:
         hasty: the same, for deliveries: it gives up soon, since the outbox tries again by itself.
 
     Raises:
-        UserError: the directory cannot be used.
+        PathError: the directory cannot be used.
+        StoreFull: its disk is full.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Outbox:
         """Store ``data`` as the object ``name``, sooner or later.
 
         Raises:
-            UserError: an earlier one could not be stored, or there is no room on this machine's disk.
+            EsvitError: an earlier one could not be stored, or there is no room on this machine's disk.
         """
         self.check()
         path = self._objects_folder / f"{self._number:09d}-{quote(name, safe='')}"
@@ -158,7 +158,7 @@ class Outbox:
     def check(self) -> None:
         """
         Raises:
-            UserError: something could not be stored; it stays on this machine's disk.
+            EsvitError: something could not be stored; it stays on this machine's disk.
         """
         if self._failure is not None:
             raise self._failure
@@ -167,7 +167,7 @@ class Outbox:
         """Until all has arrived, but not longer than ``seconds``; whether it has.
 
         Raises:
-            UserError: something could not be stored.
+            EsvitError: something could not be stored.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._failure or not self._work(), seconds)
@@ -288,9 +288,9 @@ def pending_folder(store: ObjectStore, uri: str) -> Path:
     return root / f"{uri.rstrip('/').rpartition('/')[2]}-{whose}"
 
 
-def _unusable(folder: Path, error: OSError) -> UserError:
+def _unusable(folder: Path, error: OSError) -> StoreError:
     what = "the disk is full" if is_full(error) else error.strerror or str(error)
-    return UserError(
+    return family_of(error)(
         f"{folder}: what is to be stored cannot wait there ({what}); free some space, or set {PENDING_VARIABLE} to a "
         "directory on another disk"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import UserError
+from esvit_core.storage.disk import family_of
 from esvit_core.storage.errors import IntegrityError, NotFound
 from esvit_core.storage.transfer import PARALLEL, sha256_of
 from esvit_core.storage.uri import join_uri
@@ -83,6 +84,7 @@ def check_set(directory: Path) -> dict[str, Any]:
 
     Raises:
         IntegrityError: they are not.
+        PathError, LocalDiskError: they cannot be read.
     """
     path = directory / MANIFEST
     try:
@@ -90,8 +92,10 @@ def check_set(directory: Path) -> dict[str, Any]:
         for name, entry in _entries(manifest, str(path)).items():
             if difference := _difference(directory / name, entry, verify=True):
                 raise IntegrityError(f"{directory / name}: damaged, {difference}")
-    except (OSError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{directory}: not a complete set ({error})") from None
+    except OSError as error:
+        raise family_of(error)(f"{directory}: cannot be read ({error.strerror or error})") from error
     return manifest
 
 

@@ -15,7 +15,7 @@ from esvit_core.errors import UserError
 from esvit_core.storage import pointer, publish, transfer
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection, S3Client
-from esvit_core.storage.errors import NotFound
+from esvit_core.storage.errors import IntegrityError, InvalidAddress, NotFound
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.pointer import Pointer
 from esvit_core.storage.retry import RetryPolicy
@@ -146,13 +146,13 @@ class ObjectStore:
 
         Raises:
             NotFound: there is no such object.
-            UserError: it is not JSON.
+            IntegrityError: it is not JSON.
         """
         data = self.get_bytes(uri)
         try:
             return json.loads(data)
         except ValueError as error:
-            raise UserError(f"{uri}: not JSON ({error}); expected an object that this program wrote") from None
+            raise IntegrityError(f"{uri}: not JSON ({error}); expected an object that this program wrote") from None
 
     def put_file(self, uri: str, path: Path, *, sha256: str | None = None) -> None:
         """Store a local file as the object ``uri``; large ones go in several parts at a time.
@@ -303,7 +303,7 @@ class ObjectStore:
 def _object(uri: str) -> tuple[str, str]:
     bucket, key = split_uri(uri)
     if not key or key.endswith("/"):
-        raise UserError(f"{uri}: expected the address of an object, s3://bucket/key, not of a folder")
+        raise InvalidAddress(f"{uri}: expected the address of an object, s3://bucket/key, not of a folder")
     return bucket, key
 
 

@@ -16,8 +16,8 @@ from minio.datatypes import Part
 from minio.error import S3Error
 
 from esvit_core.storage.connection import WRITER, Connection, S3Client
-from esvit_core.storage.disk import is_full, read_at, write_at
-from esvit_core.storage.errors import IntegrityError, NotFound, StoreError, StoreFull
+from esvit_core.storage.disk import family_of, is_full, read_at, write_at
+from esvit_core.storage.errors import IntegrityError, NotFound, StoreFull
 from esvit_core.storage.uri import SCHEME
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
     """Store the file ``path`` as an object.
 
     Raises:
-        UserError: the file cannot be read.
+        PathError, LocalDiskError: the file cannot be read.
         IntegrityError: it is not the one that ``sha256`` describes, or it changes while it is read.
     """
     headers = {"Content-Type": content_type}
@@ -55,7 +55,7 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
                 except NotFound:  # the server was restarted, and threw away what it held of unfinished objects
                     _upload_parts(connection, bucket, key, path, file, size, headers)
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror or error}); expected a file to store") from error
+        raise family_of(error)(f"{path}: cannot be read ({error.strerror or error}); expected a file to store") from error
 
 
 def _upload_parts(
@@ -113,7 +113,7 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
     Raises:
         NotFound: there is no such object.
         StoreFull: the file's disk is full.
-        UserError: the file cannot be written.
+        PathError, LocalDiskError: the file cannot be written.
     """
     uri = f"{SCHEME}{bucket}/{key}"
     found = connection.call(uri, lambda client: client.stat_object(bucket, key))
@@ -131,7 +131,7 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
     except OSError as error:
         if is_full(error):
             raise StoreFull(f"{path}: the disk is full, {size} bytes needed; free some space there") from error
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise family_of(error)(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from esvit_core.errors import UserError
+from esvit_core.storage.errors import InvalidAddress
 
 SCHEME = "s3://"
 # S3's rules: 3 to 63 lower-case letters, digits, dots and hyphens, with a letter or digit at both ends.
@@ -20,13 +20,13 @@ def split_uri(uri: str) -> tuple[str, str]:
         uri: address of an object, of a prefix (with or without a slash at its end), or of a bucket.
 
     Raises:
-        UserError: the address is not of that form, or no S3 server could hold it.
+        InvalidAddress: the address is not of that form, or no S3 server could hold it.
     """
     if not uri.startswith(SCHEME):
-        raise UserError(f"{uri!r}: expected an object store address; write it as s3://bucket/key")
+        raise InvalidAddress(f"{uri!r}: expected an object store address; write it as s3://bucket/key")
     bucket, _, key = uri[len(SCHEME) :].partition("/")
     if not _BUCKET.fullmatch(bucket) or _IP_ADDRESS.fullmatch(bucket):
-        raise UserError(
+        raise InvalidAddress(
             f"{uri!r}: {bucket!r} is not a bucket's name; expected 3 to 63 lower-case letters, digits, '.' and '-'"
         )
     _check_key(uri, key)
@@ -41,7 +41,7 @@ def join_uri(base: str, *parts: str) -> str:
         parts: names or relative paths; empty ones are left out, one slash at either end is forgiven.
 
     Raises:
-        UserError: the result is not a valid address.
+        InvalidAddress: the result is not a valid address.
     """
     pieces = [part.strip("/") for part in parts]
     uri = "/".join([base.rstrip("/"), *(piece for piece in pieces if piece)])
@@ -52,12 +52,12 @@ def join_uri(base: str, *parts: str) -> str:
 def _check_key(uri: str, key: str) -> None:
     segments = key.removesuffix("/").split("/") if key else []
     if any(segment in ("", ".", "..") for segment in segments):
-        raise UserError(f"{uri!r}: the key has an empty, '.' or '..' part; give every part a name")
+        raise InvalidAddress(f"{uri!r}: the key has an empty, '.' or '..' part; give every part a name")
     if any(ord(character) < 32 or character == "\x7f" for character in key):
-        raise UserError(f"{uri!r}: the key has control characters; rename the object")
+        raise InvalidAddress(f"{uri!r}: the key has control characters; rename the object")
     try:
         size = len(key.encode())
     except UnicodeEncodeError:  # a lone surrogate: a file name that was not UTF-8
-        raise UserError(f"{uri!r}: the key is not valid Unicode; rename the object") from None
+        raise InvalidAddress(f"{uri!r}: the key is not valid Unicode; rename the object") from None
     if size > MAX_KEY_BYTES:
-        raise UserError(f"{uri!r}: the key is {size} bytes long; S3 allows {MAX_KEY_BYTES}, choose a shorter one")
+        raise InvalidAddress(f"{uri!r}: the key is {size} bytes long; S3 allows {MAX_KEY_BYTES}, choose a shorter one")

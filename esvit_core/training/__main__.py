@@ -9,8 +9,8 @@ Several: ``torchrun --nproc-per-node 2 -m esvit_core.training --run-uri s3://buc
 
 Whenever torchrun starts the processes anew, in whatever number, they go on from the newest checkpoint.
 
-Exit codes: 0 finished (or was finished already), 2 a mistake of the user or a run that had to be stopped (the reason
-is the last line), 75 stopped on request with a checkpoint: started again it goes on.
+Exit codes: 0 finished (or was finished already); 2 a mistake in the input, or a run that had to be stopped (the reason
+is the last line); 75 stopped on request with a checkpoint, or an infrastructure failure: started again it continues.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
+from esvit_core.errors import explained
 from esvit_core.training.agent import AGENT_VARIABLE
 from esvit_core.training.environment import BEFORE_TORCH
 from esvit_core.training.stop import StopRequest, end_with, leave_process_id
@@ -50,7 +50,7 @@ def main() -> int:
 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from esvit_core.training.outcome import note_own_failure
+    from esvit_core.training.outcome import mark_consequence, note_own_failure
 
     errors = get_error_handler()
     errors.initialize()
@@ -58,18 +58,18 @@ def main() -> int:
         from esvit_core.training.run import carry_out
 
         return carry_out(run_uri, stop)
-    except UserError as error:
-        errors.record_exception(error)
-        if not agent:
-            if rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            note_own_failure(run_uri, error, rank, began)
-        return USER_ERROR_EXIT_CODE
     except Exception as error:
-        errors.record_exception(error)
+        known = explained(error)
+        errors.record_exception(known or error)
+        if known and known.consequence:
+            mark_consequence()
         if not agent:
-            note_own_failure(run_uri, error, rank, began)
-        raise
+            if known and rank == 0:
+                print(f"error: {known}", file=sys.stderr, flush=True)
+            note_own_failure(run_uri, known or error, rank, began)
+        if known is None:
+            raise
+        return known.exit_code
 
 
 if __name__ == "__main__":

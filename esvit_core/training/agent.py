@@ -4,8 +4,8 @@ It ends when the launcher dies, however that dies; it leaves the reason of the f
 torchx or Kubernetes looks for it; and it does not repeat what failed by a mistake of the user's.
 ``python -m esvit_core.training.agent`` takes torchrun's arguments.
 
-Exit codes: 0; 2 a mistake of the user's; 75 stopped from outside, or parted from the other nodes: started again it
-goes on; 1 the training processes failed more often than ``--max-restarts``.
+Exit codes: 0; 2 a mistake in the input; 75 an infrastructure failure, stopped from outside, or parted from the other
+nodes: started again it continues; 1 the training processes crashed more often than ``--max-restarts``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE
+from esvit_core.training.outcome import is_consequence
 from esvit_core.training.stop import RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE, end_with
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         failure = first_failure(error)
     except SignalException as error:
-        failure = {"exit_code": STOPPED_EXIT_CODE, "reason": f"stopped from outside by {error.sigval.name}"}
+        failure = _stopped(f"stopped from outside by {error.sigval.name}")
     except RendezvousError as error:
-        failure = {"exit_code": STOPPED_EXIT_CODE, "reason": f"parted from the other nodes: {_one_line(error)}"}
+        failure = _stopped(f"parted from the other nodes: {_one_line(error)}")
     if launcher and os.getppid() != int(launcher):
         shutil.rmtree(os.environ[RENDEZVOUS_VARIABLE], ignore_errors=True)  # nobody else is left to do it
     elif error_file:
@@ -104,13 +105,23 @@ def first_failure(error: ChildFailedError) -> dict[str, Any]:
     fail a moment later, in the middle of a collective, and the clock of the error files has whole seconds.
     """
     rank, failure = min(error.failures.items(), key=_order)
-    return {"exit_code": failure.exitcode, "rank": rank, "reason": _reason(rank, failure)}
+    stopped = _order((rank, failure))[0] == _CONSEQUENCE
+    return {"exit_code": failure.exitcode, "rank": rank, "reason": _reason(rank, failure), "consequence": stopped}
+
+
+def _stopped(reason: str) -> dict[str, Any]:
+    return {"exit_code": STOPPED_EXIT_CODE, "reason": reason, "consequence": True}
+
+
+_CONSEQUENCE = 4  # of another process's failure, or of a signal
 
 
 def _order(item: tuple[int, Any]) -> tuple[int, float]:
     code, has_file = item[1].exitcode, Path(item[1].error_file).is_file()
     if code == USER_ERROR_EXIT_CODE:
         kind = 0
+    elif is_consequence(item[1]) or (code == STOPPED_EXIT_CODE and not has_file):
+        kind = _CONSEQUENCE
     elif code < 0 and code != -signal.SIGTERM:  # killed from outside, or crashed: the others' errors follow from it
         kind = 1
     elif has_file:
@@ -125,16 +136,17 @@ def _one_line(text: object) -> str:
 
 
 def _reason(rank: int, failure: Any) -> str:
-    if failure.exitcode == STOPPED_EXIT_CODE:
+    has_file = Path(failure.error_file).is_file()
+    if failure.exitcode == STOPPED_EXIT_CODE and not has_file:
         return "stopped from outside by a signal"
     if failure.exitcode < 0:
         memory = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
         return f"process {rank} was killed by {failure.signal_name()}{memory}"
-    if not Path(failure.error_file).is_file():
+    if not has_file:
         return f"process {rank} ended with exit code {failure.exitcode} and without a reason"
     message = failure.message
     text = _one_line(message.get("message", "") if isinstance(message, dict) else message)
-    if failure.exitcode == USER_ERROR_EXIT_CODE:
+    if failure.exitcode in (USER_ERROR_EXIT_CODE, STOPPED_EXIT_CODE):
         return re.sub(r"^\w+: ", "", text)  # torch elastic puts the class before the text: UserError, StoreFull, ...
     return f"process {rank}: {text}"
 

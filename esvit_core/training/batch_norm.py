@@ -13,6 +13,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from esvit_core.collectives import collective
 from esvit_core.training.distributed import World
 
 
@@ -58,11 +59,13 @@ class SharedBatchNorm(_BatchNorm):
         channel = (1, -1, *[1] * (x.ndim - 2))
         places = [0, *range(2, x.ndim)]
         count = x.new_tensor([x.numel() / x.shape[1]])
-        sums = differentiable.all_reduce(torch.cat((x.sum(places), count)))  # (C + 1,)
+        with collective():
+            sums = differentiable.all_reduce(torch.cat((x.sum(places), count)))  # (C + 1,)
         rows = sums[-1].detach()
         mean = sums[:-1] / rows
         centred = x - mean.view(channel)
-        variance = differentiable.all_reduce(centred.square().sum(places)) / rows
+        with collective():
+            variance = differentiable.all_reduce(centred.square().sum(places)) / rows
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]

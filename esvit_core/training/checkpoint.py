@@ -11,7 +11,10 @@ and a run that is started again on this machine goes on from it if it is newer t
 
 from __future__ import annotations
 
+import io
+import pickle
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,16 +25,10 @@ from typing import Any, Protocol
 
 import torch
 
-from esvit_core.errors import UserError
-from esvit_core.storage import (
-    IntegrityError,
-    NotFound,
-    ObjectStore,
-    StoreFull,
-    StoreRefused,
-    StoreUnavailable,
-    join_uri,
-)
+from esvit_core.errors import InfrastructureError, UserError
+from esvit_core.storage import IntegrityError, NotFound, ObjectStore, join_uri
+from esvit_core.storage.disk import family_of
+from esvit_core.storage.errors import LocalDiskError
 from esvit_core.storage.outbox import PENDING_VARIABLE, Outbox
 from esvit_core.storage.publish import check_set, describe, put_set
 from esvit_core.training.summary import LATEST
@@ -199,7 +196,8 @@ class Checkpointer:
                 torch.save(states.pop(thing), folder / f"{thing}.pt")  # popped: the copy is not needed any longer
             manifest = describe(folder, KIND, {"step": step, "loss": loss})
         except (OSError, RuntimeError) as error:
-            raise UserError(
+            family = family_of(error) if isinstance(error, OSError) else LocalDiskError
+            raise family(
                 f"checkpoint of step {step}: cannot be written to {folder.parent} ({error}); "
                 f"free some space there, or set {PENDING_VARIABLE} to a larger disk"
             ) from None
@@ -221,7 +219,9 @@ class Checkpointer:
         uri = join_uri(self._run_uri, LATEST)
         store = self._outbox.hasty
         if not store.swap_pointer(uri, {"step": step}, store.read_pointer(uri)):
-            raise UserError(f"run {self._run_uri}: another process writes checkpoints of this run; stop one of the two")
+            raise InfrastructureError(
+                f"run {self._run_uri}: another process writes checkpoints of this run; stop one of the two"
+            )
 
     def _prune(self, step: int) -> None:
         """Keep the complete ones up to ``step`` that are to stay; what lies beyond is of an attempt that was lost."""
@@ -255,8 +255,9 @@ def newest_checkpoint(
         pass_over: called with each that cannot be used: its step, its place, and why in a line.
 
     Raises:
-        StoreError: the store does not answer, which says nothing about the checkpoints.
         UserError: there are checkpoints, but none is valid.
+        Whatever else goes wrong while one is read (the store, the disk, memory, a bug) is raised as it is: it says
+        nothing about the checkpoint.
     """
     candidates: list[tuple[int, str | Path]] = [*_folders(store, run_uri).items(), *(waiting or {}).items()]
     damaged = []
@@ -264,11 +265,9 @@ def newest_checkpoint(
     for step, place in sorted(candidates, key=lambda c: (c[0], isinstance(c[1], str)), reverse=True):
         try:
             states = _load(place, check_set(place)) if isinstance(place, Path) else _read(store, place)
-        except (StoreUnavailable, StoreRefused, StoreFull):
-            raise
         except NotFound:
             pass_over(step, place, f"checkpoint {place} is incomplete: it was being written when the run ended")
-        except UserError as error:
+        except IntegrityError as error:
             damaged.append(f"checkpoint {place} cannot be used: {error}")
             pass_over(step, place, damaged[-1])
         else:
@@ -297,13 +296,28 @@ def _read(store: ObjectStore, uri: str) -> dict[str, Any]:
 
 
 def _load(folder: Path, manifest: Mapping[str, Any], place: str | None = None) -> dict[str, Any]:
+    """
+    Raises:
+        IntegrityError: the bytes are those of the manifest, but no state that ``torch.save`` wrote.
+    """
     states = {}
     for name in manifest["files"]:
         try:
             states[name.removesuffix(".pt")] = torch.load(folder / name, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load promises no particular one
-            raise IntegrityError(f"{place or folder}/{name}: not readable ({error})") from None
+        except Exception as error:
+            if isinstance(error, pickle.UnpicklingError) or not _is_archive(folder / name):
+                raise IntegrityError(f"{place or folder}/{name}: not a saved state ({error})") from None
+            raise
     return states
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file is what ``torch.save`` writes, a zip archive."""
+    try:
+        zipfile.ZipFile(io.BytesIO(path.read_bytes())).close()  # from memory: what the disk fails with is no damage
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _copied(state: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esvit_core.collectives import collective
 from esvit_core.training.stop import RENDEZVOUS_VARIABLE
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -52,7 +53,8 @@ class World:
     def mean_(self, value: Tensor) -> Tensor:
         """Average ``value`` over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(value)
+            with collective():
+                dist.all_reduce(value)
             value.div_(self.size)
         return value
 
@@ -61,7 +63,8 @@ class World:
         if self.size == 1:
             return rows
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(gathered, rows.contiguous())
+        with collective():
+            dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
     def from_first(self, value: Any) -> Any:
@@ -69,7 +72,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        with collective():
+            dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def to_first(self, value: Any) -> list[Any] | None:
@@ -77,13 +81,15 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.first else None
-        dist.gather_object(value, values, dst=0, group=self.control)
+        with collective():
+            dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def wait_for_all(self, seconds: float = 600.0) -> None:
         """Until every process has come here, but not longer than ``seconds``."""
         if self.size > 1:
-            dist.monitored_barrier(group=self.control, timeout=timedelta(seconds=seconds))
+            with collective():
+                dist.monitored_barrier(group=self.control, timeout=timedelta(seconds=seconds))
 
     def leave(self) -> None:
         """Part from the others in order."""
@@ -112,14 +118,15 @@ def join_world(patience: float = 0.0) -> World:
         # On one machine a file does what a TCP server does, and listens on no interface.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.FileStore(str(Path(folder) / f"workers-{restart}"), size)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-    )
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    with collective():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return World(rank, size, device, control)
 
@@ -171,8 +178,9 @@ class GradientReducer:
         """Wait until every gradient is the mean over the processes."""
         while self._next < len(self._buckets):  # those with a parameter that took no part
             self._launch()
-        for work in self._work:
-            work.wait()
+        with collective():
+            for work in self._work:
+                work.wait()
         self._work.clear()
         for bucket in self._buckets:
             bucket.flat.div_(self._world.size)
@@ -184,7 +192,8 @@ class GradientReducer:
             self._launch()
 
     def _launch(self) -> None:
-        work = dist.all_reduce(self._buckets[self._next].flat, async_op=True)
+        with collective():
+            work = dist.all_reduce(self._buckets[self._next].flat, async_op=True)
         assert work is not None
         self._work.append(work)
         self._next += 1
@@ -236,12 +245,14 @@ class Vote:
         """Give this process's votes for the step that begins."""
         self._votes.copy_(torch.tensor([stop, save]))
         if self._world.size > 1:
-            self._work = dist.all_reduce(self._votes, group=self._world.control, async_op=True)
+            with collective():
+                self._work = dist.all_reduce(self._votes, group=self._world.control, async_op=True)
 
     def result(self) -> tuple[bool, bool]:
         """Whether any process has voted to stop, and to save: the same answer on all."""
         if self._work is not None:
-            self._work.wait()
+            with collective():
+                self._work.wait()
             self._work = None
         stop, save = self._votes.tolist()
         return bool(stop), bool(save)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -21,14 +22,14 @@ import psutil
 
 import esvit_core
 from esvit_core.config import Config
-from esvit_core.errors import USER_ERROR_EXIT_CODE, UserError
+from esvit_core.errors import CRASH_EXIT_CODE, USER_ERROR_EXIT_CODE, InfrastructureError, UserError
 from esvit_core.runs import placed
 from esvit_core.storage import ObjectStore
 from esvit_core.training.agent import LAUNCHER_VARIABLE
 from esvit_core.training.environment import available_cores
 from esvit_core.training.interrupt import Signals, keep_signal_handlers
-from esvit_core.training.outcome import Outcome, conclude
-from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE
+from esvit_core.training.outcome import Outcome, conclude, family_of
+from esvit_core.training.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE
 from esvit_core.training.summary import TrainingSummary, read_summary
 
 MODULE = "esvit_core.training"
@@ -48,7 +49,8 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
         config: the run's configuration.
 
     Raises:
-        UserError: the training failed; the text is the reason that the process which failed first gave.
+        UserError, InfrastructureError, CrashError: the training failed; the text is the reason that the process which
+            failed first gave.
         SystemExit: SIGINT or SIGTERM arrived (code 128 + signal). The training has been stopped with a checkpoint.
     """
     store = ObjectStore.from_env()
@@ -64,7 +66,7 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
         _launch_here(store, run_uri, config)
     if summary := read_summary(store, run_uri):
         return summary
-    raise UserError(f"training of {run_uri}: ended without a summary; the same command again goes on")
+    raise InfrastructureError(f"training of {run_uri}: ended without a summary; the same command again goes on")
 
 
 def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
@@ -208,17 +210,18 @@ def _explain(status: Any, stderr: Path) -> Outcome:
         failure = json.loads(status.structured_error_msg)
         code, reason, rank = failure["exit_code"], failure["reason"], failure.get("rank")
     except (AttributeError, ValueError, KeyError):
-        code, reason, rank = 1, "the agent of the training processes failed", None
+        code, reason, rank = -signal.SIGKILL, "the agent of the training processes was killed", None
     if code == USER_ERROR_EXIT_CODE:
-        return Outcome(reason=str(reason), rank=rank)
+        return Outcome(reason=str(reason), rank=rank, exit_code=code)
     last_words = ""
-    if code > 0 and code != STOPPED_EXIT_CODE:
+    if family_of(code) == CRASH_EXIT_CODE:
         last_words = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:])
         print(last_words, file=sys.stderr, flush=True)
     return Outcome(
         reason=f"training: {reason}; the same command again goes on from the last checkpoint",
         rank=rank,
         last_words=last_words,
+        exit_code=family_of(code),
     )
 
 

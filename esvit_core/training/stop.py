@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; started again it goes on
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE
+
+STOPPED_EXIT_CODE = TRY_AGAIN_EXIT_CODE  # stopped on request with a checkpoint: started again it continues
 RENDEZVOUS_VARIABLE = "ESVIT_RENDEZVOUS_DIR"  # where processes of one machine meet, and leave their ids
 PROCESS_FILE_PREFIX = "process-"
 GRACE_VARIABLE = "ESVIT_GRACE_SECONDS"

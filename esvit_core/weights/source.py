@@ -45,7 +45,13 @@ def with_source_pinned(config: Config, store: ObjectStore) -> Config:
     return config.model_copy(update={"init": config.init.model_copy(update={"source": source, "sha256": sha256})})
 
 
-def find(source: str, take: str, bucket: str, store: ObjectStore) -> tuple[str, str | None]:
+class NoWeights(UserError):  # noqa: N818
+    """There are no weights at the place that a setting names."""
+
+
+def find(
+    source: str, take: str, bucket: str, store: ObjectStore, setting: str = "init.source"
+) -> tuple[str, str | None]:
     """The address of the weights and the SHA-256 of what is there.
 
     Args:
@@ -53,30 +59,31 @@ def find(source: str, take: str, bucket: str, store: ObjectStore) -> tuple[str, 
         take: as in ``init.take``; of a run ``backbone`` takes the published one, the others its newest checkpoint.
         bucket: of the pointers.
         store: the object store.
+        setting: what errors call the source.
 
     Returns:
         A file, a folder, an ``s3://`` address of a file, of a backbone or of a checkpoint, or ``timm:<name>``, which
         alone has no digest: timm's registry says what is in it.
 
     Raises:
-        UserError: nothing is there.
+        NoWeights: nothing is there.
     """
     if source.startswith(TIMM):
         return source, None
     if source.startswith("s3://"):
-        return _in_the_store(source.rstrip("/"), take, store)
+        return _in_the_store(source.rstrip("/"), take, store, setting)
     path = Path(source)
     if path.is_dir():
-        return str(path.resolve()), _digest_of_folder(path)
+        return str(path.resolve()), _digest_of_folder(path, setting)
     if path.is_file():
         return str(path.resolve()), sha256_of(path)
     if not _POINTER.fullmatch(source):
-        raise UserError(f"init.source {source}: no such file or folder; {_EXPECTED}")
+        raise NoWeights(f"{setting} {source}: no such file or folder; {_EXPECTED}")
     uri = join_uri(f"s3://{bucket}", "pointers", source)
     pointer = store.read_pointer(uri)
     if pointer is None or not isinstance(pointer.value.get("backbone"), str):
-        raise UserError(f"init.source {source}: no such file, and no pointer {uri}; {_EXPECTED}")
-    return _in_the_store(pointer.value["backbone"], take, store)
+        raise NoWeights(f"{setting} {source}: no such file, and no pointer {uri}; {_EXPECTED}")
+    return _in_the_store(pointer.value["backbone"], take, store, setting)
 
 
 def kind_of(uri: str, store: ObjectStore) -> str | None:
@@ -85,12 +92,12 @@ def kind_of(uri: str, store: ObjectStore) -> str | None:
     return None if manifest is None else manifest["format"]
 
 
-def _in_the_store(uri: str, take: str, store: ObjectStore) -> tuple[str, str]:
+def _in_the_store(uri: str, take: str, store: ObjectStore, setting: str) -> tuple[str, str]:
     if uri.endswith(FILES):
-        return uri, _digest_of_object(uri, store)
+        return uri, _digest_of_object(uri, store, setting)
     if (manifest := store.read_manifest(uri)) is not None:
         if manifest["format"] not in (BACKBONE, CHECKPOINT):
-            raise UserError(f"init.source {uri}: it holds {manifest['format']}, expected a backbone or a checkpoint")
+            raise NoWeights(f"{setting} {uri}: it holds {manifest['format']}, expected a backbone or a checkpoint")
         return uri, _digest_of(manifest)
     backbone = join_uri(uri, "backbone")
     if take == "backbone" and (manifest := store.read_manifest(backbone)) is not None:
@@ -100,27 +107,27 @@ def _in_the_store(uri: str, take: str, store: ObjectStore) -> tuple[str, str]:
     for step in sorted((step for step in steps if step.isdigit()), key=int, reverse=True):
         if (manifest := store.read_manifest(join_uri(root, step))) is not None:
             return join_uri(root, step), _digest_of(manifest)
-    raise UserError(f"init.source {uri}: neither a run with a complete checkpoint nor a published backbone is there")
+    raise NoWeights(f"{setting} {uri}: neither a run with a complete checkpoint nor a published backbone is there")
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of_folder(path: Path) -> str:
+def _digest_of_folder(path: Path, setting: str) -> str:
     try:
         return sha256_of(path / "model.safetensors")
     except OSError:
-        raise UserError(
-            f"init.source {path}: no model.safetensors in it; expected a folder with a published backbone, or a file"
+        raise NoWeights(
+            f"{setting} {path}: no model.safetensors in it; expected a folder with a published backbone, or a file"
         ) from None
 
 
-def _digest_of_object(uri: str, store: ObjectStore) -> str:
+def _digest_of_object(uri: str, store: ObjectStore, setting: str) -> str:
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         path = Path(folder) / os.path.basename(uri)  # noqa: PTH119 (an address, no path)
         try:
             store.get_file(uri, path)
         except NotFound:
-            raise UserError(f"init.source {uri}: there is no such object") from None
+            raise NoWeights(f"{setting} {uri}: there is no such object") from None
         return sha256_of(path)

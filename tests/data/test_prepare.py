@@ -303,7 +303,7 @@ def test_a_full_store_is_told_and_leaves_nothing(store, prepared, folder, monkey
         raise StoreFull("s3://x: the disk of the object store is full")
 
     monkeypatch.setattr(ObjectStore, where, full)
-    with pytest.raises(UserError, match="the disk of the object store is full"):
+    with pytest.raises(StoreFull, match="the disk of the object store is full"):
         prepared(folder)
     assert not list(store.list(store.uri("data")))
 
@@ -313,7 +313,7 @@ def test_a_full_local_disk_is_told(prepared, folder, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("esvit_core.data.shards.tarfile.TarFile.addfile", full)
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(StoreFull, match="the disk is full"):
         prepared(folder)
 
 

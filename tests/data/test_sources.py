@@ -13,7 +13,7 @@ import pytest
 
 from esvit_core.data.archives import ReadProblem
 from esvit_core.data.sources import check_source, open_source, source_fingerprint
-from esvit_core.errors import UserError
+from esvit_core.errors import InfrastructureError, UserError
 
 FILES = {"cat/1.png": b"one", "cat/sub/2.png": b"two", "dög/ü 3.png": b"three"}
 TARS = {"tar": "w", "tar.gz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz", "tgz": "w:gz"}
@@ -255,5 +255,5 @@ def test_no_room_to_decompress_is_told(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("esvit_core.data.archives.shutil.copyfileobj", full)
-    with pytest.raises(UserError, match="no room to decompress it"), open_source(str(path)):
+    with pytest.raises(InfrastructureError, match="no room to decompress it"), open_source(str(path)):
         pass

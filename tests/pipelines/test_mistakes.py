@@ -128,11 +128,11 @@ def test_a_bug_is_one_line_with_the_log(tmp_path: Path, folder: Path) -> None:
     """A step that fails without a reason of the user's: exit code 1, and where the traceback is."""
     code = (
         "import sys; from pathlib import Path; from esvit_core.config import Config;"
-        "from esvit_pipelines.attempt import StepError, in_progress, run_attempt; here = Path(sys.argv[1]);"
+        "from esvit_pipelines.attempt import in_progress, run_attempt; from esvit_core.errors import CrashError; here = Path(sys.argv[1]);"
         "(here / 'config.yaml').write_text(Config.load('demo').to_yaml())\n"
         "with in_progress(here) as lock:\n"
         "    try: run_attempt('good', here / 'config.yaml', 's3://esvit/runs/x', here / 'run.log', lock)\n"
-        "    except StepError as error: print(error)"
+        "    except CrashError as error: print(error)"
     )
     # A Python that breaks in the step: a module of that name which raises.
     (tmp_path / "minio.py").write_text("raise KeyError('a bug')")

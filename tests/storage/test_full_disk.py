@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_core.errors import UserError
+from esvit_core.errors import InfrastructureError
 from esvit_core.storage import ObjectStore, StoreError, StoreFull, disk
 from esvit_core.storage.embedded import EmbeddedStore
 
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored
     assert time.monotonic() - began < 2
     assert 3 <= stored <= 6
     message = str(caught.value)
-    assert isinstance(caught.value, UserError) and "\n" not in message
+    assert isinstance(caught.value, InfrastructureError) and "\n" not in message
     assert message.startswith(f"{small_disk / 'store'}: the disk of the object store is full: 74 MiB needed, ")
     assert "MiB free" in message
 
@@ -197,5 +197,5 @@ def test_an_archive_that_does_not_fit_decompressed_is_no_damaged_archive(
     needed = 103 * tarfile.RECORDSIZE  # 6 KiB more than a MiB, in which pieces it is written
     (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - needed + short_by))
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    with pytest.raises(UserError, match="no room to decompress it"), open_source(str(tmp_path / "x.tar.gz")):
+    with pytest.raises(InfrastructureError, match="no room to decompress it"), open_source(str(tmp_path / "x.tar.gz")):
         pass

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from esvit_core.errors import UserError
-from esvit_core.storage import ObjectStore
+from esvit_core.errors import InfrastructureError, UserError
+from esvit_core.storage import ObjectStore, StoreFull
 from esvit_core.storage.outbox import Outbox
 from esvit_core.storage.publish import describe
 from esvit_core.storage.retry import RetryPolicy
@@ -130,6 +131,70 @@ def test_a_damaged_one_is_written_anew_and_does_not_count_as_kept(store: Any) ->
     assert restored is not None and restored.step == 30
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world", "half an archive", "an archive of something else"])
+def test_verified_bytes_that_are_no_saved_state_are_damage(store: Any, tmp_path: Path, content: bytes | str) -> None:
+    run = store.uri("runs/a")
+    saved(store, run, [10])
+    file = tmp_path / "network.pt"
+    torch.save({"a": torch.ones(100)}, file)
+    if content == "half an archive":
+        content = file.read_bytes()[: file.stat().st_size // 2]
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(things()["network"], file)  # a whole module, which is not loaded from anywhere
+    store.publish(f"{run}/training/checkpoints/00000020", {"network.pt": file}, "checkpoint", {"step": 20})
+    checkpoints = checkpointer(store, run)
+    restored = checkpoints.restore()
+    assert restored is not None and restored.step == 10
+    assert "not a saved state" in checkpoints.passed_over[0]
+
+
+@pytest.mark.parametrize(
+    "failure, family",
+    [
+        (MemoryError(), MemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+        (TypeError("a bug"), TypeError),
+        (OSError(errno.EIO, "Input/output error"), OSError),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    store: Any, monkeypatch: pytest.MonkeyPatch, failure: Exception, family: type[Exception]
+) -> None:
+    run = store.uri("runs/a")
+    stateful = saved(store, run, [10, 20])
+    checkpoints = checkpointer(store, run)
+    with monkeypatch.context() as patched:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise failure
+
+        patched.setattr(torch, "load", fail)
+        with pytest.raises(family):
+            checkpoints.restore()
+    assert checkpoints.passed_over == []
+    restored = checkpoints.restore()
+    assert restored is not None and restored.step == 20
+    checkpoints.save(30, stateful)
+    checkpoints.wait()
+    assert folders(store, run) == [10, 20, 30]  # what is damaged is removed when another is complete
+
+
+def test_no_room_to_read_a_checkpoint_is_no_damage(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = store.uri("runs/a")
+    saved(store, run, [10, 20])
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(StoreFull):
+            checkpointer(store, run).restore()
+    assert folders(store, run) == [10, 20]
+
+
 def test_when_none_is_valid_the_run_does_not_start_over_by_itself(store: Any) -> None:
     run = store.uri("runs/a")
     saved(store, run, [10])
@@ -147,7 +212,7 @@ def test_a_second_writer_of_the_same_run_is_refused(store: Any) -> None:
             store.put_json(uri, {"step": 999})  # the other one is quicker
             return found
 
-    with pytest.raises(UserError, match="another process"):
+    with pytest.raises(InfrastructureError, match="another process"):
         saved(Raced(store.address), run, [5])
 
 
@@ -224,7 +289,9 @@ def test_no_room_on_this_machine_is_one_line(store: Any, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(torch, "save", full)
     checkpoints.save(20, things())
-    with pytest.raises(UserError, match=r"step 20: cannot be written to .* \(.*No space left.*ESVIT_PENDING_DIR"):
+    with pytest.raises(
+        InfrastructureError, match=r"step 20: cannot be written to .* \(.*No space left.*ESVIT_PENDING_DIR"
+    ):
         checkpoints.wait()
     monkeypatch.undo()
     restored = Checkpointer(Outbox(store, run, directory=tmp_path)).restore()

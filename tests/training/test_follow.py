@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.errors import UserError
+from esvit_core.errors import EsvitError, InfrastructureError, UserError
 from esvit_core.monitoring.journal import read_journal
 from esvit_core.runs import placed, start_run
 from esvit_core.training.launchers.follow import LAST_RUNNING, launch_on_cluster
@@ -145,15 +145,15 @@ def test_an_image_that_cannot_be_pulled_is_told(
 
 
 @pytest.mark.parametrize(
-    "phase, pods, words",
+    "phase, pods, words, code",
     [
-        ("Terminated", {0: "lost", 1: "mistake"}, r"^data: expected pictures; add some$"),
-        ("Failed", {0: "lost", 1: "killed"}, r"^training: process 0 was killed by SIGKILL.*training-1-0\); the same"),
-        ("Failed", {0: "memory", 1: "parted"}, r"ran out of memory; raise launch.memory_gib"),
-        ("Terminated", {0: "crashed"}, r"exit code 1: ModuleNotFoundError: No module named 'esvit_core'"),
-        ("Failed", {0: "evicted"}, r"Evicted: The node was low on resource: ephemeral-storage"),
-        ("Failed", {}, r"ended without a reason of its pods \(Failed\)"),
-        ("Aborted", {0: "parted"}, r"was aborted by somebody else"),
+        ("Terminated", {0: "lost", 1: "mistake"}, r"^data: expected pictures; add some$", 2),
+        ("Failed", {0: "lost", 1: "killed"}, r"^training: process 0 was killed by SIGKILL.*training-1-0\); the same", 75),
+        ("Failed", {0: "memory", 1: "parted"}, r"ran out of memory; raise launch.memory_gib", 75),
+        ("Terminated", {0: "crashed"}, r"exit code 1: ModuleNotFoundError: No module named 'esvit_core'", 1),
+        ("Failed", {0: "evicted"}, r"Evicted: The node was low on resource: ephemeral-storage", 75),
+        ("Failed", {}, r"ended without a reason of its pods \(Failed\)", 75),
+        ("Aborted", {0: "parted"}, r"was aborted by somebody else", 75),
     ],
 )
 def test_the_first_failure_is_the_reason(
@@ -163,17 +163,19 @@ def test_the_first_failure_is_the_reason(
     phase: str,
     pods: dict[int, str],
     words: str,
+    code: int,
 ) -> None:
     kube.script = [RUNNING, Stage(phase, pods)]
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(EsvitError, match=words) as caught:
         train()
+    assert caught.value.exit_code == code
     (entry,) = read_journal(store_env, store_env.uri("runs/a"))
     assert (entry.kind, entry.reason) == ("failed", str(caught.value))
 
 
 def test_a_pod_that_was_replaced_is_still_the_reason(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.script = [Stage("Running", {0: "running", 1: "memory"}), RUNNING, Stage("Failed", {0: "parted", 1: "parted"})]
-    with pytest.raises(UserError, match="ran out of memory"):
+    with pytest.raises(InfrastructureError, match="ran out of memory"):
         train()
 
 
@@ -273,7 +275,7 @@ def test_two_steps_at_once_share_one_job(kube: KubeServer, train: Callable[..., 
 def test_a_job_that_vanishes_is_a_failure(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.script = [RUNNING] * 1000
     kube.at[3] = kube.jobs.clear
-    with pytest.raises(UserError, match="was deleted by somebody else; the same command again goes on"):
+    with pytest.raises(InfrastructureError, match="was deleted by somebody else; the same command again goes on"):
         train()
 
 

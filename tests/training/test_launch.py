@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.errors import UserError
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE, UserError
 from esvit_core.monitoring.journal import read_journal
 from esvit_core.monitoring.log import read_log
 from esvit_core.storage.outbox import pending_folder
@@ -39,7 +39,7 @@ def test_resume_continues_bitwise_elsewhere_and_past_a_damaged_checkpoint(
     killed.wait_for_step(random.randint(5, 40))
     random.choice(killed.trainers()).kill()
     output, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == 2
+    assert launcher.returncode == TRY_AGAIN_EXIT_CODE
     assert "was killed by SIGKILL" in output.splitlines()[-1]
     started, failed = read_journal(killed.store, killed.uri)
     assert (started.kind, started.step, started.facts) == ("started", 0, {"steps": 80, "processes": 2, "device": "cpu"})

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.monitoring.alerts import Durations, alert_rules, rule_file
 from esvit_core.monitoring.journal import read_journal
 
@@ -139,7 +140,7 @@ def test_prometheus_sees_a_run_collapse_and_stall_and_go(
 
     victim.send_signal(signal.SIGKILL)
     launcher.communicate(timeout=240)
-    assert launcher.returncode == 2
+    assert launcher.returncode == TRY_AGAIN_EXIT_CODE
     assert "has gone with" in server.wait_for("EsvitTrainGone")
 
     failed = read_journal(run.store, run.uri)[-1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from typing import Any
 
-from esvit_core.errors import USER_ERROR_EXIT_CODE
-from esvit_core.training.outcome import Outcome
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE, USER_ERROR_EXIT_CODE
+from esvit_core.training.outcome import Outcome, family_of
 from esvit_core.training.stop import STOPPED_EXIT_CODE
 
 
@@ -23,6 +24,7 @@ class Failure:
         rank: of the process, if it is known.
         last_words: of the log, if the agent itself came to an unexpected end.
         explained: whether the agent gave the reason.
+        consequence: another pod has the reason, or a signal ended it.
     """
 
     pod: str
@@ -32,12 +34,13 @@ class Failure:
     rank: int | None = None
     last_words: str = ""
     explained: bool = False
+    consequence: bool = False
 
     def order(self) -> tuple[int, str]:
         """A mistake of the user's, a process that was killed or crashed, an exception, the rest; the earlier first."""
         if self.exit_code == USER_ERROR_EXIT_CODE:
             kind = 0
-        elif self.exit_code in (STOPPED_EXIT_CODE, 128 + 15):  # in consequence of another's end
+        elif self.consequence:
             kind = 4
         elif self.exit_code < 0 or self.exit_code > 128:
             kind = 1
@@ -69,12 +72,15 @@ class Failures:
             says: what the job says of its end, for when no pod does.
         """
         if not self._by_pod:
-            return Outcome(reason=f"training: the job ended without a reason of its pods ({says or 'nothing said'})")
+            reason = f"training: the job ended without a reason of its pods ({says or 'nothing said'})"
+            return Outcome(reason=reason, exit_code=TRY_AGAIN_EXIT_CODE)
         first = min(self._by_pod.values(), key=Failure.order)
         if first.exit_code == USER_ERROR_EXIT_CODE:
-            return Outcome(reason=first.reason, rank=first.rank)
+            return Outcome(reason=first.reason, rank=first.rank, exit_code=first.exit_code)
         reason = f"training: {first.reason} (pod {first.pod}); the same command again goes on from the last checkpoint"
-        return Outcome(reason=reason, rank=first.rank, last_words=first.last_words)
+        return Outcome(
+            reason=reason, rank=first.rank, last_words=first.last_words, exit_code=family_of(first.exit_code)
+        )
 
 
 def _failure(pod: dict[str, Any]) -> Failure | None:
@@ -93,11 +99,21 @@ def _of_container(pod: str, ended: dict[str, Any]) -> Failure:
     code, when, message = int(ended["exitCode"]), str(ended.get("finishedAt", "")), ended.get("message", "")
     try:
         said = json.loads(message)
-        return Failure(pod, int(said["exit_code"]), str(said["reason"]), when, said.get("rank"), explained=True)
+        return Failure(
+            pod,
+            int(said["exit_code"]),
+            str(said["reason"]),
+            when,
+            said.get("rank"),
+            explained=True,
+            consequence=bool(said.get("consequence")),
+        )
     except (ValueError, KeyError, TypeError):
         pass
     if ended.get("reason") == "OOMKilled":
         return Failure(pod, 128 + 9, "the pod ran out of memory; raise launch.memory_gib", when)
     lines = message.strip().splitlines()
     last = f": {' '.join(lines[-1].split())}" if lines else ""
-    return Failure(pod, code, f"the agent ended with exit code {code}{last}", when, last_words=message.strip())
+    stopped = code in (STOPPED_EXIT_CODE, 128 + signal.SIGTERM)
+    reason = f"the agent ended with exit code {code}{last}"
+    return Failure(pod, code, reason, when, last_words=message.strip(), consequence=stopped)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from esvit_core.config import Config
-from esvit_core.errors import UserError
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE, InfrastructureError, UserError
 from esvit_core.storage import ObjectStore
 from esvit_core.training.interrupt import Signals, keep_signal_handlers
 from esvit_core.training.launchers.failures import Failures
@@ -61,7 +61,10 @@ def launch_on_cluster(store: ObjectStore, run_uri: str, config: Config) -> None:
         config: of the run; its ``launch`` says how.
 
     Raises:
-        UserError: the training failed, the cluster does not let it in, or has had no room for too long.
+        UserError: the training failed because of the input, the cluster does not let it in, or has had no room for
+            longer than ``launch.pending_minutes``.
+        InfrastructureError: the cluster or the training's surroundings failed.
+        CrashError: the training failed unexpectedly.
         SystemExit: SIGINT or SIGTERM arrived. The job is deleted; its pods have left a checkpoint.
     """
     launch = config.launch
@@ -136,7 +139,7 @@ class Follower:
             except UnreachableError as error:
                 self._unreachable(error)
             if time.monotonic() > deadline:
-                raise UserError(
+                raise InfrastructureError(
                     f"launch: the earlier {self._title} is still there; expected it to be gone within "
                     f"{REMOVAL_SECONDS:g} s of being deleted; look for pods that do not end"
                 )
@@ -187,7 +190,8 @@ class Follower:
                 return Outcome()
             return Outcome(
                 reason=f"training: the {self._title} was deleted by somebody else; "
-                "the same command again goes on from the last checkpoint"
+                "the same command again goes on from the last checkpoint",
+                exit_code=TRY_AGAIN_EXIT_CODE,
             )
         pods = self._cluster.pods(self._backend.selector(self._name))
         state = self._backend.state(job, pods)
@@ -213,7 +217,8 @@ class Follower:
         if state is State.SUCCEEDED:
             return Outcome()
         if state is State.CANCELLED:
-            return Outcome(reason=f"training: the {self._title} was aborted by somebody else ({says})")
+            reason = f"training: the {self._title} was aborted by somebody else ({says})"
+            return Outcome(reason=reason, exit_code=TRY_AGAIN_EXIT_CODE)
         outcome = self._failures.outcome(says)
         if outcome.last_words:
             print(outcome.last_words, file=sys.stderr, flush=True)
@@ -276,7 +281,7 @@ class Follower:
     def _unreachable(self, error: UnreachableError) -> None:
         self._say("api", f"{error}; asking again, the training does not need it")
         if time.monotonic() - self._answered > PATIENCE_SECONDS:
-            raise UserError(
+            raise InfrastructureError(
                 f"launch: {error}, for {PATIENCE_SECONDS / 60:g} minutes; the same command again follows it"
             )
 

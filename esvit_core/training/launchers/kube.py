@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from esvit_core.errors import UserError
+from esvit_core.errors import InfrastructureError, UserError
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_NAMESPACE = "esvit"
@@ -22,8 +22,12 @@ POD_NAME_VARIABLES = ("KFP_POD_NAME", "ESVIT_POD_NAME")
 POD_UID_VARIABLES = ("KFP_POD_UID", "ESVIT_POD_UID")
 
 
-class UnreachableError(Exception):
+class UnreachableError(InfrastructureError):
     """The API did not answer, or could not: to be asked again."""
+
+
+class ForbiddenError(UserError):
+    """The service account lacks a right."""
 
 
 class State(Enum):
@@ -240,6 +244,7 @@ def _told(doing: str, namespace: str, kind: Kind, verb: str) -> Iterator[None]:
         status, says = int(error.status or 0), " ".join(str(_status(error).get("message", "")).split())
         if status in (0, 429) or status >= 500:
             raise UnreachableError(f"could not {doing}: the API answered {status} {says}".rstrip()) from None
+        family = ForbiddenError if status == 403 else UserError
         resource = f"{kind.plural}.{kind.group}".rstrip(".")
         if status == 401:
             why = "the API refused the token; expected that of a service account, or a kubeconfig that is still valid"
@@ -249,7 +254,7 @@ def _told(doing: str, namespace: str, kind: Kind, verb: str) -> Iterator[None]:
             why = f"the cluster does not know {resource}; install {kind.needs}"
         else:
             why = says or f"the API answered {status}"
-        raise UserError(f"launch: could not {doing} in namespace {namespace}: {why}") from None
+        raise family(f"launch: could not {doing} in namespace {namespace}: {why}") from None
 
 
 def each_line(response: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from esvit_core.errors import UserError
-from esvit_core.training.launchers.kube import Cluster, UnreachableError, each_line
+from esvit_core.training.launchers.kube import Cluster, ForbiddenError, UnreachableError, each_line
 
 REATTACH_SECONDS = 60.0  # of the log, of a job that was there before
 
@@ -57,12 +57,12 @@ class LogRelay:
         back = time.monotonic() - self._last_read + 5 if self._last_read else self._back
         try:
             self._response = self._cluster.log(name, back)
-        except (UserError, UnreachableError) as error:
-            # A container that has not started has no log yet; a right that is missing is told once.
-            if "the verb get" in str(error):
-                self._read.add(uid)
-                print(f"train: {error}", flush=True)
+        except ForbiddenError as error:
+            self._read.add(uid)  # so that it is printed once
+            print(f"train: {error}", flush=True)
             return
+        except (UserError, UnreachableError):
+            return  # a container that has not started has no log yet
         for line in each_line(self._response):
             self._last_read = time.monotonic()
             when, _, text = line.partition(" ")
