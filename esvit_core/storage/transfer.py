@@ -55,7 +55,9 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
                 except NotFound:  # the server was restarted, and threw away what it held of unfinished objects
                     _upload_parts(connection, bucket, key, path, file, size, headers)
     except OSError as error:
-        raise family_of(error)(f"{path}: cannot be read ({error.strerror or error}); expected a file to store") from error
+        raise family_of(error)(
+            f"{path}: cannot be read ({error.strerror or error}); expected a file to store"
+        ) from error
 
 
 def _upload_parts(

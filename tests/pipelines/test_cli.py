@@ -11,6 +11,7 @@ import pytest
 
 from esvit_core import __version__
 from esvit_core.config import Config
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.recipe_files import preset_names
 from esvit_pipelines.recipes import recipe_list, recipe_text
 
@@ -79,3 +80,15 @@ def test_the_store_starts_and_stops(esvit: Any, tmp_path: Path) -> None:
     finally:
         assert esvit("store", "stop", *out).stdout == "stopped\n"
     assert "no store runs" in esvit("store", "stop", *out).stdout
+
+
+def test_a_store_that_does_not_answer_is_one_line_and_exit_code_75(esvit: Any) -> None:
+    variables = {
+        "ESVIT_S3_ENDPOINT": "http://127.0.0.1:9",
+        "ESVIT_S3_ACCESS_KEY": "a",
+        "ESVIT_S3_SECRET_KEY": "b",
+    }
+    done = esvit("store", "ls", "s3://esvit/runs", env=variables)
+    assert done.returncode == TRY_AGAIN_EXIT_CODE
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: s3://esvit/runs: no answer from the object store http://127.0.0.1:9")

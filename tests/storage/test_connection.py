@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from esvit_core.errors import UserError
 from esvit_core.storage import (
     NotFound,
     ObjectStore,

@@ -16,19 +16,25 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from esvit_core.errors import UserError
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE, LostPeerError, UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.training import outcome
 from esvit_core.training.agent import _with_host, first_failure
-from esvit_core.training.outcome import note_own_failure
+from esvit_core.training.outcome import mark_consequence, note_own_failure
 from esvit_core.training.stop import STOPPED_EXIT_CODE
 
 
-def failure(folder: Path, rank: int, exit_code: int, message: str = "", seconds_ago: float = 0) -> ProcessFailure:
+def failure(
+    folder: Path, rank: int, exit_code: int, message: str = "", seconds_ago: float = 0, consequence: bool = False
+) -> ProcessFailure:
     file = folder / f"{rank}.json"
     if message:
         when = str(int(time.time() - seconds_ago))
         file.write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}}))
+    if consequence:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+            mark_consequence()
     return ProcessFailure(rank, 1000 + rank, exit_code, str(file))
 
 
@@ -52,6 +58,23 @@ def test_an_exception_comes_before_a_process_that_the_agent_ended(tmp_path: Path
     ended = failure(tmp_path, 0, -signal.SIGTERM)
     raised = failure(tmp_path, 1, 1, "ValueError: wrong shape")
     assert reason(ended, raised) == "process 1: ValueError: wrong shape"
+
+
+def test_an_outage_keeps_its_reason_and_its_code(tmp_path: Path) -> None:
+    outage = failure(tmp_path, 0, TRY_AGAIN_EXIT_CODE, "StoreUnavailable: s3://b/k: no answer")
+    told = first_failure(ChildFailedError("train", {0: outage}))
+    assert (told["exit_code"], told["reason"]) == (TRY_AGAIN_EXIT_CODE, "s3://b/k: no answer")
+    assert not told["consequence"]
+
+
+def test_a_process_that_lost_another_gives_way_to_whatever_that_one_says(tmp_path: Path) -> None:
+    lost = failure(tmp_path, 0, TRY_AGAIN_EXIT_CODE, "LostPeerError: gone", seconds_ago=5, consequence=True)
+    outage = failure(tmp_path, 1, TRY_AGAIN_EXIT_CODE, "StoreUnavailable: no answer")
+    assert reason(lost, outage) == "no answer"
+    assert reason(lost, failure(tmp_path, 2, 1, "ValueError: wrong shape")) == "process 2: ValueError: wrong shape"
+    assert reason(lost, failure(tmp_path, 3, 1)) == "process 3 ended with exit code 1 and without a reason"
+    told = first_failure(ChildFailedError("train", {0: lost}))
+    assert (told["exit_code"], told["reason"], told["consequence"]) == (TRY_AGAIN_EXIT_CODE, "gone", True)
 
 
 def test_a_stop_on_request_is_no_failure_of_a_process(tmp_path: Path) -> None:
@@ -102,7 +125,7 @@ def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, mon
     monkeypatch.setattr(outcome, "ECHO_SECONDS", 0.0)
     uri, began = store_env.uri("runs/a"), time.time()
     note(store_env, uri, "failed", reason="data: expected pictures")
-    note_own_failure(uri, RuntimeError("Connection closed by peer"), 0, began)
+    note_own_failure(uri, LostPeerError("Connection closed"), 0, began)
     assert [entry.reason for entry in read_journal(store_env, uri)] == ["data: expected pictures"]
     note_own_failure(uri, UserError("another time"), 0, time.time() + 1)  # a later start, another failure
     note_own_failure(uri, ValueError("wrong\nshape"), 3, time.time() + 2)

@@ -157,3 +157,38 @@ def test_figures_are_averaged_and_words_passed_on(said: dict[str, Any]) -> None:
     assert said["mean"] == 1.0
     assert said["rows"] == [[0.0], [10.0], [1.0], [10.0], [2.0], [10.0]]
     assert said["word"] == {"a": 1}
+
+
+LOST = """
+import os, signal, sys
+import torch
+from esvit_core.errors import LostPeerError
+from esvit_core.training.distributed import join_world
+
+world = join_world()
+world.from_first("here")  # all have come
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+for operation in sys.argv[1:]:
+    value = torch.ones(2)
+    try:
+        {"mean": lambda: world.mean_(value), "gather": lambda: world.to_first(1)}[operation]()
+    except LostPeerError:
+        print("lost")
+"""
+
+
+def test_a_process_that_loses_another_says_so_by_class(tmp_path: Path) -> None:
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+            "ESVIT_RENDEZVOUS_DIR": str(tmp_path),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        command = [sys.executable, "-c", LOST, "mean", "gather"]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert processes[0].returncode == 0 and outputs[0].split() == ["lost", "lost"]

@@ -77,7 +77,9 @@ def test_a_training_goes_on_without_its_store_and_loses_nothing(
     assert bridged.checkpointed_step() == 12
 
     given_up = micro_run("given-up", training=EVERY_STEP | {"store_grace_minutes": 0.01})
-    with pytest.raises(InfrastructureError, match=r"more than it is given; .* where the same command on this machine finds it"):
+    with pytest.raises(
+        InfrastructureError, match=r"more than it is given; .* where the same command on this machine finds it"
+    ):
         carry_out(given_up.uri, At({6: server.stop}))
     server.start()
     known = given_up.checkpointed_step()
