@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +22,6 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
 )
 # How timm's networks refuse a size; not every one asks, some fail at the first shape that does not fit.
 _REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
-_ABOUT_SHAPES = re.compile(r"size|shape|dimension|divisible|match", re.IGNORECASE)
 
 
 class TimmBackbone(nn.Module):
@@ -40,7 +38,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, img_size: int = 224, **kwargs: Any) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.img_size = name, img_size
         self.model: Any = _create(name, img_size, kwargs)
         features, view = self._try(img_size)
         self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
@@ -78,14 +76,31 @@ class TimmBackbone(nn.Module):
         try:
             return self.model.forward_features(x)
         except _REFUSALS as error:
-            asked = isinstance(error, AssertionError)  # nothing else is asserted in timm's forward passes
-            if isinstance(error, torch.OutOfMemoryError) or not (asked or _ABOUT_SHAPES.search(str(error))):
+            if isinstance(error, torch.OutOfMemoryError) or not self._refuses(x):
                 raise
             size = " x ".join(str(side) for side in x.shape[2:])
             why = f" ({error})" if str(error) else ""
             raise UserError(
                 f"timm:{self.name}: does not take crops of {size} px{why}; change the crop sizes or the network"
             ) from None
+
+    def _refuses(self, x: Tensor) -> bool:
+        """Whether it is the size of ``x`` that the network fails at: it does not fail at its own."""
+        given, own = tuple(x.shape[2:]), (self.img_size, self.img_size)
+        return self._fails(x, given) and (given == own or not self._fails(x, own))
+
+    @torch.no_grad()
+    def _fails(self, like: Tensor, size: tuple[int, ...]) -> bool:
+        """Whether the network fails with one blank picture of ``size``."""
+        training = self.training
+        try:
+            self.eval()
+            self.model.forward_features(like.new_zeros(1, like.shape[1], *size))
+        except _REFUSALS:
+            return True
+        finally:
+            self.train(training)
+        return False
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """View feature (B, D), or class logits, of ``forward_features``."""

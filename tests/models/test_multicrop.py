@@ -194,3 +194,15 @@ def test_a_recipe_is_refused_whose_crops_a_network_of_timm_does_not_take(arch, l
     config = Config.from_mapping({**MICRO, "model": {"arch": f"timm:{arch}"}, "augment": crop_sizes})
     with pytest.raises(UserError, match=said):
         build_student_teacher(config)
+
+
+def test_a_bug_in_a_network_of_timm_is_not_taken_for_a_crop_size(monkeypatch):
+    config = Config.from_mapping({**MICRO, "model": {"arch": "timm:resnet10t"}})
+    backbone = build_student_teacher(config)[0].backbone
+
+    def fail(x):
+        raise RuntimeError("a bug: shapes do not match")
+
+    monkeypatch.setattr(backbone.model, "forward_features", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        backbone.forward_features(torch.zeros(2, 3, 64, 64))
