@@ -55,14 +55,15 @@ class Outcome:
     def reason(self) -> str:
         """Why it failed, in a line."""
         if self.workflow.terminated:
-            return "it was terminated"
+            return "the run was terminated"
         if self.failed is None:
             error = self.run.error.message if self.run.error else ""
             return self.workflow.message or error or "the server gives no reason"
-        why = (self.log.error.removeprefix("error: ") if self.log else "") or self.failed.message
+        if self.log and self.log.error:
+            return f"step {self.failed.title}: {self.log.error.removeprefix('error: ')}"
         code = self.log.exit_code if self.log else None
-        ended = f"exit code {code}" if code is not None else "no reason was given"
-        return f"step {self.failed.title}: {why or ended}"
+        # Of the launcher, which ends with 1 whatever the step ends with, comes the message.
+        return f"step {self.failed.title}: {self.failed.message if code is None else f'exit code {code}'}"
 
 
 def follow(connection: Connection, run_id: str, seconds: float = 5.0) -> Outcome:
@@ -108,7 +109,7 @@ class _Patience:
                     ) from None
                 if silent == 0 or silent - reminded >= _REMINDER_SECONDS:
                     reminded = silent
-                    why = refusal(error, self._connection.server.token_file is not None)
+                    why = refusal(error, self._connection.server.token_file is not None).partition(";")[0]
                     _print(f"lost the server: {why}; the run goes on without it, asking again")
                 time.sleep(pause)
                 silent += pause
@@ -136,9 +137,9 @@ class _Seen:
 
     def compare(self, run: Any, workflow: Workflow, ask: Callable[..., Any]) -> None:
         """Print what has changed."""
-        if not self._state or (run.state != self._state and not workflow.steps):
+        if run.state != self._state and run.state not in (None, "RUNTIME_STATE_UNSPECIFIED") and not workflow.steps:
             _print(state(run))
-        self._state = run.state
+            self._state = run.state
         width = max((len(step.title) for step in workflow.steps), default=0)
         for step in workflow.steps:
             before = self._steps.get(step.name)
@@ -205,7 +206,7 @@ def print_end(connection: Connection, outcome: Outcome, logs: list[StepLog]) -> 
                 print(f"    {line}")
         elif failed:
             print(f"the log of {failed.title} is gone with its pod")
-        print(f"{'terminated' if outcome.workflow.terminated else state(run)}: {outcome.reason}")
+        print(outcome.reason if outcome.workflow.terminated else f"{state(run)}: {outcome.reason}")
         if failed and log:
             print(f"the whole log: {again(connection, 'runs', 'logs', run.run_id, failed.name)}")
     print(connection.link("runs", run.run_id), flush=True)

@@ -23,6 +23,9 @@ _EXECUTOR = "system-container-executor"  # template of the node of a step; a pre
 _IMPLEMENTATION = "system-container-impl"  # template of the pod that runs the component
 _IMPORTER = "system-importer"
 _DRIVER = "-driver"
+# Argo adds the number of the attempt to the names of nodes. With KFP 2.17's defaults every node has attempts, the
+# workflow itself too: `esvit-pretrain-x7k2p(0).root(0).knn(0).executor(1)`.
+_ATTEMPT = re.compile(r"\(\d+\)(?=\.|$)")
 _LONGEST_POD_NAME = 253
 _HASH_LENGTH = 10
 _PHASES = {"Pending": "waiting", "Running": "running", "Succeeded": "succeeded", "Skipped": "skipped"}
@@ -140,9 +143,16 @@ def read_workflow(manifest: Mapping[str, Any]) -> Workflow:
     return Workflow(
         str(manifest["metadata"].get("namespace") or ""),
         tuple(found),
-        str((manifest.get("status") or {}).get("message") or ""),
+        _message(nodes) or str((manifest.get("status") or {}).get("message") or ""),
         stopped,
     )
+
+
+def _message(nodes: Mapping[str, Any]) -> str:
+    """Why the newest of the pods that failed did; the workflow itself says no more than that it was tried enough."""
+    failed = [node for node in nodes.values() if node.get("type") == "Pod" and node.get("phase") in _FAILED]
+    failed.sort(key=lambda node: _time(node.get("finishedAt")) or _LATEST)
+    return next((str(node["message"]) for node in reversed(failed) if node.get("message")), "")
 
 
 def _nodes(status: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -180,38 +190,41 @@ def _is_step(node: Mapping[str, Any]) -> bool:
 
 
 def _of_driver(node: Mapping[str, Any]) -> bool:
-    return node.get("type") == "Pod" and str(node.get("displayName") or "").endswith(_DRIVER)
+    return node.get("type") == "Pod" and str(node.get("templateName") or "").endswith(_DRIVER)
 
 
 def _place(node: Mapping[str, Any], prefix: str) -> str | None:
     """Name of the step that a node belongs to: nodes are named after the path of tasks that leads to them."""
-    name = str(node.get("name") or "")
+    name = _ATTEMPT.sub("", str(node.get("name") or ""))
     if not name.startswith(prefix):
         return None
     path = name.removeprefix(prefix)
-    path = path.removeprefix("root.") if path.startswith("root.") else path
+    path = path.removeprefix("root.")
     if str(node.get("templateName") or "").endswith(_IMPLEMENTATION):
-        return re.sub(r"\.executor(\(\d+\))?$", "", path)
+        return path.removesuffix(".executor")
     return path.removesuffix(_DRIVER) if _of_driver(node) else path
 
 
 def _step(place: str, nodes: list[Any], manifest: Mapping[str, Any], titles: Mapping[str, str]) -> Step:
     drivers = [node for node in nodes if _of_driver(node)]
     wholes = [node for node in nodes if _is_step(node) or node.get("type") == "DAG"]
+    wholes.sort(key=lambda node: node.get("type") != "Retry")  # the node of all attempts comes first
     pods = [n for n in nodes if n.get("type") == "Pod" and n not in drivers and n.get("phase") != "Omitted"]
     pods.sort(key=lambda node: (_time(node.get("startedAt")) or _LATEST, str(node.get("name"))))
     whole = wholes[0] if wholes else None
     newest = pods[-1] if pods else (drivers[-1] if drivers else None)
     phase = str((whole or {}).get("phase") or "")
-    messages = [str(node.get("message") or "") for node in (newest, whole) if node]
+    messages = [str(node.get("message") or "").removeprefix("main: ") for node in (newest, whole) if node]
     times = [began for node in nodes if (began := _time(node.get("startedAt")))]
     ended = _time((whole or newest or {}).get("finishedAt"))
     state = _state(phase, pods, drivers, whole)
+    if state in ("skipped", "not begun"):
+        return Step(place, titles.get(place, place), state)
     return Step(
         place,
         titles.get(place, place),
         state,
-        min(times) if times and state != "skipped" else None,
+        min(times) if times else None,
         ended if state not in UNFINISHED else None,
         pod_name(manifest, newest) if newest is not None else None,
         next((message for message in messages if message), ""),

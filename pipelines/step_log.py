@@ -48,8 +48,7 @@ class StepLog:
 
     def last_lines(self, number: int = _LAST_LINES) -> list[str]:
         """The end of the log without the lines of KFP and Argo, unless there are no others."""
-        own = [line for line in self.lines if line.strip() and not _MACHINERY.match(line)]
-        return list(own or self.lines)[-number:]
+        return (_own(self.lines) or list(self.lines))[-number:]
 
 
 def read_log(connection: Connection, run_id: str, pod: str) -> StepLog | None:
@@ -84,6 +83,19 @@ def parse_log(text: str) -> StepLog | None:
     handed = _handed_over(lines)
     codes = [match[1] for line in lines if (match := _EXIT.match(line))]
     return StepLog(lines, _figures(handed), handed.get("parameterValues") or {}, int(codes[-1]) if codes else None)
+
+
+def _own(lines: Sequence[str]) -> list[str]:
+    """The lines that the step itself wrote."""
+    own, inside = [], ""
+    for line in lines:
+        if inside:  # JSON over several lines
+            inside = "" if line == inside else inside
+        elif _MACHINERY.match(line):
+            inside = "}" if line.endswith(("Got executor_input:", "ExecutorOutput: {")) else ""
+        elif line.strip():
+            own.append(line)
+    return own
 
 
 def users_mistake(log: StepLog | None, message: str) -> bool:

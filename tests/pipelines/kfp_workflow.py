@@ -1,4 +1,8 @@
-"""Argo workflows as KFP keeps them with its runs, for the tests: nodes are named and nested as KFP 2.17 makes them."""
+"""Argo workflows as KFP keeps them with its runs, for the tests.
+
+Nodes are named and nested as seen with KFP 2.17.0 and Argo 4.0.8, where every node has attempts; ``attempts=False``
+gives what Argo makes where only the pods of steps have them.
+"""
 
 from __future__ import annotations
 
@@ -34,48 +38,59 @@ class Task:
 
 def pod(task: str, attempt: int = 0) -> str:
     """Name of the pod of an attempt."""
-    return f"{RUN}-{ENTRY}system-container-impl-{_hash(f'{RUN}.root.{task}.executor({attempt})')}"
+    node = f"{RUN}(0).root(0).{task}(0).executor({attempt})"
+    return f"{RUN}-{ENTRY}system-container-impl-{_hash(node)}"
 
 
-def workflow(tasks: Sequence[Task], *, terminated: bool = False, message: str = "", name: str = RUN) -> dict[str, Any]:
+def workflow(
+    tasks: Sequence[Task], *, terminated: bool = False, message: str = "", attempts: bool = True
+) -> dict[str, Any]:
     """The workflow of a run."""
     nodes: dict[str, Any] = {}
 
-    def add(path: str, kind: str, template: str, phase: str, message: str = "") -> None:
-        full = f"{name}.{path}" if path else name
-        ended = None if phase in ("Pending", "Running") else ENDED
-        nodes[f"{name}-{_hash(full)}"] = {
-            "id": f"{name}-{_hash(full)}",
-            "name": full,
-            "displayName": path.rpartition(".")[2] or name,
+    def node(name: str, kind: str, template: str, phase: str, message: str = "") -> None:
+        identity = f"{RUN}-{_hash(name)}"
+        nodes[identity] = {
+            "id": identity,
+            "name": name,
+            "displayName": name.rpartition(".")[2],
             "type": kind,
             "templateName": template,
             "phase": phase,
-            "message": message,
+            "message": message or None,
             "startedAt": BEGAN,
-            "finishedAt": ended,
+            "finishedAt": None if phase in ("Pending", "Running") else ENDED,
         }
 
-    add("", "DAG", "entrypoint", "Running")
-    add("root-driver", "Pod", "system-dag-driver", "Succeeded")
-    add("root", "DAG", "root", "Running")
+    def add(name: str, kind: str, template: str, phase: str) -> str:
+        """A node, and that of its first attempt; gives the name under which its children are."""
+        if not attempts:
+            node(name, kind, template, phase)
+            return name
+        node(name, "Retry", template, phase)
+        node(f"{name}(0)", kind, template, phase)
+        return f"{name}(0)"
+
+    whole = add(RUN, "DAG", "entrypoint", "Running")
+    add(f"{whole}.root-driver", "Pod", "system-dag-driver", "Succeeded")
+    root = add(f"{whole}.root", "DAG", "root", "Running")
     for task in tasks:
         if task.phase == "":
             continue
         driver = "Running" if task.phase is None else "Succeeded"
-        add(f"root.{task.name}-driver", "Pod", "system-container-driver", driver)
+        add(f"{root}.{task.name}-driver", "Pod", "system-container-driver", driver)
         if task.phase is None:
             continue
-        add(f"root.{task.name}", "DAG", f"{ENTRY}system-container-executor", task.phase)
-        kind = "Retry" if task.pods else "Skipped"
-        add(f"root.{task.name}.executor", kind, f"{ENTRY}system-container-impl", task.phase if task.pods else "Skipped")
+        step = add(f"{root}.{task.name}", "DAG", f"{ENTRY}system-container-executor", task.phase)
+        kind, phase = ("Retry", task.phase) if task.pods else ("Skipped", "Skipped")
+        node(f"{step}.executor", kind, f"{ENTRY}system-container-impl", phase)
         for number, (phase, why) in enumerate(task.pods):
-            add(f"root.{task.name}.executor({number})", "Pod", f"{ENTRY}system-container-impl", phase, why)
-    root = {"dag": {"tasks": {task.name: _task(task) for task in tasks}}}
-    spec: dict[str, Any] = {"arguments": {"parameters": [{"name": "components-root", "value": json.dumps(root)}]}}
+            node(f"{step}.executor({number})", "Pod", f"{ENTRY}system-container-impl", phase, why)
+    components = {"dag": {"tasks": {task.name: _task(task) for task in tasks}}}
+    spec: dict[str, Any] = {"arguments": {"parameters": [{"name": "components-root", "value": json.dumps(components)}]}}
     if terminated:
         spec["activeDeadlineSeconds"] = 0
-    metadata: Mapping[str, Any] = {"name": name, "namespace": "kubeflow"}
+    metadata: Mapping[str, Any] = {"name": RUN, "namespace": "kubeflow"}
     return {"metadata": metadata, "spec": spec, "status": {"nodes": nodes, "message": message}}
 
 

@@ -15,6 +15,7 @@ from kfp_workflow import Task, failure, handed_over, pod, workflow
 from told import Call, only, told
 
 WAITING = "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."
+RECEIVED = '[KFP Executor 2026-11-28 10:00:01,000 INFO]: Got executor_input:\n{\n    "inputs": {\n    }\n}\n'
 PREPARED = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", "")])
 
 
@@ -115,6 +116,16 @@ def test_a_failed_run_ends_with_the_last_lines_of_its_step(server: KfpServer, ca
     ]
     assert lines[-3] == "failed: step k-NN: k-NN: --data s3://b/p: no pictures; name a prefix that has some"
     assert f"runs logs {only(server.kept['runs']).run_id} knn" in lines[-2]
+
+
+def test_the_step_s_own_exit_code_is_the_reason_where_it_says_nothing(
+    server: KfpServer, call: Call, compiled: Path
+) -> None:
+    failed_with(server, "main: Error (exit code 1)", RECEIVED + failure("the store does not answer", 75))
+    _, lines, _ = submitted(call, compiled)
+    assert lines[-3] == "failed: step k-NN: exit code 75"
+    start = lines.index("the last lines of k-NN:")
+    assert [line.strip() for line in lines[start + 1 : start + 3]] == ["step begins", "the store does not answer"]
 
 
 def test_a_step_whose_pod_is_gone_is_named_all_the_same(server: KfpServer, call: Call, compiled: Path) -> None:
@@ -221,7 +232,7 @@ def failed_with(server: KfpServer, message: str, log: str | None) -> None:
     [
         ("pod deleted", None),
         ("The node was low on resource: memory.", None),
-        ("Error (exit code 1)", failure("the store does not answer", 75)),
+        ("main: Error (exit code 1)", failure("the store does not answer", 75)),
         ("OOMKilled (exit code 137)", failure("Killed", 137)),
     ],
 )
@@ -250,7 +261,7 @@ def test_what_a_person_terminated_is_not_submitted_again(server: KfpServer, call
     server.workflows = [workflow([PREPARED, stopped], terminated=True)]
     code, lines, _ = submitted(call, compiled, "--resubmit", "2")
     assert code == 1 and len(server.kept["runs"]) == 1
-    assert "terminated: it was terminated" in lines
+    assert "the run was terminated" in lines
 
 
 def test_submitting_again_needs_somebody_who_waits(server: KfpServer, call: Call, compiled: Path) -> None:
