@@ -93,7 +93,7 @@ def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, cal
         workflow([cached, measured("Succeeded", lost, ("Succeeded", ""))]),
     ]
     _, lines, _ = submitted(call, compiled)
-    assert without_times(lines[3:-2]) == [
+    assert without_times(lines[2:-2]) == [
         "prepare data  cached",
         "k-NN          running",
         "k-NN          waiting: pod deleted",
