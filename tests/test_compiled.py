@@ -1,14 +1,32 @@
-"""The compiled functions are optional: without a compiler, or with one that fails, torch computes."""
+"""The compiled kernels are optional: built ahead for a processor's level, else on the spot, else torch computes."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from esvit_core import compiled
+from esvit_core.compiled import build
+from esvit_core.losses import rows
+from esvit_core.models import compiled_windows
+
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
+
+
+@pytest.fixture(scope="session")
+def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the kernels of every level, made as the image's build makes them: without torch."""
+    folder = tmp_path_factory.mktemp("kernels")
+    subprocess.run([sys.executable, "-I", build.__file__, folder], check=True, capture_output=True)
+    return folder
 
 
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +46,86 @@ def test_a_compiler_that_fails_is_named_and_torch_computes(
     with caplog.at_level(logging.INFO, compiled.__name__):
         assert compiled.library.__wrapped__() is None
     assert str(compiler) in caplog.text and "torch computes" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("lacking", "chosen"),
+    [(set(), "x86-64-v4"), ({"avx512vl"}, "x86-64-v3"), ({"fma"}, None)],
+    ids=["v4", "v3", "older"],
+)
+def test_the_processor_s_features_choose_the_library(
+    lacking: set[str], chosen: str | None, prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading is no use of a feature, so that this runs on any x86-64."""
+    cpuinfo = tmp_path / "cpuinfo"
+    flags = " ".join(build.LEVELS["x86-64-v4"] - lacking | {"sse2"})
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nvmx flags\t: avx512vl\n")
+    found = compiled._load_prebuilt(prebuilt, compiled._cpu_flags(cpuinfo))
+    assert (found and Path(found._name)) == (chosen and prebuilt / build.file_name(chosen))
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_not_loaded(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(build.SOURCES, sources)
+    (sources / "rows.c").write_text((sources / "rows.c").read_text() + "/* changed */\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    assert compiled._load_prebuilt(prebuilt, build.LEVELS["x86-64-v4"]) is None
+
+
+@needs_compiler
+def test_a_machine_without_a_compiler_uses_the_library_it_was_given(
+    prebuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(compiled, "SOURCES", prebuilt)
+    monkeypatch.setattr(compiled, "_cpu_flags", lambda: build.LEVELS["x86-64-v3"])
+    found = compiled.library.__wrapped__()
+    assert found is not None and found.sharpen.argtypes and Path(found._name).parent == prebuilt
+
+
+def test_a_build_without_a_compiler_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert build.main(tmp_path) == 2
+    assert "install gcc" in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", build.LEVELS)
+def test_the_kernels_of_a_level_compute_the_formulas(
+    level: str, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not build.LEVELS[level] <= compiled._cpu_flags():
+        pytest.skip(f"this processor has not the features of {level}")
+    monkeypatch.setattr(compiled, "SOURCES", prebuilt)
+    monkeypatch.setattr(compiled, "_cpu_flags", lambda: build.LEVELS[level])
+    library = compiled.library.__wrapped__()
+    assert isinstance(library, ctypes.CDLL)
+    monkeypatch.setattr(compiled, "library", lambda: library)
+    torch.manual_seed(0)
+
+    z, center, out = torch.randn(8, 1000), torch.randn(1, 1000), torch.empty(8, 1000)
+    expected = ((z - center).double() / 0.04).softmax(-1)
+    rows.sharpen(z, torch.arange(8), center, 0.04, out)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
+
+    for width in compiled_windows.HEADS:
+        heads, places = 2, torch.arange(3 * 49).view(3, 49)
+        qkv = torch.randn(2, 3 * 49, 3 * heads * width, requires_grad=True)
+        out = compiled_windows.attend_in_windows(qkv, heads, None, places, None, None, 0.2)
+        exact = qkv.detach().double().requires_grad_()
+        q, k, v = exact[:, places].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
+        expected = ((0.2 * q @ k.mT).softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)
+        outer = torch.randn_like(out)
+        out.backward(outer)
+        expected.backward(outer.double())
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(qkv.grad.double(), exact.grad, rtol=0, atol=1e-4)

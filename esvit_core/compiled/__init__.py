@@ -1,7 +1,8 @@
-"""What torch computes in many operations, in one, for a processor: ``rows.c`` and ``windows.h``.
+"""Fused CPU kernels in C: ``rows.c`` and ``windows.h``.
 
-They are compiled when a process first asks, for this very processor, if there is a C compiler. Elsewhere torch computes
-the same to the rounding of float32, so a training is repeated bit for bit where the same of the two is at hand.
+An installation may bring them compiled, for the levels x86-64-v3 and x86-64-v4 (``build.py``; the container images do).
+Elsewhere they are compiled for this very processor when a process first asks, if there is a C compiler. Without either,
+torch computes the same to the rounding of float32, so a training is repeated bit for bit on machines with the same kernels.
 """
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -22,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Loops over a row as wide as the processor allows; no -ffast-math, which changes how the whole process rounds.
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+from esvit_core.compiled.build import LEVELS, SOURCES, compile_kernels, file_name, find_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +39,9 @@ class Windows(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no C compiler, or none that can do it."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        return None
-    sources = [str(path) for path in sorted(Path(__file__).parent.glob("*.c"))]
-    try:
-        with tempfile.TemporaryDirectory() as folder:  # a second; what is kept would have to be trusted later
-            binary = Path(folder) / "esvit.so"
-            command = [*shlex.split(compiler), *_FLAGS, *sources, "-o", str(binary), "-lm"]
-            subprocess.run(command, check=True, capture_output=True)
-            found = ctypes.CDLL(str(binary))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        logger.info("torch computes what is in %s: %s did not compile it: %s", sources, compiler, said.decode().strip())
+    """The compiled kernels; None where there are none for this processor and no C compiler can make them."""
+    found = _load_prebuilt(SOURCES, _cpu_flags()) or _compile()
+    if found is None:
         return None
     pointer, size, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     found.sharpen.argtypes = [pointer, flag, size, pointer, real, pointer, size, pointer]
@@ -65,6 +51,41 @@ def library() -> ctypes.CDLL | None:
         attend.argtypes = [given, size, size, pointer, pointer]
         backward.argtypes = [given, size, size, pointer, pointer, pointer, pointer, pointer]
     return found
+
+
+def _load_prebuilt(folder: Path, cpu_flags: frozenset[str]) -> ctypes.CDLL | None:
+    """The library in a folder for the widest level that a processor with these features has."""
+    for level, needed in LEVELS.items():
+        path = folder / file_name(level)
+        if needed <= cpu_flags and path.exists():
+            logger.info("CPU kernels: %s", path)
+            return ctypes.CDLL(str(path))
+    return None
+
+
+def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What Linux says the processor can do; nothing where it is not Linux on x86."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def _compile() -> ctypes.CDLL | None:
+    """The kernels, compiled for this processor; None without a compiler that can."""
+    compiler = find_compiler()
+    if not compiler:
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # a second; what is kept would have to be trusted later
+            binary = Path(folder) / "esvit.so"
+            compile_kernels(compiler, "native", binary)
+            return ctypes.CDLL(str(binary))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"") or str(error).encode()
+        logger.info("CPU kernels: torch computes instead: %s did not compile them: %s", compiler, said.decode().strip())
+        return None
 
 
 def call(name: str, jobs: Iterable[tuple[Any, ...]]) -> None:

@@ -9,14 +9,20 @@
 
 enum {
     MOST = 64,  /* places of a window, at most; rows of logits are as long */
-    ROWS = 70,  /* MOST, so that blocks of 5 and of 10 rows end within */
-    LANES = 16, /* floats of a vector */
-    SUMS = 20,  /* vectors of a product that are in registers */
+    ROWS = 70,  /* MOST, so that blocks of 3, 5 and 10 rows end within */
+    LANES = 16, /* sums that are kept of a row, side by side */
 };
+
+/* A product is made in registers: floats of one, columns at a time, and how many registers hold sums. */
+#ifdef __AVX512F__
+enum { WIDE = 16, COLUMNS = 64, SUMS = 20 };
+#else
+enum { WIDE = 8, COLUMNS = 32, SUMS = 12 };
+#endif
 
 static const float NEVER = -1e30f; /* the logit of a place that there is not */
 
-typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float vector __attribute__((vector_size(4 * WIDE)));
 typedef float four __attribute__((vector_size(16)));
 typedef float matrix[ROWS][HEAD] __attribute__((aligned(64)));
 typedef float square[ROWS][MOST] __attribute__((aligned(64)));
@@ -142,21 +148,24 @@ static inline float sum_of(const float *lanes)
 static inline __attribute__((always_inline)) void product(const float *a, int64_t down, int64_t right, const float *b,
                                                           int64_t rows, int64_t terms, float factor, int width, float *out)
 {
-    const int across = width / LANES, block = SUMS / across;
-    for (int64_t n = 0; n < rows; n += block) {
-        vector sums[SUMS] = {0};
-        for (int64_t m = 0; m < terms; m++) {
-            const vector *row = (const vector *)(b + m * width);
+    const int columns = width < COLUMNS ? width : COLUMNS, across = columns / WIDE, block = SUMS / across;
+    for (int first = 0; first < width; first += columns)
+        for (int64_t n = 0; n < rows; n += block) {
+            vector sums[SUMS] = {0};
+            for (int64_t m = 0; m < terms; m++) {
+                const vector *row = (const vector *)(b + m * width + first);
+#pragma GCC unroll 10
+                for (int i = 0; i < block; i++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < across; j++)
+                        sums[i * across + j] += a[(n + i) * down + m * right] * row[j];
+            }
 #pragma GCC unroll 10
             for (int i = 0; i < block; i++)
 #pragma GCC unroll 4
                 for (int j = 0; j < across; j++)
-                    sums[i * across + j] += a[(n + i) * down + m * right] * row[j];
+                    ((vector *)(out + (n + i) * width + first))[j] = factor * sums[i * across + j];
         }
-#pragma GCC unroll 20
-        for (int i = 0; i < SUMS; i++)
-            ((vector *)(out + n * width))[i] = factor * sums[i];
-    }
 }
 
 static void add(const float *row, float *out)
