@@ -11,9 +11,11 @@ import argparse
 import importlib
 import json
 import pkgutil
+import platform
 import shutil
 import sys
 from importlib import metadata
+from pathlib import Path
 
 # kfp starts a step with its executor, torchx a training with torchrun's module, and the training is ours.
 MODULES = ("esvit_pipelines.cli", "esvit_core.training.__main__", "kfp.dsl.executor_main", "torch.distributed.run")
@@ -35,11 +37,47 @@ def main() -> int:
 
     if wanted == "cuda" and torch.version.cuda is None:
         failed.append("torch: a build for the CPU only, in an image for GPUs; leave TORCH_INDEX_URL out")
-    if wanted == "cpu" and torch.version.cuda is not None:
-        print("note: this PyTorch comes with CUDA (gigabytes); name PyTorch's index for the CPU in TORCH_INDEX_URL")
-    print(json.dumps({name: metadata.version(name) for name in PACKAGES} | {"cuda": torch.version.cuda}, indent=1))
+    names = [d.metadata["Name"] for d in metadata.distributions()]
+    if wanted == "cpu" and any(name.startswith("nvidia-") for name in names):
+        failed.append("torch: NVIDIA's libraries are in the image for CPUs")
+    failed += [f"torch: {error}" for error in compute()]
+    failed += [f"{level}: the kernels are not compiled" for level in missing_kernels()]
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    print(json.dumps(versions | {"cuda": torch.version.cuda, "kernels": chosen_kernels()}, indent=1))
     print("\n".join(f"error: {line}" for line in failed), file=sys.stderr, end="")
     return 1 if failed else 0
+
+
+def compute() -> list[str]:
+    """What of PyTorch does not compute on the CPU: matrix products, their gradients, LAPACK, and torchvision's resize."""
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    try:
+        x = torch.randn(4, 4, requires_grad=True)
+        (x @ x).sum().backward()
+        torch.linalg.svd(x.detach())
+        functional.resize(torch.zeros(3, 8, 8, dtype=torch.uint8), [4, 4])
+        torch.cuda.is_available()
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    return []
+
+
+def missing_kernels() -> list[str]:
+    """Levels of x86-64 for which the image has no compiled kernels."""
+    from esvit_core.compiled import build
+
+    levels = build.LEVELS if platform.machine() == "x86_64" else ()
+    return [level for level in levels if not (build.SOURCES / build.file_name(level)).exists()]
+
+
+def chosen_kernels() -> str | None:
+    """File of the kernels that this processor uses; None: torch computes."""
+    from esvit_core.compiled import library
+
+    found = library()
+    return Path(found._name).name if found else None
 
 
 def components() -> list[str]:

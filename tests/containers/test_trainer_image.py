@@ -68,6 +68,23 @@ def test_nothing_is_left_of_the_building(found: dict[str, Any]) -> None:
     assert found["left"] == []
 
 
+def test_no_address_of_an_index_is_left(docker_client: docker.DockerClient, trainer_image: str) -> None:
+    history = " ".join(layer["CreatedBy"] for layer in docker_client.images.get(trainer_image).history())
+    assert "esvit" in history
+    assert not re.search(r"index.url|find.links|https?://", history, re.IGNORECASE)
+
+
+def test_the_kernels_for_cpus_are_there_without_a_compiler(found: dict[str, Any]) -> None:
+    """Of both levels of x86-64; which is used is this machine's."""
+    assert re.fullmatch(r"esvit-x86-64-v[34]-[0-9a-f]{12}\.so", json.loads(found["check"][1])["kernels"])
+
+
+def test_the_image_for_cpus_has_nothing_of_nvidia_s(image: dict[str, Any], found: dict[str, Any]) -> None:
+    if image["Config"]["Labels"]["dev.esvit.variant"] != "cpu":
+        pytest.skip("an image for GPUs")
+    assert [name for name in found["packages"] if name.lower().startswith(("nvidia-", "cuda-", "triton"))] == []
+
+
 def test_no_program_changes_who_it_runs_as(found: dict[str, Any]) -> None:
     assert found["setuid"] == []
 

@@ -1,0 +1,62 @@
+"""What the images are built from. What is in them is tested in tests/containers, where Docker is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from docker.utils.build import exclude_paths
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_context_is_the_sources_without_wheels(tmp_path: Path) -> None:
+    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for name in (
+        "constraints.txt",
+        "esvit_core/config/__init__.py",
+        "esvit_core/compiled/rows.c",
+        "esvit_core/compiled/esvit-x86-64-v4-0.so",
+        "components/tests/test_x.py",
+        "images/build",
+        "images/trainer/Dockerfile",
+        "images/wheels/torch-2-cp311-manylinux_x86_64.whl",
+        ".venv/bin/python",
+        "esvit-runs/store/volume.dat",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    sent = {name for name in exclude_paths(str(tmp_path), patterns) if (tmp_path / name).is_file()}
+    assert sent == {
+        "constraints.txt",
+        "esvit_core/config/__init__.py",
+        "esvit_core/compiled/rows.c",
+        "images/build",
+        "images/trainer/Dockerfile",
+    }
+
+
+def test_the_wheels_are_served_on_the_loopback_interface(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "torch-2.0+cpu-py3-none-any.whl").write_bytes(b"PK")
+    port = tmp_path / "port"
+    server = subprocess.Popen([sys.executable, ROOT / "images/serve.py", tmp_path / "wheels", port])
+    try:
+        while not port.exists() or not port.read_text():
+            assert server.poll() is None
+        address = f"http://127.0.0.1:{port.read_text()}"
+        listing = urllib.request.urlopen(f"{address}/").read().decode()
+        assert "torch-2.0%2Bcpu-py3-none-any.whl" in listing
+        assert urllib.request.urlopen(f"{address}/torch-2.0%2Bcpu-py3-none-any.whl").read() == b"PK"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize("command", ["images/build", "images/get-wheels", "images/debian", ".ci/containers"])
+def test_the_scripts_are_valid(command: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / command], check=True)
