@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from esvit_core.repetition import repeat
+
 ERROR_FILE_VARIABLE = "ESVIT_ERROR_FILE"
 CRASH_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
@@ -122,7 +124,7 @@ def read_error_file(path: Path) -> EsvitError:
 def step(name: str) -> Iterator[None]:
     """Run the body of a pipeline step: an error that can be explained ends it with one line and its exit code.
 
-    The error also goes to the file named by ``ESVIT_ERROR_FILE`` where that is set, so that the command line, which
+    In a pod, code 75 starts the step again (:mod:`esvit_core.repetition`). The error also goes to the file named by ``ESVIT_ERROR_FILE`` where that is set, so that the command line, which
     started the step through the pipeline runner, can repeat it as its last word.
     """
     try:
@@ -135,4 +137,6 @@ def step(name: str) -> Iterator[None]:
         if path := os.environ.get(ERROR_FILE_VARIABLE):
             with contextlib.suppress(OSError):  # the disk may be what failed; standard error has the line
                 write_error_file(Path(path), name, known)
+        if known.exit_code == TRY_AGAIN_EXIT_CODE:
+            repeat(name)
         raise SystemExit(known.exit_code) from None

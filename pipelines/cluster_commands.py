@@ -29,6 +29,7 @@ from esvit_pipelines.cluster_options import (
     note_local_places,
     sent,
     server_at,
+    suited,
     version_of,
 )
 from esvit_pipelines.options import BucketOption, RecipeOption, SetOption, TransferOption
@@ -99,9 +100,11 @@ def register_(
 
     config = config_of(recipe, set_, transfer, bucket)
     with ExitStack() as stack:
-        packages = [stack.enter_context(package(name, config)) for name in pipelines or PIPELINES]
+        names = list(pipelines or PIPELINES)
+        packages = [stack.enter_context(package(name, config)) for name in names]
         server = stack.enter_context(server_at(host, namespace, token_file, ca_file, ui))
-        for ready in packages:
+        for name, asked in zip(names, packages, strict=True):
+            ready = stack.enter_context(suited(server, name, asked, config))
             found = register(server, ready)
             print(f"{found.pipeline}: version {found.version} {'registered' if found.new else 'is there'}")
             print(f"    {server.link('pipelines', f'{found.pipeline_id}/version/{found.version_id}')}", flush=True)
@@ -161,8 +164,9 @@ def submit(
         )
     config = config_of(recipe, set_, transfer, bucket)
     with (
-        sent(pipeline, config, data, parameter) as (package, values),
+        sent(pipeline, config, data, parameter) as (asked, values),
         server_at(host, namespace, token_file, ca_file, ui) as server,
+        suited(server, pipeline, asked, config) as package,
     ):
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
         account = account_of(service_account, config)

@@ -130,6 +130,28 @@ def sent(
         yield ready, values
 
 
+@contextmanager
+def suited(server: Connection, pipeline: str, ready: Package, config: Config) -> Iterator[Package]:
+    """The package that was made, or for a server that needs it another one.
+
+    Args:
+        pipeline: its name, or the file that it was read from.
+        ready: compiled from ``config``, or read.
+    """
+    from esvit_pipelines.submit import package
+
+    if server.restarts_lost_pods or not config.cluster.retry_lost_pods or pipeline.endswith((".yaml", ".yml")):
+        yield ready
+        return
+    print(
+        f"note: the retries of Kubeflow Pipelines {server.release} repeat mistakes and not lost pods: the pipeline is "
+        "compiled without them (cluster.retry_lost_pods=false); `esvit submit --wait --resubmit N` stands in for them"
+    )
+    cluster = config.cluster.model_copy(update={"retry_lost_pods": False})
+    with package(pipeline, config.model_copy(update={"cluster": cluster})) as made:
+        yield made
+
+
 def config_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Config:
     return resolve(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
 

@@ -33,8 +33,12 @@ def build(name: str, config: Config) -> Any:
         near = difflib.get_close_matches(name, PIPELINES, n=1)
         meant = f", did you mean {near[0]!r}?" if near else ""
         raise UserError(f"pipeline {name}: there is none{meant}; expected one of {', '.join(PIPELINES)}")
+    from esvit_pipelines.pods import lengthen_retries
+
     module, function = PIPELINES[name]
-    return getattr(importlib.import_module(f"esvit_pipelines.{module}"), function)(config, cluster=True)
+    pipeline = getattr(importlib.import_module(f"esvit_pipelines.{module}"), function)(config, cluster=True)
+    lengthen_retries(pipeline.pipeline_spec)
+    return pipeline
 
 
 def pipeline_text(name: str, config: Config) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esvit_core.errors import UserError
+from esvit_core.errors import InfrastructureError, UserError
 
 if TYPE_CHECKING:
     import kfp
@@ -61,6 +62,7 @@ class Connection:
         namespace: of the user; None where the server has one for all.
         ui: what links begin with.
         server: how it was reached.
+        release: version of Kubeflow Pipelines, such as ``2.16.1``, as the server states it; some do not know it.
     """
 
     client: kfp.Client
@@ -68,6 +70,13 @@ class Connection:
     namespace: str | None
     ui: str
     server: Server
+    release: str = ""
+
+    @property
+    def restarts_lost_pods(self) -> bool:
+        """Whether its retries start lost pods again, and nothing else: from version 2.17 on; taken for so if unknown."""
+        found = re.match(r"v?(\d+)\.(\d+)", self.release)
+        return found is None or (int(found[1]), int(found[2])) >= (2, 17)
 
     def api(self) -> Any:
         """The lower half of KFP's client, for what the upper half does not offer; it closes when its block ends."""
@@ -106,14 +115,15 @@ def connected(server: Server) -> Iterator[Connection]:
     """Connect, and tell every refusal of the server in one line.
 
     Raises:
-        UserError: there is no such server, it is too old, it refuses the token, or what it is asked for.
+        UserError: the server is too old, it refuses the token, or what it is asked for.
+        InfrastructureError: it does not answer, or cannot.
     """
     host = _host(server)
     if server.ca_file is not None and not server.ca_file.is_file():
         raise UserError(f"--ca-file {server.ca_file}: no such file; expected a certificate in PEM form")
     token = _token(server)
     with told(host, token is not None):
-        namespace = _looked_at(host, token, server)
+        namespace, release = _looked_at(host, token, server)
         import kfp
 
         quiet = warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO())
@@ -126,7 +136,7 @@ def connected(server: Server) -> Iterator[Connection]:
                 cookies=server.cookie,
                 ssl_ca_cert=str(server.ca_file) if server.ca_file else None,
             )
-        yield Connection(client, host, namespace, (server.ui or host).rstrip("/"), server)
+        yield Connection(client, host, namespace, (server.ui or host).rstrip("/"), server, release)
 
 
 @contextlib.contextmanager
@@ -138,7 +148,8 @@ def told(host: str, with_token: bool) -> Iterator[None]:
     try:
         yield
     except (kfp_server_api.ApiException, HTTPError) as error:
-        raise UserError(f"{host}: {refusal(error, with_token)}") from None
+        family = UserError if 400 <= (getattr(error, "status", None) or 0) < 500 else InfrastructureError
+        raise family(f"{host}: {refusal(error, with_token)}") from None
 
 
 def refusal(error: Exception, with_token: bool) -> str:
@@ -232,8 +243,8 @@ def _token(server: Server) -> str | None:
     return token
 
 
-def _looked_at(host: str, token: str | None, server: Server) -> str | None:
-    """Ask the server whether it is one, and return the namespace to work in."""
+def _looked_at(host: str, token: str | None, server: Server) -> tuple[str | None, str]:
+    """Ask the server whether it is one, and return the namespace to work in and the server's version."""
     import kfp_server_api
 
     with _client(host, token, server) as asking:
@@ -257,7 +268,7 @@ def _looked_at(host: str, token: str | None, server: Server) -> str | None:
             f"{host}: it answers with a web page, probably to log in; give --token-file, or the session's cookie in "
             "ESVIT_KFP_COOKIE; or the address lacks /pipeline"
         )
-    return _namespace(host, server, bool(health.get("multi_user")))
+    return _namespace(host, server, bool(health.get("multi_user"))), str(health.get("tag_name", ""))
 
 
 def _namespace(host: str, server: Server, several: bool) -> str | None:

@@ -11,10 +11,11 @@ from kfp import dsl
 from esvit_core.config.cluster import CA_FOLDER, ClusterConfig, PodConfig, Role
 from esvit_core.errors import UserError
 from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels, pod_security
+from esvit_core.repetition import variables
 
+RETRY_WINDOW_SECONDS = 30 * 24 * 3600
 REQUIRED_KEYS = ("ESVIT_S3_ENDPOINT", "ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY")
 OPTIONAL_KEYS = ("ESVIT_S3_SECURE", "ESVIT_S3_REGION", "ESVIT_S3_CA_FILE")
-_LONGEST_WAIT = "3600s"  # KFP's own bound
 
 
 def place(
@@ -35,7 +36,10 @@ def place(
     if accelerated and pod.accelerators:
         task.set_accelerator_type(pod.accelerator)
         task.set_accelerator_limit(pod.accelerators)
-    task.set_retry(pod.retries, f"{pod.retry_seconds}s", 2.0, _LONGEST_WAIT)
+    if cluster.retry_lost_pods:
+        task.set_retry(pod.retries, f"{pod.retry_seconds}s", 2.0)  # for how long: lengthen_retries
+    for name, value in variables(pod.retries, pod.retry_seconds).items():
+        task.set_env_variable(name, value)
     kubernetes.set_image_pull_policy(task, cluster.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
@@ -67,6 +71,21 @@ def place(
     if cluster.ca_config_map is not None:
         kubernetes.use_config_map_as_volume(task, cluster.ca_config_map, CA_FOLDER)
     _keys(kubernetes, task, cluster.secret_of(role))
+
+
+def lengthen_retries(spec: Any) -> None:
+    """Let the retries of every task count from its first start for a month, whatever it takes.
+
+    ``backoff_max_duration`` is one window for all attempts: a pod that is lost after it is not started again. KFP's SDK
+    bounds it at an hour; its server does not.
+
+    Args:
+        spec: a ``PipelineSpec``; changed in place.
+    """
+    for dag in (spec.root.dag, *(component.dag for component in spec.components.values())):
+        for task in dag.tasks.values():
+            if task.HasField("retry_policy"):
+                task.retry_policy.backoff_max_duration.seconds = RETRY_WINDOW_SECONDS
 
 
 def _kubernetes() -> Any:

@@ -28,6 +28,7 @@ from esvit_pipelines.cluster_options import (
     config_of,
     sent,
     server_at,
+    suited,
     version_of,
 )
 from esvit_pipelines.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
@@ -78,8 +79,9 @@ def schedule_create(
     trigger = _trigger(cron, every)
     config = config_of(recipe, set_, transfer, bucket)
     with (
-        sent(pipeline, config, data, parameter) as (package, values),
+        sent(pipeline, config, data, parameter) as (asked, values),
         server_at(host, namespace, token_file, ca_file, ui) as server,
+        suited(server, pipeline, asked, config) as package,
     ):
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
         account = account_of(service_account, config)

@@ -27,7 +27,8 @@ WORK = STORAGE | {
     "esvit_core.weights",
 }
 ALLOWED = {
-    "esvit_core.errors": set(),
+    "esvit_core.repetition": set(),
+    "esvit_core.errors": {"esvit_core.repetition"},
     "esvit_core.pod": set(),
     "esvit_core.collectives": {"esvit_core.errors"},
     "esvit_core.recipe_files": {"esvit_core.errors"},

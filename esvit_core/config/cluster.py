@@ -55,8 +55,12 @@ class PodConfig(Section):
     shared_memory: Bytes | None = Field(None, description="Size of /dev/shm, which counts as memory; null: 64 MiB.")
     scratch: Bytes = Field("10Gi", description="Bound of each of the writable folders /tmp and /work.")
     secret: Name | None = Field(None, description="Secret with the ESVIT_S3_* keys; null: what cluster.secret says.")
-    retries: int = Field(3, ge=0, description="Times that the step is tried again, each after twice the last wait.")
-    retry_seconds: int = Field(30, gt=0, description="Wait before the first of them.")
+    retries: int = Field(
+        3, ge=0, description="Times that the step is repeated in its pod after exit code 75, and its pod after a loss."
+    )
+    retry_seconds: int = Field(
+        30, gt=0, description="Wait before the first of them; doubles each time, in the pod up to ten minutes."
+    )
     timeout_minutes: int | None = Field(None, gt=0, description="The pod is stopped after this; null: never.")
 
 
@@ -88,6 +92,11 @@ class ClusterConfig(Section):
     )
     service_account: Name | None = Field(
         "esvit-pipeline", description="Of the steps; `esvit submit` asks for it. null: the server's default."
+    )
+    retry_lost_pods: bool = Field(
+        True,
+        description="Let Kubeflow start pods again that were deleted, evicted or lost: right for servers from 2.17 on. "
+        "Older ones would repeat mistakes instead; `esvit submit` and `esvit register` then set it to false.",
     )
     run_as: int | None = Field(
         10001, gt=0, description="User and group of the steps; null: the image's, or what the cluster assigns."

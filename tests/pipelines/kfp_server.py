@@ -93,6 +93,7 @@ class KfpServer:
         self.lost = self.down = 0
         self.accounts: set[str] | None = None
         self.forgetful = self.closed = False
+        self.release = "unknown"  # as servers say that were built without their version
         self.requests: list[str] = []
         self.authorization: list[str | None] = []
 
@@ -114,7 +115,7 @@ class KfpServer:
         if self.kind == "other" or not path.startswith(f"/apis/{version}/"):
             raise RefusalError(404, "Not Found")
         if path.endswith("/healthz"):
-            return models.V2beta1GetHealthzResponse(multi_user=self.multi_user)
+            return {"multi_user": self.multi_user, "tag_name": self.release, "commit_sha": "unknown"}
         match = re.fullmatch(rf"/apis/{version}/(\w+)(?:/([\w-]+)(?::(\w+))?)?", path)
         if match is None or match[1] not in TYPES:
             raise RefusalError(404, "Not Found")

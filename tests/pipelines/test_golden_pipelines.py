@@ -16,6 +16,7 @@ from esvit_core.config import Config
 from esvit_core.config.cluster import PodConfig
 from esvit_core.errors import UserError
 from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels
+from esvit_core.repetition import RETRIES_VARIABLE, WAIT_VARIABLE
 from esvit_pipelines.compile import PIPELINES, build, pipeline_text
 from esvit_pipelines.steps import step_names
 
@@ -79,7 +80,10 @@ def test_every_step_is_tried_again_and_has_bounds_and_room_to_write(name: str) -
     for task in (task for task in tasks if "dag" not in components[task["componentRef"]["name"]]):
         retry = task["retryPolicy"]
         assert retry["maxRetryCount"] >= 3 and retry["backoffFactor"] == 2 and retry["backoffDuration"] == "30s"
+        assert retry["backoffMaxDuration"] == "2592000s"  # a pod may be lost at any time of a month
     for container, pod in executors(name).values():
+        environment = {item["name"]: item["value"] for item in container["env"]}
+        assert int(environment[RETRIES_VARIABLE]) >= 3 and environment[WAIT_VARIABLE] == "30"
         resources = container["resources"]
         assert {"resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest"} <= resources.keys()
         assert {"/tmp", "/work"} <= {mount["mountPath"] for mount in pod["emptyDirMounts"]}

@@ -79,10 +79,23 @@ def test_a_wrong_host(server: KfpServer, call: Call) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening
         port = taken.getsockname()[1]
-        told(call("runs", "--host", f"http://127.0.0.1:{port}"), f"127.0.0.1:{port}", "Connection refused")
-    told(call("runs", "--host", "http://nowhere.invalid"), "nowhere.invalid", "no such host")
+        told(call("runs", "--host", f"http://127.0.0.1:{port}"), f"127.0.0.1:{port}", "Connection refused", expected=75)
+    told(call("runs", "--host", "http://nowhere.invalid"), "nowhere.invalid", "no such host", expected=75)
     told(call("runs", "--host", "localhost:8888"), "expected http:// or https://")
-    told(call("runs", "--host", server.url.replace("http:", "https:")), "does not speak https")
+    told(call("runs", "--host", server.url.replace("http:", "https:")), "does not speak https", expected=75)
+
+
+@pytest.mark.parametrize(
+    ("release", "retries"), [("2.16.1", False), ("v2.15.0", False), ("2.17.0", True), ("3.0", True), ("unknown", True)]
+)
+def test_only_servers_that_start_lost_pods_again_are_asked_to(
+    server: KfpServer, call: Call, release: str, retries: bool
+) -> None:
+    server.release = release
+    code, out, _ = call("submit", "evaluate", "--data", "s3://b/p", "-p", "backbone=champion", "--inline")
+    assert code == 0 and ("note: the retries of Kubeflow Pipelines" in out) is not retries
+    (tasks,) = [run.pipeline_spec["pipeline_spec"]["root"]["dag"]["tasks"] for run in server.kept["runs"].values()]
+    assert {"retryPolicy" in task for task in tasks.values()} == {retries}
 
 
 def test_a_token_that_is_refused(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
