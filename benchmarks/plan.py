@@ -85,7 +85,7 @@ def main() -> None:
         draw(pictures, arguments.images, min(config.data.store_short_side or 375, 375))
         with open_store(Path(folder) / "store") as store:
             os.environ.update(store.address.environment())
-            run = start_run(config.model_dump(mode="json"), str(pictures), store=store)
+            run = start_run(config, str(pictures), store=store)
             prepare(str(pictures), store, run.at("data"), config.data)
             memory = Memory()
             memory.start()

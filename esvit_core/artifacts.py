@@ -60,9 +60,10 @@ def point_to(artifact: Artifact, uri: str, **values: Any) -> None:
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Print what an evaluation found, in a line, and return its figures by name, the untrained network's marked.
+    """Print what an evaluation found, in a line, and return its figures by name.
 
-    There are none if it was left out.
+    The trained network's figures have the bare name, such as ``knn/20``, and those of the network with its initial
+    weights ``knn/20 (baseline)``. There are none if it was left out.
     """
     if result["status"] == "measured":
         values = {model: figures[result["headline"]] for model, figures in result["results"].items()}
@@ -71,7 +72,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     else:
         print(f"left out: {result['reason']}", flush=True)
     return {
-        name if model == "trained" else f"{name} ({model})": value
+        name if model == "trained" else f"{name} (baseline)": value
         for model, values in result.get("results", {}).items()
         for name, value in values.items()
     }

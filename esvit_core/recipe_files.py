@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,33 @@ def preset_text(name: str) -> str:
     return str((_presets() / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The keys of a preset or of a YAML file.
+def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict[str, Any]:
+    """The keys of a preset, of a YAML file here or at ``s3://``, or of YAML itself.
+
+    Args:
+        recipe: the name, the path, the address, or the text.
+        read: returns what is at an ``s3://`` address; raises KeyError where nothing is.
 
     Raises:
-        UserError: there is neither, or it is not a YAML mapping.
+        UserError: there is none of these, or it is not a YAML mapping.
     """
     if recipe in preset_names():
         return parse_yaml(preset_text(recipe), f"preset {recipe}")
-    path = Path(recipe)
-    if not path.is_file():
-        names = preset_names()
-        raise UserError(
-            f"recipe {recipe}: neither a preset nor a YAML file{_nearest(recipe, names)}; presets: {', '.join(names)}"
-        )
+    if "{" in recipe or "\n" in recipe or ": " in recipe:
+        return parse_yaml(recipe, "recipe")
     try:
-        text = path.read_text(encoding="utf-8")
+        if recipe.startswith("s3://") and read is not None:
+            text = read(recipe).decode("utf-8")
+        elif Path(recipe).is_file():
+            text = Path(recipe).read_text(encoding="utf-8")
+        else:
+            names = preset_names()
+            raise UserError(
+                f"recipe {recipe or '(empty)'}: neither a preset{_nearest(recipe, names)} nor a YAML file, an s3:// "
+                f"address of one, or YAML such as {{training: {{epochs: 50}}}}; presets: {', '.join(names)}"
+            )
+    except KeyError:
+        raise UserError(f"recipe {recipe}: there is no such object; put the YAML file there") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {recipe}: cannot be read ({error}); expected a YAML text file") from None
     return parse_yaml(text, f"recipe {recipe}")
@@ -63,8 +75,12 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     return values
 
 
-def override(values: dict[str, Any], item: str, known: list[str]) -> None:
+def override(values: dict[str, Any], item: str, known: list[str], origin: str = "--set") -> None:
     """Set ``item``, such as ``training.epochs=10``, in ``values``.
+
+    Args:
+        known: the valid keys.
+        origin: where the item was given, for messages.
 
     Raises:
         UserError: the key is not among the ``known`` ones, or the value is not YAML.
@@ -72,16 +88,16 @@ def override(values: dict[str, Any], item: str, known: list[str]) -> None:
     key, equals, text = item.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"--set {item}: expected key=value, such as --set training.epochs=10")
+        raise UserError(f"{origin} {item}: expected key=value, such as training.epochs=10")
     if key not in known:
-        raise UserError(f"--set {item}: unknown key {key!r}{_nearest(key, known)}")
+        raise UserError(f"{origin} {item}: unknown key {key!r}{_nearest(key, known)}")
     *sections, leaf = key.split(".")
     place = values
     for section in sections:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
-            raise UserError(f"--set {item}: {section!r} is not a section of this recipe; write it as nested keys")
-    place[leaf] = _parse_value(text, item)
+            raise UserError(f"{origin} {item}: {section!r} is not a section of this recipe; write it as nested keys")
+    place[leaf] = _parse_value(text, f"{origin} {item}")
 
 
 def explain(error: ValidationError, known: list[str]) -> str:
@@ -101,11 +117,11 @@ def _presets() -> Any:
     return resources.files("esvit_core") / "presets"
 
 
-def _parse_value(text: str, item: str) -> Any:
+def _parse_value(text: str, origin: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not valid YAML ({error})") from None
+        raise UserError(f"{origin}: the value is not valid YAML ({error})") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             return float(value)

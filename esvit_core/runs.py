@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from esvit_core.config import NO_PART_OF_A_RUN, Config, TransferSet, valid_keys
+from esvit_core.config import NO_PART_OF_A_RUN, Config, TransferSet
 from esvit_core.errors import UserError
-from esvit_core.recipe_files import override
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
 from esvit_core.weights.source import with_source_pinned
@@ -111,26 +109,24 @@ def run_uri(bucket: str, name: str) -> str:
 
 
 def start_run(
-    configuration: Mapping[str, Any],
+    config: Config,
     source: str,
     uri: str = "",
     store: ObjectStore | None = None,
-    settings: str = "",
 ) -> Run:
     """Write the configuration of a run once, or find the run that was started with the same one.
 
     Args:
-        configuration: the whole tree.
+        config: what was asked for.
         source: where the pictures are.
         uri: where the run shall lie; empty: the place that its content determines.
         store: by default the one that ``ESVIT_S3_*`` name.
-        settings: changes, ``key=value`` with spaces between, quoted as in a shell.
 
     Raises:
-        UserError: the run exists and has another configuration; or a setting is wrong.
+        UserError: the run exists and has another configuration.
     """
     store = store or ObjectStore.from_env()
-    config = with_source_pinned(changed(configuration, settings), store)
+    config = with_source_pinned(config, store)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
     run = Run(uri, store, config)
@@ -159,25 +155,6 @@ def _place(run: Run, wanted: Config) -> None:
     there = placed(run.store, run.uri, run.config)
     if (there.cluster, there.launch) != (wanted.cluster, wanted.launch):
         run.store.swap_pointer(run.at(PLACE), place, run.store.read_pointer(run.at(PLACE)))
-
-
-def changed(configuration: Mapping[str, Any], settings: str) -> Config:
-    """A configuration with changes.
-
-    Args:
-        settings: ``key=value`` with spaces between, quoted as in a shell.
-
-    Raises:
-        UserError: a key or a value is wrong.
-    """
-    values = Config.from_mapping(configuration).model_dump(mode="json")
-    try:
-        items = shlex.split(settings)
-    except ValueError as error:
-        raise UserError(f"settings {settings}: {error}; expected key=value with spaces between") from None
-    for item in items:
-        override(values, item, list(valid_keys()))
-    return Config.from_mapping(values, origin=f"settings {settings}" if items else "configuration")
 
 
 def open_run(uri: str, store: ObjectStore | None = None) -> Run:

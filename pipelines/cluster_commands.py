@@ -25,6 +25,7 @@ from esvit_pipelines.cluster_options import (
     TokenOption,
     UiOption,
     account_of,
+    asked_of,
     config_of,
     note_local_places,
     sent,
@@ -61,7 +62,8 @@ def compile_(
 
     The steps run in the image cluster.image, take the object store's address and keys from Kubernetes secrets, one for
     each kind of step unless cluster.secret names one for all, and get the resources, nodes and volumes that the section
-    cluster says. What is in the recipe is the default of the pipeline's parameter `configuration`.
+    cluster says. The recipe, the changes of it and the transfer sets are the defaults of the pipeline's parameters, so
+    that the one pipeline serves other runs too.
     """
     from esvit_pipelines.compile import compile_pipeline
 
@@ -162,14 +164,14 @@ def submit(
         raise UserError(
             "--caching, --no-caching: they change the pipeline, which a version does not allow; add --inline"
         )
-    config = config_of(recipe, set_, transfer, bucket)
+    asked = asked_of(recipe, set_, transfer, bucket)
     with (
-        sent(pipeline, config, data, parameter) as (asked, values),
+        sent(pipeline, asked, data, parameter) as (ready, values),
         server_at(host, namespace, token_file, ca_file, ui) as server,
-        suited(server, pipeline, asked, config) as package,
+        suited(server, pipeline, ready, asked.pipeline) as package,
     ):
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
-        account = account_of(service_account, config)
+        account = account_of(service_account, asked.config)
         version = version_of(server, package, inline)
         name = name or work.run_name(package)
         for attempt in range(1, resubmit + 2):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from esvit_core.config import Config
-from esvit_pipelines.settings import DEFAULT_OUT, Settings, resolve
+from esvit_pipelines.settings import DEFAULT_OUT, Asked, Settings, ask, resolve
 
 if TYPE_CHECKING:
     from esvit_pipelines.kubeflow import Connection
@@ -118,15 +118,22 @@ def version_of(server: Connection, pipeline: Package, inline: bool) -> Registere
 
 @contextmanager
 def sent(
-    pipeline: str, config: Config, data: str | None, parameter: list[str] | None
+    pipeline: str, asked: Asked, data: str | None, parameter: list[str] | None
 ) -> Iterator[tuple[Package, dict[str, Any]]]:
-    """The pipeline and its arguments, looked at before a server is asked."""
+    """The pipeline and its arguments, looked at before a server is asked.
+
+    What the options say about the run goes into its parameters, and only where it computes into the pipeline: runs with
+    other recipes and transfer sets refer to the same version.
+    """
     from esvit_pipelines.submit import arguments, package
 
-    given = [*([] if data is None else [f"data={data}"]), *(parameter or [])]
-    with package(pipeline, config) as ready:
+    with package(pipeline, asked.pipeline) as ready:
+        compiled = pipeline.endswith((".yaml", ".yml"))
+        said = asked.parameters if asked.given or not compiled else {}
+        given = [f"{name}={text}" for name, text in said.items() if name in ready.parameters]
+        given += [*([] if data is None else [f"data={data}"]), *(parameter or [])]
         values = arguments(ready, given)
-        note_local_places(config, data)
+        note_local_places(asked.config, data)
         yield ready, values
 
 
@@ -154,6 +161,10 @@ def suited(server: Connection, pipeline: str, ready: Package, config: Config) ->
 
 def config_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Config:
     return resolve(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
+
+
+def asked_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Asked:
+    return ask(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
 
 
 def account_of(given: str | None, config: Config) -> str | None:

@@ -128,7 +128,7 @@ def run_pipeline(request: Request) -> Outcome:
 
 
 def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
-    """The pipeline, and what it is given besides the pictures; the configuration is its default."""
+    """The pipeline, and what it is given besides the images; the defaults of its parameters say the configuration."""
     if request.owner is not None:
         from esvit_pipelines.retrain.pipeline import build_retrain_pipeline
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Preset or YAML file; see `esvit recipe list`.")
+    str | None, typer.Option("--recipe", metavar="NAME|FILE|S3", help="Preset or YAML file; see `esvit recipe list`.")
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -25,7 +25,7 @@ from esvit_pipelines.cluster_options import (
     TokenOption,
     UiOption,
     account_of,
-    config_of,
+    asked_of,
     sent,
     server_at,
     suited,
@@ -77,14 +77,14 @@ def schedule_create(
     from esvit_pipelines.kubeflow import experiment_id
 
     trigger = _trigger(cron, every)
-    config = config_of(recipe, set_, transfer, bucket)
+    asked = asked_of(recipe, set_, transfer, bucket)
     with (
-        sent(pipeline, config, data, parameter) as (asked, values),
+        sent(pipeline, asked, data, parameter) as (ready, values),
         server_at(host, namespace, token_file, ca_file, ui) as server,
-        suited(server, pipeline, asked, config) as package,
+        suited(server, pipeline, ready, asked.pipeline) as package,
     ):
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
-        account = account_of(service_account, config)
+        account = account_of(service_account, asked.config)
         version = version_of(server, package, inline)
         made = work.create(server, package, values, name, folder, trigger, account, paused, replace, version)
         print(f"scheduled {name}, {work.when(made)}{', paused' if paused else ''}")

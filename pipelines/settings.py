@@ -6,11 +6,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from esvit_core.config import Config
-from esvit_core.errors import UserError
+from esvit_core.config.parameters import PLACE, Parameters, join_items, parameters_of, with_transfer
 
 DEFAULT_RECIPE = "demo"
 DEFAULT_OUT = Path("esvit-runs")
@@ -23,7 +23,7 @@ class Settings:
 
     Args:
         data: folder, archive or s3:// prefix.
-        recipe: preset or file; None: none was named.
+        recipe: preset, file or s3:// address; None: none was named.
         overrides: ``key=value`` each.
         transfer: ``NAME=SOURCE`` each.
         out: folder for everything that the run leaves on this machine.
@@ -44,20 +44,58 @@ def resolve(settings: Settings) -> Config:
     Raises:
         UserError: a recipe, a key, a value, or a transfer set is wrong.
     """
-    config = Config.load(settings.recipe or DEFAULT_RECIPE, settings.overrides)
-    if not settings.transfer and settings.bucket is None:
-        return config
-    values = config.model_dump(mode="json")
-    if settings.bucket is not None:
-        values["bucket"] = settings.bucket
-    sets = {s["name"]: s for s in values["evaluation"]["transfer"]}
-    for item in settings.transfer:
-        name, equals, source = item.partition("=")
-        if not (equals and name and source):
-            raise UserError(f"--transfer {item}: expected NAME=SOURCE, such as --transfer digits=digits.zip")
-        sets[name] = {**sets.get(name, {}), "name": name, "source": source}
-    values["evaluation"]["transfer"] = list(sets.values())
-    return Config.from_mapping(values, origin="--transfer" if settings.transfer else "--bucket")
+    read = None
+    if settings.recipe is not None and settings.recipe.startswith("s3://"):
+        from esvit_core.storage import ObjectStore
+
+        read = ObjectStore.from_env().get_bytes
+    config = Config.load(settings.recipe or DEFAULT_RECIPE, _changes(settings), read)
+    return with_transfer(config, settings.transfer, "--transfer") if settings.transfer else config
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks of a pipeline on a cluster.
+
+    Args:
+        config: as far as it is known here.
+        parameters: of the pipeline, by name; its first step makes the configuration of them.
+        given: the command line says something about them; otherwise they are the defaults.
+    """
+
+    config: Config
+    parameters: dict[str, str]
+    given: bool
+
+    @property
+    def pipeline(self) -> Config:
+        """What the pipeline is compiled with: where it computes, and nothing of what."""
+        place = {section: getattr(self.config, section) for section in PLACE}
+        return Config.load(DEFAULT_RECIPE).model_copy(update=place)
+
+
+def ask(settings: Settings) -> Asked:
+    """The same for a pipeline on a cluster, whose first step resolves the configuration.
+
+    A recipe at an ``s3://`` address is read there, not here. The section ``cluster`` is the compiled pipeline's own.
+
+    Raises:
+        UserError: see :func:`resolve`.
+    """
+    given = bool(settings.recipe or settings.overrides or settings.transfer or settings.bucket)
+    if settings.recipe is None or not settings.recipe.startswith("s3://"):
+        config = resolve(settings)
+        return Asked(config, asdict(parameters_of(config, ("cluster",))), given)
+    changes = _changes(settings)
+    sections = {item: item.partition(".")[0].strip() for item in changes}
+    said = [item for item in changes if sections[item] != "cluster"]
+    told = Parameters(settings.recipe, join_items(said), join_items(settings.transfer))
+    known = Config.load("{}", [item for item in changes if sections[item] in PLACE])
+    return Asked(known, asdict(told), given)
+
+
+def _changes(settings: Settings) -> list[str]:
+    return [*settings.overrides, *([] if settings.bucket is None else [f"bucket={settings.bucket}"])]
 
 
 def sources(config: Config, data: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What the pipelines have in common: how a step is named and placed, and the steps that more than one of them has."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -39,7 +39,6 @@ class Steps:
         name: str,
         role: Role,
         *,
-        cached: bool = False,
         accelerated: bool = True,
         serves_metrics: bool = False,
     ) -> dsl.PipelineTask:
@@ -47,13 +46,14 @@ class Steps:
 
         Args:
             role: kind of step, which decides what its pod gets.
-            cached: KFP may take the outputs of an earlier run; right only for what the arguments alone determine.
             accelerated: it can use the accelerators of its kind of step.
             serves_metrics: it trains in its own pod.
         """
         task.set_display_name(name)
         task.set_container_image(self.config.cluster.image)
-        task.set_caching_options(cached)
+        # Every step finds its own outputs in the store. KFP's cache would never hit: its key holds the ids of the input
+        # artifacts, which are new in each run. And it would not see that data at the same address have changed.
+        task.set_caching_options(False)
         if self.cluster:
             place(task, self.config.cluster, role, accelerated, serves_metrics)
             return task
@@ -62,24 +62,20 @@ class Steps:
         return task
 
 
-def prepare_sets(steps: Steps, run: Any) -> dict[str, dsl.PipelineTask]:
-    """A step for each transfer set of the configuration, by its name.
+def prepare_sets(steps: Steps, run: Any) -> dsl.PipelineTask:
+    """The step that prepares the run's transfer sets, with the output ``sets``.
 
-    They are fanned out at definition time: the UI shows a node for each, and kfp.local can run it (it has neither
-    conditions nor a collection of a loop's outputs).
+    Which sets there are, the run's configuration says: one compiled pipeline serves runs with any sets.
     """
-    return {
-        s.name: steps.add(prepare_transfer(run_uri=run, set_name=s.name), f"prepare {s.name}", "prepare")
-        for s in steps.config.evaluation.transfer
-    }
+    return steps.add(prepare_transfer(run_uri=run), "prepare transfer sets", "prepare")
 
 
-def train(steps: Steps, run: Any, dataset: Any, sets: Mapping[str, dsl.PipelineTask]) -> dsl.PipelineTask:
+def train(steps: Steps, run: Any, dataset: Any, sets: dsl.PipelineTask) -> dsl.PipelineTask:
     """The step that pre-trains, with the output ``model``.
 
     Args:
         run: address of the run, an output of a step.
-        dataset: the prepared pictures.
+        dataset: the prepared images.
         sets: of :func:`prepare_sets`.
     """
     here = steps.config.launch.scheduler == "local"  # else the step waits for other pods, which train
@@ -87,37 +83,25 @@ def train(steps: Steps, run: Any, dataset: Any, sets: Mapping[str, dsl.PipelineT
         pretrain(run_uri=run, dataset=dataset), "pretrain", "train", accelerated=here, serves_metrics=here
     )
     # All data are looked at before the long step begins: what is wrong with them shows at once.
-    return trained.after(*sets.values())
+    return trained.after(sets)
 
 
-def measure(
-    steps: Steps, run: Any, dataset: Any, model: Any, sets: Mapping[str, dsl.PipelineTask]
-) -> list[dsl.PipelineTask]:
+def measure(steps: Steps, run: Any, dataset: Any, model: Any, sets: dsl.PipelineTask) -> list[dsl.PipelineTask]:
     """The steps that measure a run's backbone; each has the output ``result``.
 
     Args:
         run: address of the run, an output of a step.
-        dataset: the prepared pictures.
+        dataset: the prepared images.
         model: the backbone.
         sets: of :func:`prepare_sets`.
     """
-    features = steps.add(
-        extract_features(run_uri=run, dataset=dataset, model=model), "extract features", "evaluate", cached=True
-    )
+    features = steps.add(extract_features(run_uri=run, dataset=dataset, model=model), "extract features", "evaluate")
     vectors = features.outputs["features"]
     return [
-        steps.add(knn(run_uri=run, features=vectors), "k-NN", "evaluate", cached=True, accelerated=False),
-        steps.add(linear_probe(run_uri=run, features=vectors), "linear probe", "evaluate", cached=True),
-        *(
-            steps.add(
-                transfer(run_uri=run, set_name=name, dataset=prepared.outputs["dataset"], model=model),
-                f"transfer {name}",
-                "evaluate",
-                cached=True,
-            )
-            for name, prepared in sets.items()
-        ),
-        steps.add(pictures(run_uri=run, dataset=dataset, model=model), "pictures", "evaluate", cached=True),
+        steps.add(knn(run_uri=run, features=vectors), "k-NN", "evaluate", accelerated=False),
+        steps.add(linear_probe(run_uri=run, features=vectors), "linear probe", "evaluate"),
+        steps.add(transfer(run_uri=run, sets=sets.outputs["sets"], model=model), "transfer", "evaluate"),
+        steps.add(pictures(run_uri=run, dataset=dataset, model=model), "pictures", "evaluate"),
     ]
 
 
@@ -135,23 +119,3 @@ def _names(spec: Any, dag: Any) -> Iterator[str]:
             yield from _names(spec, component.dag)
         else:
             yield tasks[key].task_info.name
-
-
-def pipeline_values(config: Config) -> dict[str, Any]:
-    """The configuration as an argument of a pipeline. KFP has no null: what is not set is not in it."""
-    return config.model_dump(mode="json", exclude_none=True)
-
-
-def pipeline_nulls(config: Config) -> str:
-    """What :func:`pipeline_values` cannot say, as the argument ``settings``: null where the default is a value."""
-    wanted = config.model_dump(mode="json")
-    said = Config.from_mapping(pipeline_values(config)).model_dump(mode="json")
-
-    def nulls(wanted: Mapping[str, Any], said: Mapping[str, Any], prefix: str) -> Iterator[str]:
-        for name, value in wanted.items():
-            if isinstance(value, dict) and isinstance(said[name], dict):
-                yield from nulls(value, said[name], f"{prefix}{name}.")
-            elif value is None and said[name] is not None:
-                yield f"{prefix}{name}=null"
-
-    return " ".join(nulls(wanted, said, ""))

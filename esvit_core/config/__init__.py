@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -322,17 +322,20 @@ class Config(Section):
             raise UserError(f"{origin}: {explain(error, list(valid_keys()))}") from None
 
     @classmethod
-    def load(cls, recipe: str | Path, overrides: Iterable[str] = ()) -> Self:
+    def load(
+        cls, recipe: str | Path, overrides: Iterable[str] = (), read: Callable[[str], bytes] | None = None
+    ) -> Self:
         """Read a recipe and apply ``key=value`` overrides.
 
         Args:
-            recipe: name of a preset (see :func:`preset_names`) or path of a YAML file.
+            recipe: name of a preset (see :func:`preset_names`), path or ``s3://`` address of a YAML file, or YAML.
             overrides: such as ``"training.epochs=10"``; the value is read as YAML.
+            read: returns what is at an ``s3://`` address.
 
         Raises:
             UserError: the recipe does not exist, is not YAML, or does not validate.
         """
-        values, known = read_recipe(str(recipe)), list(valid_keys())
+        values, known = read_recipe(str(recipe), read), list(valid_keys())
         for item in overrides:
             override(values, item, known)
         return cls.from_mapping(values, origin=f"recipe {recipe}")

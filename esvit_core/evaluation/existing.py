@@ -20,7 +20,7 @@ from esvit_core.data.manifest import source_fingerprint
 from esvit_core.export import BACKBONE_FORMAT, describe_backbone, load_backbone, save_backbone
 from esvit_core.importing import import_weights
 from esvit_core.models.registry import create_backbone
-from esvit_core.runs import MEASURED, Run, changed, open_run, run_id, run_uri, start_run
+from esvit_core.runs import MEASURED, Run, open_run, run_id, run_uri, start_run
 from esvit_core.storage import ObjectStore
 from esvit_core.training.initial import read_source
 from esvit_core.weights.fit import fitting
@@ -33,9 +33,8 @@ _KEPT = ("run", "step", "imported")  # of a description: where the backbone come
 def take_backbone(
     backbone: str,
     source: str,
-    configuration: Mapping[str, Any],
+    asked: Config,
     uri: str = "",
-    settings: str = "",
     store: ObjectStore | None = None,
 ) -> Run:
     """Start a run whose backbone is one that exists, or find the one that was started with the same arguments.
@@ -44,16 +43,14 @@ def take_backbone(
         backbone: a pointer such as ``champion``; ``s3://bucket/runs/<id>``, whose newest checkpoint serves while it has
             published nothing; a published backbone; a ``.pth`` or ``.safetensors`` file; or ``timm:<name>``.
         source: the pictures to measure on.
-        configuration: the whole tree; the sections ``model`` and ``init`` do not count.
+        asked: what was asked for; the sections ``model`` and ``init`` do not count.
         uri: where the run shall lie; empty: the place that backbone, configuration and data determine.
-        settings: changes of the configuration, ``key=value`` with spaces between.
         store: by default the one that ``ESVIT_S3_*`` name.
 
     Raises:
         UserError: there is no such backbone, or the run exists with another configuration.
     """
     store = store or ObjectStore.from_env()
-    asked = changed(configuration, settings)
     place, sha256 = find(backbone, "backbone", asked.bucket, store, setting="backbone")
     network, description = _load(place, store)
     config = _configuration(asked, description)
@@ -61,7 +58,7 @@ def take_backbone(
         prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
         name = run_id(config, f"{source_fingerprint(source)}\nbackbone {sha256 or place}", prints)
         uri = run_uri(config.bucket, name)
-    run = start_run(config.model_dump(mode="json"), source, uri, store)
+    run = start_run(config, source, uri, store)
     origin = {key: description[key] for key in _KEPT if key in description}
     save_backbone(store, run.at("backbone"), network, run.config, origin)
     save_backbone(store, run.at("untrained"), _untrained(run.config), run.config, {"run": run.uri, "step": 0})

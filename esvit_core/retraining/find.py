@@ -192,14 +192,14 @@ def _begin(run: Run, record: dict[str, Any], files: list[File]) -> None:
     """Write what the run is made of; the configuration last, which says that all is there."""
     run.store.put_bytes(run.at(SEEN), encode(files))
     run.store.put_if_absent(run.at(RETRAINING), encode_json(record))
-    start_run(run.config.model_dump(mode="json"), record["source"], run.uri, run.store)
+    start_run(run.config, record["source"], run.uri, run.store)
 
 
 def _going_on(uri: str, config: Config, store: ObjectStore) -> Found:
     run = open_run(uri, store)
     record = store.get_json(run.at(RETRAINING))
     here = run.config.model_copy(update={"cluster": config.cluster, "launch": config.launch})
-    start_run(here.model_dump(mode="json"), record["source"], uri, store)
+    start_run(here, record["source"], uri, store)
     return _found(uri, {**record, "told": f"going on: {record['told']}"})
 
 

@@ -1,6 +1,6 @@
 """The pipeline that runs again and again: from new pictures to a champion that has seen them, or not.
 
-find new data -> prepare new data, prepare <set> ... -> pretrain -> as in the pipeline pretrain -> compare -> report -> promote
+find new data -> prepare new data, prepare transfer sets -> pretrain -> as in pretrain -> compare -> report -> promote
 
 On a cluster nothing but the first step runs where nothing is new.
 """
@@ -16,7 +16,8 @@ from esvit_components.deployment.promote import promote
 from esvit_components.evaluation.compare_champion import compare_champion
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
-from esvit_pipelines.steps import Steps, measure, pipeline_nulls, pipeline_values, prepare_sets, train
+from esvit_core.config.parameters import PLACE, cluster_text, parameters_of
+from esvit_pipelines.steps import Steps, measure, prepare_sets, train
 
 PIPELINE_NAME = "esvit-retrain"
 
@@ -27,8 +28,8 @@ def build_retrain_pipeline(
     """Define the pipeline of one configuration.
 
     Args:
-        config: its transfer sets and its section ``cluster`` shape the pipeline; as a whole it is the default of
-            ``configuration``.
+        config: the defaults of ``recipe``, ``settings`` and ``transfer``; its sections ``cluster`` and ``launch`` shape
+            the pipeline, nothing else of it does.
         cluster: place the steps on a cluster.
         owner: who makes the retraining, and may begin again; by default the run of KFP.
 
@@ -38,24 +39,30 @@ def build_retrain_pipeline(
     Raises:
         UserError: for a cluster, and the cluster extra is not installed.
     """
-    values, nulls = pipeline_values(config), pipeline_nulls(config)
-    steps = Steps(config, cluster)
+    steps, default = Steps(config, cluster), parameters_of(config, without=PLACE if cluster else ())
+    place = cluster_text(config) if cluster else ""
 
     @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: retrain the champion on new pictures")
     def retrain_pipeline(  # type: ignore[no-untyped-def]
-        data: str, settings: str = nulls, configuration: dict = values
+        data: str,
+        recipe: str = default.recipe,
+        settings: str = default.settings,
+        transfer: str = default.transfer,
     ):
-        """Look for new pictures, go on from the champion with them, and promote what is better on the same pictures.
+        """Look for new images, go on from the champion with them, and promote what is better on the same images.
 
         Args:
-            data: The pictures, old and new: s3://bucket/prefix, or a folder, tar or zip that the steps can reach.
-            settings: What to change in the configuration, as after --set on the command line, with spaces between:
-                retrain.min_new_images=500 promotion.margin=0.5. Which transfer sets there are cannot be changed here.
-            configuration: The whole configuration, as `esvit recipe show` prints it. Its section retrain says when there
-                is reason to retrain; the names of the transfer sets were fixed when this was compiled.
+            data: The images, old and new: s3://bucket/prefix, or a folder, tar or zip that the steps can reach.
+            recipe: What to train: the name of a recipe, such as demo or imagenet_swin_tiny_w7 (`esvit recipe list`);
+                the s3:// address of a YAML file; or YAML in one line, such as {model: {arch: swin_tiny_w7}}. Its
+                section retrain says when there is reason to retrain.
+            settings: Changes of the recipe, with commas between: retrain.min_new_images=500, promotion.margin=0.5. A
+                setting can be null: promotion.max_loss=null. What the recipe says about all others holds, null included.
+            transfer: Labelled sets to measure on besides, with commas between: digits=s3://my-bucket/digits. Empty means
+                those of the recipe, as a rule none.
         """
         found = steps.add(
-            find_new_data(source=data, configuration=configuration, owner=owner, settings=settings),
+            find_new_data(source=data, recipe=recipe, owner=owner, settings=settings, transfer=transfer, cluster=place),
             "find new data",
             "prepare",
         )

@@ -115,7 +115,7 @@ def dag(
     """The pipeline, run once, with a network that trains in seconds; one container a step."""
     from kfp import local
 
-    from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline, pipeline_values
+    from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 
     folder = tmp_path_factory.mktemp("containers")
     server = EmbeddedStore(folder / "store")
@@ -147,9 +147,7 @@ def dag(
         start = time.monotonic()
         try:
             with watch.looking(), contextlib.redirect_stdout(output):
-                build_pretrain_pipeline(config)(
-                    data="s3://esvit/incoming/shapes.zip", configuration=pipeline_values(config), run_uri=RUN_URI
-                )
+                build_pretrain_pipeline(config)(data="s3://esvit/incoming/shapes.zip", run_uri=RUN_URI)
         except RuntimeError as error:  # a step failed
             pytest.fail(f"{error}\n{output.getvalue()}")
         steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in watch.seconds.items())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_core.config import Config
+from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.evaluation.existing import take_backbone
 from esvit_core.export import load_backbone, save_backbone
@@ -24,7 +24,7 @@ def trained(store_env: Any, micro_recipe: Path, pictures: Any, tmp_path: Path) -
     """A run that has published a backbone, in a few seconds: its weights are as they were drawn."""
     folder = pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
     config = Config.load(micro_recipe, [f"bucket={store_env.bucket}"])
-    run = start_run(config.model_dump(mode="json"), str(folder), store_env.uri("runs/micro-1"))
+    run = start_run(config, str(folder), store_env.uri("runs/micro-1"))
     save_backbone(run.store, run.at("backbone"), network(config), config, {"run": run.uri, "step": 8})
     return run
 
@@ -32,11 +32,8 @@ def trained(store_env: Any, micro_recipe: Path, pictures: Any, tmp_path: Path) -
 @pytest.fixture
 def arguments(trained: Run, tmp_path: Path) -> dict[str, Any]:
     """A configuration of another architecture: the backbone's own counts."""
-    configuration = trained.config.model_dump(mode="json", exclude_none=True)
-    return {
-        "source": str(tmp_path / "pictures"),
-        "configuration": {**configuration, "model": {"arch": "swin_tiny_w7"}},
-    }
+    other = trained.config.model_copy(update={"model": ModelConfig(arch="swin_tiny_w7")})
+    return {"source": str(tmp_path / "pictures"), "asked": other}
 
 
 def network(config: Config) -> torch.nn.Module:
@@ -52,7 +49,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: Any) -> None:
-    run = take_backbone(trained.uri, settings="seed=3", **arguments)
+    arguments["asked"] = arguments["asked"].model_copy(update={"seed": 3})
+    run = take_backbone(trained.uri, **arguments)
     assert run.uri.startswith(f"s3://{trained.config.bucket}/runs/evaluate-micro-")
     assert run.config.model == trained.config.model.model_copy(update={"img_size": 32})
     assert (run.config.seed, run.config.evaluation.crop, run.config.init.source) == (3, 32, None)
@@ -60,7 +58,7 @@ def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: An
     assert not same(weights(run, "untrained"), weights(trained, "backbone"))
     assert run.store.get_json(run.at("untrained/backbone.json"))["step"] == 0
     assert run.store.get_json(run.at("measured.json"))["backbone"] == trained.at("backbone")
-    assert take_backbone(trained.uri, settings="seed=3", **arguments).uri == run.uri
+    assert take_backbone(trained.uri, **arguments).uri == run.uri
     facts = read_facts(run.uri, run.store, run.config)
     assert facts.training.reason.endswith(trained.at("backbone"))
     assert verdict.promotion(facts).details[0].endswith("it promotes nothing.")
@@ -71,7 +69,7 @@ def test_a_checkpoint_is_measured_while_the_run_has_published_nothing(
 ) -> None:
     inside = {f"backbone.{name}": value for name, value in network(trained.config).state_dict().items()}
     torch.save(inside, tmp_path / "teacher.pt")
-    training = start_run(trained.config.model_dump(mode="json"), arguments["source"], f"{trained.uri}-training")
+    training = start_run(trained.config, arguments["source"], f"{trained.uri}-training")
     place = training.at("training/checkpoints/00000004")
     training.store.publish(place, {"teacher.pt": tmp_path / "teacher.pt"}, "checkpoint", {"epoch": 1.0})
     run = take_backbone(training.uri, **arguments)

@@ -74,6 +74,8 @@ def test_only_the_account_of_the_steps_mounts_its_token(rendered: dict[str, list
 
 
 def test_the_keys_of_the_store_are_those_of_the_code() -> None:
-    table = {name.strip("`"): (re.findall(r"`([^`]+)`", writes), "deletes" in writes) for name, _, writes in rows("key")}
+    table = {
+        name.strip("`"): (re.findall(r"`([^`]+)`", writes), "deletes" in writes) for name, _, writes in rows("key")
+    }
     assert table.pop("admin") == ([], False)
     assert table == {name: ([*role.writes, *role.deletes], bool(role.deletes)) for name, role in ROLES.items()}

@@ -259,8 +259,7 @@ def test_a_backbone_is_taken_to_be_measured_with_the_key_of_that_step(
     network = create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)
     save_backbone(server.client("train"), "s3://esvit/runs/t/backbone", network, config, {"run": "t", "step": 8})
     folder = pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
-    tree = config.model_dump(mode="json")
-    run = take_backbone("s3://esvit/runs/t/backbone", str(folder), tree, store=server.client("publish"))
+    run = take_backbone("s3://esvit/runs/t/backbone", str(folder), config, store=server.client("publish"))
     assert run.store.exists(run.at(MEASURED))
 
 

@@ -12,23 +12,22 @@ import pytest
 import yaml
 
 from esvit_core.config import Config
-from esvit_core.runs import changed
+from esvit_core.config.parameters import resolve
 from esvit_pipelines.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
-from esvit_pipelines.steps import pipeline_nulls, pipeline_values, step_names
+from esvit_pipelines.steps import step_names
 
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
-CONFIG = Config.load("demo", [SETS, "cluster.image=registry.example/esvit:1", "cluster.secret=keys"])
+CHANGES = ["promotion.max_loss=null", "launch.restarts=5"]
+CONFIG = Config.load("demo", [SETS, *CHANGES, "cluster.image=registry.example/esvit:1", "cluster.secret=keys"])
 STEPS = {
     "prepare data",
-    "prepare digits",
-    "prepare flags",
+    "prepare transfer sets",
     "pretrain",
     "extract features",
     "k-NN",
     "linear probe",
-    "transfer digits",
-    "transfer flags",
+    "transfer",
     "pictures",
     "report",
     "promote",
@@ -54,48 +53,65 @@ def test_the_cluster_and_the_machine_have_the_same_steps(compiled: Any) -> None:
 
 def test_all_data_are_prepared_before_the_long_step(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
-    assert {"prepare-data", "prepare-transfer", "prepare-transfer-2"} <= set(tasks["pretrain"]["dependentTasks"])
+    assert {"prepare-data", "prepare-transfer"} <= set(tasks["pretrain"]["dependentTasks"])
 
 
 def test_the_report_waits_for_every_figure_and_the_promotion_for_the_report(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
-    measured = {"knn", "linear-probe", "transfer", "transfer-2", "pictures"}
+    measured = {"knn", "linear-probe", "transfer", "pictures"}
     assert measured <= set(tasks["report"]["dependentTasks"])
     assert "report" in tasks["promote"]["dependentTasks"]
 
 
 def test_measured_steps_do_not_wait_for_each_other_on_a_cluster(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
-    for name in ("transfer", "transfer-2", "pictures"):
+    for name in ("transfer", "pictures"):
         assert not {"knn", "linear-probe", "extract-features"} & set(tasks[name]["dependentTasks"])
 
 
-def test_only_steps_that_their_arguments_determine_are_cached(compiled: Any) -> None:
+def test_kfp_caches_no_step_since_each_finds_its_own_outputs(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
-    cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == {"extract-features", "knn", "linear-probe", "transfer", "transfer-2", "pictures"}
+    assert not [name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")]
 
 
 def test_parameters_have_types_descriptions_and_defaults(compiled: Any) -> None:
     parameters = compiled[1]["root"]["inputDefinitions"]["parameters"]
     assert {name: p["parameterType"] for name, p in parameters.items()} == {
         "data": "STRING",
+        "recipe": "STRING",
         "settings": "STRING",
-        "configuration": "STRUCT",
+        "transfer": "STRING",
         "run_uri": "STRING",
     }
     assert all(len(p["description"]) > 40 for p in parameters.values())
-    # KFP knows no integers inside of a structure: 20 epochs are 20.0 here, and 20 again when a step reads them.
-    assert Config.from_mapping(parameters["configuration"]["defaultValue"]) == CONFIG
+    assert {name: p["defaultValue"] for name, p in parameters.items() if name != "data"} == {
+        "recipe": "demo",
+        "settings": "promotion.max_loss=null",
+        "transfer": "digits=s3://b/digits, flags=s3://b/flags",
+        "run_uri": "",
+    }
 
 
-def test_what_is_null_is_said_in_the_settings() -> None:
-    """KFP has no null: a setting whose default is a value cannot be put out in the configuration alone."""
-    nulls = ["promotion.max_loss=null", "cluster.train.cpu_limit=null", "init.source=null"]
-    config = Config.load("demo", nulls)
-    assert pipeline_nulls(config).split() == nulls[:2]
-    assert changed(pipeline_values(config), pipeline_nulls(config)) == config
-    assert pipeline_nulls(Config.load("demo")) == ""
+def test_the_first_step_resolves_the_configuration_and_the_others_get_the_run_s_address_only(compiled: Any) -> None:
+    pipeline = compiled[1]
+    tasks, components = pipeline["root"]["dag"]["tasks"], pipeline["components"]
+    given = tasks["prepare-data"]["inputs"]["parameters"]
+    defaults = {n: p.get("defaultValue") for n, p in pipeline["root"]["inputDefinitions"]["parameters"].items()}
+    text = given["cluster"]["runtimeValue"]["constant"]
+    assert resolve(defaults["recipe"], defaults["settings"], defaults["transfer"], text) == CONFIG
+    for name in tasks.keys() - {"prepare-data"}:
+        inputs = components[tasks[name]["componentRef"]["name"]]["inputDefinitions"]["parameters"]
+        assert inputs.keys() <= {"run_uri", "results"}
+
+
+def test_another_recipe_with_the_same_place_makes_the_same_pipeline_but_for_the_defaults(
+    compiled: Any, tmp_path: Path
+) -> None:
+    other = Config.load("imagenet_swin_tiny_w7_view", ["training.epochs=3", "launch.restarts=5"])
+    compile_pipeline("pretrain", other.model_copy(update={"cluster": CONFIG.cluster}), tmp_path / "other.yaml")
+    pipeline, platform = yaml.safe_load_all((tmp_path / "other.yaml").read_text(encoding="utf-8"))
+    pipeline["root"].pop("inputDefinitions")
+    assert pipeline == {**compiled[1], "root": {"dag": compiled[1]["root"]["dag"]}} and platform == compiled[2]
 
 
 def test_every_step_runs_in_the_configured_image_and_installs_nothing(compiled: Any) -> None:
@@ -130,7 +146,7 @@ def test_no_key_of_the_environment_gets_into_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for key in keys.values():
         assert key not in path.read_text() + done.stdout + done.stderr
-    assert f"{path}: 8 steps" in done.stdout and "pretrain" in done.stdout
+    assert f"{path}: 10 steps" in done.stdout and "pretrain" in done.stdout
 
 
 def test_compiling_twice_gives_the_same_bytes(compiled: Any, tmp_path: Path) -> None:

@@ -67,17 +67,26 @@ def test_what_does_not_exist_is_left_out_of_the_metadata_and_other_types_are_err
 @pytest.mark.parametrize("labelled", [True, False])
 def test_prepared_data(labelled: bool, store_env: Any, pictures: Any, tmp_path: Path, components: Any) -> None:
     folder = pictures.folder(tmp_path / "pictures", ["a", "b"] if labelled else [""], 6)
-    config = {"bucket": store_env.bucket, "recipe": "tiny"}
-    _, artifacts = components.directly(prepare_data, source=str(folder), configuration=config)
+    recipe = f"{{bucket: {store_env.bucket}, recipe: tiny}}"
+    _, artifacts = components.directly(prepare_data, source=str(folder), recipe=recipe)
     assert artifacts["dataset"].metadata["classes"] == (2 if labelled else 0)
 
 
-@pytest.mark.parametrize("component", [knn, linear_probe, transfer])
+@pytest.mark.parametrize("component", [knn, linear_probe])
 def test_an_evaluation_that_was_left_out(component: Any, run: Run, components: Any) -> None:
-    more = {"set_name": "marks"} if component is transfer else {}
-    (result,), artifacts = components.directly(component, run_uri=run.uri, **more)
+    (result,), artifacts = components.directly(component, run_uri=run.uri)
     assert run.store.get_json(result)["reason"] == REASON
     assert artifacts["metrics"].metadata == {}
+
+
+def test_transfer_sets_that_were_left_out_and_measured(run: Run, components: Any) -> None:
+    (result,), artifacts = components.directly(transfer, run_uri=run.uri)
+    assert result == run.at("evaluation") and artifacts["metrics"].metadata == {}
+    figures = {"trained": {"transfer/marks": 61.5}, "untrained": {"transfer/marks": math.nan}}
+    result = {"name": "transfer-marks", **measured("transfer/marks", figures, ["a", "b"])}
+    run.store.put_json(run.at("evaluation/transfer-marks.json"), result)
+    _, artifacts = components.directly(transfer, run_uri=run.uri)
+    assert artifacts["metrics"].metadata == {"transfer/marks": 61.5}
 
 
 @pytest.mark.parametrize(("component", "name"), [(knn, "knn"), (linear_probe, "linear")])
@@ -145,12 +154,12 @@ def test_a_retraining_with_and_without_new_pictures(
     store_env: Any, pictures: Any, tmp_path: Path, components: Any
 ) -> None:
     folder = str(pictures.folder(tmp_path / "pictures", ["a"], 6))
-    config = {"bucket": store_env.bucket, "retrain": {"min_new_images": 3}}
-    given = {"source": folder, "configuration": config, "owner": "me"}
+    recipe = f"{{bucket: {store_env.bucket}, retrain: {{min_new_images: 3}}}}"
+    given = {"source": folder, "recipe": recipe, "owner": "me"}
     (uri, nothing, _), artifacts = components.directly(find_new_data, **given)
     assert not nothing and artifacts["found"].metadata["new"] == 6
-    run = Run(uri, store_env, Config.from_mapping(config))
-    components.directly(prepare_data, source=folder, configuration={}, run_uri=uri)
+    run = Run(uri, store_env, Config.from_yaml(recipe))
+    components.directly(prepare_data, source=folder, run_uri=uri)
     store_env.put_json(run.at("promotion.json"), {"promoted": False})
     (again, nothing, _), artifacts = components.directly(find_new_data, **given)
     assert (again, nothing, artifacts["found"].metadata["new"]) == (uri, True, 0)

@@ -24,7 +24,8 @@ from esvit_pipelines.schedule import cron, interval
 
 
 def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpServer, call: Call) -> None:
-    options = ["--data", "s3://pictures/all", "--set", "cluster.train.accelerators=2", "-p", "settings=seed=4"]
+    options = ["--data", "s3://pictures/all", "--set", "cluster.train.accelerators=2", "--set", "seed=4"]
+    options += ["--transfer", "digits=s3://b/digits", "-p", "run_uri=s3://b/runs/x"]
     code, out, error = call("submit", *options, "--name", "first")
     assert (code, error) == (0, "")
     run = only(server.kept["runs"])
@@ -34,7 +35,13 @@ def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpS
         "submitted first",
         f"{server.url}/#/runs/details/{run.run_id}",
     ]
-    assert run.runtime_config.parameters == {"data": "s3://pictures/all", "settings": "seed=4"}
+    assert run.runtime_config.parameters == {
+        "data": "s3://pictures/all",
+        "recipe": "demo",
+        "settings": "seed=4",
+        "transfer": "digits=s3://b/digits",
+        "run_uri": "s3://b/runs/x",
+    }
     assert run.service_account == "esvit-pipeline"
     assert run.pipeline_version_reference.pipeline_version_id == version.pipeline_version_id
     assert version.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-pretrain"
@@ -53,6 +60,33 @@ def test_a_compiled_file_is_sent_as_it_is(server: KfpServer, call: Call, compile
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks)
 
 
+def test_a_compiled_file_is_sent_with_the_recipe_that_is_named(
+    server: KfpServer, call: Call, compiled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.yaml").write_text("recipe: own\npromotion: {max_loss: null}\ntraining:\n  epochs: 7\n")
+    recipes = {
+        str(tmp_path / "own.yaml"): "{recipe: own, training: {epochs: 7}, promotion: {max_loss: null}}",
+        "s3://b/own.yaml": "s3://b/own.yaml",
+    }
+    for recipe, sent in recipes.items():
+        server.kept["runs"].clear()
+        code, _, error = call("submit", compiled, "--data", "s3://b/p", "--recipe", recipe)
+        assert (code, error) == (0, "")
+        assert only(server.kept["runs"]).runtime_config.parameters["recipe"] == sent
+    server.kept["runs"].clear()
+    call("submit", compiled, "--data", "s3://b/p")
+    assert only(server.kept["runs"]).runtime_config.parameters == {"data": "s3://b/p"}
+
+
+def test_runs_with_other_recipes_and_transfer_sets_refer_to_one_version(server: KfpServer, call: Call) -> None:
+    for options in ([], ["--recipe", "imagenet_vil_2262"], ["--set", "seed=1", "--transfer", "d=s3://b/d"]):
+        assert call("submit", "--data", "s3://b/p", *options)[0] == 0
+    (version,) = server.kept["versions"].values()
+    runs = server.kept["runs"].values()
+    assert {run.pipeline_version_reference.pipeline_version_id for run in runs} == {version.pipeline_version_id}
+    assert [run.runtime_config.parameters["recipe"] for run in runs] == ["demo", "imagenet_vil_2262", "demo"]
+
+
 def test_a_folder_of_this_machine_is_named(server: KfpServer, call: Call, compiled: Path) -> None:
     _, out, _ = call("submit", compiled, "--data", "pictures")
     assert "note: the steps on the cluster look for the pictures at pictures" in out
@@ -61,7 +95,7 @@ def test_a_folder_of_this_machine_is_named(server: KfpServer, call: Call, compil
 def test_arguments_are_looked_at_before_the_server_is_asked(server: KfpServer, call: Call, compiled: Path) -> None:
     told(call("submit", compiled), "esvit-evaluate: it needs data; give --data")
     told(call("submit", compiled, "--data", "s3://b/p", "-p", "bakbone=x"), "did you mean 'backbone'")
-    told(call("submit", compiled, "--data", "s3://b/p", "-p", "configuration=5"), "expected a mapping")
+    told(call("submit", compiled, "--data", "s3://b/p", "-p", "configuration={}"), "expected name=value with a name of")
     told(call("submit", "pretrian", "--data", "s3://b/p"), "did you mean 'pretrain'")
     told(call("submit", "nowhere.yaml"), "nowhere.yaml: cannot be read")
     assert server.requests == []

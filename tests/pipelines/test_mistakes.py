@@ -76,7 +76,7 @@ def test_pictures_that_cannot_be_read_end_the_step(
 ) -> None:
     done = esvit("run", "--data", "garbage", "--recipe", micro_recipe, "--out", tmp_path / "out", cwd=folder)
     told(done, r"prepare data: .*garbage")
-    assert "[1/8] prepare data" in done.stdout and "pretrain" not in done.stdout
+    assert "[1/10] prepare data" in done.stdout and "pretrain" not in done.stdout
     (here,) = (tmp_path / "out").glob("micro-*")
     status = " ".join(esvit("status", here.name, "--out", tmp_path / "out").stdout.split())
     assert "prepare data failed on" in status and "garbage" in status and f"the log is {here / 'run.log'}" in status

@@ -27,12 +27,12 @@ def test_every_step_has_its_header_in_order(finished_run: Any, run_there: Run) -
     assert headers(finished_run.output) == step_names(build_pretrain_pipeline(run_there.config))
     assert headers(finished_run.output) == [
         "prepare data",
-        "prepare marks",
+        "prepare transfer sets",
         "pretrain",
         "extract features",
         "k-NN",
         "linear probe",
-        "transfer marks",
+        "transfer",
         "pictures",
         "report",
         "promote",

@@ -125,9 +125,7 @@ def test_a_repeated_step_goes_on_counting_how_long_the_job_has_waited(
     assert not kube.jobs
 
 
-def test_a_job_that_ran_lately_may_wait_again(
-    kube: KubeServer, train: Callable[..., None], store_env: Any
-) -> None:
+def test_a_job_that_ran_lately_may_wait_again(kube: KubeServer, train: Callable[..., None], store_env: Any) -> None:
     lately = (datetime.now(UTC) - timedelta(minutes=10)).isoformat(timespec="seconds")
     kube.put(job_of_an_hour(store_env.uri("runs/a"), **{LAST_RUNNING: lately}), "Pending")
     kube.script = [Stage("Pending"), Stage("Pending"), RUNNING, Stage("Pending"), DONE]
@@ -347,9 +345,9 @@ def test_a_run_computes_where_its_latest_start_says(store_env: Any, pictures: Pa
     first = Config.load("demo")
     moved = Config.load("demo", ["launch.scheduler=volcano", "launch.nodes=4", "cluster.image=esvit/trainer:2"])
     assert first.digest() == moved.digest()
-    run = start_run(first.model_dump(mode="json"), str(pictures), uri, store_env)
+    run = start_run(first, str(pictures), uri, store_env)
     assert placed(store_env, uri, run.config) == run.config
     for wanted in (moved, first, moved):
-        run = start_run(wanted.model_dump(mode="json"), str(pictures), uri, store_env)
+        run = start_run(wanted, str(pictures), uri, store_env)
         assert run.config == first
         assert placed(store_env, uri, run.config) == wanted

@@ -222,10 +222,10 @@ def test_a_pointer_is_followed_when_the_run_is_started(store_env, pictures, micr
     parts = build_parts(open_run(run.uri), join_world())
     save_backbone(store_env, f"{run.uri}/backbone", parts.teacher.backbone, run.config)
     store_env.swap_pointer(store_env.uri("pointers/champion"), {"backbone": f"{run.uri}/backbone"}, None)
-    values = {**run.config.model_dump(mode="json"), "init": {"source": "champion"}}
-    new = start_run(values, str(pictures), store_env.uri("runs/b"), store_env)
+    asked = Config.from_mapping({**run.config.model_dump(mode="json"), "init": {"source": "champion"}})
+    new = start_run(asked, str(pictures), store_env.uri("runs/b"), store_env)
     assert new.config.init.source == f"{run.uri}/backbone" and new.config.init.sha256
-    assert start_run(values, str(pictures), new.uri, store_env).config == new.config
+    assert start_run(asked, str(pictures), new.uri, store_env).config == new.config
 
 
 @pytest.mark.parametrize(

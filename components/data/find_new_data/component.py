@@ -8,10 +8,12 @@ from esvit_components.image import BASE_IMAGE
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def find_new_data(
     source: str,
-    configuration: dict,
+    recipe: str,
     owner: str,
     found: dsl.Output[dsl.Artifact],
     settings: str = "",
+    transfer: str = "",
+    cluster: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str), ("nothing", bool), ("told", str)]):
     """Compare the pictures of a source with what earlier retrainings have taken, and begin or go on with a retraining.
 
@@ -20,9 +22,12 @@ def find_new_data(
 
     Args:
         source: Folder, tar, zip, or s3://bucket/prefix; with one folder a class where there are labels.
-        configuration: The whole configuration, as `esvit recipe show` prints it.
+        recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
+            {training: {epochs: 50}}.
         owner: Who asks, such as the id of KFP's run; the same owner may begin again.
-        settings: What to change in the configuration, such as retrain.min_new_images=500.
+        settings: Changes of the recipe, with commas between, such as retrain.min_new_images=500, seed=1.
+        transfer: Labelled sets to measure on, with commas between, such as digits=s3://my-bucket/digits.
+        cluster: Sections cluster and launch with which the pipeline was compiled, YAML; empty means none.
 
     Returns:
         found: The counts of new, changed and gone files, and whether there is nothing to do.
@@ -36,11 +41,12 @@ def find_new_data(
         import dataclasses
 
         from esvit_core.artifacts import point_to
+        from esvit_core.config.parameters import resolve
         from esvit_core.retraining.find import find_new
-        from esvit_core.runs import changed
         from esvit_core.storage import ObjectStore
 
-        seen = find_new(changed(configuration, settings), source, owner, ObjectStore.from_env())
+        store = ObjectStore.from_env()
+        seen = find_new(resolve(recipe, settings, transfer, cluster, store.get_bytes), source, owner, store)
         point_to(found, seen.run, **dataclasses.asdict(seen))
         print(seen.told, flush=True)
 

@@ -8,10 +8,12 @@ from esvit_components.image import BASE_IMAGE
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def prepare_data(
     source: str,
-    configuration: dict,
     dataset: dsl.Output[dsl.Dataset],
-    run_uri: str = "",
+    recipe: str = "",
     settings: str = "",
+    transfer: str = "",
+    run_uri: str = "",
+    cluster: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
     """Start the run and turn a folder, an archive or an S3 prefix of pictures into shards in the object store.
 
@@ -20,10 +22,12 @@ def prepare_data(
 
     Args:
         source: Folder, tar, zip, or s3://bucket/prefix; with one folder a class where there are labels.
-        configuration: The whole configuration, as `esvit recipe show` prints it; empty means that of the run, which
-            was started before.
-        run_uri: Where the run lies, s3://bucket/runs/name; empty means the place that configuration and data determine.
-        settings: What to change in the configuration, such as training.epochs=50 seed=1.
+        recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
+            {training: {epochs: 50}}; empty means that the run exists.
+        settings: Changes of the recipe, with commas between, such as training.epochs=50, seed=1.
+        transfer: Labelled sets to measure on, with commas between, such as digits=s3://my-bucket/digits.
+        run_uri: Address of the run, s3://bucket/runs/name; empty means that configuration and data determine it.
+        cluster: Sections cluster and launch with which the pipeline was compiled, YAML; empty means none.
 
     Returns:
         dataset: The shards; its metadata has the counts and the fingerprint.
@@ -33,11 +37,16 @@ def prepare_data(
 
     with step("prepare data"):
         from esvit_core.artifacts import point_to
+        from esvit_core.config.parameters import resolve
         from esvit_core.data.prepare import prepare
         from esvit_core.runs import open_run, start_run
+        from esvit_core.storage import ObjectStore
 
-        started = run_uri and not configuration
-        run = open_run(run_uri) if started else start_run(configuration, source, run_uri, settings=settings)
+        store = ObjectStore.from_env()
+        if run_uri and not recipe:
+            run = open_run(run_uri, store)
+        else:
+            run = start_run(resolve(recipe, settings, transfer, cluster, store.get_bytes), source, run_uri, store)
         manifest = prepare(source, run.store, run.at("data"), run.config.data, run.config.seed)
         point_to(dataset, run.at("data"), **manifest.summary())
 

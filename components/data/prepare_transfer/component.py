@@ -4,31 +4,35 @@ from esvit_components.image import BASE_IMAGE
 
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
-def prepare_transfer(run_uri: str, set_name: str, dataset: dsl.Output[dsl.Dataset]):
-    """Turn a labelled set for the transfer protocol into shards in the object store.
+def prepare_transfer(run_uri: str, sets: dsl.Output[dsl.Dataset]):
+    """Turn the labelled sets of the transfer protocol into shards in the object store, one after the other.
 
-    Writes transfer/<set>/manifest.json and transfer/<set>/shards/ of the run. Repeated with the same source it finds
-    the shards and returns.
+    The run's configuration names the sets (evaluation.transfer). Writes transfer/<set>/manifest.json and
+    transfer/<set>/shards/ of the run. A repeated step finds the sets that are complete and goes on with the others.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
-        set_name: Name of a set in the configuration's evaluation.transfer, which says where its pictures are.
 
     Returns:
-        dataset: The shards; its metadata has the counts and the fingerprint.
+        sets: The shards; its metadata has the counts and the fingerprint of each set.
     """
     from esvit_core.errors import step
 
-    with step(f"prepare {set_name}"):
+    with step("prepare transfer sets"):
         from esvit_core.artifacts import point_to
         from esvit_core.data.prepare import prepare
         from esvit_core.retraining.data import earlier_set
         from esvit_core.runs import open_run
 
         run = open_run(run_uri)
-        place = run.at("transfer", set_name)
-        # The limit on the number of pictures is meant for the pictures that the network is trained on.
+        # The limit on the number of images is meant for those that the network is trained on.
         limits = run.config.data.model_copy(update={"max_images": None})
-        base = earlier_set(run, set_name, limits)
-        manifest = prepare(run.transfer_set(set_name).source, run.store, place, limits, base=base)
-        point_to(dataset, place, **manifest.summary())
+        prepared = {}
+        for wanted in run.config.evaluation.transfer:
+            print(f"{wanted.name}: {wanted.source}", flush=True)
+            base = earlier_set(run, wanted.name, limits)
+            manifest = prepare(wanted.source, run.store, run.at("transfer", wanted.name), limits, base=base)
+            prepared[wanted.name] = manifest.summary()
+        if not prepared:
+            print("nothing to do: the run has no transfer sets", flush=True)
+        point_to(sets, run.at("transfer"), **prepared)

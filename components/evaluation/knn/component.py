@@ -20,7 +20,7 @@ def knn(
         features: The feature files.
 
     Returns:
-        metrics: Accuracy in percent for each k, trained and untrained.
+        metrics: Accuracy in percent for each k, knn/<k>, and of the baseline.
         result: Address of the result in the object store.
     """
     from esvit_core.errors import step

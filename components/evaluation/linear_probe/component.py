@@ -21,7 +21,7 @@ def linear_probe(
         features: The feature files.
 
     Returns:
-        metrics: Accuracy in percent, trained and untrained.
+        metrics: Accuracy in percent, linear, and of the baseline.
         confusion: Confusion matrix of the trained network's probe, up to 100 classes.
         result: Address of the result in the object store.
     """

@@ -24,7 +24,7 @@ def pictures(
 
     Returns:
         drawings: The drawings.
-        metrics: Share of right matches in percent, trained and untrained.
+        metrics: Share of right matches in percent, correspondence, and of the baseline.
         result: Address of pictures.json in the object store.
     """
     from esvit_core.errors import step
@@ -43,8 +43,7 @@ def pictures(
         run.once("pictures/manifest.json", draw)
         drawn = run.store.get_json(run.at("pictures/pictures.json"))
         for figure, values in drawn["figures"].items():
-            for network in ("trained", "untrained"):
-                log_metrics(metrics, {f"{figure} ({network})": values[network]})
+            log_metrics(metrics, {figure: values["trained"], f"{figure} (baseline)": values["untrained"]})
         point_to(drawings, run.at("pictures"), pictures=len(drawn["pictures"]))
 
     return (run.at("pictures/pictures.json"),)

@@ -8,40 +8,42 @@ from esvit_components.image import BASE_IMAGE
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def transfer(
     run_uri: str,
-    set_name: str,
-    dataset: dsl.Input[dsl.Dataset],
+    sets: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Measure how well the features carry over to another labelled set: logistic regression on frozen features.
+    """Measure how well the features carry over to other labelled sets: logistic regression on frozen features.
 
-    The strength of the L2 penalty is searched on held-out pictures, as in the paper. Writes
-    evaluation/transfer-<set>.json of the run.
+    The strength of the L2 penalty is searched on held-out images, as in the paper. The sets of the run's configuration
+    (evaluation.transfer) are measured one after the other; evaluation/transfer-<set>.json of the run is written once
+    for each, so that a repeated step goes on with the next set.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
-        set_name: Name of the set in the configuration's evaluation.transfer.
-        dataset: The shards of the set.
+        sets: The shards of the sets.
         model: The trained teacher.
 
     Returns:
-        metrics: Accuracy in percent, trained and untrained.
-        result: Address of the result in the object store.
+        metrics: Accuracy in percent on each set, transfer/<set>, and of the baseline.
+        result: Address of the folder of the results in the object store.
     """
     from esvit_core.errors import step
 
-    with step(f"transfer {set_name}"):
+    with step("transfer"):
         from esvit_core.artifacts import figures, log_metrics
         from esvit_core.runs import open_run
 
         run = open_run(run_uri)
-        name = f"evaluation/transfer-{set_name}.json"
+        names = [wanted.name for wanted in run.config.evaluation.transfer]
+        for name in names:
 
-        def measure():
-            from esvit_core.evaluation.transfer import evaluate_transfer
+            def measure(name=name):
+                from esvit_core.evaluation.transfer import evaluate_transfer
 
-            evaluate_transfer(run.uri, run.store, run.config, set_name)
+                evaluate_transfer(run.uri, run.store, run.config, name)
 
-        log_metrics(metrics, figures(run.once(name, measure)))
+            log_metrics(metrics, figures(run.once(f"evaluation/transfer-{name}.json", measure)))
+        if not names:
+            print("nothing to do: the run has no transfer sets", flush=True)
 
-    return (run.at(name),)
+    return (run.at("evaluation"),)

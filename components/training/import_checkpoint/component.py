@@ -11,7 +11,7 @@ def import_checkpoint(
     out: str,
     model: dsl.Output[dsl.Model],
     arch: str = "",
-    configuration: dict = {},  # noqa: B006 (KFP reads the default, nobody changes it)
+    recipe: str = "",
 ) -> NamedTuple("Outputs", [("backbone", str), ("checkpoint", str)]):
     """Bring a checkpoint of the published EsViT, or weights of timm, into the object store.
 
@@ -23,7 +23,7 @@ def import_checkpoint(
         file: A .pth or .safetensors file at s3:// or on a volume of the step, or timm:<name>.
         out: Where to, s3://bucket/prefix.
         arch: Architecture; empty means found by the names and shapes of the weights.
-        configuration: The whole configuration, as `esvit recipe show` prints it; its model section comes before arch.
+        recipe: Name of a recipe, s3:// address of a YAML file, or YAML; its section model comes before arch.
 
     Returns:
         model: The backbone; its metadata says what was taken.
@@ -35,12 +35,16 @@ def import_checkpoint(
     with step("import checkpoint"):
         from esvit_core.artifacts import point_to
         from esvit_core.config import Config
+        from esvit_core.config.parameters import resolve
         from esvit_core.importing import import_weights
         from esvit_core.storage import ObjectStore
 
-        values = configuration or ({"recipe": "imported", "model": {"arch": arch}} if arch else None)
-        config = Config.from_mapping(values) if values else None
-        imported = import_weights(file, out, ObjectStore.from_env(), config, checkpoint=True)
+        store, config = ObjectStore.from_env(), None
+        if recipe:
+            config = resolve(recipe, read=store.get_bytes)
+        elif arch:
+            config = Config.from_mapping({"recipe": "imported", "model": {"arch": arch}})
+        imported = import_weights(file, out, store, config, checkpoint=True)
         for line in imported.told:
             print(line, flush=True)
         point_to(model, imported.backbone, arch=imported.arch, told="; ".join(imported.told))

@@ -14,26 +14,26 @@ from esvit_core.runs import Run
 
 
 @pytest.fixture
-def configuration(run_there: Run) -> Iterator[dict[str, Any]]:
+def recipe(run_there: Run) -> Iterator[str]:
     """Of retrainings of which the finished run was the last."""
     values = run_there.config.model_dump(mode="json", exclude_none=True)
     values["promotion"]["pointer"] = "component"
     config = Config.from_mapping(values)
     Claim(run_there.uri, "asked", "test", "2026-11-25T00:00:00+00:00", None).put(run_there.store, config, None)
-    yield values
+    yield config.to_yaml()
     run_there.store.remove(claim_uri(config))
 
 
-def test_of_the_last_run_s_own_pictures_nothing_is_new(run_there: Run, configuration: Any, components: Any) -> None:
-    outputs = components.through_kfp(find_new_data, source="pictures", configuration=configuration, owner="test")
+def test_of_the_last_run_s_own_pictures_nothing_is_new(run_there: Run, recipe: str, components: Any) -> None:
+    outputs = components.through_kfp(find_new_data, source="pictures", recipe=recipe, owner="test")
     assert (outputs["run_uri"], outputs["nothing"]) == (run_there.uri, True)
     assert outputs["told"].startswith("nothing to do: pictures has 0 new files")
     assert outputs["found"]["metadata"]["pictures"] == 48
 
 
 def test_a_source_that_is_not_there_is_told_in_a_line(
-    configuration: Any, components: Any, capsys: pytest.CaptureFixture[str]
+    recipe: str, components: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        components.directly(find_new_data, source="nowhere", configuration=configuration, owner="test")
+        components.directly(find_new_data, source="nowhere", recipe=recipe, owner="test")
     assert stop.value.code == 2 and "find new data: nowhere: does not exist" in capsys.readouterr().err

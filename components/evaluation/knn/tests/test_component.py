@@ -7,7 +7,7 @@ from typing import Any
 from esvit_components.evaluation.knn import knn
 from esvit_core.runs import Run
 
-FIGURES = {f"knn/{k}{of}" for k in (1, 5) for of in ("", " (untrained)")}
+FIGURES = {f"knn/{k}{of}" for k in (1, 5) for of in ("", " (baseline)")}
 
 
 def test_it_measures_both_networks(run_there: Run, components: Any) -> None:

@@ -12,7 +12,7 @@ def test_it_measures_and_logs_the_confusion(run_there: Run, components: Any) -> 
     run_there.store.remove(run_there.at("evaluation/linear.json"))
     outputs, artifacts = components.directly(linear_probe, run_uri=run_there.uri)
     assert outputs == (run_there.at("evaluation/linear.json"),)
-    assert {"linear", "linear (untrained)"} <= artifacts["metrics"].metadata.keys()
+    assert {"linear", "linear (baseline)"} <= artifacts["metrics"].metadata.keys()
     confusion = artifacts["confusion"].metadata["confusionMatrix"]
     assert [c["displayName"] for c in confusion["annotationSpecs"]] == ["bars", "lines", "waves"]
     held_out = run_there.store.get_json(run_there.at("data/manifest.json"))["splits"]["val"]["samples"]

@@ -13,7 +13,7 @@ def test_it_draws_and_measures(run_there: Run, components: Any) -> None:
     outputs, artifacts = components.directly(pictures, run_uri=run_there.uri)
     assert outputs == (run_there.at("pictures/pictures.json"),)
     assert artifacts["drawings"].uri == run_there.at("pictures")
-    assert {"correspondence (trained)", "correspondence (untrained)"} <= artifacts["metrics"].metadata.keys()
+    assert {"correspondence", "correspondence (baseline)"} <= artifacts["metrics"].metadata.keys()
     drawn = run_there.store.get_json(outputs[0])["pictures"]
     assert drawn and run_there.store.get_bytes(run_there.at("pictures", drawn[0]["file"])).startswith(b"\x89PNG")
 

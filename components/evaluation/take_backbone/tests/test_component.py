@@ -12,9 +12,9 @@ from esvit_core.runs import Run, open_run
 
 
 def test_a_run_is_measured_again_as_a_run_of_its_own(run_there: Run, components: Any) -> None:
-    configuration = run_there.config.model_dump(mode="json", exclude_none=True)
-    settings = "seed=3 bucket=measured"  # the session's store stays as its run left it
-    arguments = {"backbone": run_there.uri, "source": "pictures", "configuration": configuration, "settings": settings}
+    recipe = run_there.config.to_yaml()
+    settings = "seed=3, bucket=measured"  # the session's store stays as its run left it
+    arguments = {"backbone": run_there.uri, "source": "pictures", "recipe": recipe, "settings": settings}
     (uri,), artifacts = components.directly(take_backbone, **arguments)
     assert uri.startswith("s3://measured/runs/evaluate-micro-")
     model = artifacts["model"]
@@ -22,7 +22,7 @@ def test_a_run_is_measured_again_as_a_run_of_its_own(run_there: Run, components:
     assert model.metadata["taken_from"] == run_there.at("backbone")
     assert components.through_kfp(take_backbone, **arguments)["run_uri"] == uri
     # The data are prepared for the run that is there, with its configuration.
-    (prepared,), _ = components.directly(prepare_data, source="pictures", configuration={}, run_uri=uri)
+    (prepared,), _ = components.directly(prepare_data, source="pictures", run_uri=uri)
     assert prepared == uri and open_run(uri).store.exists(f"{uri}/data/manifest.json")
 
 
@@ -30,5 +30,5 @@ def test_a_backbone_that_is_nowhere_is_told_in_a_line(
     run_there: Run, components: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        components.directly(take_backbone, backbone="nobody", source="pictures", configuration={"recipe": "demo"})
+        components.directly(take_backbone, backbone="nobody", source="pictures", recipe="demo")
     assert stop.value.code == 2 and "nobody: no such file" in capsys.readouterr().err

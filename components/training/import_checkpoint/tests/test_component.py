@@ -23,8 +23,8 @@ def file(run_there: Run, tmp_path: Path) -> str:
 
 
 def test_the_backbone_and_the_checkpoint_are_in_the_store(run_there: Run, components: Any, file: str) -> None:
-    configuration = run_there.config.model_dump(mode="json", exclude_none=True)
-    arguments = {"file": file, "out": "s3://esvit/imported/a", "configuration": configuration, "arch": ""}
+    recipe = run_there.config.to_yaml()
+    arguments = {"file": file, "out": "s3://esvit/imported/a", "recipe": recipe, "arch": ""}
     (backbone, checkpoint), artifacts = components.directly(import_checkpoint, **arguments)
     ours = load_backbone(run_there.at("backbone"), run_there.store).state_dict()
     theirs = load_backbone(backbone, run_there.store).state_dict()
