@@ -15,11 +15,6 @@ METRICS_PORT_VARIABLE = "ESVIT_METRICS_PORT"
 # A sidecar keeps the pod of a finished step or job running. Istio reads the label, versions before 1.10 the annotation.
 NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
 METRICS_LABEL = "esvit.dev/metrics"  # of a step's pod that serves metrics, because it trains by itself
-CONTAINER_SECURITY: dict[str, Any] = {
-    "allowPrivilegeEscalation": False,
-    "readOnlyRootFilesystem": True,
-    "capabilities": {"drop": ["ALL"]},
-}
 
 
 def pod_labels(component: Component, **more: str) -> dict[str, str]:
@@ -27,9 +22,29 @@ def pod_labels(component: Component, **more: str) -> dict[str, str]:
     return {"app.kubernetes.io/name": "esvit", "app.kubernetes.io/component": component, **NO_SIDECAR, **more}
 
 
+def queue_labels(queue: str | None, priority: str | None = None) -> dict[str, str]:
+    """Labels with which Kueue admits a pod or a job.
+
+    Args:
+        queue: its local queue; None: none, and Kueue leaves the pod alone.
+        priority: a workload priority class.
+    """
+    labels = {"kueue.x-k8s.io/queue-name": queue, "kueue.x-k8s.io/priority-class": priority}
+    return {name: value for name, value in labels.items() if value}
+
+
 def pod_annotations() -> dict[str, str]:
     """Annotations of every pod."""
     return dict(NO_SIDECAR)
+
+
+def container_security() -> dict[str, Any]:
+    """The security context of each container."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
 
 
 def pod_security(user: int | None) -> dict[str, Any]:

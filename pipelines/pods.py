@@ -8,9 +8,20 @@ from typing import Any
 
 from kfp import dsl
 
-from esvit_core.config.cluster import CA_FOLDER, ClusterConfig, PodConfig, Role
+from esvit_core.config import Config
+from esvit_core.config.cluster import CA_FOLDER, PodConfig, Role
+from esvit_core.config.kubernetes import bytes_quantity, quantity_bytes
 from esvit_core.errors import UserError
-from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels, pod_security
+from esvit_core.planning.sizes import sized
+from esvit_core.pod import (
+    METRICS_LABEL,
+    METRICS_PORT,
+    METRICS_PORT_VARIABLE,
+    pod_annotations,
+    pod_labels,
+    pod_security,
+    queue_labels,
+)
 from esvit_core.repetition import variables
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600
@@ -18,20 +29,24 @@ REQUIRED_KEYS = ("ESVIT_S3_ENDPOINT", "ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KE
 OPTIONAL_KEYS = ("ESVIT_S3_SECURE", "ESVIT_S3_REGION", "ESVIT_S3_CA_FILE")
 
 
-def place(
-    task: dsl.PipelineTask, cluster: ClusterConfig, role: Role, accelerated: bool, serves_metrics: bool = False
-) -> None:
+def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool, trains: bool = False) -> None:
     """Give the step's pod what the configuration says for its kind of step.
 
     Args:
         accelerated: with the accelerators, too.
-        serves_metrics: the step trains in its own pod; Prometheus finds it at the port of all trainings.
+        trains: it is the pre-training step. Where it trains in its own pod, Prometheus finds it at the port of all
+            trainings; where it starts a job, its pod is small, and the job's pods get what cluster.train says.
 
     Raises:
-        UserError: the cluster extra is not installed.
+        UserError: the cluster extra is not installed, or the recipe has no such network.
     """
     kubernetes = _kubernetes()
-    pod = cluster.pod(role)
+    cluster = config.cluster
+    launches = trains and config.launch.scheduler != "local"
+    serves_metrics = trains and not launches
+    pod = cluster.launching_pod() if launches else sized(config, role)
+    if pod.image is not None:
+        task.set_container_image(pod.image)
     _resources(task, pod)
     if accelerated and pod.accelerators:
         task.set_accelerator_type(pod.accelerator)
@@ -57,8 +72,10 @@ def place(
         kubernetes.add_node_selector(task, key, value)
     for toleration in pod.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())
-    metrics = {METRICS_LABEL: "true"} if serves_metrics else {}
-    for label, value in pod_labels("step", **{"esvit.dev/role": role}, **metrics).items():
+    more = {"esvit.dev/role": role, **queue_labels(cluster.queue, cluster.priority)}
+    if serves_metrics:
+        more[METRICS_LABEL] = "true"
+    for label, value in pod_labels("step", **more).items():
         kubernetes.add_pod_label(task, label, value)
     for annotation, value in pod_annotations().items():
         kubernetes.add_pod_annotation(task, annotation, value)
@@ -99,12 +116,17 @@ def _kubernetes() -> Any:
 
 
 def _resources(task: dsl.PipelineTask, pod: PodConfig) -> None:
+    """Requests and limits. A memory limit is always there: without one the namespace's default would hold."""
     task.set_cpu_request(pod.cpu)
-    task.set_memory_request(pod.memory)
+    task.set_memory_request(_memory(pod.memory))
     if pod.cpu_limit is not None:
         task.set_cpu_limit(pod.cpu_limit)
-    if pod.memory_limit is not None:
-        task.set_memory_limit(pod.memory_limit)
+    task.set_memory_limit(_memory(pod.memory_limit))
+
+
+def _memory(quantity: str) -> str:
+    """KFP takes no fractions, and of the units of 1000 not the smallest."""
+    return bytes_quantity(quantity_bytes(quantity))
 
 
 def _keys(kubernetes: Any, task: dsl.PipelineTask, secret: str) -> None:

@@ -40,14 +40,14 @@ class Steps:
         role: Role,
         *,
         accelerated: bool = True,
-        serves_metrics: bool = False,
+        trains: bool = False,
     ) -> dsl.PipelineTask:
         """Name a step for the UI and say where it runs.
 
         Args:
             role: kind of step, which decides what its pod gets.
             accelerated: it can use the accelerators of its kind of step.
-            serves_metrics: it trains in its own pod.
+            trains: it is the pre-training step, which trains in its own pod or starts a job.
         """
         task.set_display_name(name)
         task.set_container_image(self.config.cluster.image)
@@ -55,7 +55,7 @@ class Steps:
         # artifacts, which are new in each run. And it would not see that data at the same address have changed.
         task.set_caching_options(False)
         if self.cluster:
-            place(task, self.config.cluster, role, accelerated, serves_metrics)
+            place(task, self.config, role, accelerated, trains)
             return task
         task.after(*self._last)
         self._last = [task]
@@ -78,10 +78,7 @@ def train(steps: Steps, run: Any, dataset: Any, sets: dsl.PipelineTask) -> dsl.P
         dataset: the prepared images.
         sets: of :func:`prepare_sets`.
     """
-    here = steps.config.launch.scheduler == "local"  # else the step waits for other pods, which train
-    trained = steps.add(
-        pretrain(run_uri=run, dataset=dataset), "pretrain", "train", accelerated=here, serves_metrics=here
-    )
+    trained = steps.add(pretrain(run_uri=run, dataset=dataset), "pretrain", "train", trains=True)
     # All data are looked at before the long step begins: what is wrong with them shows at once.
     return trained.after(sets)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esvit_core.config import Config, valid_keys
+from esvit_core.config.kubernetes import bytes_quantity, quantity_bytes, quantity_cores
 from esvit_core.errors import (
     ERROR_FILE_VARIABLE,
     TRY_AGAIN_EXIT_CODE,
@@ -150,10 +151,52 @@ def test_a_kind_of_step_keeps_its_own_defaults_where_a_recipe_says_nothing() -> 
         "cpu": "16",
         "node_selector": {"pool": "gpu"},
     }
-    with pytest.raises(UserError, match=r"cluster\.train\.memory.*'8GiB'"):
-        Config.load("demo", ["cluster.train.memory=8GiB"])
     with pytest.raises(UserError, match="needs operator: Exists"):
         Config.load("demo", ["cluster.train.tolerations=[{effect: NoSchedule}]"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("cluster.train.memory=8GiB", "cluster.train.memory: .*such as 4Gi or 500M.*'8GiB'"),
+        ("cluster.train.memory=512K", "units are k, M, G, T .of 1000. and Ki"),
+        ("cluster.train.memory=8", "less than 1Mi; expected a size with its unit"),
+        ("cluster.train.memory_limit=null", "null would leave it to the namespace's LimitRange.*give a size, or auto"),
+        ("cluster.train.cpu=0", "such as 2, 0.5 or 500m"),
+        ("cluster.train.cpu=4 cores", "such as 2, 0.5 or 500m"),
+        ("cluster.ca_config_map=my.ca", "cluster.ca_config_map: .*without dots.*'my.ca'"),
+        ("cluster.secret=My_Secret", "the name of a Kubernetes object: a-z, 0-9, - and ."),
+        ("cluster.secret=a..b", "the name of a Kubernetes object"),
+        ("cluster.train.accelerator=nvidia.com/", "a key of Kubernetes such as gpu or example.com/gpu"),
+        ("cluster.train.node_selector={a: b c}", "the value of a label"),
+        ("cluster.priority=high", "priority: has no effect without queue"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused_in_one_line(override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        Config.load("demo", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, size", [("4Gi", 2**32), ("1.5G", 1_500_000_000), ("2000k", 2_000_000), ("7Ki", 7168)])
+def test_quantities_are_those_of_kubernetes(text: str, size: int) -> None:
+    assert quantity_bytes(text) == size
+    assert size <= quantity_bytes(bytes_quantity(size)) < size + 2**20
+    assert [quantity_cores(text) for text in ("2", "0.5", "250m")] == [2, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["launch.nodes=2"], "launch.nodes: no effect with launch.scheduler local.*volcano or trainjob"),
+        (["launch.queue=q", "launch.restarts=3"], "launch.queue, launch.restarts: no effect"),
+        (["launch.scheduler=trainjob", "launch.ttl_minutes=5"], "launch.ttl_minutes: no effect.*trainjob.*volcano$"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Config.load("demo", overrides)
+    assert Config.load("demo", ["launch.recompute=true", "launch.nodes=1"]).launch.recompute
 
 
 def test_a_step_ends_with_one_line_and_exit_code_2(

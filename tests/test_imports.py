@@ -47,6 +47,10 @@ ALLOWED = {
     "esvit_core.formats": WORK | {"esvit_core.training"},
     "esvit_core.embedding": WORK | {"esvit_core.training"},
     "esvit_core.training": WORK,
+    # How much a step takes: asked by who launches a training, too.
+    "esvit_core.planning.count": NETWORKS,
+    "esvit_core.planning.sizes": FOUNDATION | {"esvit_core.planning.count"},
+    "esvit_core.training.launchers": WORK | {"esvit_core.training", "esvit_core.planning.sizes"},
     "esvit_core.planning": WORK | {"esvit_core.training"},
     "esvit_core.evaluation": WORK | {"esvit_core.training", "esvit_core.importing"},
     "esvit_core.reporting": WORK | {"esvit_core.training", "esvit_core.evaluation"},

@@ -301,6 +301,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _processes_have_accelerators(self) -> Self:
+        wanted, there = self.launch.processes_per_node, self.cluster.train.accelerators
+        if wanted and there and wanted > there:
+            raise ValueError(
+                f"launch.processes_per_node {wanted}: expected at most cluster.train.accelerators, which is {there}"
+            )
+        return self
+
+    @property
+    def node_processes(self) -> int:
+        """Training processes of each pod of a job."""
+        return self.launch.processes_per_node or max(1, self.cluster.train.accelerators)
+
+    @model_validator(mode="after")
     def _diagnostics_have_a_line(self) -> Self:
         steps, log_steps = self.diagnostics.steps, self.training.log_steps
         if steps is not None and steps % log_steps:

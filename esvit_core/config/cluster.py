@@ -1,14 +1,29 @@
 """The section that says where the steps of a compiled pipeline run: image, secrets, and what their pods get.
 
-Nothing of it changes what a run computes, so it is left out of the run's identity (:meth:`Config.digest`).
+It is the one place for resources: of the pods of the steps, and of those of a training job (:mod:`launch`). Nothing of
+it changes what a run computes, so it is left out of the run's identity (:meth:`Config.digest`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from esvit_core.config.kubernetes import (
+    AUTO,
+    AutoBytes,
+    AutoCpu,
+    Bytes,
+    LabelName,
+    LabelValue,
+    LimitBytes,
+    ObjectName,
+    QualifiedName,
+    quantity_bytes,
+    quantity_cores,
+)
 from esvit_core.config.section import Section
 
 CA_FOLDER = "/etc/esvit/ca"  # where the pods have the config map of cluster.ca_config_map
@@ -16,22 +31,12 @@ CA_FOLDER = "/etc/esvit/ca"  # where the pods have the config map of cluster.ca_
 Role = Literal["prepare", "train", "evaluate", "publish"]
 
 
-def _as_written(value: Any) -> Any:
-    """YAML reads `cpu: 8` as a number; Kubernetes writes it as text."""
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-Cpu = Annotated[str, BeforeValidator(_as_written), Field(pattern=r"^([0-9]*[.])?[0-9]+m?$")]
-Bytes = Annotated[str, BeforeValidator(_as_written), Field(pattern=r"^[0-9]+(E|Ei|P|Pi|T|Ti|G|Gi|M|Mi|K|Ki)?$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]  # of a Kubernetes object
-
-
 class Toleration(Section):
     """A taint of nodes that the pod may be put on nevertheless."""
 
-    key: str | None = None
+    key: QualifiedName | None = None
     operator: Literal["Exists", "Equal"] = "Equal"
-    value: str | None = None
+    value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
     @model_validator(mode="after")
@@ -42,19 +47,24 @@ class Toleration(Section):
 
 
 class PodConfig(Section):
-    """What the pods of one kind of step get."""
+    """What the pods of one kind of step get. `auto` follows from the recipe (:mod:`esvit_core.planning.sizes`)."""
 
-    cpu: Cpu = Field("500m", description="Processor asked for.")
-    cpu_limit: Cpu | None = Field("2", description="Processor at most; null: no limit.")
-    memory: Bytes = Field("2Gi", description="Memory asked for.")
-    memory_limit: Bytes | None = Field("4Gi", description="Memory at most; null: no limit.")
-    accelerator: str = Field("nvidia.com/gpu", description="Resource name of the accelerator.")
+    cpu: AutoCpu = Field(AUTO, description="Processor asked for; auto: little for a small network.")
+    cpu_limit: AutoCpu | None = Field(AUTO, description="Processor at most; auto: room to spare; null: no limit.")
+    memory: AutoBytes = Field(AUTO, description="Memory asked for, that of /dev/shm included; auto: as `esvit plan`.")
+    memory_limit: LimitBytes = Field(
+        AUTO, description="Memory at most; auto: what memory says, with room to spare where that is auto too."
+    )
+    accelerator: QualifiedName = Field("nvidia.com/gpu", description="Resource name of the accelerator.")
     accelerators: int = Field(0, ge=0, description="How many of them.")
-    node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
+    node_selector: dict[QualifiedName, LabelValue] = Field({}, description="Labels that the node must have.")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints that the pod tolerates.")
     shared_memory: Bytes | None = Field(None, description="Size of /dev/shm, which counts as memory; null: 64 MiB.")
     scratch: Bytes = Field("10Gi", description="Bound of each of the writable folders /tmp and /work.")
-    secret: Name | None = Field(None, description="Secret with the ESVIT_S3_* keys; null: what cluster.secret says.")
+    image: str | None = Field(None, description="Image of this kind of step; null: cluster.image.")
+    secret: ObjectName | None = Field(
+        None, description="Secret with the ESVIT_S3_* keys; null: what cluster.secret says."
+    )
     retries: int = Field(
         3, ge=0, description="Times that the step is repeated in its pod after exit code 75, and its pod after a loss."
     )
@@ -63,17 +73,32 @@ class PodConfig(Section):
     )
     timeout_minutes: int | None = Field(None, gt=0, description="The pod is stopped after this; null: never.")
 
+    @model_validator(mode="after")
+    def _limits_are_no_smaller(self) -> Self:
+        most = self.memory if self.memory_limit == AUTO else self.memory_limit
+        if _less(self.cpu_limit, self.cpu, quantity_cores):
+            raise ValueError(f"cpu_limit {self.cpu_limit}: expected at least cpu, which is {self.cpu}")
+        if _less(self.memory_limit, self.memory, quantity_bytes):
+            raise ValueError(f"memory_limit {self.memory_limit}: expected at least memory, which is {self.memory}")
+        if self.shared_memory == most or _less(most, self.shared_memory, quantity_bytes):
+            raise ValueError(f"shared_memory {self.shared_memory}: expected less than the pod's memory, {most}")
+        return self
+
+
+def _less(one: str | None, other: str | None, amount: Callable[[str], float]) -> bool:
+    """Whether a quantity is known to be less than another."""
+    known = one is not None and other is not None and AUTO not in (one, other)
+    return known and amount(str(one)) < amount(str(other))
+
 
 _PODS: dict[Role, PodConfig] = {
-    "prepare": PodConfig(cpu="1", memory="2Gi", memory_limit="8Gi", scratch="50Gi", timeout_minutes=24 * 60),
-    "train": PodConfig(
-        cpu="2", cpu_limit="8", memory="8Gi", memory_limit="32Gi", shared_memory="4Gi", scratch="50Gi", retries=5
-    ),
-    "evaluate": PodConfig(
-        cpu="1", cpu_limit="4", memory="4Gi", memory_limit="16Gi", shared_memory="1Gi", timeout_minutes=12 * 60
-    ),
+    "prepare": PodConfig(scratch="50Gi", timeout_minutes=24 * 60),
+    "train": PodConfig(shared_memory="1Gi", scratch="50Gi", retries=5),
+    "evaluate": PodConfig(shared_memory="1Gi", timeout_minutes=12 * 60),
     "publish": PodConfig(timeout_minutes=60),
 }
+# The step that starts a training job and waits for it, whatever the training takes.
+_LAUNCHING = {"cpu": "100m", "cpu_limit": "1", "memory": "512Mi", "memory_limit": "2Gi", "scratch": "2Gi"}
 
 
 class ClusterConfig(Section):
@@ -81,16 +106,16 @@ class ClusterConfig(Section):
 
     image: str = Field("esvit/trainer:0.1.0", description="Image of the steps; name@sha256:... holds it fast.")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    image_pull_secrets: tuple[Name, ...] = Field((), description="Kubernetes secrets for the registry.")
-    secret: Name | None = Field(
+    image_pull_secrets: tuple[ObjectName, ...] = Field((), description="Kubernetes secrets for the registry.")
+    secret: ObjectName | None = Field(
         None,
         description="Kubernetes secret with the ESVIT_S3_* keys, for all steps; "
         "null: esvit-object-store-<kind of step>, as `esvit store keys` makes them.",
     )
-    ca_config_map: Name | None = Field(
+    ca_config_map: LabelName | None = Field(
         None, description="Config map with the store's CA, mounted at /etc/esvit/ca (ESVIT_S3_CA_FILE names the file)."
     )
-    service_account: Name | None = Field(
+    service_account: ObjectName | None = Field(
         "esvit-pipeline", description="Of the steps; `esvit submit` asks for it. null: the server's default."
     )
     retry_lost_pods: bool = Field(
@@ -101,8 +126,16 @@ class ClusterConfig(Section):
     run_as: int | None = Field(
         10001, gt=0, description="User and group of the steps; null: the image's, or what the cluster assigns."
     )
+    queue: LabelValue | None = Field(
+        None, description="Kueue's local queue of the steps' pods (label kueue.x-k8s.io/queue-name); null: none."
+    )
+    priority: LabelValue | None = Field(
+        None, description="Kueue's workload priority class of the steps' pods (kueue.x-k8s.io/priority-class)."
+    )
     prepare: PodConfig = Field(_PODS["prepare"], description="Steps that turn pictures into shards.")
-    train: PodConfig = Field(_PODS["train"], description="Pre-training.")
+    train: PodConfig = Field(
+        _PODS["train"], description="Pre-training: the step's own pod, or each pod of the job that `launch` starts."
+    )
     evaluate: PodConfig = Field(_PODS["evaluate"], description="Steps that compute and measure features.")
     publish: PodConfig = Field(_PODS["publish"], description="Report, promotion: light steps.")
 
@@ -110,6 +143,11 @@ class ClusterConfig(Section):
         """What the pods of that kind of step get."""
         pod: PodConfig = getattr(self, role)
         return pod
+
+    def launching_pod(self) -> PodConfig:
+        """What the pre-training step's pod gets where other pods train: small, and without their nodes."""
+        kept = self.train.model_dump(include={"secret", "retries", "retry_seconds", "timeout_minutes"})
+        return PodConfig(**_LAUNCHING, image=self.image, **kept)
 
     def secret_of(self, role: Role) -> str:
         """The Kubernetes secret from which that kind of step has its keys of the object store."""
@@ -123,3 +161,9 @@ class ClusterConfig(Section):
             return given
         own = {role: pod.model_dump() | given[role] for role, pod in _PODS.items() if isinstance(given.get(role), dict)}
         return given | own
+
+    @model_validator(mode="after")
+    def _priority_is_kueues(self) -> Self:
+        if self.priority and not self.queue:
+            raise ValueError("priority: has no effect without queue; set cluster.queue to the local queue of Kueue")
+        return self

@@ -91,6 +91,23 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     )
 
 
+def count_parameters(config: Config) -> int:
+    """Parameters of the student with its heads.
+
+    Raises:
+        UserError: no such backbone, or one that does not take the recipe's crops.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return sum(p.numel() for p in build_network(config).parameters())
+
+
+def shares(config: Config, processes: int) -> tuple[int, int]:
+    """Pictures of the process with most of them, and how many it works off at a time."""
+    pictures = -(-config.training.batch_size // processes)
+    most = config.training.max_images_per_process or pictures
+    return pictures, -(-pictures // -(-pictures // most))
+
+
 def _crops(pictures: int, sizes: Sequence[int]) -> list[torch.Tensor]:
     return [torch.empty(pictures, 3, size, size) for size in sizes]
 

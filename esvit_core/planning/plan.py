@@ -10,7 +10,7 @@ import torch
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.planning.count import Demand, count_demand
+from esvit_core.planning.count import Demand, count_demand, shares
 from esvit_core.planning.rehearse import Rehearsal, rehearse
 from esvit_core.training.precision import choose_precision
 
@@ -149,13 +149,6 @@ def _on_cpu(config: Config, steps: int) -> Plan:
         steps=steps,
         seconds=steps * seconds,
     )
-
-
-def shares(config: Config, processes: int) -> tuple[int, int]:
-    """Pictures of the process with most of them, and how many it works off at a time."""
-    pictures = -(-config.training.batch_size // processes)
-    most = config.training.max_images_per_process or pictures
-    return pictures, -(-pictures // -(-pictures // most))
 
 
 def advice(config: Config, plan: Plan) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE
+from esvit_core.training.environment import available_cores
 from esvit_core.training.outcome import is_consequence
 from esvit_core.training.stop import RENDEZVOUS_VARIABLE, STOPPED_EXIT_CODE, end_with
 
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED_EXIT_CODE))
     os.environ[AGENT_VARIABLE] = str(os.getpid())
 
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(arguments)))  # torchrun would set 1
     # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     import torch.distributed.run
@@ -65,6 +67,12 @@ def main(arguments: list[str]) -> int:
         Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
     print(failure["reason"], file=sys.stderr, flush=True)
     return failure["exit_code"] if failure["exit_code"] > 0 else 1
+
+
+def _threads(arguments: list[str]) -> int:
+    """Of each process: together they use every core of the pod once."""
+    processes = arguments[arguments.index("--nproc_per_node") + 1] if "--nproc_per_node" in arguments else "1"
+    return max(1, available_cores() // int(processes))
 
 
 def _with_host(options: Any) -> Any:

@@ -29,12 +29,18 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 def available_cores() -> int:
     """Cores this process may use: its affinity, and the quota of its control group (a pod's limit)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups, or of the first version
-        pass
+    # A quota below a whole core counts as one; -1 or max means that there is none.
+    groups = Path("/sys/fs/cgroup")
+    for files in (
+        ("cpu.max",),
+        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
+    ):  # of the second and the first version
+        try:
+            quota, period = " ".join((groups / file).read_text(encoding="ascii") for file in files).split()
+            if quota not in ("max", "-1"):
+                cores = min(cores, max(1, int(quota) // int(period)))
+        except (OSError, ValueError):
+            continue
     return max(1, cores)
 
 

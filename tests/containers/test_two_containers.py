@@ -14,6 +14,7 @@ import docker
 import pytest
 
 from esvit_core.config import Config, DataConfig
+from esvit_core.config.kubernetes import quantity_bytes, quantity_cores
 from esvit_core.data.prepare import prepare
 from esvit_core.monitoring.journal import Entry, read_journal
 from esvit_core.storage import ObjectStore, StoreAddress
@@ -73,8 +74,9 @@ def config(
         "training.checkpoint_steps=20",
         "training.log_steps=20",
     ]
-    launch = ["launch.nodes=2", "launch.min_nodes=1", "launch.cpu=1", "launch.memory_gib=3"]
-    made = Config.load(micro_recipe, [*settings, *launch, f"launch.image={trainer_image}"])
+    launch = ["launch.scheduler=volcano", "launch.nodes=2", "launch.min_nodes=1"]
+    pod = ["cluster.train.cpu=1", "cluster.train.memory=3Gi", f"cluster.image={trainer_image}"]
+    made = Config.load(micro_recipe, [*settings, *launch, *pod])
     store.put_bytes(f"{RUN_URI}/config.yaml", made.to_yaml().encode())
     folder = pictures.folder(tmp_path_factory.mktemp("data") / "pictures", [""], PICTURES)
     prepare(str(folder), store, f"{RUN_URI}/data", DataConfig(val_fraction=0.0))
@@ -200,16 +202,16 @@ def described(runner: Any, config: Config, told: Story, restricted: dict[str, An
     """What torchx's `local_docker` makes of `-j 1:2x1`, completed as a pod is."""
     from torchx.components.dist import ddp
 
-    launch = config.launch
+    launch, pod = config.launch, config.cluster.train
     app = ddp(
         "--run-uri",
         RUN_URI,
         m=MODULE,
         name="esvit/two",
-        image=launch.image or "",
-        j=f"{launch.fewest_nodes}:{launch.nodes}x{launch.processes}",
-        cpu=int(launch.cpu),
-        memMB=round(1024 * launch.memory_gib),
+        image=config.cluster.image,
+        j=f"{launch.fewest_nodes}:{launch.nodes}x{config.node_processes}",
+        cpu=int(quantity_cores(pod.cpu)),
+        memMB=quantity_bytes(pod.memory) >> 20,
         tee=0,
     )
     request = runner.dryrun(app, "local_docker")
@@ -223,7 +225,7 @@ def described(runner: Any, config: Config, told: Story, restricted: dict[str, An
             restarts=launch.restarts,
         )
         container.kwargs["environment"] |= {
-            **literal_environment(launch),
+            **literal_environment(config),
             **told.store.address.environment(),
             TRACE_VARIABLE: TRACE,
             "TORCHELASTIC_ERROR_FILE": "/tmp/error.json",  # Docker has no place for a pod's last words

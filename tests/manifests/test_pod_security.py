@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from esvit_core.pod import CONTAINER_SECURITY, NO_SIDECAR, pod_annotations, pod_labels, pod_security
+from esvit_core.pod import NO_SIDECAR, container_security, pod_annotations, pod_labels, pod_security
 
 Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -172,4 +172,4 @@ def test_pods_carry_what_all_our_pods_carry(objects: list[Object]) -> None:
         assert expected.items() <= metadata["labels"].items(), name
         assert pod_annotations().items() <= metadata["annotations"].items(), name
         assert pod_security(10001).items() <= context.items(), name
-        assert all(container["securityContext"] == CONTAINER_SECURITY for container in containers(pod["spec"])), name
+        assert all(container["securityContext"] == container_security() for container in containers(pod["spec"])), name

@@ -13,7 +13,6 @@ from kfp import components
 from kfp.kubernetes import kubernetes_executor_config_pb2
 
 from esvit_core.config import Config
-from esvit_core.config.cluster import PodConfig
 from esvit_core.errors import UserError
 from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels
 from esvit_core.repetition import RETRIES_VARIABLE, WAIT_VARIABLE
@@ -85,7 +84,8 @@ def test_every_step_is_tried_again_and_has_bounds_and_room_to_write(name: str) -
         environment = {item["name"]: item["value"] for item in container["env"]}
         assert int(environment[RETRIES_VARIABLE]) >= 3 and environment[WAIT_VARIABLE] == "30"
         resources = container["resources"]
-        assert {"resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest"} <= resources.keys()
+        bounds = {f"resource{kind}{bound}" for kind in ("Cpu", "Memory") for bound in ("Request", "Limit")}
+        assert bounds <= resources.keys()  # without a limit of memory that of the namespace would hold
         assert {"/tmp", "/work"} <= {mount["mountPath"] for mount in pod["emptyDirMounts"]}
         assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
         assert pod_labels("step").items() <= pod["podMetadata"]["labels"].items()
@@ -184,8 +184,29 @@ def test_an_unknown_pipeline_names_the_nearest() -> None:
         build("pretain", Config())
 
 
-def test_the_defaults_ask_for_no_more_than_they_may_have() -> None:
-    cluster = Config().cluster
-    for role in ("prepare", "train", "evaluate", "publish"):
-        pod: PodConfig = getattr(cluster, role)
-        assert pod.memory_limit and int(pod.memory.removesuffix("Gi")) <= int(pod.memory_limit.removesuffix("Gi"))
+def test_the_step_that_starts_a_job_is_small_and_stays_off_the_nodes_of_the_training() -> None:
+    settings = ["launch.scheduler=volcano", "cluster.train.image=registry.example/esvit/trainer:cuda"]
+    pipeline, platform = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, settings)))
+    container = pipeline["deploymentSpec"]["executors"]["exec-pretrain"]["container"]
+    pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
+    assert (container["resources"]["resourceCpuRequest"], container["resources"]["resourceMemoryLimit"]) == (
+        "100m",
+        "2Gi",
+    )
+    assert "accelerator" not in container["resources"] and not {"nodeSelector", "tolerations"} & pod.keys()
+    assert container["image"] == Config.load(RECIPE).cluster.image
+
+
+def test_each_kind_of_step_may_have_an_image_of_its_own() -> None:
+    settings = ["cluster.train.image=registry.example/esvit/trainer:cuda"]
+    (pipeline, _) = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, settings)))
+    images = {k: e["container"]["image"] for k, e in pipeline["deploymentSpec"]["executors"].items()}
+    assert images.pop("exec-pretrain") == "registry.example/esvit/trainer:cuda"
+    assert set(images.values()) == {Config.load(RECIPE).cluster.image}
+
+
+def test_kueue_finds_its_labels() -> None:
+    for _, pod in executors("pretrain").values():
+        labels = pod["podMetadata"]["labels"]
+        assert labels["kueue.x-k8s.io/queue-name"] == "vision"
+        assert labels["kueue.x-k8s.io/priority-class"] == "research"

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE, LostPeerError, UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.training import outcome
-from esvit_core.training.agent import _with_host, first_failure
+from esvit_core.training.agent import _threads, _with_host, first_failure
 from esvit_core.training.outcome import mark_consequence, note_own_failure
 from esvit_core.training.stop import STOPPED_EXIT_CODE
 
@@ -133,3 +133,9 @@ def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, mon
         "another time",
         "process 3: ValueError: wrong shape",
     ]
+
+
+def test_the_processes_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esvit_core.training.agent.available_cores", lambda: 7)
+    assert _threads(["--nnodes", "1:2", "--nproc_per_node", "3"]) == 2
+    assert _threads(["--nproc_per_node", "8"]) == 1

@@ -152,7 +152,7 @@ def test_an_image_that_cannot_be_pulled_is_told(
             r"^training: process 0 was killed by SIGKILL.*training-1-0\); the same",
             75,
         ),
-        ("Failed", {0: "memory", 1: "parted"}, r"ran out of memory; raise launch.memory_gib", 75),
+        ("Failed", {0: "memory", 1: "parted"}, r"ran out of memory; raise cluster.train.memory", 75),
         ("Terminated", {0: "crashed"}, r"exit code 1: ModuleNotFoundError: No module named 'esvit_core'", 1),
         ("Failed", {0: "evicted"}, r"Evicted: The node was low on resource: ephemeral-storage", 75),
         ("Failed", {}, r"ended without a reason of its pods \(Failed\)", 75),

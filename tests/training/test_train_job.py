@@ -30,11 +30,13 @@ SETTINGS = [
     "launch.scheduler=trainjob",
     "launch.nodes=4",
     "launch.min_nodes=2",
-    "launch.gpus=8",
-    "launch.cpu=64",
-    "launch.memory_gib=512",
-    "launch.shm_gib=16",
+    "cluster.train.accelerators=8",
+    "cluster.train.cpu=64",
+    "cluster.train.cpu_limit=64",
+    "cluster.train.memory=512Gi",
+    "cluster.train.shared_memory=16Gi",
     "launch.priority_class=esvit-training",
+    "launch.queue=vision",
 ]
 RUNNING = Stage("Running", {0: "running", 1: "running"})
 DONE = Stage("Complete", {0: "done", 1: "done"})
@@ -93,6 +95,18 @@ def test_the_trainer_gives_the_pods_the_names_that_they_are_told(made: tuple[dic
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     assert job["metadata"]["name"] == job_name(RUN)
     assert runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["name"] == "node"
+
+
+def test_kueue_admits_the_job_and_not_its_pods(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    runtime, job = made
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "vision"
+    assert "kueue" not in json.dumps(runtime)
+
+
+def test_pods_without_a_sidecar(node_job: dict[str, Any]) -> None:
+    metadata = node_job["template"]["metadata"]
+    assert metadata["annotations"]["sidecar.istio.io/inject"] == "false"
+    assert metadata["labels"]["sidecar.istio.io/inject"] == "false"
 
 
 def test_other_settings_make_another_runtime_for_the_same_job() -> None:

@@ -24,14 +24,15 @@ SETTINGS = [
     "launch.scheduler=volcano",
     "launch.nodes=2",
     "launch.min_nodes=1",
-    "launch.gpus=8",
-    "launch.cpu=64",
-    "launch.memory_gib=512",
-    "launch.shm_gib=16",
+    "cluster.train.accelerators=8",
+    "cluster.train.cpu=64",
+    "cluster.train.cpu_limit=64",
+    "cluster.train.memory=512Gi",
+    "cluster.train.shared_memory=16Gi",
     "launch.priority_class=esvit-training",
     "launch.interface=eth0",
-    "launch.node_selector={nvidia.com/gpu.product: H100}",
-    "launch.tolerations=[{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
+    "cluster.train.node_selector={nvidia.com/gpu.product: H100}",
+    "cluster.train.tolerations=[{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
     "launch.env={NCCL_IB_HCA: mlx5}",
     "cluster.image_pull_secrets=[registry]",
     "cluster.ca_config_map=store-ca",
@@ -77,8 +78,8 @@ def test_no_credential_is_in_the_job(job: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["ESVIT_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"])
 def test_a_credential_among_the_settings_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: looks like a credential.*launch.secret"):
-        Config.load("demo", [f"launch.env={{{name}: x}}"])
+    with pytest.raises(UserError, match=f"{name}: looks like a credential.*cluster.train.secret"):
+        Config.load("demo", ["launch.scheduler=volcano", f"launch.env={{{name}: x}}"])
 
 
 @pytest.mark.parametrize("version", ["1.35", "1.36", "1.37"])
@@ -159,9 +160,20 @@ def test_a_job_that_nobody_has_looked_at_waits() -> None:
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (["launch.nodes=2", "launch.min_nodes=3"], "min_nodes 3: expected at most nodes, which is 2"),
-        (["launch.gpus=2", "launch.processes_per_node=4"], "expected at most gpus, which is 2"),
-        (["launch.shm_gib=16"], "expected less than memory_gib"),
+        (
+            ["launch.scheduler=volcano", "launch.nodes=2", "launch.min_nodes=3"],
+            "min_nodes 3: expected at most nodes, which is 2",
+        ),
+        (
+            ["launch.scheduler=volcano", "cluster.train.accelerators=2", "launch.processes_per_node=4"],
+            "processes_per_node 4: expected at most cluster.train.accelerators, which is 2",
+        ),
+        (
+            ["cluster.train.shared_memory=16Gi", "cluster.train.memory=16Gi"],
+            "expected less than the pod's memory, 16Gi",
+        ),
+        (["cluster.train.cpu=4", "cluster.train.cpu_limit=2"], "cpu_limit 2: expected at least cpu, which is 4"),
+        (["cluster.train.memory=4Gi", "cluster.train.memory_limit=2G"], "memory_limit 2G: expected at least memory"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings: list[str], words: str) -> None:

@@ -1,6 +1,6 @@
 """Print what a run's launch would create, for those who have to agree to it; nothing is sent.
 
-python -m esvit_core.training.launchers s3://esvit/runs/<id> --recipe demo --set launch.nodes=4
+python -m esvit_core.training.launchers s3://esvit/runs/<id> --recipe demo --set launch.scheduler=volcano
 """
 
 from __future__ import annotations

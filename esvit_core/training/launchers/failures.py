@@ -111,7 +111,7 @@ def _of_container(pod: str, ended: dict[str, Any]) -> Failure:
     except (ValueError, KeyError, TypeError):
         pass
     if ended.get("reason") == "OOMKilled":
-        return Failure(pod, 128 + 9, "the pod ran out of memory; raise launch.memory_gib", when)
+        return Failure(pod, 128 + 9, "the pod ran out of memory; raise cluster.train.memory", when)
     lines = message.strip().splitlines()
     last = f": {' '.join(lines[-1].split())}" if lines else ""
     stopped = code in (STOPPED_EXIT_CODE, 128 + signal.SIGTERM)

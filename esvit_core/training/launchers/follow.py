@@ -68,7 +68,7 @@ def launch_on_cluster(store: ObjectStore, run_uri: str, config: Config) -> None:
         SystemExit: SIGINT or SIGTERM arrived. The job is deleted; its pods have left a checkpoint.
     """
     launch = config.launch
-    if config.training.batch_size < (processes := launch.nodes * launch.processes):
+    if config.training.batch_size < (processes := launch.nodes * config.node_processes):
         raise UserError(
             f"training.batch_size {config.training.batch_size}: expected at least launch.nodes times the processes of "
             f"each, {processes}; change one"
@@ -154,7 +154,9 @@ class Follower:
             nodes = (
                 str(launch.nodes) if launch.fewest_nodes == launch.nodes else f"{launch.fewest_nodes} to {launch.nodes}"
             )
-            self._say("begin", f"created the {self._title}: nodes {nodes}, processes on each {launch.processes}")
+            self._say(
+                "begin", f"created the {self._title}: nodes {nodes}, processes on each {self._config.node_processes}"
+            )
         return created[-1]  # otherwise somebody was faster: what is there now is looked at
 
     def _find(self, job: dict[str, Any]) -> bool:

@@ -12,12 +12,12 @@ import shlex
 from typing import Any
 
 from esvit_core.config import Config
-from esvit_core.config.cluster import CA_FOLDER
-from esvit_core.config.launch import LaunchConfig
+from esvit_core.config.cluster import CA_FOLDER, PodConfig
+from esvit_core.planning.sizes import sized
 from esvit_core.pod import (
-    CONTAINER_SECURITY,
     METRICS_PORT,
     METRICS_PORT_VARIABLE,
+    container_security,
     pod_annotations,
     pod_labels,
     pod_security,
@@ -59,8 +59,8 @@ def training_app(run_uri: str, config: Config) -> Any:
         run_uri,
         m=MODULE,
         name=f"esvit/{job_name(run_uri)}",
-        image=launch.image or config.cluster.image,
-        j=f"{launch.fewest_nodes}:{launch.nodes}x{launch.processes}",
+        image=config.cluster.train.image or config.cluster.image,
+        j=f"{launch.fewest_nodes}:{launch.nodes}x{config.node_processes}",
         tee=0,
     )
 
@@ -105,26 +105,26 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
         run_uri: of the run that it trains.
         config: of the run.
     """
-    launch, spec = config.launch, template["spec"]
+    launch, pod, spec = config.launch, sized(config, "train"), template["spec"]
     metadata = template.setdefault("metadata", {})
     metadata["labels"] = {**metadata.get("labels", {}), **labels(run_uri)}
     metadata["annotations"] = {**metadata.get("annotations", {}), **pod_annotations()}
     (container,) = spec["containers"]
     container |= {
-        "image": launch.image or config.cluster.image,
+        "image": pod.image or config.cluster.image,
         "imagePullPolicy": config.cluster.image_pull_policy,
         "env": _environment(container.get("env", []), config),
-        "resources": _resources(launch),
+        "resources": _resources(pod),
         "ports": [
             {"name": "c10d", "containerPort": RENDEZVOUS_PORT},
             {"name": "metrics", "containerPort": METRICS_PORT},
         ],
         "volumeMounts": [
-            {"name": "shm", "mountPath": "/dev/shm"},
+            *([{"name": "shm", "mountPath": "/dev/shm"}] if pod.shared_memory else []),
             {"name": "tmp", "mountPath": TEMPORARY},
             {"name": "work", "mountPath": SCRATCH},
         ],
-        "securityContext": CONTAINER_SECURITY,
+        "securityContext": container_security(),
         "terminationMessagePath": TERMINATION_FILE,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
@@ -144,14 +144,18 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
             }
         ],
         "volumes": [
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _gib(launch.shm_gib)}},
+            *(
+                [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pod.shared_memory}}]
+                if pod.shared_memory
+                else []
+            ),
             {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
-            {"name": "work", "emptyDir": {"sizeLimit": _gib(launch.scratch_gib)}},
+            {"name": "work", "emptyDir": {"sizeLimit": pod.scratch}},
         ],
     }
     chosen = {
-        "nodeSelector": launch.node_selector,
-        "tolerations": [toleration.model_dump(exclude_none=True) for toleration in launch.tolerations],
+        "nodeSelector": pod.node_selector,
+        "tolerations": [toleration.model_dump(exclude_none=True) for toleration in pod.tolerations],
         "imagePullSecrets": [{"name": name} for name in config.cluster.image_pull_secrets],
     }
     if certificates := config.cluster.ca_config_map:
@@ -166,8 +170,8 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
 def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     """Literals that are nobody's secret, and references to the secret."""
     launch = config.launch
-    secret = launch.secret or config.cluster.secret_of("train")
-    literals = {item["name"]: item["value"] for item in given} | literal_environment(launch) | launch.env
+    secret = config.cluster.secret_of("train")
+    literals = {item["name"]: item["value"] for item in given} | literal_environment(config) | launch.env
     references = [
         {
             "name": name,
@@ -178,8 +182,9 @@ def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, 
     return [*references, *({"name": name, "value": value} for name, value in literals.items())]
 
 
-def literal_environment(launch: LaunchConfig) -> dict[str, str]:
+def literal_environment(config: Config) -> dict[str, str]:
     """What every node of a training is told, in a pod or in another container."""
+    launch = config.launch
     environment = {
         "LOGLEVEL": "ERROR",
         "PYTHONUNBUFFERED": "1",
@@ -187,27 +192,24 @@ def literal_environment(launch: LaunchConfig) -> dict[str, str]:
         "ESVIT_CACHE_DIR": f"{SCRATCH}/cache",
         "ESVIT_PENDING_DIR": f"{SCRATCH}/pending",
         METRICS_PORT_VARIABLE: str(METRICS_PORT),
-        "OMP_NUM_THREADS": str(max(1, int(launch.cpu) // launch.processes)),  # torchrun would set 1
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on GPUs
         # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # The agent leaves the reason of a failure here, and Kubernetes takes it into the pod's status.
         "TORCHELASTIC_ERROR_FILE": TERMINATION_FILE,
     }
-    if launch.gpus:
+    if config.cluster.train.accelerators:
         environment["NCCL_DEBUG"] = "WARN"
     if launch.interface:
         environment |= {"NCCL_SOCKET_IFNAME": launch.interface, "GLOO_SOCKET_IFNAME": launch.interface}
     return environment
 
 
-def _resources(launch: LaunchConfig) -> dict[str, Any]:
-    """Requests are the limits: a node of a training that is thrown out stops all of them."""
-    amounts = {"cpu": f"{launch.cpu:g}", "memory": _gib(launch.memory_gib)}
-    if launch.gpus:
-        amounts[launch.gpu_resource] = str(launch.gpus)
-    return {"requests": dict(amounts), "limits": amounts}
-
-
-def _gib(amount: float) -> str:
-    return f"{round(amount * 1024)}Mi"
+def _resources(pod: PodConfig) -> dict[str, Any]:
+    """Requests and limits. A memory limit is always there: without one the namespace's default would hold."""
+    accelerators = {pod.accelerator: str(pod.accelerators)} if pod.accelerators else {}
+    cpu_limit = {"cpu": pod.cpu_limit} if pod.cpu_limit is not None else {}
+    return {
+        "requests": {"cpu": pod.cpu, "memory": pod.memory, **accelerators},
+        "limits": {**cpu_limit, "memory": pod.memory_limit, **accelerators},
+    }

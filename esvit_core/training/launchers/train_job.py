@@ -12,6 +12,7 @@ from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE
+from esvit_core.pod import queue_labels
 from esvit_core.training.launchers.kube import Cluster, Kind, State
 from esvit_core.training.launchers.pods import (
     RUN_ANNOTATION,
@@ -40,7 +41,7 @@ def train_job(
         owner: reference to what both end with: the pod that launches them.
     """
     name = job_name(run_uri)
-    metadata = {
+    metadata: dict[str, Any] = {
         "labels": labels(run_uri),
         "annotations": {RUN_ANNOTATION: run_uri},
         **({"ownerReferences": [owner]} if owner else {}),
@@ -57,7 +58,11 @@ def train_job(
     job: dict[str, Any] = {
         "apiVersion": f"{GROUP}/{KIND.version}",
         "kind": "TrainJob",
-        "metadata": {"name": name, **metadata},
+        "metadata": {
+            "name": name,
+            **metadata,
+            "labels": {**metadata["labels"], **queue_labels(config.launch.queue)},
+        },
         "spec": {
             "runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": runtime["metadata"]["name"]},
             "trainer": {"numNodes": config.launch.nodes},

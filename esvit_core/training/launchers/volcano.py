@@ -21,6 +21,7 @@ from esvit_core.training.launchers.pods import (
 )
 
 KIND = Kind("batch.volcano.sh", "v1alpha1", "jobs", "Volcano job", "Volcano 1.11 or newer")
+DEFAULT_QUEUE = "esvit"  # that of manifests/components/volcano
 POD_GROUP = Kind("scheduling.volcano.sh", "v1beta1", "podgroups", "pod group")
 
 # As the states' comments in volcano.sh/apis/pkg/apis/batch/v1alpha1/job.go define them.
@@ -143,6 +144,6 @@ def _dry_run(run_uri: str, config: Config) -> dict[str, Any]:
     from torchx.schedulers.kubernetes_scheduler import create_scheduler, sanitize_for_serialization
 
     launch = config.launch
-    options = {"queue": launch.queue, "priority_class": launch.priority_class}
+    options = {"queue": launch.queue or DEFAULT_QUEUE, "priority_class": launch.priority_class}
     request = create_scheduler("esvit").submit_dryrun(training_app(run_uri, config), options).request
     return {"resource": sanitize_for_serialization(request.resource)}

@@ -1,0 +1,64 @@
+"""What pods ask for where the configuration says auto."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esvit_core.config import Config
+from esvit_core.config.cluster import PodConfig
+from esvit_core.config.kubernetes import AUTO, quantity_bytes, quantity_cores
+from esvit_core.planning.count import count_demand
+from esvit_core.planning.sizes import Size, definite, sized
+
+NEEDED = Size(0.5, 4, 2**30, 2**31)
+
+
+@pytest.mark.parametrize(
+    ("given", "cpu", "memory"),
+    [
+        ({}, ("500m", "4"), ("1Gi", "2Gi")),
+        ({"cpu": "8", "memory": "6Gi"}, ("8", "8"), ("6Gi", "6Gi")),
+        ({"cpu": "200m", "memory_limit": "3G"}, ("200m", "4"), ("1Gi", "3G")),
+        ({"cpu_limit": None, "memory_limit": "512Mi"}, ("500m", None), ("512Mi", "512Mi")),
+        ({"cpu_limit": "250m"}, ("250m", "250m"), ("1Gi", "2Gi")),
+    ],
+)
+def test_what_is_said_holds_and_auto_fits_to_it(
+    given: dict[str, str], cpu: tuple[str, str], memory: tuple[str, str]
+) -> None:
+    pod = definite(PodConfig(**given), lambda: NEEDED)
+    assert ((pod.cpu, pod.cpu_limit), (pod.memory, pod.memory_limit)) == (cpu, memory)
+
+
+def test_the_recipe_is_not_asked_where_everything_is_said() -> None:
+    pod = PodConfig(cpu="1", cpu_limit="2", memory="1Gi", memory_limit="2Gi")
+    assert definite(pod, lambda: pytest.fail("asked")) is pod
+
+
+@pytest.mark.parametrize("role", ["prepare", "train", "evaluate", "publish"])
+def test_the_demo_fits_on_four_cores(role: str) -> None:
+    """Of which Kubernetes and Kubeflow take most."""
+    pod = sized(Config.load("demo"), role)  # type: ignore[arg-type]
+    assert AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit)
+    assert quantity_cores(pod.cpu) <= 0.5 and quantity_bytes(pod.memory) <= 4 * 2**30
+    assert quantity_bytes(pod.memory_limit) >= quantity_bytes(pod.memory)
+
+
+def test_the_memory_holds_what_the_steps_of_all_processes_are_counted_to_take() -> None:
+    config = Config.load("demo", ["training.processes=2", "training.batch_size=1024"])
+    counted = 2 * count_demand(config, torch.float32, "cpu").bytes(512)
+    assert counted < quantity_bytes(sized(config, "train").memory) < 2 * counted + 4 * 2**30
+
+
+def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:
+    def memory(*settings: str) -> int:
+        return quantity_bytes(sized(Config.load("demo", settings), "train").memory)
+
+    assert memory("training.batch_size=512") > memory()
+    assert memory("training.batch_size=512", "training.max_images_per_process=32") < memory("training.batch_size=512")
+    several = ["launch.scheduler=volcano", "launch.nodes=4"]
+    assert memory("training.batch_size=512", *several) < memory("training.batch_size=512")
+    gpus = [sized(Config.load("demo", [f"cluster.train.accelerators={n}"]), "train") for n in (1, 8)]
+    assert quantity_bytes(gpus[0].memory) < quantity_bytes(gpus[1].memory)
+    assert quantity_cores(gpus[0].cpu) < quantity_cores(gpus[1].cpu)
