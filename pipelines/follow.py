@@ -60,7 +60,8 @@ class Outcome:
             error = self.run.error.message if self.run.error else ""
             return self.workflow.message or error or "the server gives no reason"
         if self.log and self.log.error:
-            return f"step {self.failed.title}: {self.log.error.removeprefix('error: ')}"
+            why = self.log.error.removeprefix("error: ")
+            return why if why.startswith(f"{self.failed.title}: ") else f"step {self.failed.title}: {why}"
         code = self.log.exit_code if self.log else None
         # Of the launcher, which ends with 1 whatever the step ends with, comes the message.
         return f"step {self.failed.title}: {self.failed.message if code is None else f'exit code {code}'}"
@@ -152,8 +153,10 @@ class _Seen:
         changed = before is None or (step.state, step.attempts) != (before.state, before.attempts)
         if step.state == "waiting":
             return self._waiting(step, workflow)
+        if step.state == "ended an attempt" and changed:
+            return f"attempt {step.attempts} ended: {step.message or 'no reason was given'}"
         if step.state in _SETTLED and changed:
-            return self._settled(step, ask)
+            return self._settled(step, workflow, ask)
         if step.state == "running" and changed:
             return "running" if step.attempts < 2 else f"running again, attempt {step.attempts}"
         return ""
@@ -169,25 +172,25 @@ class _Seen:
         self._reasons[step.name] = reason
         return f"waiting: {reason}"
 
-    def _settled(self, step: Step, ask: Callable[..., Any]) -> str:
+    def _settled(self, step: Step, workflow: Workflow, ask: Callable[..., Any]) -> str:
         took = f" after {format_duration(step.seconds)}" if step.seconds is not None else ""
         if step.state == "succeeded":
-            log = self._log(step, ask)
+            log = self._log(step, workflow, ask)
             figures = figures_line(log.figures) if log else ""
             return f"succeeded{took}" + (f": {figures}" if figures else "")
         if step.state == "failed":
             return f"failed{took}" + (f": {step.message}" if step.message else "")
         return step.state + (took if step.state == "stopped" else "")
 
-    def _log(self, step: Step, ask: Callable[..., Any]) -> StepLog | None:
+    def _log(self, step: Step, workflow: Workflow, ask: Callable[..., Any]) -> StepLog | None:
         if step.pod and step.pod not in self._logs:
-            self._logs[step.pod] = ask(lambda: read_log(self._connection, self._run_id, step.pod or ""))
+            self._logs[step.pod] = ask(lambda: read_log(self._connection, self._run_id, workflow.namespace, step))
         return self._logs.get(step.pod or "")
 
     def outcome(self, run: Any, workflow: Workflow, ask: Callable[..., Any]) -> Outcome:
         """The end, printed: the verdict and the link, or the last lines of the step that failed."""
         failed = workflow.failed()
-        log = self._log(failed, ask) if failed else None
+        log = self._log(failed, workflow, ask) if failed else None
         outcome = Outcome(run, workflow, failed, log)
         print_end(self._connection, outcome, [found for found in self._logs.values() if found])
         return outcome

@@ -122,8 +122,9 @@ def logs(
         found = find_run(server, run)
         printed = 0
         while True:
-            chosen = choose_step(found, workflow_of(server, found), step)
-            log = read_log(server, found.run_id, chosen.pod) if chosen.pod else None
+            workflow = workflow_of(server, found)
+            chosen = choose_step(found, workflow, step)
+            log = read_log(server, found.run_id, workflow.namespace, chosen)
             lines = log.lines if log else []
             print(*lines[printed:], sep="\n", end="\n" if lines[printed:] else "", flush=True)
             printed = max(printed, len(lines))

@@ -30,7 +30,7 @@ _LONGEST_POD_NAME = 253
 _HASH_LENGTH = 10
 _PHASES = {"Pending": "waiting", "Running": "running", "Succeeded": "succeeded", "Skipped": "skipped"}
 _FAILED = ("Failed", "Error")
-UNFINISHED = ("preparing", "waiting", "running")
+UNFINISHED = ("preparing", "waiting", "running", "ended an attempt")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
         name: of the task in the pipeline, below the names of the sub-pipelines that hold it.
         title: for people.
         state: ``not begun``, ``preparing`` (KFP's driver looks for its inputs), ``waiting`` (for a node, an image, a
-            volume), ``running``, ``succeeded``, ``cached``, ``skipped``, ``failed``, or ``stopped``.
+            volume), ``running``, ``ended an attempt`` (another follows, or the step fails), ``succeeded``, ``cached``, ``skipped``, ``failed``, or ``stopped``.
         began, ended: None: not yet.
         pod: of the newest attempt; None: there is none, or the server does not say.
         message: why it waits, or how the newest attempt ended, in Argo's words.
@@ -241,8 +241,10 @@ def _state(phase: str, pods: list[Any], drivers: list[Any], whole: Mapping[str, 
         return "not begun"
     if phase == "Succeeded":
         return "succeeded" if pods or not _is_step(whole) else "cached"
-    if pods and pods[-1].get("phase") in ("Pending", *_FAILED):
-        return "waiting"  # an attempt that failed is followed by another, or the step would have failed
+    if pods and pods[-1].get("phase") in _FAILED:
+        return "ended an attempt"
+    if pods and pods[-1].get("phase") == "Pending":
+        return "waiting"
     return _PHASES.get(phase, "waiting")
 
 

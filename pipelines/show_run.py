@@ -25,7 +25,7 @@ def show_run(connection: Connection, run: Any, as_json: bool) -> Outcome:
     logs = {
         step.name: log
         for step in workflow.steps
-        if step.state in _WITH_LOG and step.pod and (log := read_log(connection, run.run_id, step.pod))
+        if step.state in _WITH_LOG and (log := read_log(connection, run.run_id, workflow.namespace, step))
     }
     failed = workflow.failed()
     outcome = Outcome(run, workflow, failed, logs.get(failed.name) if failed else None)

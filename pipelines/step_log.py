@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE
 from esvit_pipelines.kubeflow import Connection
+from esvit_pipelines.run_steps import Step
 
 _OUTPUT = re.compile(r"^I\d{4} .*\] ExecutorOutput: ")
 _EXIT = re.compile(r"^[EF]\d{4} .*exit status (\d+)$")
@@ -51,8 +52,14 @@ class StepLog:
         return (_own(self.lines) or list(self.lines))[-number:]
 
 
-def read_log(connection: Connection, run_id: str, pod: str) -> StepLog | None:
-    """Read the log of a pod through KFP's API, which looks in the archive of logs when the pod is gone.
+def read_log(connection: Connection, run_id: str, namespace: str, step: Step) -> StepLog | None:
+    """Read the log of the newest pod of a step.
+
+    KFP's API has it, and looks in the archive of logs when the pod is gone. Where the address is that of the user
+    interface, as behind Kubeflow's gateway, which does not pass that request on, the user interface has it.
+
+    Args:
+        namespace: of the pod; empty: unknown.
 
     Returns:
         None: there is none.
@@ -62,12 +69,19 @@ def read_log(connection: Connection, run_id: str, pod: str) -> StepLog | None:
     """
     import kfp_server_api
 
-    path = f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(pod)}/log"
-    try:
-        text = connection.ask("GET", path).decode(errors="replace")
-    except kfp_server_api.ApiException:
+    if step.pod is None:
         return None
-    return parse_log(text)
+    paths = [f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(step.pod)}/log"]
+    if namespace:
+        created = f"{step.began:%Y-%m-%d}" if step.began else ""
+        asked = {"podname": step.pod, "runid": run_id, "podnamespace": namespace, "createdat": created}
+        paths.append(f"/k8s/pod/logs?{urlencode(asked)}")
+    for path in paths:
+        try:
+            return parse_log(connection.ask("GET", path).decode(errors="replace"))
+        except kfp_server_api.ApiException:
+            continue
+    return None
 
 
 def parse_log(text: str) -> StepLog | None:

@@ -69,7 +69,9 @@ class KfpServer:
         accounts: service accounts that may be asked for besides the default; None: all.
         forgetful: the account of a schedule that is pinned to a version is lost, as in KFP 2.16.1.
         closed: nobody may register pipelines.
+        gateway: the user interface answers, which passes on v1beta1 and v2beta1 only and reads logs itself.
         requests: method and path of each.
+        queries: of each.
         authorization: the header of each request.
     """
 
@@ -92,8 +94,9 @@ class KfpServer:
         self.logs: dict[str, str] = {}
         self.lost = self.down = 0
         self.accounts: set[str] | None = None
-        self.forgetful = self.closed = False
+        self.forgetful = self.closed = self.gateway = False
         self.release = "unknown"  # as servers say that were built without their version
+        self.queries: list[dict[str, str]] = []
         self.requests: list[str] = []
         self.authorization: list[str | None] = []
 
@@ -104,6 +107,7 @@ class KfpServer:
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes, header: str | None) -> Any:
         """What the server says: a KFP type, or a dictionary."""
         self.requests.append(f"{method} {path}")
+        self.queries.append(query)
         self.authorization.append(header)
         if self.token is not None and header != f"Bearer {self.token}":
             raise RefusalError(401, "Unauthenticated: the token is missing or has expired")
@@ -137,7 +141,11 @@ class KfpServer:
 
     def _special(self, method: str, path: str, query: dict[str, str], body: bytes) -> Any:
         """What has an address of its own; None: the path is not one of these."""
+        if self.gateway and path == "/k8s/pod/logs" and query["podname"] in self.logs:
+            return self.logs[query["podname"]]
         if match := re.fullmatch(r"/apis/v1alpha1/runs/[\w-]+/nodes/([\w-]+)/log", path):
+            if self.gateway:
+                raise RefusalError(404, f"Cannot GET {path}")
             missing = json.dumps({"error_message": f'pods "{match[1]}" not found', "error_details": "..."})
             return self.logs.get(match[1], missing)
         if match := re.fullmatch(r"/apis/v1beta1/runs/([\w-]+)", path):

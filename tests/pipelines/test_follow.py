@@ -96,7 +96,7 @@ def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, cal
     assert without_times(lines[2:-2]) == [
         "prepare data  cached",
         "k-NN          running",
-        "k-NN          waiting: pod deleted",
+        "k-NN          attempt 1 ended: pod deleted",
         "k-NN          running again, attempt 2",
         "k-NN          succeeded after 1:07",
     ]
@@ -114,7 +114,7 @@ def test_a_failed_run_ends_with_the_last_lines_of_its_step(server: KfpServer, ca
         "error: k-NN: --data s3://b/p: no pictures; name a prefix that has some",
         "Error: exit status 1",
     ]
-    assert lines[-3] == "failed: step k-NN: k-NN: --data s3://b/p: no pictures; name a prefix that has some"
+    assert lines[-3] == "failed: k-NN: --data s3://b/p: no pictures; name a prefix that has some"
     assert f"runs logs {only(server.kept['runs']).run_id} knn" in lines[-2]
 
 
@@ -314,6 +314,13 @@ def test_the_log_of_a_step(server: KfpServer, call: Call, run: Any) -> None:
     told(call("runs", "logs", "mine", "knm"), "step knm", "did you mean 'knn'")
     del server.logs[pod("knn")]
     told(call("runs", "logs", "mine"), "step k-NN (running) has no log")
+
+
+def test_behind_the_gateway_the_user_interface_has_the_log(server: KfpServer, call: Call, run: Any) -> None:
+    server.gateway = True
+    assert call("runs", "logs", "mine") == (0, "measuring\n", "")
+    asked = server.queries[-1]
+    assert (asked["podname"], asked["podnamespace"], asked["createdat"]) == (pod("knn"), "kubeflow", "2026-11-28")
 
 
 def test_a_log_is_followed_until_the_step_ends(
