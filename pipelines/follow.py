@@ -12,7 +12,7 @@ from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import format_duration
 from esvit_pipelines.cluster_runs import ENDED, GOOD, again, get_run, state
 from esvit_pipelines.kubeflow import Connection, refusal
-from esvit_pipelines.pod_reason import pod_reason
+from esvit_pipelines.pod_api import pod_reason
 from esvit_pipelines.run_steps import Step, Workflow, workflow_of
 from esvit_pipelines.step_log import StepLog, figures_line, read_log, users_mistake
 
@@ -158,7 +158,8 @@ class _Seen:
         if step.state in _SETTLED and changed:
             return self._settled(step, workflow, ask)
         if step.state == "running" and changed:
-            return "running" if step.attempts < 2 else f"running again, attempt {step.attempts}"
+            again = f" again, attempt {step.attempts}" if step.attempts > 1 else ""
+            return f"running{again}" + (f"; the one before ended: {step.before}" if step.before else "")
         return ""
 
     def _waiting(self, step: Step, workflow: Workflow) -> str:

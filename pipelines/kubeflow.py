@@ -82,7 +82,7 @@ class Connection:
         """The lower half of KFP's client, for what the upper half does not offer; it closes when its block ends."""
         return _client(self.host, _token(self.server), self.server)
 
-    def ask(self, method: str, path: str, body: Any = None) -> bytes:
+    def ask(self, method: str, path: str, body: Any = None, base: str | None = None) -> bytes:
         """Send one request past KFP's client, and do not repeat it.
 
         The token is read from its file each time: those that Kubernetes issues are renewed there within the hour.
@@ -91,6 +91,7 @@ class Connection:
             method: ``GET`` or ``POST``.
             path: below the host, such as ``/apis/v1beta1/runs/<id>``.
             body: sent as JSON.
+            base: another address than the host; the token goes there, too.
 
         Returns:
             The body of the answer.
@@ -101,7 +102,7 @@ class Connection:
         """
         with self.api() as asking:
             headers = _headers(asking, "application/json, text/plain")
-            url = self.host + path
+            url = (base or self.host) + path
             answer = asking.request(method, url, headers=headers, body=body, _request_timeout=_SECONDS)
         return answer.data if isinstance(answer.data, bytes) else str(answer.data).encode()
 

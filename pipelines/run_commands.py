@@ -111,6 +111,7 @@ def logs(
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
+    ui: UiOption = None,
 ) -> None:
     """Print the log of a step of a run, as its newest pod wrote it."""
     from esvit_pipelines.cluster_runs import find_run, get_run
@@ -118,7 +119,7 @@ def logs(
     from esvit_pipelines.show_run import choose_step
     from esvit_pipelines.step_log import read_log
 
-    with server_at(host, namespace, token_file, ca_file, None) as server:
+    with server_at(host, namespace, token_file, ca_file, ui) as server:
         found = find_run(server, run)
         printed = 0
         while True:
@@ -136,7 +137,7 @@ def logs(
         if not printed:
             raise UserError(
                 f"run {found.display_name}: step {chosen.title} ({chosen.state}) has no log"
-                + ("; its pod is gone, and the server keeps no archive of it" if chosen.pod else "")
+                + ("" if chosen.pod is None else f"; {_without_log(chosen.state in UNFINISHED)}")
             )
 
 
@@ -178,6 +179,14 @@ def retry(
         print(f"trying {found.display_name} again\n{server.link('runs', found.run_id)}", flush=True)
         if wait and not followed(server, found.run_id).good:
             raise typer.Exit(1)
+
+
+def _without_log(under_way: bool) -> str:
+    if under_way:
+        return (
+            "the server keeps logs of pods that have ended only; name the user interface with --ui, or set KUBECONFIG"
+        )
+    return "its pod is gone, and the server keeps no archive of it"
 
 
 def followed(server: Connection, run_id: str) -> Outcome:

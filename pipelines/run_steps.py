@@ -46,6 +46,7 @@ class Step:
         pod: of the newest attempt; None: there is none, or the server does not say.
         message: why it waits, or how the newest attempt ended, in Argo's words.
         attempts: pods that were started for it.
+        before: how the attempt before the newest ended, in Argo's words.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Step:
     pod: str | None = None
     message: str = ""
     attempts: int = 0
+    before: str = ""
 
     @property
     def seconds(self) -> float | None:
@@ -214,7 +216,7 @@ def _step(place: str, nodes: list[Any], manifest: Mapping[str, Any], titles: Map
     whole = wholes[0] if wholes else None
     newest = pods[-1] if pods else (drivers[-1] if drivers else None)
     phase = str((whole or {}).get("phase") or "")
-    messages = [str(node.get("message") or "").removeprefix("main: ") for node in (newest, whole) if node]
+    messages = [_words(node) for node in (newest, whole) if node]
     times = [began for node in nodes if (began := _time(node.get("startedAt")))]
     ended = _time((whole or newest or {}).get("finishedAt"))
     state = _state(phase, pods, drivers, whole)
@@ -229,7 +231,12 @@ def _step(place: str, nodes: list[Any], manifest: Mapping[str, Any], titles: Map
         pod_name(manifest, newest) if newest is not None else None,
         next((message for message in messages if message), ""),
         len(pods),
+        _words(pods[-2]) if len(pods) > 1 else "",
     )
+
+
+def _words(node: Mapping[str, Any]) -> str:
+    return str(node.get("message") or "").removeprefix("main: ")
 
 
 def _state(phase: str, pods: list[Any], drivers: list[Any], whole: Mapping[str, Any] | None) -> str:

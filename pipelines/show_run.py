@@ -11,7 +11,7 @@ from esvit_core.monitoring.progress import format_duration
 from esvit_pipelines.cluster_runs import ENDED, duration, state, table_width
 from esvit_pipelines.follow import Outcome, print_end
 from esvit_pipelines.kubeflow import Connection
-from esvit_pipelines.pod_reason import pod_reason
+from esvit_pipelines.pod_api import pod_reason
 from esvit_pipelines.run_steps import Step, Workflow, workflow_of
 from esvit_pipelines.step_log import StepLog, figures_line, read_log
 

@@ -15,6 +15,7 @@ from urllib.parse import quote, urlencode
 
 from esvit_core.errors import USER_ERROR_EXIT_CODE
 from esvit_pipelines.kubeflow import Connection
+from esvit_pipelines.pod_api import pod_log
 from esvit_pipelines.run_steps import Step
 
 _OUTPUT = re.compile(r"^I\d{4} .*\] ExecutorOutput: ")
@@ -55,14 +56,15 @@ class StepLog:
 def read_log(connection: Connection, run_id: str, namespace: str, step: Step) -> StepLog | None:
     """Read the log of the newest pod of a step.
 
-    KFP's API has it, and looks in the archive of logs when the pod is gone. Where the address is that of the user
-    interface, as behind Kubeflow's gateway, which does not pass that request on, the user interface has it.
+    Asked for it are, in this order: KFP's API, which has the logs that are in the archive, and with a namespace for each
+    user those of pods that run, too; the user interface, which has both, and which alone answers behind Kubeflow's
+    gateway; and the Kubernetes API.
 
     Args:
         namespace: of the pod; empty: unknown.
 
     Returns:
-        None: there is none.
+        None: none of them has it.
 
     Raises:
         urllib3.exceptions.HTTPError: the server does not answer.
@@ -71,17 +73,20 @@ def read_log(connection: Connection, run_id: str, namespace: str, step: Step) ->
 
     if step.pod is None:
         return None
-    paths = [f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(step.pod)}/log"]
-    if namespace:
-        created = f"{step.began:%Y-%m-%d}" if step.began else ""
-        asked = {"podname": step.pod, "runid": run_id, "podnamespace": namespace, "createdat": created}
-        paths.append(f"/k8s/pod/logs?{urlencode(asked)}")
-    for path in paths:
+    created = f"{step.began:%Y-%m-%d}" if step.began else ""
+    asked = {"podname": step.pod, "runid": run_id, "podnamespace": namespace, "createdat": created}
+    interface = f"/k8s/pod/logs?{urlencode(asked)}"
+    places = [(connection.host, f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(step.pod)}/log")]
+    places += [(base, interface) for base in dict.fromkeys((connection.host, connection.ui)) if namespace]
+    for base, path in places:
         try:
-            return parse_log(connection.ask("GET", path).decode(errors="replace"))
+            found = parse_log(connection.ask("GET", path, base=base).decode(errors="replace"))
         except kfp_server_api.ApiException:
             continue
-    return None
+        if found is not None:
+            return found
+    text = pod_log(namespace, step.pod) if namespace else None
+    return None if text is None else parse_log(text)
 
 
 def parse_log(text: str) -> StepLog | None:

@@ -97,7 +97,7 @@ def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, cal
         "prepare data  cached",
         "k-NN          running",
         "k-NN          attempt 1 ended: pod deleted",
-        "k-NN          running again, attempt 2",
+        "k-NN          running again, attempt 2; the one before ended: pod deleted",
         "k-NN          succeeded after 1:07",
     ]
 
@@ -313,7 +313,7 @@ def test_the_log_of_a_step(server: KfpServer, call: Call, run: Any) -> None:
     assert call("runs", "logs", "mine", "prepare data")[1].startswith("preparing\n")
     told(call("runs", "logs", "mine", "knm"), "step knm", "did you mean 'knn'")
     del server.logs[pod("knn")]
-    told(call("runs", "logs", "mine"), "step k-NN (running) has no log")
+    told(call("runs", "logs", "mine"), "step k-NN (running) has no log", "--ui", "KUBECONFIG")
 
 
 def test_behind_the_gateway_the_user_interface_has_the_log(server: KfpServer, call: Call, run: Any) -> None:

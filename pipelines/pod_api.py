@@ -1,4 +1,4 @@
-"""Why a pod waits, asked of the Kubernetes API where that can be reached: a kubeconfig, or in the cluster.
+"""What the Kubernetes API says of a step's pod, where that API can be reached: a kubeconfig, or in the cluster.
 
 What Argo says of a waiting pod lacks the reasons that Kubernetes tells in events, such as a volume or a secret that is
 not there, and gates of a queue. Nothing here is needed, so that nothing here fails.
@@ -10,35 +10,41 @@ import contextlib
 import logging
 from typing import Any
 
-_SECONDS = (2, 5)  # to connect, to answer
+_SECONDS = (2, 10)  # to connect, to answer
 
 
 def pod_reason(namespace: str, pod: str) -> str:
     """Why the pod does not run yet, in the words of Kubernetes; empty: it runs, or nobody can say."""
     # The user's kubeconfig may name another cluster than KFP's, or one that is gone; both are no answer.
     with contextlib.suppress(Exception):
-        return _reason(namespace, pod)
+        return _reason(_api(), namespace, pod)
     return ""
 
 
-def _reason(namespace: str, pod: str) -> str:
+def pod_log(namespace: str, pod: str) -> str | None:
+    """The log of the container that runs the step; None: there is none, or it cannot be read."""
+    with contextlib.suppress(Exception):
+        answer = _api().read_namespaced_pod_log(
+            pod, namespace, container="main", _request_timeout=_SECONDS, _preload_content=False
+        )
+        return str(answer.data.decode(errors="replace"))
+    return None
+
+
+def _api() -> Any:
     from kubernetes import client, config
 
-    with contextlib.suppress(config.ConfigException):
+    try:
         config.load_incluster_config()
-        return _asked(client.CoreV1Api(), namespace, pod)
-    config.load_kube_config()
-    return _asked(client.CoreV1Api(_impatient(client)), namespace, pod)
-
-
-def _impatient(client: Any) -> Any:
+    except config.ConfigException:
+        config.load_kube_config()
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every try
     settings = client.Configuration.get_default_copy()
     settings.retries = False
-    return client.ApiClient(settings)
+    return client.CoreV1Api(client.ApiClient(settings))
 
 
-def _asked(api: Any, namespace: str, pod: str) -> str:
+def _reason(api: Any, namespace: str, pod: str) -> str:
     found = api.read_namespaced_pod(pod, namespace, _request_timeout=_SECONDS)
     statuses = [*(found.status.init_container_statuses or ()), *(found.status.container_statuses or ())]
     for status in statuses:
