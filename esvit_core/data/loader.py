@@ -9,12 +9,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from esvit_core.config import Config
 from esvit_core.data.augment import MultiCrop, sample_rng
-from esvit_core.data.order import epoch_order, rank_batches
-from esvit_core.errors import EsvitError
+from esvit_core.data.order import epoch_order, rank_batches, rank_share
+from esvit_core.data.workers import Crops, WorkerBatches, shared_memory_line
 
 
 class Pictures(Protocol):
@@ -26,7 +26,7 @@ class Pictures(Protocol):
     def image(self, index: int) -> np.ndarray: ...
 
 
-_Loaded = list[torch.Tensor] | EsvitError
+_Key = tuple[int, np.ndarray]  # the epoch, and the numbers of a batch's samples
 
 
 @dataclass
@@ -71,8 +71,8 @@ class TrainLoader:
         self._batch_size, self._workers = config.training.batch_size, config.training.workers
         self._seed, self._rank, self._world = seed, rank, world
         self._batches = _Batches(dataset, MultiCrop(config.augment), seed)
-        self._plan = _Plan()
-        self._loader: DataLoader[_Loaded] | None = None
+        self._patience = 60 * config.training.store_grace_minutes
+        self._in_workers: WorkerBatches | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,63 +87,52 @@ class TrainLoader:
         """
         order = epoch_order(self._seed, epoch, self.dataset.shard_sizes)
         batches = rank_batches(order, self._batch_size, self._rank, self._world)[start_step:]
-        loaded = self._in_workers(epoch, batches) if self._workers else self._here(epoch, batches)
+        keys = [(epoch, indices) for indices in batches]
+        loaded = self._from_workers(keys) if self._workers else self._here(keys)
         for indices in batches:
             start = time.perf_counter()
             crops = next(loaded)
-            if isinstance(crops, EsvitError):
-                raise crops
             yield Batch(crops, indices, time.perf_counter() - start)
 
-    def _here(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[_Loaded]:
+    def check_shared_memory(self, processes: int) -> str:
+        """Compare the shared memory that the workers need with what there is, in one line; "" without workers.
+
+        Args:
+            processes: training processes of this machine.
+
+        Raises:
+            UserError: there is too little.
+        """
+        if not self._workers:
+            return ""
+        share = rank_share(self._batch_size, self._rank, self._world)
+        batch_bytes = (share.stop - share.start) * self._batches.bytes_per_sample
+        return shared_memory_line(self._workers, batch_bytes, processes)
+
+    def _here(self, keys: Sequence[_Key]) -> Iterator[Crops]:
         # No thread: on a CPU it would take its time from the network's, and both would wait for the interpreter.
-        return (self._batches[epoch, indices] for indices in batches)
+        return (self._batches[key] for key in keys)
 
-    def _in_workers(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[_Loaded]:
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._batches,
-                sampler=self._plan,
-                batch_size=None,  # an item is a whole batch already
-                num_workers=self._workers,
-                persistent_workers=True,
-                pin_memory=torch.cuda.is_available(),
-            )
-        self._plan.keys = [(epoch, indices) for indices in batches]
-        return iter(self._loader)
+    def _from_workers(self, keys: Sequence[_Key]) -> Iterator[Crops]:
+        if self._in_workers is None:
+            self._in_workers = WorkerBatches(self._batches, self._workers, self._patience)
+        return self._in_workers.load(keys)
 
 
-class _Batches(Dataset[_Loaded]):
-    """Batches of crops, by epoch and numbers of the samples.
-
-    An error that a person can act on is an item, not raised: a worker process would wrap it in a traceback.
-    """
+class _Batches(Dataset[Crops]):
+    """Batches of crops, by epoch and numbers of the samples."""
 
     def __init__(self, dataset: Pictures, multicrop: MultiCrop, seed: int) -> None:
         self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> _Loaded:
-        try:
-            return self._load(*key)
-        except EsvitError as error:
-            return error
+    @property
+    def bytes_per_sample(self) -> int:
+        return sum(3 * size**2 * torch.float32.itemsize for size in self._multicrop.sizes)
 
-    def _load(self, epoch: int, indices: np.ndarray) -> list[torch.Tensor]:
+    def __getitem__(self, key: _Key) -> Crops:
+        epoch, indices = key
         crops = [torch.empty(len(indices), 3, size, size) for size in self._multicrop.sizes]
         for row, index in enumerate(indices.tolist()):
             rng = sample_rng(self._seed, epoch, index)
             self._multicrop.write(self._dataset.image(index), rng, [crop[row] for crop in crops])
         return crops
-
-
-class _Plan(Sampler[tuple[int, np.ndarray]]):
-    """The batches of the present epoch; the worker processes outlive it."""
-
-    def __init__(self) -> None:
-        self.keys: list[tuple[int, np.ndarray]] = []
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return iter(self.keys)

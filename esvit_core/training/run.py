@@ -51,6 +51,8 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
     world = join_world(patience)
     launch = world.from_first(placed(run.store, run.uri, run.config).launch if world.first else None)
     parts = build_parts(run, world)
+    if (line := parts.loader.check_shared_memory(round(world.node_share * world.size))) and world.first:
+        print(f"train: {line}", flush=True)
     if launch.recompute:
         recompute_blocks_(parts.student, run.config.model.arch)
     metrics = _metrics(run, parts) if world.first_of_node else None
