@@ -168,7 +168,7 @@ def submit(
     with (
         sent(pipeline, asked, data, parameter) as (ready, values),
         server_at(host, namespace, token_file, ca_file, ui) as server,
-        suited(server, pipeline, ready, asked.pipeline) as package,
+        suited(server, pipeline, ready, asked) as package,
     ):
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
         account = account_of(service_account, asked.config)

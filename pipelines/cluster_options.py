@@ -123,12 +123,12 @@ def sent(
     """The pipeline and its arguments, looked at before a server is asked.
 
     What the options say about the run goes into its parameters, and only where it computes into the pipeline: runs with
-    other recipes and transfer sets refer to the same version.
+    other recipes and transfer sets refer to the same version, as long as their pods have the same sizes.
     """
     from esvit_pipelines.submit import arguments, package
 
-    with package(pipeline, asked.pipeline) as ready:
-        compiled = pipeline.endswith((".yaml", ".yml"))
+    compiled = pipeline.endswith((".yaml", ".yml"))
+    with package(pipeline, asked.config if compiled else asked.pipeline) as ready:
         said = asked.parameters if asked.given or not compiled else {}
         given = [f"{name}={text}" for name, text in said.items() if name in ready.parameters]
         given += [*([] if data is None else [f"data={data}"]), *(parameter or [])]
@@ -138,22 +138,23 @@ def sent(
 
 
 @contextmanager
-def suited(server: Connection, pipeline: str, ready: Package, config: Config) -> Iterator[Package]:
+def suited(server: Connection, pipeline: str, ready: Package, asked: Asked) -> Iterator[Package]:
     """The package that was made, or for a server that needs it another one.
 
     Args:
         pipeline: its name, or the file that it was read from.
-        ready: compiled from ``config``, or read.
+        ready: compiled from what is asked, or read.
     """
     from esvit_pipelines.submit import package
 
-    if server.restarts_lost_pods or not config.cluster.retry_lost_pods or pipeline.endswith((".yaml", ".yml")):
+    if server.restarts_lost_pods or not asked.config.cluster.retry_lost_pods or pipeline.endswith((".yaml", ".yml")):
         yield ready
         return
     print(
         f"note: the retries of Kubeflow Pipelines {server.release} repeat mistakes and not lost pods: the pipeline is "
         "compiled without them (cluster.retry_lost_pods=false); `esvit submit --wait --resubmit N` stands in for them"
     )
+    config = asked.pipeline
     cluster = config.cluster.model_copy(update={"retry_lost_pods": False})
     with package(pipeline, config.model_copy(update={"cluster": cluster})) as made:
         yield made

@@ -7,10 +7,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from esvit_core.config import Config
+from esvit_core.config.kubernetes import AUTO
 from esvit_core.config.parameters import PLACE, Parameters, join_items, parameters_of, with_transfer
+from esvit_core.errors import UserError
 
 DEFAULT_RECIPE = "demo"
 DEFAULT_OUT = Path("esvit-runs")
@@ -59,6 +62,7 @@ class Asked:
 
     Args:
         config: as far as it is known here.
+        whole: all of it is known here.
         parameters: of the pipeline, by name; its first step makes the configuration of them.
         given: the command line says something about them; otherwise they are the defaults.
     """
@@ -66,11 +70,24 @@ class Asked:
     config: Config
     parameters: dict[str, str]
     given: bool
+    whole: bool = True
 
-    @property
+    @cached_property
     def pipeline(self) -> Config:
-        """What the pipeline is compiled with: where it computes, and nothing of what."""
-        place = {section: getattr(self.config, section) for section in PLACE}
+        """What the pipeline is compiled with: where it computes, and nothing of what, except the sizes of its pods.
+
+        Raises:
+            UserError: these cannot follow from the recipe.
+        """
+        from esvit_core.planning.sizes import with_sizes
+
+        if not self.whole and self.config.cluster.train.memory == AUTO:
+            raise UserError(
+                f"recipe {self.parameters['recipe']}: it is read in the cluster, so that the size of the training's pods "
+                "cannot follow from it; say it, such as --set cluster.train.memory=16Gi"
+            )
+        sizes = with_sizes(self.config)
+        place = {section: getattr(sizes, section) for section in PLACE}
         return Config.load(DEFAULT_RECIPE).model_copy(update=place)
 
 
@@ -91,7 +108,7 @@ def ask(settings: Settings) -> Asked:
     said = [item for item in changes if sections[item] != "cluster"]
     told = Parameters(settings.recipe, join_items(said), join_items(settings.transfer))
     known = Config.load("{}", [item for item in changes if sections[item] in PLACE])
-    return Asked(known, asdict(told), given)
+    return Asked(known, asdict(told), given, whole=False)
 
 
 def _changes(settings: Settings) -> list[str]:

@@ -28,8 +28,7 @@ CHANGES = [
     "augment.policy=deit",
     "augment.local_crops=[{size: 16, number: 2}, {size: 12, number: 1}]",
     "evaluation.knn_k=[1, 5]",
-    "launch.env={NCCL_DEBUG: INFO}",
-    "launch.nodes=4",
+    "launch={scheduler: volcano, nodes: 4, env: {NCCL_DEBUG: INFO}}",
     "cluster.train.cpu_limit=null",
     "bucket=other",
     "training.checkpoint_minutes=0.5",
@@ -102,6 +101,10 @@ def test_where_a_compiled_pipeline_runs_is_held_fast_and_a_recipe_s_own_launch_c
     assert cluster_text(Config()) == "{}"
     with pytest.raises(UserError, match=r"settings cluster\.train\.cpu=8: .*fixed when the pipeline was compiled"):
         resolve("demo", "cluster.train.cpu=8", "", cluster_text(config))
+    with pytest.raises(UserError, match=r"launch\.scheduler local: the pipeline was compiled for volcano"):
+        resolve("demo", "launch={}", "", cluster_text(config))
+    with pytest.raises(UserError, match=r"launch\.scheduler trainjob: the pipeline was compiled for local"):
+        resolve("demo", "launch.scheduler=trainjob", "", cluster_text(Config()))
 
 
 def test_a_recipe_is_a_name_an_address_yaml_or_a_file(tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
 from esvit_core.config import Config
 from esvit_core.config.cluster import PodConfig
 from esvit_core.config.kubernetes import AUTO, quantity_bytes, quantity_cores
+from esvit_core.errors import UserError
 from esvit_core.planning.count import count_demand
 from esvit_core.planning.sizes import Size, definite, sized
+from esvit_pipelines.settings import Settings, ask
 
 NEEDED = Size(0.5, 4, 2**30, 2**31)
 
@@ -62,3 +68,20 @@ def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:
     gpus = [sized(Config.load("demo", [f"cluster.train.accelerators={n}"]), "train") for n in (1, 8)]
     assert quantity_bytes(gpus[0].memory) < quantity_bytes(gpus[1].memory)
     assert quantity_cores(gpus[0].cpu) < quantity_cores(gpus[1].cpu)
+
+
+def test_a_pipeline_is_compiled_with_sizes_for_the_recipe_that_is_asked_for() -> None:
+    """What else it is compiled with is the same for every recipe."""
+    ask_for = partial(Settings, "", transfer=(), out=Path("out"), bucket=None)
+    small = ask(ask_for("demo", ())).pipeline
+    large = ask(ask_for("demo", ("training.batch_size=1024",))).pipeline
+    assert large.training == small.training
+    assert quantity_bytes(large.cluster.train.memory) > quantity_bytes(small.cluster.train.memory)
+
+
+def test_sizes_that_cannot_follow_from_a_recipe_are_asked_for() -> None:
+    there = Settings("", "s3://b/own.yaml", (), (), Path("out"), None)
+    with pytest.raises(UserError, match=r"recipe s3://b/own.yaml: .*cluster.train.memory=16Gi"):
+        _ = ask(there).pipeline
+    said = ask(replace(there, overrides=("cluster.train.memory=16Gi",)))
+    assert said.pipeline.cluster.train.memory == "16Gi"

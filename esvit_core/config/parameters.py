@@ -52,7 +52,8 @@ def resolve(
         read: returns what is at an ``s3://`` address.
 
     Raises:
-        UserError: one of them is wrong; or ``settings`` would change the section ``cluster`` of a compiled pipeline.
+        UserError: one of them is wrong; or they would change the section ``cluster`` or the scheduler of a compiled
+            pipeline.
     """
     values = _merged(parse_yaml(cluster, "cluster"), read_recipe(recipe, read))
     known = list(valid_keys())
@@ -64,6 +65,12 @@ def resolve(
             )
         override(values, item, known, origin="settings")
     config = Config.from_mapping(values, origin="settings" if items else "recipe")
+    compiled_for = parse_yaml(cluster, "cluster").get("launch", {}).get("scheduler", "local")
+    if cluster and config.launch.scheduler != compiled_for:
+        raise UserError(
+            f"launch.scheduler {config.launch.scheduler}: the pipeline was compiled for {compiled_for}, and its pods have "
+            f"the sizes for that; compile it again with --set launch.scheduler={config.launch.scheduler}"
+        )
     return with_transfer(config, split_items(transfer, "transfer"), "transfer")
 
 

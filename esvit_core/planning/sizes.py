@@ -57,6 +57,16 @@ def sized(config: Config, role: Role) -> PodConfig:
     return definite(config.cluster.pod(role), lambda: _SIZES[role](config))
 
 
+def with_sizes(config: Config) -> Config:
+    """The configuration with the sizes of all its pods: what a pipeline is compiled with, which any recipe may run on.
+
+    Raises:
+        UserError: the recipe has no such network.
+    """
+    pods = {role: sized(config, role) for role in _SIZES}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=pods)})
+
+
 def definite(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
     """``pod`` with every `auto` from ``size``, which is asked only where there is one."""
     if AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit):

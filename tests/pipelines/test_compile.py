@@ -13,13 +13,15 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_core.config.parameters import resolve
+from esvit_core.planning.sizes import with_sizes
 from esvit_pipelines.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 from esvit_pipelines.steps import step_names
 
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
-CHANGES = ["promotion.max_loss=null", "launch.restarts=5"]
-CONFIG = Config.load("demo", [SETS, *CHANGES, "cluster.image=registry.example/esvit:1", "cluster.secret=keys"])
+CHANGES = ["promotion.max_loss=null", "launch.profile_steps=5"]
+PLACE = ["cluster.image=registry.example/esvit:1", "cluster.secret=keys"]
+CONFIG = with_sizes(Config.load("demo", [SETS, *CHANGES, *PLACE]))
 STEPS = {
     "prepare data",
     "prepare transfer sets",
@@ -107,7 +109,7 @@ def test_the_first_step_resolves_the_configuration_and_the_others_get_the_run_s_
 def test_another_recipe_with_the_same_place_makes_the_same_pipeline_but_for_the_defaults(
     compiled: Any, tmp_path: Path
 ) -> None:
-    other = Config.load("imagenet_swin_tiny_w7_view", ["training.epochs=3", "launch.restarts=5"])
+    other = Config.load("imagenet_swin_tiny_w7_view", ["training.epochs=3", "launch.profile_steps=5"])
     compile_pipeline("pretrain", other.model_copy(update={"cluster": CONFIG.cluster}), tmp_path / "other.yaml")
     pipeline, platform = yaml.safe_load_all((tmp_path / "other.yaml").read_text(encoding="utf-8"))
     pipeline["root"].pop("inputDefinitions")

@@ -79,7 +79,10 @@ def test_a_compiled_file_is_sent_with_the_recipe_that_is_named(
 
 
 def test_runs_with_other_recipes_and_transfer_sets_refer_to_one_version(server: KfpServer, call: Call) -> None:
-    for options in ([], ["--recipe", "imagenet_vil_2262"], ["--set", "seed=1", "--transfer", "d=s3://b/d"]):
+    sizes = [f"cluster.{role}.{what}" for role in ("train", "evaluate") for what in ("cpu=1", "memory=4Gi")]
+    same = [option for size in [*sizes, "cluster.train.cpu_limit=8"] for option in ("--set", size)]
+    for more in ([], ["--recipe", "imagenet_vil_2262"], ["--set", "seed=1", "--transfer", "d=s3://b/d"]):
+        options = [*same, *more]
         assert call("submit", "--data", "s3://b/p", *options)[0] == 0
     (version,) = server.kept["versions"].values()
     runs = server.kept["runs"].values()
