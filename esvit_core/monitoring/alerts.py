@@ -22,6 +22,9 @@ STARVED_SHARE = 0.25  # of a step, spent waiting for data
 CHECKPOINT_INTERVALS = 3
 RESTARTS = 3
 STORE_ERRORS = 10
+STORE_FREE_SHARE = 0.1  # of the volume, before the server takes no more writes
+STORE_KEPT_FREE_GIB = 5  # at which the server takes no more writes: -volume.minFreeSpace of the manifests
+STORE_DAYS_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ def alert_rules(durations: Durations | None = None) -> dict[str, Any]:
     """
     at = durations or Durations()
     return {
-        "groups": [{"name": "esvit", "rules": [_rule(alert) for alert in (*_pace(at), *_result(at), *_safety(at))]}]
+        "groups": [
+            {
+                "name": "esvit",
+                "rules": [_rule(alert) for alert in (*_pace(at), *_result(at), *_safety(at), *_store(at))],
+            }
+        ]
     }
 
 
@@ -178,6 +186,31 @@ def _safety(at: Durations) -> list[_Alert]:
             0,
             "warning",
             f"{{{{ $labels.run }}}}: {{{{ $value | humanize }}}} requests to the object store failed within {recent}",
+        ),
+    ]
+
+
+def _store(at: Durations) -> list[_Alert]:
+    """Room on the volume of the store in the cluster, as SeaweedFS tells it; no store, no alert."""
+    room = f'SeaweedFS_volumeServer_resource{{type="avail"}} - {STORE_KEPT_FREE_GIB} * 2^30'
+    size = 'ignoring (type) SeaweedFS_volumeServer_resource{type="all"}'
+    ahead = STORE_DAYS_AHEAD * 86400
+    past, hour = _text(at.past), 6 * at.recent
+    left = f'predict_linear(SeaweedFS_volumeServer_resource{{type="avail"}}[{past}], {ahead})'
+    return [
+        _Alert(
+            "EsvitStoreLowSpace",
+            f"({room}) / {size} < {STORE_FREE_SHARE:g}",
+            at.lasting,
+            "critical",
+            "the object store at {{ $labels.instance }} has {{ $value | humanizePercentage }} of its volume left",
+        ),
+        _Alert(
+            "EsvitStoreFillingUp",
+            f"{left} < {STORE_KEPT_FREE_GIB} * 2^30",
+            hour,
+            "warning",
+            f"the object store at {{{{ $labels.instance }}}} is full within {STORE_DAYS_AHEAD} days at the pace of {past}",
         ),
     ]
 

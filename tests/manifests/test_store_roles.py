@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import socket
 import ssl
 import subprocess
@@ -222,7 +223,9 @@ def test_what_the_steps_need_works_with_their_keys(server: Server, tmp_path: Pat
 def test_nothing_but_s3_opens_without_a_key(server: Server) -> None:
     assert _status(f"http://127.0.0.1:{server.port}/esvit/runs/a/config.yaml") == 403
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=5) as answer:
-        assert b"SeaweedFS" in answer.read()
+        text = answer.read().decode()
+    # What the alerts on the store's room look at.
+    assert {"all", "avail"} <= set(re.findall(r'^SeaweedFS_volumeServer_resource\{.*type="(\w+)"', text, re.MULTILINE))
 
 
 def test_the_grpc_door_asks_for_a_certificate(server: Server) -> None:
