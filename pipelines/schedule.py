@@ -96,6 +96,21 @@ def schedules(connection: Connection, experiment: str | None = None) -> list[Any
     return list(pages(page, "recurring_runs"))
 
 
+def of_name(connection: Connection, experiment: str, name: str, replace: bool) -> list[Any]:
+    """The schedules of that name in an experiment.
+
+    Args:
+        replace: they may be there.
+
+    Raises:
+        UserError: they may not.
+    """
+    there = [one for one in schedules(connection, experiment) if one.display_name == name]
+    if there and not replace:
+        raise UserError(f"schedule {name}: there is one of that name; --replace puts the new one in its place")
+    return there
+
+
 def create(
     connection: Connection,
     pipeline: Package,
@@ -105,8 +120,8 @@ def create(
     trigger: Mapping[str, Any],
     service_account: str | None,
     paused: bool,
-    replace: bool,
     version: Registered | None,
+    there: Sequence[Any] = (),
 ) -> Any:
     """Make a schedule: one run at a time, and none for the times that were missed.
 
@@ -116,18 +131,15 @@ def create(
         trigger: ``cron_expression`` or ``interval_second``.
         service_account: of the steps; None: the server's default.
         paused: it waits to be resumed.
-        replace: one of the same name gives way to it. KFP cannot change a schedule.
         version: that its runs refer to; None: the pipeline is kept with the schedule.
+        there: schedules that give way to it. KFP cannot change a schedule.
 
     Returns:
         The schedule, as the server describes it.
 
     Raises:
-        UserError: there is one of that name; or the server does not allow, or does not keep, the service account.
+        UserError: the server does not allow, or does not keep, the service account.
     """
-    there = [one for one in schedules(connection, experiment) if one.display_name == name]
-    if there and not replace:
-        raise UserError(f"schedule {name}: there is one of that name; --replace puts the new one in its place")
     with account_allowed(connection, service_account):
         made = connection.client.create_recurring_run(
             experiment_id=experiment,

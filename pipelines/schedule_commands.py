@@ -85,8 +85,9 @@ def schedule_create(
     ):
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
         account = account_of(service_account, asked.config)
+        there = work.of_name(server, folder, name, replace)
         version = version_of(server, package, inline)
-        made = work.create(server, package, values, name, folder, trigger, account, paused, replace, version)
+        made = work.create(server, package, values, name, folder, trigger, account, paused, version, there)
         print(f"scheduled {name}, {work.when(made)}{', paused' if paused else ''}")
         print(server.link("recurringrun", made.recurring_run_id))
 

@@ -47,8 +47,8 @@ def test_a_version_is_named_after_package_image_and_text(server: KfpServer, call
 
 def test_runs_of_the_same_pipeline_refer_to_one_version(server: KfpServer, call: Call) -> None:
     call("register", "evaluate")
-    for number in range(2):
-        _, out, _ = call("submit", "evaluate", "--data", f"s3://b/{number}")
+    for options in ([], ["--set", "seed=3", "--transfer", "digits=s3://b/digits"]):
+        _, out, _ = call("submit", "evaluate", "--data", "s3://b/p", *options)
         assert out.splitlines()[0] == f"pipeline esvit-evaluate, version {only(server.kept['versions']).name}"
     version = only(server.kept["versions"])
     for run in server.kept["runs"].values():
@@ -153,6 +153,12 @@ def test_a_schedule_is_pinned_to_its_version_where_the_account_stays(
     server.forgetful = True
     assert schedule(call, compiled, "--replace", "--service-account", "")[0] == 0
     assert only(server.kept["recurringruns"]).pipeline_version_reference.pipeline_version_id is not None
+
+
+def test_a_schedule_that_is_refused_registers_nothing(server: KfpServer, call: Call, compiled: Path) -> None:
+    assert schedule(call, compiled, "--inline")[0] == 0
+    told(schedule(call, compiled), "there is one of that name")
+    assert not server.kept["pipelines"]
 
 
 def test_an_inline_schedule_that_would_lose_its_account_is_not_made(
