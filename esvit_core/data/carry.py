@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from esvit_core.data.layout import SplitName
-from esvit_core.data.listing import LISTING, File, decode
+from esvit_core.data.listing import File, decode
 from esvit_core.data.manifest import Manifest, Shard
 from esvit_core.data.shards import read_index
 from esvit_core.errors import UserError
@@ -107,9 +107,10 @@ def read_listing(store: ObjectStore, prefix: str, manifest: Manifest) -> list[Fi
     Raises:
         UserError: the data were prepared by a version that kept none.
     """
-    if LISTING not in manifest.files:
+    if manifest.listing is None:
         raise UserError(f"{prefix}: prepared before listings were kept; prepare the data again, in another run")
-    data = store.get_bytes(join_uri(prefix, LISTING))
-    if hashlib.sha256(data).hexdigest() != manifest.files[LISTING].sha256:
-        raise IntegrityError(f"{prefix}/{LISTING}: damaged, its SHA-256 is not the manifest's; prepare the data again")
+    uri = join_uri(prefix, manifest.listing)
+    data = store.get_bytes(uri)
+    if hashlib.sha256(data).hexdigest() != manifest.files[manifest.listing].sha256:
+        raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
     return list(decode(data))

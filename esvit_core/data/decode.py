@@ -35,6 +35,11 @@ def listed(bad: Iterable[tuple[str, str]]) -> str:
     return shown + (f" and {len(named) - _SHOWN:,} more" if len(named) > _SHOWN else "")
 
 
+def kind_of(reason: str) -> str:
+    """A reason without what is particular to the file, to be counted."""
+    return reason.partition(" (")[0].partition(" of ")[0]
+
+
 @dataclass(frozen=True)
 class StoredPicture:
     """A picture as it is stored.

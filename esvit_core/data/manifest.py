@@ -9,13 +9,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from esvit_core.data.sources import check_source, source_fingerprint
 from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, join_uri
+from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.uri import SCHEME
 
 __all__ = ["MANIFEST", "BadFiles", "Manifest", "Shard", "Split", "check_source", "source_fingerprint"]
 
 MANIFEST = "manifest.json"
-BAD_FILES = "bad_files.jsonl"
 FORMAT: Literal["esvit-data/1"] = "esvit-data/1"
+
+
+def named_by_content(name: str, sha256: str) -> str:
+    """``index/train-0123456789abcdef.npy`` of ``index/train.npy``: an object's name with the digest of its content."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffixes = last.partition(".")
+    return f"{folder}{slash}{stem}-{sha256[:16]}{dot}{suffixes}"
 
 
 class _Part(BaseModel):
@@ -69,10 +76,17 @@ class Split(_Part):
 
 
 class BadFiles(_Part):
-    """Files of the source that were left out; each one is a line of ``bad_files.jsonl``."""
+    """Files of the source that were left out.
+
+    Attributes:
+        count: how many.
+        reasons: how many for which reason.
+        list: object with a JSON line for each, ``name`` and ``reason``.
+    """
 
     count: int = Field(ge=0)
     reasons: dict[str, int]
+    list: str
 
 
 class Manifest(_Part):
@@ -95,7 +109,9 @@ class Manifest(_Part):
         copies: pictures that are byte for byte the same as another one; they are kept.
         not_chosen: left out because of ``data.max_images``.
         reencoded: pictures stored in another form than they were found in (turned, shrunk, made RGB, ...).
-        files: every object below the manifest's folder.
+        files: every object below the manifest's folder. Their names contain digests of their content: preparations that
+            are under way at once replace nothing of each other.
+        listing: the one that lists the files of the source, see :mod:`esvit_core.data.listing`; None: there is none.
         base: folder of the earlier data that these build on; None: they stand alone.
     """
 
@@ -115,6 +131,7 @@ class Manifest(_Part):
     not_chosen: int = 0
     reencoded: int = 0
     files: dict[str, StoredFile]
+    listing: str | None = None
     base: str | None = None
 
     @property
@@ -144,9 +161,20 @@ class Manifest(_Part):
                 f"{uri}: not a manifest of prepared data ({where}: {first['msg']}); prepare the data again elsewhere"
             ) from None
 
-    def write(self, store: ObjectStore, prefix: str) -> None:
-        """Store the manifest, after everything that it names."""
-        store.put_json(join_uri(prefix, MANIFEST), self.model_dump(mode="json"))
+    def publish(self, store: ObjectStore, prefix: str) -> bool:
+        """Store the manifest, after everything that it names; False if there is one already."""
+        return store.put_if_absent(join_uri(prefix, MANIFEST), encode_json(self.model_dump(mode="json")))
+
+    def describe(self) -> str:
+        """The data in one line."""
+        splits = ", ".join(f"{split.samples:,} {name}" for name, split in self.splits.items())
+        classes = f" in {len(self.classes):,} classes" if self.classes else ", no labels"
+        parts = [f"{self.samples:,} pictures{classes} ({splits}), {self.bytes / 2**20:,.1f} MiB"]
+        if bad := self.bad.count:
+            parts.append(f"{bad:,} bad {'file' if bad == 1 else 'files'} left out")
+        if self.not_chosen:
+            parts.append(f"{self.not_chosen:,} not chosen")
+        return "; ".join(parts)
 
     def summary(self) -> dict[str, Any]:
         """The figures that stand for the data in an artifact's metadata."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import tempfile
@@ -17,18 +16,22 @@ from pathlib import Path
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ahead import ahead, reading_threads
-from esvit_core.data.archives import Entry, ReadProblem, Source
-from esvit_core.data.carry import Base, read_listing
-from esvit_core.data.decode import BadPicture, StoredPicture, listed, to_stored
+from esvit_core.data.archives import ReadProblem, Source
+from esvit_core.data.carry import Base
+from esvit_core.data.decode import BadPicture, StoredPicture, kind_of, listed, to_stored
+from esvit_core.data.edits import as_seen, recognised, warn_of_edits
 from esvit_core.data.layout import SplitName
-from esvit_core.data.listing import LISTING, Fate, File, Look, digest_of, encode, reader, recognise
-from esvit_core.data.manifest import BAD_FILES, BadFiles, Manifest, Shard, StoredFile
+from esvit_core.data.listing import LISTING, Fate, File, Look, digest_of, encode
+from esvit_core.data.manifest import BadFiles, Manifest, Shard, StoredFile, named_by_content
 from esvit_core.data.plan import Candidate, Plan, plan
+from esvit_core.data.publication import find_data, objects_below, publish_data
 from esvit_core.data.shards import Sample, ShardWriter
 from esvit_core.data.sources import is_listed, open_source, source_fingerprint
-from esvit_core.errors import EsvitError, UserError
+from esvit_core.data.unfinished import Outcome, Record, StaleProgressError, Unfinished, shards_in
+from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import Progress
-from esvit_core.storage import NotFound, ObjectStore, StoreFull, join_uri
+from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.disk import temporary_room
 
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
 _READ_AHEAD = 4  # pictures in memory per thread
@@ -36,7 +39,15 @@ _READ_AHEAD = 4  # pictures in memory per thread
 
 @dataclass
 class _Job:
-    """A preparation under way."""
+    """A preparation under way.
+
+    Attributes:
+        there: sizes of the objects that were below the destination when it began, by name.
+        known: what an unfinished preparation has found out, by name.
+        waiting, waiting_bad: files of which no record is stored yet: those in the shard that is being written, and bad
+            ones.
+        written: names of the objects that were stored.
+    """
 
     source: str
     opened: Source
@@ -47,6 +58,12 @@ class _Job:
     base: Base | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
     fates: dict[str, File] = field(default_factory=dict)
+    unfinished: Unfinished | None = None
+    there: dict[str, int] = field(default_factory=dict)
+    known: dict[str, Outcome] = field(default_factory=dict)
+    waiting: dict[SplitName, list[Outcome]] = field(default_factory=dict)
+    waiting_bad: list[File] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
     reencoded: int = 0
     copies: int = 0
     writers: dict[SplitName, ShardWriter] = field(default_factory=dict)
@@ -98,92 +115,42 @@ def prepare(
         # What is listed file by file is opened at once; an archive only if it is to be read.
         opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None
         print_of_source = source_fingerprint(source, store, opened) if seen is None else seen.fingerprint
-        if (present := _present(store, destination)) is not None:
-            if present.source_fingerprint != print_of_source or present.settings != config.model_dump(mode="json"):
-                raise UserError(
-                    f"{destination}: holds the pictures of {present.source}, which are others or were prepared "
-                    "differently; choose another run"
-                )
+        if (present := find_data(store, destination, print_of_source, config.model_dump(mode="json"))) is not None:
             if seen is None and opened is not None:
-                _warn_of_edits(store, destination, present, opened)
-            print(f"prepare: already done, {describe(present)}", flush=True)
+                warn_of_edits(store, destination, present, opened)
+            print(f"prepare: already done, {present.describe()}", flush=True)
             return present
         opened = opened or stack.enter_context(open_source(source, store))
-        store.remove_prefix(destination)  # what an attempt that was killed has left
-        entries, earlier = _as_seen(opened, seen), None if base is None else Base.read(store, base)
+        entries, earlier = as_seen(opened, seen), None if base is None else Base.read(store, base)
         if earlier is not None:
-            earlier = earlier.at_present(_recognised(earlier, entries, seen, opened))
+            earlier = earlier.at_present(recognised(earlier, entries, seen, opened))
         job = _Job(source, opened, plan(entries, source, config, earlier), config, store, destination, earlier)
+        job.unfinished = Unfinished(store, destination, print_of_source, config, base)
         try:
             _store_pictures(job)
-            manifest = _publish(job, print_of_source)
-        except BaseException:
-            with contextlib.suppress(EsvitError):  # the first error is the one to tell
-                store.remove_prefix(destination)
-            raise
-    print(f"prepare: {describe(manifest)}", flush=True)
+        except StaleProgressError:
+            print("prepare: the source is not as an unfinished preparation saw it; begins anew", flush=True)
+            job = _Job(source, opened, job.plan, config, store, destination, earlier, unfinished=job.unfinished)
+            _store_pictures(job, anew=True)
+        manifest = publish_data(store, destination, _manifest(job, print_of_source), job.written)
+    print(f"prepare: {manifest.describe()}", flush=True)
     return manifest
 
 
-def _as_seen(opened: Source, seen: Look | None) -> list[Entry]:
-    """The files of a source, without those that have come or changed since it was looked at."""
-    if seen is None:
-        return opened.entries
-    looked = {file.name: file for file in seen.files}
-    return [e for e in opened.entries if e.name in looked and looked[e.name].is_same(e)]
+def _store_pictures(job: _Job, anew: bool = False) -> None:
+    """Read, check and write every candidate, in order.
 
+    Args:
+        anew: whether an unfinished preparation is left alone.
 
-def _recognised(earlier: Base, entries: list[Entry], seen: Look | None, opened: Source) -> list[File]:
-    """The files of a source, with digests where only those tell whether the earlier data still hold them."""
-    looked = {file.name: file for file in seen.files} if seen else {}
-    now = [looked.get(entry.name) or File(entry.name, entry.size, entry.stamp) for entry in entries]
-    return recognise(earlier.files.values(), now, reader(opened))
-
-
-def _warn_of_edits(store: ObjectStore, destination: str, present: Manifest, opened: Source) -> None:
-    """Tell of files that were edited after they were prepared, where the fingerprint of the source cannot show it."""
-    if LISTING not in present.files:  # of a version that kept none
-        return
-    before = {file.name: file for file in read_listing(store, destination, present)}
-    now = recognise(before.values(), [File(e.name, e.size, e.stamp) for e in opened.entries], reader(opened))
-    edited = [file.name for file in now if file.digest and not before[file.name].is_same(file)]
-    if edited:
-        others = f" and {len(edited) - 3:,} more" if len(edited) > 3 else ""
-        print(
-            f"warning: {len(edited):,} of the files have other content than when they were prepared, under the same "
-            f"name and of the same size: {', '.join(edited[:3])}{others}; what was prepared is kept. Rename them to "
-            "prepare them anew",
-            flush=True,
-        )
-
-
-def describe(manifest: Manifest) -> str:
-    """Prepared data in one line."""
-    splits = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-    classes = f" in {len(manifest.classes):,} classes" if manifest.classes else ", no labels"
-    parts = [f"{manifest.samples:,} pictures{classes} ({splits}), {manifest.bytes / 2**20:,.1f} MiB"]
-    if bad := manifest.bad.count:
-        parts.append(f"{bad:,} bad {'file' if bad == 1 else 'files'} left out")
-    if manifest.not_chosen:
-        parts.append(f"{manifest.not_chosen:,} not chosen")
-    return "; ".join(parts)
-
-
-def _present(store: ObjectStore, destination: str) -> Manifest | None:
-    try:
-        return Manifest.read(store, destination)
-    except NotFound:
-        return None
-
-
-def _store_pictures(job: _Job) -> None:
-    """Read, check and write every candidate, in order."""
-    plan, config = job.plan, job.config
+    Raises:
+        StaleProgressError: it cannot be gone on with.
+    """
+    plan = job.plan
     job.bad = list(plan.bad)
     seen: dict[str, SplitName] = {}
-    load = partial(_load, job.opened, config)
     with (
-        _told_of_the_disk(),
+        temporary_room("a shard"),
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
         ThreadPoolExecutor(reading_threads(), thread_name_prefix="prepare") as pool,
@@ -191,18 +158,25 @@ def _store_pictures(job: _Job) -> None:
     ):
         warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
         _carry_over(job, seen, Path(folder))
-        for candidate, future in ahead(pool, load, plan.candidates, _READ_AHEAD * reading_threads()):
-            digest, picture = future.result()
+        job.there = objects_below(job.store, job.destination)
+        if not anew:
+            _go_on(job)
+        for candidate, future in ahead(pool, partial(_outcome, job), plan.candidates, _READ_AHEAD * reading_threads()):
+            found = future.result()
+            if isinstance(found, Outcome):
+                _repeat(job, seen, candidate, found, Path(folder))
+                progress.update(1)
+                continue
+            digest, picture = found
             if isinstance(picture, BadPicture | ReadProblem):
                 job.bad.append((candidate.entry.name, str(picture)))
                 fate: Fate = "bad" if isinstance(picture, BadPicture) else "unread"
-                _remember(job, candidate, fate, digest, reason=str(picture))
+                job.waiting_bad.append(_remember(job, candidate, fate, digest, reason=str(picture)))
                 if len(job.bad) >= _HOPELESS:
                     _check_share(job)
             else:
                 split = _settle(job, seen, digest, candidate)
-                _write(job, candidate, split, picture, Path(folder))
-                _remember(job, candidate, split, digest)
+                _write(job, candidate, split, digest, picture, Path(folder))
             progress.update(1)
         for writer in job.writers.values():
             writer.close()
@@ -221,6 +195,52 @@ def _carry_over(job: _Job, seen: dict[str, SplitName], folder: Path) -> None:
             job.content[split].update(f"{number:09d}\0{name}\0{file.digest}\n".encode())
             seen.setdefault(file.digest, split)
             job.fates[file.name] = file
+
+
+def _go_on(job: _Job) -> None:
+    """Find out what an unfinished preparation has stored."""
+    assert job.unfinished is not None
+    begins = {split: len(writer) for split, writer in job.writers.items()}
+    job.known = job.unfinished.read({str(split): number for split, number in begins.items()}, job.there)
+    if number := shards_in(job.known.values()):
+        print(f"prepare: goes on with {number:,} shards that an unfinished preparation has stored", flush=True)
+
+
+def _outcome(job: _Job, candidate: Candidate) -> Outcome | tuple[str, StoredPicture | BadPicture | ReadProblem]:
+    """What is known of a file, else what reading it gives. Runs in several threads."""
+    known, entry = job.known.get(candidate.entry.name), candidate.entry
+    if known is None:
+        return _load(job.opened, job.config, candidate)
+    if known.file.digest and not known.file.is_same(entry):  # its date is another one
+        try:
+            same = entry.size == known.file.size and digest_of(job.opened.read(entry)) == known.file.digest
+        except ReadProblem:
+            same = False
+        if not same:
+            raise StaleProgressError
+    return known
+
+
+def _repeat(job: _Job, seen: dict[str, SplitName], candidate: Candidate, known: Outcome, folder: Path) -> None:
+    """Take over what an unfinished preparation has done with a file.
+
+    Raises:
+        StaleProgressError: this one would do something else with it.
+    """
+    file = job.fates[known.file.name] = known.at(candidate.entry)
+    if file.split is None:
+        job.bad.append((file.name, file.reason))
+        return
+    split = _settle(job, seen, file.digest, candidate)
+    writer = job.writers.get(split) or _writer(job, split, folder)
+    if (split, len(writer), candidate.label) != (file.split, known.number, known.row[0]):
+        raise StaleProgressError
+    try:
+        writer.restore(known.row, known.ends)
+    except ValueError:
+        raise StaleProgressError from None
+    _count(job, split, known.number, candidate.label, known.stored)
+    job.reencoded += known.reencoded
 
 
 def _load(
@@ -248,20 +268,29 @@ def _settle(job: _Job, seen: dict[str, SplitName], digest: str, candidate: Candi
     return split
 
 
-def _write(job: _Job, candidate: Candidate, split: SplitName, picture: StoredPicture, folder: Path) -> None:
+def _write(
+    job: _Job, candidate: Candidate, split: SplitName, digest: str, picture: StoredPicture, folder: Path
+) -> None:
     writer = job.writers.get(split) or _writer(job, split, folder)
     number = writer.add(Sample(picture.data, picture.suffix, candidate.label, candidate.entry.name))
-    digest = hashlib.sha256(picture.data).hexdigest()
-    job.content[split].update(f"{number:09d}\0{_class(job, candidate.label)}\0{digest}\n".encode())
+    stored = hashlib.sha256(picture.data).hexdigest()
+    _count(job, split, number, candidate.label, stored)
     job.reencoded += picture.reencoded
+    file = _remember(job, candidate, split, digest)
+    job.waiting[split].append(Outcome(file, number, stored, picture.reencoded, writer.last_row))
+
+
+def _count(job: _Job, split: SplitName, number: int, label: int, stored: str) -> None:
+    """Add a picture to the digest of the content."""
+    job.content[split].update(f"{number:09d}\0{_class(job, label)}\0{stored}\n".encode())
 
 
 def _writer(
     job: _Job, split: SplitName, folder: Path, shards: Iterable[Shard] = (), rows: Iterable[tuple[int, ...]] = ()
 ) -> ShardWriter:
     size = int(job.config.shard_mib * 2**20)
-    writer = ShardWriter(split, folder, size, partial(_keep_shard, job), list(shards), rows)
-    job.writers[split], job.content[split] = writer, hashlib.sha256()
+    writer = ShardWriter(split, folder, size, partial(_keep_shard, job, split), list(shards), rows)
+    job.writers[split], job.content[split], job.waiting[split] = writer, hashlib.sha256(), []
     return writer
 
 
@@ -269,17 +298,24 @@ def _class(job: _Job, label: int) -> str:
     return job.plan.classes[label] if label >= 0 else ""
 
 
-def _remember(job: _Job, candidate: Candidate, fate: Fate, digest: str = "", reason: str = "") -> None:
+def _remember(job: _Job, candidate: Candidate, fate: Fate, digest: str = "", reason: str = "") -> File:
     entry = candidate.entry
-    job.fates[entry.name] = File(entry.name, entry.size, entry.stamp, fate, digest, reason)
+    file = job.fates[entry.name] = File(entry.name, entry.size, entry.stamp, fate, digest, reason)
+    return file
 
 
-def _keep_shard(job: _Job, name: str, path: Path) -> None:
-    job.store.put_file(job.at(name), path)
+def _keep_shard(job: _Job, split: SplitName, shard: Shard, path: Path) -> None:
+    """Store a finished shard, and the record by which another preparation goes on after it."""
+    assert job.unfinished is not None
+    if job.there.get(shard.name) != shard.bytes:  # else one of the same content is there already
+        job.store.put_file(job.at(shard.name), path)
+        job.written.add(shard.name)
+    job.written.add(job.unfinished.keep(Record(split, shard, job.waiting[split], job.waiting_bad)))
+    job.waiting[split], job.waiting_bad = [], []
 
 
-def _publish(job: _Job, source_print: str) -> Manifest:
-    """Write what goes with the shards, and the manifest."""
+def _manifest(job: _Job, source_print: str) -> Manifest:
+    """Store what goes with the shards, and describe all of it."""
     if "train" not in job.writers:
         raise UserError(
             f"{job.source}: none of its {len(job.plan.files):,} files is a picture to train on: {listed(job.bad)}; "
@@ -288,17 +324,17 @@ def _publish(job: _Job, source_print: str) -> Manifest:
     _check_share(job)
     splits = {}
     for name, writer in sorted(job.writers.items()):
-        index = f"index/{name}.npy"
-        _put(job, index, writer.index())
+        index = _put(job, f"index/{name}.npy", writer.index())
         splits[name] = writer.describe(index, len(job.plan.classes))
     bad = sorted(job.bad)
     lines = (json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in bad)
-    _put(job, BAD_FILES, "".join(lines).encode())
-    _put(job, LISTING, encode(_files(job)))
+    bad_list = _put(job, "bad_files.jsonl", "".join(lines).encode())
+    listing = _put(job, LISTING, encode(_files(job)))
     shards = [shard for split in splits.values() for shard in split.shards]
     before = job.base.manifest if job.base else None
     prints = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(job.content.items()))
-    manifest = Manifest(
+    reasons = dict(Counter(kind_of(reason) for _, reason in bad).most_common())
+    return Manifest(
         source=job.source,
         source_fingerprint=source_print,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest(),
@@ -307,17 +343,16 @@ def _publish(job: _Job, source_print: str) -> Manifest:
         splits=splits,
         bytes=sum(shard.bytes for shard in shards),
         considered=len(job.plan.files) - job.plan.not_chosen,
-        bad=BadFiles(count=len(bad), reasons=dict(Counter(_kind(reason) for _, reason in bad).most_common())),
+        bad=BadFiles(count=len(bad), reasons=reasons, list=bad_list),
         ignored=job.plan.ignored,
         duplicates=job.opened.duplicates,
         copies=job.copies + (before.copies if before else 0),
         not_chosen=job.plan.not_chosen,
         reencoded=job.reencoded + (before.reencoded if before else 0),
         files=job.files | {s.name: StoredFile(bytes=s.bytes, sha256=s.sha256) for s in shards if not s.is_elsewhere},
+        listing=listing,
         base=job.base.prefix if job.base else None,
     )
-    manifest.write(job.store, job.destination)
-    return manifest
 
 
 def _files(job: _Job) -> Iterator[File]:
@@ -334,9 +369,14 @@ def _files(job: _Job) -> Iterator[File]:
             yield File(entry.name, entry.size, entry.stamp, "passed over", reason=reasons.get(entry.name, "not chosen"))
 
 
-def _put(job: _Job, name: str, data: bytes) -> None:
+def _put(job: _Job, name: str, data: bytes) -> str:
+    """Store an object under a name with the digest of its content, and return that name."""
+    file = StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    name = named_by_content(name, file.sha256)
     job.store.put_bytes(job.at(name), data)
-    job.files[name] = StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    job.files[name] = file
+    job.written.add(name)
+    return name
 
 
 def _check_share(job: _Job) -> None:
@@ -351,20 +391,3 @@ def _check_share(job: _Job) -> None:
             f"{job.source}: {len(job.bad):,} of {len(plan.files) - plan.not_chosen:,} files are bad, more than the "
             f"allowed {100 * limit:g} %: {listed(job.bad)}; remove them, or raise data.max_bad_fraction"
         )
-
-
-def _kind(reason: str) -> str:
-    """A reason without what is particular to the file, to be counted."""
-    return reason.partition(" (")[0].partition(" of ")[0]
-
-
-@contextlib.contextmanager
-def _told_of_the_disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StoreFull(
-            f"{tempfile.gettempdir()}: the disk is full; a shard needs room there: free some, or set TMPDIR"
-        ) from None

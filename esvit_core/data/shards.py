@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esvit_core.data.manifest import Manifest, Shard, Split
+from esvit_core.data.manifest import Manifest, Shard, Split, named_by_content
 from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
 # One row a sample. Offsets are those of a file's content in its shard.
@@ -58,7 +58,7 @@ class ShardWriter:
         split: first part of the shards' names.
         directory: local; holds one shard at a time.
         max_bytes: upper bound of a shard; a sample larger than that gets a shard of its own.
-        keep: called with each finished shard's name and file, which is deleted afterwards.
+        keep: called with each finished shard and its file, which is deleted afterwards.
         shards, rows: samples of earlier data, which go before those that are added.
     """
 
@@ -67,7 +67,7 @@ class ShardWriter:
         split: str,
         directory: Path,
         max_bytes: int,
-        keep: Callable[[str, Path], None],
+        keep: Callable[[Shard, Path], None],
         shards: Sequence[Shard] = (),
         rows: Iterable[tuple[int, ...]] = (),
     ) -> None:
@@ -98,6 +98,27 @@ class ShardWriter:
         self._rows.append((len(self.shards), sample.label, *places[sample.suffix], *places["json"]))
         self._in_shard += 1
         return number
+
+    @property
+    def last_row(self) -> tuple[int, ...]:
+        """Of the index, for the sample that was added last; without the number of its shard."""
+        return self._rows[-1][1:]
+
+    def restore(self, row: tuple[int, ...], ends: Shard | None) -> None:
+        """Append a sample whose shard was finished before.
+
+        Args:
+            row: its :attr:`last_row`.
+            ends: the shard, where the sample is its last one.
+
+        Raises:
+            ValueError: samples were added before it whose shard is not finished.
+        """
+        if self._tar is not None:
+            raise ValueError("a finished shard cannot follow one that is being written")
+        self._rows.append((len(self.shards), *row))
+        if ends is not None:
+            self.shards.append(ends)
 
     def close(self) -> None:
         """Finish the last shard."""
@@ -137,11 +158,11 @@ class ShardWriter:
         self._tar = None
         with self._path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = f"shards/{self._path.name}"
-        size = self._path.stat().st_size
-        self.shards.append(Shard(name=name, samples=self._in_shard, bytes=size, sha256=digest))
+        name = named_by_content(f"shards/{self._path.name}", digest)
+        shard = Shard(name=name, samples=self._in_shard, bytes=self._path.stat().st_size, sha256=digest)
+        self.shards.append(shard)
         self._in_shard = 0
-        self._keep(name, self._path)
+        self._keep(shard, self._path)
         self._path.unlink()
 
 

@@ -150,6 +150,7 @@ def _published(store: ObjectStore, run_uri: str, folder: str, name: str) -> dict
 
 
 def _bad_files(store: ObjectStore, run_uri: str) -> list[BadFile]:
-    text = store.get_bytes(join_uri(run_uri, "data", "bad_files.jsonl")).decode()
+    data = join_uri(run_uri, "data")
+    text = store.get_bytes(join_uri(data, Manifest.read(store, data).bad.list)).decode()
     lines = (json.loads(line) for line in text.split("\n") if line)  # names may have other line breaks in them
     return [BadFile(str(line["name"]), str(line["reason"])) for line in lines]

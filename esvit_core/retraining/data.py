@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esvit_core.config import DataConfig
-from esvit_core.data.listing import LISTING, Look, decode
+from esvit_core.data.listing import Look, decode
 from esvit_core.data.manifest import MANIFEST, Manifest
 from esvit_core.data.prepare import prepare
 from esvit_core.retraining.find import SEEN
@@ -40,5 +40,5 @@ def earlier_set(run: Run, name: str, settings: DataConfig) -> str | None:
         manifest = Manifest.read(run.store, place) if place else None
     except NotFound:
         return None
-    fits = manifest and LISTING in manifest.files and manifest.settings == settings.model_dump(mode="json")
+    fits = manifest and manifest.listing and manifest.settings == settings.model_dump(mode="json")
     return place if fits else None

@@ -132,7 +132,7 @@ def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
         manifest = Manifest.read(store, prefix)
     except NotFound:
         return None
-    if LISTING not in manifest.files:  # of a version that kept none
+    if manifest.listing is None:  # of a version that kept none
         return None
     return _Earlier(prefix, manifest, read_listing(store, prefix, manifest))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,26 @@ def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to
         reason = (isinstance(error, OSError) and error.strerror) or error
         family = family_of(error) if isinstance(error, OSError) else LocalDiskError
         raise family(f"{path}: cannot be written ({reason}); free some space there, or {otherwise}") from None
+
+
+@contextmanager
+def temporary_room(thing: str) -> Iterator[None]:
+    """Report a full disk below the system's temporary folder as one line.
+
+    Args:
+        thing: what is written there.
+
+    Raises:
+        StoreFull: it is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise StoreFull(
+            f"{tempfile.gettempdir()}: the disk is full; {thing} needs room there: free some, or set TMPDIR"
+        ) from None
 
 
 def mebibytes(size: int) -> str:

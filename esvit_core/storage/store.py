@@ -215,6 +215,13 @@ class ObjectStore:
         bucket, key = _object(uri)
         self.connection.call(uri, lambda client: client.remove_object(bucket, key))
 
+    def remove_all(self, uris: Sequence[str]) -> None:
+        """Delete objects of one bucket; those that do not exist are no error."""
+        if uris:
+            bucket = _object(uris[0])[0]
+            keys = [_object(uri)[1] for uri in uris]
+            self.connection.call(uris[0], lambda client: client.remove_all(bucket, keys))
+
     def remove_prefix(self, uri: str) -> int:
         """Delete all objects below a prefix, and say how many they were.
 

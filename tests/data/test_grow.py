@@ -116,7 +116,7 @@ def test_a_file_known_to_be_bad_is_not_read_again_but_listed(store, grow, folder
     make.folder(folder, {"class0/new.png": make.file(77)})
     manifest, read = grow(folder, "two", base="one", config=config)
     assert read == ["class0/new.png"] and manifest.bad.count == 1
-    assert b"broken.png" in store.get_bytes(store.uri("two/bad_files.jsonl"))
+    assert b"broken.png" in store.get_bytes(store.uri(f"two/{manifest.bad.list}"))
     (folder / "class0" / "broken.png").write_bytes(make.file(78))
     manifest, read = grow(folder, "three", base="two", config=config)
     assert read == ["class0/broken.png"] and manifest.bad.count == 0
@@ -162,14 +162,14 @@ def test_what_comes_after_the_look_waits_for_the_next(store, grow, folder, make)
     assert "class0/late.png" not in read and "class1/0.png" not in read and manifest.samples == 17
     assert manifest.source_fingerprint == seen.fingerprint
     assert grow(folder, "one", seen=seen)[0] == manifest  # done before
-    difference = compare(decode(store.get_bytes(store.uri("one/pictures.jsonl.gz"))), look(str(folder), store).files)
+    difference = compare(in_the_listing(store, "one"), look(str(folder), store).files)
     assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.gone
 
 
 def test_data_of_an_older_version_without_a_listing_cannot_be_built_on(store, grow, folder):
     manifest, _ = grow(folder, "one")
-    files = {name: file for name, file in manifest.files.items() if not name.endswith(".gz")}
-    manifest.model_copy(update={"files": files}).write(store, store.uri("one"))
+    older = manifest.model_copy(update={"listing": None})
+    store.put_json(store.uri("one/manifest.json"), older.model_dump(mode="json"))
     with pytest.raises(UserError, match="before listings were kept"):
         grow(folder, "two", base="one")
 
@@ -177,12 +177,12 @@ def test_data_of_an_older_version_without_a_listing_cannot_be_built_on(store, gr
 def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
     config = CONFIG.model_copy(update={"max_images": 9})
     grow(folder, "one", config=config)
-    before = decode(store.get_bytes(store.uri("one/pictures.jsonl.gz")))
+    before = in_the_listing(store, "one")
     assert compare(before, look(str(folder), store).files).to_read == 0
 
 
 def in_the_listing(store, at) -> list[File]:
-    return list(decode(store.get_bytes(store.uri(f"{at}/pictures.jsonl.gz"))))
+    return list(decode(store.get_bytes(store.uri(f"{at}/{Manifest.read(store, store.uri(at)).listing}"))))
 
 
 def redate(folder: Path, seconds: int) -> None:
@@ -277,7 +277,7 @@ def test_pictures_of_a_prefix_are_told_by_their_content(store, grow, folder, mak
     store.put_bytes(store.uri("in/class0/1.png"), make.file(12345))
     store.put_bytes(store.uri("in/class0/9.png"), make.file(9))
     store.remove(store.uri("in/class2/2.png"))
-    before = decode(store.get_bytes(store.uri("one/pictures.jsonl.gz")))
+    before = in_the_listing(store, "one")
     difference = compare(before, look(store.uri("in"), store).files)
     assert difference.new == ["class0/9.png"] and difference.changed == ["class0/1.png"]
     assert difference.gone == ["class2/2.png"]

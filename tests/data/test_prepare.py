@@ -35,7 +35,8 @@ def stored(store, at: str = "data") -> dict[str, dict[str, tuple[int, np.ndarray
 
 
 def bad_files(store, at: str = "data") -> dict[str, str]:
-    text = store.get_bytes(store.uri(f"{at}/bad_files.jsonl")).decode()
+    manifest = Manifest.read(store, store.uri(at))
+    text = store.get_bytes(store.uri(f"{at}/{manifest.bad.list}")).decode()
     return {line["name"]: line["reason"] for line in map(json.loads, text.splitlines())}
 
 
@@ -216,7 +217,6 @@ def test_too_many_bad_files_are_an_error_that_names_some(store, prepared, folder
     said = str(error.value)
     assert "7 of 25 files are bad, more than the allowed 20 %" in said and "\n" not in said
     assert "class0/bad0.png (not a picture)" in said and "and 2 more" in said and "data.max_bad_fraction" in said
-    assert not list(store.list(store.uri("data")))  # nothing is left behind
     assert prepared(folder, max_bad_fraction=0.3).bad.count == 7
 
 
@@ -297,15 +297,15 @@ def test_few_pictures_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypa
     assert peak <= module._READ_AHEAD * reading_threads() + 1
 
 
-@pytest.mark.parametrize("where", ["put_file", "put_json"])
-def test_a_full_store_is_told_and_leaves_nothing(store, prepared, folder, monkeypatch, where):
+@pytest.mark.parametrize("where", ["put_file", "put_if_absent"])
+def test_a_full_store_is_told_and_leaves_no_manifest(store, prepared, folder, monkeypatch, where):
     def full(*arguments: object, **named: object) -> None:
         raise StoreFull("s3://x: the disk of the object store is full")
 
     monkeypatch.setattr(ObjectStore, where, full)
     with pytest.raises(StoreFull, match="the disk of the object store is full"):
         prepared(folder)
-    assert not list(store.list(store.uri("data")))
+    assert not store.exists(store.uri("data/manifest.json"))
 
 
 def test_a_full_local_disk_is_told(prepared, folder, monkeypatch):

@@ -27,7 +27,9 @@ samples = st.lists(
 
 def write(directory: Path, samples: list[Sample], max_bytes: int) -> tuple[ShardWriter, dict[str, bytes]]:
     kept: dict[str, bytes] = {}
-    writer = ShardWriter("train", directory, max_bytes, lambda name, path: kept.__setitem__(name, path.read_bytes()))
+    writer = ShardWriter(
+        "train", directory, max_bytes, lambda shard, path: kept.__setitem__(shard.name, path.read_bytes())
+    )
     assert [writer.add(sample) for sample in samples] == list(range(len(samples)))
     writer.close()
     return writer, kept
@@ -65,8 +67,8 @@ def test_shards_are_bounded_and_only_a_large_sample_exceeds_that(tmp_path):
 
 
 def test_a_shard_is_a_plain_tar_in_webdataset_s_naming(tmp_path):
-    _, kept = write(tmp_path, [Sample(b"a", "jpg", 7, "x/é.jpg"), Sample(b"b", "png", -1, "y")], 1 << 20)
-    with tarfile.open(fileobj=io.BytesIO(kept["shards/train-000000.tar"])) as tar:
+    writer, kept = write(tmp_path, [Sample(b"a", "jpg", 7, "x/é.jpg"), Sample(b"b", "png", -1, "y")], 1 << 20)
+    with tarfile.open(fileobj=io.BytesIO(kept[writer.shards[0].name])) as tar:
         contents = {m.name: tar.extractfile(m).read() for m in tar}
         assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
     assert contents == {

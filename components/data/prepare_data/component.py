@@ -17,7 +17,7 @@ def prepare_data(
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
     """Start the run and turn a folder, an archive or an S3 prefix of pictures into shards in the object store.
 
-    Writes the run's config.yaml, data/manifest.json, data/shards/ and data/bad_files.jsonl. Repeated with the same
+    Writes the run's config.yaml, data/manifest.json, data/shards/ and the list of bad files. Repeated with the same
     source it finds the shards and returns.
 
     Args:
