@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from esvit_core.errors import UserError
 from esvit_core.storage.disk import family_of
 from esvit_core.storage.errors import IntegrityError, NotFound
+from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.transfer import PARALLEL, sha256_of
 from esvit_core.storage.uri import join_uri
 
@@ -43,8 +44,8 @@ def publish(
         content is left as it is.
 
     Raises:
-        UserError: a complete set with other content is already there (objects are written once), or a file cannot
-            be read.
+        UserError: a complete set with other content is already there (objects are written once) or appeared meanwhile,
+            or a file cannot be read.
     """
     manifest = _manifest(files, kind, extra)
     present = read_manifest(store, prefix_uri)
@@ -58,8 +59,14 @@ def publish(
             store.put_bytes(uri, content)
         else:
             store.put_file(uri, content, sha256=manifest["files"][name]["sha256"])
-    store.put_json(join_uri(prefix_uri, MANIFEST), manifest)
-    return manifest
+    if store.put_if_absent(join_uri(prefix_uri, MANIFEST), encode_json(manifest)):
+        return manifest
+    if read_manifest(store, prefix_uri) == manifest:
+        return manifest
+    raise UserError(
+        f"{prefix_uri}: another {kind} was published there at the same time, and its files may be damaged; remove the "
+        "set and make it again, with one process at a time"
+    )
 
 
 def describe(directory: Path, kind: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -67,16 +74,36 @@ def describe(directory: Path, kind: str, extra: Mapping[str, Any] | None = None)
     return _manifest({path.name: path for path in sorted(directory.iterdir())}, kind, extra)
 
 
-def put_set(store: ObjectStore, prefix_uri: str, directory: Path, manifest: dict[str, Any]) -> None:
+def put_set(
+    store: ObjectStore, prefix_uri: str, directory: Path, manifest: dict[str, Any], *, damaged: bool = False
+) -> None:
     """Store a local directory's files, all of them at a time, and then the manifest that describes them.
 
-    What else lies below the prefix is removed first: a set that was not finished, or a damaged one.
+    A complete set that is the same stays as it is. One that is another, or is damaged, is removed first; what an
+    unfinished one has left is replaced.
+
+    Args:
+        damaged: whether the set that is there was found to be damaged, though its manifest may be the same.
     """
-    store.remove_prefix(prefix_uri)
+    present = _manifest_there(store, prefix_uri)
+    if present == manifest and not damaged:
+        return
+    if present is not None:
+        store.remove_prefix(prefix_uri)
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="set") as pool:
         for done in [pool.submit(store.put_file, join_uri(prefix_uri, n), directory / n) for n in manifest["files"]]:
             done.result()
     store.put_json(join_uri(prefix_uri, MANIFEST), manifest)
+
+
+def _manifest_there(store: ObjectStore, prefix_uri: str) -> Any:
+    """What lies in the manifest's place, whatever it is; None: nothing."""
+    try:
+        return store.get_json(join_uri(prefix_uri, MANIFEST))
+    except NotFound:
+        return None
+    except UserError:  # no JSON
+        return {}
 
 
 def check_set(directory: Path) -> dict[str, Any]:

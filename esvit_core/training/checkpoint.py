@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from esvit_core.errors import InfrastructureError, UserError
-from esvit_core.storage import IntegrityError, NotFound, ObjectStore, join_uri
+from esvit_core.storage import IntegrityError, NotFound, ObjectStore, Pointer, join_uri
 from esvit_core.storage.disk import family_of
 from esvit_core.storage.errors import LocalDiskError
 from esvit_core.storage.outbox import PENDING_VARIABLE, Outbox
@@ -123,6 +123,8 @@ class Checkpointer:
         self._writing: Future[None] | None = None
         self._damaged: set[int] = set()
         self._losses: dict[int, float | None] = {}
+        self._latest: Pointer | None = None
+        self._knows_latest = False
         self.last_step: int | None = None
         self.passed_over: list[str] = []
 
@@ -164,6 +166,8 @@ class Checkpointer:
         self._wait_for_disk()
         waiting = {int(name): path for name, path in self._outbox.waiting_sets().items() if name.isdigit()}
         self.passed_over = []
+        # Before anything is read: what another process writes from now on is found out.
+        self._latest, self._knows_latest = self._store.read_pointer(join_uri(self._run_uri, LATEST)), True
         restored = newest_checkpoint(self._store, self._run_uri, waiting, self._pass_over)
         if restored is not None:
             self._settle(restored, waiting)
@@ -206,7 +210,7 @@ class Checkpointer:
     def _deliver(self, step: int, start: float, manifest: dict[str, Any], folder: Path) -> None:
         """Bring it into the store; called again where the store did not answer."""
         uri = join_uri(self._run_uri, CHECKPOINTS, folder.name)
-        put_set(self._outbox.hasty, uri, folder, manifest)
+        put_set(self._outbox.hasty, uri, folder, manifest, damaged=step in self._damaged)
         self._damaged.discard(step)
         self._losses[step] = manifest.get("loss")
         self._point_to(step)
@@ -216,12 +220,23 @@ class Checkpointer:
             self._on_written(Written(step, uri, time.monotonic() - start, size))
 
     def _point_to(self, step: int) -> None:
+        """Set the pointer from what this process found or set last, so that of two processes only one goes on.
+
+        Raises:
+            InfrastructureError: another process has set it since.
+        """
         uri = join_uri(self._run_uri, LATEST)
         store = self._outbox.hasty
-        if not store.swap_pointer(uri, {"step": step}, store.read_pointer(uri)):
+        if not self._knows_latest:
+            self._latest, self._knows_latest = store.read_pointer(uri), True
+        store.swap_pointer(uri, {"step": step}, self._latest)
+        there = store.read_pointer(uri)
+        # Where the answer to an earlier attempt was lost it was not swapped now, and yet it says the same.
+        if there is None or there.value != {"step": step}:
             raise InfrastructureError(
                 f"run {self._run_uri}: another process writes checkpoints of this run; stop one of the two"
             )
+        self._latest = there
 
     def _prune(self, step: int) -> None:
         """Keep the complete ones up to ``step`` that are to stay; what lies beyond is of an attempt that was lost."""

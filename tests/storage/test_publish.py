@@ -7,6 +7,7 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore
+from esvit_core.storage.publish import describe, put_set
 
 
 @pytest.fixture
@@ -163,3 +164,47 @@ def test_a_file_that_cannot_be_read_is_named_before_anything_is_written(store, t
     with pytest.raises(UserError, match="absent: cannot be read"):
         store.publish(store.uri("set"), {"a": b"1", "b": tmp_path / "absent"}, "thing")
     assert not list(store.list(store.uri("set")))
+
+
+def test_a_set_that_appears_while_another_is_published_is_not_replaced(store, files, monkeypatch) -> None:
+    put = ObjectStore.put_if_absent
+
+    def overtaken(self, uri, data):
+        monkeypatch.setattr(ObjectStore, "put_if_absent", put)
+        store.publish(store.uri("set"), files, "backbone", {"step": 8})
+        return put(self, uri, data)
+
+    monkeypatch.setattr(ObjectStore, "put_if_absent", overtaken)
+    with pytest.raises(UserError, match="another backbone was published there at the same time"):
+        store.publish(store.uri("set"), files, "backbone", {"step": 7})
+    assert store.read_manifest(store.uri("set"))["step"] == 8
+
+
+def test_of_two_that_publish_the_same_both_have_it(store, files, tmp_path: Path, monkeypatch) -> None:
+    put = ObjectStore.put_if_absent
+
+    def overtaken(self, uri, data):
+        monkeypatch.setattr(ObjectStore, "put_if_absent", put)
+        store.publish(store.uri("set"), files, "backbone")
+        return put(self, uri, data)
+
+    monkeypatch.setattr(ObjectStore, "put_if_absent", overtaken)
+    manifest = store.publish(store.uri("set"), files, "backbone")
+    assert store.fetch(store.uri("set"), tmp_path / "out") == manifest
+
+
+def test_putting_a_set_again_removes_nothing_unless_it_is_damaged(store, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"1")
+    manifest = describe(folder, "thing")
+    put_set(store, store.uri("set"), folder, manifest)
+    monkeypatch.setattr(ObjectStore, "remove_prefix", lambda *_: pytest.fail("removed a complete set"))
+    put_set(store, store.uri("set"), folder, manifest)
+    monkeypatch.undo()
+    store.put_bytes(store.uri("set/a"), b"2")
+    put_set(store, store.uri("set"), folder, manifest, damaged=True)
+    store.fetch(store.uri("set"), tmp_path / "out")
+    store.put_bytes(store.uri("set/manifest.json"), b"{")
+    put_set(store, store.uri("set"), folder, manifest)
+    assert store.fetch(store.uri("set"), tmp_path / "out") == manifest

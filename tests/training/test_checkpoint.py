@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from esvit_core.errors import InfrastructureError, UserError
-from esvit_core.storage import ObjectStore, StoreFull
+from esvit_core.storage import ObjectStore, StoreFull, StoreUnavailable
 from esvit_core.storage.outbox import Outbox
 from esvit_core.storage.publish import describe
 from esvit_core.storage.retry import RetryPolicy
@@ -310,3 +310,42 @@ def test_a_stale_upload_of_a_killed_process_is_passed_over_and_replaced(store: A
     checkpoints.wait()
     restored = checkpointer(store, run).restore()
     assert restored is not None and restored.step == 20
+
+
+def test_a_process_that_was_left_behind_removes_no_newer_checkpoint(store: Any) -> None:
+    """Of two processes at one run, such as one whose node was given up for lost, only one goes on."""
+    run = store.uri("runs/a")
+    stateful = saved(store, run, [10])
+    left_behind, other = checkpointer(store, run, 2), checkpointer(store, run, 2)
+    assert left_behind.restore() is not None and other.restore() is not None
+    for step in (30, 40):
+        other.save(step, stateful)
+        other.wait()
+    left_behind.save(20, stateful)
+    with pytest.raises(InfrastructureError, match="another process writes checkpoints of this run"):
+        left_behind.wait()
+    assert {30, 40} <= {*folders(store, run)}
+    other.save(50, stateful)
+    other.wait()
+    assert folders(store, run) == [40, 50]
+
+
+def test_a_checkpoint_that_is_delivered_twice_is_complete_all_the_while(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outbox repeats a delivery that failed at its end."""
+    run = store.uri("runs/a")
+    stateful, checkpoints = things(), checkpointer(store, run)
+    point, removed, calls = Checkpointer._point_to, [], []
+
+    def fails_once(self: Checkpointer, step: int) -> None:
+        calls.append(step)
+        if len(calls) == 1:
+            raise StoreUnavailable("no answer")
+        point(self, step)
+
+    monkeypatch.setattr(Checkpointer, "_point_to", fails_once)
+    monkeypatch.setattr(ObjectStore, "remove_prefix", lambda self, uri: removed.append(uri))
+    checkpoints.save(10, stateful)
+    checkpoints.wait()
+    assert calls == [10, 10] and removed == [] and folders(store, run) == [10]
