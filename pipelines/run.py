@@ -19,8 +19,11 @@ from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.monitoring.progress import format_duration
 from esvit_core.runs import CONFIG, PROMOTION, Run, identify_run, run_uri
 from esvit_core.storage import ObjectStore
+from esvit_core.storage.address import ENDPOINT
 from esvit_core.storage.errors import NotFound
+from esvit_core.storage.marker import mark
 from esvit_core.storage.session import open_store
+from esvit_core.storage.weed import path_problem
 from esvit_core.weights.source import with_source_pinned
 from esvit_pipelines.attempt import in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
@@ -96,6 +99,7 @@ def carry_out(settings: Settings, current: Run, retraining: Retraining | None = 
     """
     here = settings.out / current.name
     here.mkdir(exist_ok=True)
+    mark(here)
     (here / CONFIG).write_text(current.config.to_yaml(), encoding="utf-8")
     log = here / LOG
     start = time.monotonic()
@@ -175,6 +179,8 @@ def _promotion(current: Run) -> str:
 
 
 def _make_folder(out: Path) -> None:
+    if not os.environ.get(ENDPOINT) and (problem := path_problem(out)):
+        raise UserError(f"--out {out}: {problem}; name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,6 +20,7 @@ from esvit_core.data.layout import is_ignored, may_be_picture
 from esvit_core.errors import UserError
 from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
 from esvit_core.storage.disk import read_at
+from esvit_core.storage.marker import is_marked
 
 SCHEME = "s3://"
 _EXPECTED = "expected a folder, a tar (.gz, .bz2, .xz), a zip, or s3://bucket/prefix"
@@ -165,7 +166,10 @@ def source_fingerprint(source: str, store: ObjectStore | None = None, opened: So
 
 
 def _walk(root: Path) -> Iterator[Entry]:
-    """All files below ``root`` in the order of their names; a folder that cannot be read is one with a problem."""
+    """All files below ``root`` in the order of their names; a folder that cannot be read is one with a problem.
+
+    Folders that this program has made are left out.
+    """
     try:
         os.scandir(root).close()
     except OSError as error:
@@ -178,6 +182,9 @@ def _walk(root: Path) -> Iterator[Entry]:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
+        if is_marked(Path(folder), files):  # the store, the runs: the user's images are elsewhere
+            folders.clear()
+            continue
         folders.sort()
         for file in sorted(files):
             path = os.path.join(folder, file)  # noqa: PTH118 (a million Path objects are slow)

@@ -23,7 +23,8 @@ from esvit_core.storage import weed
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection
 from esvit_core.storage.disk import family_of, is_full, require_room
-from esvit_core.storage.errors import StoreError, StoreFull, StoreUnavailable
+from esvit_core.storage.errors import PathError, StoreError, StoreFull, StoreUnavailable
+from esvit_core.storage.marker import mark
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
 
@@ -132,8 +133,11 @@ class EmbeddedStore:
         Raises:
             UserError: it cannot be used.
         """
+        if problem := weed.path_problem(self.directory):
+            raise PathError(f"{self.directory}: {problem}; name another folder")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mark(self.directory)
             data = self.directory / "data"
             data.mkdir(mode=0o700, exist_ok=True)
             data.chmod(0o700)

@@ -104,6 +104,18 @@ def command(directory: Path, ports: Ports) -> list[str]:
     ]
 
 
+def path_problem(directory: Path) -> str | None:
+    """Why the server cannot keep its data in a directory of that name; None: it can."""
+    path = os.fsencode(directory.resolve())
+    if b"," in path:
+        return "has a comma in its path, at which the object store would split it"
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        return "has a path that is not UTF-8, which the object store cannot take"
+    return None
+
+
 def data_argument(directory: Path) -> str:
     """The argument by which the server of a directory is known in the table of processes."""
     return f"-dir={directory / 'data'}"

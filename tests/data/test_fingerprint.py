@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from esvit_core.data import fingerprint as module
 from esvit_core.data.sources import open_source, source_fingerprint
+from esvit_core.storage import ObjectStore
+from esvit_core.storage.embedded import EmbeddedStore
+from esvit_core.storage.marker import MARKER, mark
 
 FILES = {"cat/1.png": b"one", "cat/sub/2.png": b"two", "dög/ü 3.png": b"three"}
 
@@ -145,3 +148,36 @@ def test_two_folders_have_the_same_fingerprint_exactly_if_they_hold_the_same(mak
         ]
         one, other = (source_fingerprint(str(folder)) for folder in folders)
         assert (one == other) is (first == second)
+
+
+def test_a_store_and_runs_within_the_data_are_no_part_of_them(source: Path) -> None:
+    """`esvit run` from the folder of images keeps everything below it, in esvit-runs."""
+    before = source_fingerprint(str(source))
+    server = EmbeddedStore(source / "esvit-runs" / "store")
+    store = ObjectStore(server.start())
+    try:
+        store.ensure_bucket("esvit")
+        store.put_bytes("s3://esvit/runs/a/data", b"x" * 100_000)
+        assert source_fingerprint(str(source)) == before
+    finally:
+        server.stop()
+    run = source / "esvit-runs" / "demo-0123456789"
+    run.mkdir()
+    mark(run)
+    (run / "backbone.png").write_bytes(b"x")
+    assert source_fingerprint(str(source)) == before
+    (source / "esvit-runs" / "mine.png").write_bytes(b"x")
+    assert source_fingerprint(str(source)) != before
+
+
+@pytest.mark.parametrize("files", [{"identities.json", "security.toml"}, {"config.yaml", "run.log"}])
+def test_a_store_or_run_from_before_there_was_a_mark_is_recognised(source: Path, make, files: set[str]) -> None:
+    before = source_fingerprint(str(source))
+    make.folder(source / "old", dict.fromkeys([*files, "data/1.png"], b"x"))
+    assert source_fingerprint(str(source)) == before
+
+
+def test_a_folder_that_only_looks_like_ours_belongs_to_the_data(source: Path, make) -> None:
+    before = source_fingerprint(str(source))
+    make.folder(source / "esvit-runs", {MARKER: b"mine", "1.png": b"x"})
+    assert source_fingerprint(str(source)) != before

@@ -51,6 +51,7 @@ MISTAKES = {
     "a transfer set that does not exist": (["--data", "good", "--transfer", "digits=nowhere.zip"], r"nowhere\.zip"),
     "a transfer set with a bad name": (["--data", "good", "--transfer", "A b=good"], r"--transfer.*'A b'"),
     "an out that is a file": (["--data", "good", "--out", "file"], r"--out file"),
+    "an out with a comma": (["--data", "good", "--out", "a,b"], r"--out a,b: has a comma in its path.*another folder"),
     "no data": ([], r"--data"),
     "an unknown option": (["--data", "good", "--epochs", "3"], r"--epochs"),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from esvit_core.data.sources import open_source
 from esvit_core.runs import Run
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
@@ -91,6 +92,7 @@ def test_it_left_nothing_running_and_nothing_lying_about(finished_run: Any) -> N
     ours = [p for p in psutil.process_iter(["cmdline"]) if finished_run.name in " ".join(p.info["cmdline"] or [])]
     assert not ours
     assert sorted(p.name for p in finished_run.here.iterdir()) == [
+        ".esvit-folder",
         ".lock",
         "backbone",
         "config.yaml",
@@ -98,6 +100,12 @@ def test_it_left_nothing_running_and_nothing_lying_about(finished_run: Any) -> N
         "run.log",
     ]
     assert sorted(p.name for p in finished_run.out.iterdir()) == [finished_run.name, "store"]
+
+
+def test_what_it_leaves_is_no_image_of_the_folder_that_it_lies_in(finished_run: Any) -> None:
+    with open_source(str(finished_run.folder)) as opened:
+        names = {entry.name for entry in opened.entries}
+    assert "marks.zip" in names and not [name for name in names if name.startswith("out/")]
 
 
 def keys_of(run: Any) -> list[str]:

@@ -264,3 +264,10 @@ def test_settings_from_elsewhere_do_not_leak_in(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("WEED_JWT_SIGNING_KEY", "x")
     monkeypatch.setenv("ESVIT_S3_SECRET_KEY", "x")
     assert "x" not in weed.environment(tmp_path).values()
+
+
+@pytest.mark.parametrize(("name", "problem"), [("a,b", "has a comma"), (os.fsdecode(b"a\xff"), "is not UTF-8")])
+def test_a_path_that_the_server_cannot_take_is_one_line(tmp_path: Path, name: str, problem: str) -> None:
+    with pytest.raises(UserError, match=f"{problem}.*name another folder"):
+        EmbeddedStore(tmp_path / name).start()
+    assert not list(tmp_path.iterdir())
