@@ -63,7 +63,7 @@ def with_sizes(config: Config) -> Config:
     Raises:
         UserError: the recipe has no such network.
     """
-    pods = {role: sized(config, role) for role in _SIZES}
+    pods: dict[str, PodConfig] = {role: sized(config, role) for role in _SIZES}
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=pods)})
 
 
