@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from esvit_core.errors import UserError
+from esvit_core.storage import identity
+from esvit_core.storage.identity import WebIdentity
 
 ENDPOINT = "ESVIT_S3_ENDPOINT"
 ACCESS_KEY = "ESVIT_S3_ACCESS_KEY"
@@ -18,32 +20,34 @@ REGION = "ESVIT_S3_REGION"
 CA_FILE = "ESVIT_S3_CA_FILE"
 # Set by the embedded store for the processes that use it: where its disk is, so that they see it fill.
 DISK = "ESVIT_S3_DISK"
-VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, DISK)
+VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, DISK, *identity.VARIABLES)
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """An S3 endpoint and the credentials for it.
+    """An S3 endpoint and the credentials for it: a key, or a token for which there are temporary ones.
 
     Args:
         endpoint: ``host:port``.
-        access_key: name of the credentials.
+        access_key: name of the credentials; empty with ``identity``.
         secret_key: never shown in a repr, a log, or an error.
         secure: TLS.
         region: ``None``: whatever the server says a bucket is in.
         ca_file: certificates to trust instead of the system's.
         directory: where the data are, if the server is this machine's embedded one.
+        identity: instead of a key.
     """
 
     endpoint: str
-    access_key: str = field(repr=False)
-    secret_key: str = field(repr=False)
+    access_key: str = field(default="", repr=False)
+    secret_key: str = field(default="", repr=False)
     secure: bool = True
     region: str | None = None
     ca_file: Path | None = None
     directory: Path | None = None
+    identity: WebIdentity | None = None
 
     @property
     def url(self) -> str:
@@ -52,7 +56,7 @@ class StoreAddress:
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str] | None = None) -> StoreAddress:
-        """Read the ``ESVIT_S3_*`` variables.
+        """Read the ``ESVIT_S3_*`` variables. A key takes precedence over a web identity token.
 
         Args:
             environment: instead of the process's own.
@@ -62,17 +66,13 @@ class StoreAddress:
         """
         values = os.environ if environment is None else environment
         given = {name: values.get(name, "").strip() for name in VARIABLES}
-        missing = [name for name in (ENDPOINT, ACCESS_KEY, SECRET_KEY) if not given[name]]
-        if missing:
-            raise UserError(
-                f"{', '.join(missing)}: not set; expected the address and the key of an S3 object store in "
-                f"{ENDPOINT}, {ACCESS_KEY} and {SECRET_KEY}"
-            )
+        if not given[ENDPOINT]:
+            raise UserError(f"{ENDPOINT}: not set; expected the address of an S3 object store")
         endpoint, secure = _parse_endpoint(given[ENDPOINT], given[SECURE])
         ca_file = Path(given[CA_FILE]) if given[CA_FILE] else None
         if ca_file is not None and not ca_file.is_file():
             raise UserError(f"{CA_FILE}={ca_file}: no such file; expected CA certificates in PEM form")
-        return cls(
+        address = cls(
             endpoint=endpoint,
             access_key=given[ACCESS_KEY],
             secret_key=given[SECRET_KEY],
@@ -81,19 +81,30 @@ class StoreAddress:
             ca_file=ca_file,
             directory=Path(given[DISK]) if given[DISK] else None,
         )
+        missing = [name for name in (ACCESS_KEY, SECRET_KEY) if not given[name]]
+        if not missing:
+            return address
+        token = WebIdentity.from_env(values, address.url, address.region) if len(missing) == 2 else None
+        if token is None:
+            raise UserError(
+                f"{', '.join(missing)}: not set; expected the key of the store {endpoint} in {ACCESS_KEY} and "
+                f"{SECRET_KEY}, or in {identity.TOKEN_FILE} a file with a token for which its STS gives one"
+            )
+        return replace(address, identity=token)
 
     def environment(self) -> dict[str, str]:
         """The variables that :meth:`from_env` reads back, for child processes."""
         values = {
             ENDPOINT: self.endpoint,
-            ACCESS_KEY: self.access_key,
-            SECRET_KEY: self.secret_key,
+            ACCESS_KEY: self.access_key or None,
+            SECRET_KEY: self.secret_key or None,
             SECURE: "true" if self.secure else "false",
             REGION: self.region,
             CA_FILE: self.ca_file,
             DISK: self.directory,
         }
-        return {name: str(value) for name, value in values.items() if value is not None}
+        given = {name: str(value) for name, value in values.items() if value is not None}
+        return given | (self.identity.environment() if self.identity else {})
 
 
 def _parse_endpoint(text: str, secure: str) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import ssl
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 from esvit_core.storage import disk
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE, StoreAddress
 from esvit_core.storage.errors import NotFound, StoreError, StoreFull, StoreRefused, StoreRejected, StoreUnavailable
+from esvit_core.storage.identity import StsUnavailable, WebIdentityCredentials
 from esvit_core.storage.retry import RetryPolicy, ShortBodyError, is_transient, with_retries
 
 T = TypeVar("T")
@@ -25,9 +27,9 @@ READ_SECONDS = 60.0
 POOL_SIZE = 16
 # User metadata that says which request made an object: how a repeated request knows its own result again.
 WRITER = "x-amz-meta-esvit-writer"
-_REFUSALS = frozenset(
-    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccountProblem"}
-)
+# Of temporary credentials that the store took before: they have ended, or the store has forgotten them.
+_ENDED = frozenset({"ExpiredToken", "InvalidToken", "InvalidTokenId", "InvalidAccessKeyId"})
+_REFUSALS = _ENDED | {"AccessDenied", "SignatureDoesNotMatch", "AccountProblem"}
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidLocationConstraint"})
 _NO_ROOM_STATUS = 507  # Insufficient Storage
 _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFound", "NoSuchUpload"})
@@ -151,6 +153,12 @@ class Connection:
 
         def attempt() -> T:
             try:
+                try:
+                    return operation(self.client)
+                except S3Error as error:
+                    if error.code not in _ENDED or not self.address.identity:
+                        raise
+                _credentials(self.address, os.getpid()).forget()
                 return operation(self.client)
             except Exception as error:
                 if is_transient(error):
@@ -173,31 +181,49 @@ class Connection:
 
 
 def _connect(address: StoreAddress, read_seconds: float) -> S3Client:
-    pool = urllib3.PoolManager(
+    return S3Client(
+        address.endpoint,
+        access_key=address.access_key or None,
+        secret_key=address.secret_key or None,
+        credentials=_credentials(address, os.getpid()) if address.identity else None,
+        secure=address.secure,
+        region=address.region,
+        http_client=_pool(address, read_seconds),
+    )
+
+
+def _pool(address: StoreAddress, read_seconds: float) -> urllib3.PoolManager:
+    return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
         maxsize=POOL_SIZE,
         retries=False,  # ours (retry.py) know which failures deserve one
         cert_reqs="CERT_REQUIRED",
         ca_certs=str(address.ca_file) if address.ca_file else os.environ.get("SSL_CERT_FILE") or certifi.where(),
     )
-    return S3Client(
-        address.endpoint,
-        access_key=address.access_key,
-        secret_key=address.secret_key,
-        secure=address.secure,
-        region=address.region,
-        http_client=pool,
-    )
+
+
+@functools.lru_cache(maxsize=16)
+def _credentials(address: StoreAddress, process: int) -> WebIdentityCredentials:
+    """The temporary credentials of this process, the same for all of its connections."""
+    assert address.identity is not None
+    return WebIdentityCredentials(address.identity, _pool(address, READ_SECONDS))
 
 
 def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
     """The error that tells a person what happened, where, and what to do about it."""
     store = f"object store {address.url}"
+    if isinstance(error, StsUnavailable):
+        return StoreUnavailable(f"{what}: no credentials for the {store}: {error}")
     if isinstance(error, S3Error):
         code = error.code or "unknown error"
         if code in _ABSENT:
             thing = "bucket" if code == "NoSuchBucket" else "object"
             return NotFound(f"{what}: no such {thing} in the {store}")
+        if code in _REFUSALS and address.identity:
+            return StoreRefused(
+                f"{what}: the {store} refuses the temporary credentials for {address.identity.token_file} ({code}); "
+                f"check what the role {address.identity.role or 'of this token'} may do"
+            )
         if code in _REFUSALS:
             return StoreRefused(
                 f"{what}: the {store} refuses the key ({code}); "

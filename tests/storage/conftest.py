@@ -74,6 +74,19 @@ class CuttingProxy:
 
 
 @pytest.fixture
+def cutting_proxy() -> Iterator[Callable[[int], CuttingProxy]]:
+    """Put a proxy in front of a port of this machine: ``cutting_proxy(9000)``."""
+    with contextlib.ExitStack() as stack:
+
+        def start(port: int) -> CuttingProxy:
+            made = CuttingProxy(("127.0.0.1", port))
+            stack.callback(made.close)
+            return made
+
+        yield start
+
+
+@pytest.fixture
 def proxy(store) -> Iterator[CuttingProxy]:
     host, port = store.address.endpoint.split(":")
     made = CuttingProxy((host, int(port)))

@@ -1,0 +1,272 @@
+"""Workload identity: temporary credentials of the object store for the token that the platform gives a pod.
+
+Kubernetes writes a signed token into the pod and renews the file. The store's security token service (STS) checks who
+signed it and for whom, and answers with credentials that end after minutes or hours (``AssumeRoleWithWebIdentity``, which
+AWS, MinIO and SeaweedFS speak). No key is stored anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+from xml.etree import ElementTree
+
+import urllib3
+from minio.credentials import Credentials, Provider
+
+from esvit_core.errors import EsvitError, UserError
+from esvit_core.storage.errors import StoreRefused, StoreUnavailable
+
+TOKEN_FILE = "ESVIT_S3_WEB_IDENTITY_TOKEN_FILE"
+STS_ENDPOINT = "ESVIT_S3_STS_ENDPOINT"
+ROLE_ARN = "ESVIT_S3_ROLE_ARN"
+SESSION_SECONDS = "ESVIT_S3_SESSION_SECONDS"
+VARIABLES = (TOKEN_FILE, STS_ENDPOINT, ROLE_ARN, SESSION_SECONDS)
+# What Amazon's own SDKs read, and what EKS puts into the pods of an annotated service account.
+_AMAZON = {
+    TOKEN_FILE: "AWS_WEB_IDENTITY_TOKEN_FILE",
+    STS_ENDPOINT: "AWS_ENDPOINT_URL_STS",
+    ROLE_ARN: "AWS_ROLE_ARN",
+}
+
+SHORTEST, LONGEST = 900, 7 * 24 * 3600  # seconds: of AWS and SeaweedFS, of MinIO
+RENEW_BEFORE_SECONDS = 300.0
+RETRY_SECONDS = 30.0
+_TIMEOUT = urllib3.Timeout(connect=5.0, read=15.0)
+_TRANSIENT_CODES = frozenset({"IDPCommunicationError", "Throttling", "ThrottlingException", "SlowDown"})
+_EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException"})
+
+_log = logging.getLogger(__name__)
+
+
+class StsUnavailable(ConnectionError):  # noqa: N818  what it is is in the name
+    """The STS gives no answer, or one that may change if it is asked again."""
+
+
+@dataclass(frozen=True)
+class WebIdentity:
+    """A token and where it is exchanged.
+
+    Args:
+        token_file: read anew for every exchange, since the platform renews it.
+        sts: URL of the security token service.
+        role: ARN of the role to take; None: the one that the service derives from the token's claims.
+        seconds: lifetime to ask for; None: the service's default.
+    """
+
+    token_file: Path
+    sts: str
+    role: str | None = None
+    seconds: int | None = None
+
+    @classmethod
+    def from_env(cls, values: Mapping[str, str], store: str, region: str | None) -> WebIdentity | None:
+        """Read the variables; None if none of them names a token.
+
+        Args:
+            values: the environment.
+            store: URL of the object store, whose own STS it is unless another one is named.
+            region: of AWS.
+
+        Raises:
+            UserError: a value is malformed.
+        """
+        given = {name: values.get(name, "").strip() for name in VARIABLES}
+        given |= {name: values.get(other, "").strip() for name, other in _AMAZON.items() if not given[name]}
+        if not given[TOKEN_FILE]:
+            return None
+        sts = given[STS_ENDPOINT] or _default_sts(store, region or values.get("AWS_REGION", "").strip())
+        parts = urlsplit(sts)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
+            raise UserError(
+                f"{STS_ENDPOINT}={sts}: expected http(s)://host:port, with a path where the service has one"
+            )
+        return cls(
+            token_file=Path(given[TOKEN_FILE]),
+            sts=sts,
+            role=given[ROLE_ARN] or None,
+            seconds=_seconds(given[SESSION_SECONDS]),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables that :meth:`from_env` reads back."""
+        values = {
+            TOKEN_FILE: self.token_file,
+            STS_ENDPOINT: self.sts,
+            ROLE_ARN: self.role,
+            SESSION_SECONDS: self.seconds,
+        }
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _default_sts(store: str, region: str) -> str:
+    host = urlsplit(store).hostname or ""
+    if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        suffix = host[host.index(".amazonaws.com") :]
+        return f"https://sts.{region}{suffix}" if region else f"https://sts{suffix}"
+    return store
+
+
+def _seconds(text: str) -> int | None:
+    if not text:
+        return None
+    if not text.isdecimal() or not SHORTEST <= int(text) <= LONGEST:
+        raise UserError(f"{SESSION_SECONDS}={text}: expected a number of seconds from {SHORTEST} to {LONGEST}")
+    return int(text)
+
+
+class WebIdentityCredentials(Provider):
+    """Credentials that renew themselves. minio asks for them before every request; safe to share between threads.
+
+    minio's own provider sends the token in the address, which ends up in logs and in its errors, and drops what the
+    service says. This one sends a form, renews before the end, and keeps what it has while the service is away.
+
+    Args:
+        identity: token and service.
+        http: connections with the store's certificates.
+    """
+
+    def __init__(self, identity: WebIdentity, http: urllib3.PoolManager) -> None:
+        self.identity = identity
+        self._http = http
+        self._lock = threading.Lock()
+        self._credentials: Credentials | None = None
+        self._renew_at = self._end = 0.0
+
+    def retrieve(self) -> Credentials:
+        """The credentials to sign with.
+
+        Raises:
+            UserError: the token is not there, or the service refuses it.
+            StoreUnavailable: no TLS connection with the service.
+            StsUnavailable: no answer, and what there was has expired.
+        """
+        with self._lock:
+            now = time.time()
+            if self._credentials is not None and now < self._renew_at:
+                return self._credentials
+            try:
+                self._renew(now)
+            except (StsUnavailable, EsvitError) as error:
+                if self._credentials is None or now >= self._end:
+                    raise
+                self._renew_at = now + RETRY_SECONDS
+                _log.warning("credentials of the object store not renewed yet, %d s left: %s", self._end - now, error)
+            assert self._credentials is not None
+            return self._credentials
+
+    def forget(self) -> None:
+        """Ask for new ones next time: the store does not take these any more."""
+        with self._lock:
+            self._credentials = None
+
+    def _renew(self, now: float) -> None:
+        self._credentials, self._end = _exchange(self.identity, self._http)
+        self._renew_at = self._end - min(RENEW_BEFORE_SECONDS, (self._end - now) / 4)
+
+
+def _exchange(identity: WebIdentity, http: urllib3.PoolManager) -> tuple[Credentials, float]:
+    """New credentials, and when they end."""
+    token = _read_token(identity.token_file)
+    form = {
+        "Action": "AssumeRoleWithWebIdentity",
+        "Version": "2011-06-15",
+        "WebIdentityToken": token,
+        "RoleSessionName": f"esvit-{os.getpid()}",
+    }
+    if identity.role:
+        form["RoleArn"] = identity.role
+    if identity.seconds:
+        form["DurationSeconds"] = str(identity.seconds)
+    try:
+        answer = http.request(
+            "POST",
+            identity.sts,
+            body=urlencode(form),
+            # Until the next exchange, in an hour, a connection that is kept open would only be forgotten by firewalls.
+            headers={"Content-Type": "application/x-www-form-urlencoded", "Connection": "close"},
+            timeout=_TIMEOUT,
+            redirect=False,
+            retries=False,
+        )
+    except urllib3.exceptions.SSLError as error:
+        raise StoreUnavailable(f"no TLS connection with the STS {identity.sts} ({error.args[-1]})") from None
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise StsUnavailable(f"no answer from the STS {identity.sts} ({type(error).__name__})") from None
+    if answer.status != 200:
+        raise _refusal(identity, token, answer.status, answer.data)
+    try:
+        found = _texts(answer.data)
+        end = datetime.fromisoformat(found["Expiration"]).replace(tzinfo=UTC).timestamp()
+        return Credentials(found["AccessKeyId"], found["SecretAccessKey"], found["SessionToken"]), end
+    except (ElementTree.ParseError, KeyError, ValueError):
+        raise StsUnavailable(f"what answers at {identity.sts} is no STS; check {STS_ENDPOINT}") from None
+
+
+def _read_token(file: Path) -> str:
+    try:
+        token = file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        raise UserError(
+            f"{TOKEN_FILE}={file}: no such file; expected the token that the platform mounts for the pod's account"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a text"
+        raise UserError(f"{TOKEN_FILE}={file}: {reason}; expected a token that this process may read") from None
+    if not token:
+        raise UserError(f"{TOKEN_FILE}={file}: the file is empty; expected a token")
+    return token
+
+
+def _refusal(identity: WebIdentity, token: str, status: int, body: bytes) -> StsUnavailable | StoreRefused:
+    try:
+        found = _texts(body)
+    except ElementTree.ParseError:
+        found = {}
+    if "Code" not in found:
+        return StsUnavailable(f"what answers at {identity.sts} is no STS (HTTP status {status}); check {STS_ENDPOINT}")
+    code = found["Code"]
+    message = " ".join(found.get("Message", "").replace(token, "...").split())
+    said = f"{code}: {message}" if message else code
+    if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
+        return StsUnavailable(f"the STS {identity.sts} answers {said}")
+    what = f"the STS {identity.sts} refuses the web identity token in {identity.token_file}"
+    claims = _claims(token)
+    if code in _EXPIRED_CODES or claims.get("exp", time.time() + 1) < time.time():
+        return StoreRefused(f"{what}: it has expired ({said}); check that the platform still renews the file")
+    shown = ", ".join(f"{name} {_one_line(claims[key])}" for key, name in _SHOWN.items() if key in claims)
+    role = f", and that the role {identity.role} trusts it" if identity.role else ""
+    return StoreRefused(f"{what} ({said}); check that it accepts {shown or 'this kind of token'}{role}")
+
+
+_SHOWN = {"iss": "issuer", "aud": "audience", "sub": "subject"}  # of a token, and no secrets
+
+
+def _one_line(claim: Any) -> str:
+    return " ".join(map(str, claim)) if isinstance(claim, list) else str(claim)
+
+
+def _claims(token: str) -> dict[str, Any]:
+    """What the token says, for messages only: the signature is the service's to check."""
+    try:
+        middle = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))
+    except (IndexError, ValueError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def _texts(body: bytes) -> dict[str, str]:
+    """The texts of an XML document by the names of their elements, whatever its namespace."""
+    root = ElementTree.fromstring(body)
+    return {one.tag.rpartition("}")[2]: one.text.strip() for one in root.iter() if one.text and one.text.strip()}
