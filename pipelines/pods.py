@@ -9,7 +9,7 @@ from typing import Any
 from kfp import dsl
 
 from esvit_core.config import Config
-from esvit_core.config.cluster import CA_FOLDER, PodConfig, Role
+from esvit_core.config.cluster import CA_FOLDER, ClusterConfig, PodConfig, Role
 from esvit_core.config.kubernetes import bytes_quantity, quantity_bytes
 from esvit_core.errors import UserError
 from esvit_core.planning.sizes import sized
@@ -23,10 +23,12 @@ from esvit_core.pod import (
     queue_labels,
 )
 from esvit_core.repetition import variables
+from esvit_core.storage.address import pod_variables
+from esvit_core.storage.identity import TOKEN_FILE
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600
-REQUIRED_KEYS = ("ESVIT_S3_ENDPOINT", "ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY")
-OPTIONAL_KEYS = ("ESVIT_S3_SECURE", "ESVIT_S3_REGION", "ESVIT_S3_CA_FILE")
+# KFP has no projected volumes: what a step can show is the token that the account mounts into every pod of a run.
+ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 
 def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool, trains: bool = False) -> None:
@@ -87,7 +89,7 @@ def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool,
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=pod.shared_memory)
     if cluster.ca_config_map is not None:
         kubernetes.use_config_map_as_volume(task, cluster.ca_config_map, CA_FOLDER)
-    _keys(kubernetes, task, cluster.secret_of(role))
+    _store(kubernetes, task, cluster, role)
 
 
 def lengthen_retries(spec: Any) -> None:
@@ -129,8 +131,15 @@ def _memory(quantity: str) -> str:
     return bytes_quantity(quantity_bytes(quantity))
 
 
-def _keys(kubernetes: Any, task: dsl.PipelineTask, secret: str) -> None:
-    """Keys of the object store as environment, from a Kubernetes secret: none of them is in the pipeline."""
-    kubernetes.use_secret_as_env(task, secret, {key: key for key in REQUIRED_KEYS})
-    # A secret that lacks one of these is no error: they have defaults.
-    kubernetes.use_secret_as_env(task, secret, {key: key for key in OPTIONAL_KEYS}, optional=True)
+def _store(kubernetes: Any, task: dsl.PipelineTask, cluster: ClusterConfig, role: Role) -> None:
+    """The object store as environment, from a Kubernetes secret or a config map: no key is in the pipeline."""
+    keys = cluster.identity == "keys"
+    required, optional = pod_variables(keys)
+    use, name = kubernetes.use_secret_as_env, cluster.secret_of(role)
+    if not keys:
+        use, name = kubernetes.use_config_map_as_env, cluster.store_config_map
+        if cluster.token_audience:
+            task.set_env_variable(TOKEN_FILE, ACCOUNT_TOKEN)
+    use(task, name, {key: key for key in required})
+    # One that lacks some of these is no error: they have defaults.
+    use(task, name, {key: key for key in optional}, optional=True)

@@ -26,6 +26,7 @@ from esvit_core.config.kubernetes import (
 )
 from esvit_core.config.section import Section
 
+TOKEN_FOLDER = "/var/run/secrets/esvit.dev/store"  # where training pods have their token
 CA_FOLDER = "/etc/esvit/ca"  # where the pods have the config map of cluster.ca_config_map
 
 Role = Literal["prepare", "train", "evaluate", "publish"]
@@ -112,6 +113,21 @@ class ClusterConfig(Section):
         description="Kubernetes secret with the ESVIT_S3_* keys, for all steps; "
         "null: esvit-object-store-<kind of step>, as `esvit store keys` makes them.",
     )
+    identity: Literal["keys", "web-identity"] = Field(
+        "keys",
+        description="How pods prove to the store who they are: keys from secrets, or the token of their service "
+        "account, for which the store's STS gives temporary credentials (docs/security.md).",
+    )
+    store_config_map: ObjectName = Field(
+        "esvit-object-store",
+        description="Config map with the ESVIT_S3_* variables that are no secret; with identity: web-identity.",
+    )
+    token_audience: str | None = Field(
+        None,
+        min_length=1,
+        description="Audience of the token that the STS accepts; with identity: web-identity. null: the platform puts "
+        "token and role into the pods of an annotated account, as EKS does.",
+    )
     ca_config_map: LabelName | None = Field(
         None, description="Config map with the store's CA, mounted at /etc/esvit/ca (ESVIT_S3_CA_FILE names the file)."
     )
@@ -152,6 +168,16 @@ class ClusterConfig(Section):
     def secret_of(self, role: Role) -> str:
         """The Kubernetes secret from which that kind of step has its keys of the object store."""
         return self.pod(role).secret or self.secret or f"esvit-object-store-{role}"
+
+    @model_validator(mode="after")
+    def _one_identity(self) -> Self:
+        if self.identity == "keys" and self.token_audience is not None:
+            raise ValueError("token_audience has no effect with identity: keys; set identity: web-identity")
+        if self.identity == "web-identity":
+            kinds = [f"{kind}.secret" for kind in _PODS if self.pod(kind).secret is not None]
+            if unused := ["secret"] * (self.secret is not None) + kinds:
+                raise ValueError(f"{', '.join(unused)}: no effect with identity: web-identity; leave it out")
+        return self
 
     @model_validator(mode="before")
     @classmethod

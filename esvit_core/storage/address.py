@@ -135,3 +135,14 @@ def _is_host(text: str) -> bool:
         )
     except ValueError:  # a port that is not one
         return False
+
+
+def pod_variables(keys: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a pod is told of the store: the variables that it must have, and those that have defaults.
+
+    Args:
+        keys: it has a key; else a token, for which an STS gives temporary credentials.
+    """
+    if keys:
+        return (ENDPOINT, ACCESS_KEY, SECRET_KEY), (SECURE, REGION, CA_FILE)
+    return (ENDPOINT,), (SECURE, REGION, CA_FILE, identity.STS_ENDPOINT, identity.ROLE_ARN, identity.SESSION_SECONDS)

@@ -13,6 +13,7 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_core.config.parameters import resolve
+from esvit_core.errors import UserError
 from esvit_core.planning.sizes import with_sizes
 from esvit_pipelines.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
@@ -133,6 +134,42 @@ def test_every_step_gets_the_keys_from_the_named_secret(compiled: Any) -> None:
             "ESVIT_S3_ACCESS_KEY",
             "ESVIT_S3_SECRET_KEY",
         ]
+
+
+@pytest.mark.parametrize("audience", [None, "https://kubernetes.default.svc"])
+def test_with_web_identity_every_step_has_the_store_s_config_map_and_no_secret(
+    audience: str | None, tmp_path: Path
+) -> None:
+    """Where an audience is named the step shows the token of its account, else what the platform puts into the pod."""
+    settings = ["cluster.image=registry.example/esvit:1", "cluster.identity=web-identity"]
+    settings += [f"cluster.token_audience={audience}"] * (audience is not None)
+    compile_pipeline("pretrain", Config.load("demo", settings), tmp_path / "pipeline.yaml")
+    text = (tmp_path / "pipeline.yaml").read_text(encoding="utf-8")
+    pipeline, platform = yaml.safe_load_all(text)
+    assert "secretAsEnv" not in text and "ESVIT_S3_SECRET_KEY" not in text
+    steps = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert steps.keys() == pipeline["deploymentSpec"]["executors"].keys()
+    for name, step in steps.items():
+        required, optional = step["configMapAsEnv"]
+        assert required["configMapName"] == optional["configMapName"] == "esvit-object-store"
+        assert [k["envVar"] for k in required["keyToEnv"]] == ["ESVIT_S3_ENDPOINT"] and optional["optional"]
+        assert "ESVIT_S3_ROLE_ARN" in [k["envVar"] for k in optional["keyToEnv"]]
+        literals = {e["name"]: e["value"] for e in pipeline["deploymentSpec"]["executors"][name]["container"]["env"]}
+        file = "/var/run/secrets/kubernetes.io/serviceaccount/token" if audience else None
+        assert literals.get("ESVIT_S3_WEB_IDENTITY_TOKEN_FILE") == file
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["cluster.token_audience=sts"], "token_audience has no effect with identity: keys"),
+        (["cluster.identity=web-identity", "cluster.secret=keys"], "secret: no effect with identity: web-identity"),
+        (["cluster.identity=web-identity", "cluster.train.secret=keys"], "train.secret: no effect with identity"),
+    ],
+)
+def test_a_setting_without_effect_on_the_identity_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Config.load("demo", settings)
 
 
 def test_no_key_of_the_environment_gets_into_it(tmp_path: Path) -> None:

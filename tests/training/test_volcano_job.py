@@ -76,6 +76,33 @@ def test_no_credential_is_in_the_job(job: dict[str, Any]) -> None:
             assert "value" not in item and item["valueFrom"]["secretKeyRef"]["name"] == "esvit-object-store-train"
 
 
+def test_with_web_identity_pods_have_a_token_for_the_store_and_no_secret() -> None:
+    web = ["cluster.identity=web-identity", "cluster.token_audience=esvit-store"]
+    made = volcano_job(RUN, Config.load("imagenet_swin_tiny_w7", [*SETTINGS, *web]), OWNER)
+    assert "secretKeyRef" not in json.dumps(made)
+    for pod in pods(made):
+        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, "1.35", strict=True)
+        spec = pod["spec"]
+        (container,) = spec["containers"]
+        (volume,) = [volume for volume in spec["volumes"] if "projected" in volume]
+        (token,) = [source["serviceAccountToken"] for source in volume["projected"]["sources"]]
+        assert (
+            token["audience"] == "esvit-store" and token["expirationSeconds"] >= 600
+        )  # the least that Kubernetes takes
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        environment = {item["name"]: item for item in container["env"]}
+        file = environment["ESVIT_S3_WEB_IDENTITY_TOKEN_FILE"]["value"]
+        assert file == f"{mount['mountPath']}/{token['path']}" and mount["readOnly"]
+        assert environment["ESVIT_S3_ENDPOINT"]["valueFrom"]["configMapKeyRef"]["name"] == "esvit-object-store"
+        assert spec["serviceAccountName"] == "esvit-trainer" and not spec["automountServiceAccountToken"]
+
+
+def test_without_an_audience_the_platform_puts_the_token_into_the_pods() -> None:
+    made = volcano_job(RUN, Config.load("imagenet_swin_tiny_w7", [*SETTINGS, "cluster.identity=web-identity"]), OWNER)
+    text = json.dumps(made)
+    assert "secretKeyRef" not in text and "TOKEN_FILE" not in text and "projected" not in text
+
+
 @pytest.mark.parametrize("name", ["ESVIT_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"])
 def test_a_credential_among_the_settings_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: looks like a credential.*cluster.train.secret"):

@@ -1,7 +1,8 @@
 """The pod of a training node, whoever creates it: what Kubernetes has to know and torchx and the Trainer do not say.
 
 Everything here is a plain dictionary, as it is sent to the API. No credential is in it: the pod takes the object
-store's address and keys from a secret, and all that it is told of the run is where it lies.
+store's address and keys from a secret, or has a token in place of keys, and all that it is told of the run is where it
+lies.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shlex
 from typing import Any
 
 from esvit_core.config import Config
-from esvit_core.config.cluster import CA_FOLDER, PodConfig
+from esvit_core.config.cluster import CA_FOLDER, TOKEN_FOLDER, ClusterConfig, PodConfig
 from esvit_core.planning.sizes import sized
 from esvit_core.pod import (
     METRICS_PORT,
@@ -23,11 +24,13 @@ from esvit_core.pod import (
     pod_security,
 )
 from esvit_core.runs import name_of_run
-from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE
+from esvit_core.storage.address import pod_variables
+from esvit_core.storage.identity import TOKEN_FILE
 
 MODULE = "esvit_core.training"
 RENDEZVOUS_PORT = 29500
 GRACE_SECONDS = 60  # a training process gives itself 25 s for its last checkpoint, the agent its processes 30 s
+TOKEN_SECONDS = 3600  # the kubelet writes a new one when a fifth is left
 RUN_LABEL = "esvit.dev/run"
 RUN_ANNOTATION = "esvit.dev/run-uri"
 TERMINATION_FILE = "/dev/termination-log"
@@ -161,6 +164,9 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
     if certificates := config.cluster.ca_config_map:
         spec["volumes"].append({"name": "ca", "configMap": {"name": certificates}})
         container["volumeMounts"].append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
+    if token := _token_volume(config.cluster):
+        spec["volumes"].append(token)
+        container["volumeMounts"].append({"name": token["name"], "mountPath": TOKEN_FOLDER, "readOnly": True})
     for name, value in chosen.items():
         spec.pop(name, None)
         if value:
@@ -168,18 +174,30 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
 
 
 def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
-    """Literals that are nobody's secret, and references to the secret."""
-    launch = config.launch
-    secret = config.cluster.secret_of("train")
+    """Literals that are nobody's secret, and references to the secret, or to the config map, of the store."""
+    launch, cluster = config.launch, config.cluster
     literals = {item["name"]: item["value"] for item in given} | literal_environment(config) | launch.env
+    keys = cluster.identity == "keys"
+    required, optional = pod_variables(keys)
+    source, name = "secretKeyRef", cluster.secret_of("train")
+    if not keys:
+        source, name = "configMapKeyRef", cluster.store_config_map
+        if cluster.token_audience:
+            literals[TOKEN_FILE] = f"{TOKEN_FOLDER}/token"
     references = [
-        {
-            "name": name,
-            "valueFrom": {"secretKeyRef": {"name": secret, "key": name, **({"optional": True} if more else {})}},
-        }
-        for name, more in ((ENDPOINT, 0), (ACCESS_KEY, 0), (SECRET_KEY, 0), (SECURE, 1), (REGION, 1), (CA_FILE, 1))
+        {"name": key, "valueFrom": {source: {"name": name, "key": key, **more}}}
+        for variables, more in ((required, {}), (optional, {"optional": True}))
+        for key in variables
     ]
     return [*references, *({"name": name, "value": value} for name, value in literals.items())]
+
+
+def _token_volume(cluster: ClusterConfig) -> dict[str, Any] | None:
+    """The token for the store's STS, which the kubelet renews. It is for nothing else: the pod has no other token."""
+    if cluster.identity == "keys" or not cluster.token_audience:
+        return None
+    token = {"audience": cluster.token_audience, "expirationSeconds": TOKEN_SECONDS, "path": "token"}
+    return {"name": "store-token", "projected": {"sources": [{"serviceAccountToken": token}]}}
 
 
 def literal_environment(config: Config) -> dict[str, str]:
