@@ -28,6 +28,7 @@ from esvit_pipelines.cluster_options import (
     asked_of,
     config_of,
     note_local_places,
+    note_misfits,
     sent,
     server_at,
     suited,
@@ -66,6 +67,7 @@ def compile_(
     that the one pipeline serves other runs too.
     """
     from esvit_pipelines.compile import compile_pipeline
+    from esvit_pipelines.fits import size_lines
 
     config = config_of(recipe, set_, transfer, bucket)
     output = output or Path(f"esvit-{pipeline}.yaml")
@@ -73,6 +75,8 @@ def compile_(
     print(f"{output}: {len(steps)} steps")
     for number, name in enumerate(steps, 1):
         print(f"  {number:2} {name}")
+    print("its pods ask for, and have at most:")
+    print("\n".join(size_lines(config)))
     note_local_places(config)
 
 
@@ -170,6 +174,7 @@ def submit(
         server_at(host, namespace, token_file, ca_file, ui) as server,
         suited(server, pipeline, ready, asked) as package,
     ):
+        note_misfits(server, pipeline, asked)
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
         account = account_of(service_account, asked.config)
         version = version_of(server, package, inline)

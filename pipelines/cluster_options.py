@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from esvit_pipelines.registration import Registered
     from esvit_pipelines.submit import Package
 
+STANDALONE_NAMESPACE = "kubeflow"  # where Kubeflow Pipelines by itself runs the pods of all runs
 DEFAULT_EXPERIMENT = "esvit"
 
 PipelineArgument = Annotated[
@@ -166,6 +167,15 @@ def config_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | 
 
 def asked_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Asked:
     return ask(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
+
+
+def note_misfits(server: Connection, pipeline: str, asked: Asked) -> None:
+    """Warn of pods that do not fit into the cluster, where that can be asked."""
+    from esvit_pipelines.fits import misfits
+
+    if not pipeline.endswith((".yaml", ".yml")):
+        for line in misfits(asked.pipeline, server.namespace or STANDALONE_NAMESPACE):
+            print(f"warning: {line}; it will wait, or be refused", flush=True)
 
 
 def account_of(given: str | None, config: Config) -> str | None:

@@ -26,6 +26,7 @@ from esvit_pipelines.cluster_options import (
     UiOption,
     account_of,
     asked_of,
+    note_misfits,
     sent,
     server_at,
     suited,
@@ -83,6 +84,7 @@ def schedule_create(
         server_at(host, namespace, token_file, ca_file, ui) as server,
         suited(server, pipeline, ready, asked) as package,
     ):
+        note_misfits(server, pipeline, asked)
         folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
         account = account_of(service_account, asked.config)
         there = work.of_name(server, folder, name, replace)

@@ -1,0 +1,96 @@
+"""What does not fit into a cluster, against a server that answers as the Kubernetes API does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.config import Config
+from esvit_pipelines.fits import misfits, size_lines
+
+NODE = {"cpu": "3920m", "memory": "15Gi", "pods": "110"}
+SIZES = [f"cluster.{role}.{size}" for role in ("train", "evaluate") for size in ("cpu=500m", "memory=2Gi")]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """What the API answers, by the plural of what it is asked for; what is not there is forbidden."""
+    found: dict[str, list[dict[str, Any]]] = {"nodes": [node()], "limitranges": [], "resourcequotas": []}
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            items = found.get(self.path.partition("?")[0].rpartition("/")[2])
+            body = json.dumps({"items": items}).encode()
+            self.send_response(200 if items is not None else 403)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = {"clusters": [{"name": "lab", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}]}
+    user = {
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "lab", "user": "u"}}],
+    }
+    text = json.dumps({"apiVersion": "v1", "kind": "Config", **address, **user, "current-context": "x"})
+    (tmp_path / "kubeconfig").write_text(text)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+def node(**labels: str) -> dict[str, Any]:
+    return {"metadata": {"name": "n", "labels": labels}, "spec": {}, "status": {"allocatable": NODE}}
+
+
+def told(*settings: str) -> list[str]:
+    return misfits(Config.load("demo", [*SIZES, *settings]), "team")
+
+
+def test_the_demo_fits_on_a_node_of_four_cores(answers: dict[str, list[dict[str, Any]]]) -> None:
+    assert told() == []
+
+
+def test_what_no_node_has_is_told(answers: dict[str, list[dict[str, Any]]]) -> None:
+    (line,) = told("cluster.train.cpu=8", "cluster.train.accelerators=1")
+    assert line.startswith("cluster.train asks for 8 cpu, 2.0 GiB of memory, 1 nvidia.com/gpu in one pod; the largest")
+    assert "3.92 cpu, 15.0 GiB of memory, 0 nvidia.com/gpu (cluster lab)" in line
+    (line,) = told("cluster.evaluate.node_selector={pool: gpu}")
+    assert line.startswith("cluster.evaluate: no node has the labels {'pool': 'gpu'}")
+    answers["nodes"].append(node(pool="gpu"))
+    assert told("cluster.evaluate.node_selector={pool: gpu}") == []
+
+
+def test_what_a_limit_range_or_a_quota_does_not_admit_is_told(answers: dict[str, list[dict[str, Any]]]) -> None:
+    limits = {"limits": [{"type": "Container", "max": {"memory": "3Gi", "cpu": "16"}}]}
+    answers["limitranges"] = [{"metadata": {"name": "bounds"}, "spec": limits}]
+    hard = {"requests.cpu": "2", "limits.memory": "64Gi", "requests.nvidia.com/gpu": "1", "pods": "5"}
+    answers["resourcequotas"] = [{"metadata": {"name": "share"}, "spec": {"hard": hard}}]
+    lines = told("cluster.train.memory=4Gi", "cluster.train.accelerators=2")
+    assert any(
+        l.startswith("cluster.train: 4.0 GiB of memory for one pod; LimitRange team/bounds admits 3.0") for l in lines
+    )
+    assert any("2 nvidia.com/gpu for one pod; ResourceQuota team/share admits 1" in line for line in lines)
+
+
+def test_who_may_not_ask_is_told_nothing(answers: dict[str, list[dict[str, Any]]]) -> None:
+    answers.clear()
+    assert told("cluster.train.cpu=99") == []
+
+
+def test_sizes_are_told_for_people() -> None:
+    lines = size_lines(Config.load("demo", [*SIZES, "cluster.train.accelerators=2", "launch.scheduler=volcano"]))
+    assert lines[1] == "  train      cpu 500m to 16, memory 2Gi to 2Gi, 2 nvidia.com/gpu"
+    assert lines[-1] == "  the step that starts the job cpu 100m to 1, memory 512Mi to 2Gi"
