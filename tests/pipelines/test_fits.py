@@ -80,7 +80,8 @@ def test_what_a_limit_range_or_a_quota_does_not_admit_is_told(answers: dict[str,
     answers["resourcequotas"] = [{"metadata": {"name": "share"}, "spec": {"hard": hard}}]
     lines = told("cluster.train.memory=4Gi", "cluster.train.accelerators=2")
     assert any(
-        l.startswith("cluster.train: 4.0 GiB of memory for one pod; LimitRange team/bounds admits 3.0") for l in lines
+        line.startswith("cluster.train: 4.0 GiB of memory for one pod; LimitRange team/bounds admits 3.0")
+        for line in lines
     )
     assert any("2 nvidia.com/gpu for one pod; ResourceQuota team/share admits 1" in line for line in lines)
 
