@@ -6,7 +6,7 @@ import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import format_duration
@@ -75,7 +75,7 @@ def follow(connection: Connection, run_id: str, seconds: float = 5.0) -> Outcome
     Raises:
         UserError: the server has not answered for a day, or there is no such run.
     """
-    patient = _Patience(connection, run_id)
+    patient = Patience(connection, run_id)
     seen = _Seen(connection, run_id)
     while True:
         run = patient.ask(lambda: get_run(connection, run_id))
@@ -86,13 +86,24 @@ def follow(connection: Connection, run_id: str, seconds: float = 5.0) -> Outcome
         time.sleep(seconds)
 
 
-class _Patience:
-    """Asks again while the server does not answer."""
+class Patience:
+    """Asks again while the server does not answer.
 
-    def __init__(self, connection: Connection, run_id: str) -> None:
-        self._connection, self._run_id = connection, run_id
+    Args:
+        run_id: of the run that the questions are about.
+        screen: gets a line when the answers stop and when they begin again; None: standard output.
+    """
+
+    def __init__(self, connection: Connection, run_id: str, screen: TextIO | None = None) -> None:
+        self._connection, self._run_id, self._screen = connection, run_id, screen
 
     def ask(self, question: Callable[[], Any]) -> Any:
+        """The answer to a question, however often it has to be asked.
+
+        Raises:
+            UserError: there has been no answer for :data:`PATIENCE_SECONDS`.
+            kfp_server_api.ApiException: the server refuses.
+        """
         import kfp_server_api
         from urllib3.exceptions import HTTPError
 
@@ -111,13 +122,13 @@ class _Patience:
                 if silent == 0 or silent - reminded >= _REMINDER_SECONDS:
                     reminded = silent
                     why = refusal(error, self._connection.server.token_file is not None).partition(";")[0]
-                    _print(f"lost the server: {why}; the run goes on without it, asking again")
+                    _print(f"lost the server: {why}; the run goes on without it, asking again", self._screen)
                 time.sleep(pause)
                 silent += pause
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             if silent:
-                _print("the server answers again")
+                _print("the server answers again", self._screen)
             return answer
 
 
@@ -216,5 +227,5 @@ def print_end(connection: Connection, outcome: Outcome, logs: list[StepLog]) -> 
     print(connection.link("runs", run.run_id), flush=True)
 
 
-def _print(text: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S}  {text}", flush=True)
+def _print(text: str, screen: TextIO | None = None) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S}  {text}", file=screen, flush=True)

@@ -222,7 +222,7 @@ def _host(server: Server) -> str:
         raise UserError(
             "no Kubeflow Pipelines server is named; give --host https://..., or set KF_PIPELINES_ENDPOINT "
             "(of a cluster on this machine: kubectl -n kubeflow port-forward svc/ml-pipeline 8888, and "
-            "--host http://localhost:8888)"
+            "--host http://localhost:8888; without a cluster: esvit run, status, logs)"
         )
     if not host.startswith(("http://", "https://")):
         raise UserError(f"--host {host}: expected http:// or https:// before it")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -115,17 +117,19 @@ def logs(
 ) -> None:
     """Print the log of a step of a run, as its newest pod wrote it."""
     from esvit_pipelines.cluster_runs import find_run, get_run
+    from esvit_pipelines.follow import Patience
     from esvit_pipelines.run_steps import UNFINISHED, workflow_of
     from esvit_pipelines.show_run import choose_step
     from esvit_pipelines.step_log import read_log
 
     with server_at(host, namespace, token_file, ca_file, ui) as server:
         found = find_run(server, run)
+        patient = Patience(server, found.run_id, sys.stderr)
         printed = 0
         while True:
-            workflow = workflow_of(server, found)
+            workflow = patient.ask(partial(workflow_of, server, found))
             chosen = choose_step(found, workflow, step)
-            log = read_log(server, found.run_id, workflow.namespace, chosen)
+            log = patient.ask(partial(read_log, server, found.run_id, workflow.namespace, chosen))
             lines = log.lines if log else []
             print(*lines[printed:], sep="\n", end="\n" if lines[printed:] else "", flush=True)
             printed = max(printed, len(lines))
@@ -133,7 +137,7 @@ def logs(
                 break
             step = chosen.name
             time.sleep(_LOG_SECONDS)
-            found = get_run(server, found.run_id)
+            found = patient.ask(partial(get_run, server, found.run_id))
         if not printed:
             raise UserError(
                 f"run {found.display_name}: step {chosen.title} ({chosen.state}) has no log"

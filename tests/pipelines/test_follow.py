@@ -329,9 +329,12 @@ def test_a_log_is_followed_until_the_step_ends(
     def more(seconds: float) -> None:
         server.logs[pod("knn")] += "measured\n"
         server.workflows = moments(measured("Succeeded", ("Succeeded", "")))
+        server.lost = 1 if seconds == 5.0 else 0
 
     monkeypatch.setattr("time.sleep", more)
-    assert call("runs", "logs", "mine", "--follow") == (0, "measuring\nmeasured\n", "")
+    code, out, error = call("runs", "logs", "mine", "--follow")
+    assert (code, out) == (0, "measuring\nmeasured\nmeasured\n")
+    assert "lost the server" in error and "the server answers again" in error
 
 
 def test_a_run_is_terminated_once(server: KfpServer, call: Call, run: Any) -> None:

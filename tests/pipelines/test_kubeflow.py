@@ -109,7 +109,7 @@ def test_arguments_are_looked_at_before_the_server_is_asked(server: KfpServer, c
 
 def test_no_server_is_named(call: Call, compiled: Path, server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
-    told(call("runs"), "--host", "KF_PIPELINES_ENDPOINT", "port-forward")
+    told(call("runs"), "--host", "KF_PIPELINES_ENDPOINT", "port-forward", "without a cluster: esvit run, status")
 
 
 def test_a_wrong_host(server: KfpServer, call: Call) -> None:
