@@ -56,16 +56,22 @@ def keys(
 
 
 def policies(
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="prepare, train, evaluate, publish, prune or read.")],
+    role: Annotated[
+        list[str], typer.Argument(metavar="ROLE...", help="prepare, train, evaluate, publish, prune or read.")
+    ],
     bucket: BucketName = "esvit",
     source: SourcesOption = None,
 ) -> None:
-    """Print what a kind of step may do in the store as a policy for AWS or MinIO."""
-    from esvit_core.storage.roles import ROLES, policy
+    """Print what a kind of step may do in the store as a policy for AWS or MinIO.
 
-    if role not in ROLES:
-        raise UserError(f"role {role}: expected one of {', '.join(ROLES)}")
-    print(json_module.dumps(policy(role, bucket, source or ()), indent=2))
+    Several kinds make one policy: for a service account that they share, as all steps of a run do.
+    """
+    from esvit_core.storage.roles import ROLES, joint_policy
+
+    for one in role:
+        if one not in ROLES:
+            raise UserError(f"role {one}: expected one of {', '.join(ROLES)}")
+    print(json_module.dumps(joint_policy(role, bucket, source or ()), indent=2))
 
 
 def prune(

@@ -105,6 +105,16 @@ def identities(keys: Mapping[str, Key], bucket: str, sources: Sequence[str] = ()
     return {"identities": [identity(ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]), *roles]}
 
 
+def joint_policy(roles: Sequence[str], bucket: str, sources: Sequence[str] = ()) -> dict[str, Any]:
+    """One policy with what several roles may do: for an account that all of them share."""
+    policies = [policy(role, bucket, sources) for role in roles]
+    statements: list[dict[str, Any]] = []
+    for statement in (one for each in policies for one in each["Statement"]):
+        if statement not in statements:
+            statements.append(statement)
+    return policies[0] | {"Statement": statements}
+
+
 def policy(role: str, bucket: str, sources: Sequence[str] = ()) -> dict[str, Any]:
     """The same as a policy document of AWS, which MinIO takes too."""
     buckets = [f"arn:aws:s3:::{one}" for one in (bucket, *sources)]

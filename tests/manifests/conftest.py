@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -34,6 +35,20 @@ def rendered() -> dict[str, list[Object]]:
         if profile.exists():
             made[name].append(yaml.safe_load(profile.read_text()))
     return made
+
+
+@pytest.fixture(scope="session")
+def rendered_without_keys(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """The base with an external store and `components/web-identity`."""
+    folder = tmp_path_factory.mktemp("overlay")
+
+    def path(name: str) -> str:
+        return os.path.relpath(MANIFESTS / name, folder.resolve())
+
+    components = [path(f"components/{name}") for name in ("external-store", "web-identity")]
+    text = {"namespace": "esvit", "resources": [path("base")], "components": components}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(text))
+    return render(folder)
 
 
 @pytest.fixture(params=OVERLAYS)

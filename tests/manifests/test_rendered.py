@@ -15,7 +15,10 @@ import pytest
 import yaml
 from referencing import Registry, Resource
 
+from esvit_core.config.cluster import TOKEN_FOLDER, ClusterConfig
 from esvit_core.monitoring.alerts import STORE_KEPT_FREE_GIB, alert_rules
+from esvit_core.storage import StoreAddress
+from esvit_core.storage.identity import TOKEN_FILE
 
 Object = dict[str, Any]
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -97,6 +100,22 @@ def test_no_secret_is_in_the_manifests(objects: list[Object]) -> None:
     assert not of_kind(objects, "Secret")
     text = json.dumps(objects)
     assert not re.search(r"(?i)(access_?key|secret_?key|password|token)\W{1,5}\s*[\w+/]{12,}", text)
+
+
+def test_with_workload_identity_nothing_refers_to_a_secret(rendered_without_keys: list[Object]) -> None:
+    assert not [error for thing in rendered_without_keys for error in check(thing, "1.37")]
+    assert "secretRef" not in json.dumps(rendered_without_keys)
+    (store,) = of_kind(rendered_without_keys, "ConfigMap")
+    assert store["metadata"]["name"] == ClusterConfig().store_config_map
+    address = StoreAddress.from_env({**store["data"], TOKEN_FILE: "/token"})
+    assert address.identity is not None and address.identity.sts == address.url
+    (prune,) = of_kind(rendered_without_keys, "CronJob")
+    pod = prune["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["envFrom"] == [{"configMapRef": {"name": store["metadata"]["name"]}}]
+    assert {"name": TOKEN_FILE, "value": f"{TOKEN_FOLDER}/token"} in container["env"]
+    (token,) = [volume for volume in pod["volumes"] if "projected" in volume]
+    assert {"name": token["name"], "mountPath": TOKEN_FOLDER, "readOnly": True} in container["volumeMounts"]
 
 
 def test_the_vault_brings_a_key_for_every_role(rendered: dict[str, list[Object]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import socket
 import ssl
@@ -320,3 +321,15 @@ def test_policies_for_other_servers_say_the_same() -> None:
         assert removes == [f"arn:aws:s3:::esvit/{pattern}" for pattern in (*entry.writes, *entry.deletes)]
         reads = [r for s in statements if "s3:GetObject" in s["Action"] for r in s["Resource"]]
         assert reads == ["arn:aws:s3:::esvit/*", "arn:aws:s3:::photos/*"]
+
+
+def test_an_account_that_several_steps_share_may_do_what_each_may(esvit: Callable[..., Any]) -> None:
+    roles = ("prepare", "evaluate", "publish")
+    done = esvit("store", "policies", *roles, "--bucket", "runs", "--source", "photos")
+    assert done.returncode == 0, done.stderr
+    statements = json.loads(done.stdout)["Statement"]
+    each = [one for role in roles for one in policy(role, "runs", ["photos"])["Statement"]]
+    assert all(one in statements for one in each) and all(one in each for one in statements)
+    assert len(statements) == len({json.dumps(one, sort_keys=True) for one in statements}) < len(each)
+    wrong = esvit("store", "policies", "prepare", "all")
+    assert wrong.returncode == 2 and "role all: expected one of prepare, train" in wrong.stderr
