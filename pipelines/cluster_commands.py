@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -159,6 +160,7 @@ def submit(
     A session's cookie, where a login page stands before the server, is taken from ESVIT_KFP_COOKIE.
     """
     from esvit_pipelines import submit as work
+    from esvit_pipelines.follow import Patience
     from esvit_pipelines.kubeflow import experiment_id
     from esvit_pipelines.run_commands import followed
 
@@ -179,9 +181,12 @@ def submit(
         account = account_of(service_account, asked.config)
         version = version_of(server, package, inline)
         name = name or work.run_name(package)
+        before = ""
         for attempt in range(1, resubmit + 2):
             title = name if attempt == 1 else f"{name} (attempt {attempt})"
-            run = work.submit(server, package, values, title, folder, account, caching, version)
+            send = partial(work.submit, server, package, values, title, folder, account, caching, version)
+            run = Patience(server, before).ask(send) if before else send()
+            before = run.run_id
             print(f"submitted {run.display_name}\n{server.link('runs', run.run_id)}", flush=True)
             if not wait:
                 return

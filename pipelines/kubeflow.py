@@ -133,7 +133,7 @@ def connected(server: Server) -> Iterator[Connection]:
             client = kfp.Client(
                 host=host,
                 namespace=namespace or "kubeflow",
-                existing_token=token,
+                credentials=None if token is None else _RenewedToken(server),
                 cookies=server.cookie,
                 ssl_ca_cert=str(server.ca_file) if server.ca_file else None,
             )
@@ -242,6 +242,16 @@ def _token(server: Server) -> str | None:
     if not token or len(token.split()) != 1:
         raise UserError(f"--token-file {file}: expected a token and nothing else")
     return token
+
+
+class _RenewedToken:
+    """The token for KFP's client, which asks for it before each request: a run may be waited for longer than it lasts."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def refresh_api_key_hook(self, configuration: Any) -> None:
+        configuration.api_key["authorization"] = _token(self._server)
 
 
 def _looked_at(host: str, token: str | None, server: Server) -> tuple[str | None, str]:

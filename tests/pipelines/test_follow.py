@@ -248,6 +248,28 @@ def test_what_the_cluster_broke_is_submitted_again(
     assert len([line for line in lines if line.startswith("submitting it again, ")]) == 2
 
 
+def test_it_is_submitted_again_when_the_server_is_back_and_with_the_token_of_then(
+    server: KfpServer, call: Call, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("first")
+    server.token = "first"
+    failed_with(server, "pod deleted", None)
+    from esvit_pipelines import follow
+
+    end = follow.print_end
+
+    def lose(*given: Any) -> None:
+        end(*given)
+        token.write_text("second")
+        server.token, server.lost = "second", 2
+
+    monkeypatch.setattr(follow, "print_end", lose)
+    code, lines, error = submitted(call, compiled, "--resubmit", "1", "--token-file", str(token))
+    assert (code, error) == (1, "") and len(server.kept["runs"]) == 2
+    assert len([line for line in lines if "the server answers again" in line]) == 1
+
+
 def test_a_mistake_in_the_input_is_not_submitted_again(server: KfpServer, call: Call, compiled: Path) -> None:
     failed_with(server, "Error (exit code 1)", failure("error: k-NN: no labels", 2))
     code, lines, _ = submitted(call, compiled, "--resubmit", "2")
