@@ -164,7 +164,10 @@ def test_too_little_shared_memory_ends_in_one_line(call: str, expected: str) -> 
 def test_what_the_workers_need_is_said_where_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "free_shared_memory", lambda: 5 * 4 * BATCH_BYTES)
     line = loader(Images()).check_shared_memory(processes=4)  # of each 2 workers x 2 batches ahead, and one in use
-    assert line == "data loading: 2 workers per process keep up to 37.5 MiB in shared memory; 37.5 MiB are free in /dev/shm"
+    assert (
+        line
+        == "data loading: 2 workers per process keep up to 37.5 MiB in shared memory; 37.5 MiB are free in /dev/shm"
+    )
     with pytest.raises(UserError, match=r"training\.workers 2"):
         loader(Images()).check_shared_memory(processes=5)
 
