@@ -23,8 +23,12 @@ from esvit_core.pod import (
     queue_labels,
 )
 from esvit_core.repetition import variables
+<<<<<<< HEAD
 from esvit_core.storage.address import pod_variables
 from esvit_core.storage.identity import TOKEN_FILE
+=======
+from esvit_core.training.pace import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
+>>>>>>> b7bf7af (Lose at most a minute of training in a step's own pod: checkpoints follow what one takes to reach the store)
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600
 # KFP has no projected volumes: what a step can show is the token that the account mounts into every pod of a run.
@@ -83,6 +87,7 @@ def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool,
         kubernetes.add_pod_annotation(task, annotation, value)
     if serves_metrics:
         task.set_env_variable(METRICS_PORT_VARIABLE, str(METRICS_PORT))
+        task.set_env_variable(LOST_SECONDS_VARIABLE, f"{POD_LOST_SECONDS:g}")  # its pod gets no time to save
     for folder in ("tmp", "work"):
         kubernetes.empty_dir_mount(task, folder, f"/{folder}", size_limit=pod.scratch)
     if pod.shared_memory is not None:

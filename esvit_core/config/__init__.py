@@ -163,7 +163,11 @@ class TrainingConfig(Section):
     )
     rollback_lr: float = Field(0.5, gt=0, le=1, description="Factor of the learning rate each time that it leads back.")
     checkpoint_steps: int = Field(1000, gt=0, description="Steps between checkpoints.")
-    checkpoint_minutes: float = Field(15.0, gt=0, description="Minutes between checkpoints, whichever comes first.")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Minutes between checkpoints, whichever comes first; auto: 15, and in a step's own pod on a cluster "
+        "so few that at most a minute of training is lost where the store keeps up.",
+    )
     checkpoint_epochs: int = Field(
         0, ge=0, description="Epochs after which there is a checkpoint too; 0: at no particular one."
     )

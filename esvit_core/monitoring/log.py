@@ -7,6 +7,7 @@ later attempt went back to a checkpoint, its lines replace those of the earlier 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -30,15 +31,18 @@ class LogWriter:
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self.attempt = 1 + max((attempt for _, attempt, _ in _pieces(outbox.store, outbox.uri)), default=0)
+        self._lock = threading.Lock()
         self._lines: list[str] = []
         self._first_step = 0
         self._start = self._last_flush = time.monotonic()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; it must have a ``step``. Figures that are None are left out."""
-        if not self._lines:
-            self._first_step = int(line["step"])
-        self._lines.append(json.dumps({k: _rounded(v) for k, v in line.items() if v is not None}))
+        text = json.dumps({k: _rounded(v) for k, v in line.items() if v is not None})
+        with self._lock:
+            if not self._lines:
+                self._first_step = int(line["step"])
+            self._lines.append(text)
         now = time.monotonic()
         if now - self._last_flush >= max(MIN_PIECE_SECONDS, PIECE_SHARE_OF_AGE * (now - self._start)):
             self.flush()
@@ -49,12 +53,14 @@ class LogWriter:
         self.attempt += 1
 
     def flush(self) -> None:
-        """Send off what is collected.
+        """Send off what is collected. May be called from another thread.
 
         Raises:
-            UserError: an earlier piece could not be written.
+            EsvitError: an earlier piece could not be written.
         """
-        if self._lines:
+        with self._lock:
+            if not self._lines:
+                return
             name = f"{self._first_step:08d}-{self.attempt}.jsonl"
             data = ("\n".join(self._lines) + "\n").encode()
             self._lines, self._last_flush = [], time.monotonic()

@@ -62,7 +62,7 @@ class TrainingMetrics:
         recipe: name of its recipe.
         world_size: processes that train.
         total_steps: steps of the whole run.
-        checkpoint_seconds: longest time that is to pass between two checkpoints.
+        checkpoint_seconds: longest time that is to pass between two checkpoints, asked at every scrape.
         memory: the device's memory in bytes by kind (used, peak, total), asked at every scrape.
         first: of the run's first process. Those of the other nodes tell of their node only: what is the whole run's
             would otherwise be there several times.
@@ -74,7 +74,7 @@ class TrainingMetrics:
         recipe: str,
         world_size: int,
         total_steps: int,
-        checkpoint_seconds: float = 900.0,
+        checkpoint_seconds: Callable[[], float] = lambda: 900.0,
         memory: Callable[[], Mapping[str, float]] | None = None,
         first: bool = True,
     ) -> None:
@@ -109,9 +109,9 @@ class TrainingMetrics:
             whole, "esvit_checkpoint_seconds", "Time to write a checkpoint.", CHECKPOINT_BUCKETS
         )
         self._checkpoint_bytes = self._gauge(whole, "esvit_checkpoint_bytes", "Size of the last checkpoint.")
-        self._gauge(whole, "esvit_checkpoint_interval_seconds", "Longest time planned between two checkpoints.").set(
-            checkpoint_seconds
-        )
+        self._gauge(
+            whole, "esvit_checkpoint_interval_seconds", "Longest time planned between two checkpoints."
+        ).set_function(checkpoint_seconds)
         self._gauge(
             whole, "esvit_checkpoint_age_seconds", "Time since the last checkpoint, or since the start."
         ).set_function(lambda: time.time() - (self._saved or self._started))

@@ -36,12 +36,14 @@ class Demand:
         flops: operations for each picture, a multiplication and its addition counted as two.
         fixed_bytes: held whatever the batch.
         picture_bytes: more for each picture that is worked off at a time.
+        checkpoint_bytes: of a checkpoint: both networks and the optimizer's averages.
     """
 
     parameters: int
     flops: float
     fixed_bytes: float
     picture_bytes: float
+    checkpoint_bytes: float
 
     def bytes(self, pictures: int) -> float:
         """Most memory held in a step on ``pictures`` at a time."""
@@ -88,6 +90,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         flops=(3 * forward + teacher) / 2 + again / 2 + products,
         fixed_bytes=8 * parameters + (optimizer - 8) * trained + (kept[0] - 2 * picture) + fixed,
         picture_bytes=picture + each + 4 * 3 * sum(size**2 for size in sizes),
+        checkpoint_bytes=8 * parameters + (optimizer - 12) * trained,
     )
 
 

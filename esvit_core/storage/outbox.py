@@ -82,6 +82,7 @@ class Outbox:
         self._number = 1 + max((int(path.name.partition("-")[0]) for path in left), default=0)
         self._set: tuple[Path, Callable[[Path], None]] | None = None
         self._changed = threading.Condition()
+        self._delivering_object = threading.Lock()
         self._delivering: Path | None = None
         self._busy = self._closing = False
         self._failure: Exception | None = None
@@ -96,8 +97,9 @@ class Outbox:
             EsvitError: an earlier one could not be stored, or there is no room on this machine's disk.
         """
         self.check()
-        path = self._objects_folder / f"{self._number:09d}-{quote(name, safe='')}"
-        self._number += 1
+        with self._changed:
+            number, self._number = self._number, self._number + 1
+        path = self._objects_folder / f"{number:09d}-{quote(name, safe='')}"
         try:
             half = path.with_name(f".{path.name}")
             half.write_bytes(data)
@@ -107,6 +109,15 @@ class Outbox:
         with self._changed:
             self._objects.append(path)
             self._changed.notify_all()
+
+    def hurry(self) -> None:
+        """Store the objects that wait from this thread: the outbox's own may be busy with a set. One attempt each.
+
+        Raises:
+            EsvitError: one could not be stored; it waits on.
+        """
+        while self._deliver_object():
+            pass
 
     def begin_set(self, name: str) -> Path:
         """An empty folder for the files of a set."""
@@ -214,13 +225,8 @@ class Outbox:
 
     def _deliver_one(self) -> None:
         """The oldest object, or else the set; it stays in its place until it has arrived."""
-        if self._objects:
-            path = self._objects[0]
-            name = unquote(path.name.partition("-")[2])
-            self.hasty.put_bytes(join_uri(self.uri, name), path.read_bytes())
-            path.unlink()
+        if self._deliver_object():
             with self._changed:
-                self._objects.popleft()
                 self._busy = False
                 self._changed.notify_all()
             return
@@ -238,6 +244,20 @@ class Outbox:
                 if waiting is not None and (self._set is None or self._set[0] != waiting[0]):
                     shutil.rmtree(waiting[0], ignore_errors=True)
                 self._changed.notify_all()
+
+    def _deliver_object(self) -> bool:
+        """Store the oldest object; False if none waits."""
+        with self._delivering_object:
+            if not self._objects:
+                return False
+            path = self._objects[0]
+            name = unquote(path.name.partition("-")[2])
+            self.hasty.put_bytes(join_uri(self.uri, name), path.read_bytes())
+            path.unlink()
+            with self._changed:
+                self._objects.popleft()
+                self._changed.notify_all()
+        return True
 
     def _be_patient(self, error: StoreUnavailable) -> bool:
         if self._silent_since is None:

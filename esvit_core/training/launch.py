@@ -161,7 +161,10 @@ def _wait(runner: Any, handle: str, stdout: Path, stop: Signals) -> Any:
                 deadline = time.monotonic() + STOP_SECONDS
                 print("train: stopping, writing a checkpoint (once more: stop at once)", flush=True)
                 for agent in _agents():
-                    agent.terminate()
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        # The training processes too: the agent would pass it on, but in a pod a second is all there is.
+                        for process in (*agent.children(), agent):
+                            process.terminate()
             if stop.count > 1 or time.monotonic() > deadline:
                 for agent in _agents():
                     for process in (*agent.children(recursive=True), agent):

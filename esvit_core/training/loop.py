@@ -13,13 +13,16 @@ from esvit_core.training.checkpoint import Checkpointer
 from esvit_core.training.distributed import Vote
 from esvit_core.training.nonfinite import backward
 from esvit_core.training.optimizer import clip_gradients_, freeze_last_layer_, set_hyperparameters_, update_teacher_
+from esvit_core.training.pace import CheckpointPace
 from esvit_core.training.parts import Parts, seed_step
 from esvit_core.training.schedules import ScheduleValues
 from esvit_core.training.stop import StopRequest
 from esvit_core.training.watch import StepOutputs, Watch
 
 
-def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: StopRequest) -> bool:
+def train(
+    parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: StopRequest, pace: CheckpointPace
+) -> bool:
     """Train from the present position on.
 
     Args:
@@ -27,6 +30,7 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
         watch: looks at every step.
         checkpoints: of the first process, None in the others.
         stop: whether this process has been asked to stop.
+        pace: when checkpoints are due.
 
     Returns:
         True when the run is finished, False when it was asked to stop before; a checkpoint is written either way.
@@ -36,11 +40,11 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
         RollBack: the loss was not finite, and the run is to go back to its last checkpoint.
     """
     position, training = parts.position, parts.config.training
-    vote, saved = Vote(parts.world), time.monotonic()
+    vote = Vote(parts.world)
     start = time.monotonic() - position.seconds
     stopped = False
     for batch in parts.batches():
-        vote.begin(stop.requested, save=time.monotonic() - saved > 60 * training.checkpoint_minutes)
+        vote.begin(stop.requested, save=pace.due())
         at = parts.schedule_values()
         parts.trace.step(position.step + 1, batch.indices)
         with parts.profiler.step():
@@ -54,7 +58,7 @@ def train(parts: Parts, watch: Watch, checkpoints: Checkpointer | None, stop: St
         del outputs  # before the next step makes its own: they are wide
         if due or stopped or parts.checkpoint_planned():
             parts.guard.settle()  # only what is finite becomes a checkpoint
-            saved = time.monotonic()
+            pace.saved()
             if checkpoints:
                 watch.flush()
                 checkpoints.save(position.step, parts.stateful, watch.loss)

@@ -24,10 +24,12 @@ from esvit_core.training.environment import device_memory, hardware, versions
 from esvit_core.training.initial import starting_states
 from esvit_core.training.loop import train
 from esvit_core.training.nonfinite import NONFINITE, RollBack
+from esvit_core.training.pace import CheckpointPace
 from esvit_core.training.parts import Parts, build_parts, make_deterministic, recompute_blocks_
 from esvit_core.training.profiler import PROFILE, Profile
 from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.training.summary import SUMMARY, TrainingSummary, read_summary
+from esvit_core.training.urgent import Urgent
 from esvit_core.training.watch import Watch
 
 
@@ -55,24 +57,26 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
         print(f"train: {line}", flush=True)
     if launch.recompute:
         recompute_blocks_(parts.student, run.config.model.arch)
-    metrics = _metrics(run, parts) if world.first_of_node else None
+    pace = CheckpointPace(run.config.training.checkpoint_minutes, leads=world.first)
+    metrics = _metrics(run, parts, pace) if world.first_of_node else None
     outbox = _outbox(run, patience) if world.first else None
-    checkpoints = _checkpointer(run, parts, outbox, metrics) if outbox else None
+    checkpoints = _checkpointer(run, parts, outbox, metrics, pace) if outbox else None
     resume(run, parts, checkpoints)
     if world.first and metrics:
         metrics.started(parts.position.step, _note_start(run, parts))
-    stop.arm()
+    urgent = Urgent(run, parts, outbox)
+    stop.arm(urgent.send)
     try:
         if outbox:
             parts.profiler.begin(launch.profile_steps, partial(_keep_profile, run, outbox))
-        finished, last_line = _train(run, parts, outbox, checkpoints, metrics, stop)
+        finished, last_line = _train(parts, outbox, checkpoints, metrics, stop, pace, urgent)
     finally:
         if metrics and (why := metrics.push()):
             print(f"train: {why}", flush=True)
     if world.first and finished:
         _say_finished(finish(run, parts, last_line))
     elif outbox:
-        _say_stopped(run, parts, outbox)
+        _say_stopped(run, parts, outbox, urgent)
     world.wait_for_all(600 + patience)  # the first one may be waiting for the store
     world.leave()
     return 0 if finished else STOPPED_EXIT_CODE
@@ -154,14 +158,15 @@ def finish(run: Run, parts: Parts, last_line: dict[str, float | int | None]) -> 
 
 
 def _train(
-    run: Run,
     parts: Parts,
     outbox: Outbox | None,
     checkpoints: Checkpointer | None,
     metrics: TrainingMetrics | None,
     stop: StopRequest,
+    pace: CheckpointPace,
+    urgent: Urgent,
 ) -> tuple[bool, dict[str, float | int | None]]:
-    log = LogWriter(outbox) if outbox else None
+    log = urgent.log = LogWriter(outbox) if outbox else None
     if outbox:
         parts.guard.keep = partial(_keep_nonfinite, outbox, metrics)
     steps = parts.schedules.steps
@@ -170,7 +175,7 @@ def _train(
             progress = Progress(steps, unit="steps", label="train", initial=parts.position.step) if log else None
             watch = Watch(parts, log, metrics, progress)
             try:
-                finished = train(parts, watch, checkpoints, stop)
+                finished = train(parts, watch, checkpoints, stop, pace)
                 break
             except RollBack:
                 roll_back(parts, checkpoints)
@@ -203,14 +208,14 @@ def _keep_profile(run: Run, outbox: Outbox, profile: Profile) -> None:
     print(f"train: profile: {1000 * total:,.0f} ms a step, {shares}; {run.at(PROFILE)}", flush=True)
 
 
-def _metrics(run: Run, parts: Parts) -> TrainingMetrics:
+def _metrics(run: Run, parts: Parts, pace: CheckpointPace) -> TrainingMetrics:
     training = run.config.training
     metrics = TrainingMetrics(
         run.uri.rsplit("/", 1)[-1],
         run.config.recipe,
         parts.world.size,
         parts.schedules.steps,
-        60 * training.checkpoint_minutes,
+        lambda: pace.longest,
         partial(device_memory, parts.world.device),
         first=parts.world.first,
     )
@@ -235,13 +240,16 @@ def _outbox(run: Run, patience: float) -> Outbox:
     return outbox
 
 
-def _checkpointer(run: Run, parts: Parts, outbox: Outbox, metrics: TrainingMetrics | None) -> Checkpointer:
+def _checkpointer(
+    run: Run, parts: Parts, outbox: Outbox, metrics: TrainingMetrics | None, pace: CheckpointPace
+) -> Checkpointer:
     training = run.config.training
     retention = Retention(
         training.keep_checkpoints, training.keep_epochs * parts.loader.steps_per_epoch, training.keep_best
     )
 
     def written(checkpoint: Written) -> None:
+        pace.written(checkpoint.seconds)
         if metrics:
             metrics.checkpoint(checkpoint.seconds, checkpoint.bytes)
 
@@ -262,10 +270,11 @@ def _introduce(parts: Parts) -> None:
     )
 
 
-def _say_stopped(run: Run, parts: Parts, outbox: Outbox) -> None:
+def _say_stopped(run: Run, parts: Parts, outbox: Outbox, urgent: Urgent) -> None:
     where = "is complete"
     if outbox.wait(0):
-        note(run.store, run.uri, "stopped", step=parts.position.step, reason="asked to stop")
+        if not urgent.noted:
+            note(run.store, run.uri, "stopped", step=parts.position.step, reason="asked to stop")
     else:
         where = f"waits for the store in {outbox.folder}, where the same command on this machine finds it"
     print(f"train: stopped after step {parts.position.step}; the checkpoint {where}", flush=True)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -51,9 +52,19 @@ class StopRequest:
         """Of the grace, with a little to spare for the last words; None when nothing was asked."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic() - 2)
 
-    def arm(self) -> None:
-        """From here on a stop can be carried out in order."""
+    def arm(self, at_once: Callable[[], None] = lambda: None) -> None:
+        """From here on a stop can be carried out in order.
+
+        Args:
+            at_once: called in a thread of its own when a signal arrives, also while the step computes.
+        """
         self._armed = True
+        if threading.current_thread() is threading.main_thread():
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            # The interpreter writes each signal's number there at once; Python's own handlers wait for the main thread.
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            threading.Thread(target=_call_on_signal, args=(reader, at_once), name="signals", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._armed:
@@ -64,6 +75,13 @@ class StopRequest:
             timer = threading.Timer(self.grace, os._exit, (STOPPED_EXIT_CODE,))
             timer.daemon = True
             timer.start()
+
+
+def _call_on_signal(reader: int, call: Callable[[], None]) -> None:
+    while number := os.read(reader, 1):
+        if number[0] in (signal.SIGTERM, signal.SIGINT):
+            call()
+            return
 
 
 def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:

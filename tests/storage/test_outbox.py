@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,22 @@ def test_where_things_wait(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="ESVIT_PENDING_DIR"):
         Outbox(store, run, directory=tmp_path / "file")
+
+
+def test_small_objects_overtake_a_set_that_is_being_sent_if_they_must(store: Any, tmp_path: Path) -> None:
+    box, sending, go_on = Outbox(store, store.uri("a"), directory=tmp_path), threading.Event(), threading.Event()
+
+    def deliver(folder: Path) -> None:
+        sending.set()
+        go_on.wait(60)
+        store.put_bytes(store.uri("a/set"), b"2")
+
+    box.begin_set("set")
+    box.send_set("set", {}, deliver)
+    assert sending.wait(60)
+    for number in range(3):
+        box.put(f"log/{number}", b"1")
+    box.hurry()
+    assert [stat.uri.rpartition("/")[2] for stat in store.list(store.uri("a"))] == ["0", "1", "2"]
+    go_on.set()
+    assert box.close(60) and store.exists(store.uri("a/set"))

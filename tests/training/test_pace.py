@@ -1,0 +1,61 @@
+"""When checkpoints are due: often enough that a step's pod loses at most a minute of training."""
+
+from __future__ import annotations
+
+import pytest
+
+from esvit_core.training import pace as module
+from esvit_core.training.pace import LOST_SECONDS_VARIABLE, CheckpointPace
+
+POD = {LOST_SECONDS_VARIABLE: "60"}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("minutes", "environment", "interval"),
+    [("auto", {}, 900), (2.0, {}, 120), (2.0, POD, 120), ("auto", POD, 45)],  # of the first nothing is known yet
+)
+def test_what_is_asked_for_counts_and_auto_depends_on_where_it_trains(minutes, environment, interval) -> None:
+    assert CheckpointPace(minutes, environment).interval == interval
+
+
+@pytest.mark.parametrize(
+    ("takes", "interval"),
+    [
+        (4, 56),  # 56 s until it begins, and 4 s until it is complete: 60 s are lost at most
+        (29, 31),
+        (40, 40),  # the store cannot keep up: one after the other
+        (300, 60),
+    ],
+)
+def test_the_interval_follows_what_a_checkpoint_takes(takes: float, interval: float) -> None:
+    pace = CheckpointPace("auto", POD)
+    pace.written(takes)
+    assert pace.interval == interval
+    assert pace.longest == max(60, 2 * takes)
+
+
+def test_long_steps_bring_it_forward(clock: list[float]) -> None:
+    pace = CheckpointPace("auto", POD)
+    pace.written(4)
+    found = []
+    for _ in range(8):
+        found.append(pace.due())
+        clock[0] += 7
+    # It begins after 42 of the 60 seconds, since two steps may pass until the state is copied, and 4 s until it is sent.
+    assert found == [False] * 7 + [True]
+    pace.saved()
+    assert not pace.due()
+
+
+def test_of_several_processes_the_first_decides(clock: list[float]) -> None:
+    follower, leader = CheckpointPace("auto", POD, leads=False), CheckpointPace("auto", POD)
+    fixed = CheckpointPace(0.5, POD, leads=False)
+    clock[0] += 100
+    assert (follower.due(), leader.due(), fixed.due()) == (False, True, True)
