@@ -23,12 +23,9 @@ from esvit_core.pod import (
     queue_labels,
 )
 from esvit_core.repetition import variables
-<<<<<<< HEAD
 from esvit_core.storage.address import pod_variables
 from esvit_core.storage.identity import TOKEN_FILE
-=======
 from esvit_core.training.pace import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
->>>>>>> b7bf7af (Lose at most a minute of training in a step's own pod: checkpoints follow what one takes to reach the store)
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600
 # KFP has no projected volumes: what a step can show is the token that the account mounts into every pod of a run.

@@ -16,6 +16,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels
 from esvit_core.repetition import RETRIES_VARIABLE, WAIT_VARIABLE
+from esvit_core.training.pace import LOST_SECONDS_VARIABLE
 from esvit_pipelines.compile import PIPELINES, build, pipeline_text
 from esvit_pipelines.steps import step_names
 
@@ -110,6 +111,7 @@ def test_prometheus_finds_the_step_that_trains_and_no_other(name: str) -> None:
         trains = key == "exec-pretrain"
         assert (METRICS_LABEL in pod["podMetadata"]["labels"]) is trains
         assert environment.get(METRICS_PORT_VARIABLE) == (str(METRICS_PORT) if trains else None)
+        assert environment.get(LOST_SECONDS_VARIABLE) == ("60" if trains else None)  # it cannot save when it is stopped
     _, launching = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, ["launch.scheduler=volcano"])))
     pod = launching["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
     assert METRICS_LABEL not in pod["podMetadata"]["labels"]

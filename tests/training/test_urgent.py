@@ -37,12 +37,12 @@ runpy.run_module("esvit_core.training", run_name="__main__")
 @pytest.mark.parametrize("in_a_pod", [True, False])
 def test_the_log_arrives_while_the_step_still_computes(micro_run: Callable[..., Any], in_a_pod: bool) -> None:
     run = micro_run("long-step", training={"log_steps": 1, "checkpoint_steps": 1000})
-    environment = os.environ | {"ESVIT_GRACE_SECONDS": "600"} | ({LOST_SECONDS_VARIABLE: "60"} if in_a_pod else {})
+    environment = os.environ | {"ESVIT_GRACE_SECONDS": "600"} | ({LOST_SECONDS_VARIABLE: "36000"} if in_a_pod else {})
     command = [sys.executable, "-c", PROGRAM, "--run", run.uri]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     run.launched.append(process)
     next(line for line in process.stdout if "in the long step" in line)
-    assert read_log(run.store, run.uri) == []
+    assert len(read_log(run.store, run.uri)) < 6
     process.terminate()
     run.wait_until(lambda: len(read_log(run.store, run.uri)) == 6, "the log")
     if in_a_pod:  # which does not live long enough for more
