@@ -26,11 +26,14 @@ BEFORE_TORCH = {
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group (a pod's limit)."""
+def available_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use: its affinity, and the quota of its control group (a pod's limit).
+
+    Args:
+        groups: where the control groups are mounted.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A quota below a whole core counts as one; -1 or max means that there is none.
-    groups = Path("/sys/fs/cgroup")
     for files in (
         ("cpu.max",),
         ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),

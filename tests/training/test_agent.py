@@ -20,6 +20,7 @@ from esvit_core.errors import TRY_AGAIN_EXIT_CODE, LostPeerError, UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.training import outcome
 from esvit_core.training.agent import _threads, _with_host, first_failure
+from esvit_core.training.environment import available_cores
 from esvit_core.training.outcome import mark_consequence, note_own_failure
 from esvit_core.training.stop import STOPPED_EXIT_CODE
 
@@ -139,3 +140,23 @@ def test_the_processes_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("esvit_core.training.agent.available_cores", lambda: 7)
     assert _threads(["--nnodes", "1:2", "--nproc_per_node", "3"]) == 2
     assert _threads(["--nproc_per_node", "8"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_pod_s_limit_bounds_the_cores_with_either_version_of_control_groups(
+    tmp_path: Path, files: dict[str, str], cores: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
