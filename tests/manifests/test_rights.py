@@ -65,7 +65,7 @@ def test_every_call_of_the_kubernetes_api_is_in_the_table() -> None:
 
 def test_only_the_account_of_the_steps_mounts_its_token(rendered: dict[str, list[Object]]) -> None:
     """KFP's and Argo's containers in a step's pod end without it; the other accounts have no use for one."""
-    table = {name.strip("`"): token.split(":")[0] for name, _, token, _ in rows("account")}
+    table = {name.strip("`"): token.split(":")[0] for name, _, token, _ in rows("account | of")}
     assert table == {"esvit-pipeline": "yes", "esvit-trainer": "no", "esvit-maintenance": "no"}
     for objects in rendered.values():
         accounts = {t["metadata"]["name"]: t for t in objects if t["kind"] == "ServiceAccount"}
