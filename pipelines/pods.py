@@ -85,6 +85,7 @@ def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool,
     if serves_metrics:
         task.set_env_variable(METRICS_PORT_VARIABLE, str(METRICS_PORT))
         task.set_env_variable(LOST_SECONDS_VARIABLE, f"{POD_LOST_SECONDS:g}")  # its pod gets no time to save
+    task.set_env_variable("ESVIT_CACHE_GIB", pod.cache_gib)
     for folder in ("tmp", "work"):
         kubernetes.empty_dir_mount(task, folder, f"/{folder}", size_limit=pod.scratch)
     if pod.shared_memory is not None:

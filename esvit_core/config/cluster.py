@@ -74,6 +74,14 @@ class PodConfig(Section):
     )
     timeout_minutes: int | None = Field(None, gt=0, description="The pod is stopped after this; null: never.")
 
+    @property
+    def cache_gib(self) -> str:
+        """Limit of the cache of shards (``ESVIT_CACHE_GIB``): half of the scratch folder, of which other files need a part.
+
+        The size limit of a pod's volume does not show in what its disk has free.
+        """
+        return f"{quantity_bytes(self.scratch) / 2 / 2**30:g}"
+
     @model_validator(mode="after")
     def _limits_are_no_smaller(self) -> Self:
         most = self.memory if self.memory_limit == AUTO else self.memory_limit

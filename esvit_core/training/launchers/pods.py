@@ -208,6 +208,7 @@ def literal_environment(config: Config) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HOME": SCRATCH,
         "ESVIT_CACHE_DIR": f"{SCRATCH}/cache",
+        "ESVIT_CACHE_GIB": config.cluster.train.cache_gib,
         "ESVIT_PENDING_DIR": f"{SCRATCH}/pending",
         METRICS_PORT_VARIABLE: str(METRICS_PORT),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on GPUs
