@@ -20,6 +20,7 @@ from esvit_core.errors import USER_ERROR_EXIT_CODE, EsvitError, UserError
 from esvit_pipelines import cluster_commands, store_commands
 from esvit_pipelines.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
 from esvit_pipelines.settings import DEFAULT_OUT, DEFAULT_RECIPE, Settings, command, store_in
+from esvit_pipelines.surroundings import going_on_unread, lead_nowhere, open_closed_streams, require_home
 
 INTERRUPTED_EXIT_CODE = 130
 DEFAULT_BUCKET = "esvit"
@@ -103,7 +104,7 @@ def run(
 
     asked = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
     settings = Settings(data, recipe, tuple(asked), tuple(transfer or ()), out, bucket)
-    with _told():
+    with _told(), going_on_unread():
         run_pipeline(settings)
 
 
@@ -125,7 +126,7 @@ def retrain(
     from esvit_pipelines.retraining import retrain as retrain_champion
 
     settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
-    with _told():
+    with _told(), going_on_unread():
         retrain_champion(settings)
 
 
@@ -396,7 +397,9 @@ def recipe_show(
 
 def main() -> None:
     """The console script: an error that can be explained is one line on stderr; docs/exit-codes.md has the codes."""
+    open_closed_streams()
     try:
+        require_home()
         code = app(standalone_mode=False)
     except EsvitError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -408,6 +411,6 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         code = 1
     sys.exit(code)

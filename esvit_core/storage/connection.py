@@ -175,8 +175,10 @@ class Connection:
 
         Raises:
             StoreFull: the server is this machine's own and its disk is full.
+            PathError: it is this machine's own and its folder was deleted.
         """
         if self.address.directory is not None:
+            disk.require_folder(self.address.directory)
             disk.require_room(self.address.directory, size)
 
 

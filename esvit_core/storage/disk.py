@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from esvit_core.storage.errors import LocalDiskError, PathError, StoreError, StoreFull
+from esvit_core.storage.marker import MARKER
 
 # Kept free beside what the embedded server stores: its index and log go on growing, and the parts that other
 # processes have under way are not on the disk yet.
@@ -43,6 +44,21 @@ def require_room(directory: Path, size: int = 0) -> None:
         raise StoreFull(
             f"{directory}: the disk of the object store is full: {mebibytes(needed)} needed, {mebibytes(free)} free; "
             "free some space there, or choose a directory on another disk"
+        )
+
+
+def require_folder(directory: Path) -> None:
+    """Make sure that the folder of the embedded store is there.
+
+    Its server has its files open and goes on for a while without them, as if nothing was lost.
+
+    Raises:
+        PathError: it is not.
+    """
+    if not (directory / MARKER).exists():
+        raise PathError(
+            f"{directory}: the folder of the object store was deleted while it was in use, and what it held is lost; "
+            "start again"
         )
 
 

@@ -99,11 +99,11 @@ class EmbeddedStore:
     def stop(self) -> bool:
         """Stop the server and wait for its end; False if none ran. What it has acknowledged stays."""
         if not self.directory.is_dir():
-            return False
+            return self._end_strays()  # somebody has deleted it under its server
         with self._locked():
             running = self.status()
             if running is None:
-                return False
+                return self._end_strays()
             self._end(running.pid)
             self._remove_sockets()
             return True
@@ -236,11 +236,15 @@ class EmbeddedStore:
                 time.sleep(_POLL_SECONDS)
         raise StoreUnavailable(f"{self.directory}: the object store (process {pid}) does not end; end it by hand")
 
-    def _end_strays(self) -> None:
-        """End a server of this directory of which nothing is written down: its starter was killed meanwhile."""
-        for pid in psutil.pids():
-            if self._serves(pid):
-                self._end(pid)
+    def _end_strays(self) -> bool:
+        """End a server of this directory of which nothing is written down; whether there was one.
+
+        Its starter was killed meanwhile, or the directory was deleted.
+        """
+        strays = [pid for pid in psutil.pids() if self._serves(pid)]
+        for pid in strays:
+            self._end(pid)
+        return bool(strays)
 
     def _serves(self, pid: int) -> bool:
         """Whether that process is the server of this directory, and not another that was given its number."""

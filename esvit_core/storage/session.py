@@ -58,7 +58,7 @@ def _session(embedded: EmbeddedStore) -> Iterator[StoreAddress]:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 running = embedded.status()
-                if running is not None and not running.keep:
+                if running is None or not running.keep:
                     embedded.stop()
 
 

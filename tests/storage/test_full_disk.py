@@ -18,6 +18,7 @@ import pytest
 from esvit_core.errors import InfrastructureError
 from esvit_core.storage import ObjectStore, StoreError, StoreFull, disk
 from esvit_core.storage.embedded import EmbeddedStore
+from esvit_core.storage.marker import mark
 
 MIB = 2**20
 SIZE = 120 * MIB
@@ -109,6 +110,7 @@ def test_a_server_that_fails_for_want_of_room_is_not_asked_again(
     server = scripted((500, "InternalError"))
     looks = iter([1000 * MIB, 5 * MIB])  # before the put, and after it failed
     monkeypatch.setattr(disk, "free_bytes", lambda directory: next(looks))
+    mark(tmp_path)
     store = ObjectStore(dataclasses.replace(server.store().address, directory=tmp_path))
     with pytest.raises(StoreFull, match="64 MiB needed, 5 MiB free"):
         store.put_bytes("s3://bucket/object", b"data")

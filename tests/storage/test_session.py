@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import StoreRefused
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
+from esvit_core.storage.errors import PathError
 from esvit_core.storage.session import open_store
+from esvit_core.storage.weed import data_argument
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,7 @@ def test_a_killed_session_leaves_a_server_that_the_next_one_uses_and_the_last_on
 import os, signal, sys
 from pathlib import Path
 from esvit_core.storage.session import open_store
+from esvit_core.storage.weed import data_argument
 with open_store(Path(sys.argv[1])) as store:
     store.ensure_bucket("bucket")
     store.put_bytes("s3://bucket/kept", b"data")
@@ -78,3 +83,25 @@ def test_a_named_store_is_used_and_asked_first(store_env, tmp_path: Path, monkey
 def test_no_store_at_all_is_said_so() -> None:
     with pytest.raises(UserError, match="ESVIT_S3_ENDPOINT: not set"), open_store(None):
         pass
+
+
+@pytest.mark.parametrize("remade", [False, True])
+def test_a_folder_that_is_deleted_under_its_server_is_told_at_the_next_write_and_the_server_ends(
+    tmp_path: Path, remade: bool
+) -> None:
+    place = tmp_path / "store"
+    with open_store(place) as store:
+        store.ensure_bucket("bucket")
+        argument = data_argument(place.resolve())
+        assert serving(argument)
+        shutil.rmtree(place, ignore_errors=True)
+        if remade:  # as the cache of shards does
+            (place / "cache").mkdir(parents=True)
+        with pytest.raises(PathError, match="store: the folder of the object store was deleted while it was in use"):
+            store.put_bytes("s3://bucket/x", b"1")
+    assert not serving(argument)
+
+
+def serving(argument: str) -> list[int]:
+    """Servers with an argument."""
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if argument in (process.info["cmdline"] or [])]

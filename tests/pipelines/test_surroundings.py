@@ -1,0 +1,136 @@
+"""Runs whose terminal, home or folder is not there, or goes away: they go on or end in one line, and leave nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from esvit_core.storage.address import VARIABLES
+
+pytestmark = pytest.mark.timeout(1800)  # three whole runs; on a busy machine each takes minutes
+ESVIT = [sys.executable, "-m", "esvit_pipelines"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Any, micro_recipe: Path) -> Path:
+    """A folder of images, and the micro recipe with one epoch beside it."""
+    made = tmp_path_factory.mktemp("surroundings")
+    pictures.folder(made / "pictures", ["a", "b"], 8)
+    text = micro_recipe.read_text(encoding="utf-8").replace("epochs: 2, batch_size: 8", "epochs: 1, batch_size: 4")
+    (made / "micro.yaml").write_text(text, encoding="utf-8")
+    return made
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | changes
+
+
+def left_over(folder: Path) -> list[str]:
+    """Command lines of processes that have to do with a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = " ".join(process.cmdline())
+            if str(folder) in command or Path(process.cwd()).is_relative_to(folder):
+                found.append(command)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def without_passwd_entry() -> list[str]:
+    """What starts a command under a user's number that has no entry in /etc/passwd."""
+    command = ["unshare", "--user", "--map-user=54321"]
+    if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+        return command
+    pytest.fail("no user namespace can be made here, and nothing else gives a user without an entry in /etc/passwd")
+
+
+def test_a_run_without_standard_streams_home_and_name_is_finished(folder: Path) -> None:
+    """`esvit run <&- >&-` in a container whose user has a number only."""
+    bare = environment()
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        bare.pop(name, None)
+    command = [*without_passwd_entry(), *ESVIT, "run", "--data", "pictures", "--recipe", "micro.yaml", "--out", "bare"]
+    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh", *command]
+    done = subprocess.run(closed, cwd=folder, env=bare, stderr=subprocess.PIPE, text=True, timeout=1500)
+    assert (done.returncode, done.stderr) == (0, "")
+    (here,) = folder.glob("bare/micro-*")
+    assert (here / "report.html").is_file() and (here / "backbone" / "model.safetensors").is_file()
+    assert (here / ".lock").read_bytes() == b""  # nothing was printed into a file that took the number of a stream
+    assert left_over(folder) == []
+
+
+def test_a_run_whose_reader_has_left_is_finished_and_says_so_once(folder: Path) -> None:
+    """`esvit run | head -1`."""
+    command = [*ESVIT, "run", "--data", "pictures", "--recipe", "micro.yaml", "--out", "unread"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("run micro-")
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait(1500) == 0, told
+    assert told.splitlines() == [
+        "warning: standard output cannot be written to (nobody reads it any more); the work goes on without it"
+    ]
+    assert list(folder.glob("unread/micro-*/report.html"))
+    assert left_over(folder) == []
+
+
+def test_output_that_is_only_shown_ends_silently_with_its_reader() -> None:
+    """`esvit recipe show demo | head -1`."""
+    process = subprocess.Popen(
+        [*ESVIT, "recipe", "show", "demo"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait(60)
+
+
+def test_a_closed_stream_takes_no_file_s_place(tmp_path: Path) -> None:
+    script = """
+import os
+from esvit_pipelines.surroundings import open_closed_streams
+open_closed_streams()
+with open(os.environ["PLACE"], "w") as file:
+    os.system("echo from a child process")
+    print("from this one")
+    assert file.fileno() > 2
+"""
+    place = tmp_path / "file"
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script]
+    done = subprocess.run(closed, env=environment(PLACE=str(place)), timeout=60)
+    assert done.returncode == 0 and place.read_bytes() == b""
+
+
+def test_a_run_whose_folder_is_deleted_ends_in_one_line_and_leaves_no_process(folder: Path) -> None:
+    command = [*ESVIT, "run", "--data", "pictures", "--recipe", "micro.yaml", "--out", "gone"]
+    process = subprocess.Popen(
+        [*command, "--set", "training.epochs=100000"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "steps" in line:
+            break
+    shutil.rmtree(folder / "gone", ignore_errors=True)
+    shutil.rmtree(folder / "gone", ignore_errors=True)
+    output, told = process.communicate(timeout=900)
+    assert process.returncode not in (0, None), output
+    (line,) = told.splitlines()
+    assert line.startswith("error: ") and "deleted" in line, told
+    assert left_over(folder) == []
