@@ -10,7 +10,7 @@ READY   = $(VENV)/.ready
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 IMAGE  ?= esvit/trainer:$(VERSION)
 
-.PHONY: demo test golden chaos images test-containers lint types check format clean help
+.PHONY: demo test test-cluster golden chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -43,6 +43,10 @@ images: ## Build the container images (needs Docker; what can be set: docs/image
 
 test-containers: $(READY) ## Test the images, and run the whole pipeline in them (needs Docker and make images)
 	@ESVIT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/containers
+
+test-cluster: $(READY) ## Test a real cluster: the one of the current kubeconfig (docs/install.md says what has to be there)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster-test]'
+	@ESVIT_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster --timeout 2400 $(ARGS)
 
 lint: $(READY) ## Check style and format
 	@$(BIN)/ruff check .

@@ -1,0 +1,89 @@
+"""The three pipelines, and what they decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from evidence import Saw
+from runs import Cli, Runs, run_id_in
+
+from conftest import drawings, upload
+from esvit_core.storage import ObjectStore
+
+
+@pytest.fixture(scope="session")
+def transfer_set(store: ObjectStore, stamp: str) -> str:
+    """A labelled set for the transfer protocol."""
+    return upload(store, f"test/{stamp}/marks", drawings(20, 8), labelled=True)
+
+
+def decision_of(store: ObjectStore, run: str) -> dict[str, Any]:
+    """What promotion decided in a run of the store."""
+    found: dict[str, Any] = store.get_json(f"{run}/promotion.json")
+    return found
+
+
+def newest_run(store: ObjectStore, stamp: str) -> str:
+    """Address of the session's run whose configuration was written last."""
+    every = store.list(f"s3://esvit/runs/few-steps-{stamp}")
+    found = [one for one in every if one.uri.endswith("/config.yaml")]
+    return max(found, key=lambda one: one.modified).uri.removesuffix("/config.yaml")
+
+
+def test_pretrain_labelled(
+    cli: Cli, runs: Runs, store: ObjectStore, labelled: str, transfer_set: str, stamp: str, saw: Saw
+) -> None:
+    """`esvit submit pretrain --wait` on labelled images with a transfer set succeeds and tells the verdict."""
+    done = cli.run(
+        *cli.submission(
+            "pretrain", labelled, "--transfer", f"marks={transfer_set}", "--wait", "--name", f"labelled {stamp}"
+        )
+    )
+    saw.command(done, last=30)
+    assert done.returncode == 0
+    assert runs.state(run_id_in(done.stdout)) == "SUCCEEDED"
+    assert decision_of(store, newest_run(store, stamp))["value"] is not None
+
+
+def test_pretrain_unlabelled(cli: Cli, runs: Runs, store: ObjectStore, unlabelled: str, stamp: str, saw: Saw) -> None:
+    """A run on images without labels succeeds to its last step and says that it decides nothing."""
+    run_id = cli.submit("pretrain", unlabelled, "--name", f"unlabelled {stamp}")
+    seconds = runs.wait(run_id)
+    decision = decision_of(store, newest_run(store, stamp))
+    saw(f"SUCCEEDED after {seconds:.0f} s; promoted: {decision['promoted']}, {decision['reason']}")
+    assert not decision["promoted"]
+
+
+def test_same_run_again(cli: Cli, runs: Runs, labelled: str, transfer_set: str, stamp: str, saw: Saw) -> None:
+    """The same run submitted again finds every step done."""
+    run_id = cli.submit("pretrain", labelled, "--transfer", f"marks={transfer_set}", "--name", f"again {stamp}")
+    seconds = runs.wait(run_id)
+    saw(f"SUCCEEDED after {seconds:.0f} s")
+
+
+def test_evaluate(cli: Cli, runs: Runs, labelled: str, stamp: str, saw: Saw) -> None:
+    """The champion is measured on other data."""
+    run_id = cli.submit("evaluate", labelled, "-p", "backbone=champion", "--name", f"evaluate {stamp}")
+    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+
+
+def test_retrain(cli: Cli, runs: Runs, store: ObjectStore, labelled: str, stamp: str, saw: Saw) -> None:
+    """A retraining trains on new images, finds nothing new the second time, and of two at once one goes on."""
+    first = cli.submit("retrain", labelled, "--name", f"retrain first {stamp}")
+    saw(f"the first retraining: SUCCEEDED after {runs.wait(first):.0f} s")
+    nothing = cli.submit("retrain", labelled, "--name", f"retrain nothing new {stamp}")
+    saw(f"nothing new: SUCCEEDED after {runs.wait(nothing):.0f} s")
+    pods = {p["metadata"]["labels"].get("esvit.dev/role") for p in runs.pods(nothing, phase=None)}
+    assert pods == {"prepare"}, "with nothing new only the first step runs"
+    upload(store, labelled.removeprefix("s3://esvit/"), drawings(40, 6), labelled=True)
+    two = [cli.submit("retrain", labelled, "--name", f"retrain {n} of two {stamp}") for n in (1, 2)]
+    ends = {}
+    for run_id in two:
+        try:
+            ends[run_id] = f"SUCCEEDED after {runs.wait(run_id):.0f} s"
+        except AssertionError as error:
+            ends[run_id] = str(error).splitlines()[0]
+            assert "claim" in str(error) or "another" in str(error), error
+    saw(f"two at once: {'; '.join(ends.values())}")
+    assert any("SUCCEEDED" in end for end in ends.values())

@@ -1,0 +1,90 @@
+"""Every way to start a run: a schedule, KFP's own command line, and the user interface."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from browser import Browser
+from cluster_settings import Settings
+from evidence import Saw
+from kube import wait_for
+from runs import Cli, Runs
+
+
+def test_register(cli: Cli, saw: Saw) -> None:
+    """`esvit register` puts the pipelines on the Pipelines page, and finds them there the second time."""
+    changes = [item for one in cli.short for item in ("--set", one)]
+    for _ in range(2):
+        done = cli.run("register", *changes)
+        saw.command(done)
+        assert done.returncode == 0
+
+
+def test_schedule(cli: Cli, runs: Runs, labelled: str, stamp: str, saw: Saw) -> None:
+    """A schedule starts a run by itself, with the service account that was asked for."""
+    changes = [item for one in cli.short for item in ("--set", one)]
+    name = f"every-minute-{stamp}"
+    made = cli.run(
+        "schedule", "create", "retrain", "--name", name, "--every", "1m", "--data", labelled,
+        "--recipe", str(cli.recipe), *changes,
+    )  # fmt: skip
+    saw.command(made)
+    assert made.returncode == 0
+    try:
+        run = wait_for("a run of the schedule", lambda: _run_of(runs, name), 240, every=5)
+    finally:
+        cli.run("schedule", "delete", name)
+    pod = runs.pod(run.run_id)
+    account = pod["spec"]["serviceAccountName"]
+    saw(f"run {run.display_name} was started by the schedule; its pods have the account {account}")
+    assert account == "esvit-pipeline"
+    saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
+
+
+def _run_of(runs: Runs, schedule: str):  # type: ignore[no-untyped-def]
+    found = runs.client.list_runs(page_size=20, sort_by="created_at desc").runs or []
+    return next((run for run in found if schedule in run.display_name), None)
+
+
+def test_kfp_run_create(
+    cli: Cli, runs: Runs, settings: Settings, unlabelled: str, tmp_path: Path, stamp: str, saw: Saw
+) -> None:
+    """`kfp run create` runs what `esvit compile` wrote."""
+    changes = [item for one in cli.short for item in ("--set", one)]
+    file = tmp_path / "pretrain.yaml"
+    compiled = cli.run("compile", "pretrain", "--recipe", str(cli.recipe), *changes, "-o", str(file))
+    assert compiled.returncode == 0, compiled.stderr
+    kfp = str(Path(sys.executable).with_name("kfp"))
+    name = f"kfp run create {stamp}"
+    done = subprocess.run(
+        ["kfp", "--endpoint", settings.kfp, "run", "create", "--experiment-name", "esvit", "--run-name", name,
+         "--package-file", str(file), f"data={unlabelled}"],
+        executable=kfp, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    saw.command(done, last=8)
+    assert done.returncode == 0
+    run = wait_for("the run", lambda: _run_of(runs, name), 60)
+    saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
+
+
+def test_user_interface(
+    settings: Settings, runs: Runs, labelled: str, stamp: str, saw: Saw, needs: Callable[..., None]
+) -> None:
+    """A run is created in the user interface, and its graph, report and comparison are looked at."""
+    needs("ui")
+    with Browser(settings) as browser:
+        name = f"from the page {stamp}"
+        browser.create_run("esvit-pretrain", name, labelled, saw)
+        run = wait_for("the run", lambda: _run_of(runs, name), 90)
+        saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
+        browser.graph(run.run_id, saw)
+        browser.step(run.run_id, "report", saw)
+        browser.step(run.run_id, "k-NN", saw)
+        ended = [one.run_id for one in runs.client.list_runs(page_size=50, sort_by="created_at desc").runs or []
+                 if one.state == "SUCCEEDED" and ("labelled" in one.display_name or one.run_id == run.run_id)]  # fmt: skip
+        browser.compare(ended[:3], saw)
+        time.sleep(1)

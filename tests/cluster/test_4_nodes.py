@@ -1,0 +1,157 @@
+"""Training on two nodes, with Volcano and with the Kubeflow Trainer, and what is killed meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from cluster_settings import Settings
+from evidence import Saw
+from kube import Kube, wait_for
+from runs import TRAIN_STEP, TRAINER, Cli, Runs, wait_for_line
+
+SCHEDULERS = {
+    "volcano": ("jobs.batch.volcano.sh", "Volcano"),
+    "trainjob": ("trainjobs.trainer.kubeflow.org", "the Kubeflow Trainer"),
+}
+LONG = ("training.epochs=120",)
+
+
+@pytest.fixture(params=SCHEDULERS)
+def scheduler(request: pytest.FixtureRequest, needs: Callable[..., None]) -> str:
+    """A scheduler of training pods that the cluster has."""
+    kind, what = SCHEDULERS[request.param]
+    needs(kind=kind, what=what)
+    return str(request.param)
+
+
+def of_two_nodes(scheduler: str, name: str, *more: str) -> tuple[str, ...]:
+    """Settings of a run on two nodes; its recipe's name makes it a run of its own."""
+    return (f"recipe={name}", f"launch.scheduler={scheduler}", "launch.nodes=2", *LONG, *more)
+
+
+def trainers(kube: Kube, name: str) -> list[dict]:
+    """Running training pods of the run whose recipe has this name."""
+    found = kube.pods(TRAINER)
+    return [p for p in found if p["metadata"]["labels"]["esvit.dev/run"].startswith(name)]
+
+
+@pytest.fixture
+def two_nodes(
+    cli: Cli, runs: Runs, kube: Kube, scheduler: str, unlabelled: str, stamp: str
+) -> Iterator[Callable[..., tuple[str, str]]]:
+    """Starts a run on two nodes and waits until both train: its id and its name."""
+    started: list[str] = []
+
+    def start(what: str, *more: str) -> tuple[str, str]:
+        name = f"{what}-{scheduler}-{stamp}"
+        run_id = cli.submit(
+            "pretrain", unlabelled, "--name", name, "--inline", settings=of_two_nodes(scheduler, name, *more)
+        )
+        started.append(run_id)
+        wait_for(f"two training pods of {name}", lambda: len(trainers(kube, name)) == 2 or None, 600)
+        return run_id, name
+
+    yield start
+    for run_id in started:
+        if runs.state(run_id) == "RUNNING":
+            runs.client.terminate_run(run_id)
+
+
+def first(pods: list[dict]) -> dict:
+    return min(pods, key=lambda pod: pod["metadata"]["name"])
+
+
+def test_two_nodes_and_a_killed_worker(
+    two_nodes: Callable[..., tuple[str, str]], runs: Runs, kube: Kube, scheduler: str, saw: Saw
+) -> None:
+    """Two nodes train; a worker that is killed comes back; the follower that is killed finds its job again."""
+    run_id, name = two_nodes("killed")
+    pods = trainers(kube, name)
+    wait_for_line(kube, first(pods), "images/s")
+    injected = {pod["metadata"]["annotations"].get("sidecar.istio.io/inject") for pod in pods} | {
+        pod["metadata"]["labels"].get("sidecar.istio.io/inject") for pod in pods
+    }
+    saw(
+        f"{scheduler}: {', '.join(pod['metadata']['name'] for pod in pods)}; sidecar.istio.io/inject: {injected - {None}}"
+    )
+    assert "false" in injected
+    victim = max(pods, key=lambda pod: pod["metadata"]["name"])
+    kube.delete_pod(victim, force=True)
+    uid = victim["metadata"]["uid"]
+    began = wait_for(
+        "the worker to be back",
+        lambda: next((p for p in trainers(kube, name) if p["metadata"]["name"] == victim["metadata"]["name"]
+                      and p["metadata"]["uid"] != uid), None), 180)  # fmt: skip
+    saw(f"{victim['metadata']['name']} was deleted without grace and is back on {began['spec']['nodeName']}")
+    follower = runs.pod(run_id, TRAIN_STEP)
+    kube.delete_pod(follower, force=True)
+    again = wait_for(
+        "another follower",
+        lambda: next(
+            (p for p in runs.pods(run_id, TRAIN_STEP) if p["metadata"]["uid"] != follower["metadata"]["uid"]), None
+        ),
+        300,
+    )
+    line = wait_for_line(kube, again, "following it")
+    saw(f"the follower was deleted; another one: {line}")
+    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+
+
+def test_terminated(two_nodes: Callable[..., tuple[str, str]], runs: Runs, kube: Kube, saw: Saw) -> None:
+    """Terminate leaves no job and no pod behind."""
+    run_id, name = two_nodes("terminated")
+    runs.client.terminate_run(run_id)
+    wait_for("the training pods to go", lambda: not trainers(kube, name) or None, 180)
+    wait_for("the end of the run", lambda: runs.state(run_id) in ("FAILED", "CANCELED") or None, 180)
+    for kind, _ in SCHEDULERS.values():
+        if kube.has(kind):
+            left = wait_for_none(kube, kind, name)
+            assert not left, left
+    saw(f"run {runs.state(run_id)}; no job and no training pod is left")
+
+
+def wait_for_none(kube: Kube, kind: str, name: str) -> list[str]:
+    """Names of the objects of a kind that are still there after a while."""
+
+    def names() -> list[str]:
+        return [one["metadata"]["name"] for one in kube.list(kind) if name in one["metadata"]["name"]]
+
+    try:
+        wait_for(f"no {kind} of {name}", lambda: not names() or None, 90)
+    except AssertionError:
+        return names()
+    return []
+
+
+def test_node_lost(
+    settings: Settings, two_nodes: Callable[..., tuple[str, str]], runs: Runs, kube: Kube,
+    needs: Callable[..., None], saw: Saw,
+) -> None:  # fmt: skip
+    """The kubelet under a worker stops; the training goes on without that node."""
+    import subprocess
+
+    needs("stop_kubelet", "start_kubelet")
+    if len(kube.list("nodes")) < 2:
+        pytest.skip("the cluster has one node, and the first training pod must stay")
+    run_id, name = two_nodes("node-lost", "launch.min_nodes=1")
+    pods = trainers(kube, name)
+    wait_for_line(kube, first(pods), "images/s")
+    step = runs.pod(run_id, TRAIN_STEP)
+    needed = {first(pods)["spec"]["nodeName"], step["spec"]["nodeName"]}
+    lost = [pod["spec"]["nodeName"] for pod in pods if pod["spec"]["nodeName"] not in needed]
+    if not lost:
+        pytest.skip(f"both training pods were put on {needed}")
+    subprocess.run(settings.stop_kubelet.format(node=lost[0]), shell=True, check=True)
+    try:
+        wait_for(f"node {lost[0]} to be not ready", lambda: not _ready(kube, lost[0]) or None, 180)
+        saw(f"the kubelet of {lost[0]} was stopped and the node is NotReady; the run is {runs.state(run_id)}")
+        saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+    finally:
+        subprocess.run(settings.start_kubelet.format(node=lost[0]), shell=True, check=True)
+        wait_for(f"node {lost[0]} to be ready", lambda: _ready(kube, lost[0]) or None, 180)
+
+
+def _ready(kube: Kube, node: str) -> bool:
+    conditions = (kube.get("node", node) or {})["status"]["conditions"]
+    return next(c["status"] for c in conditions if c["type"] == "Ready") == "True"

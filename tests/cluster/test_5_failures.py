@@ -1,0 +1,168 @@
+"""What goes wrong in the middle of a training in a step's own pod."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from cluster_settings import Settings
+from evidence import Saw
+from kube import Kube, wait_for
+from runs import ENDED, TRAIN_STEP, Cli, Runs, wait_for_line
+
+LONG = 400  # epochs of some tenths of a second
+
+
+@pytest.fixture
+def training(
+    cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str
+) -> Iterator[Callable[..., tuple[str, dict]]]:
+    """Starts a long training in a step's own pod and waits for its first steps: the run's id and the pod."""
+    started: list[str] = []
+
+    def start(what: str, *more: str, epochs: int = LONG) -> tuple[str, dict]:
+        name = f"{what}-{stamp}"
+        run_id = cli.submit(
+            "pretrain",
+            unlabelled,
+            "--name",
+            name,
+            settings=(f"recipe={what}-{stamp}", f"training.epochs={epochs}", *more),
+        )
+        started.append(run_id)
+        pod = runs.pod(run_id, TRAIN_STEP)
+        wait_for_line(kube, pod, "images/s")
+        return run_id, pod
+
+    yield start
+    for run_id in started:
+        if runs.state(run_id) not in ENDED:
+            runs.client.terminate_run(run_id)
+
+
+def another(runs: Runs, run_id: str, pod: dict, seconds: float = 300) -> dict:
+    """Wait for the pod that replaces one that is gone."""
+
+    def look() -> dict | None:
+        assert runs.state(run_id) not in ENDED, runs.failure(run_id)
+        return next((p for p in runs.pods(run_id, TRAIN_STEP) if p["metadata"]["uid"] != pod["metadata"]["uid"]), None)
+
+    return wait_for("another pod of the step", look, seconds)
+
+
+def step_in(line: str) -> int:
+    """The step that a line of the log names."""
+    found = re.search(r"step (\d+)", line)
+    assert found, line
+    return int(found[1])
+
+
+def test_step_pod_deleted(training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw) -> None:
+    """A training pod that is deleted starts again from a checkpoint of the last minute."""
+    run_id, pod = training("deleted")
+    time.sleep(45)
+    lines = [line for line in kube.logs(pod["metadata"]["name"]).splitlines() if "images/s" in line]
+    kube.delete_pod(pod)
+    again = another(runs, run_id, pod)
+    resumed = wait_for_line(kube, again, "from step")
+    saw(f"before: {lines[-1].strip()}")
+    saw(f"after:  {resumed.strip()}")
+    assert step_in(resumed) > 0
+    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+
+
+def test_infrastructure_failure_is_repeated(
+    training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw
+) -> None:
+    """A step that ends with an infrastructure failure begins again in its own pod."""
+    run_id, pod = training("infrastructure")
+    kill = (
+        "import os, signal, psutil;"
+        "[p.send_signal(signal.SIGKILL) for p in psutil.process_iter() if 'esvit_core.training.agent' in p.cmdline()]"
+    )
+    kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", kill)
+    resumed = wait_for_line(kube, pod, "again")
+    saw(resumed.strip())
+    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+
+
+def test_mistake_is_not_repeated(cli: Cli, runs: Runs, kube: Kube, stamp: str, saw: Saw) -> None:
+    """A user's mistake ends the run at once, in one line."""
+    done = cli.run(
+        *cli.submission("pretrain", f"s3://esvit/nothing-here-{stamp}", "--wait", "--name", f"mistake {stamp}")
+    )
+    saw.command(done)
+    assert done.returncode != 0
+    assert f"nothing-here-{stamp}" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_store_away(training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw) -> None:
+    """The store is away for a minute in the middle of a training, and nothing is lost."""
+    run_id, pod = training("store-away")
+    kube.run("scale", "statefulset/esvit-object-store", "--replicas=0")
+    began = time.monotonic()
+    time.sleep(60)
+    kube.run("scale", "statefulset/esvit-object-store", "--replicas=1")
+    kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
+    saw(f"the store was away for {time.monotonic() - began:.0f} s")
+    seconds = runs.wait(run_id)
+    told = [line.strip() for line in kube.logs(pod["metadata"]["name"]).splitlines() if "store" in line]
+    for line in told[:6]:
+        saw(line)
+    saw(f"SUCCEEDED after {seconds:.0f} s, in the same pod")
+
+
+def test_api_server_restarted(
+    settings: Settings, training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube,
+    needs: Callable[..., None], saw: Saw,
+) -> None:  # fmt: skip
+    """The Kubernetes API server restarts in the middle of a training."""
+    needs("restart_api")
+    run_id, pod = training("api-restarted")
+    subprocess.run(settings.restart_api, shell=True, check=True, timeout=120)
+    wait_for("the API server", lambda: kube.get("pod", pod["metadata"]["name"]), 120)
+    saw("the API server was restarted")
+    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+
+
+def test_waits_and_comes_back(cli: Cli, runs: Runs, unlabelled: str, stamp: str, saw: Saw) -> None:
+    """Ctrl-C on `esvit submit --wait` leaves the run; `esvit runs` shows, terminates and retries it."""
+    import signal
+
+    submission = cli.submission(
+        "pretrain",
+        unlabelled,
+        "--wait",
+        "--name",
+        f"left {stamp}",
+        settings=(f"recipe=left-{stamp}", f"training.epochs={LONG}"),
+    )
+    process = cli.start(*submission)
+    lines: list[str] = []
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line)
+        if "prepare data" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    lines += process.stdout.readlines()
+    process.wait(60)
+    for line in lines[-8:]:
+        saw(line.rstrip())
+    run_id = next(word for line in lines for word in re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", line))
+    assert runs.state(run_id) in ("PENDING", "RUNNING")
+    runs.pod(run_id, TRAIN_STEP)
+    for verb in ("show", "logs", "terminate"):
+        done = cli.run("runs", verb, run_id)
+        saw.command(done)
+        assert done.returncode == 0, done.stderr
+    runs.wait(run_id, "FAILED" if runs.state(run_id) != "CANCELED" else "CANCELED", 300)
+    done = cli.run("runs", "retry", run_id)
+    saw.command(done)
+    assert done.returncode == 0
+    wait_for("the retried run to run", lambda: runs.state(run_id) == "RUNNING" or None, 120)
+    cli.run("runs", "terminate", run_id)
