@@ -64,7 +64,7 @@ def register(connection: Connection, pipeline: Package, name: str | None = None)
     name = name or pipeline.name
     version = version_name(pipeline)
     try:
-        identity = _pipeline_id(connection, name)
+        identity = _pipeline_id(connection, name, pipeline.description)
         if found := _version_id(connection, identity, version):
             return Registered(name, version, identity, found, new=False)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a link
@@ -88,8 +88,8 @@ def _description(pipeline: Package) -> str:
     return f"esvit {__version__}, image {pipeline.image or 'not named'}, text sha256:{pipeline.digest}"
 
 
-def _pipeline_id(connection: Connection, name: str) -> str:
-    """The id of the pipeline of that name, which is made if it is not there."""
+def _pipeline_id(connection: Connection, name: str, description: str) -> str:
+    """The id of the pipeline of that name, which is made with the description if it is not there."""
     import kfp_server_api
 
     where = {"namespace": connection.namespace} if connection.namespace else {}
@@ -100,7 +100,11 @@ def _pipeline_id(connection: Connection, name: str) -> str:
         if error.status != 404:
             raise
     try:
-        return _id(connection.ask("POST", "/apis/v2beta1/pipelines", {"display_name": name, **where}))
+        return _id(
+            connection.ask(
+                "POST", "/apis/v2beta1/pipelines", {"display_name": name, "description": description, **where}
+            )
+        )
     except kfp_server_api.ApiException as error:
         if error.status != 409:
             raise

@@ -37,6 +37,7 @@ class Package:
         parameters: its parameters as KFP describes them.
         image: of its steps; empty: they have none, or several.
         digest: SHA-256 of the text, without the comments before it.
+        description: what the pipeline does, in a sentence.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Package:
     parameters: Mapping[str, Mapping[str, Any]]
     image: str = ""
     digest: str = ""
+    description: str = ""
 
     @property
     def own(self) -> bool:
@@ -87,7 +89,8 @@ def _read(path: Path) -> Package:
     images = {one["container"]["image"] for one in executors if "image" in (one.get("container") or {})}
     body = re.sub(r"\A(#[^\n]*\n)+", "", text)
     digest = hashlib.sha256(body.encode()).hexdigest()
-    return Package(path, name, parameters, images.pop() if len(images) == 1 else "", digest)
+    description = str(spec["pipelineInfo"].get("description", ""))
+    return Package(path, name, parameters, images.pop() if len(images) == 1 else "", digest, description)
 
 
 def arguments(pipeline: Package, given: Sequence[str]) -> dict[str, Any]:

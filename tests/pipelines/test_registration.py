@@ -24,6 +24,7 @@ def test_the_three_pipelines_are_registered_once(server: KfpServer, call: Call) 
     assert {one.display_name for one in server.kept["pipelines"].values()} == {
         line.split(":")[0] for line in lines[::2]
     }
+    assert all(one.description for one in server.kept["pipelines"].values())
     code, out, _ = call("register")
     assert code == 0 and all(line.endswith("is there") for line in out.splitlines()[::2])
     assert len(server.kept["pipelines"]) == len(server.kept["versions"]) == 3
