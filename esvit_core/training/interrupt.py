@@ -10,11 +10,12 @@ from types import FrameType
 
 
 class Signals:
-    """The first signal that arrived, 0 if none has, and how many."""
+    """The first signal that arrived, 0 if none has, and how many; ``stopped`` is set with the first and stays."""
 
     def __init__(self) -> None:
         self.first = 0
         self.count = 0
+        self.stopped = threading.Event()
         self._arrived = threading.Event()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -28,6 +29,7 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.first = self.first or number
         self.count += 1
+        self.stopped.set()
         self._arrived.set()
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -296,6 +297,27 @@ def test_a_stop_deletes_the_job_and_waits_for_its_pods(
     output = capfd.readouterr().out
     assert "stopping, writing a checkpoint" in output and "the same command again goes on from step 0" in output
     assert signal.getsignal(number) is before
+
+
+def test_a_stop_deletes_the_job_while_a_request_of_the_follower_hangs(
+    kube: KubeServer, train: Callable[..., None]
+) -> None:
+    """A stopped step has about a second to live, and a busy API may take longer for an answer."""
+    kube.script = [RUNNING] * 1000
+    deleted = threading.Event()
+
+    def hang() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            if not kube.jobs:
+                deleted.set()
+                return
+            time.sleep(0.01)
+
+    kube.at[3] = hang  # the answer to the third look at the job comes when the job is gone
+    with pytest.raises(SystemExit):
+        train()
+    assert deleted.is_set()
 
 
 def test_the_job_ends_with_the_pod_that_launched_it(

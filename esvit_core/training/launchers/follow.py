@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -110,6 +112,7 @@ class Follower:
         created = self._begin()
         if self._stop.first and created is None:
             return Outcome(self._stop.first)
+        threading.Thread(target=self._delete_at_once, daemon=True).start()
         log = LogRelay(self._cluster, 1e6 if created else REATTACH_SECONDS)
         try:
             while True:
@@ -248,6 +251,15 @@ class Follower:
                 f"launch: the {self._title} has waited for {bound:g} minutes, as long as launch.pending_minutes lets it"
                 f"{f' ({why})' if why else ''}; ask for less, make room, or let it wait longer"
             )
+
+    def _delete_at_once(self) -> None:
+        """Delete the job as soon as a signal arrives, whatever the follower waits for at that moment.
+
+        Kubeflow ends the container of a stopped step within a second or so; a job that is not deleted by then goes on.
+        """
+        self._stop.stopped.wait()
+        with contextlib.suppress(UnreachableError, UserError):  # the follower itself asks again, if it still can
+            self._cluster.delete(self._backend.kind, self._name)
 
     def _idle_since(self, job: dict[str, Any]) -> datetime:
         metadata = job["metadata"]
