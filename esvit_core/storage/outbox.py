@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from esvit_core.storage.connection import Connection
-from esvit_core.storage.disk import family_of, is_full
+from esvit_core.storage.disk import family_of, is_full, require_folder
 from esvit_core.storage.errors import StoreError, StoreUnavailable
 from esvit_core.storage.private import private_folder
 from esvit_core.storage.publish import MANIFEST
@@ -77,7 +77,7 @@ class Outbox:
                 shutil.rmtree(half)
             left = sorted(self._objects_folder.glob("[0-9]*"))
         except OSError as error:
-            raise _unusable(self.folder, error) from None
+            raise self._unusable(error) from None
         self._objects: deque[Path] = deque(left)
         self._number = 1 + max((int(path.name.partition("-")[0]) for path in left), default=0)
         self._set: tuple[Path, Callable[[Path], None]] | None = None
@@ -105,7 +105,7 @@ class Outbox:
             half.write_bytes(data)
             half.replace(path)
         except OSError as error:
-            raise _unusable(self.folder, error) from None
+            raise self._unusable(error) from None
         with self._changed:
             self._objects.append(path)
             self._changed.notify_all()
@@ -125,7 +125,7 @@ class Outbox:
         try:
             folder.mkdir(mode=0o700)
         except OSError as error:
-            raise _unusable(self.folder, error) from None
+            raise self._unusable(error) from None
         return folder
 
     def send_set(self, name: str, manifest: dict[str, Any], deliver: Callable[[Path], None]) -> None:
@@ -144,7 +144,7 @@ class Outbox:
             shutil.rmtree(folder, ignore_errors=True)
             half.replace(folder)
         except OSError as error:
-            raise _unusable(self.folder, error) from None
+            raise self._unusable(error) from None
         self.resend_set(name, deliver)
 
     def resend_set(self, name: str, deliver: Callable[[Path], None]) -> None:
@@ -196,6 +196,20 @@ class Outbox:
             with contextlib.suppress(OSError):
                 for folder in (self._objects_folder, self._sets_folder, self.folder):
                     folder.rmdir()
+
+    def _unusable(self, error: OSError) -> StoreError:
+        """What is to be said of a failure of this machine's disk.
+
+        Raises:
+            PathError: the folder of the embedded store was deleted, and this one with it.
+        """
+        if self.store.address.directory is not None:
+            require_folder(self.store.address.directory)
+        what = "the disk is full" if is_full(error) else error.strerror or str(error)
+        return family_of(error)(
+            f"{self.folder}: what is to be stored cannot wait there ({what}); free some space, or set "
+            f"{PENDING_VARIABLE} to a directory on another disk"
+        )
 
     def _work(self) -> bool:
         return bool(self._objects) or self._set is not None or self._busy
@@ -306,11 +320,3 @@ def pending_folder(store: ObjectStore, uri: str) -> Path:
     where = uri if store.address.directory is not None else f"{store.address.endpoint} {uri}"  # its port may change
     whose = hashlib.sha256(where.encode()).hexdigest()[:16]
     return root / f"{uri.rstrip('/').rpartition('/')[2]}-{whose}"
-
-
-def _unusable(folder: Path, error: OSError) -> StoreError:
-    what = "the disk is full" if is_full(error) else error.strerror or str(error)
-    return family_of(error)(
-        f"{folder}: what is to be stored cannot wait there ({what}); free some space, or set {PENDING_VARIABLE} to a "
-        "directory on another disk"
-    )

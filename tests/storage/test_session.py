@@ -15,6 +15,7 @@ from esvit_core.storage import StoreRefused
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_core.storage.errors import PathError
+from esvit_core.storage.outbox import Outbox
 from esvit_core.storage.session import open_store
 from esvit_core.storage.weed import data_argument
 
@@ -53,6 +54,7 @@ def test_a_killed_session_leaves_a_server_that_the_next_one_uses_and_the_last_on
     script = """
 import os, signal, sys
 from pathlib import Path
+from esvit_core.storage.outbox import Outbox
 from esvit_core.storage.session import open_store
 from esvit_core.storage.weed import data_argument
 with open_store(Path(sys.argv[1])) as store:
@@ -92,13 +94,17 @@ def test_a_folder_that_is_deleted_under_its_server_is_told_at_the_next_write_and
     place = tmp_path / "store"
     with open_store(place) as store:
         store.ensure_bucket("bucket")
+        box = Outbox(store, "s3://bucket/run")
         argument = data_argument(place.resolve())
         assert serving(argument)
         shutil.rmtree(place, ignore_errors=True)
         if remade:  # as the cache of shards does
             (place / "cache").mkdir(parents=True)
-        with pytest.raises(PathError, match="store: the folder of the object store was deleted while it was in use"):
-            store.put_bytes("s3://bucket/x", b"1")
+        for write in (store.put_bytes, box.put):
+            with pytest.raises(
+                PathError, match="store: the folder of the object store was deleted while it was in use"
+            ):
+                write("s3://bucket/x", b"1")
     assert not serving(argument)
 
 
