@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 from dataclasses import asdict
 
 from esvit_core.evaluation.champions import Champion, champions, roll_back
+from esvit_core.model_registry import URL_VARIABLE, register_champions, registry_of
 from esvit_pipelines.watch import Place
 
 
@@ -22,12 +24,22 @@ def show_champions(place: Place, pointer: str, as_json: bool) -> None:
         print(_line(champion))
 
 
+def register(place: Place, pointer: str, url: str | None) -> None:
+    """Register the champions of a pointer in the Kubeflow Model Registry, and say so."""
+    registry = registry_of(url=url)
+    with place.open() as store:
+        names = register_champions(registry, store, place.bucket, pointer)
+    print(f"{pointer} in {registry.url}: {len(names)} version{'s' * (len(names) > 1)}, the champion is {names[-1]}")
+
+
 def go_back(place: Place, pointer: str, to: str | None, why: str) -> None:
     """Make a former champion the present one, and say so."""
     who = f"{getpass.getuser()}@{socket.gethostname()}"
     with place.open() as store:
         champion = roll_back(store, place.bucket, pointer, to, who, why)
     print(f"{pointer} is {champion.name} again ({_figure(champion)}); {champion.reason}")
+    if os.environ.get(URL_VARIABLE):
+        register(place, pointer, None)
 
 
 def _line(champion: Champion) -> str:

@@ -269,12 +269,22 @@ def champions(
     out: Out = DEFAULT_OUT,
     bucket: RunsBucketOption = DEFAULT_BUCKET,
     json: JsonOption = False,
+    register: Annotated[
+        bool, typer.Option("--register", help="Register them in the Kubeflow Model Registry instead of listing them.")
+    ] = False,
+    registry: Annotated[
+        str | None,
+        typer.Option("--registry", metavar="URL", help="Of its REST API.", envvar="ESVIT_MODEL_REGISTRY_URL"),
+    ] = None,
 ) -> None:
     """List the champions, the present one first: since when, with which figure, and why."""
-    from esvit_pipelines.champions import show_champions
+    from esvit_pipelines import champions
     from esvit_pipelines.watch import Place
 
-    show_champions(Place(out, bucket), pointer, json)
+    if register:
+        champions.register(Place(out, bucket), pointer, registry)
+    else:
+        champions.show_champions(Place(out, bucket), pointer, json)
 
 
 @app.command()

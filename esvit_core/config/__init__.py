@@ -21,7 +21,7 @@ from esvit_core.config.crops import AugmentConfig, MixupConfig
 from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
 from esvit_core.config.launch import LaunchConfig
-from esvit_core.config.promotion import PromotionConfig
+from esvit_core.config.promotion import PromotionConfig, RegistryConfig
 from esvit_core.config.promotion import RetrainConfig as RetrainConfig
 from esvit_core.config.section import Section
 from esvit_core.errors import UserError
@@ -270,7 +270,7 @@ class EvaluationConfig(Section):
 
 
 #: Sections that say where and when a run computes, not what.
-NO_PART_OF_A_RUN = {"cluster", "launch", "retrain"}
+NO_PART_OF_A_RUN = {"cluster", "launch", "registry", "retrain"}
 
 
 class Config(Section):
@@ -291,6 +291,7 @@ class Config(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
+    registry: RegistryConfig = RegistryConfig()
     retrain: RetrainConfig = RetrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     launch: LaunchConfig = LaunchConfig()

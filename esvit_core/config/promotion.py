@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from esvit_core.config.section import Section
@@ -18,6 +20,17 @@ class PromotionConfig(Section):
         2.0, ge=0, description="Percentage points that no transfer set may lose against the champion; null: any."
     )
     pointer: str = Field("champion", pattern=POINTER_PATTERN)
+
+
+class RegistryConfig(Section):
+    """Where else champions are listed; no part of a run's identity."""
+
+    kind: Literal["none", "kubeflow"] = Field(
+        "none", description="kubeflow: after a promotion the champion becomes a version in the Kubeflow Model Registry."
+    )
+    url: str | None = Field(
+        None, description="Of its REST API, http(s)://host:port; null: the variable ESVIT_MODEL_REGISTRY_URL."
+    )
 
 
 class RetrainConfig(Section):

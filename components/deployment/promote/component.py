@@ -15,7 +15,8 @@ def promote(
     """Make the backbone the champion if it beats the present one on the chosen metric by the margin.
 
     The champion is a pointer in the object store, changed by conditional put: of two runs at once one wins, and the
-    other compares itself with the winner. Writes promotion.json of the run, whichever way it went.
+    other compares itself with the winner. Writes promotion.json of the run, whichever way it went. Where the recipe says
+    registry.kind: kubeflow, the champion becomes a version in the Kubeflow Model Registry.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
@@ -31,6 +32,7 @@ def promote(
 
     with step("promote"):
         from esvit_core.artifacts import point_to
+        from esvit_core.model_registry import announce
         from esvit_core.runs import open_run
 
         run = open_run(run_uri)
@@ -47,5 +49,7 @@ def promote(
             **{key: decided[key] for key in ("promoted", "reason", "metric", "value")},
         )
         print(decided["reason"], flush=True)
+        if decided["promoted"] and (told := announce(run)):
+            print(told, flush=True)
 
     return (decided["promoted"], decided["reason"])
