@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
-from esvit_core.models.linear import onednn_product
+from esvit_core.torch_private import onednn_linear
 from esvit_core.training.allocator import keep_freed_memory
 
 # Rows, width before, width after.
@@ -44,9 +44,9 @@ def ratios(rows: int, before: int, after: int, rounds: int) -> dict[str, float]:
     """Of the three products of a layer."""
     x, weight, gradient = torch.randn(rows, before), torch.randn(after, before), torch.randn(rows, after)
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "forward": (lambda: F.linear(x, weight), lambda: onednn_product(x, weight, None)),
-        "input": (lambda: gradient @ weight, lambda: onednn_product(gradient, weight.T, None)),
-        "weight": (lambda: gradient.T @ x, lambda: onednn_product(gradient.T, x.T, None)),
+        "forward": (lambda: F.linear(x, weight), lambda: onednn_linear(x, weight, None)),
+        "input": (lambda: gradient @ weight, lambda: onednn_linear(gradient, weight.T, None)),
+        "weight": (lambda: gradient.T @ x, lambda: onednn_linear(gradient.T, x.T, None)),
     }
     found = {}
     for what, (of_torch, of_onednn) in pairs.items():

@@ -24,6 +24,7 @@ WORK = STORAGE | {
     "esvit_core.export",
     "esvit_core.pod",
     "esvit_core.runs",
+    "esvit_core.torch_private",
     "esvit_core.weights",
 }
 ALLOWED = {
@@ -35,6 +36,7 @@ ALLOWED = {
     "esvit_core.config": {"esvit_core.errors", "esvit_core.recipe_files"},
     "esvit_core.storage": FOUNDATION,
     "esvit_core.compiled": set(),
+    "esvit_core.torch_private": set(),
     "esvit_core.models": NETWORKS,
     "esvit_core.losses": NETWORKS,
     "esvit_core.monitoring": STORAGE | NETWORKS,

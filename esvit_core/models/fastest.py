@@ -25,6 +25,8 @@ def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device
     """
     if device.type != "cpu":
         return
+    if dtype == torch.float32:
+        _replace_linear_layers_(network)
     for module in network.modules():
         if isinstance(module, WindowAttention | cvt.Attention):
             module.compiled = True
@@ -32,9 +34,18 @@ def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device
             module.folded = True
         if isinstance(module, StochasticDepth):
             module.sparing = True
-        if dtype == torch.float32 and type(module) is nn.Linear:
-            module.__class__ = Linear
         if dtype == torch.float32 and isinstance(module, cvt.PointwiseConv):
             module.product = linear
         if dtype == torch.bfloat16 and isinstance(getattr(module, "fused_attn", None), bool):
             setattr(module, "fused_attn", False)  # noqa: B010  mypy takes attributes of modules for tensors
+
+
+def _replace_linear_layers_(network: nn.Module) -> None:
+    """Put a :class:`Linear` with the same parameters in the place of every ``nn.Linear`` below ``network``."""
+    replaced: dict[nn.Module, Linear] = {}  # one that has several places stays one
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                if child not in replaced:
+                    replaced[child] = Linear.of(child)
+                setattr(parent, name, replaced[child])

@@ -8,6 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from esvit_core.models.prototype_logits import WEIGHT_ROWS, PrototypeLogits, are_many
+from esvit_core.torch_private import weight_norm
 
 
 class Prototypes(nn.Module):
@@ -21,7 +22,7 @@ class Prototypes(nn.Module):
 
     def weight(self) -> Tensor:
         """The prototypes, (K, in_dim)."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return weight_norm(self.weight_v, self.weight_g)
 
     def forward(self, x: Tensor) -> Tensor | PrototypeLogits:
         """Embeddings (rows, in_dim) to logits (rows, K)."""
@@ -37,7 +38,7 @@ class Prototypes(nn.Module):
         """The prototypes in ``dtype``, without a copy in float32 of all of them."""
         out = torch.empty_like(self.weight_v, dtype=dtype)
         for part, v, g in zip(*(t.split(WEIGHT_ROWS) for t in (out, self.weight_v, self.weight_g)), strict=True):
-            part.copy_(torch._weight_norm(v, g, 0))
+            part.copy_(weight_norm(v, g))
         return out
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esvit_core.torch_private import has_onednn_linear, onednn_linear
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
@@ -41,32 +43,33 @@ def _is_onednn_faster(*tensors: Tensor) -> bool:
     )
 
 
-_AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`linear` by oneDNN, without a gradient of its own."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+_AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and has_onednn_linear()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return onednn_product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        of_x = onednn_product(gradient, weight.T, None) if ctx.needs_input_grad[0] else None
+        of_x = onednn_linear(gradient, weight.T, None) if ctx.needs_input_grad[0] else None
         of_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class Linear(nn.Linear):
     """``nn.Linear`` in the faster of the two ways."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Linear:
+        """A layer that has the parameters of another one, not copies of them."""
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

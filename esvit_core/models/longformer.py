@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from esvit_core.models.attention import attend
+from esvit_core.torch_private import draw_below, outside_modes
 
 # Offsets of the nine windows a window sees, row by row; the fifth is the window itself.
 OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
@@ -48,8 +48,7 @@ def window_mask(height: int, width: int, window: int, device: torch.device) -> T
     """The mask of a map, computed once per resolution and device."""
     if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
         return _window_mask.__wrapped__(height, width, window, device)
-    with _disable_current_modes():  # a fake tensor must not, either
-        return _window_mask(height, width, window, device)
+    return outside_modes(_window_mask, height, width, window, device)  # a fake tensor must not, either
 
 
 def _coordinates(rows: range, columns: range) -> Tensor:
@@ -199,8 +198,7 @@ class SparseAttention(GlobalBias):
         if self.mode == -1:
             return [OWN]
         if self.mode > 0 and self.training:
-            with _disable_current_modes():  # a fake tensor has no value
-                drawn = int(torch.randint(8, ()))
+            drawn = draw_below(8)
             return [OWN, drawn + (drawn >= OWN)]
         return [OWN, *(i for i in range(9) if i != OWN)]
 

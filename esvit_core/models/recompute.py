@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from esvit_core.torch_private import hooks_on_saved_tensors, storage_key
+
 
 def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
     """``then(function(x))``, where the backward pass of ``then`` computes ``function(x)`` once more.
@@ -24,15 +26,16 @@ def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, then: Calla
         then: a layer, or several.
     """
     y = function(x)
-    if not y.requires_grad or torch.compiler.is_compiling() or _others_decide():
+    # Under hooks that are set already, those of a block that is recomputed as a whole, nothing is kept anyway.
+    if not y.requires_grad or torch.compiler.is_compiling() or hooks_on_saved_tensors():
         return then(y)
-    storage, size = y.untyped_storage()._cdata, y.numel()
+    storage, size = storage_key(y), y.numel()
     # `detach`: what is packed must not lead back to the graph that holds it.
     argument = x.detach()
 
     def pack(kept: Tensor) -> Any:
         # The same values in the same order: the output itself, or a contiguous view of it as rows.
-        if kept.untyped_storage()._cdata == storage and kept.numel() == size and kept.is_contiguous():
+        if storage_key(kept) == storage and kept.numel() == size and kept.is_contiguous():
             return kept.shape
         return kept
 
@@ -44,8 +47,3 @@ def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, then: Calla
 
     with saved_tensors_hooks(pack, unpack):
         return then(y)
-
-
-def _others_decide() -> bool:
-    """Whether hooks are set already on what is kept: those of a block that is recomputed as a whole keep nothing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

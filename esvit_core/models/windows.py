@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from esvit_core.models import compiled_windows
 from esvit_core.models.attention import attend
 from esvit_core.models.compiled_windows import attend_in_windows
+from esvit_core.torch_private import outside_modes
 
 MASKED = -100.0  # as published: not minus infinity
 
@@ -39,8 +39,7 @@ def window_layout(height: int, width: int, window: int, shift: int, device: torc
     """The layout of a map, computed once per resolution and device."""
     if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
         return _window_layout.__wrapped__(height, width, window, shift, device)
-    with _disable_current_modes():  # a fake tensor must not, either
-        return _window_layout(height, width, window, shift, device)
+    return outside_modes(_window_layout, height, width, window, shift, device)  # a fake tensor must not, either
 
 
 @functools.lru_cache(maxsize=256)

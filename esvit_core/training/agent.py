@@ -47,11 +47,13 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher import api as launcher_api
+
+    from esvit_core.torch_private import watch_failures
 
     # The exchange of failures between agents is torch's; between this one and the launcher it is the file below.
     error_file = os.environ.pop(ERROR_FILE_VARIABLE, None)
-    launcher_api.LocalElasticAgent = _patient_agent()  # type: ignore[misc]
+    if not watch_failures(_is_mistake):
+        print("train: this torch tries again whatever failed, a mistake in the settings too", flush=True)
     try:
         torch.distributed.run.run(_with_host(torch.distributed.run.parse_args(arguments)))
         return 0
@@ -87,23 +89,13 @@ def _with_host(options: Any) -> Any:
     return options
 
 
-def _patient_agent() -> type[Any]:
-    """torch's agent, which restarts its processes whatever they failed of; but a mistake stays one."""
-    from torch.distributed.elastic.agent.server.api import WorkerState
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-
-    class PatientAgent(LocalElasticAgent):
-        def _monitor_workers(self, worker_group: Any) -> Any:
-            result = super()._monitor_workers(worker_group)
-            if result.state == WorkerState.FAILED:
-                if any(failure.exitcode == USER_ERROR_EXIT_CODE for failure in result.failures.values()):
-                    self._remaining_restarts = 0
-                elif self._remaining_restarts > 0:
-                    rank, failure = min(result.failures.items(), key=_order)
-                    print(f"{_reason(rank, failure)}; starting again", file=sys.stderr, flush=True)
-            return result
-
-    return PatientAgent
+def _is_mistake(failures: dict[int, Any], restarts: int) -> bool:
+    """Whether one of the failures is the user's mistake, which trying again does not mend; else say what it was."""
+    if any(failure.exitcode == USER_ERROR_EXIT_CODE for failure in failures.values()):
+        return True
+    if restarts > 0:
+        print(f"{_reason(*min(failures.items(), key=_order))}; starting again", file=sys.stderr, flush=True)
+    return False
 
 
 def first_failure(error: ChildFailedError) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from esvit_core.collectives import collective
 from esvit_core.training.distributed import World
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def share_batch_norms_(network: nn.Module, world: World) -> None:
@@ -26,18 +27,18 @@ def share_batch_norms_(network: nn.Module, world: World) -> None:
         return
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
+            if isinstance(child, BATCH_NORMS):
                 setattr(module, name, SharedBatchNorm(child))
 
 
-class SharedBatchNorm(_BatchNorm):
+class SharedBatchNorm(nn.BatchNorm1d):
     """A batch norm over the batches of all processes, in the plain formula.
 
     Args:
         norm: whose parameters, statistics, and (in timm's networks) activation it takes over.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         self._parameters.update(norm._parameters)
         self._buffers.update(norm._buffers)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import Config
+from esvit_core.torch_private import lerp_, looks_for_inf, multiply_, norms
 from esvit_core.training.lars import LARS
 
 MOMENTUM = 0.9  # of SGD and LARS, as published
@@ -60,11 +61,10 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
         The norm of all gradients together before clipping, scalar tensor.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    stacked = torch.stack(norms)
+    stacked = torch.stack(norms(gradients))
     if max_norm > 0:
         factors = (max_norm / (stacked + 1e-6)).clamp_(max=1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()))
+        multiply_(gradients, list(factors.unbind()))
     return torch.linalg.vector_norm(stacked)
 
 
@@ -73,7 +73,7 @@ def skip_step_where_(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
     Fused optimizers look at it on the device, as they do for loss scaling. The others cannot: for them this waits.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if looks_for_inf(optimizer):
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     elif bad.item():
         optimizer.zero_grad(set_to_none=True)
@@ -89,4 +89,4 @@ def freeze_last_layer_(student: nn.Module) -> None:
 @torch.no_grad()
 def update_teacher_(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """Move the teacher's parameters to ``momentum * teacher + (1 - momentum) * student``."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from esvit_core.config import Config
 from esvit_core.data.loader import Batch, TrainLoader
@@ -23,7 +22,7 @@ from esvit_core.monitoring.collapse import CollapseWatch
 from esvit_core.runs import Run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.retry import RetryPolicy
-from esvit_core.training.batch_norm import share_batch_norms_
+from esvit_core.training.batch_norm import BATCH_NORMS, share_batch_norms_
 from esvit_core.training.checkpoint import Stateful
 from esvit_core.training.distributed import GradientReducer, World
 from esvit_core.training.nonfinite import NonFiniteGuard
@@ -167,7 +166,7 @@ def recompute_blocks_(student: MultiCropNetwork, arch: str) -> None:
     Raises:
         UserError: the backbone has batch norms, which would take the same batch into their averages twice.
     """
-    if any(isinstance(module, _BatchNorm) for module in student.backbone.modules()):
+    if any(isinstance(module, BATCH_NORMS) for module in student.backbone.modules()):
         raise UserError(
             f"launch.recompute: {arch} has batch norms, which would count every batch twice; "
             "to save memory lower training.max_images_per_process"

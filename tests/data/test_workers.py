@@ -147,15 +147,9 @@ except UserError as error:
 def test_too_little_shared_memory_ends_in_one_line(call: str, expected: str) -> None:
     """In a mount namespace of its own, with a /dev/shm of 1 MiB."""
     script = SMALL_MEMORY.format(root=str(ROOT), here=str(Path(__file__).parent), call=call)
-    done = subprocess.run(
-        [
-            *("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "-"),
-            *(sys.executable, "-c", script),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout, done.stderr
     assert "/dev/shm larger (cluster.train.shared_memory, launch.shm_gib; in Docker --shm-size)" in done.stdout
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr

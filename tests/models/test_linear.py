@@ -50,8 +50,8 @@ def test_values_and_gradients_are_those_of_the_product(
 @onednn
 def test_it_is_taken_in_float32_on_a_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.dtype] = []
-    product = module.onednn_product
-    monkeypatch.setattr(module, "onednn_product", lambda x, *rest: taken.append(x.dtype) or product(x, *rest))
+    product = module.onednn_linear
+    monkeypatch.setattr(module, "onednn_linear", lambda x, *rest: taken.append(x.dtype) or product(x, *rest))
     network = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
     x = torch.randn(3, 4)
     expected = network(x)
@@ -95,7 +95,7 @@ def test_pointwise_convolutions_are_linear_layers_too(monkeypatch: pytest.Monkey
     expected = convolution(x)
     choose_fastest_(convolution, torch.float32, CPU)
     taken: list[torch.Size] = []
-    product = module.onednn_product
-    monkeypatch.setattr(module, "onednn_product", lambda x, *rest: taken.append(x.shape) or product(x, *rest))
+    product = module.onednn_linear
+    monkeypatch.setattr(module, "onednn_linear", lambda x, *rest: taken.append(x.shape) or product(x, *rest))
     torch.testing.assert_close(convolution(x), expected)
     assert taken == [x.shape]
