@@ -30,8 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each worker prepares ahead
 SILENCE_SECONDS = 1200  # without a batch, beyond the patience with the store: a worker hangs
 MORE_MEMORY = (
-    "set training.workers to 0 or lower it, or make /dev/shm larger (cluster.train.shared_memory, launch.shm_gib; "
-    "in Docker --shm-size)"
+    "set training.workers to 0 or lower it, or make /dev/shm larger (cluster.train.shared_memory; in Docker --shm-size)"
 )
 
 

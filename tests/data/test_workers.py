@@ -151,7 +151,7 @@ def test_too_little_shared_memory_ends_in_one_line(call: str, expected: str) -> 
     command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout, done.stderr
-    assert "/dev/shm larger (cluster.train.shared_memory, launch.shm_gib; in Docker --shm-size)" in done.stdout
+    assert "/dev/shm larger (cluster.train.shared_memory; in Docker --shm-size)" in done.stdout
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
 
 
