@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from esvit_core.config import NO_PART_OF_A_RUN, Config, TransferSet
+from esvit_core.config import Config, TransferSet
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.errors import NotFound
 from esvit_core.weights.source import with_source_pinned
 
 CONFIG = "config.yaml"
-PLACE = "place"  # a pointer: where the run is computed may change from one start to the next
+RUNTIME = "runtime"  # a pointer: how the latest start of the run wants it executed
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
 RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
 PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
@@ -33,7 +33,11 @@ def name_of_run(uri: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has been started, as its steps see it."""
+    """A run that has been started, as its steps see it.
+
+    Attributes:
+        config: what the run is, and how its latest start wants it executed.
+    """
 
     uri: str
     store: ObjectStore
@@ -76,9 +80,9 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
     """The name of the run that ``config`` describes on this data.
 
     Args:
-        config: the resolved configuration. Where it is to run (the cluster section), when there is reason to (the
-            retrain section), where the transfer sets and the weights to start from lie do not count; what is in them
-            does.
+        config: the resolved configuration. How the run is executed does not count, see
+            :data:`esvit_core.config.section.EXECUTION`, nor where the transfer sets and the weights to start from lie;
+            what is in them does.
         fingerprint: of the pictures, see :func:`esvit_core.data.manifest.source_fingerprint`.
         transfer_fingerprints: the same of the transfer sets, by name.
     """
@@ -129,36 +133,24 @@ def start_run(
     config = with_source_pinned(config, store)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
-    run = Run(uri, store, config)
-    if not store.put_if_absent(run.at(CONFIG), config.to_yaml().encode()):
-        run = open_run(uri, store)
-        if difference := _difference(run.config, config):
+    if not store.put_if_absent(join_uri(uri, CONFIG), config.to_yaml().encode()):
+        there = _read_config(uri, store)
+        if difference := _difference(there, config):
             raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
-    _place(run, config)
-    return run
+        _remember_execution(uri, there, config, store)
+        config = there.executed_as(config.execution())
+    return Run(uri, store, config)
 
 
-def placed(store: ObjectStore, uri: str, config: Config) -> Config:
-    """The configuration with the place that the latest start of the run asked for.
-
-    Args:
-        uri: of the run.
-        config: that it was started with.
-    """
-    pointer = store.read_pointer(join_uri(uri, PLACE))
-    return config if pointer is None else Config.from_mapping(config.model_dump(mode="json") | pointer.value)
-
-
-def _place(run: Run, wanted: Config) -> None:
-    """Remember where the run computes from now on, which is no part of what it is: sections ``cluster``, ``launch``."""
-    place = {"cluster": wanted.cluster.model_dump(mode="json"), "launch": wanted.launch.model_dump(mode="json")}
-    there = placed(run.store, run.uri, run.config)
-    if (there.cluster, there.launch) != (wanted.cluster, wanted.launch):
-        run.store.swap_pointer(run.at(PLACE), place, run.store.read_pointer(run.at(PLACE)))
+def _remember_execution(uri: str, there: Config, wanted: Config, store: ObjectStore) -> None:
+    """Let all later steps, and those that are repeated, execute the run as this start of it wants."""
+    pointer = store.read_pointer(join_uri(uri, RUNTIME))
+    if wanted.execution() != (there.execution() if pointer is None else pointer.value):
+        store.swap_pointer(join_uri(uri, RUNTIME), wanted.execution(), pointer)
 
 
 def open_run(uri: str, store: ObjectStore | None = None) -> Run:
-    """The run at ``uri``, with the configuration that it was started with.
+    """The run at ``uri``: what it was started as, executed as its latest start wants.
 
     Args:
         uri: ``s3://bucket/runs/<run id>``.
@@ -168,15 +160,20 @@ def open_run(uri: str, store: ObjectStore | None = None) -> Run:
         UserError: there is no run.
     """
     store = store or ObjectStore.from_env()
+    config, pointer = _read_config(uri, store), store.read_pointer(join_uri(uri, RUNTIME))
+    return Run(uri.rstrip("/"), store, config if pointer is None else config.executed_as(pointer.value))
+
+
+def _read_config(uri: str, store: ObjectStore) -> Config:
     try:
         text = store.get_bytes(join_uri(uri, CONFIG)).decode()
     except NotFound:
         raise UserError(f"run {uri}: there is none ({CONFIG} is missing); prepare the data first") from None
-    return Run(uri.rstrip("/"), store, Config.from_yaml(text, origin=join_uri(uri, CONFIG)))
+    return Config.from_yaml(text, origin=join_uri(uri, CONFIG))
 
 
 def _difference(there: Config, here: Config) -> str:
-    """The first setting that differs, in words; what is no part of a run does not count, nor where transfer sets lie."""
+    """The first setting of a run's identity that differs, in words; where transfer sets lie does not count."""
 
     def differs(a: Any, b: Any, key: str) -> str:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -184,7 +181,7 @@ def _difference(there: Config, here: Config) -> str:
         return "" if a == b else f"{key}: {a} there, {b} here"
 
     def counted(config: Config) -> dict[str, Any]:
-        values = config.model_dump(mode="json", exclude=NO_PART_OF_A_RUN)
+        values = config.identity()
         for transfer_set in values["evaluation"]["transfer"]:
             del transfer_set["source"]
         if values["init"]["sha256"]:

@@ -96,7 +96,7 @@ def test_where_a_compiled_pipeline_runs_is_held_fast_and_a_recipe_s_own_launch_c
     made = parameters_of(config, without=PLACE)
     assert resolve(made.recipe, made.settings, "", cluster_text(config)) == config
     other = resolve("{recipe: own, launch: {nodes: 2}}", "", "", cluster_text(config))
-    assert other.launch.nodes == 2 and other.launch.env == {"NCCL_DEBUG": "INFO"}
+    assert (other.launch.scheduler, other.launch.nodes) == ("volcano", 2) and other.launch.env == {"NCCL_DEBUG": "INFO"}
     assert other.cluster == config.cluster and other.training.epochs == 300
     assert cluster_text(Config()) == "{}"
     with pytest.raises(UserError, match=r"settings cluster\.train\.cpu=8: .*fixed when the pipeline was compiled"):

@@ -20,10 +20,12 @@ from esvit_core.config.cluster import ClusterConfig as ClusterConfig
 from esvit_core.config.crops import AugmentConfig, MixupConfig
 from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
+from esvit_core.config.evaluation import EvaluationConfig
+from esvit_core.config.evaluation import TransferSet as TransferSet
 from esvit_core.config.launch import LaunchConfig
 from esvit_core.config.promotion import PromotionConfig, RegistryConfig
 from esvit_core.config.promotion import RetrainConfig as RetrainConfig
-from esvit_core.config.section import Section
+from esvit_core.config.section import EXECUTION, Section
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
 
@@ -38,7 +40,11 @@ class DataConfig(Section):
     )
     shard_mib: float = Field(64.0, gt=0, description="Upper bound of a shard's size, MiB.")
     max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="More unreadable pictures than this share is an error."
+        0.05,
+        ge=0,
+        le=1,
+        description="More unreadable pictures than this share is an error.",
+        json_schema_extra=EXECUTION,
     )
     max_megapixels: float = Field(
         100.0, gt=0, description="Pictures with more pixels are left out (decompression bombs)."
@@ -136,15 +142,21 @@ class TrainingConfig(Section):
     epochs: int = Field(300, gt=0)
     batch_size: int = Field(512, gt=0, description="Global batch: pictures per step over all processes.")
     processes: int | Literal["auto"] = Field(
-        "auto", description="Processes on this machine; auto: one per GPU, else one per core up to 2."
+        "auto",
+        description="Processes on this machine; auto: one per GPU, else one per core up to 2.",
+        json_schema_extra=EXECUTION,
     )
     max_images_per_process: int | None = Field(
         None,
         gt=1,
         description="Pictures that fit into a process at once; more are worked off in micro-batches. None: no bound.",
+        json_schema_extra=EXECUTION,
     )
     workers: int = Field(
-        0, ge=0, description="Data-loading processes per training process; 0: in the training process."
+        0,
+        ge=0,
+        description="Data-loading processes per training process; 0: in the training process.",
+        json_schema_extra=EXECUTION,
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -162,30 +174,43 @@ class TrainingConfig(Section):
         5, ge=0, description="Steps within an epoch's length that may be skipped or lead back before the run stops."
     )
     rollback_lr: float = Field(0.5, gt=0, le=1, description="Factor of the learning rate each time that it leads back.")
-    checkpoint_steps: int = Field(1000, gt=0, description="Steps between checkpoints.")
+    checkpoint_steps: int = Field(1000, gt=0, description="Steps between checkpoints.", json_schema_extra=EXECUTION)
     checkpoint_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Minutes between checkpoints, whichever comes first; auto: 15, and in a step's own pod on a cluster "
         "so few that at most a minute of training is lost where the store keeps up.",
+        json_schema_extra=EXECUTION,
     )
     checkpoint_epochs: int = Field(
-        0, ge=0, description="Epochs after which there is a checkpoint too; 0: at no particular one."
+        0,
+        ge=0,
+        description="Epochs after which there is a checkpoint too; 0: at no particular one.",
+        json_schema_extra=EXECUTION,
     )
-    keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that stay.")
-    keep_epochs: int = Field(0, ge=0, description="One of every so many epochs, at its end, stays too; 0: none.")
-    keep_best: bool = Field(False, description="The one with the lowest loss stays too.")
+    keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that stay.", json_schema_extra=EXECUTION)
+    keep_epochs: int = Field(
+        0, ge=0, description="One of every so many epochs, at its end, stays too; 0: none.", json_schema_extra=EXECUTION
+    )
+    keep_best: bool = Field(False, description="The one with the lowest loss stays too.", json_schema_extra=EXECUTION)
     store_grace_minutes: float = Field(
-        10.0, ge=0, description="How long the object store may fail to answer before the training stops."
+        10.0,
+        ge=0,
+        description="How long the object store may fail to answer before the training stops.",
+        json_schema_extra=EXECUTION,
     )
-    log_steps: int = Field(10, gt=0, description="Steps between lines of the log.")
+    log_steps: int = Field(10, gt=0, description="Steps between lines of the log.", json_schema_extra=EXECUTION)
     metrics_port: int | None = Field(
         None,
         ge=0,
         le=65535,
         description="Port of /metrics on this machine; 0: any free one; None: not served. In a pod of a cluster: 9400.",
+        json_schema_extra=EXECUTION,
     )
     collapse_patience: int = Field(
-        100, gt=0, description="Steps that the diagnostics may show a collapsed teacher before the run stops."
+        100,
+        gt=0,
+        description="Steps that the diagnostics may show a collapsed teacher before the run stops.",
+        json_schema_extra=EXECUTION,
     )
 
 
@@ -231,48 +256,6 @@ class DiagnosticsConfig(Section):
         return self
 
 
-class TransferSet(Section):
-    """A labelled set for the transfer protocol."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
-    source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder a class.")
-    metric: Literal["accuracy", "mean_per_class"] = "accuracy"
-
-
-class LinearConfig(Section):
-    """The linear probe on frozen features."""
-
-    epochs: int = Field(100, gt=0)
-    lr: float = Field(0.001, gt=0, description="Learning rate per 256 pictures.")
-    batch_size: int = Field(1024, gt=0)
-    last_blocks: int = Field(4, gt=0, description="Blocks whose averaged features are concatenated.")
-
-
-class EvaluationConfig(Section):
-    """The measured steps."""
-
-    resize: int = Field(256, gt=0, description="Shorter side before the centre crop, pixels.")
-    crop: int = Field(224, gt=0, description="Side of the centre crop, pixels.")
-    batch_size: int = Field(64, gt=0)
-    knn_k: tuple[int, ...] = (10, 20, 100, 200)
-    knn_temperature: float = Field(0.07, gt=0)
-    linear: LinearConfig = LinearConfig()
-    transfer: tuple[TransferSet, ...] = ()
-    pictures: int = Field(6, ge=0, description="Pictures shown in the correspondence and attention figures.")
-    correspondence_pictures: int = Field(256, gt=0, description="Pictures over which correspondence is measured.")
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> Self:
-        names = [s.name for s in self.transfer]
-        if len(set(names)) != len(names):
-            raise ValueError(f"transfer sets need distinct names, got {', '.join(names)}")
-        return self
-
-
-#: Sections that say where and when a run computes, not what.
-NO_PART_OF_A_RUN = {"cluster", "launch", "registry", "retrain"}
-
-
 class Config(Section):
     """Everything that determines a run."""
 
@@ -288,13 +271,13 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
-    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    diagnostics: DiagnosticsConfig = Field(DiagnosticsConfig(), json_schema_extra=EXECUTION)
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
-    registry: RegistryConfig = RegistryConfig()
-    retrain: RetrainConfig = RetrainConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    launch: LaunchConfig = LaunchConfig()
+    registry: RegistryConfig = Field(RegistryConfig(), json_schema_extra=EXECUTION)
+    retrain: RetrainConfig = Field(RetrainConfig(), json_schema_extra=EXECUTION)
+    cluster: ClusterConfig = Field(ClusterConfig(), json_schema_extra=EXECUTION)
+    launch: LaunchConfig = Field(LaunchConfig(), json_schema_extra=EXECUTION)
 
     @model_validator(mode="after")
     def _mixup_is_view_only(self) -> Self:
@@ -368,9 +351,22 @@ class Config(Section):
         return cls.from_mapping(parse_yaml(text, origin), origin)
 
     def digest(self) -> str:
-        """SHA-256 of the resolved tree, hexadecimal, without :data:`NO_PART_OF_A_RUN`."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude=NO_PART_OF_A_RUN), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """SHA-256 of the settings that are part of a run's identity, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def executed_as(self, execution: Mapping[str, Any]) -> Self:
+        """The same run, executed in another way.
+
+        Args:
+            execution: of another configuration, see :meth:`Section.execution`.
+        """
+        return type(self).from_mapping(merged(self.identity(), execution))
+
+
+def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``more``, section by section."""
+    both = {k: merged(base[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **more, **both}
 
 
 def valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

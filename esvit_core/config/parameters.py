@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from esvit_core.config import Config, TransferSet, valid_keys
+from esvit_core.config import Config, TransferSet, merged, valid_keys
 from esvit_core.errors import UserError
 from esvit_core.recipe_files import override, parse_yaml, preset_names, read_recipe
 
@@ -55,7 +55,7 @@ def resolve(
         UserError: one of them is wrong; or they would change the section ``cluster`` or the scheduler of a compiled
             pipeline.
     """
-    values = _merged(parse_yaml(cluster, "cluster"), read_recipe(recipe, read))
+    values = merged(parse_yaml(cluster, "cluster"), read_recipe(recipe, read))
     known = list(valid_keys())
     for item in (items := split_items(settings, "settings")):
         if cluster and item.partition(".")[0].strip() == "cluster":
@@ -205,12 +205,6 @@ def _nested(changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             place = place.setdefault(section, {})
         place[leaf] = value
     return values
-
-
-def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``more``, section by section."""
-    both = {k: _merged(base[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **more, **both}
 
 
 def _one_line(value: Any) -> str:

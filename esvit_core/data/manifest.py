@@ -98,7 +98,7 @@ class Manifest(_Part):
         source_fingerprint: of the source's listing when it was read, see :func:`source_fingerprint`.
         fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every picture; of those that
             are taken over, the bytes in which they were found.
-        settings: the data section of the configuration that it was made with.
+        settings: the data section of the configuration that it was made with, as far as it determines the result.
         classes: names; a label is a place in this list. Empty where there are no labels.
         splits: ``train``, ``val`` and, where the source has all three, ``test``.
         bytes: of all shards together, those of earlier data too.

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from esvit_core.config import Config
+from esvit_core.config.section import execution_fields
 from esvit_core.errors import UserError
 from esvit_core.evaluation.champions import now
 from esvit_core.monitoring.progress import format_duration
@@ -65,7 +66,7 @@ def claim_uri(config: Config) -> str:
 
 def request_of(config: Config, source: str) -> str:
     """Digest of what is asked for: an unfinished retraining goes on only for the same."""
-    left: Any = {"cluster": True, "launch": True, "retrain": {"claim_hours"}}
+    left: Any = {**execution_fields(Config), "retrain": {"claim_hours"}}
     asked = [config.model_dump(mode="json", exclude=left), source]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

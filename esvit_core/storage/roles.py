@@ -38,7 +38,7 @@ ROLES: Mapping[str, Role] = {
     "prepare": Role(
         "steps that turn pictures into shards",
         (
-            *("runs/*/config.yaml", "runs/*/place", "runs/*/data/*", "runs/*/transfer/*"),
+            *("runs/*/config.yaml", "runs/*/runtime", "runs/*/data/*", "runs/*/transfer/*"),
             # A retraining begins with a look at what is new, and with a claim that no other one makes it too.
             *("runs/*/retrain.json", "runs/*/retrain/*", "claims/*"),
         ),
@@ -57,7 +57,7 @@ ROLES: Mapping[str, Role] = {
             *("runs/*/report/*", "runs/*/promotion.json", "pointers/*", "exports/*"),
             # A run that measures a backbone begins with it. Whoever moves the champion could name any backbone anyway.
             *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/untrained/*"),
-            "runs/*/place",
+            "runs/*/runtime",
             # Where another run became champion in the meantime it is measured by the step that promotes.
             "runs/*/comparison/*",
         ),

@@ -23,7 +23,6 @@ import psutil
 import esvit_core
 from esvit_core.config import Config
 from esvit_core.errors import CRASH_EXIT_CODE, USER_ERROR_EXIT_CODE, InfrastructureError, UserError
-from esvit_core.runs import placed
 from esvit_core.storage import ObjectStore
 from esvit_core.training.agent import LAUNCHER_VARIABLE
 from esvit_core.training.environment import available_cores
@@ -57,7 +56,6 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
     if summary := read_summary(store, run_uri):
         print(f"train: already done; the backbone is at {summary.backbone}", flush=True)
         return summary
-    config = placed(store, run_uri, config)
     if config.launch.scheduler != "local":
         from esvit_core.training.launchers.follow import launch_on_cluster
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from esvit_core.monitoring.log import LogWriter, read_log
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress import Progress, format_duration
 from esvit_core.pod import METRICS_PORT_VARIABLE
-from esvit_core.runs import Run, open_run, placed
+from esvit_core.runs import Run, open_run
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.outbox import Outbox
 from esvit_core.training.allocator import keep_freed_memory
@@ -51,7 +52,9 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
     keep_freed_memory()
     patience = 60 * run.config.training.store_grace_minutes
     world = join_world(patience)
-    launch = world.from_first(placed(run.store, run.uri, run.config).launch if world.first else None)
+    # Another start of the run may have changed it since the first process has read it.
+    run = replace(run, config=world.from_first(run.config))
+    launch = run.config.launch
     parts = build_parts(run, world)
     if (line := parts.loader.check_shared_memory(round(world.node_share * world.size))) and world.first:
         print(f"train: {line}", flush=True)

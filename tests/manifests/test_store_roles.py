@@ -51,7 +51,7 @@ OBJECTS = (
     "runs/a/report/index.html",
     "runs/a/promotion.json",
     "runs/a/measured.json",
-    "runs/a/place",
+    "runs/a/runtime",
     "runs/a/retrain.json",
     "runs/a/retrain/pictures.jsonl.gz",
     "runs/a/comparison/b.json",

@@ -19,7 +19,7 @@ import pytest
 from esvit_core.config import Config
 from esvit_core.errors import EsvitError, InfrastructureError, UserError
 from esvit_core.monitoring.journal import read_journal
-from esvit_core.runs import placed, start_run
+from esvit_core.runs import open_run, start_run
 from esvit_core.training.launchers.follow import LAST_RUNNING, launch_on_cluster
 from esvit_core.training.launchers.pods import job_name
 from esvit_core.training.launchers.volcano import volcano_job
@@ -362,14 +362,17 @@ def test_more_processes_than_pictures_of_a_step_are_refused(train: Callable[...,
         train("training.batch_size=2", "launch.processes_per_node=2")
 
 
-def test_a_run_computes_where_its_latest_start_says(store_env: Any, pictures: Path) -> None:
+def test_a_run_is_executed_as_its_latest_start_says(store_env: Any, pictures: Path) -> None:
     uri = store_env.uri("runs/placed")
     first = Config.load("demo")
-    moved = Config.load("demo", ["launch.scheduler=volcano", "launch.nodes=4", "cluster.image=esvit/trainer:2"])
+    elsewhere = ["launch.scheduler=volcano", "launch.nodes=4", "cluster.image=esvit/trainer:2"]
+    moved = Config.load("demo", [*elsewhere, "training.workers=4", "training.keep_best=true"])
     assert first.digest() == moved.digest()
     run = start_run(first, str(pictures), uri, store_env)
-    assert placed(store_env, uri, run.config) == run.config
+    assert run.config == open_run(uri, store_env).config == first
     for wanted in (moved, first, moved):
-        run = start_run(wanted, str(pictures), uri, store_env)
-        assert run.config == first
-        assert placed(store_env, uri, run.config) == wanted
+        assert start_run(wanted, str(pictures), uri, store_env).config == wanted
+        assert open_run(uri, store_env).config == wanted
+    assert Config.from_yaml(store_env.get_bytes(f"{uri}/config.yaml").decode()) == first
+    with pytest.raises(UserError, match=r"another configuration \(training\.epochs: 44 there, 45 here\)"):
+        start_run(Config.load("demo", ["training.epochs=45"]), str(pictures), uri, store_env)

@@ -1,0 +1,47 @@
+"""The section that says how a backbone is measured."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from esvit_core.config.section import EXECUTION, Section
+
+
+class TransferSet(Section):
+    """A labelled set for the transfer protocol."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder a class.")
+    metric: Literal["accuracy", "mean_per_class"] = "accuracy"
+
+
+class LinearConfig(Section):
+    """The linear probe on frozen features."""
+
+    epochs: int = Field(100, gt=0)
+    lr: float = Field(0.001, gt=0, description="Learning rate per 256 pictures.")
+    batch_size: int = Field(1024, gt=0)
+    last_blocks: int = Field(4, gt=0, description="Blocks whose averaged features are concatenated.")
+
+
+class EvaluationConfig(Section):
+    """The measured steps."""
+
+    resize: int = Field(256, gt=0, description="Shorter side before the centre crop, pixels.")
+    crop: int = Field(224, gt=0, description="Side of the centre crop, pixels.")
+    batch_size: int = Field(64, gt=0, description="Images computed at once.", json_schema_extra=EXECUTION)
+    knn_k: tuple[int, ...] = (10, 20, 100, 200)
+    knn_temperature: float = Field(0.07, gt=0)
+    linear: LinearConfig = LinearConfig()
+    transfer: tuple[TransferSet, ...] = ()
+    pictures: int = Field(6, ge=0, description="Pictures shown in the correspondence and attention figures.")
+    correspondence_pictures: int = Field(256, gt=0, description="Pictures over which correspondence is measured.")
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        names = [s.name for s in self.transfer]
+        if len(set(names)) != len(names):
+            raise ValueError(f"transfer sets need distinct names, got {', '.join(names)}")
+        return self
