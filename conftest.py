@@ -240,6 +240,8 @@ class ComponentRunner:
         assert all(isinstance(artifact, dsl.Artifact) for artifact in artifacts.values())
         returned = component.python_func(**arguments, **artifacts)
         assert not kfp_rules.refused(kfp_rules.executor_output(component, returned, artifacts))
+        for name in artifacts:  # without a file the UI's preview of an artifact is an error
+            assert (self.folder / name).is_file(), f"{name} has no content"
         return returned, artifacts
 
     def through_kfp(self, component: Any, **arguments: Any) -> dict[str, Any]:

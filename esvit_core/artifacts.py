@@ -38,6 +38,14 @@ def describe(artifact: Artifact, **values: Any) -> None:
 def log_metrics(metrics: Artifact, figures: Mapping[str, Any]) -> None:
     """Write scalar metrics, which the UI shows and compares between runs; a figure that is not finite is left out."""
     describe(metrics, **{name: float(value) for name, value in figures.items() if value is not None})
+    write_preview(metrics)
+
+
+def write_preview(artifact: Artifact) -> None:
+    """Write the metadata as the artifact's content, which the UI shows: where there is none it shows an error."""
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(artifact.metadata, indent=1) + "\n", encoding="utf-8")
 
 
 def point_to(artifact: Artifact, uri: str, **values: Any) -> None:
@@ -52,9 +60,7 @@ def point_to(artifact: Artifact, uri: str, **values: Any) -> None:
         TypeError: see :func:`describe`.
     """
     describe(artifact, uri=uri, **values)
-    path = Path(artifact.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(artifact.metadata, indent=1) + "\n", encoding="utf-8")
+    write_preview(artifact)
     if not artifact.uri.startswith(_REMOTE):
         artifact.uri = uri
 

@@ -117,6 +117,7 @@ def start_run(
     source: str,
     uri: str = "",
     store: ObjectStore | None = None,
+    check: Callable[[Config], None] | None = None,
 ) -> Run:
     """Write the configuration of a run once, or find the run that was started with the same one.
 
@@ -125,6 +126,7 @@ def start_run(
         source: where the pictures are.
         uri: where the run shall lie; empty: the place that its content determines.
         store: by default the one that ``ESVIT_S3_*`` name.
+        check: of a new run's configuration, before anything is written; raises UserError.
 
     Raises:
         UserError: the run exists and has another configuration.
@@ -133,20 +135,22 @@ def start_run(
     config = with_source_pinned(config, store)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
+    if check is not None and not store.exists(join_uri(uri, CONFIG)):
+        check(config)
     if not store.put_if_absent(join_uri(uri, CONFIG), config.to_yaml().encode()):
         there = _read_config(uri, store)
         if difference := _difference(there, config):
             raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
         _remember_execution(uri, there, config, store)
-        config = there.executed_as(config.execution())
+        config = there.executed_as(config.execution_values())
     return Run(uri, store, config)
 
 
 def _remember_execution(uri: str, there: Config, wanted: Config, store: ObjectStore) -> None:
     """Let all later steps, and those that are repeated, execute the run as this start of it wants."""
     pointer = store.read_pointer(join_uri(uri, RUNTIME))
-    if wanted.execution() != (there.execution() if pointer is None else pointer.value):
-        store.swap_pointer(join_uri(uri, RUNTIME), wanted.execution(), pointer)
+    if wanted.execution_values() != (there.execution_values() if pointer is None else pointer.value):
+        store.swap_pointer(join_uri(uri, RUNTIME), wanted.execution_values(), pointer)
 
 
 def open_run(uri: str, store: ObjectStore | None = None) -> Run:
@@ -181,7 +185,7 @@ def _difference(there: Config, here: Config) -> str:
         return "" if a == b else f"{key}: {a} there, {b} here"
 
     def counted(config: Config) -> dict[str, Any]:
-        values = config.identity()
+        values = config.identity_values()
         for transfer_set in values["evaluation"]["transfer"]:
             del transfer_set["source"]
         if values["init"]["sha256"]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from esvit_core.config import Config
+from esvit_core.planning.possible import require_metric
 from esvit_pipelines.settings import DEFAULT_OUT, Asked, Settings, ask, resolve
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def sent(
     """
     from esvit_pipelines.submit import arguments, package
 
+    if pipeline in ("pretrain", "retrain") and asked.whole:
+        require_metric(asked.config)
     compiled = pipeline.endswith((".yaml", ".yml"))
     with package(pipeline, asked.config if compiled else asked.pipeline) as ready:
         said = asked.parameters if asked.given or not compiled else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from esvit_core.planning.possible import require_metric
 from esvit_core.retraining.find import find_new
 from esvit_core.runs import open_run
 from esvit_pipelines.run import Retraining, carry_out, opened, say_if_no_recipe
@@ -23,6 +24,7 @@ def retrain(settings: Settings) -> None:
         StoppedError: it was asked to stop; its state is saved.
     """
     config, owner = resolve(settings), _owner(settings.out)
+    require_metric(config)
     with opened(settings, config) as store:
         found = find_new(config, settings.data, owner, store)
         if found.nothing:

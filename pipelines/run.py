@@ -17,6 +17,7 @@ from esvit_core.data.manifest import check_source
 from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.journal import note, read_journal
 from esvit_core.monitoring.progress import format_duration
+from esvit_core.planning.possible import require_metric
 from esvit_core.runs import CONFIG, PROMOTION, Run, identify_run, run_uri
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import ENDPOINT
@@ -41,6 +42,7 @@ def run(settings: Settings) -> None:
         StoppedError: the run was asked to stop; its state is saved.
     """
     config = resolve(settings)
+    require_metric(config)
     with opened(settings, config) as store:
         config = with_source_pinned(config, store)
         name = identify_run(config, settings.data)

@@ -21,6 +21,7 @@ from esvit_core.config.crops import AugmentConfig, MixupConfig
 from esvit_core.config.crops import CropConfig as CropConfig
 from esvit_core.config.crops import DeitConfig as DeitConfig
 from esvit_core.config.evaluation import EvaluationConfig
+from esvit_core.config.evaluation import LinearConfig as LinearConfig
 from esvit_core.config.evaluation import TransferSet as TransferSet
 from esvit_core.config.launch import LaunchConfig
 from esvit_core.config.promotion import PromotionConfig, RegistryConfig
@@ -141,7 +142,7 @@ class TrainingConfig(Section):
 
     epochs: int = Field(300, gt=0)
     batch_size: int = Field(512, gt=0, description="Global batch: pictures per step over all processes.")
-    processes: int | Literal["auto"] = Field(
+    processes: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Processes on this machine; auto: one per GPU, else one per core up to 2.",
         json_schema_extra=EXECUTION,
@@ -352,15 +353,15 @@ class Config(Section):
 
     def digest(self) -> str:
         """SHA-256 of the settings that are part of a run's identity, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.identity_values(), sort_keys=True).encode()).hexdigest()
 
     def executed_as(self, execution: Mapping[str, Any]) -> Self:
         """The same run, executed in another way.
 
         Args:
-            execution: of another configuration, see :meth:`Section.execution`.
+            execution: of another configuration, see :meth:`Section.execution_values`.
         """
-        return type(self).from_mapping(merged(self.identity(), execution))
+        return type(self).from_mapping(merged(self.identity_values(), execution))
 
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

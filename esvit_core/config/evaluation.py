@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,7 +32,10 @@ class EvaluationConfig(Section):
     resize: int = Field(256, gt=0, description="Shorter side before the centre crop, pixels.")
     crop: int = Field(224, gt=0, description="Side of the centre crop, pixels.")
     batch_size: int = Field(64, gt=0, description="Images computed at once.", json_schema_extra=EXECUTION)
-    knn_k: tuple[int, ...] = (10, 20, 100, 200)
+    knn_k: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (10, 20, 100, 200),
+        description="Numbers of neighbours; where there are fewer training images, all of them vote.",
+    )
     knn_temperature: float = Field(0.07, gt=0)
     linear: LinearConfig = LinearConfig()
     transfer: tuple[TransferSet, ...] = ()
@@ -44,4 +47,10 @@ class EvaluationConfig(Section):
         names = [s.name for s in self.transfer]
         if len(set(names)) != len(names):
             raise ValueError(f"transfer sets need distinct names, got {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_neighbours(self) -> Self:
+        if len(set(self.knn_k)) != len(self.knn_k):
+            raise ValueError(f"knn_k: expected distinct numbers, got {', '.join(map(str, self.knn_k))}")
         return self

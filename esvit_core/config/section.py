@@ -19,11 +19,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    def identity(self) -> dict[str, Any]:
+    def identity_values(self) -> dict[str, Any]:
         """The settings that are part of a run's identity, as JSON."""
         return self.model_dump(mode="json", exclude=execution_fields(type(self)))
 
-    def execution(self) -> dict[str, Any]:
+    def execution_values(self) -> dict[str, Any]:
         """The others, as JSON."""
         return self.model_dump(mode="json", include=execution_fields(type(self)))
 

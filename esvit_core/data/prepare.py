@@ -115,7 +115,7 @@ def prepare(
         # What is listed file by file is opened at once; an archive only if it is to be read.
         opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None
         print_of_source = source_fingerprint(source, store, opened) if seen is None else seen.fingerprint
-        if (present := find_data(store, destination, print_of_source, config.identity())) is not None:
+        if (present := find_data(store, destination, print_of_source, config.identity_values())) is not None:
             if seen is None and opened is not None:
                 warn_of_edits(store, destination, present, opened)
             print(f"prepare: already done, {present.describe()}", flush=True)
@@ -338,7 +338,7 @@ def _manifest(job: _Job, source_print: str) -> Manifest:
         source=job.source,
         source_fingerprint=source_print,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest(),
-        settings=job.config.identity(),
+        settings=job.config.identity_values(),
         classes=job.plan.classes,
         splits=splits,
         bytes=sum(shard.bytes for shard in shards),

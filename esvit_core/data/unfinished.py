@@ -114,7 +114,7 @@ class Unfinished:
     def __init__(
         self, store: ObjectStore, destination: str, fingerprint: str, config: DataConfig, base: str | None
     ) -> None:
-        made_of = json.dumps([_VERSION, fingerprint, config.model_dump(mode="json"), base], sort_keys=True)
+        made_of = json.dumps([_VERSION, fingerprint, config.identity_values(), base], sort_keys=True)
         self._store = store
         self._place = join_uri(destination, UNFINISHED, hashlib.sha256(made_of.encode()).hexdigest()[:16])
         self._folder = self._place.removeprefix(destination.rstrip("/")).strip("/")

@@ -40,5 +40,5 @@ def earlier_set(run: Run, name: str, settings: DataConfig) -> str | None:
         manifest = Manifest.read(run.store, place) if place else None
     except NotFound:
         return None
-    fits = manifest and manifest.listing and manifest.settings == settings.identity()
+    fits = manifest and manifest.listing and manifest.settings == settings.identity_values()
     return place if fits else None

@@ -167,7 +167,7 @@ def _planned(
     """The run that the new pictures make, and what is to be known of it."""
     made = continued(config, champion, store)
     # Pictures that were prepared with other settings are not what is wanted now: all are read again.
-    base = earlier if earlier and earlier.manifest.settings == made.data.identity() else None
+    base = earlier if earlier and earlier.manifest.settings == made.data.identity_values() else None
     content = seen.fingerprint + (base.manifest.fingerprint if base else "")
     sets = {s.name: source_fingerprint(s.source, store) for s in made.evaluation.transfer}
     run = Run(run_uri(made.bucket, run_id(made, content, sets)), store, made)
@@ -198,7 +198,7 @@ def _begin(run: Run, record: dict[str, Any], files: list[File]) -> None:
 def _going_on(uri: str, config: Config, store: ObjectStore) -> Found:
     run = open_run(uri, store)
     record = store.get_json(run.at(RETRAINING))
-    here = run.config.executed_as(config.execution())
+    here = run.config.executed_as(config.execution_values())
     start_run(here, record["source"], uri, store)
     return _found(uri, {**record, "told": f"going on: {record['told']}"})
 

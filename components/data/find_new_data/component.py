@@ -42,11 +42,14 @@ def find_new_data(
 
         from esvit_core.artifacts import point_to
         from esvit_core.config.parameters import resolve
+        from esvit_core.planning.possible import require_possible
         from esvit_core.retraining.find import find_new
         from esvit_core.storage import ObjectStore
 
         store = ObjectStore.from_env()
-        seen = find_new(resolve(recipe, settings, transfer, cluster, store.get_bytes), source, owner, store)
+        config = resolve(recipe, settings, transfer, cluster, store.get_bytes)
+        require_possible(config)
+        seen = find_new(config, source, owner, store)
         point_to(found, seen.run, **dataclasses.asdict(seen))
         print(seen.told, flush=True)
 

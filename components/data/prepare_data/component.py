@@ -46,7 +46,10 @@ def prepare_data(
         if run_uri and not recipe:
             run = open_run(run_uri, store)
         else:
-            run = start_run(resolve(recipe, settings, transfer, cluster, store.get_bytes), source, run_uri, store)
+            from esvit_core.planning.possible import require_possible
+
+            config = resolve(recipe, settings, transfer, cluster, store.get_bytes)
+            run = start_run(config, source, run_uri, store, check=require_possible)
         manifest = prepare(source, run.store, run.at("data"), run.config.data, run.config.seed)
         point_to(dataset, run.at("data"), **manifest.summary())
 

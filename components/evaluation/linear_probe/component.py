@@ -28,7 +28,7 @@ def linear_probe(
     from esvit_core.errors import step
 
     with step("linear probe"):
-        from esvit_core.artifacts import figures, log_metrics
+        from esvit_core.artifacts import figures, log_metrics, write_preview
         from esvit_core.runs import open_run
 
         run = open_run(run_uri)
@@ -43,5 +43,6 @@ def linear_probe(
         # KFP keeps a confusion matrix among an artifact's metadata, which has to stay small.
         if result.get("confusion") and len(result["classes"]) <= 100:
             confusion.log_confusion_matrix(result["classes"], result["confusion"])
+        write_preview(confusion)
 
     return (run.at("evaluation/linear.json"),)

@@ -42,8 +42,10 @@ def pictures(
 
         run.once("pictures/manifest.json", draw)
         drawn = run.store.get_json(run.at("pictures/pictures.json"))
+        figures = {}
         for figure, values in drawn["figures"].items():
-            log_metrics(metrics, {figure: values["trained"], f"{figure} (baseline)": values["untrained"]})
+            figures |= {figure: values["trained"], f"{figure} (baseline)": values["untrained"]}
+        log_metrics(metrics, figures)
         point_to(drawings, run.at("pictures"), pictures=len(drawn["pictures"]))
 
     return (run.at("pictures/pictures.json"),)

@@ -43,6 +43,7 @@ def transfer(
                 evaluate_transfer(run.uri, run.store, run.config, name)
 
             log_metrics(metrics, figures(run.once(f"evaluation/transfer-{name}.json", measure)))
+        log_metrics(metrics, {})
         if not names:
             print("nothing to do: the run has no transfer sets", flush=True)
 

@@ -1,0 +1,66 @@
+"""Mistakes that used to show after the training are refused before anything is prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.planning.possible import require_metric, require_possible
+from esvit_core.recipe_files import preset_names
+
+IMPOSSIBLE = {
+    "training.processes=0": r"training\.processes",
+    "training.processes=-1": r"training\.processes",
+    "evaluation.knn_k=[0]": r"evaluation\.knn_k",
+    "evaluation.knn_k=[5, 5]": r"knn_k: expected distinct numbers",
+    "promotion.metric=knn/7": r"promotion\.metric knn/7: the run does not measure it.*expected one of knn/10, knn/20",
+    "promotion.metric=transfer/cars": r"promotion\.metric transfer/cars: the run does not measure it",
+    "promotion.metric=linera": r"did you mean 'linear'",
+    "evaluation.knn_k=[5]": r"promotion\.metric knn/20: .*did you mean 'knn/5'",
+    "training.processes=65": r"training\.batch_size 64: expected at least training\.processes, 65",
+    "model.arch=swin_tony_w7": r"model\.arch swin_tony_w7: unknown, did you mean 'swin_tiny_w7'",
+    "model.num_heads=[3, 4]": r"model swin: ",
+    "model.depths=[2, 2, 2]": r"model swin: ",
+    "model.stages=l1": r"model\.stages: swin has no such setting",
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE)
+def test_what_is_impossible_is_told_with_the_name_of_the_setting(change: str) -> None:
+    with pytest.raises(UserError, match=IMPOSSIBLE[change]):
+        require_possible(Config.load("demo", [change]))
+
+
+@pytest.mark.parametrize("name", ["demo", "imagenet_vil_2262", "imagenet_cvt_tiny", "imagenet_resnet50"])
+def test_a_recipe_of_every_kind_of_network_is_possible(name: str) -> None:
+    require_possible(Config.load(name))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_recipe_measures_the_metric_that_decides(name: str) -> None:
+    require_metric(Config.load(name))
+
+
+def test_a_metric_of_a_transfer_set_that_is_there_is_possible() -> None:
+    sets = "evaluation.transfer=[{name: cars, source: s3://b/cars}]"
+    require_metric(Config.load("demo", [sets, "promotion.metric=transfer/cars"]))
+
+
+@pytest.mark.parametrize("settings", ["promotion.metric=knn/7", "model.num_heads=[3, 4]"])
+def test_the_first_step_refuses_it_and_writes_nothing(
+    settings: str, store_env: Any, pictures: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from esvit_components.data.prepare_data import prepare_data
+
+    folder = str(pictures.folder(tmp_path / "pictures", ["a"], 6))
+    with pytest.raises(SystemExit) as stop:
+        components.directly(
+            prepare_data, source=folder, recipe="demo", settings=f"{settings}, bucket={store_env.bucket}"
+        )
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: prepare data: ")
+    assert list(store_env.list(f"s3://{store_env.bucket}")) == []
