@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -58,10 +59,11 @@ def _api() -> tuple[Any, str]:
     from kubernetes import client, config
 
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every try
-    settings = client.Configuration()
-    config.load_kube_config(client_configuration=settings)
+    # The variable is named here: the library reads it once, when it is imported.
+    settings, file = client.Configuration(), os.environ.get("KUBECONFIG") or None
+    config.load_kube_config(file, client_configuration=settings)
     settings.retries = False
-    _, active = config.list_kube_config_contexts()
+    _, active = config.list_kube_config_contexts(file)
     return client.CoreV1Api(client.ApiClient(settings)), active["context"]["cluster"]
 
 

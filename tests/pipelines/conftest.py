@@ -56,7 +56,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command line in this process: exit code, what it prints, what it complains of."""
+    """The command line in this process: exit code, what it prints, what it complains of. It knows no Kubernetes cluster."""
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/kubeconfig")
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["esvit", *map(str, arguments)])

@@ -45,7 +45,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[st
     }
     text = json.dumps({"apiVersion": "v1", "kind": "Config", **address, **user, "current-context": "x"})
     (tmp_path / "kubeconfig").write_text(text)
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     yield found
     server.shutdown()
     server.server_close()
