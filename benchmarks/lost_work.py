@@ -69,7 +69,7 @@ def main() -> None:
 def measure(config: Config, seconds: float) -> dict[str, object]:
     store = ObjectStore.from_env()
     store.ensure_bucket(config.bucket)
-    run = start_run(config.model_dump(mode="json"), str(PICTURES), f"s3://{config.bucket}/runs/lost", store)
+    run = start_run(config, str(PICTURES), f"s3://{config.bucket}/runs/lost", store)
     prepare(str(PICTURES), store, run.at("data"), config.data)
     environment = os.environ | {LOST_SECONDS_VARIABLE: f"{POD_LOST_SECONDS:g}"}
     process = subprocess.Popen(
