@@ -24,7 +24,7 @@ from esvit_core.pod import (
 )
 from esvit_core.repetition import variables
 from esvit_core.storage.address import pod_variables
-from esvit_core.storage.identity import TOKEN_FILE
+from esvit_core.storage.web_identity import TOKEN_FILE
 from esvit_core.training.pace import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600

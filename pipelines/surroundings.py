@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from esvit_core.storage.private import private_folder
-
 
 def open_closed_streams() -> None:
     """Let standard streams that are closed (``>&-``) lead nowhere.
@@ -45,6 +43,8 @@ def require_home() -> None:
     try:
         Path.home()
     except RuntimeError:
+        from esvit_core.storage.private import private_folder  # brings the client of the store
+
         os.environ["HOME"] = str(private_folder("home", "HOME"))
     try:
         getpass.getuser()

@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from esvit_core.errors import UserError
-from esvit_core.storage import identity
-from esvit_core.storage.identity import WebIdentity
+from esvit_core.storage import web_identity
+from esvit_core.storage.web_identity import WebIdentity
 
 ENDPOINT = "ESVIT_S3_ENDPOINT"
 ACCESS_KEY = "ESVIT_S3_ACCESS_KEY"
@@ -20,7 +20,7 @@ REGION = "ESVIT_S3_REGION"
 CA_FILE = "ESVIT_S3_CA_FILE"
 # Set by the embedded store for the processes that use it: where its disk is, so that they see it fill.
 DISK = "ESVIT_S3_DISK"
-VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, DISK, *identity.VARIABLES)
+VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, DISK, *web_identity.VARIABLES)
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
@@ -88,7 +88,7 @@ class StoreAddress:
         if token is None:
             raise UserError(
                 f"{', '.join(missing)}: not set; expected the key of the store {endpoint} in {ACCESS_KEY} and "
-                f"{SECRET_KEY}, or in {identity.TOKEN_FILE} a file with a token for which its STS gives one"
+                f"{SECRET_KEY}, or in {web_identity.TOKEN_FILE} a file with a token for which its STS gives one"
             )
         return replace(address, identity=token)
 
@@ -145,4 +145,11 @@ def pod_variables(keys: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     if keys:
         return (ENDPOINT, ACCESS_KEY, SECRET_KEY), (SECURE, REGION, CA_FILE)
-    return (ENDPOINT,), (SECURE, REGION, CA_FILE, identity.STS_ENDPOINT, identity.ROLE_ARN, identity.SESSION_SECONDS)
+    return (ENDPOINT,), (
+        SECURE,
+        REGION,
+        CA_FILE,
+        web_identity.STS_ENDPOINT,
+        web_identity.ROLE_ARN,
+        web_identity.SESSION_SECONDS,
+    )

@@ -18,7 +18,7 @@ from referencing import Registry, Resource
 from esvit_core.config.cluster import TOKEN_FOLDER, ClusterConfig
 from esvit_core.monitoring.alerts import STORE_KEPT_FREE_GIB, alert_rules
 from esvit_core.storage import StoreAddress
-from esvit_core.storage.identity import TOKEN_FILE
+from esvit_core.storage.web_identity import TOKEN_FILE
 
 Object = dict[str, Any]
 MANIFESTS = Path(__file__).parents[2] / "manifests"

@@ -91,4 +91,4 @@ def test_a_store_that_does_not_answer_is_one_line_and_exit_code_75(esvit: Any) -
     done = esvit("store", "ls", "s3://esvit/runs", env=variables)
     assert done.returncode == TRY_AGAIN_EXIT_CODE
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: s3://esvit/runs: no answer from the object store http://127.0.0.1:9")
+    assert line.startswith("error: connecting: no answer from the object store http://127.0.0.1:9")

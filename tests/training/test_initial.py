@@ -109,8 +109,7 @@ def test_two_processes_start_from_the_same_as_one(micro_run, source):
             f"with-{processes}",
             init={"source": run.uri, "take": "all"},
             model={"drop_path": 0.0},
-            training={"precision": "float32", "log_steps": 1},
-            launch={"processes_per_node": processes},
+            training={"precision": "float32", "log_steps": 1, "processes": processes},
         )
         process = new.launch()
         said = process.communicate(timeout=240)[0]

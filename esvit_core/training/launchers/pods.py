@@ -25,7 +25,7 @@ from esvit_core.pod import (
 )
 from esvit_core.runs import name_of_run
 from esvit_core.storage.address import pod_variables
-from esvit_core.storage.identity import TOKEN_FILE
+from esvit_core.storage.web_identity import TOKEN_FILE
 
 MODULE = "esvit_core.training"
 RENDEZVOUS_PORT = 29500
