@@ -105,13 +105,13 @@ def register_(
     from esvit_pipelines.registration import register
     from esvit_pipelines.submit import package
 
-    config = config_of(recipe, set_, transfer, bucket)
+    asked = asked_of(recipe, set_, transfer, bucket)
     with ExitStack() as stack:
         names = list(pipelines or PIPELINES)
-        packages = [stack.enter_context(package(name, config)) for name in names]
+        packages = [stack.enter_context(package(name, asked.pipeline)) for name in names]
         server = stack.enter_context(server_at(host, namespace, token_file, ca_file, ui))
-        for name, asked in zip(names, packages, strict=True):
-            ready = stack.enter_context(suited(server, name, asked, config))
+        for name, compiled in zip(names, packages, strict=True):
+            ready = stack.enter_context(suited(server, name, compiled, asked))
             found = register(server, ready)
             print(f"{found.pipeline}: version {found.version} {'registered' if found.new else 'is there'}")
             print(f"    {server.link('pipelines', f'{found.pipeline_id}/version/{found.version_id}')}", flush=True)

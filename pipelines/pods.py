@@ -23,8 +23,6 @@ from esvit_core.pod import (
     queue_labels,
 )
 from esvit_core.repetition import variables
-from esvit_core.storage.address import pod_variables
-from esvit_core.storage.web_identity import TOKEN_FILE
 from esvit_core.training.pace import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600
@@ -137,6 +135,10 @@ def _memory(quantity: str) -> str:
 def _store(kubernetes: Any, task: dsl.PipelineTask, cluster: ClusterConfig, role: Role) -> None:
     """The object store as environment, from a Kubernetes secret or a config map: no key is in the pipeline."""
     keys = cluster.identity == "keys"
+    # Not above: it brings the client of the store, which the local runner does not need.
+    from esvit_core.storage.address import pod_variables
+    from esvit_core.storage.web_identity import TOKEN_FILE
+
     required, optional = pod_variables(keys)
     use, name = kubernetes.use_secret_as_env, cluster.secret_of(role)
     if not keys:

@@ -103,7 +103,8 @@ class EmbeddedStore:
         with self._locked():
             running = self.status()
             if running is None:
-                return self._end_strays()
+                # Where even the notes are gone somebody has deleted the folder under its server, and it was made anew.
+                return False if self._state_file().exists() else self._end_strays()
             self._end(running.pid)
             self._remove_sockets()
             return True

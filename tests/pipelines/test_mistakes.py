@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.storage.embedded import EmbeddedStore
 
 GARBLED = b"\x00\x01 this is no archive " * 50
@@ -105,7 +106,10 @@ def test_a_store_that_does_not_answer(folder: Path, tmp_path: Path, esvit: Any) 
             "ESVIT_S3_SECRET_KEY": "b",
             "ESVIT_S3_SECURE": "false",
         }
-        told(esvit("run", "--data", "good", "--out", tmp_path / "out", cwd=folder, env=keys), f"127.0.0.1:{port}")
+        done = esvit("run", "--data", "good", "--out", tmp_path / "out", cwd=folder, env=keys)
+    assert done.returncode == TRY_AGAIN_EXIT_CODE, done.stderr  # an outage, not the user's mistake
+    (line,) = done.stderr.splitlines()
+    assert f"127.0.0.1:{port}" in line
 
 
 def test_a_port_that_is_taken(folder: Path, tmp_path: Path, esvit: Any) -> None:
