@@ -14,7 +14,13 @@ ROOT = Path(__file__).parent.parent
 # What each package may import of ours. A part of esvit_core imports only what stands below it.
 FOUNDATION = {"esvit_core.config", "esvit_core.errors"}
 STORAGE = FOUNDATION | {"esvit_core.storage"}
-NETWORKS = FOUNDATION | {"esvit_core.collectives", "esvit_core.models", "esvit_core.losses", "esvit_core.compiled"}
+NETWORKS = FOUNDATION | {
+    "esvit_core.collectives",
+    "esvit_core.models",
+    "esvit_core.losses",
+    "esvit_core.compiled",
+    "esvit_core.torch_private",
+}
 WORK = STORAGE | {
     "esvit_core.collectives",
     "esvit_core.data",

@@ -104,7 +104,7 @@ class EmbeddedStore:
             running = self.status()
             if running is None:
                 # Where even the notes are gone somebody has deleted the folder under its server, and it was made anew.
-                return False if self._state_file().exists() else self._end_strays()
+                return False if (self.directory / _STATE).exists() else self._end_strays()
             self._end(running.pid)
             self._remove_sockets()
             return True
