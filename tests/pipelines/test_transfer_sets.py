@@ -1,0 +1,38 @@
+"""The step that prepares the transfer sets, interrupted and without sets, on an object store of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_components.data.prepare_transfer import prepare_transfer
+from esvit_core.config import Config
+from esvit_core.runs import CONFIG, Run
+
+
+def test_an_interrupted_step_goes_on_with_the_sets_that_are_missing(
+    store_env: Any, pictures: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [{"name": name, "source": str(tmp_path / name)} for name in ("first", "second")]
+    config = Config.from_mapping({"bucket": store_env.bucket, "evaluation": {"transfer": sets}})
+    run = Run(store_env.uri("runs/a"), store_env, config)
+    store_env.put_bytes(run.at(CONFIG), config.to_yaml().encode())
+    pictures.folder(tmp_path / "first", ["a", "b"], 6)
+    with pytest.raises(SystemExit) as stop:
+        components.directly(prepare_transfer, run_uri=run.uri)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: prepare transfer sets: {tmp_path / 'second'}: does not exist")
+    before = [item.etag for item in store_env.list(run.at("transfer/first"))]
+    pictures.folder(tmp_path / "second", ["a", "b"], 6)
+    _, artifacts = components.directly(prepare_transfer, run_uri=run.uri)
+    assert artifacts["sets"].metadata.keys() == {"uri", "first", "second"}
+    assert before and [item.etag for item in store_env.list(run.at("transfer/first"))] == before
+
+
+def test_without_sets_it_says_so(store_env: Any, components: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(store_env.uri("runs/a"), store_env, Config())
+    store_env.put_bytes(run.at(CONFIG), Config().to_yaml().encode())
+    components.directly(prepare_transfer, run_uri=run.uri)
+    assert capsys.readouterr().out == "nothing to do: the run has no transfer sets\n"
