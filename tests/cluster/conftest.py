@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster_settings import ROOT, SWITCH, Settings
 from evidence import Entry, Evidence, Saw
 from kube import Kube, forwarded
-from runs import Cli, Runs
+from runs import ENDED, TRAIN_STEP, Cli, Runs, wait_for_line
 
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import StoreAddress
@@ -191,3 +191,28 @@ def labelled(store: ObjectStore, stamp: str) -> str:
 def unlabelled(store: ObjectStore, stamp: str) -> str:
     """The same drawings without labels."""
     return upload(store, f"test/{stamp}/unlabelled", drawings(0, PER_CLASS), labelled=False)
+
+
+@pytest.fixture
+def training(
+    cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str
+) -> Iterator[Callable[..., tuple[str, dict[str, Any]]]]:
+    """Starts a training in a step's own pod and waits for its first steps: the run's id and the pod.
+
+    ``training("deleted", "optimizer.lr=1", epochs=400)``; what has not ended when the test has is terminated.
+    """
+    started: list[str] = []
+
+    def start(what: str, *more: str, epochs: int) -> tuple[str, dict[str, Any]]:
+        settings = (f"recipe={what}-{stamp}", f"training.epochs={epochs}", *more)
+        run_id = cli.submit("pretrain", unlabelled, "--name", f"{what} {stamp}", settings=settings)
+        started.append(run_id)
+        pod = runs.pod(run_id, TRAIN_STEP)
+        wait_for_line(kube, pod, "images/s")
+        return run_id, pod
+
+    yield start
+    for run_id in started:
+        with contextlib.suppress(Exception):  # the server may be away: the test says what went wrong
+            if runs.state(run_id) not in ENDED:
+                runs.client.terminate_run(run_id)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from cluster_settings import Settings
 from evidence import Evidence, Saw
-from kube import Kube, wait_for
+from kube import KUBECTL, Kube, wait_for
 from overlays import copy_of_manifests, overlay
 from runs import Cli
 
@@ -69,7 +69,7 @@ def test_rights(kube: Kube, settings: Settings, saw: Saw) -> None:
     def may(verb: str, resource: str) -> bool:
         account = f"system:serviceaccount:{settings.namespace}:esvit-pipeline"
         done = subprocess.run(
-            [_kubectl(), "-n", settings.namespace, "auth", "can-i", verb, resource, "--as", account],
+            [KUBECTL, "-n", settings.namespace, "auth", "can-i", verb, resource, "--as", account],
             capture_output=True,
             text=True,
         )
@@ -117,9 +117,3 @@ def test_restricted_pods(kube: Kube, saw: Saw) -> None:
 def _restricted_namespace() -> dict[str, Any]:
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "esvit-restricted", "labels": labels}}
-
-
-def _kubectl() -> str:
-    from kube import KUBECTL
-
-    return KUBECTL

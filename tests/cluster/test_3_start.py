@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,4 +86,3 @@ def test_user_interface(
         ended = [one.run_id for one in runs.client.list_runs(page_size=50, sort_by="created_at desc").runs or []
                  if one.state == "SUCCEEDED" and ("labelled" in one.display_name or one.run_id == run.run_id)]  # fmt: skip
         browser.compare(ended[:3], saw)
-        time.sleep(1)

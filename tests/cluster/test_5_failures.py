@@ -5,42 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube, wait_for
 from runs import ENDED, TRAIN_STEP, Cli, Runs, wait_for_line
 
 LONG = 400  # epochs of some tenths of a second
-
-
-@pytest.fixture
-def training(
-    cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str
-) -> Iterator[Callable[..., tuple[str, dict]]]:
-    """Starts a long training in a step's own pod and waits for its first steps: the run's id and the pod."""
-    started: list[str] = []
-
-    def start(what: str, *more: str, epochs: int = LONG) -> tuple[str, dict]:
-        name = f"{what}-{stamp}"
-        run_id = cli.submit(
-            "pretrain",
-            unlabelled,
-            "--name",
-            name,
-            settings=(f"recipe={what}-{stamp}", f"training.epochs={epochs}", *more),
-        )
-        started.append(run_id)
-        pod = runs.pod(run_id, TRAIN_STEP)
-        wait_for_line(kube, pod, "images/s")
-        return run_id, pod
-
-    yield start
-    for run_id in started:
-        if runs.state(run_id) not in ENDED:
-            runs.client.terminate_run(run_id)
 
 
 def another(runs: Runs, run_id: str, pod: dict, seconds: float = 300) -> dict:
@@ -62,7 +34,7 @@ def step_in(line: str) -> int:
 
 def test_step_pod_deleted(training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw) -> None:
     """A training pod that is deleted starts again from a checkpoint of the last minute."""
-    run_id, pod = training("deleted")
+    run_id, pod = training("deleted", epochs=LONG)
     time.sleep(45)
     lines = [line for line in kube.logs(pod["metadata"]["name"]).splitlines() if "images/s" in line]
     kube.delete_pod(pod)
@@ -78,7 +50,7 @@ def test_infrastructure_failure_is_repeated(
     training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw
 ) -> None:
     """A step that ends with an infrastructure failure begins again in its own pod."""
-    run_id, pod = training("infrastructure")
+    run_id, pod = training("infrastructure", epochs=LONG)
     kill = (
         "import os, signal, psutil;"
         "[p.send_signal(signal.SIGKILL) for p in psutil.process_iter() if 'esvit_core.training.agent' in p.cmdline()]"
@@ -102,7 +74,7 @@ def test_mistake_is_not_repeated(cli: Cli, runs: Runs, kube: Kube, stamp: str, s
 
 def test_store_away(training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw) -> None:
     """The store is away for a minute in the middle of a training, and nothing is lost."""
-    run_id, pod = training("store-away")
+    run_id, pod = training("store-away", epochs=LONG)
     kube.run("scale", "statefulset/esvit-object-store", "--replicas=0")
     began = time.monotonic()
     time.sleep(60)
@@ -122,7 +94,7 @@ def test_api_server_restarted(
 ) -> None:  # fmt: skip
     """The Kubernetes API server restarts in the middle of a training."""
     needs("restart_api")
-    run_id, pod = training("api-restarted")
+    run_id, pod = training("api-restarted", epochs=LONG)
     subprocess.run(settings.restart_api, shell=True, check=True, timeout=120)
     wait_for("the API server", lambda: kube.get("pod", pod["metadata"]["name"]), 120)
     saw("the API server was restarted")

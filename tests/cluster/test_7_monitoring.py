@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 import urllib.parse
@@ -15,13 +14,13 @@ import pytest
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube, wait_for
-from runs import ENDED, TRAIN_STEP, Cli, Runs, wait_for_line
+from runs import Runs, wait_for_line
 
 from esvit_core.monitoring.alerts import Durations, alert_rules, prometheus_rule
 
 # Ten minutes become twenty seconds, so that a cause is felt within a minute.
 FACTOR = 1 / 30
-ENDLESS = "training.epochs=100000"
+ENDLESS = 100_000  # epochs
 
 
 class Prometheus:
@@ -67,29 +66,6 @@ def prometheus(settings: Settings, kube: Kube) -> Iterator[Prometheus]:
     kube.run("delete", "prometheusrule", "esvit-short", "--ignore-not-found")
 
 
-@pytest.fixture
-def training(
-    cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str
-) -> Iterator[Callable[..., tuple[str, dict]]]:
-    """Starts an endless training in a step's own pod: the run's id and the pod."""
-    started: list[str] = []
-
-    def start(what: str, *more: str) -> tuple[str, dict]:
-        run_id = cli.submit(
-            "pretrain", unlabelled, "--name", f"{what} {stamp}", settings=(f"recipe={what}-{stamp}", ENDLESS, *more)
-        )
-        started.append(run_id)
-        pod = runs.pod(run_id, TRAIN_STEP)
-        wait_for_line(kube, pod, "images/s")
-        return run_id, pod
-
-    yield start
-    for run_id in started:
-        with contextlib.suppress(Exception):
-            if runs.state(run_id) not in ENDED:
-                runs.client.terminate_run(run_id)
-
-
 def in_pod(kube: Kube, pod: dict, signal: str, module: str = "esvit_core.training") -> None:
     """Send a signal to the training processes of a pod."""
     code = (
@@ -109,7 +85,7 @@ def fires(prometheus: Prometheus, name: str, saw: Saw, seconds: float = 180) -> 
 
 def test_targets(prometheus: Prometheus, training: Callable[..., tuple[str, dict]], kube: Kube, saw: Saw) -> None:
     """A training in a step's own pod and the store are targets, and they are up."""
-    _, pod = training("target")
+    _, pod = training("target", epochs=ENDLESS)
     name = pod["metadata"]["name"]
     wait_for(f"target {name} to be up", lambda: prometheus.targets().get(name) == "up" or None, 120)
     stores = {pod: health for pod, health in prometheus.targets().items() if "esvit-object-store" in pod}
@@ -121,7 +97,7 @@ def test_alerts_of_one_training(
     prometheus: Prometheus, training: Callable[..., tuple[str, dict]], kube: Kube, runs: Runs, saw: Saw
 ) -> None:
     """Stalled, slow, restarting, store errors, checkpoint too old, gone: one training is disturbed in turn."""
-    run_id, pod = training("disturbed", "launch.restarts=20")
+    run_id, pod = training("disturbed", epochs=ENDLESS)
     time.sleep(30)
     in_pod(kube, pod, "SIGSTOP")
     fires(prometheus, "EsvitTrainStalled", saw)
@@ -164,7 +140,7 @@ def test_alert_and_its_cause(
     name: str, prometheus: Prometheus, training: Callable[..., tuple[str, dict]], saw: Saw
 ) -> None:
     """An alert fires when its cause is there."""
-    training(name.lower().replace("/", "-"), *CAUSES[name])
+    training(name.lower().replace("/", "-"), *CAUSES[name], epochs=ENDLESS)
     fires(prometheus, name, saw, 240)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube
 from overlays import copy_of_manifests, overlay
-from runs import Cli, Runs
+from runs import Cli, run_id_in
 
 from conftest import drawings, store_of, upload
 from esvit_core.storage import ObjectStore
@@ -88,12 +89,8 @@ def test_run_in_a_profile(
     saw(f"quota {used['hard']}, used at the end {used['used']}")
 
 
-def test_over_the_quota(installed: ObjectStore, there: Cli, profile: Kube, runs: Runs, stamp: str, saw: Saw) -> None:
+def test_over_the_quota(installed: ObjectStore, there: Cli, profile: Kube, stamp: str, saw: Saw) -> None:
     """What the quota does not let in is said, with the quota's own words."""
-    import time
-
-    from runs import run_id_in
-
     data = f"s3://esvit/test/{stamp}/labelled"
     submission = there.submission(
         "pretrain", data, "--namespace", profile.namespace, "--wait", "--name", f"over quota {stamp}",
