@@ -26,8 +26,10 @@ def decision_of(store: ObjectStore, run: str) -> dict[str, Any]:
 
 def newest_run(store: ObjectStore, stamp: str) -> str:
     """Address of the session's run whose configuration was written last."""
-    every = store.list(f"s3://esvit/runs/few-steps-{stamp}")
-    found = [one for one in every if one.uri.endswith("/config.yaml")]
+    mine = f"s3://esvit/runs/few-steps-{stamp}-"
+    found = [
+        one for one in store.list("s3://esvit/runs") if one.uri.startswith(mine) and one.uri.endswith("/config.yaml")
+    ]
     return max(found, key=lambda one: one.modified).uri.removesuffix("/config.yaml")
 
 

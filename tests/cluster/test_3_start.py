@@ -7,11 +7,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from browser import Browser
 from cluster_settings import Settings
 from evidence import Saw
 from kube import wait_for
 from runs import Cli, Runs
+
+from esvit_core.storage import ObjectStore
+
+
+@pytest.fixture
+def stored_recipe(cli: Cli, store: ObjectStore, stamp: str) -> str:
+    """The suite's recipe in the store, where a run that is created in the user interface finds it."""
+    address = f"s3://esvit/test/{stamp}/few-steps.yaml"
+    store.put_bytes(address, cli.recipe.read_bytes())
+    return address
 
 
 def test_register(cli: Cli, saw: Saw) -> None:
@@ -71,18 +82,21 @@ def test_kfp_run_create(
 
 
 def test_user_interface(
-    settings: Settings, runs: Runs, labelled: str, stamp: str, saw: Saw, needs: Callable[..., None]
+    settings: Settings, runs: Runs, labelled: str, stored_recipe: str, stamp: str, saw: Saw, needs: Callable[..., None]
 ) -> None:
     """A run is created in the user interface, and its graph, report and comparison are looked at."""
     needs("ui")
     with Browser(settings) as browser:
         name = f"from the page {stamp}"
-        browser.create_run("esvit-pretrain", name, labelled, saw)
+        parameters = {"data": labelled, "recipe": stored_recipe, "settings": "seed=3"}
+        browser.create_run("esvit-pretrain", name, "esvit", parameters, saw)
         run = wait_for("the run", lambda: _run_of(runs, name), 90)
         saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
         browser.graph(run.run_id, saw)
-        browser.step(run.run_id, "report", saw)
-        browser.step(run.run_id, "k-NN", saw)
+        browser.step(run.run_id, "knn", saw)
+        browser.artifact(run.run_id, "report", "html", "Lineage", saw)
+        browser.artifact(run.run_id, "knn", "metrics", "knn/5 (baseline)", saw)
+        browser.artifact(run.run_id, "linear-probe", "confusion", "Predicted label", saw)
         ended = [one.run_id for one in runs.client.list_runs(page_size=50, sort_by="created_at desc").runs or []
                  if one.state == "SUCCEEDED" and ("labelled" in one.display_name or one.run_id == run.run_id)]  # fmt: skip
-        browser.compare(ended[:3], saw)
+        assert "knn/5" in browser.compare(ended[:3], saw)
