@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress import format_duration
-from esvit_pipelines.cluster_runs import table_width
+from esvit_pipelines.cluster_runs import ENDED, table_width
 from esvit_pipelines.kubeflow import Connection, pages
 from esvit_pipelines.submit import Package, account_allowed, source
 
@@ -103,12 +103,38 @@ def of_name(connection: Connection, experiment: str, name: str, replace: bool) -
         replace: they may be there.
 
     Raises:
-        UserError: they may not.
+        UserError: they may not, or a run of one has not ended.
     """
     there = [one for one in schedules(connection, experiment) if one.display_name == name]
     if there and not replace:
         raise UserError(f"schedule {name}: there is one of that name; --replace puts the new one in its place")
+    for one in there:
+        without_runs(connection, one)
     return there
+
+
+def without_runs(connection: Connection, schedule: Any) -> None:
+    """Refuse to delete a schedule while one of its runs is under way.
+
+    The runs' workflows belong to the schedule: Kubernetes deletes them with it, and their pods.
+
+    Raises:
+        UserError: a run has not ended.
+    """
+    wanted = {"operation": "EQUALS", "key": "recurring_run_id", "stringValue": schedule.recurring_run_id}
+    newest = connection.client.list_runs(
+        page_size=_PAGE,
+        sort_by="created_at desc",
+        namespace=connection.namespace or "",
+        filter=json.dumps({"predicates": [wanted]}),
+    )
+    for run in newest.runs or []:
+        if run.state not in ENDED:
+            raise UserError(
+                f"schedule {schedule.display_name}: its run {run.display_name} ({run.run_id}) has not ended, and would be "
+                "deleted with the schedule; expected: no run under way. `esvit schedule pause` starts no more of them: "
+                "wait for the end of this one, or delete with --now"
+            )
 
 
 def create(

@@ -140,13 +140,14 @@ def schedule_resume(
 @schedule_app.command("delete")
 def schedule_delete(
     schedule: ScheduleArgument,
+    now: Annotated[bool, typer.Option("--now", help="Also while a run of it is under way: it is deleted too.")] = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
 ) -> None:
-    """Take a schedule away; its runs stay."""
-    _turn("delete", "deleted", schedule, host, namespace, token_file, ca_file)
+    """Delete a schedule, unless a run of it is under way: Kubeflow would delete its pods too. Ended runs stay."""
+    _turn("delete", "deleted", schedule, host, namespace, token_file, ca_file, spare_runs=not now)
 
 
 def _turn(
@@ -157,11 +158,14 @@ def _turn(
     namespace: str | None,
     token_file: Path | None,
     ca_file: Path | None,
+    spare_runs: bool = False,
 ) -> None:
     from esvit_pipelines import schedule as work
 
     with server_at(host, namespace, token_file, ca_file, None) as server:
         found = work.find(server, schedule)
+        if spare_runs:
+            work.without_runs(server, found)
         getattr(server.client, f"{verb}_recurring_run")(found.recurring_run_id)
         print(f"{done} {found.display_name}")
 

@@ -47,12 +47,18 @@ def test_schedule(cli: Cli, runs: Runs, labelled: str, stamp: str, saw: Saw) -> 
     try:
         run = wait_for("a run of the schedule", lambda: _run_of(runs, name), 240, every=5)
     finally:
-        cli.run("schedule", "delete", name)
+        cli.run("schedule", "pause", name)
+    refused = cli.run("schedule", "delete", name)
+    saw.command(refused)
+    assert refused.returncode == 2 and run.run_id in refused.stderr
     pod = runs.pod(run.run_id)
     account = pod["spec"]["serviceAccountName"]
     saw(f"run {run.display_name} was started by the schedule; its pods have the account {account}")
     assert account == "esvit-pipeline"
     saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
+    deleted = cli.run("schedule", "delete", name)
+    saw.command(deleted)
+    assert deleted.returncode == 0
 
 
 def _run_of(runs: Runs, schedule: str):  # type: ignore[no-untyped-def]

@@ -261,6 +261,21 @@ def test_a_schedule_of_the_same_name_is_replaced_only_if_one_says_so(
     assert only(server.kept["recurringruns"]).recurring_run_id != before.recurring_run_id
 
 
+def test_a_schedule_with_a_run_under_way_stays(server: KfpServer, call: Call, compiled: Path) -> None:
+    arguments = ["schedule", "create", compiled, "--name", "daily", "--data", "s3://b/p", "--every", "1d"]
+    assert call(*arguments)[0] == 0
+    assert call("submit", compiled, "--data", "s3://b/p", "--name", "daily-1")[0] == 0
+    schedule, run = only(server.kept["recurringruns"]), only(server.kept["runs"])
+    run.recurring_run_id = schedule.recurring_run_id
+    for refused in (call("schedule", "delete", "daily"), call(*arguments, "--replace")):
+        told(refused, "schedule daily: its run daily-1", "has not ended", "--now")
+    assert only(server.kept["recurringruns"]) is schedule
+    run.state = "FAILED"
+    assert call(*arguments, "--replace")[0] == 0
+    run.state, run.recurring_run_id = "RUNNING", only(server.kept["recurringruns"]).recurring_run_id
+    assert call("schedule", "delete", "daily", "--now")[1] == "deleted daily\n"
+
+
 def test_times_are_looked_at_first(server: KfpServer, call: Call, compiled: Path) -> None:
     arguments = ["schedule", "create", compiled, "--name", "a", "--data", "s3://b/p"]
     told(call(*arguments), "either --cron", "--every")
