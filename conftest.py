@@ -22,7 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from esvit_core.runs import Run, open_run
+from esvit_core.runs.run import Run, open_run
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
-from esvit_core.models.attention import attend_plainly
+from esvit_core.models.layers.attention import attend_plainly
 
 # (pictures and windows), heads, queries, keys, width of a head, and whether there is a bias that is learned
 SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {

@@ -21,11 +21,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, Config
-from esvit_core.data.augment import MultiCrop, sample_rng
-from esvit_core.data.decode import BadPicture, to_stored
-from esvit_core.data.layout import is_ignored
-from esvit_core.data.sources import open_source
-from esvit_core.data.stream import decode_picture
+from esvit_core.data.ingest.decode import BadPicture, to_stored
+from esvit_core.data.ingest.layout import is_ignored
+from esvit_core.data.ingest.sources import open_source
+from esvit_core.data.loading.augment import MultiCrop, sample_rng
+from esvit_core.data.shards.reader import decode_picture
 
 
 def main() -> None:

@@ -35,14 +35,14 @@ from typing import Any
 import psutil
 
 from esvit_core.config import Config
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.order import epoch_order
-from esvit_core.data.prepare import prepare
-from esvit_core.runs import open_run
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.loading.sampler import epoch_order
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.runs.run import open_run
+from esvit_core.runs.training_summary import read_summary
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.training.summary import read_summary
-from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("training.processes=2", "training.metrics_port=null")
@@ -52,8 +52,8 @@ DAMAGES = ("", "", "truncated", "byte flipped", "manifest missing")
 PATIENCE = 900.0  # seconds for anything that has to happen
 LAUNCH = """
 from esvit_core.errors import step
-from esvit_core.runs import open_run
-from esvit_core.training.launch import launch_training
+from esvit_core.runs.run import open_run
+from esvit_core.launch.launcher import launch_training
 run = open_run({uri!r})
 with step("pretrain"):
     launch_training(run.uri, run.config)

@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 
 from esvit_core.config import Config
-from esvit_core.data.prepare import prepare
-from esvit_core.runs import Run
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.runs.run import Run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.storage.outbox import Outbox
+from esvit_core.storage.upload_queue import Outbox
 from esvit_core.training.checkpoint import Checkpointer, Retention, Written
-from esvit_core.training.distributed import join_world
+from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import build_parts
+from esvit_core.training.state import build_parts
 
 PICTURES = Path(__file__).parents[1] / "samples" / "clipart.zip"
 

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from esvit_core.config import Config
-from esvit_core.evaluation.pictures import INDEX
 from esvit_core.evaluation.results import read_result
-from esvit_core.runs import identify_run, run_uri
+from esvit_core.evaluation.visualize import INDEX
+from esvit_core.runs.run import identify_run, run_uri
+from esvit_core.runs.training_summary import read_summary
 from esvit_core.storage import join_uri
 from esvit_core.storage.session import open_store
-from esvit_core.training.summary import read_summary
-from esvit_core.weights.source import with_source_pinned
+from esvit_core.weights.weight_source import with_source_pinned
 
 RECIPE, RECIPE_NAME = Path(__file__).with_suffix(".yaml"), "cifar10-micro"
 PER_CLASS = 500

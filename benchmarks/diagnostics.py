@@ -22,14 +22,14 @@ import torch
 from prometheus_client import generate_latest
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch, TrainLoader
-from esvit_core.monitoring.diagnostics import BatchStatistics
+from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed import join_world
+from esvit_core.training.diagnostics import BatchStatistics
+from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import assemble, make_deterministic
-from esvit_core.training.schedules import ScheduleValues
+from esvit_core.training.optim.schedules import ScheduleValues
+from esvit_core.training.state import assemble, make_deterministic
 
 # Swin-T with all prototypes, and few pictures and crops: the smaller the step, the dearer the diagnostics.
 CASES = {

@@ -27,7 +27,7 @@ from torch import nn
 
 from esvit_core.config import Config
 from esvit_core.evaluation.features import Features, compute_features, eval_transform
-from esvit_core.models.registry import create_backbone
+from esvit_core.models.factory import create_backbone
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 

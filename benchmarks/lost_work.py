@@ -24,13 +24,13 @@ import time
 from pathlib import Path
 
 from esvit_core.config import Config
-from esvit_core.data.prepare import prepare
-from esvit_core.monitoring.journal import read_journal
-from esvit_core.monitoring.log import read_log
-from esvit_core.runs import start_run
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.runs.events import read_journal
+from esvit_core.runs.log import read_log
+from esvit_core.runs.run import start_run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.training.pace import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
+from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
 
 PICTURES = Path(__file__).parents[1] / "samples" / "clipart.zip"
 SETTINGS = [

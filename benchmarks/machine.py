@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from esvit_core.training.environment import hardware
+from esvit_core.runs.environment import hardware
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

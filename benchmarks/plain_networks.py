@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esvit_core.models import cvt, heads, longformer, swin
-from esvit_core.models.stochastic_depth import StochasticDepth
-from esvit_core.models.windows import MASKED
+from esvit_core.models import cvt, heads, swin
+from esvit_core.models.layers import longformer
+from esvit_core.models.layers.stochastic_depth import StochasticDepth
+from esvit_core.models.layers.windows import MASKED
 
 
 def plainly(network: nn.Module) -> nn.Module:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from esvit_core.config import Config
 from esvit_core.models.multicrop import NetworkOutput, build_student_teacher
-from esvit_core.training.optimizer import parameter_groups
-from esvit_core.training.schedules import ScheduleValues
+from esvit_core.training.optim.optimizer import parameter_groups
+from esvit_core.training.optim.schedules import ScheduleValues
 
 
 class PlainObjective(nn.Module):

@@ -23,12 +23,12 @@ import psutil
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.prepare import prepare
-from esvit_core.monitoring.log import read_log
-from esvit_core.planning.plan import plan_run
-from esvit_core.runs import start_run
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.launch.launcher import launch_training
+from esvit_core.planning.estimate import plan_run
+from esvit_core.runs.log import read_log
+from esvit_core.runs.run import start_run
 from esvit_core.storage.session import open_store
-from esvit_core.training.launch import launch_training
 
 
 def draw(folder: Path, count: int, short: int) -> Path:

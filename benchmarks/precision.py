@@ -21,12 +21,12 @@ from machine import describe
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.loader import TrainLoader
+from esvit_core.data.loading.loader import TrainLoader
+from esvit_core.models.precision import Precision
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed import World
+from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import assemble
-from esvit_core.training.precision import Precision
+from esvit_core.training.state import assemble
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "clipart.zip"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from esvit_core.config import Config
 from esvit_core.models.multicrop import build_student_teacher
-from esvit_core.models.published import to_published
 from esvit_core.models.swin import SwinStage, SwinTransformer
-from esvit_core.training.schedules import ScheduleValues
+from esvit_core.training.optim.schedules import ScheduleValues
+from esvit_core.weights.published_names import to_published
 
 
 class PublishedStep(PlainStep):

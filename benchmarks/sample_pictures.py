@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from esvit_core.data.choose import hold_out
-from esvit_core.data.layout import arrange
-from esvit_core.data.sources import open_source
+from esvit_core.data.ingest.layout import arrange
+from esvit_core.data.ingest.sources import open_source
+from esvit_core.data.ingest.split import hold_out
 
 SIDE, HELD_OUT = 32, 0.2
 

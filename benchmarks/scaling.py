@@ -24,13 +24,13 @@ import torch
 from machine import describe
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.data.loading.loader import Batch, TrainLoader
+from esvit_core.launch.stop import RENDEZVOUS_VARIABLE
+from esvit_core.runs.environment import available_cores
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed import join_world
-from esvit_core.training.environment import available_cores
+from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import assemble
-from esvit_core.training.stop import RENDEZVOUS_VARIABLE
+from esvit_core.training.state import assemble
 
 
 class OneStep:

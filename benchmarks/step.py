@@ -38,16 +38,16 @@ from plain_step import PlainObjective, PlainStep
 from published_step import PublishedStep, load, published_objective
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
 from esvit_core.models.multicrop import NetworkOutput
+from esvit_core.runs.environment import BEFORE_TORCH
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.clock import PARTS, StepClock
-from esvit_core.training.distributed import World
-from esvit_core.training.environment import BEFORE_TORCH
+from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import assemble, recompute_blocks_
-from esvit_core.training.schedules import Schedules, ScheduleValues
+from esvit_core.training.optim.schedules import Schedules, ScheduleValues
+from esvit_core.training.state import assemble, recompute_blocks_
+from esvit_core.training.step_timer import PARTS, StepClock
 
 MIB = 2**20
 

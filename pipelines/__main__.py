@@ -1,5 +1,5 @@
 """`python -m esvit_pipelines` is `esvit`."""
 
-from esvit_pipelines.cli import main
+from esvit_pipelines.cli.main import main
 
 main()

@@ -11,12 +11,12 @@ from esvit_components.data.prepare_transfer import prepare_transfer
 from esvit_components.evaluation.extract_features import extract_features
 from esvit_components.evaluation.knn import knn
 from esvit_components.evaluation.linear_probe import linear_probe
-from esvit_components.evaluation.pictures import pictures
 from esvit_components.evaluation.transfer import transfer
+from esvit_components.evaluation.visualize import pictures
 from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
-from esvit_core.config.cluster import Role
-from esvit_pipelines.pods import place
+from esvit_core.config.cluster_settings import Role
+from esvit_pipelines.cluster.step_pod import place
 
 
 @dataclass

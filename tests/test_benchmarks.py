@@ -12,10 +12,10 @@ from published_step import load
 from step import OurStep, arguments, crops_of, implementations
 
 from esvit_core.config import Config
-from esvit_core.models.registry import create_backbone
-from esvit_core.training.clock import PARTS, StepClock
-from esvit_core.training.parts import seed_step
-from esvit_core.training.schedules import Schedules
+from esvit_core.models.factory import create_backbone
+from esvit_core.training.optim.schedules import Schedules
+from esvit_core.training.state import seed_step
+from esvit_core.training.step_timer import PARTS, StepClock
 
 NETWORKS = {
     "swin": {"arch": "swin", "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 7},

@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esvit_core import compiled
-from esvit_core.compiled import build
-from esvit_core.losses import rows
-from esvit_core.models import compiled_windows
+from esvit_core import kernels
+from esvit_core.kernels import build, fused_softmax, window_attention
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
 
@@ -32,7 +30,7 @@ def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert compiled.library.__wrapped__() is None
+    assert kernels.library.__wrapped__() is None
 
 
 @pytest.mark.parametrize("ends", ["echo no such option >&2; exit 1", "exit 0"], ids=["refuses", "writes nothing"])
@@ -43,8 +41,8 @@ def test_a_compiler_that_fails_is_named_and_torch_computes(
     compiler.write_text(f"#!/bin/sh\n{ends}\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", str(compiler))
-    with caplog.at_level(logging.INFO, compiled.__name__):
-        assert compiled.library.__wrapped__() is None
+    with caplog.at_level(logging.INFO, kernels.__name__):
+        assert kernels.library.__wrapped__() is None
     assert str(compiler) in caplog.text and "torch computes" in caplog.text
 
 
@@ -61,7 +59,7 @@ def test_the_processor_s_features_choose_the_library(
     cpuinfo = tmp_path / "cpuinfo"
     flags = " ".join(build.LEVELS["x86-64-v4"] - lacking | {"sse2"})
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nvmx flags\t: avx512vl\n")
-    found = compiled._load_prebuilt(prebuilt, compiled._cpu_flags(cpuinfo))
+    found = kernels._load_prebuilt(prebuilt, kernels._cpu_flags(cpuinfo))
     assert (found and Path(found._name)) == (chosen and prebuilt / build.file_name(chosen))
 
 
@@ -73,7 +71,7 @@ def test_a_library_of_other_sources_is_not_loaded(
     shutil.copytree(build.SOURCES, sources)
     (sources / "rows.c").write_text((sources / "rows.c").read_text() + "/* changed */\n")
     monkeypatch.setattr(build, "SOURCES", sources)
-    assert compiled._load_prebuilt(prebuilt, build.LEVELS["x86-64-v4"]) is None
+    assert kernels._load_prebuilt(prebuilt, build.LEVELS["x86-64-v4"]) is None
 
 
 @needs_compiler
@@ -82,9 +80,9 @@ def test_a_machine_without_a_compiler_uses_the_library_it_was_given(
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(compiled, "SOURCES", prebuilt)
-    monkeypatch.setattr(compiled, "_cpu_flags", lambda: build.LEVELS["x86-64-v3"])
-    found = compiled.library.__wrapped__()
+    monkeypatch.setattr(kernels, "SOURCES", prebuilt)
+    monkeypatch.setattr(kernels, "_cpu_flags", lambda: build.LEVELS["x86-64-v3"])
+    found = kernels.library.__wrapped__()
     assert found is not None and found.sharpen.argtypes and Path(found._name).parent == prebuilt
 
 
@@ -103,24 +101,24 @@ def test_a_build_without_a_compiler_says_what_to_install(
 def test_the_kernels_of_a_level_compute_the_formulas(
     level: str, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not build.LEVELS[level] <= compiled._cpu_flags():
+    if not build.LEVELS[level] <= kernels._cpu_flags():
         pytest.skip(f"this processor has not the features of {level}")
-    monkeypatch.setattr(compiled, "SOURCES", prebuilt)
-    monkeypatch.setattr(compiled, "_cpu_flags", lambda: build.LEVELS[level])
-    library = compiled.library.__wrapped__()
+    monkeypatch.setattr(kernels, "SOURCES", prebuilt)
+    monkeypatch.setattr(kernels, "_cpu_flags", lambda: build.LEVELS[level])
+    library = kernels.library.__wrapped__()
     assert isinstance(library, ctypes.CDLL)
-    monkeypatch.setattr(compiled, "library", lambda: library)
+    monkeypatch.setattr(kernels, "library", lambda: library)
     torch.manual_seed(0)
 
     z, center, out = torch.randn(8, 1000), torch.randn(1, 1000), torch.empty(8, 1000)
     expected = ((z - center).double() / 0.04).softmax(-1)
-    rows.sharpen(z, torch.arange(8), center, 0.04, out)
+    fused_softmax.sharpen(z, torch.arange(8), center, 0.04, out)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
 
-    for width in compiled_windows.HEADS:
+    for width in window_attention.HEADS:
         heads, places = 2, torch.arange(3 * 49).view(3, 49)
         qkv = torch.randn(2, 3 * 49, 3 * heads * width, requires_grad=True)
-        out = compiled_windows.attend_in_windows(qkv, heads, None, places, None, None, 0.2)
+        out = window_attention.attend_in_windows(qkv, heads, None, places, None, None, 0.2)
         exact = qkv.detach().double().requires_grad_()
         q, k, v = exact[:, places].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
         expected = ((0.2 * q @ k.mT).softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)

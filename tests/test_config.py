@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esvit_core.config import Config, valid_keys
-from esvit_core.config.kubernetes import bytes_quantity, quantity_bytes, quantity_cores
+from esvit_core.config.kubernetes_names import bytes_quantity, quantity_bytes, quantity_cores
+from esvit_core.config.recipes import preset_names
 from esvit_core.errors import (
     ERROR_FILE_VARIABLE,
     TRY_AGAIN_EXIT_CODE,
@@ -20,7 +21,6 @@ from esvit_core.errors import (
     read_error_file,
     step,
 )
-from esvit_core.recipe_files import preset_names
 from esvit_core.storage import (
     IntegrityError,
     NotFound,

@@ -10,8 +10,8 @@ import torch
 import esvit_core
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.export import load_backbone, save_backbone
-from esvit_core.models.registry import create_backbone
+from esvit_core.models.factory import create_backbone
+from esvit_core.weights.backbone import load_backbone, save_backbone
 
 TINY = Config.from_mapping(
     {

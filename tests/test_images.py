@@ -18,8 +18,8 @@ def test_the_context_is_the_sources_without_wheels(tmp_path: Path) -> None:
     for name in (
         "constraints.txt",
         "esvit_core/config/__init__.py",
-        "esvit_core/compiled/rows.c",
-        "esvit_core/compiled/esvit-x86-64-v4-0.so",
+        "esvit_core/kernels/rows.c",
+        "esvit_core/kernels/esvit-x86-64-v4-0.so",
         "components/tests/test_x.py",
         "images/build",
         "images/trainer/Dockerfile",
@@ -34,7 +34,7 @@ def test_the_context_is_the_sources_without_wheels(tmp_path: Path) -> None:
     assert sent == {
         "constraints.txt",
         "esvit_core/config/__init__.py",
-        "esvit_core/compiled/rows.c",
+        "esvit_core/kernels/rows.c",
         "images/build",
         "images/trainer/Dockerfile",
     }

@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 
 from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
-from esvit_core.export import load_backbone
-from esvit_core.importing import import_weights
 from esvit_core.models import create_backbone
 from esvit_core.models.multicrop import build_network
-from esvit_core.models.timm_names import to_timm
-from esvit_core.training.initial import read_source
-from esvit_core.weights.published import write_published_checkpoint
-from esvit_pipelines.cli import app
-from esvit_pipelines.importing import import_file
+from esvit_core.training.initial_weights import read_source
+from esvit_core.weights.backbone import load_backbone
+from esvit_core.weights.esvit_checkpoint import write_published_checkpoint
+from esvit_core.weights.import_checkpoint import import_weights
+from esvit_core.weights.timm_names import to_timm
+from esvit_pipelines.cli.import_command import import_file
+from esvit_pipelines.cli.main import app
 
 SMALL = {
     "model": {"arch": "swin", "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},

@@ -13,9 +13,9 @@ from registry_server import RegistryServer, Resource
 
 from esvit_core.config import Config
 from esvit_core.errors import InfrastructureError, UserError
-from esvit_core.evaluation.champions import roll_back, with_history
-from esvit_core.model_registry import ModelRegistry, announce, register_champions
-from esvit_core.runs import Run
+from esvit_core.registry.champions import roll_back, with_history
+from esvit_core.registry.kubeflow_registry import ModelRegistry, announce, register_champions
+from esvit_core.runs.run import Run
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from esvit_core.config.parameters import (
     split_items,
     with_transfer,
 )
+from esvit_core.config.recipes import preset_names
 from esvit_core.errors import UserError
-from esvit_core.recipe_files import preset_names
 
 SUBMIT_DOC = Path(__file__).parent.parent / "docs" / "submit.md"
 CHANGES = [

@@ -13,20 +13,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch, TrainLoader
+from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.errors import UserError
-from esvit_core.models import windows
+from esvit_core.models.layers import windows
 from esvit_core.models.multicrop import build_student_teacher
-from esvit_core.planning import plan as planning
-from esvit_core.planning.count import LiveBytes, count_demand
-from esvit_core.planning.plan import Gpu, advice, plan_run
+from esvit_core.planning import estimate as planning
+from esvit_core.planning.checkpoint_cost import saving
+from esvit_core.planning.count_operations import LiveBytes, count_demand
+from esvit_core.planning.estimate import Gpu, advice, plan_run
 from esvit_core.planning.rehearse import Rehearsal
-from esvit_core.planning.saving import saving
-from esvit_core.training.distributed import World
+from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.optimizer import build_optimizer
-from esvit_core.training.parts import assemble
-from esvit_pipelines.plan import plan
+from esvit_core.training.optim.optimizer import build_optimizer
+from esvit_core.training.state import assemble
+from esvit_pipelines.cli.plan_command import plan
 
 CPU = torch.device("cpu")
 

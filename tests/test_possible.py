@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
+from esvit_core.config.recipes import preset_names
 from esvit_core.errors import UserError
-from esvit_core.planning.possible import require_metric, require_possible
-from esvit_core.recipe_files import preset_names
+from esvit_core.planning.feasibility import require_metric, require_possible
 
 IMPOSSIBLE = {
     "training.processes=0": r"training\.processes",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from esvit_core.retention import DAY, judge_runs, named_by_pointers, remove_run
-from esvit_pipelines.cli import app
+from esvit_core.runs.retention import DAY, judge_runs, named_by_pointers, remove_run
+from esvit_pipelines.cli.main import app
 
 LATER = 100 * DAY
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from esvit_core.config import Config, merged, valid_keys
 from esvit_core.config.section import execution_fields
 from esvit_core.errors import UserError
-from esvit_core.runs import run_id
+from esvit_core.runs.run import run_id
 
 KEYS = sorted(set(valid_keys()) - {key.rpartition(".")[0] for key in valid_keys()})
 #: Where a value that is valid by itself is not, or no generic one is: what goes with it, and the other value.

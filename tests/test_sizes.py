@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from esvit_core.config import Config
-from esvit_core.config.cluster import PodConfig
-from esvit_core.config.kubernetes import AUTO, quantity_bytes, quantity_cores
+from esvit_core.config.cluster_settings import PodConfig
+from esvit_core.config.kubernetes_names import AUTO, quantity_bytes, quantity_cores
 from esvit_core.errors import UserError
-from esvit_core.planning.count import count_demand
-from esvit_core.planning.sizes import Size, definite, sized
-from esvit_pipelines.settings import Settings, ask
+from esvit_core.planning.count_operations import count_demand
+from esvit_core.planning.pod_sizes import Size, definite, sized
+from esvit_pipelines.cli.settings import Settings, ask
 
 NEEDED = Size(0.5, 4, 2**30, 2**31)
 

@@ -17,14 +17,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esvit_core import torch_private
+from esvit_core.kernels.onednn_linear import linear
 from esvit_core.models.heads import Prototypes
-from esvit_core.models.linear import linear
-from esvit_core.models.recompute import without_keeping
-from esvit_core.training.optimizer import clip_gradients_, update_teacher_
+from esvit_core.models.layers.activation_checkpointing import without_keeping
+from esvit_core.training.optim.optimizer import clip_gradients_, update_teacher_
 
 ROOT = Path(__file__).parent.parent
 LOOKED_UP = [name for name in vars(torch_private) if name.startswith("_") and f"{name} = _" in Path(torch_private.__file__).read_text()]  # fmt: skip
-PLANNING = {"esvit_core/planning/count.py", "esvit_core/planning/possible.py"}  # fake tensors
+PLANNING = {"esvit_core/planning/count_operations.py", "esvit_core/planning/feasibility.py"}  # fake tensors
 
 
 @pytest.fixture(params=["private", "public"])

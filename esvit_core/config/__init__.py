@@ -1,6 +1,6 @@
 """The configuration of a run: one typed tree, read from YAML, changed with ``--set a.b=c``.
 
-A *recipe* is such a tree in a file. Those that ship with the library are in ``esvit_core/presets``;
+A *recipe* is such a tree in a file. Those that ship with the library are in ``esvit_core/config/presets``;
 every default below is the published ImageNet recipe (EsViT, section 4 and appendix A.1).
 """
 
@@ -16,19 +16,19 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from esvit_core.config.cluster import ClusterConfig as ClusterConfig
-from esvit_core.config.crops import AugmentConfig, MixupConfig
-from esvit_core.config.crops import CropConfig as CropConfig
-from esvit_core.config.crops import DeitConfig as DeitConfig
-from esvit_core.config.evaluation import EvaluationConfig
-from esvit_core.config.evaluation import LinearConfig as LinearConfig
-from esvit_core.config.evaluation import TransferSet as TransferSet
-from esvit_core.config.launch import LaunchConfig
-from esvit_core.config.promotion import PromotionConfig, RegistryConfig
-from esvit_core.config.promotion import RetrainConfig as RetrainConfig
+from esvit_core.config.cluster_settings import ClusterConfig as ClusterConfig
+from esvit_core.config.crop_settings import AugmentConfig, MixupConfig
+from esvit_core.config.crop_settings import CropConfig as CropConfig
+from esvit_core.config.crop_settings import DeitConfig as DeitConfig
+from esvit_core.config.evaluation_settings import EvaluationConfig
+from esvit_core.config.evaluation_settings import LinearConfig as LinearConfig
+from esvit_core.config.evaluation_settings import TransferSet as TransferSet
+from esvit_core.config.launch_settings import LaunchConfig
+from esvit_core.config.promotion_settings import PromotionConfig, RegistryConfig
+from esvit_core.config.promotion_settings import RetrainConfig as RetrainConfig
+from esvit_core.config.recipes import explain, override, parse_yaml, read_recipe
 from esvit_core.config.section import EXECUTION, Section
 from esvit_core.errors import UserError
-from esvit_core.recipe_files import explain, override, parse_yaml, read_recipe
 
 
 class DataConfig(Section):
@@ -216,7 +216,7 @@ class TrainingConfig(Section):
 
 
 class DiagnosticsConfig(Section):
-    """How often student and teacher are looked at, and which figures are too low; what they are: monitoring/diagnostics.py.
+    """How often student and teacher are looked at, and which figures are too low; what they are: training/diagnostics.py.
 
     A figure below its ``_warn`` for ``warn_after`` steps is told; one below its ``_stop`` for
     ``training.collapse_patience`` steps ends the run; null: never. Those without a bound of their own depend on the size

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from esvit_core.config import Config, TransferSet, merged, valid_keys
+from esvit_core.config.recipes import override, parse_yaml, preset_names, read_recipe
 from esvit_core.errors import UserError
-from esvit_core.recipe_files import override, parse_yaml, preset_names, read_recipe
 
 PLACE = ("cluster", "launch")  # the sections that a compiled pipeline holds fast
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}

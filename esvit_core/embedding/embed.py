@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ahead import ahead, reading_threads
-from esvit_core.data.archives import Entry, ReadProblem, Source
-from esvit_core.data.augment import EvalTransform
-from esvit_core.data.decode import BadPicture, listed, to_stored
-from esvit_core.data.layout import arrange, is_ignored
-from esvit_core.data.sources import open_source
-from esvit_core.data.stream import decode_picture
+from esvit_core.data.ingest.archives import Entry, ReadProblem, Source
+from esvit_core.data.ingest.decode import BadPicture, listed, to_stored
+from esvit_core.data.ingest.layout import arrange, is_ignored
+from esvit_core.data.ingest.prefetch import ahead, reading_threads
+from esvit_core.data.ingest.sources import open_source
+from esvit_core.data.loading.augment import EvalTransform
+from esvit_core.data.shards.reader import decode_picture
 from esvit_core.embedding.feature_files import SUFFIXES, Rows, open_feature_file, require_pyarrow
 from esvit_core.errors import UserError
+from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.models.region_map import FeatureNetwork
-from esvit_core.monitoring.progress import Progress
+from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore
-from esvit_core.storage.appearing import appearing, require_free
-from esvit_core.training.precision import Precision, choose_precision
+from esvit_core.storage.atomic_write import appearing, require_free
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def embed(
     """Write the features of every picture of a source, prepared as the measured steps prepare them.
 
     Args:
-        backbone: as :func:`esvit_core.export.load_backbone` gives it; it runs on the GPU if there is one.
+        backbone: as :func:`esvit_core.weights.backbone.load_backbone` gives it; it runs on the GPU if there is one.
         source: folder, tar, zip or ``s3://bucket/prefix``.
         out: ``.parquet`` or ``.npz``, which appears whole or not at all; see
             :mod:`~esvit_core.embedding.feature_files`. Files that are no usable pictures are listed beside it.

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 if TYPE_CHECKING:
-    from esvit_core.data.augment import MultiCrop
+    from esvit_core.data.loading.augment import MultiCrop
     from esvit_core.evaluation.features import Pictures
-    from esvit_core.monitoring.progress import Progress
+    from esvit_core.monitoring.progress_line import Progress
 
 Box = tuple[float, float, float, float]
 

@@ -22,16 +22,16 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from esvit_core.config import Config
-from esvit_core.data.augment import EvalTransform
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.loading.augment import EvalTransform
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import MODELS
-from esvit_core.export import load_backbone
-from esvit_core.models.fastest import choose_fastest_
-from esvit_core.monitoring.progress import Progress
+from esvit_core.kernels.select import choose_fastest_
+from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import writing
+from esvit_core.weights.backbone import load_backbone
 
 SPLITS = ("train", "val")
 # Where the run keeps each model.
@@ -39,7 +39,7 @@ _PLACES = {"trained": "backbone", "untrained": "untrained"}
 
 
 class Pictures(Protocol):
-    """What features are computed of; :class:`esvit_core.data.stream.ShardDataset` is one."""
+    """What features are computed of; :class:`esvit_core.data.shards.reader.ShardDataset` is one."""
 
     labels: np.ndarray
 

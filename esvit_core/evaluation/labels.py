@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esvit_core.data.manifest import Manifest
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.evaluation.features import Features, load_features
 from esvit_core.evaluation.results import MODELS
 from esvit_core.storage import ObjectStore, join_uri

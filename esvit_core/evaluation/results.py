@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.errors import NotFound
+from esvit_core.storage.store_errors import NotFound
 
 MODELS = ("trained", "untrained")
 Result = dict[str, Any]

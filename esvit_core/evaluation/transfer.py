@@ -18,12 +18,12 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from esvit_core.config import Config, TransferSet
-from esvit_core.data.manifest import Manifest
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
 from esvit_core.evaluation.labels import Splits, Task, task_of, why_not
 from esvit_core.evaluation.results import MODELS, Result, left_out, measured, once
-from esvit_core.monitoring.progress import Progress
+from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
 
 Metric = Literal["accuracy", "mean_per_class"]

@@ -1,6 +1,6 @@
 """The objective of the paper."""
 
-from esvit_core.losses.centre import Centre
+from esvit_core.losses.center import Centre
 from esvit_core.losses.objective import Objective, ObjectiveTerms
 from esvit_core.losses.region import region_loss
 from esvit_core.losses.view import view_loss

@@ -7,7 +7,7 @@ With probabilities ``p`` of the teacher, logits ``s`` of the student, ``m(r)`` t
 which is the usual cross-entropy because each ``p_t`` sums to one. Rows are worked off in chunks that stay in the
 cache, and the softmax of a chunk serves loss and gradient at once: besides the gradient itself no tensor of
 (rows x K) is made, and the logits are not kept for the backward pass. On a GPU with Triton
-:mod:`esvit_core.losses.cross_entropy_triton` takes over. :mod:`esvit_core.losses.plain` is the specification of both.
+:mod:`esvit_core.kernels.cross_entropy_triton` takes over. :mod:`esvit_core.losses.reference` is the specification of both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.models.prototype_logits import PrototypeLogits
+from esvit_core.models.lazy_logits import PrototypeLogits
 
 # Values of a chunk: 2 MB of float32 on a processor, so that it stays in the cache; on a GPU enough to fill it.
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 25}
@@ -50,7 +50,7 @@ def matched_cross_entropy(
     """
     function: type[torch.autograd.Function] = _MatchedCrossEntropy
     if student_logits.is_cuda and teacher_probabilities.dtype == torch.float32 and has_triton():
-        from esvit_core.losses.cross_entropy_triton import MatchedCrossEntropyTriton as function  # noqa: N813
+        from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton as function  # noqa: N813
     return function.apply(student_logits, teacher_probabilities, weights, student_temp, *matches)
 
 

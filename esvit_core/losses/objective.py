@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import ObjectiveConfig
-from esvit_core.losses.centre import Centre
+from esvit_core.losses.center import Centre
 from esvit_core.losses.region import region_loss
 from esvit_core.losses.view import view_loss
 from esvit_core.models.multicrop import NetworkOutput

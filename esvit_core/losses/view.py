@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.by_picture import Logits, Teacher, cross_entropy_by_picture
+from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_picture
 from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
-from esvit_core.models.prototype_logits import PrototypeLogits, are_many
+from esvit_core.models.lazy_logits import PrototypeLogits, are_many
 
 
 def view_loss(

@@ -1,8 +1,8 @@
 """Backbones and heads."""
 
+from esvit_core.models.factory import architecture_names, create_backbone
 from esvit_core.models.heads import ProjectionHead
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput, build_student_teacher
-from esvit_core.models.registry import architecture_names, create_backbone
 
 __all__ = [
     "MultiCropNetwork",

@@ -25,12 +25,12 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from esvit_core.models import compiled_windows
-from esvit_core.models.attention import attend
-from esvit_core.models.compiled_windows import attend_in_windows
-from esvit_core.models.entrypoints import default_cfg, register
-from esvit_core.models.stochastic_depth import StochasticDepth
-from esvit_core.models.windows import window_layout
+from esvit_core.kernels import window_attention
+from esvit_core.kernels.window_attention import attend_in_windows
+from esvit_core.models.layers.attention import attend
+from esvit_core.models.layers.stochastic_depth import StochasticDepth
+from esvit_core.models.layers.windows import window_layout
+from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
 
@@ -39,7 +39,7 @@ class PointwiseConv(nn.Conv2d):
     """A 1 x 1 convolution on (B, H, W, C).
 
     Attributes:
-        product: how it is computed: set by :mod:`esvit_core.models.fastest`.
+        product: how it is computed: set by :mod:`esvit_core.kernels.select`.
     """
 
     product: Callable[..., Tensor] = staticmethod(F.linear)
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     """Multi-head attention within windows.
 
     Attributes:
-        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.models.fastest`.
+        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.select`.
     """
 
     compiled = False
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         w = self._window(x)
         qkv = self._qkv(x, w)
         tokens = qkv.flatten(1, 2)
-        if self.compiled and compiled_windows.fits(tokens, self.num_heads, w * w):
+        if self.compiled and window_attention.fits(tokens, self.num_heads, w * w):
             places = window_layout(qkv.shape[1], qkv.shape[2], w, 0, x.device).places
             out = attend_in_windows(tokens, self.num_heads, None, places, None, None, self.scale)
             return self.proj_out(out.unflatten(1, qkv.shape[1:3])[:, :H, :W])
@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
     """Two layers with a QuickGELU between.
 
     Attributes:
-        folded: whether its factor goes into the layers: set by :mod:`esvit_core.models.fastest`.
+        folded: whether its factor goes into the layers: set by :mod:`esvit_core.kernels.select`.
     """
 
     folded = False

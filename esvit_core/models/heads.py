@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from esvit_core.models.prototype_logits import WEIGHT_ROWS, PrototypeLogits, are_many
+from esvit_core.models.lazy_logits import WEIGHT_ROWS, PrototypeLogits, are_many
 from esvit_core.torch_private import weight_norm
 
 

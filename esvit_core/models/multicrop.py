@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import Config
+from esvit_core.models.factory import create_backbone
 from esvit_core.models.heads import ProjectionHead
-from esvit_core.models.prototype_logits import PrototypeLogits
-from esvit_core.models.registry import create_backbone
+from esvit_core.models.lazy_logits import PrototypeLogits
 from esvit_core.models.timm_backbone import TimmBackbone
 
 

@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
-from esvit_core.models.entrypoints import default_cfg, register
+from esvit_core.models.timm_entrypoints import default_cfg, register
 
 
 class ResNet(TimmResNet):

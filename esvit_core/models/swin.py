@@ -26,10 +26,10 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from esvit_core.models.entrypoints import default_cfg, register
-from esvit_core.models.recompute import without_keeping
-from esvit_core.models.stochastic_depth import StochasticDepth
-from esvit_core.models.windows import WindowAttention
+from esvit_core.models.layers.activation_checkpointing import without_keeping
+from esvit_core.models.layers.stochastic_depth import StochasticDepth
+from esvit_core.models.layers.windows import WindowAttention
+from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 

@@ -1,7 +1,7 @@
 """Vision Longformer with the numerics of the published EsViT code (Zhang et al., 2021; microsoft/esvit).
 
 Stages of alternating attention and MLP blocks behind a patch embedding; the early stages attend sparsely, the late
-ones fully (:mod:`esvit_core.models.longformer`). The global token of a stage is dropped before the next.
+ones fully (:mod:`esvit_core.models.layers.longformer`). The global token of a stage is dropped before the next.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from esvit_core.models.entrypoints import default_cfg, register
-from esvit_core.models.longformer import FullAttention, SparseAttention
-from esvit_core.models.stochastic_depth import StochasticDepth
+from esvit_core.models.layers.longformer import FullAttention, SparseAttention
+from esvit_core.models.layers.stochastic_depth import StochasticDepth
+from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
@@ -162,7 +162,7 @@ class VisionLongformer(nn.Module):
         global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         mlp_ratio: hidden width of the MLPs over their width.
         qkv_bias: bias in the layers of queries, keys and values.
-        mode: of the sparse attention, see :mod:`esvit_core.models.longformer`.
+        mode: of the sparse attention, see :mod:`esvit_core.models.layers.longformer`.
         share_weights: global tokens attend with the weights of the others (published: ``SHARE_W``).
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Attention, Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from esvit_core.models.entrypoints import default_cfg, register
+from esvit_core.models.timm_entrypoints import default_cfg, register
 
 
 class CroppingPatchEmbed(PatchEmbed):

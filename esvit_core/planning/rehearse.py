@@ -22,16 +22,16 @@ import torch
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.loader import TrainLoader
-from esvit_core.data.stream import decode_picture
+from esvit_core.data.loading.loader import TrainLoader
+from esvit_core.data.shards.reader import decode_picture
 from esvit_core.errors import UserError
+from esvit_core.launch.launcher import divide_cores
+from esvit_core.launch.stop import RENDEZVOUS_VARIABLE
+from esvit_core.runs.environment import BEFORE_TORCH, device_memory
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed import join_world
-from esvit_core.training.environment import BEFORE_TORCH, device_memory
-from esvit_core.training.launch import divide_cores
+from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import assemble, make_deterministic, recompute_blocks_
-from esvit_core.training.stop import RENDEZVOUS_VARIABLE
+from esvit_core.training.state import assemble, make_deterministic, recompute_blocks_
 
 WARM_UP = 2
 MOST_FLOPS = 6e11  # of a step, and of all steps with one number of pictures where they are small: seconds of a core

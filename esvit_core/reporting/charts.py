@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from esvit_core.reporting.summary import MINUS
+from esvit_core.reporting.result_table import MINUS
 from esvit_core.reporting.svg import GRID, INK, MUTED, SERIES, drawable, inline_svg, settings
 
 _POINTS = 300  # of a line; more are narrower than a pixel

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from esvit_core.reporting.summary import Row, percent, points, read_results, summarise
+from esvit_core.reporting.result_table import Row, percent, points, read_results, summarise
 
 __all__ = ["read_results", "results_table", "summarise"]
 

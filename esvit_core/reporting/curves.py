@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from esvit_core.monitoring.progress import format_figure
+from esvit_core.monitoring.progress_line import format_figure
 
 # Bit of each dot of a Braille character, by column and row.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))

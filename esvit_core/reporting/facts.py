@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from esvit_core.config import Config
-from esvit_core.data.manifest import Manifest
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
-from esvit_core.evaluation.promote import foresee
 from esvit_core.evaluation.results import Result
-from esvit_core.monitoring.log import read_log
-from esvit_core.reporting.summary import read_results
-from esvit_core.runs import MEASURED
+from esvit_core.registry.promotion import foresee
+from esvit_core.reporting.result_table import read_results
+from esvit_core.runs.environment import versions
+from esvit_core.runs.log import read_log
+from esvit_core.runs.run import MEASURED
+from esvit_core.runs.training_summary import TrainingSummary, read_summary
 from esvit_core.storage import NotFound, ObjectStore, StoreRefused, StoreUnavailable, join_uri
-from esvit_core.training.environment import versions
-from esvit_core.training.summary import TrainingSummary, read_summary
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ from esvit_core.reporting import verdict, words
 from esvit_core.reporting.classes import class_table
 from esvit_core.reporting.facts import Facts, read_facts
 from esvit_core.reporting.images import figure_uri
+from esvit_core.reporting.result_table import label_of, percent, points, summarise, typeset
 from esvit_core.reporting.samples import Sample, draw_samples
-from esvit_core.reporting.summary import label_of, percent, points, summarise, typeset
-from esvit_core.reporting.training import in_groups, told_signs, training_charts
+from esvit_core.reporting.training_charts import in_groups, told_signs, training_charts
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
 REPORT = "report/report.html"

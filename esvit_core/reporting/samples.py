@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from esvit_core.config import Config
-from esvit_core.data.augment import MultiCrop, sample_rng
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.loading.augment import MultiCrop, sample_rng
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.reporting.images import thumbnail
 from esvit_core.storage import ObjectStore, join_uri
 

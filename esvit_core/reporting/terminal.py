@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from esvit_core.monitoring.journal import Entry
-from esvit_core.monitoring.progress import format_duration, format_figure
+from esvit_core.monitoring.progress_line import format_duration, format_figure
 from esvit_core.reporting.curves import chart, sparkline
-from esvit_core.reporting.status import RunStatus
+from esvit_core.runs.events import Entry
+from esvit_core.runs.status import RunStatus
 
 CHART_WIDTH, CHART_HEIGHT = 72, 7
 SPARK_WIDTH = 40

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from esvit_core.reporting.facts import Facts
-from esvit_core.reporting.summary import Row, percent, points, summarise, typeset
+from esvit_core.reporting.result_table import Row, percent, points, summarise, typeset
 from esvit_core.reporting.words import start_of
 
 _SAME = 0.05  # percentage points: what rounds to nothing

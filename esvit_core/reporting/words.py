@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from esvit_core.config import Config, CropConfig
-from esvit_core.monitoring.progress import format_duration, format_figure
+from esvit_core.monitoring.progress_line import format_duration, format_figure
 from esvit_core.reporting.facts import Facts
-from esvit_core.training.summary import TrainingSummary
+from esvit_core.runs.training_summary import TrainingSummary
 
 _AUGMENTATION = {"dino": "colour jitter, grey, blur, solarisation", "deit": "RandAugment, random erasing"}
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}

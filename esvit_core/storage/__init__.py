@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from esvit_core.storage.address import StoreAddress
-from esvit_core.storage.errors import (
+from esvit_core.storage.pointer import Pointer
+from esvit_core.storage.store import ObjectStat, ObjectStore
+from esvit_core.storage.store_errors import (
     IntegrityError,
     InvalidAddress,
     NotFound,
@@ -13,8 +15,6 @@ from esvit_core.storage.errors import (
     StoreRejected,
     StoreUnavailable,
 )
-from esvit_core.storage.pointer import Pointer
-from esvit_core.storage.store import ObjectStat, ObjectStore
 from esvit_core.storage.uri import join_uri, split_uri
 
 __all__ = [

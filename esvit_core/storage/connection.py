@@ -16,9 +16,16 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 
 from esvit_core.storage import disk
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE, StoreAddress
-from esvit_core.storage.errors import NotFound, StoreError, StoreFull, StoreRefused, StoreRejected, StoreUnavailable
 from esvit_core.storage.identity import StsUnavailable, WebIdentityCredentials
 from esvit_core.storage.retry import RetryPolicy, ShortBodyError, is_transient, with_retries
+from esvit_core.storage.store_errors import (
+    NotFound,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreRejected,
+    StoreUnavailable,
+)
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from esvit_core.storage.errors import LocalDiskError, PathError, StoreError, StoreFull
 from esvit_core.storage.marker import MARKER
+from esvit_core.storage.store_errors import LocalDiskError, PathError, StoreError, StoreFull
 
 # Kept free beside what the embedded server stores: its index and log go on growing, and the parts that other
 # processes have under way are not on the disk yet.

@@ -23,10 +23,10 @@ from esvit_core.storage import weed
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection
 from esvit_core.storage.disk import family_of, is_full, require_room
-from esvit_core.storage.errors import PathError, StoreError, StoreFull, StoreUnavailable
 from esvit_core.storage.marker import mark
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
+from esvit_core.storage.store_errors import PathError, StoreError, StoreFull, StoreUnavailable
 
 PORT_VARIABLE = "ESVIT_STORE_PORT"
 LOG = "server.log"

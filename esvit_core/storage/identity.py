@@ -23,7 +23,7 @@ import urllib3
 from minio.credentials import Credentials, Provider
 
 from esvit_core.errors import EsvitError, UserError
-from esvit_core.storage.errors import StoreRefused, StoreUnavailable
+from esvit_core.storage.store_errors import StoreRefused, StoreUnavailable
 from esvit_core.storage.web_identity import STS_ENDPOINT, TOKEN_FILE, WebIdentity
 
 RENEW_BEFORE_SECONDS = 300.0

@@ -16,8 +16,8 @@ from typing import Any
 from minio.error import S3Error
 
 from esvit_core.storage.connection import WRITER, Connection, S3Client
-from esvit_core.storage.errors import IntegrityError
 from esvit_core.storage.json_text import encode_json
+from esvit_core.storage.store_errors import IntegrityError
 from esvit_core.storage.uri import SCHEME
 
 

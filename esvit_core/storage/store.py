@@ -12,13 +12,13 @@ from typing import Any
 from minio.error import S3Error
 
 from esvit_core.errors import UserError
-from esvit_core.storage import pointer, publish, transfer
+from esvit_core.storage import parallel_transfer, pointer, publication
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection, S3Client
-from esvit_core.storage.errors import IntegrityError, InvalidAddress, NotFound
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.pointer import Pointer
 from esvit_core.storage.retry import RetryPolicy
+from esvit_core.storage.store_errors import IntegrityError, InvalidAddress, NotFound
 from esvit_core.storage.uri import SCHEME, split_uri
 
 _TYPES = {
@@ -166,12 +166,12 @@ class ObjectStore:
             IntegrityError: the file is not the one that ``sha256`` describes.
         """
         bucket, key = _object(uri)
-        transfer.upload(self.connection, bucket, key, Path(path), _content_type(key), sha256)
+        parallel_transfer.upload(self.connection, bucket, key, Path(path), _content_type(key), sha256)
 
     def get_file(self, uri: str, path: Path) -> None:
         """Download the object to ``path``, which appears whole or not at all."""
         bucket, key = _object(uri)
-        transfer.download(self.connection, bucket, key, Path(path))
+        parallel_transfer.download(self.connection, bucket, key, Path(path))
 
     def exists(self, uri: str) -> bool:
         """Whether there is such an object."""
@@ -234,7 +234,7 @@ class ObjectStore:
         if not key:
             raise UserError(f"{uri}: refusing to empty a whole bucket; name a prefix in it")
         found = [item.uri.removeprefix(f"{SCHEME}{bucket}/") for item in self.list(uri)]
-        manifests = [name for name in found if name.endswith(f"/{publish.MANIFEST}")]
+        manifests = [name for name in found if name.endswith(f"/{publication.MANIFEST}")]
         for names in (manifests, sorted({*found} - {*manifests})):
             self.connection.call(uri, lambda client, names=names: client.remove_all(bucket, names))  # type: ignore[misc]
         return len(found)
@@ -251,7 +251,7 @@ class ObjectStore:
         """
         bucket, key = split_uri(uri)
         before = None if older_than is None else datetime.now(UTC) - older_than
-        return transfer.abort_uploads(self.connection, bucket, key, before)
+        return parallel_transfer.abort_uploads(self.connection, bucket, key, before)
 
     def put_if_absent(self, uri: str, data: bytes) -> bool:
         """Store ``data`` unless the object exists already; of several callers at once exactly one gets True."""
@@ -281,17 +281,17 @@ class ObjectStore:
         self, prefix_uri: str, files: Mapping[str, Path | bytes], kind: str, extra: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Store a set of files that becomes visible at once: the manifest goes last. See :mod:`.publish`."""
-        return publish.publish(self, prefix_uri, files, kind, extra)
+        return publication.publish(self, prefix_uri, files, kind, extra)
 
     def read_manifest(self, prefix_uri: str) -> dict[str, Any] | None:
         """The manifest of a complete set, or None where there is none."""
-        return publish.read_manifest(self, prefix_uri)
+        return publication.read_manifest(self, prefix_uri)
 
     def fetch(
         self, prefix_uri: str, directory: Path, names: Sequence[str] | None = None, verify: bool = True
     ) -> dict[str, Any]:
         """Download a published set and check it against its manifest. See :mod:`.publish`."""
-        return publish.fetch(self, prefix_uri, directory, names, verify)
+        return publication.fetch(self, prefix_uri, directory, names, verify)
 
     def _read(self, uri: str, offset: int, length: int | None) -> bytes:
         bucket, key = _object(uri)

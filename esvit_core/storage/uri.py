@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from esvit_core.storage.errors import InvalidAddress
+from esvit_core.storage.store_errors import InvalidAddress
 
 SCHEME = "s3://"
 # S3's rules: 3 to 63 lower-case letters, digits, dots and hyphens, with a letter or digit at both ends.

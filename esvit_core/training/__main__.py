@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 from esvit_core.errors import explained
-from esvit_core.training.agent import AGENT_VARIABLE
-from esvit_core.training.environment import BEFORE_TORCH
-from esvit_core.training.stop import StopRequest, end_with, leave_process_id
+from esvit_core.launch.agent import AGENT_VARIABLE
+from esvit_core.launch.stop import StopRequest, end_with, leave_process_id
+from esvit_core.runs.environment import BEFORE_TORCH
 
 
 def main() -> int:
@@ -50,12 +50,12 @@ def main() -> int:
 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from esvit_core.training.outcome import mark_consequence, note_own_failure
+    from esvit_core.launch.outcome import mark_consequence, note_own_failure
 
     errors = get_error_handler()
     errors.initialize()
     try:
-        from esvit_core.training.run import carry_out
+        from esvit_core.training.main import carry_out
 
         return carry_out(run_uri, stop)
     except Exception as error:

@@ -5,7 +5,7 @@ manifest, with sizes and SHA-256, is written last. It does not depend on the num
 state, and everything random is drawn anew at every step from (seed, step, rank).
 
 Training waits for the copy from the device alone. A thread writes the copy to this machine's disk, another brings it
-into the store (:mod:`esvit_core.storage.outbox`); as long as the store does not answer the newest one waits there,
+into the store (:mod:`esvit_core.storage.upload_queue`); as long as the store does not answer the newest one waits there,
 and a run that is started again on this machine goes on from it if it is newer than what the store has.
 """
 
@@ -26,12 +26,12 @@ from typing import Any, Protocol
 import torch
 
 from esvit_core.errors import InfrastructureError, UserError
+from esvit_core.runs.training_summary import LATEST
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore, Pointer, join_uri
 from esvit_core.storage.disk import family_of
-from esvit_core.storage.errors import LocalDiskError
-from esvit_core.storage.outbox import PENDING_VARIABLE, Outbox
-from esvit_core.storage.publish import check_set, describe, put_set
-from esvit_core.training.summary import LATEST
+from esvit_core.storage.publication import check_set, describe, put_set
+from esvit_core.storage.store_errors import LocalDiskError
+from esvit_core.storage.upload_queue import PENDING_VARIABLE, Outbox
 
 CHECKPOINTS = "training/checkpoints"
 KIND = "checkpoint"

@@ -6,18 +6,23 @@ import time
 
 import torch
 
-from esvit_core.data.loader import Batch
-from esvit_core.data.mixup import mix_crops
+from esvit_core.data.loading.loader import Batch
+from esvit_core.data.loading.mixup import mix_crops
+from esvit_core.launch.stop import StopRequest
 from esvit_core.models.vil import switch_mode_
 from esvit_core.training.checkpoint import Checkpointer
-from esvit_core.training.distributed import Vote
+from esvit_core.training.checkpoint_interval import CheckpointPace
+from esvit_core.training.distributed.processes import Vote
+from esvit_core.training.metrics_logger import StepOutputs, Watch
 from esvit_core.training.nonfinite import backward
-from esvit_core.training.optimizer import clip_gradients_, freeze_last_layer_, set_hyperparameters_, update_teacher_
-from esvit_core.training.pace import CheckpointPace
-from esvit_core.training.parts import Parts, seed_step
-from esvit_core.training.schedules import ScheduleValues
-from esvit_core.training.stop import StopRequest
-from esvit_core.training.watch import StepOutputs, Watch
+from esvit_core.training.optim.optimizer import (
+    clip_gradients_,
+    freeze_last_layer_,
+    set_hyperparameters_,
+    update_teacher_,
+)
+from esvit_core.training.optim.schedules import ScheduleValues
+from esvit_core.training.state import Parts, seed_step
 
 
 def train(

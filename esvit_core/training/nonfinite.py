@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.losses.objective import ObjectiveTerms
-from esvit_core.training.distributed import World
-from esvit_core.training.optimizer import skip_step_where_
-from esvit_core.training.position import Position
-from esvit_core.training.schedules import ScheduleValues
+from esvit_core.training.distributed.processes import World
+from esvit_core.training.optim.optimizer import skip_step_where_
+from esvit_core.training.optim.schedules import ScheduleValues
+from esvit_core.training.progress import Position
 
 NONFINITE = "training/nonfinite"
 FIGURES = ("loss", "loss_view", "loss_region", "grad_norm")

@@ -1,7 +1,7 @@
 """Where the time of a training goes: a few steps timed part by part, and a trace of them.
 
 The trace is torch.profiler's, for https://ui.perfetto.dev or chrome://tracing. The parts are those of
-:mod:`esvit_core.training.clock`, which on a GPU waits for the device at each mark: profiled steps are slower ones.
+:mod:`esvit_core.training.step_timer`, which on a GPU waits for the device at each mark: profiled steps are slower ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from esvit_core.training.clock import StepClock
+from esvit_core.training.step_timer import StepClock
 
 PROFILE = "profile"  # below the run
 WARM_UP = 3  # steps that are passed over first

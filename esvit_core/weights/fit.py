@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
-from esvit_core.models.registry import architecture_names, create_backbone
-from esvit_core.models.timm_names import COMPUTED, from_timm
+from esvit_core.models.factory import architecture_names, create_backbone
 from esvit_core.weights.snapshot import Weights, part_of
+from esvit_core.weights.timm_names import COMPUTED, from_timm
 
 # A name that only this family's weights have, so that not all networks must be built to find theirs.
 _FAMILIES = {

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 # kfp starts a step with its executor, torchx a training with torchrun's module, and the training is ours.
-MODULES = ("esvit_pipelines.cli", "esvit_core.training.__main__", "kfp.dsl.executor_main", "torch.distributed.run")
+MODULES = ("esvit_pipelines.cli.main", "esvit_core.training.__main__", "kfp.dsl.executor_main", "torch.distributed.run")
 PROGRAMS = ("esvit", "torchrun", "weed")
 PACKAGES = ("esvit", "torch", "torchvision", "timm", "kfp", "torchx", "minio")
 
@@ -66,7 +66,7 @@ def compute() -> list[str]:
 
 def missing_kernels() -> list[str]:
     """Levels of x86-64 for which the image has no compiled kernels."""
-    from esvit_core.compiled import build
+    from esvit_core.kernels import build
 
     levels = build.LEVELS if platform.machine() == "x86_64" else ()
     return [level for level in levels if not (build.SOURCES / build.file_name(level)).exists()]
@@ -74,7 +74,7 @@ def missing_kernels() -> list[str]:
 
 def chosen_kernels() -> str | None:
     """File of the kernels that this processor uses; None: torch computes."""
-    from esvit_core.compiled import library
+    from esvit_core.kernels import library
 
     found = library()
     return Path(found._name).name if found else None

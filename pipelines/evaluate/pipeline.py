@@ -10,7 +10,7 @@ from typing import Any
 from kfp import dsl
 
 from esvit_components.data.prepare_data import prepare_data
-from esvit_components.evaluation.take_backbone import take_backbone
+from esvit_components.evaluation.import_backbone import take_backbone
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
 from esvit_core.config.parameters import PLACE, cluster_text, parameters_of

@@ -53,7 +53,7 @@ def test_infrastructure_failure_is_repeated(
     run_id, pod = training("infrastructure", epochs=LONG)
     kill = (
         "import os, signal, psutil;"
-        "[p.send_signal(signal.SIGKILL) for p in psutil.process_iter() if 'esvit_core.training.agent' in p.cmdline()]"
+        "[p.send_signal(signal.SIGKILL) for p in psutil.process_iter() if 'esvit_core.launch.agent' in p.cmdline()]"
     )
     kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", kill)
     resumed = wait_for_line(kube, pod, "again")

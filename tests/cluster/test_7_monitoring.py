@@ -117,7 +117,7 @@ def test_alerts_of_one_training(
         kube.run("scale", "statefulset/esvit-object-store", "--replicas=1")
         kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
     for _ in range(3):
-        in_pod(kube, pod, "SIGKILL", module="esvit_core.training.agent")
+        in_pod(kube, pod, "SIGKILL", module="esvit_core.launch.agent")
         wait_for_line(kube, pod, "again")
         time.sleep(20)
     fires(prometheus, "EsvitTrainRestarting", saw)

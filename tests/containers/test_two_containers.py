@@ -14,14 +14,14 @@ import docker
 import pytest
 
 from esvit_core.config import Config, DataConfig
-from esvit_core.config.kubernetes import quantity_bytes, quantity_cores
-from esvit_core.data.prepare import prepare
-from esvit_core.monitoring.journal import Entry, read_journal
+from esvit_core.config.kubernetes_names import quantity_bytes, quantity_cores
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.launch.kubernetes.training_pod import MODULE, agent_command, literal_environment
+from esvit_core.launch.stop import STOPPED_EXIT_CODE
+from esvit_core.runs.events import Entry, read_journal
 from esvit_core.storage import ObjectStore, StoreAddress
-from esvit_core.storage.errors import StoreError
-from esvit_core.training.launchers.pods import MODULE, agent_command, literal_environment
-from esvit_core.training.stop import STOPPED_EXIT_CODE
-from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+from esvit_core.storage.store_errors import StoreError
+from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 
 RUN_URI = "s3://esvit/runs/two-containers"
 TRACE = "/trace"

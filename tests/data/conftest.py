@@ -13,8 +13,8 @@ from hypothesis import settings
 from PIL import Image
 
 from esvit_core.config import DataConfig
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.prepare import prepare
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.shards.manifest import Manifest
 
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("patient", deadline=None)

@@ -14,9 +14,9 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, CropConfig, DeitConfig
-from esvit_core.data import photometric
-from esvit_core.data.augment import EvalTransform, MultiCrop, Normalise, crop_box, resize, sample_rng
-from esvit_core.data.randomness import seeded
+from esvit_core.data.loading import photometric
+from esvit_core.data.loading.augment import EvalTransform, MultiCrop, Normalise, crop_box, resize, sample_rng
+from esvit_core.data.loading.randomness import seeded
 
 SMALL = AugmentConfig(
     global_crops=CropConfig(size=32, number=2, scale=(0.4, 1.0)),
@@ -113,7 +113,7 @@ def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):
     monkeypatch.setattr(photometric, "solarize", lambda x: calls.append(("solarize", 0)))
     names = ("brighten", "contrast", "saturate", "shift_hue")
     jitter = tuple((lambda x, f, n=name: calls.append((n, f))) for name in names)
-    monkeypatch.setattr("esvit_core.data.augment._JITTER", jitter)
+    monkeypatch.setattr("esvit_core.data.loading.augment._JITTER", jitter)
     multicrop, picture, orders = MultiCrop(SMALL), make.pixels(), set()
     counts = {name: np.zeros(5) for name in (*names, "grey", "blur", "solarize")}
     factors: dict[str, list[float]] = {name: [] for name in counts}

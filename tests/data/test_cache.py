@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esvit_core.data.cache import default_cache, size_limit
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.shards.cache import default_cache, size_limit
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, StoreFull
 
@@ -39,7 +39,7 @@ def first_of_each_shard(dataset: ShardDataset) -> list[int]:
 
 
 def test_the_cache_stays_below_its_limit_and_drops_what_was_opened_longest_ago(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("esvit_core.data.cache._IN_USE", 1)
+    monkeypatch.setattr("esvit_core.data.shards.cache._IN_USE", 1)
     limit = limit_to(monkeypatch, opened(), 2)
     dataset = opened()
     names = [shard.sha256 for shard in dataset.shards]
@@ -64,7 +64,7 @@ def _hold(dataset: ShardDataset, index: int, ready, over) -> None:
 
 
 def test_a_shard_that_another_process_has_open_stays(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("esvit_core.data.cache._IN_USE", 1)
+    monkeypatch.setattr("esvit_core.data.shards.cache._IN_USE", 1)
     limit_to(monkeypatch, opened(), 1)
     context = multiprocessing.get_context("spawn")
     ready, over = context.Event(), context.Event()

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esvit_core.data.choose import choose, fate, hold_out, in_order
+from esvit_core.data.ingest.split import choose, fate, hold_out, in_order
 
 names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=60, unique=True)
 

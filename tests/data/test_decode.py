@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esvit_core.data.decode import BadPicture, plain_rgb, to_stored
-from esvit_core.data.stream import decode_picture
+from esvit_core.data.ingest.decode import BadPicture, plain_rgb, to_stored
+from esvit_core.data.shards.reader import decode_picture
 
 
 def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool]:

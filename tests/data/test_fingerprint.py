@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esvit_core.data import fingerprint as module
-from esvit_core.data.sources import open_source, source_fingerprint
+from esvit_core.data.ingest import fingerprint as module
+from esvit_core.data.ingest.sources import open_source, source_fingerprint
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_core.storage.marker import MARKER, mark
@@ -72,7 +72,7 @@ def test_the_same_objects_in_another_bucket_are_the_same(store) -> None:
 def test_objects_that_were_stored_in_parts_of_another_size_are_the_same(store, tmp_path, monkeypatch) -> None:
     (tmp_path / "large.png").write_bytes(os.urandom(6 * 2**20))
     for place, part in (("a", 5 * 2**20), ("b", 8 * 2**20)):
-        monkeypatch.setattr("esvit_core.storage.transfer.PART_BYTES", part)
+        monkeypatch.setattr("esvit_core.storage.parallel_transfer.PART_BYTES", part)
         store.put_file(store.uri(f"{place}/large.png"), tmp_path / "large.png")
     (first,), (second,) = (list(store.list(store.uri(place))) for place in "ab")
     assert first.etag != second.etag

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esvit_core.config import DataConfig
-from esvit_core.data import listing
-from esvit_core.data import prepare as module
-from esvit_core.data.listing import File, compare, decode, digest_of, encode, look, recognise, recognise_in
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.prepare import prepare
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.ingest import listing
+from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest.listing import File, compare, decode, digest_of, encode, look, recognise, recognise_in
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 
 CONFIG = DataConfig(val_fraction=0.3, shard_mib=0.01)

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from esvit_core.data.layout import arrange, is_ignored, is_named_as_picture, may_be_picture
+from esvit_core.data.ingest.layout import arrange, is_ignored, is_named_as_picture, may_be_picture
 from esvit_core.errors import UserError
 
 

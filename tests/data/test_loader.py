@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch, TrainLoader
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.loading.loader import Batch, TrainLoader
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.storage import IntegrityError
 
 SMALL = {

@@ -10,8 +10,8 @@ import torch
 from timm.data import Mixup
 
 from esvit_core.config import MixupConfig
-from esvit_core.data.mixup import mix_crops
-from esvit_core.data.randomness import seeded
+from esvit_core.data.loading.mixup import mix_crops
+from esvit_core.data.loading.randomness import seeded
 
 B = 4
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esvit_core.data.order import epoch_order, rank_batches
+from esvit_core.data.loading.sampler import epoch_order, rank_batches
 
 sizes = st.lists(st.integers(1, 30), min_size=0, max_size=12)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from esvit_core.data import photometric
+from esvit_core.data.loading import photometric
 
 Operation = Callable[[np.ndarray], None]
 Reference = Callable[[Image.Image], Image.Image]

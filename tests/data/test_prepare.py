@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from esvit_core.config import DataConfig
-from esvit_core.data import prepare as module
-from esvit_core.data.ahead import reading_threads
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.prepare import prepare
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest.prefetch import reading_threads
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, StoreFull
 
@@ -312,7 +312,7 @@ def test_a_full_local_disk_is_told(prepared, folder, monkeypatch):
     def full(*arguments: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("esvit_core.data.shards.tarfile.TarFile.addfile", full)
+    monkeypatch.setattr("esvit_core.data.shards.format.tarfile.TarFile.addfile", full)
     with pytest.raises(StoreFull, match="the disk is full"):
         prepared(folder)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esvit_core.data.layout import arrange
-from esvit_core.data.sources import open_source
+from esvit_core.data.ingest.layout import arrange
+from esvit_core.data.ingest.sources import open_source
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 ARCHIVES = {"clipart.zip": 21, "clipart-other.zip": 8, "digits.zip": 10}

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.data.shards import INDEX_DTYPE, Sample, ShardWriter
+from esvit_core.data.shards.format import INDEX_DTYPE, Sample, ShardWriter
 
 samples = st.lists(
     st.builds(

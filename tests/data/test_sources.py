@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from esvit_core.data.archives import ReadProblem
-from esvit_core.data.sources import check_source, open_source, source_fingerprint
+from esvit_core.data.ingest.archives import ReadProblem
+from esvit_core.data.ingest.sources import check_source, open_source, source_fingerprint
 from esvit_core.errors import InfrastructureError, UserError
 
 FILES = {"cat/1.png": b"one", "cat/sub/2.png": b"two", "dög/ü 3.png": b"three"}
@@ -254,6 +254,6 @@ def test_no_room_to_decompress_is_told(tmp_path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esvit_core.data.archives.shutil.copyfileobj", full)
+    monkeypatch.setattr("esvit_core.data.ingest.archives.shutil.copyfileobj", full)
     with pytest.raises(InfrastructureError, match="no room to decompress it"), open_source(str(path)):
         pass

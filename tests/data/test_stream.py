@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore
 
@@ -134,7 +134,7 @@ def _never(*arguments: object) -> None:
 
 
 def test_threads_and_few_open_files(dataset, monkeypatch):
-    monkeypatch.setattr("esvit_core.data.cache._OPEN_FILES", 2)
+    monkeypatch.setattr("esvit_core.data.shards.cache._OPEN_FILES", 2)
     expected = [int(dataset.image(i).sum()) for i in range(18)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: int(dataset.image(i % 18).sum()), range(180)))

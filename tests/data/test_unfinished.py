@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from esvit_core.config import DataConfig
-from esvit_core.data import fingerprint
-from esvit_core.data import prepare as module
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.prepare import prepare
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.ingest import fingerprint
+from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.storage import ObjectStore
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.data import workers
-from esvit_core.data.loader import TrainLoader
-from esvit_core.data.order import epoch_order
+from esvit_core.data.loading import workers
+from esvit_core.data.loading.loader import TrainLoader
+from esvit_core.data.loading.sampler import epoch_order
 from esvit_core.errors import InfrastructureError, UserError
 
 RECIPE = {

@@ -19,8 +19,8 @@ from esvit_core.embedding import embed as embedding
 from esvit_core.embedding import feature_files
 from esvit_core.embedding.embed import EmbedSettings, embed
 from esvit_core.errors import UserError
-from esvit_core.export import describe_backbone
 from esvit_core.models import create_backbone
+from esvit_core.weights.backbone import describe_backbone
 
 CONFIG = Config.from_mapping(
     {
@@ -61,8 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Any) -> Path:
 
 
 def test_they_are_those_of_the_measured_steps(backbone: Any, folder: Path, tmp_path: Path, store: Any) -> None:
-    from esvit_core.data.prepare import prepare
-    from esvit_core.data.stream import ShardDataset
+    from esvit_core.data.ingest.prepare import prepare
+    from esvit_core.data.shards.reader import ShardDataset
     from esvit_core.evaluation.features import features_of
 
     done = embed(backbone, str(folder), tmp_path / "f.parquet", EmbedSettings(batch_size=4))

@@ -72,9 +72,9 @@ def make_run(bucket, tmp_path_factory):
     # Here, for the tests of promotion need none of it and start seconds earlier.
     import torch
 
-    from esvit_core.data.prepare import prepare
-    from esvit_core.export import save_backbone
-    from esvit_core.models.registry import create_backbone
+    from esvit_core.data.ingest.prepare import prepare
+    from esvit_core.models.factory import create_backbone
+    from esvit_core.weights.backbone import save_backbone
 
     def make(name: str, paint, transfer=()) -> str:
         run = f"s3://evaluation/runs/{name}"

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from esvit_core.config import ModelConfig
-from esvit_core.evaluation.attention import attention_maps, scale_maps, shows_attention
+from esvit_core.evaluation.attention_maps import attention_maps, scale_maps, shows_attention
 from esvit_core.evaluation.plots import attention_figure, heads_shown
-from esvit_core.models.registry import create_backbone
+from esvit_core.models.factory import create_backbone
 
 SWIN = {"arch": "swin", "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 

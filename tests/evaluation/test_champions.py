@@ -10,11 +10,11 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.evaluation.champions import champions, roll_back
-from esvit_core.evaluation.promote import promote
 from esvit_core.evaluation.results import measured, result_uri
-from esvit_pipelines.champions import go_back, show_champions
-from esvit_pipelines.watch import Place
+from esvit_core.registry.champions import champions, roll_back
+from esvit_core.registry.promotion import promote
+from esvit_pipelines.cli.champion_commands import go_back, show_champions
+from esvit_pipelines.cli.status_commands import Place
 
 
 @pytest.fixture

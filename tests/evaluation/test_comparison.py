@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from esvit_core.evaluation.comparison import compare_with_champion, comparison_uri, read_comparison
 from esvit_core.evaluation.features import extract_features
 from esvit_core.evaluation.knn import evaluate_knn
-from esvit_core.evaluation.linear import evaluate_linear
-from esvit_core.evaluation.promote import promote
+from esvit_core.evaluation.linear_probe import evaluate_linear
 from esvit_core.evaluation.results import read_result
 from esvit_core.evaluation.transfer import evaluate_transfer
-from esvit_core.runs import RETRAINING
+from esvit_core.registry.comparison import compare_with_champion, comparison_uri, read_comparison
+from esvit_core.registry.promotion import promote
+from esvit_core.runs.run import RETRAINING
 
 NAMES = ("knn", "linear", "transfer-stripes")
 
@@ -44,7 +44,7 @@ def test_another_network_is_measured_as_the_run_s_own_is(challenger, bucket, con
 
 
 def test_the_network_that_the_run_started_from_has_its_figures_already(challenger, bucket, config, monkeypatch):
-    monkeypatch.setattr("esvit_core.export.load_backbone", None)
+    monkeypatch.setattr("esvit_core.weights.backbone.load_backbone", None)
     start = champion("start", f"{challenger}/untrained")
     found = compare_with_champion(challenger, bucket, config, start)
     assert found["how"] == "the run started from it"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esvit_core.config import AugmentConfig, CropConfig
-from esvit_core.data.augment import MultiCrop
+from esvit_core.data.loading.augment import MultiCrop
 from esvit_core.evaluation.correspondence import (
     Crop,
     chance,

@@ -10,13 +10,13 @@ import torch
 
 from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
-from esvit_core.evaluation.existing import take_backbone
-from esvit_core.export import load_backbone, save_backbone
-from esvit_core.models.registry import create_backbone
+from esvit_core.evaluation.import_backbone import take_backbone
+from esvit_core.models.factory import create_backbone
 from esvit_core.reporting import verdict
 from esvit_core.reporting.facts import read_facts
-from esvit_core.runs import Run, start_run
+from esvit_core.runs.run import Run, start_run
 from esvit_core.storage import ObjectStore
+from esvit_core.weights.backbone import load_backbone, save_backbone
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_file_is_measured(trained: Run, arguments: Any, tmp_path: Path, monkey
     import timm
 
     # It tries one network after the other, which is tested with the import and takes its time.
-    monkeypatch.setattr("esvit_core.importing.recognise", lambda state: "deit_tiny")
+    monkeypatch.setattr("esvit_core.weights.import_checkpoint.recognise", lambda state: "deit_tiny")
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
     run = take_backbone(str(tmp_path / "weights.pth"), **arguments)
     assert run.config.model.arch == "deit_tiny" and run.config.augment.global_crops.size == 224

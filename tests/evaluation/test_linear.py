@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from esvit_core.config import LinearConfig
-from esvit_core.evaluation.linear import confusion_matrix, linear_probe
+from esvit_core.evaluation.linear_probe import confusion_matrix, linear_probe
 
 QUICK = LinearConfig(epochs=20, lr=0.5, batch_size=64)
 

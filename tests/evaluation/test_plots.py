@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from esvit_core.evaluation.correspondence import Crop
-from esvit_core.evaluation.pictures import spread
 from esvit_core.evaluation.plots import cut, heat_over
+from esvit_core.evaluation.visualize import spread
 
 
 def test_the_crop_shown_is_the_crop_seen():

@@ -8,9 +8,9 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.evaluation import champions
-from esvit_core.evaluation.promote import beats, foresee, promote
 from esvit_core.evaluation.results import left_out, measured, result_uri
+from esvit_core.registry import champions
+from esvit_core.registry.promotion import beats, foresee, promote
 
 CONFIG = Config()
 CLASSES = ["ant", "bee"]

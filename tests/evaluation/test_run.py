@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.stream import ShardDataset
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import (
     compute_features,
@@ -20,11 +20,11 @@ from esvit_core.evaluation.features import (
     load_features,
 )
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
-from esvit_core.evaluation.linear import evaluate_linear
-from esvit_core.evaluation.pictures import draw_pictures
-from esvit_core.evaluation.promote import promote
+from esvit_core.evaluation.linear_probe import evaluate_linear
 from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
-from esvit_core.export import load_backbone
+from esvit_core.evaluation.visualize import draw_pictures
+from esvit_core.registry.promotion import promote
+from esvit_core.weights.backbone import load_backbone
 
 MODELS = ("trained", "untrained")
 

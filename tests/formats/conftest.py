@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from esvit_core.config import Config
-from esvit_core.export import describe_backbone
 from esvit_core.models import create_backbone
+from esvit_core.weights.backbone import describe_backbone
 
 SPARSE = "l1,h2,d8,n1,s1,g1,p2,f3,a0_l2,h2,d16,n1,s0,g0,p2,f3,a0"
 SWIN = {"patch_size": 4, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "window_size": 4}

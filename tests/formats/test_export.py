@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from esvit_core.errors import UserError
-from esvit_core.export import load_backbone
-from esvit_core.formats import onnx_model, timm_folder
-from esvit_core.formats.export import FORMATS, Format, export_backbone
 from esvit_core.models.region_map import view_and_region_map
+from esvit_core.weights.backbone import load_backbone
+from esvit_core.weights.formats import onnx_model, timm_folder
+from esvit_core.weights.formats.export import FORMATS, Format, export_backbone
 
 OURS = ["swin", "cvt_tiny", "vil_2262", "deit_tiny", "resnet50"]
 

@@ -14,7 +14,7 @@ import torch
 
 from esvit_core.config import ModelConfig
 from esvit_core.models import MultiCropNetwork, ProjectionHead, create_backbone
-from esvit_core.models.published import from_published, to_published
+from esvit_core.weights.published_names import from_published, to_published
 
 HERE = Path(__file__).parent
 

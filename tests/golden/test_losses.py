@@ -9,7 +9,7 @@ import torch
 from esvit_core.config import ObjectiveConfig
 from esvit_core.losses import Objective
 from esvit_core.models import NetworkOutput
-from esvit_core.training.schedules import teacher_temperature
+from esvit_core.training.optim.schedules import teacher_temperature
 
 K, B, CROPS = 32, 3, [6, 6, 2, 2]
 TEMPERATURES = teacher_temperature(0.04, 0.07, 10, 20)

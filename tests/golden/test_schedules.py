@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from esvit_core.config import Config
-from esvit_core.training.schedules import Schedules, cosine_schedule, teacher_temperature
+from esvit_core.training.optim.schedules import Schedules, cosine_schedule, teacher_temperature
 
 EPOCHS, STEPS = 20, 7
 

@@ -7,15 +7,15 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.losses import Objective
-from esvit_core.models.published import to_published
-from esvit_core.training.optimizer import (
+from esvit_core.training.optim.optimizer import (
     build_optimizer,
     clip_gradients_,
     freeze_last_layer_,
     set_hyperparameters_,
     update_teacher_,
 )
-from esvit_core.training.schedules import Schedules
+from esvit_core.training.optim.schedules import Schedules
+from esvit_core.weights.published_names import to_published
 
 RELATIVE = 2e-4
 

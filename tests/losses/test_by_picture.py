@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esvit_core.config import Config, ObjectiveConfig
-from esvit_core.losses import Objective, by_picture, region_loss, view_loss
-from esvit_core.losses.plain import plain_region_loss, plain_view_loss
-from esvit_core.models import prototype_logits
+from esvit_core.losses import Objective, blockwise, region_loss, view_loss
+from esvit_core.losses.reference import plain_region_loss, plain_view_loss
+from esvit_core.models import lazy_logits
+from esvit_core.models.lazy_logits import PrototypeLogits
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
-from esvit_core.models.prototype_logits import PrototypeLogits
-from esvit_core.monitoring.diagnostics import BatchStatistics
+from esvit_core.training.diagnostics import BatchStatistics
 
 D, TEMPS = 6, {"student_temp": 0.1, "teacher_temp": 0.05}
 
@@ -52,7 +52,7 @@ def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_b
             logits = PrototypeLogits(*leaves)
             given = (logits, teacher) if loss is ours else (logits.dense(), teacher.dense())
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(by_picture, "ROWS_OF_PRODUCTS", rows_per_block)
+                patch.setattr(blockwise, "ROWS_OF_PRODUCTS", rows_per_block)
                 value = loss(*given, centre=centre, **TEMPS, **others)
             (3 * value).backward()
             results.append((value.detach(), *(leaf.grad for leaf in leaves)))
@@ -91,7 +91,7 @@ def step(networks: list[MultiCropNetwork], fewest: int, dtype: torch.dtype = tor
     student.zero_grad()
     objective = Objective(ObjectiveConfig(), 600)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prototype_logits, "FEWEST_PROTOTYPES", fewest)
+        patch.setattr(lazy_logits, "FEWEST_PROTOTYPES", fewest)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
                 theirs = teacher(crops()[:2])
@@ -137,8 +137,8 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_holds_the_logits_of_all_pictures(
     networks: list[MultiCropNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_picture, "ROWS_OF_PRODUCTS", 1)
-    monkeypatch.setattr(prototype_logits, "FEWEST_PROTOTYPES", 600)
+    monkeypatch.setattr(blockwise, "ROWS_OF_PRODUCTS", 1)
+    monkeypatch.setattr(lazy_logits, "FEWEST_PROTOTYPES", 600)
     student, teacher = networks
     with torch.no_grad():
         theirs = teacher(crops()[:2])

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("compiled here, not interpreted; tests/losses/test_objective.py runs it", allow_module_level=True)
 
-from esvit_core.losses import cross_entropy_triton as kernels
+from esvit_core.kernels import cross_entropy_triton as kernels
 
 
 @settings(max_examples=12, deadline=None)

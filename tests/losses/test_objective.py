@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from esvit_core.config import ObjectiveConfig
 from esvit_core.losses import Objective, cross_entropy, region_loss, view_loss
-from esvit_core.losses.plain import plain_region_loss, plain_view_loss
+from esvit_core.losses.reference import plain_region_loss, plain_view_loss
 from esvit_core.losses.region import match_regions
-from esvit_core.models import NetworkOutput, prototype_logits
+from esvit_core.models import NetworkOutput, lazy_logits
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 
@@ -81,7 +81,7 @@ def assert_same(fast, plain, inputs: dict) -> None:
 def many(request: pytest.FixtureRequest) -> Iterator[None]:
     """Of many prototypes the loss is worked off picture by picture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prototype_logits, "FEWEST_PROTOTYPES", request.param)
+        patch.setattr(lazy_logits, "FEWEST_PROTOTYPES", request.param)
         yield
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.losses import rows
+from esvit_core.kernels import fused_softmax
 
-compiled = pytest.mark.skipif(rows.library() is None, reason="no C compiler")
+compiled = pytest.mark.skipif(fused_softmax.library() is None, reason="no C compiler")
 TEMPS = {"student": 0.1, "teacher": 0.04}
 
 
@@ -48,11 +48,11 @@ def compared(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
     logits = given["logits"]
     values, out = torch.full((len(logits),), torch.nan), torch.full_like(logits, torch.nan)
     arguments = (logits, given["places"], given["matches"], given["targets"], TEMPS["student"], given["scale"])
-    rows.compare(*arguments, values, out)
+    fused_softmax.compare(*arguments, values, out)
     alone, made = torch.full_like(values, torch.nan), logits.clone()
-    rows.compare(*arguments, alone, None)
+    fused_softmax.compare(*arguments, alone, None)
     torch.testing.assert_close(alone, values, rtol=0, atol=0, equal_nan=True)
-    rows.compare(made, *arguments[1:], alone, made)  # in place
+    fused_softmax.compare(made, *arguments[1:], alone, made)  # in place
     for place in given["places"]:
         assert torch.equal(made[place], out[place])
     return values, out
@@ -90,7 +90,7 @@ def test_distributions_are_those_of_the_formula(n, K, dtype, size, seed) -> None
     logits = (size * torch.randn(40, K, generator=generator)).to(dtype)
     centre, chosen = torch.randn(1, K, generator=generator), torch.randint(0, 40, (n,), generator=generator)
     out = torch.full((n, K), torch.nan)
-    rows.sharpen(logits, chosen, centre, TEMPS["teacher"], out)
+    fused_softmax.sharpen(logits, chosen, centre, TEMPS["teacher"], out)
     right = ((logits[chosen].double() - centre) / TEMPS["teacher"]).softmax(-1)
     torch.testing.assert_close(out.double(), right, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(out.sum(-1), torch.ones(n), rtol=1e-5, atol=0)
@@ -101,10 +101,12 @@ def test_distributions_are_those_of_the_formula(n, K, dtype, size, seed) -> None
 def test_the_compiled_form_is_taken_and_agrees_with_torch(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem([(30, 1), (50, 2)], 4099, dtype, 1.0, 0)
     calls = []
-    monkeypatch.setattr(rows, "call", lambda name, jobs, call=rows.call: calls.append(name) or call(name, jobs))
+    monkeypatch.setattr(
+        fused_softmax, "call", lambda name, jobs, call=fused_softmax.call: calls.append(name) or call(name, jobs)
+    )
     with_compiler = compared(given)
     assert calls == ["compare"] * 3
-    monkeypatch.setattr(rows, "library", lambda: None)
+    monkeypatch.setattr(fused_softmax, "library", lambda: None)
     without = compared(given)
     assert len(calls) == 3
     torch.testing.assert_close(with_compiler[0], without[0], rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -135,7 +137,7 @@ def test_a_broken_logit_shows_in_the_loss(value: float, dtype: torch.dtype) -> N
     assert not values[2].isfinite() and not gradients[2].isfinite().all()
     assert values[[1, 3]].isfinite().all() and gradients[[1, 3]].isfinite().all()
     out = torch.empty(1, 50)
-    rows.sharpen(given["logits"], torch.tensor([2]), torch.zeros(1, 50), 0.04, out)
+    fused_softmax.sharpen(given["logits"], torch.tensor([2]), torch.zeros(1, 50), 0.04, out)
     assert not out.isfinite().all()
 
 
@@ -143,5 +145,5 @@ def compared_once(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]
     logits, values = given["logits"], torch.zeros(len(given["logits"]))
     out = torch.zeros_like(logits)
     rest = (given["targets"], TEMPS["student"], given["scale"], values, out)
-    rows.compare(logits, given["places"], given["matches"], *rest)
+    fused_softmax.compare(logits, given["places"], given["matches"], *rest)
     return values, out

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from esvit_core.pod import NO_SIDECAR, container_security, pod_annotations, pod_labels, pod_security
+from esvit_core.launch.pod_metadata import NO_SIDECAR, container_security, pod_annotations, pod_labels, pod_security
 
 Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from referencing import Registry, Resource
 
-from esvit_core.config.cluster import TOKEN_FOLDER, ClusterConfig
+from esvit_core.config.cluster_settings import TOKEN_FOLDER, ClusterConfig
 from esvit_core.monitoring.alerts import STORE_KEPT_FREE_GIB, alert_rules
 from esvit_core.storage import StoreAddress
 from esvit_core.storage.web_identity import TOKEN_FILE
@@ -184,7 +184,7 @@ def test_monitors_and_rules_carry_the_label_that_prometheus_selects(rendered: di
 
 
 def test_the_monitors_find_a_step_that_trains_and_the_pods_of_a_job(rendered: dict[str, list[Object]]) -> None:
-    from esvit_core.pod import METRICS_LABEL, METRICS_PORT, pod_labels
+    from esvit_core.launch.pod_metadata import METRICS_LABEL, METRICS_PORT, pod_labels
 
     monitors = {m["metadata"]["name"]: m["spec"] for m in of_kind(rendered["onprem"], "PodMonitor")}
     pods = {

@@ -21,18 +21,18 @@ from minio.commonconfig import CopySource
 from minio.error import S3Error
 
 from esvit_core.config import Config
-from esvit_core.config.cluster import Role as Kind
+from esvit_core.config.cluster_settings import Role as Kind
 from esvit_core.errors import UserError
-from esvit_core.evaluation.existing import take_backbone
-from esvit_core.export import save_backbone
-from esvit_core.models.registry import create_backbone
-from esvit_core.retraining.data import prepare_new
-from esvit_core.retraining.find import find_new
-from esvit_core.runs import MEASURED, open_run
+from esvit_core.evaluation.import_backbone import take_backbone
+from esvit_core.models.factory import create_backbone
+from esvit_core.retraining.find_new_data import find_new
+from esvit_core.retraining.prepare_new_data import prepare_new
+from esvit_core.runs.run import MEASURED, open_run
 from esvit_core.storage import ObjectStore, StoreAddress, StoreError, StoreRefused, weed
 from esvit_core.storage.keys import new_keys, secret_manifests, secret_values
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.roles import ADMIN, ROLES, may_write, policy
+from esvit_core.weights.backbone import save_backbone
 
 Object = dict[str, Any]
 # An object of each kind that a run has (`test_every_object_of_a_real_run_has_one_writer` holds the table to a real one).

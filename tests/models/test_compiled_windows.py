@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from esvit_core.compiled import library
-from esvit_core.models import compiled_windows, cvt
-from esvit_core.models.fastest import choose_fastest_
-from esvit_core.models.windows import WindowAttention, window_layout
+from esvit_core.kernels import library, window_attention
+from esvit_core.kernels.select import choose_fastest_
+from esvit_core.models import cvt
+from esvit_core.models.layers.windows import WindowAttention, window_layout
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -101,7 +101,7 @@ def test_without_a_bias_it_is_the_formula(width: int, dtype: torch.dtype) -> Non
     heads, scale = 3, 0.3
     qkv = torch.randn(2, 14 * 21, 3 * heads * width).to(dtype).requires_grad_()
     places = window_layout(14, 21, 7, 0, CPU).places  # (windows, 49)
-    out = compiled_windows.attend_in_windows(qkv, heads, None, places, None, None, scale)
+    out = window_attention.attend_in_windows(qkv, heads, None, places, None, None, scale)
     exact = qkv.detach().double().requires_grad_()
     q, k, v = exact[:, places].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
     expected = ((scale * q @ k.mT).softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)  # window by window
@@ -118,7 +118,7 @@ def test_without_a_bias_it_is_the_formula(width: int, dtype: torch.dtype) -> Non
 
 def test_the_compiled_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(compiled_windows, "call", lambda name, jobs: calls.append(name))
+    monkeypatch.setattr(window_attention, "call", lambda name, jobs: calls.append(name))
     module = attention(1, 7, 3)
     module(torch.randn(1, 14, 14, 32))  # as it was built
     assert not calls
@@ -129,7 +129,7 @@ def test_the_compiled_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_heads_of_cvt_are_64_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(compiled_windows, "call", lambda name, jobs: calls.append(name))
+    monkeypatch.setattr(window_attention, "call", lambda name, jobs: calls.append(name))
     module = cvt.Attention(128, 2, 7, True)
     choose_fastest_(module, torch.float32, CPU)
     module(torch.randn(1, 14, 14, 128)).sum().backward()
@@ -138,7 +138,7 @@ def test_heads_of_cvt_are_64_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("window", [4, 14])
 def test_other_windows_are_left_to_torch(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_windows, "call", pytest.fail)
+    monkeypatch.setattr(window_attention, "call", pytest.fail)
     module = attention(2, window, 0)
     choose_fastest_(module, torch.float32, CPU)
     assert module(torch.randn(1, 14, 14, 64)).shape == (1, 14, 14, 64)

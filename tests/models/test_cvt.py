@@ -6,8 +6,8 @@ import copy
 
 import torch
 
+from esvit_core.kernels.select import choose_fastest_
 from esvit_core.models import cvt
-from esvit_core.models.fastest import choose_fastest_
 
 
 def test_the_factor_of_quick_gelu_goes_into_the_layers() -> None:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from esvit_core.models import linear as module
+from esvit_core.kernels import onednn_linear as module
+from esvit_core.kernels.onednn_linear import Linear, linear
+from esvit_core.kernels.select import choose_fastest_
 from esvit_core.models.cvt import PointwiseConv
-from esvit_core.models.fastest import choose_fastest_
-from esvit_core.models.linear import Linear, linear
 
 CPU = torch.device("cpu")
 onednn = pytest.mark.skipif(not module._AVAILABLE, reason="torch without oneDNN or MKL")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.models.longformer import OFFSETS, OWN, FullAttention, SparseAttention
+from esvit_core.models.layers.longformer import OFFSETS, OWN, FullAttention, SparseAttention
 from esvit_core.models.vil import VisionLongformer, parse_architecture, switch_mode_
 
 HEADS, DIM = 2, 8

@@ -10,8 +10,8 @@ from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.losses import Objective
 from esvit_core.models import MultiCropNetwork, ProjectionHead, build_student_teacher, create_backbone
-from esvit_core.models.published import from_published, to_published
-from esvit_core.training.optimizer import build_optimizer, set_hyperparameters_, update_teacher_
+from esvit_core.training.optim.optimizer import build_optimizer, set_hyperparameters_, update_teacher_
+from esvit_core.weights.published_names import from_published, to_published
 
 MICRO = {
     "augment": {

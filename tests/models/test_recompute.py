@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from esvit_core.models.recompute import without_keeping
+from esvit_core.models.layers.activation_checkpointing import without_keeping
 from esvit_core.models.swin import SwinBlock
 
 

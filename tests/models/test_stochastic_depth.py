@@ -7,8 +7,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from esvit_core.models.fastest import choose_fastest_
-from esvit_core.models.stochastic_depth import StochasticDepth
+from esvit_core.kernels.select import choose_fastest_
+from esvit_core.models.layers.stochastic_depth import StochasticDepth
 
 
 class Branch(nn.Module):

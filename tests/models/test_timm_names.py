@@ -15,7 +15,7 @@ from torch import nn
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.models import create_backbone
-from esvit_core.models.timm_names import COMPUTED, from_timm, stock_network, to_timm
+from esvit_core.weights.timm_names import COMPUTED, from_timm, stock_network, to_timm
 
 IN_TIMM = ["swin_tiny_w7", "swin_base_w14", "deit_tiny", "vit_base", "resnet50"]
 STOCK = {

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.models.attention import attend
-from esvit_core.models.windows import FromWindows, ToWindows, WindowAttention, attend_fused, window_layout
+from esvit_core.models.layers.attention import attend
+from esvit_core.models.layers.windows import FromWindows, ToWindows, WindowAttention, attend_fused, window_layout
 
 CPU = torch.device("cpu")
 

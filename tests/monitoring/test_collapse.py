@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from esvit_core.config import Config, DiagnosticsConfig
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
-from esvit_core.monitoring.collapse import CollapseWatch, Sign
-from esvit_core.monitoring.diagnostics import BatchStatistics
-from esvit_core.training.optimizer import update_teacher_
+from esvit_core.training.collapse import CollapseWatch, Sign
+from esvit_core.training.diagnostics import BatchStatistics
+from esvit_core.training.optim.optimizer import update_teacher_
 
 K, B, STEPS, PATIENCE = 64, 32, 40, 20
 TINY: dict[str, Any] = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from esvit_core.config import ObjectiveConfig
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import NetworkOutput
-from esvit_core.monitoring import diagnostics
-from esvit_core.monitoring.diagnostics import (
+from esvit_core.training import diagnostics
+from esvit_core.training.diagnostics import (
     SAMPLED_ROWS,
     BatchStatistics,
     Diagnostics,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from esvit_core.monitoring.journal import note, read_journal, starts
+from esvit_core.runs.events import note, read_journal, starts
 
 
 def test_entries_come_back_in_the_order_in_which_they_were_written(store: Any) -> None:

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from esvit_core.monitoring import log
-from esvit_core.monitoring.log import LogWriter, read_log
+from esvit_core.runs import log
+from esvit_core.runs.log import LogWriter, read_log
 from esvit_core.storage import ObjectStore
-from esvit_core.storage.outbox import Outbox
+from esvit_core.storage.upload_queue import Outbox
 
 
 def write(store: ObjectStore, run: str, steps: range, loss: float) -> None:

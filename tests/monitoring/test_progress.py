@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from esvit_core.monitoring.progress import Progress, format_duration, format_figure
+from esvit_core.monitoring.progress_line import Progress, format_duration, format_figure
 
 
 def test_a_line_tells_share_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,5 +66,5 @@ def test_figures(value: float | str, text: str) -> None:
 
 
 def test_progress_does_not_import_torch() -> None:
-    code = "import sys, esvit_core.monitoring.progress; sys.exit('torch' in sys.modules)"
+    code = "import sys, esvit_core.monitoring.progress_line; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kfp_server import KfpServer
 
 from esvit_core.config import Config
-from esvit_pipelines import cli
-from esvit_pipelines.compile import compile_pipeline
+from esvit_pipelines.cli import main
+from esvit_pipelines.cluster.compile import compile_pipeline
 
 VARIABLES = (
     "KF_PIPELINES_ENDPOINT",
@@ -62,7 +62,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["esvit", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         printed = capsys.readouterr()
         code = stop.value.code
         return (code if isinstance(code, int) else 0), printed.out, printed.err

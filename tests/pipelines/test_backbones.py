@@ -11,11 +11,11 @@ import torch
 
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
-from esvit_core.export import load_backbone
 from esvit_core.models import create_backbone
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 from esvit_core.storage.address import VARIABLES
-from esvit_pipelines.cli import app
+from esvit_core.weights.backbone import load_backbone
+from esvit_pipelines.cli.main import app
 
 
 def esvit(*arguments: object) -> None:

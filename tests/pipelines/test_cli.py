@@ -11,9 +11,9 @@ import pytest
 
 from esvit_core import __version__
 from esvit_core.config import Config
+from esvit_core.config.recipes import preset_names
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE
-from esvit_core.recipe_files import preset_names
-from esvit_pipelines.recipes import recipe_list, recipe_text
+from esvit_pipelines.cli.recipe_commands import recipe_list, recipe_text
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_help_explains_itself(esvit: Any, command: list[str]) -> None:
 def test_help_imports_neither_torch_nor_kfp() -> None:
     code = (
         "import sys; sys.argv = ['esvit', '--help']\n"
-        "from esvit_pipelines.cli import main\n"
+        "from esvit_pipelines.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: print([m for m in ('torch', 'kfp', 'minio', 'numpy') if m in sys.modules])"
     )

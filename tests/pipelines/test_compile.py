@@ -14,8 +14,8 @@ import yaml
 from esvit_core.config import Config
 from esvit_core.config.parameters import resolve
 from esvit_core.errors import UserError
-from esvit_core.planning.sizes import with_sizes
-from esvit_pipelines.compile import compile_pipeline
+from esvit_core.planning.pod_sizes import with_sizes
+from esvit_pipelines.cluster.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 from esvit_pipelines.steps import step_names
 
@@ -191,7 +191,7 @@ def test_no_key_of_the_environment_gets_into_it(tmp_path: Path) -> None:
 def test_compiling_twice_gives_the_same_bytes(compiled: Any, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from esvit_core.config import Config;"
-        "from esvit_pipelines.compile import compile_pipeline;"
+        "from esvit_pipelines.cluster.compile import compile_pipeline;"
         "compile_pipeline('pretrain', Config.from_yaml(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))"
     )
     config, path = tmp_path / "config.yaml", tmp_path / "pipeline.yaml"

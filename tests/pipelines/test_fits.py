@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_pipelines.fits import misfits, size_lines
+from esvit_pipelines.cluster.capacity import misfits, size_lines
 
 NODE = {"cpu": "3920m", "memory": "15Gi", "pods": "110"}
 SIZES = [f"cluster.{role}.{size}" for role in ("train", "evaluate") for size in ("cpu=500m", "memory=2Gi")]

@@ -170,13 +170,13 @@ def test_a_lost_connection_does_not_end_it(
 def test_a_proxy_without_a_server_is_waited_for_but_not_for_ever(
     server: KfpServer, call: Call, compiled: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esvit_pipelines.follow.PATIENCE_SECONDS", 3600)
+    monkeypatch.setattr("esvit_pipelines.cluster.follow.PATIENCE_SECONDS", 3600)
     server.states = ["RUNNING"]
     call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
     run = only(server.kept["runs"])
     from esvit_core.errors import UserError
-    from esvit_pipelines.follow import follow
-    from esvit_pipelines.kubeflow import Server, connected
+    from esvit_pipelines.cluster.client import Server, connected
+    from esvit_pipelines.cluster.follow import follow
 
     with connected(Server(server.url)) as connection:
         server.down = 503
@@ -192,7 +192,7 @@ def test_a_refusal_is_not_waited_out(server: KfpServer, call: Call, at_once: lis
 
 def test_the_token_is_read_anew(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
     """Those that Kubernetes puts into a pod are replaced within the hour."""
-    from esvit_pipelines.kubeflow import Server, connected
+    from esvit_pipelines.cluster.client import Server, connected
 
     token = tmp_path / "token"
     token.write_text("first")
@@ -255,7 +255,7 @@ def test_it_is_submitted_again_when_the_server_is_back_and_with_the_token_of_the
     token.write_text("first")
     server.token = "first"
     failed_with(server, "pod deleted", None)
-    from esvit_pipelines import follow
+    from esvit_pipelines.cluster import follow
 
     end = follow.print_end
 

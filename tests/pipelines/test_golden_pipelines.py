@@ -14,10 +14,16 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.pod import METRICS_LABEL, METRICS_PORT, METRICS_PORT_VARIABLE, pod_annotations, pod_labels
+from esvit_core.launch.pod_metadata import (
+    METRICS_LABEL,
+    METRICS_PORT,
+    METRICS_PORT_VARIABLE,
+    pod_annotations,
+    pod_labels,
+)
 from esvit_core.repetition import RETRIES_VARIABLE, WAIT_VARIABLE
-from esvit_core.training.pace import LOST_SECONDS_VARIABLE
-from esvit_pipelines.compile import PIPELINES, build, pipeline_text
+from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE
+from esvit_pipelines.cluster.compile import PIPELINES, build, pipeline_text
 from esvit_pipelines.steps import step_names
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -18,13 +18,13 @@ from esvit_components.evaluation.compare_champion import compare_champion
 from esvit_components.evaluation.extract_features import extract_features
 from esvit_components.evaluation.knn import knn
 from esvit_components.evaluation.linear_probe import linear_probe
-from esvit_components.evaluation.pictures import pictures as draw
 from esvit_components.evaluation.transfer import transfer
+from esvit_components.evaluation.visualize import pictures as draw
 from esvit_components.training.pretrain import pretrain
 from esvit_core.artifacts import describe, point_to
 from esvit_core.config import Config
 from esvit_core.evaluation.results import left_out, measured
-from esvit_core.runs import CONFIG, RETRAINING, Run
+from esvit_core.runs.run import CONFIG, RETRAINING, Run
 
 REASON = "the pictures have no labels"
 

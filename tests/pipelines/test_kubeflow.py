@@ -18,7 +18,7 @@ from kfp_server import KfpServer
 from told import Call, only, told
 
 from esvit_core.errors import UserError
-from esvit_pipelines.schedule import cron, interval
+from esvit_pipelines.cluster.schedule import cron, interval
 
 # Submitting
 
@@ -209,7 +209,7 @@ def test_the_runs_are_listed_with_state_duration_and_link(server: KfpServer, cal
 
 
 def test_all_pages_are_read(server: KfpServer, call: Call, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esvit_pipelines.cluster_runs._PAGE", 2)
+    monkeypatch.setattr("esvit_pipelines.cluster.runs._PAGE", 2)
     call("submit", compiled, "--data", "s3://b/p")
     for number in range(4):
         server.kept["runs"][str(number)] = next(iter(server.kept["runs"].values()))

@@ -123,7 +123,7 @@ def test_a_port_that_is_taken(folder: Path, tmp_path: Path, esvit: Any) -> None:
 
 def test_a_run_that_is_in_progress(tmp_path: Path) -> None:
     from esvit_core.errors import UserError
-    from esvit_pipelines.attempt import in_progress
+    from esvit_pipelines.local.attempt import in_progress
 
     with in_progress(tmp_path), pytest.raises(UserError, match="another esvit run is working on it"):
         in_progress(tmp_path).__enter__()
@@ -133,7 +133,7 @@ def test_a_bug_is_one_line_with_the_log(tmp_path: Path, folder: Path) -> None:
     """A step that fails without a reason of the user's: exit code 1, and where the traceback is."""
     code = (
         "import sys; from pathlib import Path; from esvit_core.config import Config;"
-        "from esvit_pipelines.attempt import in_progress, run_attempt; from esvit_core.errors import CrashError; here = Path(sys.argv[1]);"
+        "from esvit_pipelines.local.attempt import in_progress, run_attempt; from esvit_core.errors import CrashError; here = Path(sys.argv[1]);"
         "(here / 'config.yaml').write_text(Config.load('demo').to_yaml())\n"
         "with in_progress(here) as lock:\n"
         "    try: run_attempt('good', here / 'config.yaml', 's3://esvit/runs/x', here / 'run.log', lock)\n"

@@ -80,7 +80,7 @@ def test_one_that_registers_at_the_same_time_is_no_error(
     server: KfpServer, call: Call, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call("submit", compiled, "--data", "s3://b/p")
-    from esvit_pipelines import registration
+    from esvit_pipelines.cluster import registration
 
     look, answers = registration._version_id, [None]  # the other one comes after the first look
     monkeypatch.setattr(registration, "_version_id", lambda *given: answers.pop() if answers else look(*given))

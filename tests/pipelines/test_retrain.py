@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.data.manifest import Manifest
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
-from esvit_core.evaluation.comparison import comparison_uri
-from esvit_core.retraining.find import find_new
-from esvit_core.runs import Run, open_run
+from esvit_core.registry.comparison import comparison_uri
+from esvit_core.retraining.find_new_data import find_new
+from esvit_core.runs.run import Run, open_run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from esvit_core.data.sources import open_source
-from esvit_core.runs import Run
+from esvit_core.data.ingest.sources import open_source
+from esvit_core.runs.run import Run
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 from esvit_pipelines.steps import step_names
@@ -144,7 +144,7 @@ def test_the_same_command_again_finds_everything(finished_run: Any, finished_sto
 
 
 def test_an_archive_of_another_name_with_the_same_setting_is_another_run(run_there: Run) -> None:
-    from esvit_core.runs import run_id
+    from esvit_core.runs.run import run_id
 
     sets = {"marks": "1"}
     name = run_id(run_there.config, "a", sets)

@@ -15,9 +15,9 @@ from kfp_server import KfpServer
 from kfp_server_api import models
 from kfp_workflow import BEGAN, RUN, Task, pod, workflow
 
-from esvit_pipelines.kubeflow import Server, connected
-from esvit_pipelines.run_steps import read_workflow, workflow_of
-from esvit_pipelines.step_log import parse_log, users_mistake
+from esvit_pipelines.cluster.client import Server, connected
+from esvit_pipelines.cluster.run_steps import read_workflow, workflow_of
+from esvit_pipelines.cluster.step_log import parse_log, users_mistake
 
 DONE = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", "")])
 LATER = Task("knn", "k-NN", ("prepare-data",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 
-from esvit_pipelines.step_console import KfpRecords, LineFilter, StepConsole
+from esvit_pipelines.local.step_console import KfpRecords, LineFilter, StepConsole
 
 
 def shown(text: str) -> list[str]:

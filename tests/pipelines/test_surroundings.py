@@ -100,7 +100,7 @@ def test_output_that_is_only_shown_ends_silently_with_its_reader() -> None:
 def test_a_closed_stream_takes_no_file_s_place(tmp_path: Path) -> None:
     script = """
 import os
-from esvit_pipelines.surroundings import open_closed_streams
+from esvit_pipelines.local.surroundings import open_closed_streams
 open_closed_streams()
 with open(os.environ["PLACE"], "w") as file:
     os.system("echo from a child process")

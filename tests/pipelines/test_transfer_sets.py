@@ -9,7 +9,7 @@ import pytest
 
 from esvit_components.data.prepare_transfer import prepare_transfer
 from esvit_core.config import Config
-from esvit_core.runs import CONFIG, Run
+from esvit_core.runs.run import CONFIG, Run
 
 
 def test_an_interrupted_step_goes_on_with_the_sets_that_are_missing(

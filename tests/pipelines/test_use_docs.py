@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esvit_core.runs import Run
-from esvit_pipelines.cli import app
+from esvit_core.runs.run import Run
+from esvit_pipelines.cli.main import app
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "use.md"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

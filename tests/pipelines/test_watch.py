@@ -10,56 +10,60 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage.address import VARIABLES
-from esvit_pipelines import watch
-from esvit_pipelines.attempt import in_progress
+from esvit_pipelines.cli import status_commands
+from esvit_pipelines.local.attempt import in_progress
 
 
 @pytest.fixture
-def place(finished_run: Any, monkeypatch: pytest.MonkeyPatch) -> watch.Place:
+def place(finished_run: Any, monkeypatch: pytest.MonkeyPatch) -> status_commands.Place:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    return watch.Place(finished_run.out, "esvit")
+    return status_commands.Place(finished_run.out, "esvit")
 
 
-def test_the_runs_of_a_store(place: watch.Place, finished_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    watch.show_runs(place, as_json=False)
+def test_the_runs_of_a_store(
+    place: status_commands.Place, finished_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status_commands.show_runs(place, as_json=False)
     assert f"{finished_run.name} finished" in " ".join(capsys.readouterr().out.split())
-    watch.show_runs(place, as_json=True)
+    status_commands.show_runs(place, as_json=True)
     (run,) = json.loads(capsys.readouterr().out)
     assert (run["name"], run["state"], run["restarts"]) == (finished_run.name, "finished", 0)
 
 
 def test_a_run_by_the_beginning_of_its_name(
-    place: watch.Place, finished_run: Any, capsys: pytest.CaptureFixture[str]
+    place: status_commands.Place, finished_run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch.show_status(place, "micro", follow=True, as_json=False)  # it has ended: nothing to wait for
+    status_commands.show_status(place, "micro", follow=True, as_json=False)  # it has ended: nothing to wait for
     text = capsys.readouterr().out
     assert finished_run.name in text and "100 %" in text and "pretrain started  from step 0" in text
 
 
-def test_the_log_has_every_line_in_order(place: watch.Place, capsys: pytest.CaptureFixture[str]) -> None:
-    watch.show_logs(place, None, follow=True, as_json=True)
+def test_the_log_has_every_line_in_order(place: status_commands.Place, capsys: pytest.CaptureFixture[str]) -> None:
+    status_commands.show_logs(place, None, follow=True, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["kind"] == "started"
     steps = [line["step"] for line in lines if line["kind"] == "log"]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 5
-    watch.show_logs(place, None, follow=False, as_json=False)
+    status_commands.show_logs(place, None, follow=False, as_json=False)
     assert len(capsys.readouterr().out.splitlines()) == len(lines)
 
 
 def test_lines_of_one_moment_are_all_shown(
-    place: watch.Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: status_commands.Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_log = watch.read_log
-    monkeypatch.setattr(watch, "read_log", lambda *given: [{**line, "time": 1.8e9} for line in read_log(*given)])
-    watch.show_logs(place, None, follow=True, as_json=True)
+    read_log = status_commands.read_log
+    monkeypatch.setattr(
+        status_commands, "read_log", lambda *given: [{**line, "time": 1.8e9} for line in read_log(*given)]
+    )
+    status_commands.show_logs(place, None, follow=True, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     steps = [line["step"] for line in lines if line["kind"] == "log"]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 5
 
 
 def test_whether_the_command_is_at_work_is_seen_on_its_machine(tmp_path: Path) -> None:
-    place = watch.Place(tmp_path, "esvit")
+    place = status_commands.Place(tmp_path, "esvit")
     assert place._alive("run-a") is None  # it was started elsewhere: only the store can tell
     (tmp_path / "run-a").mkdir()
     with in_progress(tmp_path / "run-a"):
@@ -76,9 +80,9 @@ def test_a_run_that_does_not_exist_is_one_line_with_the_nearest_name(esvit: Any,
         assert line.startswith(f"error: run {wrong}: ") and f"did you mean {finished_run.name!r}?" in line
 
 
-def test_mistakes_are_told_and_leave_nothing(place: watch.Place, tmp_path: Any) -> None:
+def test_mistakes_are_told_and_leave_nothing(place: status_commands.Place, tmp_path: Any) -> None:
     with pytest.raises(UserError, match="there is no store"):
-        watch.show_runs(watch.Place(tmp_path, "esvit"), as_json=False)
+        status_commands.show_runs(status_commands.Place(tmp_path, "esvit"), as_json=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="bucket other: not in the store"):
-        watch.show_runs(watch.Place(place.out, "other"), as_json=False)
+        status_commands.show_runs(status_commands.Place(place.out, "other"), as_json=False)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.prepare import prepare
+from esvit_core.data.ingest.prepare import prepare
 from esvit_core.evaluation.results import left_out, measured, result_uri
 from esvit_core.reporting.report import write_report
 from esvit_core.storage import ObjectStore

@@ -11,7 +11,7 @@ import pytest
 from esvit_core.config import Config
 from esvit_core.reporting.charts import Line, confusion, curve
 from esvit_core.reporting.classes import class_table
-from esvit_core.reporting.training import in_groups, training_charts
+from esvit_core.reporting.training_charts import in_groups, training_charts
 
 
 def lines_of(svg: str) -> list[ET.Element]:

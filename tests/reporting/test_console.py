@@ -8,7 +8,7 @@ from rich.console import Console
 
 from esvit_core.evaluation.results import left_out, measured
 from esvit_core.reporting.console import read_results, results_table
-from esvit_core.reporting.summary import percent, points, summarise, typeset
+from esvit_core.reporting.result_table import percent, points, summarise, typeset
 
 LINEAR = {"name": "linear"} | measured(
     "linear", {"trained": {"linear": 41.25}, "untrained": {"linear": 36.5}}, ["ant", "bee"]

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.augment import MultiCrop, sample_rng
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.stream import ShardDataset
-from esvit_core.evaluation.promote import promote
+from esvit_core.data.loading.augment import MultiCrop, sample_rng
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.evaluation.results import measured, result_uri
+from esvit_core.registry.promotion import promote
 from esvit_core.reporting.facts import read_facts
 from esvit_core.reporting.report import write_report
 from esvit_core.reporting.verdict import judge

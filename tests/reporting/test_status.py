@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from esvit_core.config import Config
-from esvit_core.monitoring.journal import note
-from esvit_core.monitoring.log import LogWriter
-from esvit_core.reporting import status
-from esvit_core.reporting.status import RunStatus, read_status, run_names
 from esvit_core.reporting.terminal import runs_table, status_view
-from esvit_core.storage.outbox import Outbox
+from esvit_core.runs import status
+from esvit_core.runs.events import note
+from esvit_core.runs.log import LogWriter
+from esvit_core.runs.status import RunStatus, read_status, run_names
+from esvit_core.storage.upload_queue import Outbox
 
 
 class Story:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.retraining.find import Found, find_new
+from esvit_core.retraining.find_new_data import Found, find_new
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.retraining.data import prepare_new
-from esvit_core.retraining.find import Found
-from esvit_core.runs import CONFIG, open_run
+from esvit_core.retraining.find_new_data import Found
+from esvit_core.retraining.prepare_new_data import prepare_new
+from esvit_core.runs.run import CONFIG, open_run
 
 
 def test_of_several_at_once_one_wins_and_the_others_say_who(find) -> None:
@@ -58,7 +58,7 @@ def test_whoever_is_silent_for_long_loses_it(find, monkeypatch) -> None:
 
 def test_whatever_the_run_writes_is_a_sign_of_life(store, find, monkeypatch) -> None:
     first = find("alive")
-    monkeypatch.setattr("esvit_core.retraining.claim.datetime", Long)
+    monkeypatch.setattr("esvit_core.registry.lease.datetime", Long)
     store.put_bytes(f"{first.run}/training/checkpoints/00000001/x", b"1")
     with pytest.raises(UserError, match="retrain: alive is at"):
         find("heir", claim_hours=0.01)

@@ -6,7 +6,7 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.retraining.continued import continued
+from esvit_core.retraining.continuation import continued
 
 
 def pointer(run: str) -> dict[str, str]:

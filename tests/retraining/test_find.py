@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.data import prepare as module
-from esvit_core.data.manifest import Manifest
-from esvit_core.data.prepare import prepare
+from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
-from esvit_core.retraining.data import earlier_set, prepare_new
-from esvit_core.retraining.find import find_new
-from esvit_core.runs import RETRAINING, open_run
+from esvit_core.retraining.find_new_data import find_new
+from esvit_core.retraining.prepare_new_data import earlier_set, prepare_new
+from esvit_core.runs.run import RETRAINING, open_run
 
 
 def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, list[str]]:

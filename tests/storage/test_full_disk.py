@@ -188,7 +188,7 @@ def test_an_archive_that_does_not_fit_decompressed_is_no_damaged_archive(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_by: int
 ) -> None:
     """Even where only what is left in the buffer at the end does not fit."""
-    from esvit_core.data.sources import open_source
+    from esvit_core.data.ingest.sources import open_source
 
     if not os.path.ismount(small_disk):
         pytest.skip("no disk of 120 MiB can be mounted here")

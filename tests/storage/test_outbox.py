@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, outbox
-from esvit_core.storage.outbox import Outbox, pending_folder
+from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, upload_queue
+from esvit_core.storage.upload_queue import Outbox, pending_folder
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(outbox, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(upload_queue, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(upload_queue, "LONGEST_WAIT", 0.05)
 
 
 def sent(box: Outbox, name: str, content: bytes) -> None:

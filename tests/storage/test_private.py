@@ -10,8 +10,8 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, StoreAddress
-from esvit_core.storage.outbox import pending_folder
-from esvit_core.storage.private import private_folder
+from esvit_core.storage.private_folders import private_folder
+from esvit_core.storage.upload_queue import pending_folder
 
 NAME = f"esvit-things-{os.geteuid()}"
 

@@ -7,7 +7,7 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore
-from esvit_core.storage.publish import describe, put_set
+from esvit_core.storage.publication import describe, put_set
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from esvit_core.errors import UserError
 from esvit_core.storage import StoreRefused
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.storage.errors import PathError
-from esvit_core.storage.outbox import Outbox
 from esvit_core.storage.session import open_store
+from esvit_core.storage.store_errors import PathError
+from esvit_core.storage.upload_queue import Outbox
 from esvit_core.storage.weed import data_argument
 
 
@@ -54,7 +54,7 @@ def test_a_killed_session_leaves_a_server_that_the_next_one_uses_and_the_last_on
     script = """
 import os, signal, sys
 from pathlib import Path
-from esvit_core.storage.outbox import Outbox
+from esvit_core.storage.upload_queue import Outbox
 from esvit_core.storage.session import open_store
 from esvit_core.storage.weed import data_argument
 with open_store(Path(sys.argv[1])) as store:

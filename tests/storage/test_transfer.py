@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.storage import IntegrityError, NotFound, StoreError, StoreUnavailable, transfer
+from esvit_core.storage import IntegrityError, NotFound, StoreError, StoreUnavailable, parallel_transfer
 
 MIB = 2**20
 
@@ -14,7 +14,7 @@ MIB = 2**20
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Parts of the least size that S3 allows, so that a file of many parts is small."""
-    monkeypatch.setattr(transfer, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(parallel_transfer, "PART_BYTES", 5 * MIB)
     return 5 * MIB
 
 
@@ -26,7 +26,7 @@ def pending(store) -> list[object]:
 def test_files_of_any_number_of_parts_come_back(store, tmp_path: Path, small_parts: int, size: int) -> None:
     source, copy = tmp_path / "source", tmp_path / "deep" / "copy"
     source.write_bytes(os.urandom(size))
-    store.put_file(store.uri("file.bin"), source, sha256=transfer.sha256_of(source))
+    store.put_file(store.uri("file.bin"), source, sha256=parallel_transfer.sha256_of(source))
     store.get_file(store.uri("file.bin"), copy)
     assert copy.read_bytes() == source.read_bytes()
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]

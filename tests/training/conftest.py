@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from esvit_core.config import Config, DataConfig
-from esvit_core.data.loader import TrainLoader
-from esvit_core.data.prepare import prepare
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.loading.loader import TrainLoader
+from esvit_core.launch.stop import StopRequest
 from esvit_core.storage import ObjectStore
-from esvit_core.training.distributed import World
-from esvit_core.training.parts import Parts, assemble
-from esvit_core.training.stop import StopRequest
+from esvit_core.training.distributed.processes import World
+from esvit_core.training.state import Parts, assemble
 
 MICRO: dict[str, Any] = {
     "recipe": "micro",
@@ -109,8 +109,8 @@ class MicroRun:
         """``launch_training`` in another process, which can be signalled."""
         code = (
             "from esvit_core.errors import step\n"
-            "from esvit_core.runs import open_run\n"
-            "from esvit_core.training.launch import launch_training\n"
+            "from esvit_core.runs.run import open_run\n"
+            "from esvit_core.launch.launcher import launch_training\n"
             f"run = open_run({self.uri!r})\n"
             "with step('pretrain'):\n"
             "    launch_training(run.uri, run.config)\n"

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.training.launchers import follow
+from esvit_core.launch.kubernetes import follow
 
 RECORDED = Path(__file__).parent / "recorded"
 _CUSTOM = re.compile(

@@ -17,12 +17,12 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE, LostPeerError, UserError
-from esvit_core.monitoring.journal import note, read_journal
-from esvit_core.training import outcome
-from esvit_core.training.agent import _threads, _with_host, first_failure
-from esvit_core.training.environment import available_cores
-from esvit_core.training.outcome import mark_consequence, note_own_failure
-from esvit_core.training.stop import STOPPED_EXIT_CODE
+from esvit_core.launch import outcome
+from esvit_core.launch.agent import _threads, _with_host, first_failure
+from esvit_core.launch.outcome import mark_consequence, note_own_failure
+from esvit_core.launch.stop import STOPPED_EXIT_CODE
+from esvit_core.runs.environment import available_cores
+from esvit_core.runs.events import note, read_journal
 
 
 def failure(
@@ -137,7 +137,7 @@ def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, mon
 
 
 def test_the_processes_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esvit_core.training.agent.available_cores", lambda: 7)
+    monkeypatch.setattr("esvit_core.launch.agent.available_cores", lambda: 7)
     assert _threads(["--nnodes", "1:2", "--nproc_per_node", "3"]) == 2
     assert _threads(["--nproc_per_node", "8"]) == 1
 

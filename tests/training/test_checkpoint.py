@@ -16,9 +16,9 @@ from torch import nn
 
 from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.storage import ObjectStore, StoreFull, StoreUnavailable
-from esvit_core.storage.outbox import Outbox
-from esvit_core.storage.publish import describe
+from esvit_core.storage.publication import describe
 from esvit_core.storage.retry import RetryPolicy
+from esvit_core.storage.upload_queue import Outbox
 from esvit_core.training.checkpoint import Checkpointer, Retention
 
 QUICK = RetryPolicy(attempts=2, base=0.01, cap=0.02)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from esvit_core.training.distributed import GradientReducer, World
+from esvit_core.training.distributed.processes import GradientReducer, World
 
 # Networks with batch norms, by name, and six pictures for each: a part of the program, and of the test.
 BATCH_NORMED = """
@@ -33,8 +33,8 @@ import json, sys
 import torch
 from torch import nn
 from esvit_core.training import distributed
-from esvit_core.training.batch_norm import share_batch_norms_
-from esvit_core.training.distributed import GradientReducer, Vote, join_world
+from esvit_core.training.distributed.batch_norm import share_batch_norms_
+from esvit_core.training.distributed.processes import GradientReducer, Vote, join_world
 
 distributed.BUCKET_BYTES = 40  # several buckets
 world = join_world()
@@ -163,7 +163,7 @@ LOST = """
 import os, signal, sys
 import torch
 from esvit_core.errors import LostPeerError
-from esvit_core.training.distributed import join_world
+from esvit_core.training.distributed.processes import join_world
 
 world = join_world()
 world.from_first("here")  # all have come

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from esvit_core.monitoring.log import read_log
-from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+from esvit_core.runs.log import read_log
+from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 
 # One of three processes, which form one world after the other; each stops after so many steps, None: at the end.
 PROGRAM = """
 import os, sys
-from esvit_core.training.run import carry_out
-from esvit_core.training.stop import StopRequest
+from esvit_core.training.main import carry_out
+from esvit_core.launch.stop import StopRequest
 
 run, me, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 

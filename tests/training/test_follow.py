@@ -18,11 +18,11 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import EsvitError, InfrastructureError, UserError
-from esvit_core.monitoring.journal import read_journal
-from esvit_core.runs import open_run, start_run
-from esvit_core.training.launchers.follow import LAST_RUNNING, launch_on_cluster
-from esvit_core.training.launchers.pods import job_name
-from esvit_core.training.launchers.volcano import volcano_job
+from esvit_core.launch.kubernetes.follow import LAST_RUNNING, launch_on_cluster
+from esvit_core.launch.kubernetes.training_pod import job_name
+from esvit_core.launch.kubernetes.volcano import volcano_job
+from esvit_core.runs.events import read_journal
+from esvit_core.runs.run import open_run, start_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kube_server import KubeServer, Stage, launching, serving
@@ -324,7 +324,7 @@ def test_the_job_ends_with_the_pod_that_launched_it(
     kube: KubeServer, train: Callable[..., None], tmp_path: Path, store_env: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "namespace").write_text("team")
-    monkeypatch.setattr("esvit_core.training.launchers.kube.NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setattr("esvit_core.launch.kubernetes.client.NAMESPACE_FILE", tmp_path / "namespace")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("KUBERNETES_SERVICE_PORT", raising=False)  # no service account here: the kubeconfig is used
     monkeypatch.setenv("KFP_POD_NAME", "pretrain-1")

@@ -12,19 +12,19 @@ import torch
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.export import load_backbone, save_backbone
-from esvit_core.models.timm_names import to_timm
-from esvit_core.monitoring.log import read_log
-from esvit_core.runs import open_run, run_id, start_run
-from esvit_core.storage.outbox import Outbox
+from esvit_core.launch.stop import STOPPED_EXIT_CODE, StopRequest
+from esvit_core.runs.log import read_log
+from esvit_core.runs.run import open_run, run_id, start_run
+from esvit_core.storage.upload_queue import Outbox
 from esvit_core.training.checkpoint import Checkpointer
-from esvit_core.training.distributed import join_world
-from esvit_core.training.initial import RECORD, starting_states
-from esvit_core.training.parts import Parts, build_parts
-from esvit_core.training.run import carry_out
-from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
-from esvit_core.weights.published import write_published_checkpoint
-from esvit_core.weights.source import with_source_pinned
+from esvit_core.training.distributed.processes import join_world
+from esvit_core.training.initial_weights import RECORD, starting_states
+from esvit_core.training.main import carry_out
+from esvit_core.training.state import Parts, build_parts
+from esvit_core.weights.backbone import load_backbone, save_backbone
+from esvit_core.weights.esvit_checkpoint import write_published_checkpoint
+from esvit_core.weights.timm_names import to_timm
+from esvit_core.weights.weight_source import with_source_pinned
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 

@@ -16,11 +16,11 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE, UserError
-from esvit_core.monitoring.journal import read_journal
-from esvit_core.monitoring.log import read_log
-from esvit_core.storage.outbox import pending_folder
-from esvit_core.training import launch
-from esvit_core.training.launch import divide_cores, launch_training
+from esvit_core.launch import launcher as launch
+from esvit_core.launch.launcher import divide_cores, launch_training
+from esvit_core.runs.events import read_journal
+from esvit_core.runs.log import read_log
+from esvit_core.storage.upload_queue import pending_folder
 
 # 160 steps: long enough to be stopped in the middle.
 LONG = {"epochs": 40, "processes": 2}

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_core.monitoring.log import read_log
-from esvit_core.runs import open_run
-from esvit_core.training.distributed import World
+from esvit_core.runs.log import read_log
+from esvit_core.runs.run import open_run
+from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import build_parts
+from esvit_core.training.state import build_parts
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
@@ -53,10 +53,10 @@ def test_a_skipped_step_changes_nothing_but_the_teacher(micro_run: Callable[...,
 PROGRAM = """
 import os, sys, json
 import torch
-from esvit_core.data.loader import TrainLoader
+from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.errors import UserError
-from esvit_core.training.run import carry_out
-from esvit_core.training.stop import StopRequest
+from esvit_core.training.main import carry_out
+from esvit_core.launch.stop import StopRequest
 
 uris, me = sys.argv[1:4], int(sys.argv[4])
 whole, damaged = TrainLoader.epoch, set()

@@ -10,8 +10,8 @@ from torch import nn
 
 from esvit_core.config import Config
 from esvit_core.models.heads import ProjectionHead
-from esvit_core.training.lars import LARS
-from esvit_core.training.optimizer import (
+from esvit_core.training.optim.lars import LARS
+from esvit_core.training.optim.optimizer import (
     build_optimizer,
     clip_gradients_,
     freeze_last_layer_,

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from esvit_core.errors import InfrastructureError
-from esvit_core.monitoring.log import read_log
-from esvit_core.storage import ObjectStore, outbox
+from esvit_core.launch.stop import StopRequest
+from esvit_core.runs.log import read_log
+from esvit_core.storage import ObjectStore, upload_queue
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.training.run import carry_out
-from esvit_core.training.stop import StopRequest
+from esvit_core.training.main import carry_out
 
 EVERY_STEP = {"checkpoint_steps": 1, "log_steps": 1}
 
@@ -23,8 +23,8 @@ EVERY_STEP = {"checkpoint_steps": 1, "log_steps": 1}
 @pytest.fixture
 def server(tmp_path: Path, store_env: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedStore]:
     """A server of the test's own, which the environment names; the fixtures' store becomes one on it."""
-    monkeypatch.setattr(outbox, "FIRST_WAIT", 0.05)
-    monkeypatch.setattr(outbox, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(upload_queue, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(upload_queue, "LONGEST_WAIT", 0.2)
     made = EmbeddedStore(tmp_path / "store")
     for name, value in made.start().environment().items():
         monkeypatch.setenv(name, value)

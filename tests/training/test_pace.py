@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from esvit_core.training import pace as module
-from esvit_core.training.pace import LOST_SECONDS_VARIABLE, CheckpointPace
+from esvit_core.training import checkpoint_interval as module
+from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, CheckpointPace
 
 POD = {LOST_SECONDS_VARIABLE: "60"}
 

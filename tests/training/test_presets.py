@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from esvit_core.config import Config
-from esvit_core.data.loader import Batch
+from esvit_core.config.recipes import preset_names, preset_text
+from esvit_core.data.loading.loader import Batch
 from esvit_core.losses import Objective
 from esvit_core.models import MultiCropNetwork, build_student_teacher
-from esvit_core.monitoring.collapse import CollapseWatch
-from esvit_core.recipe_files import preset_names, preset_text
-from esvit_core.training.distributed import GradientReducer, World
+from esvit_core.models.precision import choose_precision
+from esvit_core.training.collapse import CollapseWatch
+from esvit_core.training.distributed.processes import GradientReducer, World
 from esvit_core.training.loop import training_step
 from esvit_core.training.nonfinite import NonFiniteGuard
-from esvit_core.training.optimizer import build_optimizer
-from esvit_core.training.parts import Parts
-from esvit_core.training.position import Position
-from esvit_core.training.precision import choose_precision
+from esvit_core.training.optim.optimizer import build_optimizer
+from esvit_core.training.optim.schedules import Schedules
 from esvit_core.training.profiler import Profiler
-from esvit_core.training.schedules import Schedules
-from esvit_core.training.trace import Trace
+from esvit_core.training.progress import Position
+from esvit_core.training.sample_trace import Trace
+from esvit_core.training.state import Parts
 
 K = 32
 # The published networks as they are built for 224 px, on one picture and on three crops of half the size.

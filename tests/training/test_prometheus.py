@@ -19,7 +19,7 @@ import yaml
 
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.monitoring.alerts import Durations, alert_rules, rule_file
-from esvit_core.monitoring.journal import read_journal
+from esvit_core.runs.events import read_journal
 
 DASHBOARD = Path(__file__).parents[2] / "manifests" / "monitoring" / "grafana" / "dashboards" / "esvit.json"
 # Ten minutes become five seconds: the rules' own durations, a hundred and twentieth of each, and of the scrape interval.

@@ -12,17 +12,17 @@ import torch
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.launch.launcher import launch_training
+from esvit_core.launch.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.models.multicrop import build_network
-from esvit_core.monitoring.log import read_log
-from esvit_core.runs import open_run
-from esvit_core.training.clock import PARTS
-from esvit_core.training.distributed import World
-from esvit_core.training.launch import launch_training
+from esvit_core.runs.log import read_log
+from esvit_core.runs.run import open_run
+from esvit_core.runs.training_summary import read_summary
+from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.parts import build_parts, recompute_blocks_
-from esvit_core.training.run import carry_out
-from esvit_core.training.stop import STOPPED_EXIT_CODE, StopRequest
-from esvit_core.training.summary import read_summary
+from esvit_core.training.main import carry_out
+from esvit_core.training.state import build_parts, recompute_blocks_
+from esvit_core.training.step_timer import PARTS
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 

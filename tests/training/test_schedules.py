@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esvit_core.config import Config
-from esvit_core.training.schedules import Schedules, cosine_schedule, teacher_temperature
+from esvit_core.training.optim.schedules import Schedules, cosine_schedule, teacher_temperature
 
 
 def test_cosine_schedule_warms_up_and_falls_to_the_end():

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from esvit_core.launch.stop import StopRequest
 from esvit_core.training import loop
-from esvit_core.training.run import carry_out
-from esvit_core.training.stop import StopRequest
-from esvit_core.training.trace import TRACE_VARIABLE, samples_that_count
+from esvit_core.training.main import carry_out
+from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 
 
 @pytest.mark.usefixtures("torch_settings")

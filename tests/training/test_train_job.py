@@ -15,9 +15,9 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.training.launchers.kube import State
-from esvit_core.training.launchers.pods import job_name
-from esvit_core.training.launchers.train_job import TrainJob, train_job
+from esvit_core.launch.kubernetes.client import State
+from esvit_core.launch.kubernetes.train_job import TrainJob, train_job
+from esvit_core.launch.kubernetes.training_pod import job_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kube_server import KubeServer, Stage, launching, recorded, serving

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from esvit_core.monitoring.journal import read_journal
-from esvit_core.monitoring.log import read_log
-from esvit_core.training.pace import LOST_SECONDS_VARIABLE
+from esvit_core.runs.events import read_journal
+from esvit_core.runs.log import read_log
+from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE
 
 PROGRAM = """
 import runpy, sys, time

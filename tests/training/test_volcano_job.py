@@ -12,9 +12,9 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.training.launchers.kube import State
-from esvit_core.training.launchers.pods import job_name
-from esvit_core.training.launchers.volcano import Volcano, volcano_job
+from esvit_core.launch.kubernetes.client import State
+from esvit_core.launch.kubernetes.training_pod import job_name
+from esvit_core.launch.kubernetes.volcano import Volcano, volcano_job
 
 GOLDEN = Path(__file__).parent / "recorded" / "volcano_job.yaml"
 RUN = "s3://esvit/runs/factory-2f3a9c"
@@ -133,7 +133,7 @@ def test_every_pod_keeps_the_restricted_standard(job: dict[str, Any]) -> None:
 
 def test_nodes_meet_at_the_first_which_has_rank_0(job: dict[str, Any]) -> None:
     commands = [pod["spec"]["containers"][0]["command"] for pod in pods(job)]
-    assert all(command[:3] == ["python", "-m", "esvit_core.training.agent"] for command in commands)
+    assert all(command[:3] == ["python", "-m", "esvit_core.launch.agent"] for command in commands)
     endpoints = {command[command.index("--rdzv_endpoint") + 1] for command in commands}
     addresses = [command[command.index("--local_addr") + 1] for command in commands]
     name = job["metadata"]["name"]

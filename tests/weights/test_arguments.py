@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.recipe_files import preset_names
+from esvit_core.config.recipes import preset_names
 from esvit_core.weights.arguments import published_arguments, settings_of
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ import torch
 
 from esvit_core.config import ModelConfig
 from esvit_core.models import create_backbone
-from esvit_core.models.timm_names import to_timm
 from esvit_core.weights.fit import condensed, recognise
+from esvit_core.weights.timm_names import to_timm
 
 
 @pytest.mark.parametrize("arch", ["swin_tiny_w14", "cvt_tiny", "vil_2262", "deit_small", "resnet50"])

@@ -11,10 +11,10 @@ import torch
 from esvit_core.errors import UserError
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import build_network
-from esvit_core.training.optimizer import build_optimizer
+from esvit_core.training.optim.optimizer import build_optimizer
+from esvit_core.weights.esvit_checkpoint import read_published_checkpoint, write_published_checkpoint
 from esvit_core.weights.fit import fitting
 from esvit_core.weights.optimizer_state import optimized_names, renumbered
-from esvit_core.weights.published import read_published_checkpoint, write_published_checkpoint
 from esvit_core.weights.snapshot import part_of
 
 ONLY_ARCH = {"patch_size": None, "embed_dim": None, "depths": None, "num_heads": None, "window_size": None}

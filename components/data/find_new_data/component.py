@@ -42,8 +42,8 @@ def find_new_data(
 
         from esvit_core.artifacts import point_to
         from esvit_core.config.parameters import resolve
-        from esvit_core.planning.possible import require_possible
-        from esvit_core.retraining.find import find_new
+        from esvit_core.planning.feasibility import require_possible
+        from esvit_core.retraining.find_new_data import find_new
         from esvit_core.storage import ObjectStore
 
         store = ObjectStore.from_env()

@@ -38,15 +38,15 @@ def prepare_data(
     with step("prepare data"):
         from esvit_core.artifacts import point_to
         from esvit_core.config.parameters import resolve
-        from esvit_core.data.prepare import prepare
-        from esvit_core.runs import open_run, start_run
+        from esvit_core.data.ingest.prepare import prepare
+        from esvit_core.runs.run import open_run, start_run
         from esvit_core.storage import ObjectStore
 
         store = ObjectStore.from_env()
         if run_uri and not recipe:
             run = open_run(run_uri, store)
         else:
-            from esvit_core.planning.possible import require_possible
+            from esvit_core.planning.feasibility import require_possible
 
             config = resolve(recipe, settings, transfer, cluster, store.get_bytes)
             run = start_run(config, source, run_uri, store, check=require_possible)

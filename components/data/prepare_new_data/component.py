@@ -21,8 +21,8 @@ def prepare_new_data(run_uri: str, found: dsl.Input[dsl.Artifact], dataset: dsl.
 
     with step("prepare new data"):
         from esvit_core.artifacts import point_to
-        from esvit_core.retraining.data import prepare_new
-        from esvit_core.runs import open_run
+        from esvit_core.retraining.prepare_new_data import prepare_new
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
         manifest = prepare_new(run)

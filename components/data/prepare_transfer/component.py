@@ -20,9 +20,9 @@ def prepare_transfer(run_uri: str, sets: dsl.Output[dsl.Dataset]):
 
     with step("prepare transfer sets"):
         from esvit_core.artifacts import point_to
-        from esvit_core.data.prepare import prepare
-        from esvit_core.retraining.data import earlier_set
-        from esvit_core.runs import open_run
+        from esvit_core.data.ingest.prepare import prepare
+        from esvit_core.retraining.prepare_new_data import earlier_set
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
         # The limit on the number of images is meant for those that the network is trained on.

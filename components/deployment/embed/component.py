@@ -34,7 +34,7 @@ def embed(
     with step("embed"):
         from esvit_core.artifacts import point_to
         from esvit_core.embedding.embed import EmbedSettings
-        from esvit_core.embedding.publish import publish_features
+        from esvit_core.embedding.publish_features import publish_features
         from esvit_core.storage import ObjectStore
 
         settings = EmbedSettings(regions=regions, precision=precision, max_bad_fraction=max_bad_fraction)

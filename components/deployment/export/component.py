@@ -30,8 +30,8 @@ def export(
 
     with step("export"):
         from esvit_core.artifacts import point_to
-        from esvit_core.formats.publish import publish_export
         from esvit_core.storage import ObjectStore
+        from esvit_core.weights.formats.publish_exports import publish_export
 
         manifest = publish_export(backbone, format, destination, regions, ObjectStore.from_env())
         point_to(

@@ -32,13 +32,13 @@ def promote(
 
     with step("promote"):
         from esvit_core.artifacts import point_to
-        from esvit_core.model_registry import announce
-        from esvit_core.runs import open_run
+        from esvit_core.registry.kubeflow_registry import announce
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
 
         def decide():
-            from esvit_core.evaluation.promote import promote
+            from esvit_core.registry.promotion import promote
 
             promote(run.uri, run.store, run.config)
 

@@ -28,8 +28,8 @@ def compare_champion(
 
     with step("compare with the champion"):
         from esvit_core.artifacts import log_metrics
-        from esvit_core.retraining.compare import compare_with_present
-        from esvit_core.runs import open_run
+        from esvit_core.registry.compare_champion import compare_with_present
+        from esvit_core.runs.run import open_run
 
         address, figures, told = compare_with_present(open_run(run_uri))
         log_metrics(metrics, figures)

@@ -27,7 +27,7 @@ def extract_features(
 
     with step("extract features"):
         from esvit_core.artifacts import point_to
-        from esvit_core.runs import open_run
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
 

@@ -27,7 +27,7 @@ def knn(
 
     with step("k-NN"):
         from esvit_core.artifacts import figures, log_metrics
-        from esvit_core.runs import open_run
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
 

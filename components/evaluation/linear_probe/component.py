@@ -29,12 +29,12 @@ def linear_probe(
 
     with step("linear probe"):
         from esvit_core.artifacts import figures, log_metrics, write_preview
-        from esvit_core.runs import open_run
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
 
         def measure():
-            from esvit_core.evaluation.linear import evaluate_linear
+            from esvit_core.evaluation.linear_probe import evaluate_linear
 
             evaluate_linear(run.uri, run.store, run.config)
 

@@ -31,7 +31,7 @@ def transfer(
 
     with step("transfer"):
         from esvit_core.artifacts import figures, log_metrics
-        from esvit_core.runs import open_run
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
         names = [wanted.name for wanted in run.config.evaluation.transfer]

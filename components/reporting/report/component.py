@@ -22,7 +22,7 @@ def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML]):
         from pathlib import Path
 
         from esvit_core.artifacts import describe
-        from esvit_core.runs import open_run
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
         place = run.at("report/report.html")

@@ -36,8 +36,8 @@ def import_checkpoint(
         from esvit_core.artifacts import point_to
         from esvit_core.config import Config
         from esvit_core.config.parameters import resolve
-        from esvit_core.importing import import_weights
         from esvit_core.storage import ObjectStore
+        from esvit_core.weights.import_checkpoint import import_weights
 
         store, config = ObjectStore.from_env(), None
         if recipe:

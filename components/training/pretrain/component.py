@@ -27,12 +27,12 @@ def pretrain(
 
     with step("pretrain"):
         from esvit_core.artifacts import log_metrics, point_to
-        from esvit_core.runs import open_run
+        from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
 
         def train():
-            from esvit_core.training.launch import launch_training
+            from esvit_core.launch.launcher import launch_training
 
             launch_training(run.uri, run.config)
 

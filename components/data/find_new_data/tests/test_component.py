@@ -9,8 +9,8 @@ import pytest
 
 from esvit_components.data.find_new_data import find_new_data
 from esvit_core.config import Config
-from esvit_core.retraining.claim import Claim, claim_uri
-from esvit_core.runs import Run
+from esvit_core.registry.lease import Claim, claim_uri
+from esvit_core.runs.run import Run
 
 
 @pytest.fixture

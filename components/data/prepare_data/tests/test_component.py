@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from esvit_components.data.prepare_data import prepare_data
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_it_starts_the_run_and_finds_the_shards(run_there: Run, components: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.data.prepare_new_data import prepare_new_data
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_of_a_finished_run_it_finds_the_shards(run_there: Run, components: Any) -> None:

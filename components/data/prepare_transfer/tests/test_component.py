@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.data.prepare_transfer import prepare_transfer
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_it_prepares_the_sets_that_the_configuration_names(run_there: Run, components: Any) -> None:

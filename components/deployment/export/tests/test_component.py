@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from esvit_components.deployment.export import export
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 DESTINATION = "s3://esvit/exports/onnx"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.deployment.promote import promote
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_it_decides_and_says_why(run_there: Run, components: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from esvit_components.evaluation.compare_champion import compare_champion
-from esvit_core.runs import RETRAINING, Run
+from esvit_core.runs.run import RETRAINING, Run
 
 POINTER = "s3://esvit/pointers/champion"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.evaluation.extract_features import extract_features
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_features_of_both_networks_and_both_splits(run_there: Run, components: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.evaluation.knn import knn
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 FIGURES = {f"knn/{k}{of}" for k in (1, 5) for of in ("", " (baseline)")}
 

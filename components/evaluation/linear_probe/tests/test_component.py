@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.evaluation.linear_probe import linear_probe
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_it_measures_and_logs_the_confusion(run_there: Run, components: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.evaluation.transfer import transfer
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 FIGURES = {"transfer/marks", "transfer/marks (baseline)"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_components.reporting.report import report
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_the_artifact_is_the_report_itself(run_there: Run, components: Any) -> None:

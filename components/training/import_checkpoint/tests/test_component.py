@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from esvit_components.training.import_checkpoint import import_checkpoint
-from esvit_core.export import load_backbone
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
+from esvit_core.weights.backbone import load_backbone
 
 
 @pytest.fixture

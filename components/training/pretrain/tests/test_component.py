@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from esvit_components.training.pretrain import pretrain
-from esvit_core.runs import Run
+from esvit_core.runs.run import Run
 
 
 def test_it_goes_on_from_the_checkpoint_and_publishes_the_teacher(run_there: Run, components: Any) -> None:

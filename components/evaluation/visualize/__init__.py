@@ -1,0 +1,3 @@
+from esvit_components.evaluation.visualize.component import pictures
+
+__all__ = ["pictures"]

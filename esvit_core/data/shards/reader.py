@@ -1,0 +1,105 @@
+"""Samples out of shards, through a cache on this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from esvit_core.data.shards.cache import ShardCache, default_cache
+from esvit_core.data.shards.format import read_index
+from esvit_core.data.shards.manifest import Manifest, Split
+from esvit_core.errors import UserError
+from esvit_core.storage import IntegrityError, ObjectStore
+
+
+class ShardDataset:
+    """The pictures of one split, by number.
+
+    A shard is downloaded when one of its samples is asked for first, checked against the manifest's SHA-256, and kept
+    in a cache that all processes of a machine share. May be used from several threads, forked, and pickled.
+
+    Args:
+        store: where the data are.
+        prefix: folder of the data's manifest.
+        split: ``train``, ``val`` or ``test``.
+        cache: local directory for shards; None: see :func:`default_cache`.
+
+    Raises:
+        NotFound: no data were prepared there.
+        UserError: there is no such split.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str, split: str, cache: Path | None = None) -> None:
+        manifest = Manifest.read(store, prefix)
+        splits: dict[str, Split] = dict(manifest.splits.items())
+        if split not in splits:
+            raise UserError(f"{prefix}: no split {split!r}; the data has {', '.join(splits) or 'none'}")
+        self.prefix, self.split = prefix, split
+        self.classes = manifest.classes
+        self.shards = splits[split].shards
+        index = read_index(store, prefix, splits[split].index, manifest)
+        if len(index) != splits[split].samples:
+            raise IntegrityError(f"{prefix}: the index of {split} is not the manifest's; prepare the data again")
+        self.labels: np.ndarray = index["label"].astype(np.int64)
+        self._index = index
+        self._files = ShardCache(store, cache or default_cache(store))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [shard.samples for shard in self.shards]
+
+    def encoded(self, index: int) -> bytes:
+        """The stored JPEG or PNG."""
+        row = self._row(index)
+        return self._read(row["shard"], row["offset"], row["bytes"])
+
+    def image(self, index: int) -> np.ndarray:
+        """The picture, (H, W, 3) uint8."""
+        data = self.encoded(index)
+        try:
+            return decode_picture(data)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{self.prefix}: picture {index} of {self.split} ({self.name(index)}) cannot be decoded ({error}); "
+                "prepare the data again"
+            ) from None
+
+    def label(self, index: int) -> int:
+        """Its class, -1 where it has none."""
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Where it came from: its path in the source."""
+        row = self._row(index)
+        return str(json.loads(self._read(row["shard"], row["info_offset"], row["info_bytes"]))["name"])
+
+    def _row(self, index: int) -> Any:
+        if not 0 <= index < len(self._index):
+            raise IndexError(f"picture {index} of {len(self._index)}")
+        return self._index[index]
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        entry = self.shards[shard]
+        return self._files.read(entry.address(self.prefix), entry, int(offset), int(length))
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """Decode a stored picture, (H, W, 3) uint8.
+
+    Raises:
+        OSError, ValueError: it is not a picture.
+    """
+    if data[:2] == b"\xff\xd8":
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        return np.array(picture.convert("RGB"))

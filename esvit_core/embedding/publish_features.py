@@ -1,0 +1,52 @@
+"""Features in the object store, for steps of a pipeline: complete or absent, and found again."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from esvit_core.data.ingest.sources import source_fingerprint
+from esvit_core.embedding.embed import EmbedSettings, embed
+from esvit_core.errors import UserError
+from esvit_core.storage import ObjectStore
+from esvit_core.weights.backbone import backbone_uri, load_backbone
+
+FEATURES = "features.parquet"
+
+
+def publish_features(
+    model: str, data: str, destination: str, settings: EmbedSettings, store: ObjectStore
+) -> dict[str, Any]:
+    """Write the features of pictures to ``features.parquet`` in the object store; see :func:`.embed.embed`.
+
+    Repeated with the same backbone, pictures and settings it finds what is there and returns.
+
+    Args:
+        model: ``s3://`` address of the backbone, or a pointer such as ``champion``.
+        data: folder, archive or ``s3://`` prefix.
+        destination: ``s3://`` folder for the file, the list of bad pictures, and the manifest.
+
+    Returns:
+        The manifest, with the number of ``pictures`` and of ``bad`` files.
+
+    Raises:
+        UserError: as :func:`.embed.embed`; or other features are there.
+    """
+    source = backbone_uri(model, store)
+    wanted = {"backbone": source, "fingerprint": source_fingerprint(data, store), "settings": asdict(settings)}
+    if (found := store.read_manifest(destination)) is not None:
+        if all(found.get(key) == value for key, value in wanted.items()):
+            print(f"already done: found {destination}", flush=True)
+            return found
+        raise UserError(
+            f"{destination}: holds features of {found.get('data')} by {found.get('backbone')}, with other pictures, "
+            "backbone or settings; name another destination"
+        )
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        done = embed(load_backbone(source, store), data, Path(folder) / FEATURES, settings, store)
+        files = {path.name: path for path in Path(folder).iterdir()}
+        print(done.describe(), flush=True)
+        facts = {"data": data, "pictures": done.pictures, "width": done.width, "bad": len(done.bad)}
+        return store.publish(destination, files, "features", {**wanted, **facts})

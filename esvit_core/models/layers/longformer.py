@@ -1,0 +1,265 @@
+"""The two kinds of attention of Vision Longformer, as published.
+
+* Sparse: a token sees its own window, the eight windows around it, and the global token; the global token sees all.
+  The map is padded to whole windows, and padding is masked. ``mode`` 1 is the published training: each call sees,
+  besides its own window, one randomly drawn neighbour; in eval mode all eight. Mode 0: always all; -1: none.
+  Weights of the global token's attention are those of the local one (``SHARE_W``) and carry both names; loaded last,
+  the global names win. With ``share_weights=False`` they are their own.
+* Full, with relative position biases that are resized bicubically, as an image of tokens by tokens, for a
+  resolution other than the one built for.
+
+Networks with absolute positions (``a1``) have no relative ones: ``relative=False``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from esvit_core.models.layers.attention import attend
+from esvit_core.torch_private import draw_below, outside_modes
+
+# Offsets of the nine windows a window sees, row by row; the fifth is the window itself.
+OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
+OWN = 4
+
+
+@functools.lru_cache(maxsize=256)
+def _window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+    """-inf where a window would see padding or beyond the map, (windows, 9, 1, window ** 2)."""
+    # numpy, so that no default device of the caller reaches the cache.
+    rows, columns = -(-height // window), -(-width // window)
+    grid = np.zeros((rows * window, columns * window), dtype=bool)
+    grid[:height, :width] = True
+    inside = np.zeros((rows + 2, columns + 2, window, window), dtype=bool)  # a border of windows around
+    inside[1:-1, 1:-1] = grid.reshape(rows, window, columns, window).swapaxes(1, 2)
+    seen = np.stack([inside[1 + r : 1 + r + rows, 1 + c : 1 + c + columns] for r, c in OFFSETS], 2)
+    mask = np.where(seen, 0, -np.inf).astype(np.float32).reshape(rows * columns, 9, 1, window**2)
+    with torch.inference_mode(False):
+        return torch.from_numpy(mask).to(device)
+
+
+def window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+    """The mask of a map, computed once per resolution and device."""
+    if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
+        return _window_mask.__wrapped__(height, width, window, device)
+    return outside_modes(_window_mask, height, width, window, device)  # a fake tensor must not, either
+
+
+def _coordinates(rows: range, columns: range) -> Tensor:
+    grid = torch.meshgrid(torch.tensor(rows), torch.tensor(columns), indexing="ij")
+    return torch.stack(grid).flatten(1)  # (2, N)
+
+
+def _position_index(queries: Tensor, keys: Tensor, reach: int) -> Tensor:
+    """Row of the bias table for each query and key, (N, M); differences lie within ``reach``."""
+    row, column = queries[:, :, None] - keys[:, None] + reach
+    return row * (2 * reach + 1) + column
+
+
+class GlobalBias(nn.Module):
+    """Mixin: biases between the global tokens and the rest."""
+
+    g2l_relative_position_bias: nn.Parameter
+    g2g_relative_position_bias: nn.Parameter
+
+    def _make_global_bias(self, num_heads: int, global_tokens: int) -> None:
+        if global_tokens:
+            self.g2l_relative_position_bias = nn.Parameter(torch.zeros(2, num_heads, global_tokens))
+            self.g2g_relative_position_bias = nn.Parameter(torch.zeros(num_heads, global_tokens, global_tokens))
+            trunc_normal_(self.g2l_relative_position_bias, std=0.02)
+            trunc_normal_(self.g2g_relative_position_bias, std=0.02)
+
+    def _from_global(self, tokens: int) -> Tensor:
+        """Bias of the global queries, (heads, G, G + tokens)."""
+        to_local = self.g2l_relative_position_bias[0][..., None].expand(-1, -1, tokens)
+        return torch.cat((self.g2g_relative_position_bias, to_local), -1)
+
+    def _to_global(self, tokens: int) -> Tensor:
+        """Bias of local queries towards the global keys, (heads, tokens, G)."""
+        return self.g2l_relative_position_bias[1][:, None].expand(-1, tokens, -1)
+
+
+class FullAttention(GlobalBias):
+    """Attention between all tokens of a map and its global tokens."""
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        size: tuple[int, int],
+        global_tokens: int,
+        qkv_bias: bool,
+        relative: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.relative = relative
+        self.global_tokens = global_tokens
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        if not relative:
+            return
+        height, width = size
+        self.local_relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * height - 1) * (2 * width - 1), num_heads)
+        )
+        trunc_normal_(self.local_relative_position_bias_table, std=0.02)
+        self._make_global_bias(num_heads, global_tokens)
+        places = _coordinates(range(height), range(width))
+        row, column = places[:, :, None] - places[:, None]
+        self.register_buffer("relative_position_index", (row + height - 1) * (2 * width - 1) + column + width - 1)
+
+    def _bias(self, tokens: int) -> Tensor | None:
+        """(1, heads, G + tokens, G + tokens)."""
+        if not self.relative:
+            return None
+        built = len(self.relative_position_index)
+        bias = self.local_relative_position_bias_table[self.relative_position_index.view(-1)]
+        bias = bias.view(1, built, built, -1).permute(0, 3, 1, 2)  # (1, heads, built, built)
+        if built != tokens:
+            bias = F.interpolate(bias, size=(tokens, tokens), mode="bicubic")
+        if self.global_tokens:
+            local = torch.cat((self._to_global(tokens), bias[0]), -1)
+            bias = torch.cat((self._from_global(tokens), local), 1)[None]
+        return bias
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        q, k, v = self._qkv(x)
+        bias = self._bias(height * width)
+        bias = None if bias is None else bias.to(q.dtype)
+        out = attend(q, k, v, bias, self.scale)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The attention itself, (B, heads, G + N, G + N)."""
+        q, k, _ = self._qkv(x)
+        logits, bias = q * self.scale @ k.mT, self._bias(height * width)
+        return (logits if bias is None else logits + bias).softmax(-1)
+
+
+class SparseAttention(GlobalBias):
+    """Attention within a window, to its neighbours, and to and from the global tokens."""
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        global_tokens: int,
+        qkv_bias: bool,
+        mode: int,
+        relative: bool = True,
+        share_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.relative = relative
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.global_tokens = global_tokens
+        self.mode = mode
+        self.scale = (dim // num_heads) ** -0.5
+        self.query = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        if global_tokens and share_weights:
+            self.query_global, self.kv_global, self.proj_global = self.query, self.kv, self.proj
+        elif global_tokens:
+            self.query_global = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv_global = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+            self.proj_global = nn.Linear(dim, dim)
+        if not relative:
+            return
+        w = window_size
+        self.local_relative_position_bias_table = nn.Parameter(torch.zeros((4 * w - 1) ** 2, num_heads))
+        trunc_normal_(self.local_relative_position_bias_table, std=0.02)
+        self._make_global_bias(num_heads, global_tokens)
+        own = _coordinates(range(w), range(w))
+        keys = [_coordinates(range(r * w, r * w + w), range(c * w, c * w + w)) for r, c in OFFSETS]
+        self.register_buffer("relative_position_index", _position_index(own, torch.cat(keys, 1), 2 * w - 1))
+
+    def _neighbours(self) -> list[int]:
+        """The windows of this call, its own first, as places in OFFSETS; drawn anew in training with mode 1."""
+        if self.mode == -1:
+            return [OWN]
+        if self.mode > 0 and self.training:
+            drawn = draw_below(8)
+            return [OWN, drawn + (drawn >= OWN)]
+        return [OWN, *(i for i in range(9) if i != OWN)]
+
+    def _bias(self, windows: list[int], mask: Tensor) -> Tensor:
+        """Position bias and mask, (windows, heads, w ** 2, G + keys)."""
+        w2 = self.window_size**2
+        hidden = mask[:, windows].transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
+        if not self.relative:
+            return F.pad(hidden, (self.global_tokens, 0))
+        index = self.relative_position_index.view(w2, 9, w2)[:, windows].flatten(1)  # (w2, keys)
+        bias = self.local_relative_position_bias_table[index.view(-1)].view(w2, index.shape[1], -1)
+        bias = bias.permute(2, 0, 1) + hidden  # (windows, heads, w2, keys)
+        if self.global_tokens:
+            to_global = self._to_global(w2).expand(len(bias), -1, -1, -1)
+            bias = torch.cat((to_global, bias), -1)
+        return bias
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        G = self.global_tokens
+        q, kv = self.query(x), self.kv(x)  # (B, G + N, C), (B, G + N, 2C)
+        out = self._local(q[:, G:], kv, height, width)
+        if not G:
+            return self.proj(out)
+        if self.query_global is self.query:
+            return self.proj(torch.cat((self._global(q[:, :G], kv), out), 1))
+        from_global = self.proj_global(self._global(self.query_global(x[:, :G]), self.kv_global(x)))
+        return torch.cat((from_global, self.proj(out)), 1)
+
+    def _local(self, q: Tensor, kv: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, C) and (B, G + N, 2C) -> (B, N, C)."""
+        B, _, C = q.shape
+        G, w, heads = self.global_tokens, self.window_size, self.num_heads
+        windows = self._neighbours()
+        q = self._partition(q, height, width)  # (B, rows, columns, w2, C)
+        local = self._partition(kv[:, G:], height, width)  # (B, rows, columns, w2, 2C)
+        rows, columns = q.shape[1:3]
+        parts = [kv[:, None, None, :G].expand(-1, rows, columns, -1, -1)] if G else []
+        parts += [local.roll((-OFFSETS[i][0], -OFFSETS[i][1]), (1, 2)) if i != OWN else local for i in windows]
+        k, v = (
+            torch.cat(parts, 3).flatten(1, 2).unflatten(-1, (2, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        )  # (B, windows, heads, keys, d)
+        q = q.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(2, 3)
+        bias = self._bias(windows, window_mask(height, width, w, q.device)).to(q.dtype)
+        out = attend(q, k, v, bias, self.scale)
+        out = out.transpose(2, 3).reshape(B, rows, columns, w, w, C)
+        out = out.transpose(2, 3).reshape(B, rows * w, columns * w, C)
+        return out[:, :height, :width].flatten(1, 2)
+
+    def _partition(self, x: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, C) -> (B, rows, columns, w ** 2, C), padded with zeros."""
+        w = self.window_size
+        x = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % w, 0, -height % w))
+        return x.unflatten(1, (-1, w)).unflatten(3, (-1, w)).transpose(2, 3).flatten(3, 4)
+
+    def _global(self, q: Tensor, kv: Tensor) -> Tensor:
+        """(B, G, C) and (B, G + N, 2C) -> (B, G, C)."""
+        heads = self.num_heads
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, G, d)
+        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, G + N, d)
+        bias = None
+        if self.relative:
+            bias = self._from_global(kv.shape[1] - self.global_tokens)[None].to(q.dtype)
+        out = attend(q, k, v, bias, self.scale)
+        return out.transpose(1, 2).flatten(2)

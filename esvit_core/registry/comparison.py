@@ -1,0 +1,131 @@
+"""The champion, measured on the pictures of the run that challenges it.
+
+The figures with which a champion was promoted are of the pictures of then. A retraining has more of them, held-out ones
+too, so both networks are measured on the challenger's: the same bank, the same held-out pictures, the same protocol.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from esvit_core.config import Config
+from esvit_core.evaluation.results import Result, left_out, read_result
+from esvit_core.runs.run import RETRAINING
+from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.json_text import encode_json
+from esvit_core.storage.store_errors import NotFound
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CHAMPION = "champion"
+_WEIGHTS = "model.safetensors"
+Comparison = dict[str, Any]
+
+
+def is_retraining(run_uri: str, store: ObjectStore) -> bool:
+    """Whether the run is one that looks for new pictures and challenges the champion."""
+    return store.exists(join_uri(run_uri, RETRAINING))
+
+
+def comparison_uri(run_uri: str, champion: dict[str, Any]) -> str:
+    """Where the figures of a champion on the run's pictures lie."""
+    return join_uri(run_uri, "comparison", f"{str(champion['run']).rpartition('/')[2]}.json")
+
+
+def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) -> Comparison | None:
+    """The figures of a champion on the run's pictures; None if it was not measured on them.
+
+    Args:
+        champion: what the pointer says.
+    """
+    try:
+        return store.get_json(comparison_uri(run_uri, champion))
+    except NotFound:
+        return None
+
+
+def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, champion: dict[str, Any]) -> Comparison:
+    """Measure a champion on the run's pictures, with every evaluation that the run itself has.
+
+    A run that started from this champion has its figures already, as those of the untrained network, which is the same.
+    Written once.
+
+    Args:
+        champion: what the pointer says.
+
+    Returns:
+        ``run`` and ``backbone`` of the champion, ``how`` its figures came about, and ``results``: by evaluation (``knn``,
+        ``linear``, ``transfer-<set>``) a result whose only model is ``champion``.
+    """
+    if (found := read_comparison(run_uri, store, champion)) is not None:
+        return found
+    start = time.monotonic()
+    names = ["knn", "linear", *(f"transfer-{s.name}" for s in config.evaluation.transfer)]
+    own = {name: result for name in names if (result := read_result(store, run_uri, name)) is not None}
+    weights = _weights(store, champion["backbone"])
+    if weights is None:
+        how = "it could not be measured"
+        reason = f"its backbone is not at {champion['backbone']} any more"
+        results = {name: left_out(result["headline"], reason) for name, result in own.items()}
+    elif weights == _weights(store, join_uri(run_uri, "untrained")):
+        how = "the run started from it"
+        results = {name: _of_the_start(result) for name, result in own.items()}
+    else:
+        how = "measured on the pictures of the run"
+        results = _measure(run_uri, store, config, champion["backbone"], list(own))
+    record = {
+        "run": champion["run"],
+        "backbone": champion["backbone"],
+        "how": how,
+        "results": {name: {"name": name} | result for name, result in results.items()},
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    if store.put_if_absent(comparison_uri(run_uri, champion), encode_json(record)):
+        return record
+    return store.get_json(comparison_uri(run_uri, champion))
+
+
+def _weights(store: ObjectStore, backbone: str) -> str | None:
+    """SHA-256 of a published backbone's weights."""
+    manifest = store.read_manifest(backbone)
+    return None if manifest is None else str(manifest["files"][_WEIGHTS]["sha256"])
+
+
+def _of_the_start(result: Result) -> Result:
+    results = result["results"]
+    return {**result, "results": {CHAMPION: results["untrained"]} if results else {}}
+
+
+def _measure(
+    run_uri: str, store: ObjectStore, config: Config, backbone_uri: str, names: list[str]
+) -> dict[str, Result]:
+    # Here, for most retrainings started from the champion and need none of it.
+    from esvit_core.data.shards.manifest import Manifest
+    from esvit_core.evaluation.features import SPLITS, features_of, nothing, split_datasets
+    from esvit_core.evaluation.knn import measure_knn
+    from esvit_core.evaluation.labels import Task, task_of
+    from esvit_core.evaluation.linear_probe import measure_linear
+    from esvit_core.evaluation.transfer import evaluate_task, transfer_task
+    from esvit_core.weights.backbone import load_backbone
+
+    network: nn.Module = load_backbone(backbone_uri, store)
+    results: dict[str, Result] = {}
+    if {"knn", "linear"} & set(names):
+        data = join_uri(run_uri, "data")
+        datasets = split_datasets(store, data)
+        train, val = (
+            features_of(network, datasets[split], config, label=f"features of the champion, {split}")
+            if split in datasets
+            else nothing()
+            for split in SPLITS
+        )
+        task: Task | str = task_of({CHAMPION: (train, val)}, Manifest.read(store, data).classes)
+        measures = {"knn": measure_knn, "linear": measure_linear}
+        results = {name: measure(task, config) for name, measure in measures.items() if name in names}
+    for transfer_set in config.evaluation.transfer:
+        if (name := f"transfer-{transfer_set.name}") in names:
+            found = transfer_task(run_uri, store, config, transfer_set.name, {CHAMPION: network})
+            results[name] = evaluate_task(found, transfer_set, config.seed)
+    return results

@@ -1,0 +1,195 @@
+"""A run: its name, its configuration, and what of it is already there.
+
+Everything of one run lies under ``s3://<bucket>/runs/<run id>/``. The id is made of what determines the result, so
+the same command finds the same run again: it continues where that one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from esvit_core.config import Config, TransferSet
+from esvit_core.errors import UserError
+from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.store_errors import NotFound
+from esvit_core.weights.weight_source import with_source_pinned
+
+CONFIG = "config.yaml"
+RUNTIME = "runtime"  # a pointer: how the latest start of the run wants it executed
+MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
+RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
+PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
+CLAIMS = "claims"  # folder beside the runs: for each champion, who is at its retraining
+
+
+def name_of_run(uri: str) -> str:
+    """The id of the run at ``uri``."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been started, as its steps see it.
+
+    Attributes:
+        config: what the run is, and how its latest start wants it executed.
+    """
+
+    uri: str
+    store: ObjectStore
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The run's id."""
+        return name_of_run(self.uri)
+
+    def at(self, *parts: str) -> str:
+        """The address of something of this run."""
+        return join_uri(self.uri, *parts)
+
+    def transfer_set(self, name: str) -> TransferSet:
+        """The transfer set of that name.
+
+        Raises:
+            UserError: the run's configuration has none.
+        """
+        for transfer_set in self.config.evaluation.transfer:
+            if transfer_set.name == name:
+                return transfer_set
+        known = ", ".join(s.name for s in self.config.evaluation.transfer) or "none"
+        raise UserError(f"transfer set {name}: the run's configuration does not have it; it has {known}")
+
+    def once(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
+        """The JSON object ``name`` of this run; ``make`` is called to write it if it is not there.
+
+        A step that was done before costs one request, not the import of what it needs to do its work.
+        """
+        if self.store.exists(self.at(name)):
+            print(f"already done: found {name}", flush=True)
+        else:
+            make()
+        return self.store.get_json(self.at(name))
+
+
+def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str, str] | None = None) -> str:
+    """The name of the run that ``config`` describes on this data.
+
+    Args:
+        config: the resolved configuration. How the run is executed does not count, see
+            :data:`esvit_core.config.section.EXECUTION`, nor where the transfer sets and the weights to start from lie;
+            what is in them does.
+        fingerprint: of the pictures, see :func:`esvit_core.data.shards.manifest.source_fingerprint`.
+        transfer_fingerprints: the same of the transfer sets, by name.
+    """
+    prints = transfer_fingerprints or {}
+    sets = tuple(s.model_copy(update={"source": prints.get(s.name, s.source)}) for s in config.evaluation.transfer)
+    evaluation = config.evaluation.model_copy(update={"transfer": sets})
+    init = config.init.model_copy(update={"source": config.init.sha256 or config.init.source})
+    counted = config.model_copy(update={"evaluation": evaluation, "init": init})
+    digest = hashlib.sha256(f"{counted.digest()}\n{fingerprint}".encode()).hexdigest()
+    recipe = re.sub(r"[^a-z0-9]+", "-", config.recipe.lower()).strip("-") or "run"
+    return f"{recipe[:40]}-{digest[:10]}"
+
+
+def identify_run(config: Config, source: str) -> str:
+    """Read the listings of the pictures and of the transfer sets, and name the run.
+
+    Raises:
+        UserError: one of them does not exist or cannot be read.
+    """
+    from esvit_core.data.shards.manifest import source_fingerprint
+
+    prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
+    return run_id(config, source_fingerprint(source), prints)
+
+
+def run_uri(bucket: str, name: str) -> str:
+    return f"s3://{bucket}/runs/{name}"
+
+
+def start_run(
+    config: Config,
+    source: str,
+    uri: str = "",
+    store: ObjectStore | None = None,
+    check: Callable[[Config], None] | None = None,
+) -> Run:
+    """Write the configuration of a run once, or find the run that was started with the same one.
+
+    Args:
+        config: what was asked for.
+        source: where the pictures are.
+        uri: where the run shall lie; empty: the place that its content determines.
+        store: by default the one that ``ESVIT_S3_*`` name.
+        check: of a new run's configuration, before anything is written; raises UserError.
+
+    Raises:
+        UserError: the run exists and has another configuration.
+    """
+    store = store or ObjectStore.from_env()
+    config = with_source_pinned(config, store)
+    uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
+    store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
+    if check is not None and not store.exists(join_uri(uri, CONFIG)):
+        check(config)
+    if not store.put_if_absent(join_uri(uri, CONFIG), config.to_yaml().encode()):
+        there = _read_config(uri, store)
+        if difference := _difference(there, config):
+            raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
+        _remember_execution(uri, there, config, store)
+        config = there.executed_as(config.execution_values())
+    return Run(uri, store, config)
+
+
+def _remember_execution(uri: str, there: Config, wanted: Config, store: ObjectStore) -> None:
+    """Let all later steps, and those that are repeated, execute the run as this start of it wants."""
+    pointer = store.read_pointer(join_uri(uri, RUNTIME))
+    if wanted.execution_values() != (there.execution_values() if pointer is None else pointer.value):
+        store.swap_pointer(join_uri(uri, RUNTIME), wanted.execution_values(), pointer)
+
+
+def open_run(uri: str, store: ObjectStore | None = None) -> Run:
+    """The run at ``uri``: what it was started as, executed as its latest start wants.
+
+    Args:
+        uri: ``s3://bucket/runs/<run id>``.
+        store: by default the one that ``ESVIT_S3_*`` name.
+
+    Raises:
+        UserError: there is no run.
+    """
+    store = store or ObjectStore.from_env()
+    config, pointer = _read_config(uri, store), store.read_pointer(join_uri(uri, RUNTIME))
+    return Run(uri.rstrip("/"), store, config if pointer is None else config.executed_as(pointer.value))
+
+
+def _read_config(uri: str, store: ObjectStore) -> Config:
+    try:
+        text = store.get_bytes(join_uri(uri, CONFIG)).decode()
+    except NotFound:
+        raise UserError(f"run {uri}: there is none ({CONFIG} is missing); prepare the data first") from None
+    return Config.from_yaml(text, origin=join_uri(uri, CONFIG))
+
+
+def _difference(there: Config, here: Config) -> str:
+    """The first setting of a run's identity that differs, in words; where transfer sets lie does not count."""
+
+    def differs(a: Any, b: Any, key: str) -> str:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return next((d for k in a if (d := differs(a[k], b.get(k), f"{key}.{k}" if key else k))), "")
+        return "" if a == b else f"{key}: {a} there, {b} here"
+
+    def counted(config: Config) -> dict[str, Any]:
+        values = config.identity_values()
+        for transfer_set in values["evaluation"]["transfer"]:
+            del transfer_set["source"]
+        if values["init"]["sha256"]:
+            del values["init"]["source"]
+        return values
+
+    return differs(counted(there), counted(here), "")

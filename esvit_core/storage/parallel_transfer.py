@@ -1,0 +1,168 @@
+"""Objects to and from files: in parallel parts, checked, and never half there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from minio.datatypes import Part
+from minio.error import S3Error
+
+from esvit_core.storage.connection import WRITER, Connection, S3Client
+from esvit_core.storage.disk import family_of, is_full, read_at, write_at
+from esvit_core.storage.store_errors import IntegrityError, NotFound, StoreFull
+from esvit_core.storage.uri import SCHEME
+
+T = TypeVar("T")
+
+PART_BYTES = 16 * 2**20  # at most 10,000 parts: objects of up to 156 GiB
+PARALLEL = 4
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def upload(connection: Connection, bucket: str, key: str, path: Path, content_type: str, sha256: str | None) -> None:
+    """Store the file ``path`` as an object.
+
+    Raises:
+        PathError, LocalDiskError: the file cannot be read.
+        IntegrityError: it is not the one that ``sha256`` describes, or it changes while it is read.
+    """
+    headers = {"Content-Type": content_type}
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise IntegrityError(f"{path}: not the file whose SHA-256 is {sha256}; make it again")
+            connection.require_room(size)
+            if size <= PART_BYTES:
+                data = _read_part(path, file, 0, size)
+                connection.call(f"{SCHEME}{bucket}/{key}", lambda client: client.put(bucket, key, data, headers))
+            else:
+                try:
+                    _upload_parts(connection, bucket, key, path, file, size, headers)
+                except NotFound:  # the server was restarted, and threw away what it held of unfinished objects
+                    _upload_parts(connection, bucket, key, path, file, size, headers)
+    except OSError as error:
+        raise family_of(error)(
+            f"{path}: cannot be read ({error.strerror or error}); expected a file to store"
+        ) from error
+
+
+def _upload_parts(
+    connection: Connection, bucket: str, key: str, path: Path, file: BinaryIO, size: int, headers: dict[str, Any]
+) -> None:
+    uri = f"{SCHEME}{bucket}/{key}"
+    mark = uuid.uuid4().hex
+    upload_id = connection.call(uri, lambda client: client.begin_upload(bucket, key, {**headers, WRITER: mark}))
+
+    def put(number: int) -> Part:
+        offset = (number - 1) * PART_BYTES
+        data = _read_part(path, file, offset, min(PART_BYTES, size - offset))
+        connection.require_room(len(data))
+        etag = connection.call(uri, lambda client: client.put_part(bucket, key, upload_id, number, data))
+        return Part(number, etag)
+
+    def finish(client: S3Client) -> None:
+        try:
+            client.finish_upload(bucket, key, upload_id, parts)
+        except S3Error as error:
+            # The answer to an earlier attempt may have been lost: then the upload is gone and the object is ours.
+            if error.code != "NoSuchUpload" or client.writer(bucket, key)[1] != mark:
+                raise
+
+    try:
+        parts = _in_parallel(put, range(1, -(-size // PART_BYTES) + 1))
+        connection.call(uri, finish)
+    except BaseException:  # Ctrl-C, too, must leave no parts behind
+        with contextlib.suppress(Exception):
+            connection.call(uri, lambda client: client.abort_upload(bucket, key, upload_id))
+        raise
+
+
+def abort_uploads(connection: Connection, bucket: str, prefix: str, before: datetime | None) -> int:
+    """Throw away the parts of uploads that were never finished, and say how many uploads they were.
+
+    Args:
+        before: only uploads that were begun earlier; None: all.
+    """
+    uri = f"{SCHEME}{bucket}/{prefix}"
+    pending = connection.call(uri, lambda client: client.pending_uploads(bucket, prefix))
+    old = [item for item in pending if before is None or item.initiated_time < before]
+    for item in old:
+        with contextlib.suppress(NotFound):
+            connection.call(
+                uri,
+                lambda client, item=item: client.abort_upload(bucket, item.object_name, item.upload_id),  # type: ignore[misc]
+            )
+    return len(old)
+
+
+def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
+    """Write the object to ``path``, which appears whole or not at all.
+
+    Raises:
+        NotFound: there is no such object.
+        StoreFull: the file's disk is full.
+        PathError, LocalDiskError: the file cannot be written.
+    """
+    uri = f"{SCHEME}{bucket}/{key}"
+    found = connection.call(uri, lambda client: client.stat_object(bucket, key))
+    size, etag = found.size or 0, (found.etag or "").strip('"')
+
+    def get(offset: int, file: BinaryIO) -> None:
+        data, now = connection.call(uri, lambda client: client.read(bucket, key, offset, PART_BYTES))
+        if now != etag:
+            raise IntegrityError(f"{uri}: the object was replaced while it was read; read it again")
+        write_at(file.fileno(), data, offset)
+
+    try:
+        with _appearing(path) as file:
+            _in_parallel(lambda offset: get(offset, file), range(0, size, PART_BYTES))
+    except OSError as error:
+        if is_full(error):
+            raise StoreFull(f"{path}: the disk is full, {size} bytes needed; free some space there") from error
+        raise family_of(error)(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside ``path`` that takes its name if all goes well and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
+    """Results in order. After a failure nothing new is begun, and what is under way is waited for."""
+    if len(items) == 1:
+        return [work(items[0])]
+    pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="store")
+    try:
+        return list(pool.map(work, items))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_part(path: Path, file: BinaryIO, offset: int, length: int) -> bytes:
+    data = read_at(file.fileno(), length, offset)
+    if len(data) != length:
+        raise IntegrityError(f"{path}: became shorter while it was stored; store a file that does not change")
+    return data

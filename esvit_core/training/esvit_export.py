@@ -1,0 +1,60 @@
+"""A run's newest checkpoint in the format of the published code (microsoft/esvit), which goes on with it.
+
+Not of a backbone alone: student, teacher, heads, centres and optimizer are all part of such a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esvit_core.data.shards.manifest import Manifest
+from esvit_core.errors import UserError
+from esvit_core.runs.run import Run
+from esvit_core.storage.atomic_write import appearing, require_free
+from esvit_core.training.checkpoint import newest_checkpoint
+from esvit_core.weights.esvit_checkpoint import read_published_checkpoint, write_published_checkpoint
+from esvit_core.weights.formats.export import Exported, size_of
+
+SUFFIX = ".pth"
+
+
+def export_published(run: Run, out: Path) -> Exported:
+    """Write the newest checkpoint of a run as a published one, read it back safely, and compare every bit.
+
+    Args:
+        run: whose checkpoint it is.
+        out: the ``.pth`` file, which appears whole or not at all.
+
+    Raises:
+        UserError: the run has no valid checkpoint; ``out`` exists or cannot be written.
+    """
+    require_free(out, (SUFFIX,))
+    restored = newest_checkpoint(run.store, run.uri)
+    if restored is None:
+        raise UserError(f"run {run.uri}: it has no checkpoint; format published needs one, with student and optimizer")
+    train = Manifest.read(run.store, run.at("data")).splits["train"]
+    epoch = restored.step // (train.samples // run.config.training.batch_size)
+    with appearing(out) as written:
+        write_published_checkpoint(written, restored.states, run.config, epoch)
+        _compare(written, restored.states, out)
+    told = f"step {restored.step:,}, epoch {epoch}: student, teacher and centres were read back bit for bit"
+    usage = [
+        "import torch",
+        f"checkpoint = torch.load({str(out)!r}, weights_only=False)  # what the published code does",
+    ]
+    return Exported(out, size_of(out), told, usage)
+
+
+def _compare(path: Path, states: dict[str, Any], out: Path) -> None:
+    snapshot = read_published_checkpoint(path)
+    for name, weights in (
+        ("student", snapshot.student),
+        ("teacher", snapshot.teacher),
+        ("objective", snapshot.centres),
+    ):
+        kept = weights or {}
+        if kept.keys() != states[name].keys() or not all(torch.equal(kept[k], states[name][k]) for k in kept):
+            raise UserError(f"format published: {name} was read back otherwise than written; nothing was left in {out}")

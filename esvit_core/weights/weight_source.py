@@ -1,0 +1,133 @@
+"""Where the weights that a run starts from are, found once and held fast by their SHA-256.
+
+A pointer such as ``champion`` moves, a run in progress writes further checkpoints, a file is replaced. So the source
+is looked up when a run is started, and its configuration names what was found: ``init.source`` becomes an address
+that does not move, ``init.sha256`` says what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.storage import NotFound, ObjectStore, join_uri
+from esvit_core.storage.parallel_transfer import sha256_of
+
+TIMM = "timm:"
+FILES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
+BACKBONE, CHECKPOINT = "esvit-backbone/1", "esvit-checkpoint/1"
+CHECKPOINTS = "/training/checkpoints/"  # in the address of a run's checkpoint
+_POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+_EXPECTED = "expected a pointer such as champion, s3://bucket/runs/<id>, a .pth or .safetensors file, or timm:<name>"
+
+
+def with_source_pinned(config: Config, store: ObjectStore) -> Config:
+    """The configuration with the source of its weights looked up; without a source it is returned as it is.
+
+    Raises:
+        UserError: nothing is there, or something else than when the run was started.
+    """
+    if config.init.source is None:
+        return config
+    source, sha256 = find(config.init.source, config.init.take, config.bucket, store)
+    if config.init.sha256 not in (None, sha256):
+        raise UserError(
+            f"init.source {source}: it has changed since the run was started (SHA-256 {sha256} instead of "
+            f"{config.init.sha256}); start another run without init.sha256, or bring the old weights back"
+        )
+    return config.model_copy(update={"init": config.init.model_copy(update={"source": source, "sha256": sha256})})
+
+
+class NoWeights(UserError):  # noqa: N818
+    """There are no weights at the place that a setting names."""
+
+
+def find(
+    source: str, take: str, bucket: str, store: ObjectStore, setting: str = "init.source"
+) -> tuple[str, str | None]:
+    """The address of the weights and the SHA-256 of what is there.
+
+    Args:
+        source: as in ``init.source``.
+        take: as in ``init.take``; of a run ``backbone`` takes the published one, the others its newest checkpoint.
+        bucket: of the pointers.
+        store: the object store.
+        setting: what errors call the source.
+
+    Returns:
+        A file, a folder, an ``s3://`` address of a file, of a backbone or of a checkpoint, or ``timm:<name>``, which
+        alone has no digest: timm's registry says what is in it.
+
+    Raises:
+        NoWeights: nothing is there.
+    """
+    if source.startswith(TIMM):
+        return source, None
+    if source.startswith("s3://"):
+        return _in_the_store(source.rstrip("/"), take, store, setting)
+    path = Path(source)
+    if path.is_dir():
+        return str(path.resolve()), _digest_of_folder(path, setting)
+    if path.is_file():
+        return str(path.resolve()), sha256_of(path)
+    if not _POINTER.fullmatch(source):
+        raise NoWeights(f"{setting} {source}: no such file or folder; {_EXPECTED}")
+    uri = join_uri(f"s3://{bucket}", "pointers", source)
+    pointer = store.read_pointer(uri)
+    if pointer is None or not isinstance(pointer.value.get("backbone"), str):
+        raise NoWeights(f"{setting} {source}: no such file, and no pointer {uri}; {_EXPECTED}")
+    return _in_the_store(pointer.value["backbone"], take, store, setting)
+
+
+def kind_of(uri: str, store: ObjectStore) -> str | None:
+    """Format of the complete set at ``uri``: a backbone's or a checkpoint's; None where there is none."""
+    manifest = store.read_manifest(uri)
+    return None if manifest is None else manifest["format"]
+
+
+def _in_the_store(uri: str, take: str, store: ObjectStore, setting: str) -> tuple[str, str]:
+    if uri.endswith(FILES):
+        return uri, _digest_of_object(uri, store, setting)
+    if (manifest := store.read_manifest(uri)) is not None:
+        if manifest["format"] not in (BACKBONE, CHECKPOINT):
+            raise NoWeights(f"{setting} {uri}: it holds {manifest['format']}, expected a backbone or a checkpoint")
+        return uri, _digest_of(manifest)
+    backbone = join_uri(uri, "backbone")
+    if take == "backbone" and (manifest := store.read_manifest(backbone)) is not None:
+        return backbone, _digest_of(manifest)
+    root = join_uri(uri, "training/checkpoints")
+    steps = {stat.uri.removeprefix(root).strip("/").partition("/")[0] for stat in store.list(root)}
+    for step in sorted((step for step in steps if step.isdigit()), key=int, reverse=True):
+        if (manifest := store.read_manifest(join_uri(root, step))) is not None:
+            return join_uri(root, step), _digest_of(manifest)
+    raise NoWeights(f"{setting} {uri}: neither a run with a complete checkpoint nor a published backbone is there")
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_folder(path: Path, setting: str) -> str:
+    try:
+        return sha256_of(path / "model.safetensors")
+    except OSError:
+        raise NoWeights(
+            f"{setting} {path}: no model.safetensors in it; expected a folder with a published backbone, or a file"
+        ) from None
+
+
+def _digest_of_object(uri: str, store: ObjectStore, setting: str) -> str:
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        path = Path(folder) / os.path.basename(uri)  # noqa: PTH119 (an address, no path)
+        try:
+            store.get_file(uri, path)
+        except NotFound:
+            raise NoWeights(f"{setting} {uri}: there is no such object") from None
+        return sha256_of(path)

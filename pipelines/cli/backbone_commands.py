@@ -1,0 +1,139 @@
+"""`esvit export` and `esvit embed`: a published backbone, wherever it is, and what is made with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esvit_core.errors import UserError
+from esvit_core.storage.session import open_store
+from esvit_pipelines.cli.settings import store_in
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from esvit_core.storage import ObjectStore
+    from esvit_core.weights.formats.export import Exported
+
+PUBLISHED = "published"
+_POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+
+
+def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> None:
+    """Write a backbone in another format, and say how near it is.
+
+    Args:
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
+        runs: folder of the runs of this machine, whose store is looked in.
+
+    Raises:
+        UserError: no such backbone, or it cannot be exported.
+    """
+    from esvit_core.storage.atomic_write import require_free
+
+    require_free(out)
+    with _store_for(runs, model) as store:
+        done = _published(model, out, store) if format == PUBLISHED else _exported(model, format, out, regions, store)
+    print(f"{done.path}  {done.bytes / 2**20:,.1f} MiB\n{done.told}\n\nUse it:")
+    for line in done.usage:
+        print(f"    {line}")
+
+
+def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path) -> None:
+    """Write the features of pictures, and say what was written.
+
+    Args:
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
+        data: folder, archive or ``s3://`` prefix.
+        settings: of :class:`~esvit_core.embedding.embed.EmbedSettings`, by name.
+        runs: folder of the runs of this machine, whose store is looked in.
+
+    Raises:
+        UserError: no such backbone, no such pictures, or a file that cannot be written.
+    """
+    from esvit_core.data.shards.manifest import check_source
+    from esvit_core.embedding.feature_files import SUFFIXES
+    from esvit_core.storage.atomic_write import require_free
+
+    require_free(out, SUFFIXES)
+    with _store_for(runs, model, data) as store:
+        check_source(data)
+        from esvit_core.embedding.embed import EmbedSettings
+        from esvit_core.embedding.embed import embed as embed_pictures
+
+        done = embed_pictures(_load(model, store), data, out, EmbedSettings(**settings), store)
+    print(f"{done.path}  {done.describe()}\n\nUse it:")
+    for line in done.usage:
+        print(f"    {line}")
+
+
+def _exported(model: str, format: str, out: Path, regions: bool, store: ObjectStore | None) -> Exported:
+    from esvit_core.weights.formats.export import export_backbone, format_named
+
+    format_named(format)
+    return export_backbone(_load(model, store), format, out, regions)
+
+
+def _published(model: str, out: Path, store: ObjectStore | None) -> Exported:
+    """The checkpoint of the run that ``model`` is or comes from."""
+    from esvit_core.runs.run import CONFIG, open_run
+    from esvit_core.storage import join_uri
+    from esvit_core.training.esvit_export import export_published
+    from esvit_core.weights.backbone import load_backbone
+
+    if store is None:
+        raise UserError(
+            f"{model}: format {PUBLISHED} holds student, teacher, heads and optimizer, which a backbone has not; "
+            "name the run, s3://bucket/runs/<run id>, or champion"
+        )
+    if model.startswith("s3://") and store.exists(join_uri(model, CONFIG)):
+        return export_published(open_run(model, store), out)
+    description: Any = load_backbone(model, store).backbone_config
+    if "run" not in description:
+        raise UserError(f"{model}: its {PUBLISHED} checkpoint cannot be made, for it does not say from which run it is")
+    return export_published(open_run(description["run"], store), out)
+
+
+def _load(model: str, store: ObjectStore | None) -> nn.Module:
+    """The backbone, also from a file of weights of the published code or of timm."""
+    from esvit_core.weights.backbone import load_backbone
+
+    if not Path(model).is_file():
+        return load_backbone(model, store)
+    from esvit_core.weights.import_checkpoint import import_weights
+
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        imported = import_weights(model, folder)
+        print("\n".join(imported.told), flush=True)
+        return load_backbone(imported.backbone)
+
+
+@contextmanager
+def _store_for(runs: Path, model: str, data: str = "") -> Iterator[ObjectStore | None]:
+    """The object store if one of the two lies there: the one that ESVIT_S3_ENDPOINT names, or that of ``runs``."""
+    remote = [place for place in (model, data) if place.startswith("s3://")]
+    if _is_pointer(model):
+        remote.append(model)
+    directory: Any = None
+    if not remote or os.environ.get("ESVIT_S3_ENDPOINT"):
+        pass
+    elif store_in(runs).is_dir():
+        directory = store_in(runs)
+    elif os.environ.get("ESVIT_STORE_DIR"):
+        directory = Path(os.environ["ESVIT_STORE_DIR"])
+    else:
+        raise UserError(
+            f"{remote[0]}: no object store is named, and there is none in {store_in(runs)}; "
+            "name the folder of a run with --runs, or set ESVIT_S3_ENDPOINT and its keys"
+        )
+    with open_store(directory) if remote else nullcontext() as store:
+        yield store
+
+
+def _is_pointer(place: str) -> bool:
+    return bool(_POINTER.fullmatch(place)) and not Path(place).exists()

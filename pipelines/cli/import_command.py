@@ -1,0 +1,56 @@
+"""`esvit import`: a file of weights becomes a backbone that everything here reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.storage.session import open_store
+
+
+def import_file(
+    file: str,
+    out: str,
+    arch: str | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    student: bool,
+    checkpoint: bool,
+) -> None:
+    """Do what the command line says, and tell what was taken.
+
+    Raises:
+        UserError: see :func:`esvit_core.weights.import_checkpoint.import_weights`; or the options do not go together.
+    """
+    config = _configuration(arch, recipe, overrides)
+    if not file.startswith(("s3://", "timm:")) and not Path(file).is_file():
+        raise UserError(f"weights {file}: no such file; expected a .pth or .safetensors file, s3://..., or timm:<name>")
+    with contextlib.ExitStack() as stack:
+        store = None
+        if "s3://" in (file[:5], out[:5]):
+            directory = os.environ.get("ESVIT_STORE_DIR")
+            store = stack.enter_context(open_store(Path(directory) if directory else None))
+        from esvit_core.weights.import_checkpoint import import_weights
+
+        network = "student" if student else "teacher"
+        imported = import_weights(file, out, store, config, network, checkpoint)
+    for line in imported.told:
+        print(line)
+    print(f"backbone    {imported.backbone}")
+    if imported.checkpoint:
+        print(f"checkpoint  {imported.checkpoint}   # --set init.source={imported.checkpoint} --set init.take=all")
+    print(f"\nUse it:\n    import esvit_core\n    backbone = esvit_core.load_backbone({imported.backbone!r})")
+
+
+def _configuration(arch: str | None, recipe: str | None, overrides: Sequence[str]) -> Config | None:
+    if recipe is not None:
+        if arch is not None:
+            raise UserError(f"--arch {arch}: the recipe {recipe} names the architecture; give one of the two")
+        return Config.load(recipe, overrides)
+    if overrides:
+        raise UserError(f"--set {overrides[0]}: it changes a recipe; give --recipe too")
+    return None if arch is None else Config.from_mapping({"recipe": "imported", "model": {"arch": arch}}, "--arch")

@@ -1,0 +1,43 @@
+"""`esvit recipe list|show`: the recipes that ship with the library, and every setting with what it means."""
+
+from __future__ import annotations
+
+import yaml
+from pydantic import BaseModel
+
+from esvit_core.config import Config
+from esvit_core.config.recipes import preset_names, preset_text
+
+_COMMENT_COLUMN = 44
+
+
+def recipe_list() -> str:
+    """A line for each recipe: its name and the first line of its file."""
+    first_lines = {name: preset_text(name).splitlines()[0].removeprefix("#").strip() for name in preset_names()}
+    width = max(map(len, first_lines))
+    return "\n".join(f"{name:{width}}  {line}" for name, line in first_lines.items())
+
+
+def recipe_text(config: Config) -> str:
+    """The whole configuration as YAML with a comment on each setting; it can be saved, changed, and used."""
+    return "\n".join(_section(config, 0)) + "\n"
+
+
+def _section(section: BaseModel, depth: int) -> list[str]:
+    lines = []
+    indent = "  " * depth
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            title = (type(value).__doc__ or "").splitlines()[0]
+            lines += [] if depth else [""]
+            lines += [_commented(f"{indent}{name}:", title), *_section(value, depth + 1)]
+            continue
+        text = section.model_dump(mode="json", include={name})[name]
+        flow = yaml.safe_dump(text, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
+        lines.append(_commented(f"{indent}{name}: {flow}", field.description or ""))
+    return lines
+
+
+def _commented(line: str, comment: str) -> str:
+    return f"{line:<{_COMMENT_COLUMN}}  # {comment}" if comment else line

@@ -1,0 +1,85 @@
+"""`esvit compile`: a pipeline as KFP YAML for a cluster."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from esvit_core import __version__
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+
+#: The pipelines by name: the module, below this package, and its function that takes the configuration.
+PIPELINES = {
+    "pretrain": ("pretrain.pipeline", "build_pretrain_pipeline"),
+    "evaluate": ("evaluate.pipeline", "build_evaluate_pipeline"),
+    "retrain": ("retrain.pipeline", "build_retrain_pipeline"),
+}
+
+
+def build(name: str, config: Config) -> Any:
+    """Define a pipeline for a cluster.
+
+    Args:
+        name: one of :data:`PIPELINES`.
+
+    Raises:
+        UserError: there is no such pipeline, or the cluster extra is not installed.
+    """
+    if name not in PIPELINES:
+        near = difflib.get_close_matches(name, PIPELINES, n=1)
+        meant = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"pipeline {name}: there is none{meant}; expected one of {', '.join(PIPELINES)}")
+    from esvit_pipelines.cluster.step_pod import lengthen_retries
+
+    module, function = PIPELINES[name]
+    pipeline = getattr(importlib.import_module(f"esvit_pipelines.{module}"), function)(config, cluster=True)
+    lengthen_retries(pipeline.pipeline_spec)
+    return pipeline
+
+
+def pipeline_text(name: str, config: Config) -> str:
+    """A pipeline as YAML: KFP's intermediate representation, and what Kubernetes needs as a second document.
+
+    The same configuration gives the same text.
+
+    Raises:
+        UserError: see :func:`build`.
+    """
+    import kfp
+    from kfp import compiler
+
+    pipeline = build(name, config)
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        compiled = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(compiled))
+        lines = compiled.read_text(encoding="utf-8").splitlines(keepends=True)
+    # KFP's header shows the defaults in an order that changes from run to run; the rest is always the same.
+    while lines and lines[0].startswith("#"):
+        del lines[0]
+    header = f"# Made by `esvit compile` (esvit {__version__}, kfp {kfp.__version__}). Recipe: {config.recipe}.\n"
+    return header + "".join(lines)
+
+
+def compile_pipeline(name: str, config: Config, output: Path) -> list[str]:
+    """Write the pipeline of ``config`` to ``output``, and read it back with KFP's own loader.
+
+    Returns:
+        Names of the steps.
+
+    Raises:
+        UserError: the file cannot be written; or see :func:`build`.
+    """
+    from kfp import components
+
+    from esvit_pipelines.steps import step_names
+
+    text = pipeline_text(name, config)
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"-o {output}: cannot be written ({error.strerror}); name another file") from None
+    return step_names(components.load_component_from_text(text))
