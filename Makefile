@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` runs the whole job on the sample pictures, `make test` passes the tests.
+# Two commands matter: `make demo` runs the whole job on the sample images, `make test` passes the tests.
 # Each sets up what it needs in .venv; nothing outside this folder is touched.
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## Pre-train, measure, report, and publish on the sample pictures (under 10 minutes on two cores)
+demo: $(READY) ## Pre-train, measure, report, and publish on the sample images (under 10 minutes on two cores)
 	@$(BIN)/esvit run --recipe demo --data samples/clipart.zip \
 	    --transfer digits=samples/digits.zip --transfer clipart-other=samples/clipart-other.zip --out $(OUT)
 

@@ -47,8 +47,8 @@ evaluation:
   batch_size: 16
   knn_k: [1, 5]
   linear: {epochs: 2, batch_size: 16, last_blocks: 2}
-  pictures: 1
-  correspondence_pictures: 4
+  visualization: 1
+  correspondence_images: 4
 promotion: {metric: knn/5}
 """
 
@@ -60,8 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
 
 
-def draw_picture(kind: int, number: int, size: int = 40) -> Image.Image:
-    """A picture whose class one can tell by its stripes: their direction and their colour."""
+def draw_image(kind: int, number: int, size: int = 40) -> Image.Image:
+    """An image whose class one can tell by its stripes: their direction and their colour."""
     rng = np.random.default_rng((kind, number))
     rows, columns = np.mgrid[:size, :size]
     wave = np.sin((rows * np.cos(kind) + columns * np.sin(kind)) * (0.4 + 0.2 * kind) + rng.uniform(0, 6))
@@ -71,11 +71,11 @@ def draw_picture(kind: int, number: int, size: int = 40) -> Image.Image:
 
 
 def draw_folder(folder: Path, classes: Sequence[str], per_class: int) -> Path:
-    """One folder a class; a class named "" puts its pictures into ``folder`` itself."""
+    """One folder a class; a class named "" puts its images into ``folder`` itself."""
     for kind, name in enumerate(classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
-            draw_picture(kind, number).save(folder / name / f"{kind}-{number:03}.png")
+            draw_image(kind, number).save(folder / name / f"{kind}-{number:03}.png")
     return folder
 
 
@@ -107,7 +107,7 @@ class FinishedRun:
     """What the session's run left.
 
     Args:
-        folder: the working directory, with ``pictures/``, ``marks.zip`` and ``micro.yaml``.
+        folder: the working directory, with ``images/``, ``marks.zip`` and ``micro.yaml``.
         arguments: of the command.
         output: what it printed.
         seconds: that it took.
@@ -135,17 +135,17 @@ class FinishedRun:
         return f"s3://esvit/runs/{self.name}"
 
 
-class Pictures:
-    """Draws test pictures."""
+class Images:
+    """Draws test images."""
 
     folder = staticmethod(draw_folder)
     archive = staticmethod(draw_archive)
 
 
 @pytest.fixture(scope="session")
-def pictures() -> Pictures:
-    """Draws test pictures: ``pictures.folder(path, classes, per_class)``, ``pictures.archive(...)``."""
-    return Pictures()
+def images() -> Images:
+    """Draws test images: ``images.folder(path, classes, per_class)``, ``images.archive(...)``."""
+    return Images()
 
 
 @pytest.fixture(scope="session")
@@ -183,12 +183,12 @@ def command_lines() -> Iterator[set[str]]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """`esvit run` on labelled pictures with one transfer set, in a folder with a space in its name."""
+    """`esvit run` on labelled images with one transfer set, in a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("a run")
-    draw_folder(folder / "pictures", ["lines", "waves", "bars"], 16)
+    draw_folder(folder / "images", ["lines", "waves", "bars"], 16)
     draw_archive(folder / "marks.zip", ["one", "two"], 12)
     (folder / "micro.yaml").write_text(MICRO_RECIPE, encoding="utf-8")
-    arguments = ("run", "--data", "pictures", "--recipe", "micro.yaml", "--transfer", "marks=marks.zip", "--out", "out")
+    arguments = ("run", "--data", "images", "--recipe", "micro.yaml", "--transfer", "marks=marks.zip", "--out", "out")
     start = time.monotonic()
     with command_lines() as commands:
         done = run_esvit(*arguments, cwd=folder)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from esvit_core.models.layers.attention import attend_plainly
 
-# (pictures and windows), heads, queries, keys, width of a head, and whether there is a bias that is learned
+# (images and windows), heads, queries, keys, width of a head, and whether there is a bias that is learned
 SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {
     "swin, window 7": ((4, 16), 6, 49, 49, 32, True),
     "vil, sparse": ((4, 16), 6, 49, 99, 32, True),

@@ -1,8 +1,8 @@
 """Images a second of the augmentation, decoding included: ours and the plain path of torchvision transforms on PIL.
 
-    python benchmarks/augment.py [folder or archive of pictures] [--images 64] [--rounds 3]
+    python benchmarks/augment.py [folder or archive of images] [--images 64] [--rounds 3]
 
-Both run in this process on one thread, in turn, on the same encoded pictures (without a source: photo-like noise of
+Both run in this process on one thread, in turn, on the same encoded images (without a source: photo-like noise of
 500 x 375 pixels). The last line is JSON.
 """
 
@@ -21,11 +21,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, Config
-from esvit_core.data.ingest.decode import BadPicture, to_stored
+from esvit_core.data.ingest.decode import BadImage, to_stored
 from esvit_core.data.ingest.layout import is_ignored
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
-from esvit_core.data.shards.reader import decode_picture
+from esvit_core.data.shards.reader import decode_image
 
 
 def main() -> None:
@@ -49,18 +49,18 @@ def main() -> None:
     best = {name: max(values) for name, values in rates.items()}
     ratio = best["ours"] / best["plain"]
     sizes = MultiCrop(config).sizes
-    print(f"{len(encoded)} pictures, {sum(map(len, encoded)) / len(encoded) / 1024:.0f} kB each, crops of {sizes} px")
+    print(f"{len(encoded)} images, {sum(map(len, encoded)) / len(encoded) / 1024:.0f} kB each, crops of {sizes} px")
     print(f"ours {best['ours']:.0f}/s, plain {best['plain']:.0f}/s of one thread's time: {ratio:.2f} times as fast")
     print(json.dumps({"ours": round(best["ours"], 1), "plain": round(best["plain"], 1), "ratio": round(ratio, 2)}))
 
 
 def ours(config: AugmentConfig) -> Callable[[bytes, int], object]:
     multicrop = MultiCrop(config)
-    return lambda data, number: multicrop(decode_picture(data), sample_rng(0, 0, number))
+    return lambda data, number: multicrop(decode_image(data), sample_rng(0, 0, number))
 
 
 def plain(config: AugmentConfig) -> Callable[[bytes, int], object]:
-    """Torchvision's transforms on PIL pictures, one composition a kind of crop."""
+    """Torchvision's transforms on PIL images, one composition a kind of crop."""
     jitter = transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
     colours = [
         transforms.RandomHorizontalFlip(config.flip),
@@ -83,8 +83,8 @@ def plain(config: AugmentConfig) -> Callable[[bytes, int], object]:
         crops += [crop(part.size, part.scale, config.blur[2], 0.0)] * part.number
 
     def run(data: bytes, number: int) -> object:
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
-        return [make(picture) for make in crops]
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        return [make(image) for make in crops]
 
     return run
 
@@ -95,8 +95,8 @@ class Sometimes:
     def __init__(self, probability: float, function: Callable[[Image.Image], Image.Image]) -> None:
         self.probability, self.function = probability, function
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return self.function(picture) if random.random() < self.probability else picture
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.function(image) if random.random() < self.probability else image
 
 
 def read(source: str, count: int) -> list[bytes]:
@@ -108,7 +108,7 @@ def read(source: str, count: int) -> list[bytes]:
             try:
                 if not is_ignored(entry.name):
                     encoded.append(to_stored(opened.read(entry), 100, None).data)
-            except BadPicture:
+            except BadImage:
                 continue
     return encoded
 

@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoints.py [--recipe demo] [--every 20] [--rounds 8]
 
-One process trains on the sample pictures with a real object store beside it. Stretches with and without a checkpoint
+One process trains on the sample images with a real object store beside it. Stretches with and without a checkpoint
 at their end take turns, so that whatever else the machine does meets both. The upload of a checkpoint runs into the
 next stretch: one with is timed after another one with, one without after the last upload has ended. On a machine that
 is busy with other things the ratio of processor time is the one to look at. The last line is JSON.
@@ -31,7 +31,7 @@ from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
 from esvit_core.training.state import build_parts
 
-PICTURES = Path(__file__).parents[1] / "samples" / "clipart.zip"
+IMAGES = Path(__file__).parents[1] / "samples" / "clipart.zip"
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     store = ObjectStore.from_env()
     store.ensure_bucket(config.bucket)
     run = Run(f"s3://{config.bucket}/runs/cost", store, config)
-    prepare(str(PICTURES), store, run.at("data"), config.data)
+    prepare(str(IMAGES), store, run.at("data"), config.data)
     parts = build_parts(run, join_world())
     if parts.schedules.steps < needed:
         raise SystemExit(f"{needed} steps needed, the recipe has {parts.schedules.steps}: raise training.epochs")

@@ -4,7 +4,7 @@
     python benchmarks/cifar10.py DIR --results docs/cifar10.jsonl --after-view 40 --epochs 10
     python benchmarks/cifar10.py --results docs/cifar10.jsonl --plot docs/cifar10.png
 
-DIR holds CIFAR-10 as ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Each seed is trained on 500 pictures a class,
+DIR holds CIFAR-10 as ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Each seed is trained on 500 images a class,
 once view only and once with both tasks, and measured on the whole test set beside the untrained backbone. A result
 that is in the file already is not measured again, so the command can be interrupted. With ``--after-view`` both tasks go on
 from a view-only run of so many epochs, as most of the published runs did. The last line is JSON: mean and standard
@@ -51,7 +51,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="?", type=Path, metavar="DIR")
+    parser.add_argument("images", nargs="?", type=Path, metavar="DIR")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines, one a run; added to")
     parser.add_argument("--work", type=Path, default=Path("cifar10-runs"), help="folder of the runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw the results of the file")
     arguments = parser.parse_args()
     rows = read(arguments.results)
-    if arguments.pictures:
+    if arguments.images:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        data = subset(arguments.pictures, arguments.work / "cifar10.tar")
+        data = subset(arguments.images, arguments.work / "cifar10.tar")
         name = Config.load(arguments.recipe).recipe
         for seed in arguments.seeds:
             for task in arguments.tasks:
@@ -86,16 +86,16 @@ def main() -> None:
     print(json.dumps([{"settings": s, "task": t, **measured} for (s, t), measured in figures.items()]))
 
 
-def subset(pictures: Path, archive: Path) -> Path:
-    """The first pictures of each training class by name, and the whole test set, as a tar."""
+def subset(images: Path, archive: Path) -> Path:
+    """The first images of each training class by name, and the whole test set, as a tar."""
     if archive.exists():
         return archive
     part = archive.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
         for split, most in (("train", PER_CLASS), ("test", None)):
-            for folder in sorted(path for path in (pictures / split).iterdir() if path.is_dir()):
-                for picture in sorted(folder.iterdir())[:most]:
-                    tar.add(picture, str(picture.relative_to(pictures)))
+            for folder in sorted(path for path in (images / split).iterdir() if path.is_dir()):
+                for image in sorted(folder.iterdir())[:most]:
+                    tar.add(image, str(image.relative_to(images)))
     part.rename(archive)
     return archive
 
@@ -121,7 +121,7 @@ def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
     with open_store(work / "store") as store:
         results = {name: read_result(store, uri, name) for name in ("knn", "linear")}
         summary = read_summary(store, uri)
-        drawn = store.get_json(join_uri(uri, "pictures", INDEX))
+        drawn = store.get_json(join_uri(uri, "visualization", INDEX))
     assert summary is not None
     figures = {
         model: {key: value for result in results.values() if result for key, value in result["results"][model].items()}

@@ -5,7 +5,7 @@
 A round is one training step, one measurement of its outputs, and the metrics of a step, of a line of the log and of a
 scrape, in turn, in this process. Diagnostics are taken at the default interval: their share is the median measurement
 over the median step times the steps between two measurements. Metrics count as if every step were logged and scraped,
-which is more than ever happens. Pictures are noise: loading is left out, which only makes the shares larger. On a
+which is more than ever happens. Images are noise: loading is left out, which only makes the shares larger. On a
 processor one thread's time counts, so that other work does not. The last line is JSON.
 """
 
@@ -31,7 +31,7 @@ from esvit_core.training.loop import training_step
 from esvit_core.training.optim.schedules import ScheduleValues
 from esvit_core.training.state import assemble, make_deterministic
 
-# Swin-T with all prototypes, and few pictures and crops: the smaller the step, the dearer the diagnostics.
+# Swin-T with all prototypes, and few images and crops: the smaller the step, the dearer the diagnostics.
 CASES = {
     "demo": ("demo", []),
     "swin_tiny_w7": (

@@ -1,10 +1,10 @@
-"""Pictures a second of the features' extraction: ours, and the same features computed the published way.
+"""Images a second of the features' extraction: ours, and the same features computed the published way.
 
     python benchmarks/features.py --arch swin_tiny_w7 --batch 16
 
 Both features are computed, that of the views for k-NN and transfer and that of the last blocks for the linear probe:
 ours by :func:`esvit_core.evaluation.features.compute_features`, in one pass; the plain way in a pass each, in float32,
-with the networks of :mod:`plain_networks`. They take turns in this process on the same decoded pictures. The last
+with the networks of :mod:`plain_networks`. They take turns in this process on the same decoded images. The last
 line is JSON: ratios of time, plain / ours, and the largest difference of ours in bfloat16, as a share of the spread.
 """
 
@@ -33,7 +33,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Noise:
-    """Pictures that are decoded already, (H, W, 3) uint8."""
+    """Images that are decoded already, (H, W, 3) uint8."""
 
     def __init__(self, count: int, side: int) -> None:
         self.labels = np.zeros(count, np.int64)
@@ -48,20 +48,20 @@ class Noise:
 
 @torch.no_grad()
 def plain_features(
-    backbone: nn.Module, pictures: Noise, transform: Callable[[np.ndarray], torch.Tensor], batch: int
+    backbone: nn.Module, images: Noise, transform: Callable[[np.ndarray], torch.Tensor], batch: int
 ) -> Features:
-    """One pass over the pictures for k-NN, another for the linear probe."""
+    """One pass over the images for k-NN, another for the linear probe."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone.to(device)
     passes: list[list[np.ndarray]] = []
     for feature in (backbone, functools.partial(backbone.last_blocks, n=4)):  # type: ignore[arg-type]
         found = []
-        for start in range(0, len(pictures), batch):
-            rows = range(start, min(start + batch, len(pictures)))
-            x = torch.stack([transform(pictures.image(i)) for i in rows]).to(device)
+        for start in range(0, len(images), batch):
+            rows = range(start, min(start + batch, len(images)))
+            x = torch.stack([transform(images.image(i)) for i in rows]).to(device)
             found.append(feature(x).cpu().numpy())
         passes.append(found)
-    return Features(*map(np.concatenate, passes), pictures.labels)
+    return Features(*map(np.concatenate, passes), images.labels)
 
 
 def quietly(function: Callable[[], Features]) -> Features:
@@ -72,27 +72,27 @@ def quietly(function: Callable[[], Features]) -> Features:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="swin_tiny_w7")
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     arguments = parser.parse_args()
     config = Config.from_mapping({"model": {"arch": arguments.arch, "drop_path": 0.0}})
-    pictures, transform = Noise(arguments.images, config.evaluation.crop), eval_transform(config)
+    images, transform = Noise(arguments.images, config.evaluation.crop), eval_transform(config)
 
     def backbone() -> nn.Module:
         torch.manual_seed(0)
         return create_backbone(config.model, config.evaluation.crop).eval()
 
-    ours = functools.partial(compute_features, backbone(), pictures, transform, arguments.batch)
+    ours = functools.partial(compute_features, backbone(), images, transform, arguments.batch)
     ways: dict[str, Callable[[], Features]] = {
-        "plain-float32": functools.partial(plain_features, plainly(backbone()), pictures, transform, arguments.batch),
+        "plain-float32": functools.partial(plain_features, plainly(backbone()), images, transform, arguments.batch),
         "ours-float32": functools.partial(ours, precision="float32"),
         "ours-bfloat16": functools.partial(ours, precision="bfloat16"),
     }
     device, now = torch.device("cuda" if torch.cuda.is_available() else "cpu"), CLOCKS[arguments.clock]
     print(
-        f"{arguments.arch}, {arguments.images} pictures, batch {arguments.batch}, {describe(device)}, "
+        f"{arguments.arch}, {arguments.images} images, batch {arguments.batch}, {describe(device)}, "
         f"{arguments.rounds} rounds, {arguments.clock} time",
         flush=True,
     )
@@ -109,7 +109,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in plain)
         rate = arguments.images / statistics.median(values)
         differences = [difference(results[name], results["plain-float32"], kind) for kind in ("view", "blocks")]
-        print(f"{name:14} {rate:8.2f} pictures/s, {ratio:5.2f} times as fast, differs by {max(differences):.1e}")
+        print(f"{name:14} {rate:8.2f} images/s, {ratio:5.2f} times as fast, differs by {max(differences):.1e}")
         if name != "plain-float32":
             result[name.replace("ours", "features").replace("-", "_")] = ratio
     result["bfloat16_difference"] = max(differences)
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def difference(features: Features, of: Features, kind: str) -> float:
-    """Largest difference as a share of the standard deviation over pictures and dimensions."""
+    """Largest difference as a share of the standard deviation over images and dimensions."""
     a, b = getattr(features, kind), getattr(of, kind)
     return float(np.abs(a - b).max() / b.std())
 

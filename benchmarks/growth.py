@@ -28,7 +28,7 @@ POINTS: dict[str, tuple[int, ...]] = {
     "local-crops": (2, 4, 8, 16),
 }
 CHOSEN = {"batch": 4, "prototypes": 65536, "local-crops": 8}  # of the quantities that stay as they are
-NAMES = {"batch": "pictures", "prototypes": "prototypes K", "local-crops": "local crops"}
+NAMES = {"batch": "images", "prototypes": "prototypes K", "local-crops": "local crops"}
 Point = tuple[float, float]  # seconds, GiB
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/linear.py
 
-Shapes are those of Swin-T and its heads with eight pictures. Forward, gradient of the input and gradient of the weight, each
+Shapes are those of Swin-T and its heads with eight images. Forward, gradient of the input and gradient of the weight, each
 torch's time over oneDNN's, medians over the rounds, in turn; above 1 oneDNN is faster. The last line is JSON.
 """
 

@@ -32,7 +32,7 @@ from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
 
-PICTURES = Path(__file__).parents[1] / "samples" / "clipart.zip"
+IMAGES = Path(__file__).parents[1] / "samples" / "clipart.zip"
 SETTINGS = [
     "model={arch: swin_tiny_w7}",
     "head={out_dim: 65536, hidden_dim: 2048, bottleneck_dim: 256}",
@@ -69,8 +69,8 @@ def main() -> None:
 def measure(config: Config, seconds: float) -> dict[str, object]:
     store = ObjectStore.from_env()
     store.ensure_bucket(config.bucket)
-    run = start_run(config, str(PICTURES), f"s3://{config.bucket}/runs/lost", store)
-    prepare(str(PICTURES), store, run.at("data"), config.data)
+    run = start_run(config, str(IMAGES), f"s3://{config.bucket}/runs/lost", store)
+    prepare(str(IMAGES), store, run.at("data"), config.data)
     environment = os.environ | {LOST_SECONDS_VARIABLE: f"{POD_LOST_SECONDS:g}"}
     process = subprocess.Popen(
         [sys.executable, "-m", "esvit_core.training", "--run", run.uri], env=environment, stdout=subprocess.DEVNULL

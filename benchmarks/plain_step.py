@@ -24,19 +24,19 @@ from esvit_core.training.optim.schedules import ScheduleValues
 
 
 class PlainObjective(nn.Module):
-    """View and region task over all pairs of crops, and the two centres."""
+    """View and region task over all pairs of crops, and the two centers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config.objective
-        self.register_buffer("centre_view", torch.zeros(1, config.head.out_dim))
-        self.register_buffer("centre_region", torch.zeros(1, config.head.out_dim))
+        self.register_buffer("center_view", torch.zeros(1, config.head.out_dim))
+        self.register_buffer("center_region", torch.zeros(1, config.head.out_dim))
 
     def forward(self, student: NetworkOutput, teacher: NetworkOutput, teacher_temp: float) -> Tensor:
         region = self.config.region
         crops = len(student.regions_per_crop)
         views = (student.view_logits / self.config.student_temp).chunk(crops)
-        targets = F.softmax((teacher.view_logits - self.centre_view) / teacher_temp, -1).detach().chunk(2)
+        targets = F.softmax((teacher.view_logits - self.center_view) / teacher_temp, -1).detach().chunk(2)
         B = len(targets[0])
         if region:
             T = teacher.regions_per_crop[0]
@@ -44,7 +44,7 @@ class PlainObjective(nn.Module):
             regions = (student.region_logits / self.config.student_temp).split(rows)
             features = student.region_features.split(rows)
             keys = teacher.region_features.chunk(2)
-            region_targets = F.softmax((teacher.region_logits - self.centre_region) / teacher_temp, -1)
+            region_targets = F.softmax((teacher.region_logits - self.center_region) / teacher_temp, -1)
             region_targets = region_targets.detach().chunk(2)
         total, pairs = 0, 0
         for q, target in enumerate(targets):
@@ -62,16 +62,16 @@ class PlainObjective(nn.Module):
                     loss = 0.5 * loss + 0.5 * (-matched * F.log_softmax(logits, -1)).sum(-1).mean(-1)
                 total = total + loss.mean()
                 pairs += 1
-        self.centre_view = self._moved(self.centre_view, teacher.view_logits)
+        self.center_view = self._moved(self.center_view, teacher.view_logits)
         if region:
-            self.centre_region = self._moved(self.centre_region, teacher.region_logits)
+            self.center_region = self._moved(self.center_region, teacher.region_logits)
         return total / pairs
 
     @torch.no_grad()
-    def _moved(self, centre: Tensor, logits: Tensor) -> Tensor:
+    def _moved(self, center: Tensor, logits: Tensor) -> Tensor:
         mean = logits.sum(0, keepdim=True) / len(logits)
-        momentum = self.config.centre_momentum
-        return centre * momentum + mean * (1 - momentum)
+        momentum = self.config.center_momentum
+        return center * momentum + mean * (1 - momentum)
 
 
 class PlainStep:

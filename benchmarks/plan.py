@@ -3,8 +3,8 @@
     python benchmarks/plan.py
     python benchmarks/plan.py --recipe imagenet_swin_tiny_w7 --set training.batch_size=8 --images 32
 
-Pictures are noise. Of the real training counted are the steps after the first quarter, in which processes start and
-memory is touched for the first time. The last line is JSON: planned / real, of pictures a second and of memory.
+Images are noise. Of the real training counted are the steps after the first quarter, in which processes start and
+memory is touched for the first time. The last line is JSON: planned / real, of images a second and of memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from esvit_core.storage.session import open_store
 
 
 def draw(folder: Path, count: int, short: int) -> Path:
-    """Pictures of coarse noise, 3 to 4."""
+    """Images of coarse noise, 3 to 4."""
     rng = np.random.default_rng(0)
     for number in range(count):
         pixels = rng.integers(0, 256, (short // 8, short // 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
@@ -80,13 +80,13 @@ def main() -> None:
         f"planned in {time.monotonic() - start:.0f} s: {plan.images_per_second:.2f} images/s, {plan.bytes / 2**30:.2f} GiB"
     )
     with tempfile.TemporaryDirectory(prefix="esvit-plan-") as folder:
-        pictures = Path(folder) / "pictures"
-        pictures.mkdir()
-        draw(pictures, arguments.images, min(config.data.store_short_side or 375, 375))
+        images = Path(folder) / "images"
+        images.mkdir()
+        draw(images, arguments.images, min(config.data.store_short_side or 375, 375))
         with open_store(Path(folder) / "store") as store:
             os.environ.update(store.address.environment())
-            run = start_run(config, str(pictures), store=store)
-            prepare(str(pictures), store, run.at("data"), config.data)
+            run = start_run(config, str(images), store=store)
+            prepare(str(images), store, run.at("data"), config.data)
             memory = Memory()
             memory.start()
             launch_training(run.uri, config)

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py --plot docs/precision.png
 
-The recipe is the demo's, on the sample pictures. The losses of the float32 runs, averaged over a window of steps, make
+The recipe is the demo's, on the sample images. The losses of the float32 runs, averaged over a window of steps, make
 a band from seed to seed; the last line is JSON: the share of windows in which the bfloat16 runs' mean lies within it,
 and the largest distance between the two precisions of one seed, in standard deviations from seed to seed.
 """
@@ -33,38 +33,38 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Samples:
-    """The pictures of an archive, decoded, (H, W, 3) uint8, none with a side longer than 64 pixels."""
+    """The images of an archive, decoded, (H, W, 3) uint8, none with a side longer than 64 pixels."""
 
     def __init__(self, archive: Path) -> None:
-        self._pictures = []
+        self._images = []
         with zipfile.ZipFile(archive) as opened:
             for name in sorted(opened.namelist()):
                 if name.lower().endswith((".png", ".jpg")):
-                    with Image.open(io.BytesIO(opened.read(name))) as picture:
-                        flat = Image.new("RGBA", picture.size, "white")
-                        flat.alpha_composite(picture.convert("RGBA"))
+                    with Image.open(io.BytesIO(opened.read(name))) as image:
+                        flat = Image.new("RGBA", image.size, "white")
+                        flat.alpha_composite(image.convert("RGBA"))
                     flat.thumbnail((64, 64))
-                    self._pictures.append(np.asarray(flat.convert("RGB")))
+                    self._images.append(np.asarray(flat.convert("RGB")))
 
     @property
     def shard_sizes(self) -> list[int]:
         return [len(self)]
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def image(self, index: int) -> np.ndarray:
-        return self._pictures[index]
+        return self._images[index]
 
 
-def losses(pictures: Samples, precision: str, seed: int, steps: int, batch: int) -> list[float]:
+def losses(images: Samples, precision: str, seed: int, steps: int, batch: int) -> list[float]:
     """Of every step of a training."""
-    per_epoch = len(pictures) // batch
+    per_epoch = len(images) // batch
     config = Config.load(
         "demo", [f"seed={seed}", f"training.batch_size={batch}", f"training.epochs={-(-steps // per_epoch)}"]
     )
     world = World(0, 1, torch.device("cpu"), None)
-    parts = assemble(config, world, TrainLoader(pictures, config, seed))
+    parts = assemble(config, world, TrainLoader(images, config, seed))
     parts.precision = Precision(PRECISIONS[precision], "benchmark", "cpu")
     found: list[float] = []
     for loaded in parts.batches():
@@ -89,13 +89,13 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
-    pictures = Samples(SAMPLES)
-    print(f"{len(pictures)} pictures, {arguments.steps} steps of {arguments.batch}, {describe(torch.device('cpu'))}")
+    images = Samples(SAMPLES)
+    print(f"{len(images)} images, {arguments.steps} steps of {arguments.batch}, {describe(torch.device('cpu'))}")
     curves: dict[str, np.ndarray] = {}
     for name in PRECISIONS:
         runs = []
         for seed in range(arguments.seeds):
-            runs.append(losses(pictures, name, seed, arguments.steps, arguments.batch))
+            runs.append(losses(images, name, seed, arguments.steps, arguments.batch))
             print(f"{name:9} seed {seed}: {runs[-1][0]:.3f} ... {np.mean(runs[-1][-20:]):.3f}", flush=True)
         curves[name] = np.stack([smooth(run, arguments.window) for run in runs])  # (seeds, windows)
     exact, rounded = curves["float32"], curves["bfloat16"]

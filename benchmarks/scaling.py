@@ -1,4 +1,4 @@
-"""One process with all cores against one process a core: pictures a second, and what the second way spends on talking.
+"""One process with all cores against one process a core: images a second, and what the second way spends on talking.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --recipe imagenet_swin_tiny_w7 --batch 4
@@ -45,9 +45,9 @@ def work(arguments: argparse.Namespace) -> None:
     world = join_world()
     config = Config.load(arguments.recipe, [f"training.batch_size={arguments.batch}"])
     parts = assemble(config, world, cast(TrainLoader, OneStep()))
-    pictures = arguments.batch // world.size
+    images = arguments.batch // world.size
     kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    crops = [torch.randn(pictures, 3, kind.size, kind.size) for kind in kinds for _ in range(kind.number)]
+    crops = [torch.randn(images, 3, kind.size, kind.size) for kind in kinds for _ in range(kind.number)]
     waited = 0.0
     finish = parts.reducer.finish
 
@@ -61,7 +61,7 @@ def work(arguments: argparse.Namespace) -> None:
     rows = []
     for _ in range(arguments.rounds + 1):
         waited, start = 0.0, time.perf_counter()
-        training_step(parts, Batch(crops, np.arange(pictures), 0.0), parts.schedules.at(20))
+        training_step(parts, Batch(crops, np.arange(images), 0.0), parts.schedules.at(20))
         rows.append((time.perf_counter() - start, waited))
     print(json.dumps(rows[1:]), flush=True)
     world.leave()
@@ -92,7 +92,7 @@ def measure(processes: int, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step, of all processes together")
+    parser.add_argument("--batch", type=int, default=64, help="images a step, of all processes together")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

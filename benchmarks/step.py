@@ -293,7 +293,7 @@ class Measured:
         for part in PARTS if any(self.parts.values()) else ():
             print(f"{part:24}" + "".join(f"{_figure(self.parts[name].get(part)):>18}" for name in names))
         print(f"{'whole step, median':24}" + "".join(f"{_figure(medians[name]):>18}" for name in names))
-        print(f"{'pictures a second':24}" + "".join(f"{_figure(batch / medians[name], 2):>18}" for name in names))
+        print(f"{'images a second':24}" + "".join(f"{_figure(batch / medians[name], 2):>18}" for name in names))
         print(f"{'peak memory, MiB':24}" + "".join(f"{self.memory[name] / MIB:18,.0f}" for name in names))
 
 
@@ -308,7 +308,7 @@ def _figure(value: float | None, digits: int = 3) -> str:
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="swin_tiny_w7")
-    parser.add_argument("--batch", type=int, default=8, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--dtype", choices=["both", "float32", "bfloat16", "float16"], default="both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prototypes", type=int, default=65536)

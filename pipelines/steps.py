@@ -12,7 +12,7 @@ from esvit_components.evaluation.extract_features import extract_features
 from esvit_components.evaluation.knn import knn
 from esvit_components.evaluation.linear_probe import linear_probe
 from esvit_components.evaluation.transfer import transfer
-from esvit_components.evaluation.visualize import pictures
+from esvit_components.evaluation.visualize import visualize
 from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import Role
@@ -98,7 +98,7 @@ def measure(steps: Steps, run: Any, dataset: Any, model: Any, sets: dsl.Pipeline
         steps.add(knn(run_uri=run, features=vectors), "k-NN", "evaluate", accelerated=False),
         steps.add(linear_probe(run_uri=run, features=vectors), "linear probe", "evaluate"),
         steps.add(transfer(run_uri=run, sets=sets.outputs["sets"], model=model), "transfer", "evaluate"),
-        steps.add(pictures(run_uri=run, dataset=dataset, model=model), "pictures", "evaluate"),
+        steps.add(visualize(run_uri=run, dataset=dataset, model=model), "visualize", "evaluate"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Make the sample pictures from Debian's package ``openclipart-png`` and scikit-learn's digits.
+"""Make the sample images from Debian's package ``openclipart-png`` and scikit-learn's digits.
 
     apt-get install openclipart-png
     python samples/make_samples.py
@@ -59,11 +59,11 @@ CLIPART_OTHER = {
     "stickmen": "people/stickmen/**/*.png",
     "tools": "tools/*.png",
 }
-# Where the package's drawing failed: "Linked Image Not Found" instead of, or over, the picture.
+# Where the package's drawing failed: "Linked Image Not Found" instead of, or over, the image.
 FAILED = ("stylized_yoga_person_", "tux_didier_fabert_01", "duck_yellow_ii_kurt_cagl_")
 PER_CLASS, PER_OTHER_CLASS, PER_DIGIT = 200, 60, 100
 
-Picture = tuple[str, bytes]
+NamedImage = tuple[str, bytes]
 
 
 def main() -> None:
@@ -79,9 +79,9 @@ def main() -> None:
     write_zip(arguments.out / "digits.zip", digits())
 
 
-def clipart(package: Path, classes: dict[str, str], per_class: int, seen: set[bytes]) -> list[Picture]:
+def clipart(package: Path, classes: dict[str, str], per_class: int, seen: set[bytes]) -> list[NamedImage]:
     """Up to ``per_class`` drawings of each class; none that is in ``seen``, where they are added."""
-    pictures: list[Picture] = []
+    images: list[NamedImage] = []
     for label, pattern in classes.items():
         taken = 0
         for path in in_fixed_order(package, pattern):
@@ -89,12 +89,12 @@ def clipart(package: Path, classes: dict[str, str], per_class: int, seen: set[by
             if drawing is None or (pixels := drawing.tobytes()) in seen:
                 continue
             seen.add(pixels)
-            pictures.append((f"{label}/{path.stem}-{name_digest(path, package)[:6]}.png", encode(drawing)))
+            images.append((f"{label}/{path.stem}-{name_digest(path, package)[:6]}.png", encode(drawing)))
             taken += 1
             if taken == per_class:
                 break
         print(f"{label}: {taken}", flush=True)
-    return sorted(pictures)
+    return sorted(images)
 
 
 def in_fixed_order(package: Path, pattern: str) -> list[Path]:
@@ -130,29 +130,29 @@ def draw(path: Path) -> Image.Image | None:
     return small if (np.asarray(small).min(axis=2) < 250).mean() >= MIN_INK else None
 
 
-def digits() -> list[Picture]:
+def digits() -> list[NamedImage]:
     """The first PER_DIGIT of each digit, dark on white, 8 x 8 pixels of 17 grey levels as they are in the set."""
     data = load_digits()
-    pictures = []
+    images = []
     for digit in range(10):
         for number, place in enumerate(np.flatnonzero(data.target == digit)[:PER_DIGIT]):
             grey = 255 - np.round(data.images[place] * (255 / 16)).astype(np.uint8)
-            pictures.append((f"{digit}/{number:03d}.png", encode(Image.fromarray(grey))))
-    return pictures
+            images.append((f"{digit}/{number:03d}.png", encode(Image.fromarray(grey))))
+    return images
 
 
-def encode(picture: Image.Image) -> bytes:
+def encode(image: Image.Image) -> bytes:
     """PNG, drawings with a palette."""
-    if picture.mode == "RGB":
-        picture = picture.quantize(COLOURS, dither=Image.Dither.NONE)
+    if image.mode == "RGB":
+        image = image.quantize(COLOURS, dither=Image.Dither.NONE)
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
-def write_zip(path: Path, pictures: list[Picture]) -> None:
+def write_zip(path: Path, images: list[NamedImage]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNGs do not become smaller
-        for name, data in pictures:
+        for name, data in images:
             archive.writestr(zipfile.ZipInfo(name), data)
 
 

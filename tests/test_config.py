@@ -205,12 +205,12 @@ def test_a_step_ends_with_one_line_and_exit_code_2(
     record = tmp_path / "error.txt"
     monkeypatch.setenv(ERROR_FILE_VARIABLE, str(record))
     with pytest.raises(SystemExit) as caught, step("prepare_data"):
-        raise UserError("data/: no pictures;\n expected jpg or png")
+        raise UserError("data/: no images;\n expected jpg or png")
     assert caught.value.code == USER_ERROR_EXIT_CODE
-    assert capsys.readouterr().err == "error: prepare_data: data/: no pictures; expected jpg or png\n"
+    assert capsys.readouterr().err == "error: prepare_data: data/: no images; expected jpg or png\n"
     left = read_error_file(record)
-    assert isinstance(left, UserError) and str(left) == "prepare_data: data/: no pictures; expected jpg or png"
-    assert (left.step, left.reason) == ("prepare_data", "data/: no pictures; expected jpg or png")
+    assert isinstance(left, UserError) and str(left) == "prepare_data: data/: no images; expected jpg or png"
+    assert (left.step, left.reason) == ("prepare_data", "data/: no images; expected jpg or png")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_it_can_be_trained_further_wherever_it_was_loaded(store, published):
     assert next(loaded.parameters()).grad is not None
 
 
-def test_the_description_says_how_to_prepare_pictures(store, published):
+def test_the_description_says_how_to_prepare_images(store, published):
     told = load_backbone(published, store).backbone_config
     assert (told["arch"], told["num_features"], told["img_size"]) == ("swin", 32, 32)
     assert (told["eval_resize"], told["eval_crop"], told["mean"]) == (36, 32, [0.485, 0.456, 0.406])

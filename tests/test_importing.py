@@ -64,11 +64,11 @@ def small_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     config = Config.from_mapping(SMALL)
     student, teacher = build_network(config), build_network(config)
     optimizer = torch.optim.AdamW(student.parameters())
-    centres = {"centre_view.value": torch.ones(1, 12), "centre_region.value": torch.ones(1, 12)}
+    centers = {"center_view.value": torch.ones(1, 12), "center_region.value": torch.ones(1, 12)}
     states = {
         "student": student.state_dict(),
         "teacher": teacher.state_dict(),
-        "objective": centres,
+        "objective": centers,
         "optimizer": optimizer.state_dict(),
     }
     write_published_checkpoint(path, states, config, 3)
@@ -98,7 +98,7 @@ def test_a_checkpoint_in_the_store_holds_what_the_file_held(store_env, tmp_path)
     assert (
         snapshot.epoch == 3 and same(snapshot.student, states["student"]) and same(snapshot.teacher, states["teacher"])
     )
-    assert same(snapshot.centres, states["objective"])
+    assert same(snapshot.centers, states["objective"])
 
 
 def test_what_goes_wrong_is_said(tiny, tmp_path):

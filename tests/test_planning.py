@@ -88,14 +88,14 @@ def test_counting_takes_no_tensor_into_the_layouts_that_real_steps_use() -> None
 
 def test_a_network_that_draws_in_its_forward_pass_is_counted() -> None:
     demand = count_demand(Config.load("imagenet_vil_2262"), torch.bfloat16)
-    assert demand.flops > 1e11 and demand.picture_bytes > 1e8
+    assert demand.flops > 1e11 and demand.image_bytes > 1e8
 
 
 def test_recomputed_blocks_keep_less_and_compute_more() -> None:
     kept, recomputed = (count_demand(micro(launch={"recompute": r}), torch.bfloat16) for r in (False, True))
-    assert recomputed.picture_bytes < 0.7 * kept.picture_bytes
+    assert recomputed.image_bytes < 0.7 * kept.image_bytes
     assert kept.flops < recomputed.flops < 4 / 3 * kept.flops
-    assert recomputed.bytes(recomputed.most_pictures(1e9)) <= 1e9 < recomputed.bytes(recomputed.most_pictures(1e9) + 1)
+    assert recomputed.bytes(recomputed.most_images(1e9)) <= 1e9 < recomputed.bytes(recomputed.most_images(1e9) + 1)
 
 
 def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(planning.GPUS, "a100", Gpu("small", flops, demand.bytes(6)))
 
     large = plan_run(config, "h200", 2, images=100, utilisation=0.5)
-    assert large.fits and (large.pictures, large.at_once, large.steps) == (8, 8, 12)
+    assert large.fits and (large.images_per_process, large.at_once, large.steps) == (8, 8, 12)
     assert large.images_per_second == pytest.approx(1e12 / demand.flops)
     assert large.seconds == pytest.approx(12 * 16 / large.images_per_second)
     assert large.cost(price=3.0) == pytest.approx(3.0 * 2 * large.seconds / 3600)
@@ -135,7 +135,7 @@ def test_larger_steps_lie_on_the_line_through_the_rehearsed_ones() -> None:
 
 def test_this_machine_takes_real_steps_in_as_many_processes_as_will_train() -> None:
     plan = plan_run(micro(training={"processes": 2}), "cpu", 1, images=32)
-    assert plan.devices == 2 and plan.pictures == 8
+    assert plan.devices == 2 and plan.images_per_process == 8
     assert plan.images_per_second > 0 and plan.seconds == pytest.approx(4 * 16 / plan.images_per_second)
     assert 2 * 100e6 < plan.bytes < plan.memory == psutil.virtual_memory().total
 

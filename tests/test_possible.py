@@ -52,11 +52,11 @@ def test_a_metric_of_a_transfer_set_that_is_there_is_possible() -> None:
 
 @pytest.mark.parametrize("settings", ["promotion.metric=knn/7", "model.num_heads=[3, 4]"])
 def test_the_first_step_refuses_it_and_writes_nothing(
-    settings: str, store_env: Any, pictures: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
+    settings: str, store_env: Any, images: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from esvit_components.data.prepare_data import prepare_data
 
-    folder = str(pictures.folder(tmp_path / "pictures", ["a"], 6))
+    folder = str(images.folder(tmp_path / "images", ["a"], 6))
     with pytest.raises(SystemExit) as stop:
         components.directly(
             prepare_data, source=folder, recipe="demo", settings=f"{settings}, bucket={store_env.bucket}"

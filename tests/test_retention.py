@@ -75,15 +75,15 @@ def test_what_a_run_that_stays_started_from_stays(store: Any) -> None:
     }
 
 
-def test_what_holds_pictures_of_a_run_that_stays_stays(store: Any) -> None:
+def test_what_holds_images_of_a_run_that_stays_stays(store: Any) -> None:
     names = ["first", "second", "third"]
     uris = [make_run(store, name) for name in names]
     for uri, base in zip(uris, [None, *uris], strict=False):
         store.put_json(f"{uri}/data/manifest.json", {"base": base and f"{base}/data"})
     store.swap_pointer(store.uri("pointers/champion"), {"run": uris[2]}, None)
     assert judge(store) == {
-        "first": "run second has taken over its pictures",
-        "second": "run third has taken over its pictures",
+        "first": "run second has taken over its images",
+        "second": "run third has taken over its images",
         "third": "pointer champion names it",
     }
 

@@ -32,26 +32,26 @@ from esvit_core.errors import UserError
 
 
 class DataConfig(Section):
-    """How pictures become shards."""
+    """How images become shards."""
 
     max_images: int | None = Field(
         None,
         gt=0,
-        description="Take at most this many pictures (a fixed, class-balanced choice; train and val together).",
+        description="Take at most this many images (a fixed, class-balanced choice; train and val together).",
     )
     shard_mib: float = Field(64.0, gt=0, description="Upper bound of a shard's size, MiB.")
     max_bad_fraction: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="More unreadable pictures than this share is an error.",
+        description="More unreadable images than this share is an error.",
         json_schema_extra=EXECUTION,
     )
     max_megapixels: float = Field(
-        100.0, gt=0, description="Pictures with more pixels are left out (decompression bombs)."
+        100.0, gt=0, description="Images with more pixels are left out (decompression bombs)."
     )
     store_short_side: int | None = Field(
-        None, gt=0, description="Shrink pictures whose shorter side is longer than this before storing them, pixels."
+        None, gt=0, description="Shrink images whose shorter side is longer than this before storing them, pixels."
     )
     val_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share held out for evaluation where the source has no val/test folder of its own."
@@ -93,7 +93,7 @@ class InitConfig(Section):
     take: Literal["backbone", "heads", "all"] = Field(
         "backbone",
         description="backbone: the teacher's, into student and teacher; heads: both networks with their heads, and the "
-        "centres; all: also the optimizer and the position.",
+        "centers; all: also the optimizer and the position.",
     )
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="Of what the source holds; filled in when the run is started."
@@ -118,14 +118,14 @@ class ObjectiveConfig(Section):
     warmup_teacher_temp: float = Field(0.04, gt=0)
     teacher_temp: float = Field(0.07, gt=0)
     warmup_teacher_temp_epochs: int = Field(30, ge=0)
-    centre_momentum: float = Field(0.9, ge=0, le=1)
+    center_momentum: float = Field(0.9, ge=0, le=1)
 
 
 class OptimizerConfig(Section):
     """The optimizer and the schedules."""
 
     name: Literal["adamw", "sgd", "lars"] = Field("adamw", description="SGD and LARS have momentum 0.9.")
-    lr: float = Field(0.0005, gt=0, description="Peak learning rate per 256 pictures of global batch.")
+    lr: float = Field(0.0005, gt=0, description="Peak learning rate per 256 images of global batch.")
     min_lr: float = Field(1e-6, ge=0)
     warmup_epochs: int = Field(10, ge=0)
     weight_decay: float = Field(0.04, ge=0)
@@ -141,7 +141,7 @@ class TrainingConfig(Section):
     """How the run is carried out."""
 
     epochs: int = Field(300, gt=0)
-    batch_size: int = Field(512, gt=0, description="Global batch: pictures per step over all processes.")
+    batch_size: int = Field(512, gt=0, description="Global batch: images per step over all processes.")
     processes: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Processes on this machine; auto: one per GPU, else one per core up to 2.",
@@ -150,7 +150,7 @@ class TrainingConfig(Section):
     max_images_per_process: int | None = Field(
         None,
         gt=1,
-        description="Pictures that fit into a process at once; more are worked off in micro-batches. None: no bound.",
+        description="Images that fit into a process at once; more are worked off in micro-batches. None: no bound.",
         json_schema_extra=EXECUTION,
     )
     workers: int = Field(
@@ -284,7 +284,7 @@ class Config(Section):
     def _mixup_is_view_only(self) -> Self:
         if self.mixup.use and self.objective.region:
             raise ValueError(
-                "mixup.use goes with the view task only, regions of mixed pictures have no match; "
+                "mixup.use goes with the view task only, regions of mixed images have no match; "
                 "set objective.region to false"
             )
         return self

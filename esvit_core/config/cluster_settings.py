@@ -156,7 +156,7 @@ class ClusterConfig(Section):
     priority: LabelValue | None = Field(
         None, description="Kueue's workload priority class of the steps' pods (kueue.x-k8s.io/priority-class)."
     )
-    prepare: PodConfig = Field(_PODS["prepare"], description="Steps that turn pictures into shards.")
+    prepare: PodConfig = Field(_PODS["prepare"], description="Steps that turn images into shards.")
     train: PodConfig = Field(
         _PODS["train"], description="Pre-training: the step's own pod, or each pod of the job that `launch` starts."
     )

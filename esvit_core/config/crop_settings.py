@@ -1,4 +1,4 @@
-"""The sections that say what a network sees of a picture: crops, augmentation, mixing."""
+"""The sections that say what a network sees of an image: crops, augmentation, mixing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ class CropConfig(Section):
     """One kind of crop."""
 
     size: int = Field(gt=0, description="Side of the crop, pixels.")
-    number: int = Field(ge=0, description="Crops of this kind per picture.")
-    scale: tuple[float, float] = Field(
-        description="Area of the crop as a share of the picture's, smallest and largest."
-    )
+    number: int = Field(ge=0, description="Crops of this kind per image.")
+    scale: tuple[float, float] = Field(description="Area of the crop as a share of the image's, smallest and largest.")
 
 
 class DeitConfig(Section):
@@ -99,9 +97,9 @@ class AugmentConfig(Section):
 
 
 class MixupConfig(Section):
-    """Mixup and CutMix of the student's pictures (Zhang et al., 2018; Yun et al., 2019); view-only runs."""
+    """Mixup and CutMix of the student's images (Zhang et al., 2018; Yun et al., 2019); view-only runs."""
 
-    use: bool = Field(False, description="Mix the pictures of a process with each other, crop by crop.")
+    use: bool = Field(False, description="Mix the images of a process with each other, crop by crop.")
     crops: int = Field(10, ge=0, description="How many crops, counted from the first, are mixed.")
     mixup_alpha: float = Field(0.8, ge=0, description="Of mixup's beta distribution; 0: no mixup.")
     cutmix_alpha: float = Field(1.0, ge=0, description="Of CutMix's beta distribution; 0: no CutMix.")
@@ -113,7 +111,7 @@ class MixupConfig(Section):
     mode: Literal["batch", "pair", "elem"] = Field("batch", description="What shares a mixing ratio.")
     smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the targets.")
     clean_teacher: bool = Field(
-        False, description="Show the teacher the unmixed pictures; the published code shows it the mixed ones."
+        False, description="Show the teacher the unmixed images; the published code shows it the mixed ones."
     )
 
     @model_validator(mode="after")

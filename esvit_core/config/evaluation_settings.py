@@ -21,7 +21,7 @@ class LinearConfig(Section):
     """The linear probe on frozen features."""
 
     epochs: int = Field(100, gt=0)
-    lr: float = Field(0.001, gt=0, description="Learning rate per 256 pictures.")
+    lr: float = Field(0.001, gt=0, description="Learning rate per 256 images.")
     batch_size: int = Field(1024, gt=0)
     last_blocks: int = Field(4, gt=0, description="Blocks whose averaged features are concatenated.")
 
@@ -29,8 +29,8 @@ class LinearConfig(Section):
 class EvaluationConfig(Section):
     """The measured steps."""
 
-    resize: int = Field(256, gt=0, description="Shorter side before the centre crop, pixels.")
-    crop: int = Field(224, gt=0, description="Side of the centre crop, pixels.")
+    resize: int = Field(256, gt=0, description="Shorter side before the center crop, pixels.")
+    crop: int = Field(224, gt=0, description="Side of the center crop, pixels.")
     batch_size: int = Field(64, gt=0, description="Images computed at once.", json_schema_extra=EXECUTION)
     knn_k: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (10, 20, 100, 200),
@@ -39,8 +39,8 @@ class EvaluationConfig(Section):
     knn_temperature: float = Field(0.07, gt=0)
     linear: LinearConfig = LinearConfig()
     transfer: tuple[TransferSet, ...] = ()
-    pictures: int = Field(6, ge=0, description="Pictures shown in the correspondence and attention figures.")
-    correspondence_pictures: int = Field(256, gt=0, description="Pictures over which correspondence is measured.")
+    visualization: int = Field(6, ge=0, description="Images shown in the correspondence and attention figures.")
+    correspondence_images: int = Field(256, gt=0, description="Images over which correspondence is measured.")
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:

@@ -37,10 +37,10 @@ class RetrainConfig(Section):
     """When a retraining has reason to begin, and how it goes on from the champion; no part of a run's identity."""
 
     min_new_images: int = Field(
-        100, gt=0, description="Fewer new or changed pictures than this are left for another time."
+        100, gt=0, description="Fewer new or changed images than this are left for another time."
     )
     max_gone_fraction: float = Field(
-        0.5, ge=0, le=1, description="More earlier pictures gone from the source than this share is an error."
+        0.5, ge=0, le=1, description="More earlier images gone from the source than this share is an error."
     )
     epochs_scale: float = Field(
         0.1, gt=0, le=1, description="Factor of training.epochs in a run that goes on from a champion."

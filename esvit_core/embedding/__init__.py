@@ -1,1 +1,1 @@
-"""Features of new pictures by a published backbone, streamed to a file: views, and regions where asked for."""
+"""Features of new images by a published backbone, streamed to a file: views, and regions where asked for."""

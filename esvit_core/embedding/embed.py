@@ -1,4 +1,4 @@
-"""From pictures to a file of features, without holding more than a few batches in memory."""
+"""From images to a file of features, without holding more than a few batches in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry, ReadProblem, Source
-from esvit_core.data.ingest.decode import BadPicture, listed, to_stored
+from esvit_core.data.ingest.decode import BadImage, listed, to_stored
 from esvit_core.data.ingest.layout import arrange, is_ignored
 from esvit_core.data.ingest.prefetch import ahead, reading_threads
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import EvalTransform
-from esvit_core.data.shards.reader import decode_picture
+from esvit_core.data.shards.reader import decode_image
 from esvit_core.embedding.feature_files import SUFFIXES, Rows, open_feature_file, require_pyarrow
 from esvit_core.errors import UserError
 from esvit_core.models.precision import Precision, choose_precision
@@ -41,9 +41,9 @@ class EmbedSettings:
         dtype: of the regions; the view feature is float32.
         precision: arithmetic of the network. ``float32``, as in the measured steps; ``auto``: bfloat16 where it is
             native, which is faster and rounds to three digits.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         max_bad_fraction: share of bad files that is an error.
-        max_megapixels: pictures with more are bad files.
+        max_megapixels: images with more are bad files.
     """
 
     regions: bool = False
@@ -60,7 +60,7 @@ class Embedded:
 
     Attributes:
         path: the file.
-        pictures: rows in it.
+        images: rows in it.
         width: of the view feature, D.
         region_map: H, W and D' of the regions; None where they were not asked for.
         bad: names and reasons of the files that were left out.
@@ -68,7 +68,7 @@ class Embedded:
     """
 
     path: Path
-    pictures: int
+    images: int
     width: int
     region_map: tuple[int, ...] | None
     bad: list[tuple[str, str]]
@@ -104,7 +104,7 @@ class Embedded:
         """The same in a line."""
         regions = "" if self.region_map is None else ", regions {} x {} x {}".format(*self.region_map)
         bad = f"; {len(self.bad):,} bad files left out, listed in {self.bad_list}" if self.bad else ""
-        return f"{self.pictures:,} pictures, view feature {self.width}{regions}, computed in {self.precision}{bad}"
+        return f"{self.images:,} images, view feature {self.width}{regions}, computed in {self.precision}{bad}"
 
 
 def embed(
@@ -114,18 +114,18 @@ def embed(
     settings: EmbedSettings | None = None,
     store: ObjectStore | None = None,
 ) -> Embedded:
-    """Write the features of every picture of a source, prepared as the measured steps prepare them.
+    """Write the features of every image of a source, prepared as the measured steps prepare them.
 
     Args:
         backbone: as :func:`esvit_core.weights.backbone.load_backbone` gives it; it runs on the GPU if there is one.
         source: folder, tar, zip or ``s3://bucket/prefix``.
         out: ``.parquet`` or ``.npz``, which appears whole or not at all; see
-            :mod:`~esvit_core.embedding.feature_files`. Files that are no usable pictures are listed beside it.
+            :mod:`~esvit_core.embedding.feature_files`. Files that are no usable images are listed beside it.
         settings: None: view features, computed in float32.
         store: where an ``s3://`` source lies; None: the one that ``ESVIT_S3_*`` name.
 
     Raises:
-        UserError: ``out`` exists or cannot be written, the source does not exist or holds no pictures, or more of its
+        UserError: ``out`` exists or cannot be written, the source does not exist or holds no images, or more of its
             files are bad than allowed.
     """
     settings = settings or EmbedSettings()
@@ -139,7 +139,7 @@ def embed(
     with open_source(source, store) as opened, appearing(out) as path:
         files = [entry for entry in opened.entries if not is_ignored(entry.name)]
         if not files:
-            raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
+            raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
         labels = _labels(files, source)
         file = open_feature_file(path)
         bad: list[tuple[str, str]] = []
@@ -151,19 +151,19 @@ def embed(
         count, rows = 0, None
         prepare = partial(_prepare, opened, description, eval_transform(description), settings.max_megapixels)
         with torch.inference_mode(), Progress(len(files), label="embed") as progress:
-            for names, pictures, read in _batches(files, prepare, leave_out, settings.batch_size):
-                features = _compute(network, pictures, device, precision)
+            for names, images, read in _batches(files, prepare, leave_out, settings.batch_size):
+                features = _compute(network, images, device, precision)
                 rows = _rows(names, [labels[name] for name in names], features, settings.dtype)
                 file.add(rows)
                 count += len(names)
                 progress.update(read)
             progress.update(len(files) - progress.done)  # bad ones at the end
         if rows is None:
-            raise UserError(f"{source}: none of its {len(files):,} files is a picture: {listed(bad)}")
+            raise UserError(f"{source}: none of its {len(files):,} files is an image: {listed(bad)}")
         region_map = None if rows.regions is None else rows.regions.shape[1:]
         told = f"{precision.name} ({precision.reason})"
         done = Embedded(out, count, rows.view.shape[1], region_map, sorted(bad), told)
-        file.close({"source": source, "pictures": count, "bad": len(bad), "precision": told, "backbone": description})
+        file.close({"source": source, "images": count, "bad": len(bad), "precision": told, "backbone": description})
         if bad:
             lines = (json.dumps({"name": n, "reason": r}, ensure_ascii=False) + "\n" for n, r in done.bad)
             done.bad_list.write_text("".join(lines), encoding="utf-8")
@@ -185,41 +185,41 @@ def eval_transform(description: dict[str, Any]) -> EvalTransform:
 def _prepare(
     opened: Source, description: dict[str, Any], transform: EvalTransform, max_megapixels: float, entry: Entry
 ) -> Tensor:
-    """A picture as the network takes it, (3, S, S): through the same steps as a stored one. Runs in several threads."""
+    """An image as the network takes it, (3, S, S): through the same steps as a stored one. Runs in several threads."""
     if entry.problem is not None:
         raise ReadProblem(entry.problem)
     stored = to_stored(opened.read(entry), max_megapixels, description.get("store_short_side"))
-    return transform(decode_picture(stored.data))
+    return transform(decode_image(stored.data))
 
 
 def _batches(
     files: list[Entry], prepare: Callable[[Entry], Tensor], leave_out: Callable[[Entry, str], None], size: int
 ) -> Iterator[tuple[list[str], list[Tensor], int]]:
-    """Names and pictures, and how many files they are of; the next batch is read while one is worked on."""
+    """Names and images, and how many files they are of; the next batch is read while one is worked on."""
     names: list[str] = []
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
     read = 0
     with ThreadPoolExecutor(reading_threads(), thread_name_prefix="embed") as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
         for entry, future in ahead(pool, prepare, files, size + reading_threads()):
             read += 1
             try:
-                pictures.append(future.result())
+                images.append(future.result())
                 names.append(entry.name)
-            except (BadPicture, ReadProblem) as error:
+            except (BadImage, ReadProblem) as error:
                 leave_out(entry, str(error))
             if len(names) == size:
-                yield names, pictures, read
-                names, pictures, read = [], [], 0
+                yield names, images, read
+                names, images, read = [], [], 0
     if names:
-        yield names, pictures, read
+        yield names, images, read
 
 
 def _compute(
-    network: nn.Module, pictures: list[Tensor], device: torch.device, precision: Precision
+    network: nn.Module, images: list[Tensor], device: torch.device, precision: Precision
 ) -> tuple[np.ndarray, ...]:
     with precision.autocast():
-        found = network(torch.stack(pictures).to(device))
+        found = network(torch.stack(images).to(device))
     return tuple(values.float().cpu().numpy() for values in found)
 
 

@@ -1,4 +1,4 @@
-"""The files that features go to, row by row: Parquet, for any number of pictures, and numpy's npz.
+"""The files that features go to, row by row: Parquet, for any number of images, and numpy's npz.
 
 Both hold the same columns: ``name`` (path below the source), ``label`` (name of the class; none where there is no
 folder a class), ``view`` (D,) float32, and ``regions`` (H, W, D').
@@ -24,7 +24,7 @@ _GROUP_BYTES = 32 * 2**20  # of a row group: what is in memory before it is writ
 
 @dataclass(frozen=True)
 class Rows:
-    """Features of some pictures.
+    """Features of some images.
 
     Attributes:
         names: paths below the source.

@@ -19,17 +19,17 @@ FEATURES = "features.parquet"
 def publish_features(
     model: str, data: str, destination: str, settings: EmbedSettings, store: ObjectStore
 ) -> dict[str, Any]:
-    """Write the features of pictures to ``features.parquet`` in the object store; see :func:`.embed.embed`.
+    """Write the features of images to ``features.parquet`` in the object store; see :func:`.embed.embed`.
 
-    Repeated with the same backbone, pictures and settings it finds what is there and returns.
+    Repeated with the same backbone, images and settings it finds what is there and returns.
 
     Args:
         model: ``s3://`` address of the backbone, or a pointer such as ``champion``.
         data: folder, archive or ``s3://`` prefix.
-        destination: ``s3://`` folder for the file, the list of bad pictures, and the manifest.
+        destination: ``s3://`` folder for the file, the list of bad images, and the manifest.
 
     Returns:
-        The manifest, with the number of ``pictures`` and of ``bad`` files.
+        The manifest, with the number of ``images`` and of ``bad`` files.
 
     Raises:
         UserError: as :func:`.embed.embed`; or other features are there.
@@ -41,12 +41,12 @@ def publish_features(
             print(f"already done: found {destination}", flush=True)
             return found
         raise UserError(
-            f"{destination}: holds features of {found.get('data')} by {found.get('backbone')}, with other pictures, "
+            f"{destination}: holds features of {found.get('data')} by {found.get('backbone')}, with other images, "
             "backbone or settings; name another destination"
         )
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         done = embed(load_backbone(source, store), data, Path(folder) / FEATURES, settings, store)
         files = {path.name: path for path in Path(folder).iterdir()}
         print(done.describe(), flush=True)
-        facts = {"data": data, "pictures": done.pictures, "width": done.width, "bad": len(done.bad)}
+        facts = {"data": data, "images": done.images, "width": done.width, "bad": len(done.bad)}
         return store.publish(destination, files, "features", {**wanted, **facts})

@@ -7,27 +7,27 @@ import torch
 from torch import nn
 
 
-def shows_attention(backbone: nn.Module, pictures: torch.Tensor) -> bool:
+def shows_attention(backbone: nn.Module, images: torch.Tensor) -> bool:
     """Whether :func:`attention_maps` shows attention: a ResNet has none, its map is the strength of its regions.
 
     Args:
         backbone: in eval mode, where it is.
-        pictures: network input, (B, 3, S, S); the first is tried.
+        images: network input, (B, 3, S, S); the first is tried.
     """
     with torch.inference_mode():
         try:
-            backbone.last_attention(pictures[:1].to(next(backbone.parameters()).device))  # type: ignore[operator]
+            backbone.last_attention(images[:1].to(next(backbone.parameters()).device))  # type: ignore[operator]
         except ValueError:
             return False
     return True
 
 
-def attention_maps(backbone: nn.Module, pictures: torch.Tensor) -> np.ndarray:
+def attention_maps(backbone: nn.Module, images: torch.Tensor) -> np.ndarray:
     """How much attention each region receives in the last block, scaled to 0..1 per head.
 
     Args:
         backbone: in eval mode, where it is.
-        pictures: network input, (B, 3, S, S).
+        images: network input, (B, 3, S, S).
 
     Returns:
         (B, heads, h, w); one head where the map is the strength of regions.
@@ -37,7 +37,7 @@ def attention_maps(backbone: nn.Module, pictures: torch.Tensor) -> np.ndarray:
     """
     device = next(backbone.parameters()).device
     with torch.inference_mode():
-        maps = backbone.attention_map(pictures.to(device)).float().cpu().numpy()  # type: ignore[operator]
+        maps = backbone.attention_map(images.to(device)).float().cpu().numpy()  # type: ignore[operator]
     return scale_maps(maps)
 
 

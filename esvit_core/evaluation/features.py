@@ -38,7 +38,7 @@ SPLITS = ("train", "val")
 _PLACES = {"trained": "backbone", "untrained": "untrained"}
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     """What features are computed of; :class:`esvit_core.data.shards.reader.ShardDataset` is one."""
 
     labels: np.ndarray
@@ -49,12 +49,12 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N pictures in the order of the data set.
+    """Features of N images in the order of the data set.
 
     Attributes:
         view: the view feature, (N, D) float32.
         blocks: the linear-probe feature, averages of the last blocks concatenated, (N, D') float32.
-        labels: classes from 0, -1 for a picture without one, (N,) int64.
+        labels: classes from 0, -1 for an image without one, (N,) int64.
     """
 
     view: np.ndarray
@@ -67,7 +67,7 @@ class Features:
 
 def compute_features(
     backbone: nn.Module,
-    dataset: Pictures,
+    dataset: Images,
     transform: Callable[[np.ndarray], torch.Tensor],
     batch_size: int,
     blocks: int = 4,
@@ -76,11 +76,11 @@ def compute_features(
     label: str = "features",
     devices: Sequence[torch.device] | None = None,
 ) -> Features:
-    """Features of every picture, in order.
+    """Features of every image, in order.
 
     Args:
         backbone: in eval mode.
-        transform: from a picture (H, W, 3) uint8 to the network's input (3, S, S).
+        transform: from an image (H, W, 3) uint8 to the network's input (3, S, S).
         blocks: number of last blocks of the linear-probe feature.
         precision: ``bfloat16`` runs the network under autocast; all else in float32, the default also where
             training used bfloat16, for its rounding reorders the neighbours of small networks.
@@ -120,7 +120,7 @@ def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[s
     Returns what is there when it is complete already.
 
     Returns:
-        The manifest; its ``samples`` counts the pictures of each split.
+        The manifest; its ``samples`` counts the images of each split.
 
     Raises:
         UserError: the run has no prepared data or no exported backbone.
@@ -142,7 +142,7 @@ def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[s
         return store.publish(prefix, files, "features", {"samples": samples})
 
 
-def features_of(backbone: nn.Module, dataset: Pictures, config: Config, label: str) -> Features:
+def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str) -> Features:
     """:func:`compute_features` with the transform, batch and arithmetic of the configuration."""
     return compute_features(
         backbone,
@@ -179,7 +179,7 @@ def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> F
 
 
 def nothing() -> Features:
-    """The features of no pictures."""
+    """The features of no images."""
     empty = np.zeros((0, 0), np.float32)
     return Features(empty, empty, np.zeros(0, np.int64))
 
@@ -190,7 +190,7 @@ def load_model(run_uri: str, model: str, store: ObjectStore) -> nn.Module:
 
 
 def split_datasets(store: ObjectStore, data: str) -> dict[str, ShardDataset]:
-    """The splits of prepared data that hold pictures."""
+    """The splits of prepared data that hold images."""
     manifest = Manifest.read(store, data)
     return {
         split: ShardDataset(store, data, split)
@@ -200,7 +200,7 @@ def split_datasets(store: ObjectStore, data: str) -> dict[str, ShardDataset]:
 
 
 def eval_transform(config: Config) -> EvalTransform:
-    """The transform of the measured steps: resize, centre crop, normalise (EsViT, section 4)."""
+    """The transform of the measured steps: resize, center crop, normalise (EsViT, section 4)."""
     return EvalTransform(
         config.evaluation.resize, config.evaluation.crop, mean=config.augment.mean, std=config.augment.std
     )
@@ -234,7 +234,7 @@ def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def _batches(
-    dataset: Pictures, transform: Callable[[np.ndarray], torch.Tensor], batch_size: int
+    dataset: Images, transform: Callable[[np.ndarray], torch.Tensor], batch_size: int
 ) -> Iterator[torch.Tensor]:
     """Batches in order; the next one is decoded while the network works on this one."""
 

@@ -1,6 +1,6 @@
 """A run without a training of its own: a backbone that exists, to be measured as one that was just trained.
 
-Its architecture, and how it wants its pictures, come from the backbone; the data, the protocols and the seed from the
+Its architecture, and how it wants its images, come from the backbone; the data, the protocols and the seed from the
 configuration. The baseline is the same network as it is drawn from the seed.
 """
 
@@ -30,7 +30,7 @@ from esvit_core.weights.weight_source import CHECKPOINT, CHECKPOINTS, find, kind
 _KEPT = ("run", "step", "imported")  # of a description: where the backbone comes from
 
 
-def take_backbone(
+def import_backbone(
     backbone: str,
     source: str,
     asked: Config,
@@ -42,7 +42,7 @@ def take_backbone(
     Args:
         backbone: a pointer such as ``champion``; ``s3://bucket/runs/<id>``, whose newest checkpoint serves while it has
             published nothing; a published backbone; a ``.pth`` or ``.safetensors`` file; or ``timm:<name>``.
-        source: the pictures to measure on.
+        source: the images to measure on.
         asked: what was asked for; the sections ``model`` and ``init`` do not count.
         uri: where the run shall lie; empty: the place that backbone, configuration and data determine.
         store: by default the one that ``ESVIT_S3_*`` name.
@@ -98,7 +98,7 @@ def _description(network: nn.Module) -> dict[str, Any]:
 
 
 def _configuration(asked: Config, description: Mapping[str, Any]) -> Config:
-    """What was asked for, with the architecture of the backbone and the pictures that it expects."""
+    """What was asked for, with the architecture of the backbone and the images that it expects."""
     values = asked.model_dump(mode="json")
     crop = description["img_size"]
     values["recipe"] = f"evaluate {description.get('recipe', 'backbone')}"

@@ -89,7 +89,7 @@ def ranking_accuracy(ranking: torch.Tensor, test_labels: Array) -> tuple[float, 
 def evaluate_knn(run_uri: str, store: ObjectStore, config: Config) -> Result:
     """Weighted k-NN of both backbones' view features, for every ``k`` of the configuration.
 
-    The training pictures are the bank, the held-out ones are classified. Written once to
+    The training images are the bank, the held-out ones are classified. Written once to
     ``evaluation/knn.json``: top-1 under ``results``, top-5 under ``top5``.
     """
     return once(store, run_uri, "knn", lambda: measure_knn(run_task(run_uri, store), config))
@@ -111,7 +111,7 @@ def measure_knn(task: Task | str, config: Config) -> Result:
         top1[model] = {key: first for key, (first, _) in figures.items()}
         top5[model] = {key: round(fifth, 4) for key, (_, fifth) in figures.items()}
     bank = len(next(iter(task.splits.values()))[0])
-    notes = [f"knn/{k}: there are only {bank:,} training pictures, so all of them vote" for k in ks if k > bank]
+    notes = [f"knn/{k}: there are only {bank:,} training images, so all of them vote" for k in ks if k > bank]
     return measured(headline, top1, task.classes, notes=notes + task.notes, top5=top5)
 
 

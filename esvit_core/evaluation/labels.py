@@ -31,7 +31,7 @@ class Task:
 
 
 def run_task(run_uri: str, store: ObjectStore) -> Task | str:
-    """The classification of the run's own pictures, or why there is none."""
+    """The classification of the run's own images, or why there is none."""
     manifest = Manifest.read(store, join_uri(run_uri, "data"))
     return task_of(
         {m: (load_features(store, run_uri, m, "train"), load_features(store, run_uri, m, "val")) for m in MODELS},
@@ -62,31 +62,31 @@ def _labelled(features: Features) -> Features:
 def why_not(train_labels: np.ndarray, val_labels: np.ndarray) -> str | None:
     """Why nothing can be measured with these labels (classes from 0, -1: none); None if it can."""
     if not len(train_labels):
-        return "there are no training pictures"
+        return "there are no training images"
     known = train_labels[train_labels >= 0]
     if not len(known):
-        return "the pictures have no labels; put each class into a folder of its own to measure this"
+        return "the images have no labels; put each class into a folder of its own to measure this"
     if len(np.unique(known)) < 2:
-        return "the training pictures are all of one class; a classifier needs two"
+        return "the training images are all of one class; a classifier needs two"
     if not len(val_labels):
-        return "no pictures are held out; give a val folder or set data.val_fraction above 0"
+        return "no images are held out; give a val folder or set data.val_fraction above 0"
     if not (val_labels >= 0).any():
-        return "the held-out pictures have no labels"
+        return "the held-out images have no labels"
     return None
 
 
 def label_notes(train_labels: np.ndarray, val_labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """What limits a figure: classes without pictures on one side, a single picture of a class, pictures without one."""
+    """What limits a figure: classes without images on one side, a single image of a class, images without one."""
     train = np.bincount(train_labels[train_labels >= 0], minlength=len(classes))
     val = np.bincount(val_labels[val_labels >= 0], minlength=len(classes))
     notes = [
-        _note(classes, (train > 0) & (val == 0), "without held-out pictures, so not measured"),
-        _note(classes, (train == 0) & (val > 0), "without training pictures, so always wrong"),
-        _note(classes, train == 1, "with a single training picture"),
+        _note(classes, (train > 0) & (val == 0), "without held-out images, so not measured"),
+        _note(classes, (train == 0) & (val > 0), "without training images, so always wrong"),
+        _note(classes, train == 1, "with a single training image"),
     ]
     unlabelled = int((train_labels < 0).sum() + (val_labels < 0).sum())
     if unlabelled:
-        noun = "picture" if unlabelled == 1 else "pictures"
+        noun = "image" if unlabelled == 1 else "images"
         notes.append(f"{unlabelled:,} {noun} without a label not used")
     return [note for note in notes if note]
 

@@ -1,7 +1,7 @@
 """Linear probe: a linear classifier on frozen features (EsViT, section 4; ``eval_linear.py`` of the published code).
 
 Differs from the published protocol in one thing: it trains on features of the evaluation transform, computed once,
-where the published code draws a new random crop and flip of every picture in every epoch.
+where the published code draws a new random crop and flip of every image in every epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from esvit_core.evaluation.results import Result, left_out, measured, once
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore
 
-_REFERENCE_BATCH = 256  # the learning rate of the configuration is for this many pictures
+_REFERENCE_BATCH = 256  # the learning rate of the configuration is for this many images
 _CONFUSION_CLASSES = 100  # a larger table serves nobody
 _VALUES_WORTH_THREADS = 1 << 20  # of a batch
 
@@ -32,10 +32,10 @@ class ProbeOutcome:
 
     Attributes:
         last: accuracy after the last epoch, percent.
-        best: of the best epoch, chosen on the same test pictures: the figure that the published code prints.
+        best: of the best epoch, chosen on the same test images: the figure that the published code prints.
         best_epoch: that epoch, from 1.
         top5: accuracy after the last epoch of the five most likely classes, percent.
-        predictions: class of each test picture after the last epoch, (M,).
+        predictions: class of each test image after the last epoch, (M,).
     """
 
     last: float
@@ -63,7 +63,7 @@ def linear_probe(
         train, test: features, (N, D) and (M, D) float32.
         train_labels, test_labels: classes from 0, (N,) and (M,).
         classes: number of classes C.
-        seed: of the weights (normal, 0.01) and of the order of the pictures; the outcome depends on nothing else.
+        seed: of the weights (normal, 0.01) and of the order of the images; the outcome depends on nothing else.
         label: first word of the progress lines.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +100,7 @@ def evaluate_linear(run_uri: str, store: ObjectStore, config: Config) -> Result:
     """Linear probe of both backbones on the averages of their last blocks.
 
     Written once to ``evaluation/linear.json``: ``linear`` is the accuracy after the last epoch, which no choice on the
-    test pictures has touched; ``linear/best`` that of the best epoch, the published code's figure. ``confusion``
+    test images has touched; ``linear/best`` that of the best epoch, the published code's figure. ``confusion``
     counts the trained backbone's predictions (rows: true class, columns: predicted).
     """
     return once(store, run_uri, "linear", lambda: measure_linear(run_task(run_uri, store), config))

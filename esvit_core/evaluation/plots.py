@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from esvit_core.evaluation.correspondence import Crop, Matches, Pair, region_centres
+from esvit_core.evaluation.correspondence import Crop, Matches, Pair, region_centers
 
 # Mid-grey text has a contrast of at least 4 on white and on near-black.
 _INK = "#7d8590"
 _RIGHT, _WRONG = "#1a9f4b", "#e0453c"
 _GAP = 0.42  # between the two crops, in crop sides
-_LINES = 16  # more lines than this hide the picture
+_LINES = 16  # more lines than this hide the image
 _DPI = 110
 _HEADS = 4
 _HEAT = colormaps["inferno"]
@@ -59,13 +59,13 @@ def heads_shown(heads: int) -> int:
 
 
 def attention_figure(
-    pictures: Sequence[np.ndarray], trained: Sequence[np.ndarray], untrained: Sequence[np.ndarray]
+    images: Sequence[np.ndarray], trained: Sequence[np.ndarray], untrained: Sequence[np.ndarray]
 ) -> bytes:
-    """Each picture, the mean over the heads of both models, and the first heads of the trained one.
+    """Each image, the mean over the heads of both models, and the first heads of the trained one.
 
     Args:
-        pictures: what the network saw, (S, S, 3) uint8.
-        trained, untrained: maps of each picture, 0..1, (heads, h, w).
+        images: what the network saw, (S, S, 3) uint8.
+        trained, untrained: maps of each image, 0..1, (heads, h, w).
 
     Returns:
         PNG.
@@ -73,15 +73,15 @@ def attention_figure(
     heads = heads_shown(len(trained[0]))
     columns = 3 + heads
     cell = 1.5 if heads else 2.2
-    figure = Figure(figsize=(cell * columns, 0.55 + cell * len(pictures)), dpi=_DPI)
+    figure = Figure(figsize=(cell * columns, 0.55 + cell * len(images)), dpi=_DPI)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
-    titles = ["picture", "untrained", "trained", *(f"head {i + 1}" for i in range(heads))]
-    for row, picture in enumerate(pictures):
-        _frame(axes[row, 0]).imshow(picture, interpolation="lanczos")
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    titles = ["image", "untrained", "trained", *(f"head {i + 1}" for i in range(heads))]
+    for row, image in enumerate(images):
+        _frame(axes[row, 0]).imshow(image, interpolation="lanczos")
         maps = [_stretch(untrained[row].mean(0)), _stretch(trained[row].mean(0)), *trained[row][:heads]]
         for ax, heat in zip(axes[row, 1:], maps, strict=True):
-            _frame(ax).imshow(heat_over(picture, heat))
+            _frame(ax).imshow(heat_over(image, heat))
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, color=_INK, fontsize=16, pad=7)
     top = 1 - 0.45 / figure.get_figheight()
@@ -89,9 +89,9 @@ def attention_figure(
     return _png(figure)
 
 
-def heat_over(picture: np.ndarray, heat: np.ndarray, side: int = 160) -> np.ndarray:
-    """A heat map (h, w) of 0..1 in colour over the greyed picture (S, S, 3) uint8; (side, side, 3) of 0..1."""
-    grey = Image.fromarray(picture).convert("L").resize((side, side), Image.Resampling.BICUBIC)
+def heat_over(image: np.ndarray, heat: np.ndarray, side: int = 160) -> np.ndarray:
+    """A heat map (h, w) of 0..1 in colour over the greyed image (S, S, 3) uint8; (side, side, 3) of 0..1."""
+    grey = Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BICUBIC)
     smooth = Image.fromarray(heat.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
     weight = np.clip(np.asarray(smooth), 0, 1)
     colour = _HEAT(weight)[..., :3]
@@ -100,26 +100,26 @@ def heat_over(picture: np.ndarray, heat: np.ndarray, side: int = 160) -> np.ndar
     return colour * share + background * (1 - share)
 
 
-def cut(picture: np.ndarray, crop: Crop) -> np.ndarray:
-    """The crop's part of the picture in the picture's own resolution, mirrored if the crop is; (h, w, 3)."""
-    height, width = picture.shape[:2]
+def cut(image: np.ndarray, crop: Crop) -> np.ndarray:
+    """The crop's part of the image in the image's own resolution, mirrored if the crop is; (h, w, 3)."""
+    height, width = image.shape[:2]
     x0, y0, x1, y1 = crop.box
     left, top = round(x0 * width), round(y0 * height)
-    part = picture[top : max(top + 1, round(y1 * height)), left : max(left + 1, round(x1 * width))]
+    part = image[top : max(top + 1, round(y1 * height)), left : max(left + 1, round(x1 * width))]
     return part[:, ::-1] if crop.flipped else part
 
 
 def _draw_pair(ax: Axes, pair: Pair, matches: Matches) -> None:
     offset = 1 + _GAP
     for crop, x in ((pair.a, 0.0), (pair.b, offset)):
-        ax.imshow(cut(pair.picture, crop), extent=(x, x + 1, 1, 0), interpolation="lanczos")
+        ax.imshow(cut(pair.image, crop), extent=(x, x + 1, 1, 0), interpolation="lanczos")
         ax.add_patch(Rectangle((x, 0), 1, 1, fill=False, edgecolor=_INK, linewidth=1))
     side = math.isqrt(len(pair.asked))
-    centres = region_centres(side)
+    centers = region_centers(side)
     asked = np.flatnonzero(pair.asked)
     shown = asked[np.unique(np.linspace(0, len(asked) - 1, min(_LINES, len(asked))).round().astype(int))]
     for region in sorted(shown, key=lambda i: matches.right[i]):  # right ones on top
-        (xa, ya), (xb, yb) = centres[region], centres[matches.chosen[region]]
+        (xa, ya), (xb, yb) = centers[region], centers[matches.chosen[region]]
         # Lines of one row would lie on each other: each column has its own height, by less than half a region.
         shift = (xa - 0.5) * 0.5 / side
         right = matches.right[region]

@@ -45,11 +45,11 @@ class TransferOutcome:
     """What the regression reached.
 
     Attributes:
-        figure: the set's metric on the test pictures, percent.
+        figure: the set's metric on the test images, percent.
         strength: the lambda that was chosen.
         validation: the metric on the validation split for every lambda tried.
         converged: whether L-BFGS ended before its iterations did, in the last fit.
-        searched: False where no picture could be spared for validation, so that lambda is 1.
+        searched: False where no image could be spared for validation, so that lambda is 1.
     """
 
     figure: float
@@ -102,7 +102,7 @@ def logistic_transfer(
         train, test: features, (N, D) and (M, D).
         train_labels, test_labels: classes, (N,) and (M,).
         metric: also what the search looks at.
-        seed: of the validation split: a fifth of every class, but never its last picture.
+        seed: of the validation split: a fifth of every class, but never its last image.
         label: first word of the progress lines.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
@@ -130,7 +130,7 @@ def logistic_transfer(
 
 
 def validation_split(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Which training pictures are for validation: a fifth of every class, but never its last picture; (N,) bool."""
+    """Which training images are for validation: a fifth of every class, but never its last image; (N,) bool."""
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)
     for value in np.unique(labels):
@@ -188,7 +188,7 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     }
     notes = list(task.notes)
     if not all(o.searched for o in outcomes.values()):
-        notes.append("every class has a single training picture, so lambda could not be searched and is 1")
+        notes.append("every class has a single training image, so lambda could not be searched and is 1")
     notes += [
         f"{model}: L-BFGS stopped after {_MAX_ITERATIONS:,} iterations"
         for model, o in outcomes.items()

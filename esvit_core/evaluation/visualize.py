@@ -1,4 +1,4 @@
-"""Pictures of what the backbone sees: correspondence of regions and attention, trained beside untrained."""
+"""Images of what the backbone sees: correspondence of regions and attention, trained beside untrained."""
 
 from __future__ import annotations
 
@@ -21,66 +21,66 @@ from esvit_core.evaluation.features import eval_transform, load_model, split_dat
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
 
-INDEX = "pictures.json"
+INDEX = "visualization.json"
 # Left to right in the figures: before, after.
 _COLUMNS = ("untrained", "trained")
-_TELLING = 0.4  # share of a crop's regions asked from which on a pair makes a picture
+_TELLING = 0.4  # share of a crop's regions asked from which on a pair makes an image
 
 
 @dataclass
 class _Drawn:
-    """What :func:`draw_pictures` collects."""
+    """What :func:`visualize` collects."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    pictures: list[dict[str, str]] = field(default_factory=list)
+    images: list[dict[str, str]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, file: str, png: bytes, title: str, caption: str) -> None:
         self.files[file] = png
-        self.pictures.append({"file": file, "title": title, "caption": caption})
+        self.images.append({"file": file, "title": title, "caption": caption})
 
     def leave_out(self, what: str, reason: str) -> None:
         self.left_out.append({"what": what, "reason": reason})
 
 
-def draw_pictures(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
-    """Measure correspondence, draw it and the attention maps, and publish all below ``pictures/`` of the run.
+def visualize(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    """Measure correspondence, draw it and the attention maps, and publish all below ``visualization/`` of the run.
 
-    The pictures are held-out ones, or training ones where none are held out. Returns what is there when it is
+    The images are held-out ones, or training ones where none are held out. Returns what is there when it is
     complete already.
 
     Returns:
-        The content of ``pictures/pictures.json``: ``pictures`` (file, title, caption), ``figures`` (correspondence:
-        trained, untrained and chance in percent, pictures and regions counted), ``left_out`` (what, reason).
+        The content of ``visualization/visualization.json``: ``images`` (file, title, caption), ``figures`` (correspondence:
+        trained, untrained and chance in percent, images and regions counted), ``left_out`` (what, reason).
     """
-    prefix = join_uri(run_uri, "pictures")
+    prefix = join_uri(run_uri, "visualization")
     if store.read_manifest(prefix) is not None:
         return store.get_json(join_uri(prefix, INDEX))
     drawn = _Drawn()
     datasets = split_datasets(store, join_uri(run_uri, "data"))
     dataset = datasets.get("val") or datasets["train"]
     models = {model: _on_device(load_model(run_uri, model, store)) for model in _COLUMNS}
-    chosen = spread(dataset.labels, config.evaluation.correspondence_pictures, config.seed)
+    chosen = spread(dataset.labels, config.evaluation.correspondence_images, config.seed)
     pairs = _pairs(drawn, dataset, chosen, models["trained"], config)
-    shown = _telling(chosen, pairs)[: config.evaluation.pictures]
+    shown = _telling(chosen, pairs)[: config.evaluation.visualization]
     _correspondence(drawn, pairs, [i for i in shown if i in pairs], models, config)
     _attention(drawn, dataset, shown, models, config)
-    index = {"pictures": drawn.pictures, "figures": drawn.figures, "left_out": drawn.left_out}
+    index = {"images": drawn.images, "figures": drawn.figures, "left_out": drawn.left_out}
     drawn.files[INDEX] = (json.dumps(index, indent=1) + "\n").encode()
-    store.publish(prefix, drawn.files, "pictures")
+    store.publish(prefix, drawn.files, "visualization")
     return index
 
 
 def spread(labels: np.ndarray, count: int, seed: int) -> list[int]:
-    """A seeded choice of pictures that takes the classes in turn.
+    """A seeded choice of images that takes the classes in turn.
 
     Args:
         labels: (N,); -1 counts as a class too.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
-    # The rank of a picture within its class says in which round it is taken.
+    # The rank of an image within its class says in which round it is taken.
     rounds = np.zeros(len(labels), dtype=int)
     for value in np.unique(labels):
         members = order[labels[order] == value]
@@ -98,14 +98,14 @@ def _pairs(
         return {}
     pairs = draw_pairs(dataset, chosen, MultiCrop(config.augment), config.seed, side)
     if not pairs:
-        drawn.leave_out("correspondence", "no picture gave two crops that share a region that is not blank")
+        drawn.leave_out("correspondence", "no image gave two crops that share a region that is not blank")
     return pairs
 
 
 def _correspondence(
-    drawn: _Drawn, by_picture: Mapping[int, Pair], shown: list[int], models: Mapping[str, nn.Module], config: Config
+    drawn: _Drawn, by_image: Mapping[int, Pair], shown: list[int], models: Mapping[str, nn.Module], config: Config
 ) -> None:
-    pairs = list(by_picture.values())
+    pairs = list(by_image.values())
     if not pairs:
         return
     with Progress(len(pairs) * len(models), unit="pairs of crops", label="correspondence") as progress:
@@ -115,14 +115,14 @@ def _correspondence(
     by_chance = 100 * float(np.average([chance(pair) for pair in pairs], weights=asked))
     drawn.figures["correspondence"] = {model: round(share, 4) for model, share in shares.items()} | {
         "chance": round(by_chance, 4),
-        "pictures": len(pairs),
+        "images": len(pairs),
         "regions": sum(asked),
         "unit": "%",
     }
     if not shown:
-        drawn.leave_out("correspondence picture", "evaluation.pictures is 0")
+        drawn.leave_out("correspondence image", "evaluation.visualization is 0")
         return
-    rows = [list(by_picture).index(i) for i in shown]
+    rows = [list(by_image).index(i) for i in shown]
     png = plots.correspondence_figure(
         [pairs[row] for row in rows], {model: [found[row] for row in rows] for model, found in matches.items()}, shares
     )
@@ -130,9 +130,9 @@ def _correspondence(
         "correspondence.png",
         png,
         "Correspondence",
-        "Two crops of one picture; each line joins a region of the left crop to its most similar region of the right "
+        "Two crops of one image; each line joins a region of the left crop to its most similar region of the right "
         "one by the backbone's features. Green: at most one region away from the true place. Red, dashed: wrong. "
-        f"Over {sum(asked):,} regions of {len(pairs):,} pictures {shares['trained']:.1f} % are right, untrained "
+        f"Over {sum(asked):,} regions of {len(pairs):,} images {shares['trained']:.1f} % are right, untrained "
         f"{shares['untrained']:.1f} %, by chance {by_chance:.1f} %. Blank regions are not counted.",
     )
 
@@ -141,7 +141,7 @@ def _attention(
     drawn: _Drawn, dataset: ShardDataset, chosen: list[int], models: Mapping[str, nn.Module], config: Config
 ) -> None:
     if not chosen:
-        drawn.leave_out("attention", "evaluation.pictures is 0")
+        drawn.leave_out("attention", "evaluation.visualization is 0")
         return
     transform = eval_transform(config)
     inputs = torch.stack([transform(dataset.image(i)) for i in chosen])  # (B, 3, S, S)
@@ -156,7 +156,7 @@ def _attention(
             "attention.png",
             png,
             "Strength of the regions",
-            "How long the feature of each place of the picture is, the brighter the longer, untrained and trained "
+            "How long the feature of each place of the image is, the brighter the longer, untrained and trained "
             f"({config.model.arch} shows no attention). Each map has its own scale.",
         )
         return
@@ -166,13 +166,13 @@ def _attention(
         "attention.png",
         png,
         "Attention",
-        "How much attention each place of the picture receives in the last block, the brighter the more: the mean over "
+        "How much attention each place of the image receives in the last block, the brighter the more: the mean over "
         f"the heads, untrained and trained, and {of_heads} of the trained backbone. Each map has its own scale.",
     )
 
 
 def _telling(chosen: list[int], pairs: Mapping[int, Pair]) -> list[int]:
-    """The pictures in their order, but those last of which the crops show little: few regions asked, or none."""
+    """The images in their order, but those last of which the crops show little: few regions asked, or none."""
 
     def little(index: int) -> bool:
         return index not in pairs or pairs[index].asked.mean() < _TELLING

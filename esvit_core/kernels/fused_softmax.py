@@ -20,25 +20,25 @@ _ROWS_PER_CALL = 8  # of one thread: its call costs little beside them, and thre
 _Job = tuple[Tensor | float | None, ...]  # the arguments of a call
 
 
-def sharpen(logits: Tensor, rows: Tensor, centre: Tensor, temp: float, out: Tensor) -> None:
-    """Centred, sharpened distributions of some of the teacher's rows.
+def sharpen(logits: Tensor, rows: Tensor, center: Tensor, temp: float, out: Tensor) -> None:
+    """Centered, sharpened distributions of some of the teacher's rows.
 
     Args:
         logits: (R, K), any floating dtype.
         rows: which of them, (r,).
-        centre: (1, K).
+        center: (1, K).
         temp: tau_t.
-        out: (r, K), in the dtype of the centre.
+        out: (r, K), in the dtype of the center.
     """
-    if _compiled_fits(logits, centre):
-        given: _Job = (logits, logits.dtype == torch.bfloat16, logits.shape[1], centre, 1 / temp)
+    if _compiled_fits(logits, center):
+        given: _Job = (logits, logits.dtype == torch.bfloat16, logits.shape[1], center, 1 / temp)
         chunks = zip(rows.split(_ROWS_PER_CALL), out.split(_ROWS_PER_CALL), strict=True)
         jobs: list[_Job] = [(*given, chunk, len(chunk), part) for chunk, part in chunks]
         call("sharpen", jobs)
         return
     step = rows_per_chunk(logits)
     for chunk, part in zip(rows.split(step), out.split(step), strict=True):
-        teacher_distribution(logits[chunk], centre, temp, part)
+        teacher_distribution(logits[chunk], center, temp, part)
 
 
 def compare(

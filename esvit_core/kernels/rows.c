@@ -17,8 +17,8 @@ static const float *widened(const void *logits, int64_t row, int64_t K, int half
     return wide;
 }
 
-/* out = softmax((logits - centre) / temperature) of the n given rows. Returns 0, or 1 where memory lacks. */
-int sharpen(const void *logits, int half, int64_t K, const float *centre, float inverse_temp, const int64_t *rows,
+/* out = softmax((logits - center) / temperature) of the n given rows. Returns 0, or 1 where memory lacks. */
+int sharpen(const void *logits, int half, int64_t K, const float *center, float inverse_temp, const int64_t *rows,
             int64_t n, float *out)
 {
     float *wide = half ? malloc(K * sizeof *wide) : NULL;
@@ -30,10 +30,10 @@ int sharpen(const void *logits, int half, int64_t K, const float *centre, float 
         float largest = -INFINITY, total = 0;
 #pragma omp simd reduction(max : largest)
         for (int64_t k = 0; k < K; k++)
-            largest = z[k] - centre[k] > largest ? z[k] - centre[k] : largest;
+            largest = z[k] - center[k] > largest ? z[k] - center[k] : largest;
 #pragma omp simd reduction(+ : total)
         for (int64_t k = 0; k < K; k++) {
-            p[k] = exponential((z[k] - centre[k] - largest) * inverse_temp);
+            p[k] = exponential((z[k] - center[k] - largest) * inverse_temp);
             total += p[k];
         }
         float inverse = 1 / total;

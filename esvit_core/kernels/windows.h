@@ -60,7 +60,7 @@ static int64_t tokens_of(const given *g, int64_t window, int64_t *places)
 
 /* Rows of a window and head that start at `offset` of each token, times `factor`: of every place, with `fill` for
  * padding, or, without a fill, of the tokens only, one after the other. The rows that are left are 0. */
-static void gather(const given *g, const void *from, int64_t wide, int64_t picture, int64_t window, int64_t offset,
+static void gather(const given *g, const void *from, int64_t wide, int64_t image, int64_t window, int64_t offset,
                    const float *fill, float factor, matrix out)
 {
     const int64_t *index = g->index + window * g->N;
@@ -72,7 +72,7 @@ static void gather(const given *g, const void *from, int64_t wide, int64_t pictu
             row += fill != NULL;
             continue;
         }
-        int64_t start = (picture * g->L + index[n]) * wide + offset;
+        int64_t start = (image * g->L + index[n]) * wide + offset;
         fetch(g, from, start + HEAD);
         if (g->half)
             for (int d = 0; d < HEAD; d++)
@@ -86,7 +86,7 @@ static void gather(const given *g, const void *from, int64_t wide, int64_t pictu
 }
 
 /* Back to the tokens, likewise: what belongs to padding is added to `fill`; without one, values are of tokens only. */
-static void scatter(const given *g, void *to, int64_t wide, int64_t picture, int64_t window, int64_t offset,
+static void scatter(const given *g, void *to, int64_t wide, int64_t image, int64_t window, int64_t offset,
                     float *fill, matrix values)
 {
     const int64_t *index = g->index + window * g->N;
@@ -98,7 +98,7 @@ static void scatter(const given *g, void *to, int64_t wide, int64_t picture, int
             row += fill != NULL;
             continue;
         }
-        int64_t start = (picture * g->L + index[n]) * wide + offset;
+        int64_t start = (image * g->L + index[n]) * wide + offset;
         fetch(g, to, start + HEAD);
         if (g->half)
             for (int d = 0; d < HEAD; d++)
@@ -176,14 +176,14 @@ static void add(const float *row, float *out)
 }
 
 /* Queries (of tokens only), keys and values of a window and head, and its logits, (tokens, MOST), with bias and mask. */
-static void load(const given *g, int64_t picture, int64_t window, int64_t head, const int64_t *places, int64_t tokens,
+static void load(const given *g, int64_t image, int64_t window, int64_t head, const int64_t *places, int64_t tokens,
                  matrix q, matrix k, matrix v, square logits)
 {
     columns across;
     int64_t width = g->heads * HEAD, at = head * HEAD;
-    gather(g, g->qkv, 3 * width, picture, window, at, NULL, g->scale, q);
-    gather(g, g->qkv, 3 * width, picture, window, width + at, g->fill, 1, k);
-    gather(g, g->qkv, 3 * width, picture, window, 2 * width + at, g->fill, 1, v);
+    gather(g, g->qkv, 3 * width, image, window, at, NULL, g->scale, q);
+    gather(g, g->qkv, 3 * width, image, window, width + at, g->fill, 1, k);
+    gather(g, g->qkv, 3 * width, image, window, 2 * width + at, g->fill, 1, v);
     transpose(k, across);
     product(q[0], HEAD, 1, across[0], tokens, HEAD, 1, MOST, logits[0]);
     for (int64_t n = 0; n < tokens; n++) {
@@ -196,7 +196,7 @@ static void load(const given *g, int64_t picture, int64_t window, int64_t head, 
     }
 }
 
-/* Of the windows first to last - 1, counted through all pictures: out (B, L, heads HEAD), and the logarithms of the
+/* Of the windows first to last - 1, counted through all images: out (B, L, heads HEAD), and the logarithms of the
  * sums that the weights were divided by, (B, windows, heads, N), of a window's tokens one after the other. */
 int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
 {
@@ -206,10 +206,10 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
     int64_t width = g->heads * HEAD, N = g->N, places[MOST];
     memset(weights, 0, sizeof weights);
     for (int64_t place = first; place < last; place++) {
-        int64_t picture = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
+        int64_t image = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
         for (int64_t head = 0; head < g->heads; head++) {
             int64_t at = head * HEAD;
-            load(g, picture, window, head, places, tokens, q, k, v, weights);
+            load(g, image, window, head, places, tokens, q, k, v, weights);
             for (int64_t n = 0; n < tokens; n++) {
                 float *row = weights[n], largest = -INFINITY, lanes[LANES] __attribute__((aligned(64))) = {0};
 #pragma omp simd reduction(max : largest)
@@ -234,7 +234,7 @@ int attend(const given *g, int64_t first, int64_t last, void *out, float *sums)
             }
             for (int64_t n = 0; n < tokens; n++)
                 sums[(place * g->heads + head) * N + n] = peaks[n] + logf(totals[n]);
-            scatter(g, out, width, picture, window, at, NULL, result);
+            scatter(g, out, width, image, window, at, NULL, result);
         }
     }
     return 0;
@@ -252,11 +252,11 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
     memset(weights, 0, sizeof weights);
     memset(change, 0, sizeof change);
     for (int64_t place = first; place < last; place++) {
-        int64_t picture = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
+        int64_t image = place / g->windows, window = place % g->windows, tokens = tokens_of(g, window, places);
         for (int64_t head = 0; head < g->heads; head++) {
             int64_t at = head * HEAD;
-            load(g, picture, window, head, places, tokens, q, k, v, weights);
-            gather(g, of_out, width, picture, window, at, NULL, 1, o);
+            load(g, image, window, head, places, tokens, q, k, v, weights);
+            gather(g, of_out, width, image, window, at, NULL, 1, o);
             for (int64_t n = 0; n < tokens; n++) {
                 float sum = sums[(place * g->heads + head) * N + n], *row = weights[n];
 #pragma omp simd
@@ -264,7 +264,7 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
                     row[m] = exponential(row[m] - sum);
             }
             product(weights[0], 1, MOST, o[0], N, tokens, 1, HEAD, result[0]);
-            scatter(g, of_qkv, 3 * width, picture, window, 2 * width + at, of_fill, result);
+            scatter(g, of_qkv, 3 * width, image, window, 2 * width + at, of_fill, result);
             transpose(v, across);
             product(o[0], HEAD, 1, across[0], tokens, HEAD, 1, MOST, change[0]);
             for (int64_t n = 0; n < tokens; n++) {
@@ -282,9 +282,9 @@ int attend_backward(const given *g, int64_t first, int64_t last, const void *of_
                     add(row, of_bias + (head * N + places[n]) * MOST);
             }
             product(change[0], MOST, 1, k[0], tokens, N, g->scale, HEAD, result[0]);
-            scatter(g, of_qkv, 3 * width, picture, window, at, NULL, result);
+            scatter(g, of_qkv, 3 * width, image, window, at, NULL, result);
             product(change[0], 1, MOST, q[0], N, tokens, 1, HEAD, result[0]);
-            scatter(g, of_qkv, 3 * width, picture, window, width + at, of_fill, result);
+            scatter(g, of_qkv, 3 * width, image, window, width + at, of_fill, result);
         }
     }
     return 0;

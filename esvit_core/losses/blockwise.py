@@ -1,7 +1,7 @@
-"""The matched cross-entropy of many prototypes, picture by picture, so that nothing of (all rows x K) is stored.
+"""The matched cross-entropy of many prototypes, image by image, so that nothing of (all rows x K) is stored.
 
-The regions of a picture are compared with each other only. So the teacher's distributions of a few pictures are made,
-of the rows that match one of the student's, compared with the student's logits of the same pictures, and forgotten;
+The regions of an image are compared with each other only. So the teacher's distributions of a few images are made,
+of the rows that match one of the student's, compared with the student's logits of the same images, and forgotten;
 the softmax serves loss and gradient at once. Where the logits are themselves a product
 (:class:`~esvit_core.models.lazy_logits.PrototypeLogits`) they are made and forgotten likewise, and their gradient,
 before it is, goes into those of embeddings and prototypes.
@@ -30,7 +30,7 @@ from esvit_core.models.lazy_logits import WEIGHT_ROWS, PrototypeLogits
 
 Logits = Tensor | PrototypeLogits
 
-# Rows of the student that are worked off at a time, at least those of one picture.
+# Rows of the student that are worked off at a time, at least those of one image.
 _ROWS_OF_TENSORS = 256
 ROWS_OF_PRODUCTS = 512  # each time the prototypes are read and their whole gradient is added to
 
@@ -40,39 +40,39 @@ class Teacher:
     """What the student is compared with.
 
     Attributes:
-        logits: (2 * B * T, K), crop by crop, picture by picture.
-        centre: (1, K).
+        logits: (2 * B * T, K), crop by crop, image by image.
+        center: (1, K).
         temp: tau_t.
     """
 
     logits: Logits
-    centre: Tensor
+    center: Tensor
     temp: float
 
     def distributions(self, rows: Tensor) -> Tensor:
         """Of the given rows, (their number, K)."""
-        out = self.centre.new_empty(len(rows), self.centre.shape[1])
+        out = self.center.new_empty(len(rows), self.center.shape[1])
         if isinstance(self.logits, Tensor):
-            sharpen(self.logits, rows, self.centre, self.temp, out)
+            sharpen(self.logits, rows, self.center, self.temp, out)
             return out
         step = rows_per_chunk(self.logits)
         for chunk, part in zip(rows.split(step), out.split(step), strict=True):
-            sharpen(self.logits[chunk], torch.arange(len(chunk)), self.centre, self.temp, part)
+            sharpen(self.logits[chunk], torch.arange(len(chunk)), self.center, self.temp, part)
         return out
 
 
-def cross_entropy_by_picture(
-    student: Logits, teacher: Teacher, matches: Sequence[Tensor], weights: Tensor, student_temp: float, pictures: int
+def cross_entropy_by_image(
+    student: Logits, teacher: Teacher, matches: Sequence[Tensor], weights: Tensor, student_temp: float, images: int
 ) -> Tensor:
     """Weighted sum of the cross-entropies of all matched rows.
 
     Args:
-        student: (R, K), crop by crop, picture by picture.
-        teacher: of the same pictures.
-        matches: for each crop the teacher rows of its rows, (rows of the crop, Q of the crop), of the same picture.
+        student: (R, K), crop by crop, image by image.
+        teacher: of the same images.
+        matches: for each crop the teacher rows of its rows, (rows of the crop, Q of the crop), of the same image.
         weights: factor of each student row, (R,).
         student_temp: temperature of the student.
-        pictures: B.
+        images: B.
 
     Returns:
         Scalar.
@@ -80,15 +80,15 @@ def cross_entropy_by_picture(
     of_crops = weights.split([len(group) for group in matches])
     factors = torch.cat([group.shape[1] * part for group, part in zip(matches, of_crops, strict=True)])
     if isinstance(student, PrototypeLogits):
-        blocks = list(_blocks(matches, pictures, ROWS_OF_PRODUCTS))
+        blocks = list(_blocks(matches, images, ROWS_OF_PRODUCTS))
         return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, factors, student_temp)
-    blocks = list(_blocks(matches, pictures, _ROWS_OF_TENSORS))
+    blocks = list(_blocks(matches, images, _ROWS_OF_TENSORS))
     return _OfTensors.apply(student, teacher, blocks, factors, student_temp)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A few pictures.
+    """A few images.
 
     Attributes:
         student: their rows, crop by crop.
@@ -112,11 +112,11 @@ class _Block:
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def _blocks(matches: Sequence[Tensor], pictures: int, most: int) -> Iterator[_Block]:
-    counts = [len(group) // pictures for group in matches]
+def _blocks(matches: Sequence[Tensor], images: int, most: int) -> Iterator[_Block]:
+    counts = [len(group) // images for group in matches]
     step = max(1, most // sum(counts))
-    for first in range(0, pictures, step):
-        last = min(pictures, first + step)
+    for first in range(0, images, step):
+        last = min(images, first + step)
         student, matched, start = [], [], 0
         for n, group in zip(counts, matches, strict=True):
             student.append(slice(start + first * n, start + last * n))
@@ -160,7 +160,7 @@ class _OfProducts(torch.autograd.Function):
         factors: Tensor,
         student_temp: float,
     ) -> Tensor:
-        loss = torch.zeros((), dtype=teacher.centre.dtype, device=embeddings.device)
+        loss = torch.zeros((), dtype=teacher.center.dtype, device=embeddings.device)
         prototypes = weight.to(embeddings.dtype)
         wanted = any(ctx.needs_input_grad)
         if wanted:

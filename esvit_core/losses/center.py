@@ -1,4 +1,4 @@
-"""The centre of the teacher's logits: a moving average over the global batch (DINO, equation 4)."""
+"""The center of the teacher's logits: a moving average over the global batch (DINO, equation 4)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esvit_core.collectives import collective
 from esvit_core.models.lazy_logits import PrototypeLogits
 
 
-class Centre(nn.Module):
+class Center(nn.Module):
     """Moving average of the teacher's mean logits; its state is the buffer ``value``, (1, K)."""
 
     value: Tensor
@@ -36,7 +36,7 @@ class Centre(nn.Module):
 
         Args:
             teacher_logits: (rows, K).
-            last: these complete the batch; False: they are added to those of the next call, and the centre stays.
+            last: these complete the batch; False: they are added to those of the next call, and the center stays.
         """
         if isinstance(teacher_logits, PrototypeLogits):
             total = teacher_logits.sum(self.value.dtype)

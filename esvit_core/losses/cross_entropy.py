@@ -93,12 +93,12 @@ class _MatchedCrossEntropy(torch.autograd.Function):
         return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def teacher_distribution(logits: Tensor, centre: Tensor, temp: float, out: Tensor | None = None) -> Tensor:
-    """Centred, sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
+def teacher_distribution(logits: Tensor, center: Tensor, temp: float, out: Tensor | None = None) -> Tensor:
+    """Centered, sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
     step = rows_per_chunk(logits)
-    out = torch.empty(logits.shape, dtype=centre.dtype, device=logits.device) if out is None else out
+    out = torch.empty(logits.shape, dtype=center.dtype, device=logits.device) if out is None else out
     for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
-        torch.softmax((rows - centre).mul_(1 / temp), -1, out=chunk)
+        torch.softmax((rows - center).mul_(1 / temp), -1, out=chunk)
     return out
 
 

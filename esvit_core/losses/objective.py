@@ -1,4 +1,4 @@
-"""The whole objective (EsViT, equation 3): half the view task, half the region task, and the centres."""
+"""The whole objective (EsViT, equation 3): half the view task, half the region task, and the centers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import ObjectiveConfig
-from esvit_core.losses.center import Centre
+from esvit_core.losses.center import Center
 from esvit_core.losses.region import region_loss
 from esvit_core.losses.view import view_loss
 from esvit_core.models.multicrop import NetworkOutput
@@ -37,7 +37,7 @@ class ObjectiveTerms(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Loss of a step; afterwards the centres have taken in the teacher's logits.
+    """Loss of a step; afterwards the centers have taken in the teacher's logits.
 
     Args:
         config: the ``objective`` section.
@@ -48,8 +48,8 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, out_dim: int, share: Fraction | None = None) -> None:
         super().__init__()
         self.student_temp = config.student_temp
-        self.centre_view = Centre(out_dim, config.centre_momentum, share)
-        self.centre_region = Centre(out_dim, config.centre_momentum, share) if config.region else None
+        self.center_view = Center(out_dim, config.center_momentum, share)
+        self.center_region = Center(out_dim, config.center_momentum, share) if config.region else None
 
     def forward(
         self,
@@ -66,36 +66,36 @@ class Objective(nn.Module):
             teacher: output for the two global crops.
             teacher_temp: tau_t of this epoch.
             mix: see :func:`~esvit_core.losses.view.view_loss`; view-only runs.
-            last: False: more micro-batches of this step follow, and the centres wait for them.
+            last: False: more micro-batches of this step follow, and the centers wait for them.
 
         Returns:
-            Means over the pictures given.
+            Means over the images given.
         """
-        if mix is not None and self.centre_region is not None:
-            raise ValueError("mixup and CutMix go with the view task only: regions of mixed pictures have no match")
-        share = 1.0 if self.centre_region is None else 0.5
+        if mix is not None and self.center_region is not None:
+            raise ValueError("mixup and CutMix go with the view task only: regions of mixed images have no match")
+        share = 1.0 if self.center_region is None else 0.5
         with torch.autocast(student.view_logits.device.type, enabled=False):
             view = view_loss(
                 student.view_logits,
                 teacher.view_logits,
-                self.centre_view.value,
+                self.center_view.value,
                 self.student_temp,
                 teacher_temp,
                 len(student.regions_per_crop),
                 mix,
                 share,
             )
-            region = None if self.centre_region is None else self._region(student, teacher, teacher_temp, share)
-            self.centre_view.update(teacher.view_logits, last)
-            if self.centre_region is not None:
+            region = None if self.center_region is None else self._region(student, teacher, teacher_temp, share)
+            self.center_view.update(teacher.view_logits, last)
+            if self.center_region is not None:
                 assert teacher.region_logits is not None
-                self.centre_region.update(teacher.region_logits, last)
+                self.center_region.update(teacher.region_logits, last)
         if region is None:
             return ObjectiveTerms(view, view.detach(), None)
         return ObjectiveTerms(view + region, view.detach() / share, region.detach() / share)
 
     def _region(self, student: NetworkOutput, teacher: NetworkOutput, teacher_temp: float, weight: float) -> Tensor:
-        assert self.centre_region is not None
+        assert self.center_region is not None
         assert student.region_logits is not None and student.region_features is not None
         assert teacher.region_logits is not None and teacher.region_features is not None
         return region_loss(
@@ -103,7 +103,7 @@ class Objective(nn.Module):
             teacher.region_logits,
             student.region_features,
             teacher.region_features,
-            self.centre_region.value,
+            self.center_region.value,
             self.student_temp,
             teacher_temp,
             student.regions_per_crop,

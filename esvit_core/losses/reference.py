@@ -16,7 +16,7 @@ from torch import Tensor
 def plain_view_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    centre: Tensor,
+    center: Tensor,
     student_temp: float,
     teacher_temp: float,
     n_crops: int,
@@ -24,7 +24,7 @@ def plain_view_loss(
 ) -> Tensor:
     """Equation 1: arguments as :func:`esvit_core.losses.view.view_loss`."""
     students = (student_logits / student_temp).chunk(n_crops)  # each (B, K)
-    teachers = F.softmax((teacher_logits - centre) / teacher_temp, -1).detach().chunk(2)  # each (B, K)
+    teachers = F.softmax((teacher_logits - center) / teacher_temp, -1).detach().chunk(2)  # each (B, K)
     terms = []
     for q, target in enumerate(teachers):
         for v, student in enumerate(students):
@@ -43,7 +43,7 @@ def plain_region_loss(
     teacher_logits: Tensor,
     student_features: Tensor,
     teacher_features: Tensor,
-    centre: Tensor,
+    center: Tensor,
     student_temp: float,
     teacher_temp: float,
     student_regions: Sequence[int],
@@ -54,7 +54,7 @@ def plain_region_loss(
     rows = [B * n for n in student_regions]
     students = (student_logits / student_temp).split(rows)
     features = student_features.split(rows)
-    teachers = F.softmax((teacher_logits - centre) / teacher_temp, -1).detach().chunk(2)
+    teachers = F.softmax((teacher_logits - center) / teacher_temp, -1).detach().chunk(2)
     terms = []
     for q, (target, key) in enumerate(zip(teachers, teacher_features.chunk(2), strict=True)):
         target, key = target.unflatten(0, (B, -1)), key.unflatten(0, (B, -1))  # (B, T, K), (B, T, D)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_picture
+from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_image
 from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
 from esvit_core.models.lazy_logits import PrototypeLogits, are_many
 
@@ -32,21 +32,21 @@ def region_loss(
     teacher_logits: Logits,
     student_features: Tensor,
     teacher_features: Tensor,
-    centre: Tensor,
+    center: Tensor,
     student_temp: float,
     teacher_temp: float,
     student_regions: Sequence[int],
     teacher_regions: int,
     weight: float = 1.0,
 ) -> Tensor:
-    """Cross-entropy of each student region with its match, averaged over regions, pairs of crops and pictures.
+    """Cross-entropy of each student region with its match, averaged over regions, pairs of crops and images.
 
     Args:
-        student_logits: (sum of B * N_v, K), crop by crop, picture by picture, region by region.
+        student_logits: (sum of B * N_v, K), crop by crop, image by image, region by region.
         teacher_logits: (2 * B * T, K) of the global crops.
         student_features: (sum of B * N_v, D), backbone regions in the same order.
         teacher_features: (2 * B * T, D).
-        centre: (1, K).
+        center: (1, K).
         student_temp: tau_s.
         teacher_temp: tau_t.
         student_regions: regions N_v of each crop; crops may differ in size.
@@ -59,12 +59,12 @@ def region_loss(
     B = len(teacher_logits) // (2 * teacher_regions)
     pairs = 2 * (len(student_regions) - 1)
     matches = match_crops(student_features, teacher_features, student_regions, teacher_regions)
-    weights = torch.cat([centre.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
+    weights = torch.cat([center.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
     if isinstance(student_logits, PrototypeLogits) or are_many(student_logits, student_logits.shape[1]):
-        teacher = Teacher(teacher_logits, centre, teacher_temp)
-        return cross_entropy_by_picture(student_logits, teacher, matches, weights, student_temp, B)
+        teacher = Teacher(teacher_logits, center, teacher_temp)
+        return cross_entropy_by_image(student_logits, teacher, matches, weights, student_temp, B)
     assert isinstance(teacher_logits, Tensor)
-    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2 * B * T, K)
+    targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2 * B * T, K)
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_picture
+from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_image
 from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
 from esvit_core.models.lazy_logits import PrototypeLogits, are_many
 
@@ -16,24 +16,24 @@ from esvit_core.models.lazy_logits import PrototypeLogits, are_many
 def view_loss(
     student_logits: Logits,
     teacher_logits: Logits,
-    centre: Tensor,
+    center: Tensor,
     student_temp: float,
     teacher_temp: float,
     n_crops: int,
     mix: Sequence[Tensor] | None = None,
     weight: float = 1.0,
 ) -> Tensor:
-    """Cross-entropy of each student crop with each teacher crop but itself, averaged over pairs and pictures.
+    """Cross-entropy of each student crop with each teacher crop but itself, averaged over pairs and images.
 
     Args:
         student_logits: (V * B, K), crop by crop, the two global crops first.
         teacher_logits: (2 * B, K) of the global crops.
-        centre: (1, K).
+        center: (1, K).
         student_temp: tau_s.
         teacher_temp: tau_t.
         n_crops: V.
-        mix: for pictures mixed by mixup or CutMix, of each crop the shares (B, B): row i, column j is the weight of
-            the teacher's picture i in the loss of the student's picture j, as the published code multiplies them.
+        mix: for images mixed by mixup or CutMix, of each crop the shares (B, B): row i, column j is the weight of
+            the teacher's image i in the loss of the student's image j, as the published code multiplies them.
         weight: factor of the loss. Given here it costs nothing; a factor outside is a pass over the gradient.
 
     Returns:
@@ -46,18 +46,18 @@ def view_loss(
             logits.dense() if isinstance(logits, PrototypeLogits) else logits
             for logits in (student_logits, teacher_logits)
         )
-        targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
+        targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2B, K)
         return _mixed_loss(student_logits, targets, student_temp, mix) * (weight / (pairs * B))
-    own = torch.arange(B, device=centre.device)
+    own = torch.arange(B, device=center.device)
     first, second = own[:, None], own[:, None] + B  # rows of the teacher's two crops
     matches = [second, first, torch.cat((first, second), 1).repeat(n_crops - 2, 1)]
-    weights = centre.new_full((n_crops * B,), weight / (pairs * B))
+    weights = center.new_full((n_crops * B,), weight / (pairs * B))
     if isinstance(student_logits, PrototypeLogits) or are_many(student_logits, student_logits.shape[1]):
         matches[2:] = matches[2].split(B) if n_crops > 2 else []
-        teacher = Teacher(teacher_logits, centre, teacher_temp)
-        return cross_entropy_by_picture(student_logits, teacher, matches, weights, student_temp, B)
+        teacher = Teacher(teacher_logits, center, teacher_temp)
+        return cross_entropy_by_image(student_logits, teacher, matches, weights, student_temp, B)
     assert isinstance(teacher_logits, Tensor)
-    targets = teacher_distribution(teacher_logits, centre, teacher_temp)  # (2B, K)
+    targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2B, K)
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
 
 

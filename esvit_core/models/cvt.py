@@ -181,7 +181,7 @@ class Transformer(nn.Module):
                 [
                     PreNorm(dim, Attention(dim, num_heads, window_size, qkv_bias)),
                     PreNorm(dim, FeedForward(dim, mlp_ratio)),
-                    DropPath(drop),  # not to be spared the pictures it drops: batch norms see all of them
+                    DropPath(drop),  # not to be spared the images it drops: batch norms see all of them
                     StochasticDepth(drop),
                 ]
             )
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """Overlapping patches: a strided convolution and a norm; (B, C, H, W) pictures or (B, H, W, C) maps come in."""
+    """Overlapping patches: a strided convolution and a norm; (B, C, H, W) images or (B, H, W, C) maps come in."""
 
     def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, padding: int, first: bool) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class CvT(nn.Module):
 
     Args:
         img_size: accepted for the interface; the network fits every resolution.
-        in_chans: channels of a picture.
+        in_chans: channels of an image.
         num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
         global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         dims: width of each stage.

@@ -1,6 +1,6 @@
 """Logits of many prototypes that are computed where they are needed, and nowhere stored.
 
-With K = 65,536 a row of float32 logits takes 256 kB, and a picture of the published recipe has 280 of them, student and
+With K = 65,536 a row of float32 logits takes 256 kB, and an image of the published recipe has 280 of them, student and
 teacher together. Its embedding, from which a matrix product makes the row, takes one kB.
 """
 

@@ -16,7 +16,7 @@ from esvit_core.models.timm_backbone import TimmBackbone
 
 
 class NetworkOutput(NamedTuple):
-    """What a network says of V crops of B pictures; rows: crop by crop, picture by picture, region by region."""
+    """What a network says of V crops of B images; rows: crop by crop, image by image, region by region."""
 
     view_logits: Tensor | PrototypeLogits  # (V * B, K)
     region_logits: Tensor | PrototypeLogits | None  # (sum of B * N, K)

@@ -1,4 +1,4 @@
-"""View feature and regions of square pictures, the regions as a map: what leaves this project as features."""
+"""View feature and regions of square images, the regions as a map: what leaves this project as features."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def view_and_region_map(backbone: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """The view features (B, D) and the regions (B, H, W, D') of pictures (B, 3, S, S).
+def view_and_region_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The view features (B, D) and the regions (B, H, W, D') of images (B, 3, S, S).
 
     Raises:
-        ValueError: the pictures are not square, or the network's map is not.
+        ValueError: the images are not square, or the network's map is not.
     """
-    view, regions = backbone.views_and_regions(pictures)  # (B, D), (B, N, D')
+    view, regions = backbone.views_and_regions(images)  # (B, D), (B, N, D')
     count = regions.shape[1]
     side = math.isqrt(count)
-    if pictures.shape[2] != pictures.shape[3] or side * side != count:
-        raise ValueError(f"{count} regions of pictures {tuple(pictures.shape[2:])} px are no square map")
+    if images.shape[2] != images.shape[3] or side * side != count:
+        raise ValueError(f"{count} regions of images {tuple(images.shape[2:])} px are no square map")
     return view, regions.unflatten(1, (side, side))
 
 
@@ -31,5 +31,5 @@ class FeatureNetwork(nn.Module):
         self.regions = regions
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Of normalised pictures (B, 3, S, S)."""
+        """Of normalised images (B, 3, S, S)."""
         return view_and_region_map(self.backbone, pixels) if self.regions else (self.backbone(pixels),)

@@ -135,9 +135,9 @@ class SwinTransformer(nn.Module):
     """Swin transformer of any depth and width.
 
     Args:
-        img_size: side (or height and width) of the pictures it is built for, pixels; others can be fed.
+        img_size: side (or height and width) of the images it is built for, pixels; others can be fed.
         patch_size: side of a patch, pixels.
-        in_chans: channels of a picture.
+        in_chans: channels of an image.
         num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
         global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         embed_dim: width of the first stage; each stage doubles it.
@@ -150,7 +150,7 @@ class SwinTransformer(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
 
     Raises:
-        ValueError: the picture is too small for the stages, or heads do not divide a width.
+        ValueError: the image is too small for the stages, or heads do not divide a width.
     """
 
     output_fmt = "NHWC"

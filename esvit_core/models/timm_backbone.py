@@ -51,7 +51,7 @@ class TimmBackbone(nn.Module):
 
     @torch.no_grad()
     def _try(self, size: int) -> tuple[Any, Any]:
-        """What the network gives for a picture of ``size`` pixels, and its view feature."""
+        """What the network gives for an image of ``size`` pixels, and its view feature."""
         training = self.model.training
         features = self.eval().forward_features(torch.zeros(1, self.model.in_chans, size, size))
         view = self.model.forward_head(features, pre_logits=True) if isinstance(features, Tensor) else None
@@ -71,7 +71,7 @@ class TimmBackbone(nn.Module):
         """Regions, in the network's own layout.
 
         Raises:
-            UserError: the network does not take pictures of this size.
+            UserError: the network does not take images of this size.
         """
         try:
             return self.model.forward_features(x)
@@ -91,7 +91,7 @@ class TimmBackbone(nn.Module):
 
     @torch.no_grad()
     def _fails(self, like: Tensor, size: tuple[int, ...]) -> bool:
-        """Whether the network fails with one blank picture of ``size``."""
+        """Whether the network fails with one blank image of ``size``."""
         training = self.training
         try:
             self.eval()
@@ -186,7 +186,7 @@ def _create(name: str, img_size: int, given: dict[str, Any]) -> Any:
 
 
 def _has_regions(features: Any, prefix_tokens: int) -> bool:
-    """Whether the features of a square picture are a map, or the tokens of one behind others."""
+    """Whether the features of a square image are a map, or the tokens of one behind others."""
     if not isinstance(features, Tensor):
         return False
     tokens = features.shape[1] - prefix_tokens

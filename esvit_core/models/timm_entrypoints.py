@@ -11,7 +11,7 @@ from torch import nn
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of a network's input, as EsViT evaluates: resize to 256, centre crop of 224 pixels."""
+    """timm's description of a network's input, as EsViT evaluates: resize to 256, center crop of 224 pixels."""
     return {
         "url": "",
         "num_classes": 0,

@@ -156,8 +156,8 @@ class VisionLongformer(nn.Module):
 
     Args:
         arch: published architecture string, see :func:`parse_architecture`.
-        img_size: side (or height and width) of the pictures it is built for, pixels; others can be fed.
-        in_chans: channels of a picture.
+        img_size: side (or height and width) of the images it is built for, pixels; others can be fed.
+        in_chans: channels of an image.
         num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
         global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
         mlp_ratio: hidden width of the MLPs over their width.
@@ -168,7 +168,7 @@ class VisionLongformer(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
 
     Raises:
-        ValueError: the picture is too small for the stages, or the architecture is not one of these.
+        ValueError: the image is too small for the stages, or the architecture is not one of these.
     """
 
     output_fmt = "NHWC"

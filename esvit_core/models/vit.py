@@ -4,7 +4,7 @@ timm's network with its interface, names and layers; what the published one does
 
 * Layer norms use eps 1e-6, the class token starts from a truncated normal like every other weight.
 * For another resolution the position embedding is resized bicubically without antialiasing.
-* Pictures whose side is not a multiple of the patch lose the rest at the right and at the bottom.
+* Images whose side is not a multiple of the patch lose the rest at the right and at the bottom.
 """
 
 from __future__ import annotations

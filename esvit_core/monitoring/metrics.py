@@ -34,7 +34,7 @@ _GAUGES = {
     "teacher_temp": ("esvit_train_teacher_temperature", "Temperature of the teacher's softmax."),
     "teacher_momentum": ("esvit_train_teacher_momentum", "Momentum of the moving-average teacher."),
     "grad_norm": ("esvit_train_gradient_norm", "Norm of the student's gradient before clipping."),
-    "images_per_second": ("esvit_train_images_per_second", "Pictures a second over all processes."),
+    "images_per_second": ("esvit_train_images_per_second", "Images a second over all processes."),
     "data_wait": ("esvit_train_data_wait_ratio", "Share of the time spent waiting for data, 0 to 1."),
     "epoch": ("esvit_train_epoch", "Epoch, counted from 0."),
     "feature_std": ("esvit_teacher_feature_std", "Spread of the teacher's unit view features, 0 to 1."),
@@ -47,7 +47,7 @@ _LEVEL_GAUGES = {
     "kl": ("esvit_teacher_kl_nats", "Mean divergence of the teacher's distributions from their mean."),
     "student_kl": ("esvit_student_teacher_kl_nats", "Mean divergence of the student's distribution from its target."),
     "prototypes": ("esvit_teacher_prototypes_in_use", "Prototypes that are the teacher's first choice somewhere."),
-    "centre_norm": ("esvit_teacher_centre_norm", "Norm of the centre of the teacher's logits."),
+    "center_norm": ("esvit_teacher_center_norm", "Norm of the center of the teacher's logits."),
 }
 _TERMS = {"loss": "total", "loss_view": "view", "loss_region": "region"}
 
@@ -88,7 +88,7 @@ class TrainingMetrics:
         node.register(_Asked(tuple(self._who.values()), memory))
         self._step_seconds = self._histogram(node, "esvit_train_step_seconds", "Time of a training step.", STEP_BUCKETS)
         self._wait_seconds = self._counter(node, "esvit_train_data_wait_seconds", "Time spent waiting for data.")
-        self._images = self._counter(node, "esvit_train_images", "Pictures trained on by the processes of this node.")
+        self._images = self._counter(node, "esvit_train_images", "Images trained on by the processes of this node.")
 
         self._restarts = self._counter(whole, "esvit_train_restarts", "Times that the run was started again.")
         self._nonfinite = self._counter(

@@ -18,10 +18,10 @@ RATE_WINDOW_SECONDS = 30.0  # the rate shown is that of the recent past, not of 
 class Progress:
     """Prints at most one line every ``interval`` seconds.
 
-    >>> with Progress(1600, unit="pictures", label="prepare") as progress:
-    ...     for picture in pictures:
+    >>> with Progress(1600, unit="images", label="prepare") as progress:
+    ...     for image in images:
     ...         progress.update(1)
-    prepare  1,024/1,600 pictures  64 %  512/s  0:01 left
+    prepare  1,024/1,600 images  64 %  512/s  0:01 left
 
     Args:
         total: units of work; None when it is not known.
@@ -35,7 +35,7 @@ class Progress:
     def __init__(
         self,
         total: int | None,
-        unit: str = "pictures",
+        unit: str = "images",
         label: str = "",
         *,
         initial: int = 0,

@@ -1,1 +1,1 @@
-"""What a training will take before it starts: memory, pictures a second, days, money."""
+"""What a training will take before it starts: memory, images a second, days, money."""

@@ -33,25 +33,25 @@ class Demand:
 
     Attributes:
         parameters: of the student with its heads.
-        flops: operations for each picture, a multiplication and its addition counted as two.
+        flops: operations for each image, a multiplication and its addition counted as two.
         fixed_bytes: held whatever the batch.
-        picture_bytes: more for each picture that is worked off at a time.
+        image_bytes: more for each image that is worked off at a time.
         checkpoint_bytes: of a checkpoint: both networks and the optimizer's averages.
     """
 
     parameters: int
     flops: float
     fixed_bytes: float
-    picture_bytes: float
+    image_bytes: float
     checkpoint_bytes: float
 
-    def bytes(self, pictures: int) -> float:
-        """Most memory held in a step on ``pictures`` at a time."""
-        return self.fixed_bytes + pictures * self.picture_bytes
+    def bytes(self, images: int) -> float:
+        """Most memory held in a step on ``images`` at a time."""
+        return self.fixed_bytes + images * self.image_bytes
 
-    def most_pictures(self, memory: float) -> int:
-        """How many pictures at a time fit into ``memory`` bytes; 0: not one."""
-        return max(0, int((memory - self.fixed_bytes) // self.picture_bytes))
+    def most_images(self, memory: float) -> int:
+        """How many images at a time fit into ``memory`` bytes; 0: not one."""
+        return max(0, int((memory - self.fixed_bytes) // self.image_bytes))
 
 
 def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") -> Demand:
@@ -82,14 +82,14 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     optimizer = BYTES_A_PARAMETER[config.optimizer.name]
     fixed, each = _objective_bytes(config, output, dtype, device_type)
-    picture = (kept[1] - kept[0]) / 2
-    products = _product_flops(config, output)  # of student and teacher, for one picture
+    image = (kept[1] - kept[0]) / 2
+    products = _product_flops(config, output)  # of student and teacher, for one image
     return Demand(
         parameters=parameters,
         # A backward pass is two products for each of the forward pass.
         flops=(3 * forward + teacher) / 2 + again / 2 + products,
-        fixed_bytes=8 * parameters + (optimizer - 8) * trained + (kept[0] - 2 * picture) + fixed,
-        picture_bytes=picture + each + 4 * 3 * sum(size**2 for size in sizes),
+        fixed_bytes=8 * parameters + (optimizer - 8) * trained + (kept[0] - 2 * image) + fixed,
+        image_bytes=image + each + 4 * 3 * sum(size**2 for size in sizes),
         checkpoint_bytes=8 * parameters + (optimizer - 12) * trained,
     )
 
@@ -105,14 +105,14 @@ def count_parameters(config: Config) -> int:
 
 
 def shares(config: Config, processes: int) -> tuple[int, int]:
-    """Pictures of the process with most of them, and how many it works off at a time."""
-    pictures = -(-config.training.batch_size // processes)
-    most = config.training.max_images_per_process or pictures
-    return pictures, -(-pictures // -(-pictures // most))
+    """Images of the process with most of them, and how many it works off at a time."""
+    images = -(-config.training.batch_size // processes)
+    most = config.training.max_images_per_process or images
+    return images, -(-images // -(-images // most))
 
 
-def _crops(pictures: int, sizes: Sequence[int]) -> list[torch.Tensor]:
-    return [torch.empty(pictures, 3, size, size) for size in sizes]
+def _crops(images: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+    return [torch.empty(images, 3, size, size) for size in sizes]
 
 
 def _count(forward: Callable[[], Any]) -> float:
@@ -161,7 +161,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _rows(config: Config, output: NetworkOutput) -> tuple[int, int]:
-    """Rows of logits of a picture: the student's, and the teacher's of the two global crops."""
+    """Rows of logits of an image: the student's, and the teacher's of the two global crops."""
     regions = output.regions_per_crop if config.objective.region else []
     return len(output.regions_per_crop) + sum(regions), 2 + sum(regions[:2])
 
@@ -177,11 +177,11 @@ def _product_flops(config: Config, output: NetworkOutput) -> float:
 def _objective_bytes(
     config: Config, output: NetworkOutput, dtype: torch.dtype, device_type: str
 ) -> tuple[float, float]:
-    """Bytes of the logits, their gradients and the teacher's distributions: whatever the batch, and for each picture."""
+    """Bytes of the logits, their gradients and the teacher's distributions: whatever the batch, and for each image."""
     student, teacher = _rows(config, output)
     K, width = config.head.out_dim, dtype.itemsize
     if device_type == "cpu" and isinstance(output.view_logits, PrototypeLogits):
-        # Of a few pictures at a time; and the gradient of a head's prototypes, with a product to be added to it.
+        # Of a few images at a time; and the gradient of a head's prototypes, with a product to be added to it.
         few = max(1, ROWS_OF_PRODUCTS // student)
         return (few * (student * width + teacher * 4) + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
     dense = not isinstance(output.view_logits, PrototypeLogits)  # then the student's logits are counted already

@@ -50,7 +50,7 @@ class Plan:
         devices: how many of them, a process each.
         dtype: of the networks' arithmetic.
         demand: of each process.
-        pictures: of each process and step.
+        images_per_process: of each process and step.
         at_once: of these worked off at a time.
         bytes: most memory held on a device, of all processes on it.
         memory: of the device, bytes.
@@ -64,7 +64,7 @@ class Plan:
     devices: int
     dtype: torch.dtype
     demand: Demand
-    pictures: int
+    images_per_process: int
     at_once: int
     bytes: float
     memory: float
@@ -90,11 +90,11 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, utilisation: floa
         config: of the run.
         gpu: one of :data:`GPUS`, or ``cpu``: this machine, which takes a few real steps.
         gpus: how many.
-        images: training pictures.
+        images: training images.
         utilisation: share of a GPU's peak that the step reaches.
 
     Raises:
-        UserError: the batch does not go round, the pictures do not make one, or the recipe has no such network.
+        UserError: the batch does not go round, the images do not make one, or the recipe has no such network.
     """
     steps = images // config.training.batch_size * config.training.epochs
     if steps == 0:
@@ -108,7 +108,7 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, utilisation: floa
     kind = GPUS[gpu]
     dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
     demand = count_demand(config, dtype)
-    pictures, at_once = shares(config, gpus)
+    images_per_process, at_once = shares(config, gpus)
     rate = gpus * utilisation * kind.flops[dtype] / demand.flops
     source = f"counted operations, at {utilisation:.0%} of the GPU's peak: assumed, not measured"
     return Plan(
@@ -117,7 +117,7 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, utilisation: floa
         devices=gpus,
         dtype=dtype,
         demand=demand,
-        pictures=pictures,
+        images_per_process=images_per_process,
         at_once=at_once,
         bytes=demand.bytes(at_once),
         memory=kind.memory,
@@ -132,20 +132,20 @@ def _on_cpu(config: Config, steps: int) -> Plan:
     dtype = choose_precision(config.training.precision, torch.device("cpu")).dtype
     demand = count_demand(config, dtype, "cpu")
     seen: Rehearsal = rehearse(config, demand.flops)
-    pictures, at_once = shares(config, seen.processes)
-    seconds = seen.seconds_of(pictures)
+    images_per_process, at_once = shares(config, seen.processes)
+    seconds = seen.seconds_of(images_per_process)
     return Plan(
         device=f"this machine, {seen.threads} threads a process",
         on_cpu=True,
         devices=seen.processes,
         dtype=dtype,
         demand=demand,
-        pictures=pictures,
+        images_per_process=images_per_process,
         at_once=at_once,
         bytes=seen.processes * seen.bytes_of(at_once),
         memory=float(psutil.virtual_memory().total),
         images_per_second=config.training.batch_size / seconds,
-        source=f"steps on {seen.pictures[0]} and {seen.pictures[1]} pictures that were taken here",
+        source=f"steps on {seen.images[0]} and {seen.images[1]} images that were taken here",
         steps=steps,
         seconds=steps * seconds,
     )
@@ -155,11 +155,11 @@ def advice(config: Config, plan: Plan) -> list[str]:
     """What to change so that a plan that does not fit does: settings, each with the memory that it leads to."""
     room, found = FREE_SHARE * plan.memory, []
     processes = plan.devices if plan.on_cpu else 1  # that share the memory
-    most = plan.demand.most_pictures(room / processes)
+    most = plan.demand.most_images(room / processes)
     if most >= 2:
-        parts = math.ceil(plan.pictures / most)
+        parts = math.ceil(plan.images_per_process / most)
         found.append(
-            f"--set training.max_images_per_process={-(-plan.pictures // parts)}: the same batch in {parts} parts"
+            f"--set training.max_images_per_process={-(-plan.images_per_process // parts)}: the same batch in {parts} parts"
         )
     if not config.launch.recompute:
         launch = config.launch.model_copy(update={"recompute": True})
@@ -169,7 +169,7 @@ def advice(config: Config, plan: Plan) -> list[str]:
         fits = "fits" if 1e9 * amount <= room else "not enough alone"
         found.append(f"--set launch.recompute=true: {amount:.1f} GB, {fits}; a third more time, the same numbers")
     if most >= 1 and not plan.on_cpu:
-        found.append(f"--gpus {plan.devices * math.ceil(plan.pictures / most)}")
+        found.append(f"--gpus {plan.devices * math.ceil(plan.images_per_process / most)}")
     if not most:
-        found.append("a smaller model or fewer prototypes (head.out_dim): not one picture fits")
+        found.append("a smaller model or fewer prototypes (head.out_dim): not one image fits")
     return found

@@ -31,7 +31,7 @@ STEP_BYTES = 0.7 * GIB
 WORKER_BYTES = 0.5 * GIB
 STATE_COPIES = 2
 GPU_HOST_BYTES = 8 * GIB  # assumed
-GPU_CORES = 4  # for decoding and cropping pictures; assumed
+GPU_CORES = 4  # for decoding and cropping images; assumed
 MOST_PROCESSES = 2  # that `training.processes: auto` starts on processors
 
 
@@ -118,8 +118,8 @@ def _train(config: Config) -> Size:
         memory += processes * GPU_HOST_BYTES
         cores, most = float(GPU_CORES * pod.accelerators), 2.0 * GPU_CORES * pod.accelerators
     else:
-        fixed, picture = _step_bytes(config.to_yaml())
-        memory += processes * (fixed + picture * shares(config, min(training.batch_size, nodes * processes))[1])
+        fixed, image = _step_bytes(config.to_yaml())
+        memory += processes * (fixed + image * shares(config, min(training.batch_size, nodes * processes))[1])
         cores, most = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
     memory = STEPS_OF_SIZE * math.ceil(memory / STEPS_OF_SIZE)
     return Size(cores, most, memory, 2 * memory)
@@ -143,7 +143,7 @@ def _parameters(text: str) -> int:
 
 @cache
 def _step_bytes(text: str) -> tuple[float, float]:
-    """Of a training process on processors: held whatever the batch, and for each picture that is worked off at a time."""
+    """Of a training process on processors: held whatever the batch, and for each image that is worked off at a time."""
     import torch
 
     from esvit_core.planning.count_operations import count_demand
@@ -151,4 +151,4 @@ def _step_bytes(text: str) -> tuple[float, float]:
     config = Config.from_yaml(text)
     dtype = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
     demand = count_demand(config, dtype, "cpu")
-    return demand.fixed_bytes, demand.picture_bytes
+    return demand.fixed_bytes, demand.image_bytes

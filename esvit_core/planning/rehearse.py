@@ -1,6 +1,6 @@
 """Real steps of a run on this machine's processors, on noise, to know what they take: ``rehearse``.
 
-As many processes as will train take them together, on as many threads, each on a few pictures; what a whole share
+As many processes as will train take them together, on as many threads, each on a few images; what a whole share
 takes follows on the straight line through two sizes.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 
 from esvit_core.config import Config
 from esvit_core.data.loading.loader import TrainLoader
-from esvit_core.data.shards.reader import decode_picture
+from esvit_core.data.shards.reader import decode_image
 from esvit_core.errors import UserError
 from esvit_core.launch.launcher import divide_cores
 from esvit_core.launch.stop import RENDEZVOUS_VARIABLE
@@ -34,11 +34,11 @@ from esvit_core.training.loop import training_step
 from esvit_core.training.state import assemble, make_deterministic, recompute_blocks_
 
 WARM_UP = 2
-MOST_FLOPS = 6e11  # of a step, and of all steps with one number of pictures where they are small: seconds of a core
+MOST_FLOPS = 6e11  # of a step, and of all steps with one number of images where they are small: seconds of a core
 FEWEST_STEPS, MOST_STEPS = 3, 20
 # What a training process holds beside its steps: metrics, log, the store's client, the checkpoint that is written.
 SERVICES_BYTES = 200e6
-SHORT_SIDE = 375  # pixels, of ImageNet's pictures; where the recipe shrinks them further, its own
+SHORT_SIDE = 375  # pixels, of ImageNet's images; where the recipe shrinks them further, its own
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,24 @@ class Rehearsal:
     Attributes:
         processes: that trained together.
         threads: of each.
-        pictures: of a process, the two sizes.
+        images: of a process, the two sizes.
         seconds: of a step with each, data included.
         bytes: most memory of a process with each.
     """
 
     processes: int
     threads: int
-    pictures: tuple[int, int]
+    images: tuple[int, int]
     seconds: tuple[float, float]
     bytes: tuple[float, float]
 
-    def seconds_of(self, pictures: int) -> float:
-        """Of a step on ``pictures`` in each process."""
-        return _on_line(self.pictures, self.seconds, pictures)
+    def seconds_of(self, images: int) -> float:
+        """Of a step on ``images`` in each process."""
+        return _on_line(self.images, self.seconds, images)
 
-    def bytes_of(self, pictures: int) -> float:
-        """Most memory of a process that works on ``pictures`` at a time."""
-        return SERVICES_BYTES + _on_line(self.pictures, self.bytes, pictures)
+    def bytes_of(self, images: int) -> float:
+        """Most memory of a process that works on ``images`` at a time."""
+        return SERVICES_BYTES + _on_line(self.images, self.bytes, images)
 
 
 def _on_line(x: Sequence[float], y: Sequence[float], at: float) -> float:
@@ -78,7 +78,7 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
 
     Args:
         config: of the run.
-        flops: operations for each picture, which bound the pictures of a step.
+        flops: operations for each image, which bound the images of a step.
 
     Raises:
         UserError: a process failed.
@@ -121,14 +121,14 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
 
 
 class Noise:
-    """Pictures of coarse noise, 3 to 4, decoded from JPEG as those of a run are."""
+    """Images of coarse noise, 3 to 4, decoded from JPEG as those of a run are."""
 
     def __init__(self, config: Config, count: int) -> None:
         short = min(config.data.store_short_side or SHORT_SIDE, SHORT_SIDE)
         pixels = np.random.default_rng(0).integers(0, 256, (short // 8, short // 6, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, "JPEG", quality=90)
-        self._picture, self._count = file.getvalue(), count
+        self._image, self._count = file.getvalue(), count
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -138,19 +138,19 @@ class Noise:
         return self._count
 
     def image(self, index: int) -> np.ndarray:
-        return decode_picture(self._picture)
+        return decode_image(self._image)
 
 
 def main(recipe: str, steps: str, *sizes: str) -> None:
-    """Body of a process: prints the seconds of a step and the most memory with each number of pictures."""
+    """Body of a process: prints the seconds of a step and the most memory with each number of images."""
     config = Config.from_yaml(Path(recipe).read_text(encoding="utf-8"))
     keep_freed_memory()
     if config.training.deterministic:
         make_deterministic()
     world = join_world()
     seconds, memory = [], []
-    for pictures in map(int, sizes):
-        batch_size = pictures * world.size
+    for images in map(int, sizes):
+        batch_size = images * world.size
         training = config.training.model_copy(update={"batch_size": batch_size, "max_images_per_process": None})
         small = config.model_copy(update={"training": training})
         loader = TrainLoader(

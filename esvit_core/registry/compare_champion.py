@@ -1,4 +1,4 @@
-"""The step of a retraining that measures the champion on its challenger's pictures."""
+"""The step of a retraining that measures the champion on its challenger's images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from esvit_core.storage import split_uri
 
 
 def compare_with_present(run: Run) -> tuple[str, dict[str, float], str]:
-    """Measure the present champion on the run's pictures, if there is reason to.
+    """Measure the present champion on the run's images, if there is reason to.
 
     Returns:
         The comparison's address, empty where there is none; the champion's figures by name, percent; and in a sentence

@@ -1,7 +1,7 @@
-"""The champion, measured on the pictures of the run that challenges it.
+"""The champion, measured on the images of the run that challenges it.
 
-The figures with which a champion was promoted are of the pictures of then. A retraining has more of them, held-out ones
-too, so both networks are measured on the challenger's: the same bank, the same held-out pictures, the same protocol.
+The figures with which a champion was promoted are of the images of then. A retraining has more of them, held-out ones
+too, so both networks are measured on the challenger's: the same bank, the same held-out images, the same protocol.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Comparison = dict[str, Any]
 
 
 def is_retraining(run_uri: str, store: ObjectStore) -> bool:
-    """Whether the run is one that looks for new pictures and challenges the champion."""
+    """Whether the run is one that looks for new images and challenges the champion."""
     return store.exists(join_uri(run_uri, RETRAINING))
 
 
 def comparison_uri(run_uri: str, champion: dict[str, Any]) -> str:
-    """Where the figures of a champion on the run's pictures lie."""
+    """Where the figures of a champion on the run's images lie."""
     return join_uri(run_uri, "comparison", f"{str(champion['run']).rpartition('/')[2]}.json")
 
 
 def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) -> Comparison | None:
-    """The figures of a champion on the run's pictures; None if it was not measured on them.
+    """The figures of a champion on the run's images; None if it was not measured on them.
 
     Args:
         champion: what the pointer says.
@@ -47,7 +47,7 @@ def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) 
 
 
 def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, champion: dict[str, Any]) -> Comparison:
-    """Measure a champion on the run's pictures, with every evaluation that the run itself has.
+    """Measure a champion on the run's images, with every evaluation that the run itself has.
 
     A run that started from this champion has its figures already, as those of the untrained network, which is the same.
     Written once.
@@ -73,7 +73,7 @@ def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, cham
         how = "the run started from it"
         results = {name: _of_the_start(result) for name, result in own.items()}
     else:
-        how = "measured on the pictures of the run"
+        how = "measured on the images of the run"
         results = _measure(run_uri, store, config, champion["backbone"], list(own))
     record = {
         "run": champion["run"],

@@ -189,7 +189,7 @@ def _too_much_lost(run_uri: str, present: Pointer, store: ObjectStore, config: C
 
 
 def _champion_figure(run_uri: str, present: Pointer, store: ObjectStore, metric: str) -> Figure | str:
-    """The champion's figure: on the run's own pictures if it was measured on them; else that of the pointer if it tells
+    """The champion's figure: on the run's own images if it was measured on them; else that of the pointer if it tells
     this metric, else of its run's results.
     """
     pointer = present.value

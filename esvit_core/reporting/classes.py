@@ -14,10 +14,10 @@ from esvit_core.reporting.charts import confusion
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class: held-out pictures, share recognised (percent), and what it was taken for most often instead."""
+    """One class: held-out images, share recognised (percent), and what it was taken for most often instead."""
 
     name: str
-    pictures: int
+    images: int
     right: float
     mistaken_for: str
     mistaken: int
@@ -25,7 +25,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The classes, best first, those without held-out pictures left out, and their confusion as SVG."""
+    """The classes, best first, those without held-out images left out, and their confusion as SVG."""
 
     rows: list[ClassRow]
     chart: Markup

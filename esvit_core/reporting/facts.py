@@ -60,7 +60,7 @@ class Facts:
     training: Piece[TrainingSummary]
     backbone: Piece[dict[str, Any]]
     results: list[Result]
-    pictures: Piece[dict[str, Any]]
+    images: Piece[dict[str, Any]]
     promotion: Piece[dict[str, Any]]
     versions: dict[str, str]
     commit: str | None
@@ -100,9 +100,9 @@ def read_facts(run_uri: str, store: ObjectStore, config: Config) -> Facts:
             "no backbone is published: backbone/manifest.json is missing",
         ),
         results=read_results(store, run_uri, config),
-        pictures=_piece(
-            lambda: _published(store, run_uri, "pictures", "pictures.json"),
-            "no pictures were drawn: pictures/manifest.json is missing",
+        images=_piece(
+            lambda: _published(store, run_uri, "visualization", "visualization.json"),
+            "no images were drawn: visualization/manifest.json is missing",
         ),
         promotion=Piece(None, f"{elsewhere}; it promotes nothing")
         if elsewhere

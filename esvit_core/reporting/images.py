@@ -1,4 +1,4 @@
-"""Pictures as data URIs, small enough for a page."""
+"""Images as data URIs, small enough for a page."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import io
 import numpy as np
 from PIL import Image
 
-_SHARP = 64  # pictures up to this side stay exact; larger ones are photographs on their way to a small place
+_SHARP = 64  # images up to this side stay exact; larger ones are photographs on their way to a small place
 _LARGEST = 192
 _HEAVY = 350_000  # bytes of a PNG from which a lossy form is worth its losses
 _WIDEST = 1600
 
 
 def thumbnail(pixels: np.ndarray, largest: int = _LARGEST) -> str:
-    """A picture or crop (H, W, 3) uint8 as a data URI, at most ``largest`` pixels on its longer side."""
+    """An image or crop (H, W, 3) uint8 as a data URI, at most ``largest`` pixels on its longer side."""
     image = Image.fromarray(pixels)
     image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

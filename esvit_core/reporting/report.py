@@ -40,7 +40,7 @@ _LEGEND_DASHES = ("none", "8 3", "2 2.5")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture of the run, as a data URI."""
+    """An image of the run, as a data URI."""
 
     title: str
     caption: str
@@ -87,7 +87,7 @@ def render(
     """The page.
 
     Args:
-        samples: pictures with their crops, or why there are none.
+        samples: images with their crops, or why there are none.
         drawings: of correspondence and attention.
         drawings_missing: what is not among them, and why.
     """
@@ -178,7 +178,7 @@ def _samples(facts: Facts, store: ObjectStore) -> list[Sample] | str:
     if manifest is None:
         return facts.manifest.reason
     if "train" not in manifest.splits or not manifest.splits["train"].samples:
-        return "there are no training pictures"
+        return "there are no training images"
     try:
         return draw_samples(store, facts.run_uri, facts.config, manifest.classes)
     except (StoreUnavailable, StoreRefused):
@@ -188,13 +188,13 @@ def _samples(facts: Facts, store: ObjectStore) -> list[Sample] | str:
 
 
 def _drawings(facts: Facts, store: ObjectStore) -> tuple[list[Drawing], list[tuple[str, str]]]:
-    index = facts.pictures.value
+    index = facts.images.value
     if index is None:
-        return [], [("correspondence and attention", facts.pictures.reason)]
+        return [], [("correspondence and attention", facts.images.reason)]
     drawn = []
-    for picture in index.get("pictures", []):
-        uri, width, height = figure_uri(store.get_bytes(join_uri(facts.run_uri, "pictures", picture["file"])))
-        drawn.append(Drawing(picture["title"], picture["caption"], uri, width, height))
+    for image in index.get("images", []):
+        uri, width, height = figure_uri(store.get_bytes(join_uri(facts.run_uri, "visualization", image["file"])))
+        drawn.append(Drawing(image["title"], image["caption"], uri, width, height))
     return drawn, [(entry["what"], entry["reason"]) for entry in index.get("left_out", [])]
 
 
@@ -222,15 +222,15 @@ def _left_out(facts: Facts, samples: list[Sample] | str, bad: list[BadGroup]) ->
     ]
     found = [(what, piece.reason) for what, piece in pieces if piece.value is None]
     if isinstance(samples, str) and facts.manifest.value is not None:
-        found.append(("pictures and their crops", samples))
+        found.append(("images and their crops", samples))
     if bad:
         told = "; ".join(f"{group.reason} ({group.count:,})" for group in bad)
         found.append((f"{sum(group.count for group in bad):,} files of the source", told))
     manifest = facts.manifest.value
     if manifest is not None and manifest.not_chosen:
-        found.append((f"{manifest.not_chosen:,} pictures", f"data.max_images is {facts.config.data.max_images:,}"))
+        found.append((f"{manifest.not_chosen:,} images", f"data.max_images is {facts.config.data.max_images:,}"))
     if manifest is not None and manifest.ignored:
-        found.append((f"{manifest.ignored:,} files", "no one's pictures, such as .DS_Store"))
+        found.append((f"{manifest.ignored:,} files", "no one's images, such as .DS_Store"))
     return found + _notes(facts)
 
 
@@ -252,20 +252,20 @@ def _protocols(facts: Facts) -> list[str]:
     lines = []
     if "knn" in measured:
         lines.append(
-            f"k-NN: weighted by exp(cosine / {evaluation.knn_temperature:g}), the training pictures are the bank."
+            f"k-NN: weighted by exp(cosine / {evaluation.knn_temperature:g}), the training images are the bank."
         )
     if "linear" in measured:
         lines.append(
             f"Linear probe: {evaluation.linear.epochs} epochs on features computed once, without the random crops of the "
             "published protocol. The figure is that of the last epoch; the best epoch was chosen on the same held-out "
-            "pictures and flatters."
+            "images and flatters."
         )
     for name, result in measured.items():
         if name.startswith("transfer-") and "lambda" in result:
             told = ", ".join(f"{model} {strength:.3g}" for model, strength in result["lambda"].items())
             metric = {"mean_per_class": "mean per class"}.get(result.get("metric", ""), "accuracy")
             counts = result.get("samples", {})
-            size = f"{counts['train']:,} pictures to fit, {counts['val']:,} to measure; " if counts else ""
+            size = f"{counts['train']:,} images to fit, {counts['val']:,} to measure; " if counts else ""
             lines.append(f"Transfer to {name.removeprefix('transfer-')}: {size}{metric}; lambda {told}.")
     return lines
 

@@ -1,4 +1,4 @@
-"""Some pictures of the run with the crops that training drew of them."""
+"""Some images of the run with the crops that training drew of them."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.reporting.images import thumbnail
 from esvit_core.storage import ObjectStore, join_uri
 
-_PICTURES = 6
+_IMAGES = 6
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and its crops, as data URIs.
+    """An image and its crops, as data URIs.
 
     Attributes:
         name: of the file in the source.
         label: its class; empty where it has none.
-        picture: as it is stored.
-        size: width and height of the stored picture, pixels.
+        image: as it is stored.
+        size: width and height of the stored image, pixels.
         global_crops, local_crops: as the network saw them in the first epoch.
     """
 
     name: str
     label: str
-    picture: str
+    image: str
     size: tuple[int, int]
     global_crops: list[str]
     local_crops: list[str]
 
 
 def draw_samples(store: ObjectStore, run_uri: str, config: Config, classes: list[str]) -> list[Sample]:
-    """Crops of a few training pictures, of as many classes as there are, augmented as in the first epoch."""
+    """Crops of a few training images, of as many classes as there are, augmented as in the first epoch."""
     multicrop = MultiCrop(config.augment)
     dataset = ShardDataset(store, join_uri(run_uri, "data"), "train")
-    labels = dataset.labels[: dataset.shard_sizes[0]]  # of a million pictures only one shard has to be fetched
-    return [_sample(dataset, i, multicrop, config, classes) for i in _spread(labels, _PICTURES)]
+    labels = dataset.labels[: dataset.shard_sizes[0]]  # of a million images only one shard has to be fetched
+    return [_sample(dataset, i, multicrop, config, classes) for i in _spread(labels, _IMAGES)]
 
 
 def _sample(dataset: ShardDataset, index: int, multicrop: MultiCrop, config: Config, classes: list[str]) -> Sample:
-    picture = dataset.image(index)
-    crops = multicrop(picture, sample_rng(config.seed, 0, index))
+    image = dataset.image(index)
+    crops = multicrop(image, sample_rng(config.seed, 0, index))
     shown = [thumbnail(_pixels(crop, config)) for crop in crops]
     first = config.augment.global_crops.number
     label = int(dataset.label(index))
     return Sample(
         name=dataset.name(index),
         label=classes[label] if 0 <= label < len(classes) else "",
-        picture=thumbnail(picture),
-        size=(picture.shape[1], picture.shape[0]),
+        image=thumbnail(image),
+        size=(image.shape[1], image.shape[0]),
         global_crops=shown[:first],
         local_crops=shown[first:],
     )
 
 
 def _spread(labels: np.ndarray, count: int) -> list[int]:
-    """The first picture of evenly spaced classes, then others, evenly spaced."""
+    """The first image of evenly spaced classes, then others, evenly spaced."""
     _, firsts = np.unique(labels, return_index=True)
     chosen = [
         int(firsts[i]) for i in np.unique(np.linspace(0, len(firsts) - 1, min(count, len(firsts))).round().astype(int))
@@ -71,6 +71,6 @@ def _spread(labels: np.ndarray, count: int) -> list[int]:
 
 
 def _pixels(crop: torch.Tensor, config: Config) -> np.ndarray:
-    """The network's input (3, S, S) as a picture (S, S, 3) uint8."""
+    """The network's input (3, S, S) as an image (S, S, 3) uint8."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.augment.mean, config.augment.std))
     return ((crop * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

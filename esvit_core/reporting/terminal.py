@@ -22,9 +22,9 @@ HISTORY = 8  # entries of the journal
 _TONES = {"training": "green", "measuring": "green", "finished": "green", "failed": "red", "silent": "yellow"}
 _SPARKS = {
     "lr": "learning rate",
-    "images_per_second": "pictures/s",
+    "images_per_second": "images/s",
     "entropy_view": "entropy, nats",
-    "kl_view": "what a picture tells, nats",
+    "kl_view": "what an image tells, nats",
     "feature_std": "spread of the features",
 }
 
@@ -79,7 +79,7 @@ def log_line(line: dict[str, Any]) -> str:
     if "lr" in line:
         parts.append(f"lr {line['lr']:.2e}")
     if "images_per_second" in line:
-        parts.append(f"{format_figure(round(line['images_per_second']))} pictures/s")
+        parts.append(f"{format_figure(round(line['images_per_second']))} images/s")
     return "  ".join(parts)
 
 
@@ -111,7 +111,7 @@ def _progress(run: RunStatus) -> str:
     if "epoch" in run.line:
         parts.append(f"epoch {run.line['epoch']}")
     if "images_per_second" in run.line and run.state == "training":
-        parts.append(f"{format_figure(round(run.line['images_per_second']))} pictures/s")
+        parts.append(f"{format_figure(round(run.line['images_per_second']))} images/s")
         parts.append(f"waiting for data {100 * run.line.get('data_wait', 0):.0f} %")
     if run.seconds_left is not None:
         parts.append(f"{format_duration(run.seconds_left)} left")

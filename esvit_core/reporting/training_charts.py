@@ -70,8 +70,8 @@ def _diagnostics(log: list[dict[str, Any]], config: Config, resumes: list[int]) 
             reference=(math.log(K), "all alike"),
         ),
         of_tasks(
-            "What a picture tells",
-            "Divergence of the teacher's distribution of a picture (of a region) from the mean one, nats. 0 would mean "
+            "What an image tells",
+            "Divergence of the teacher's distribution of an image (of a region) from the mean one, nats. 0 would mean "
             "that it says the same of all.",
             "kl",
         ),
@@ -86,10 +86,10 @@ def _diagnostics(log: list[dict[str, Any]], config: Config, resumes: list[int]) 
             f"Of {K:,}, those that are the teacher's first choice somewhere in a batch. A larger batch shows more.",
             "prototypes",
         ),
-        of_tasks("Norm of the centre", "0 throughout would mean no centring.", "centre_norm"),
+        of_tasks("Norm of the center", "0 throughout would mean no centering.", "center_norm"),
         single(
             "Spread of the features",
-            "Of the teacher's unit view features: 0 if all pictures look alike to it, 1 if they point in all directions.",
+            "Of the teacher's unit view features: 0 if all images look alike to it, 1 if they point in all directions.",
             "feature_std",
         ),
         single(
@@ -116,7 +116,7 @@ def _course(log: list[dict[str, Any]], resumes: list[int]) -> list[Chart | None]
         single("Teacher temperature", "The lower, the sharper its targets.", "teacher_temp"),
         single("Teacher momentum", "How much of the teacher stays at each step.", "teacher_momentum"),
         single("Gradient norm", "Of the student, before clipping.", "grad_norm", from_zero=True),
-        single("Speed", "Pictures a second, over all processes.", "images_per_second", from_zero=True),
+        single("Speed", "Images a second, over all processes.", "images_per_second", from_zero=True),
         single(
             "Waiting for data",
             "Share of the time, %. High means: more workers.",

@@ -115,7 +115,7 @@ def tiles(facts: Facts) -> list[Tile]:
             )
             for row in rows
         ]
-    share = (facts.pictures.value or {}).get("figures", {}).get("correspondence")
+    share = (facts.images.value or {}).get("figures", {}).get("correspondence")
     if share:
         chance = f"By chance {percent(share['chance'])} %." if "chance" in share else ""
         tone = _tone(share["trained"] - share["untrained"])
@@ -124,7 +124,7 @@ def tiles(facts: Facts) -> list[Tile]:
 
 
 def held_out(facts: Facts, row: Row) -> int | None:
-    """Number of labelled pictures that a figure was measured on; None where it is not known."""
+    """Number of labelled images that a figure was measured on; None where it is not known."""
     name = row.key.replace("/", "-", 1) if row.key.startswith("transfer/") else row.key.partition("/")[0]
     result = next((r for r in facts.results if r.get("name") == name), {})
     if "samples" in result:
@@ -146,7 +146,7 @@ def _unmeasured(facts: Facts) -> Verdict:
         return Verdict("plain", "This run is not finished.", [_capital(facts.training.reason) + "."])
     reasons = list(dict.fromkeys(row.reason for row in summarise(facts.results) if row.reason))
     details = [_capital(reason) + "." for reason in reasons]
-    share = (facts.pictures.value or {}).get("figures", {}).get("correspondence")
+    share = (facts.images.value or {}).get("figures", {}).get("correspondence")
     if share:
         details.append(
             f"What needs no labels: {percent(share['trained'])} % of the regions find their true match in another crop, "
@@ -174,11 +174,11 @@ def _start(facts: Facts) -> list[str]:
 
 
 def _certainty(row: Row, facts: Facts) -> list[str]:
-    """How far a figure on so many pictures can be off (standard error of a share)."""
+    """How far a figure on so many images can be off (standard error of a share)."""
     error, count = _standard_error(row, facts), held_out(facts, row)
     if error is None:
         return []
-    told = f"Measured on {count:,} held-out pictures: the standard error of {row.label} is {error:.1f} points"
+    told = f"Measured on {count:,} held-out images: the standard error of {row.label} is {error:.1f} points"
     return [told + ("; a difference as small as this one can be chance." if _may_be_chance(row, facts) else ".")]
 
 
@@ -188,7 +188,7 @@ def _may_be_chance(row: Row, facts: Facts) -> bool:
 
 
 def _standard_error(row: Row, facts: Facts) -> float | None:
-    """Of the trained backbone's share of right answers, points; None where the pictures were not counted."""
+    """Of the trained backbone's share of right answers, points; None where the images were not counted."""
     count = held_out(facts, row)
     if not count or row.trained is None or row.unit != "%":
         return None

@@ -48,7 +48,7 @@ def training_rows(training: TrainingSummary, log: list[dict[str, Any]]) -> list[
     rows = [
         Fact("steps", f"{training.steps:,}"),
         Fact("epochs", f"{training.epochs:,}"),
-        Fact("pictures seen", f"{training.images:,}"),
+        Fact("images seen", f"{training.images:,}"),
         Fact("time", format_duration(training.seconds)),
         Fact("speed", f"{format_figure(float(training.images_per_second))} images/s"),
         Fact("final loss", f"{training.final_loss:.3f}"),
@@ -68,7 +68,7 @@ def data_rows(facts: Facts) -> list[Fact]:
     if manifest is None:
         return []
     splits = manifest.splits
-    names = {"train": "pictures to train on", "val": "pictures held out", "test": "test pictures, not used"}
+    names = {"train": "images to train on", "val": "images held out", "test": "test images, not used"}
     rows = [Fact("source", str(manifest.source))]
     rows += [Fact(names.get(name, name), f"{split.samples:,}") for name, split in splits.items()]
     rows.append(Fact("classes", f"{len(manifest.classes):,}" if manifest.classes else "none: unlabelled"))
@@ -77,7 +77,7 @@ def data_rows(facts: Facts) -> list[Fact]:
     counts = {
         "re-encoded (shrunk, turned, ...)": manifest.reencoded,
         "bad files": manifest.bad.count,
-        "copies of another picture, kept": manifest.copies,
+        "copies of another image, kept": manifest.copies,
         "ignored (.DS_Store and the like)": manifest.ignored,
         "replaced by a later entry of the same name": manifest.duplicates,
         "not chosen (data.max_images)": manifest.not_chosen,
@@ -128,7 +128,7 @@ def _recipe(config: Config) -> dict[str, str]:
         "augmentation": _AUGMENTATION[config.augment.policy],
         "mixup and CutMix": f"of the first {config.mixup.crops} crops" if config.mixup.use else "none",
         "epochs": f"{training.epochs:,}",
-        "batch": f"{training.batch_size:,} pictures",
+        "batch": f"{training.batch_size:,} images",
         "optimizer": _OPTIMIZERS[optimizer.name],
         "learning rate": f"{_plain(peak)} at its peak, {_epochs(optimizer.warmup_epochs)} of warm-up, cosine to {_plain(optimizer.min_lr)}",
         "weight decay": f"{optimizer.weight_decay:g} to {optimizer.weight_decay_end:g}",
@@ -171,7 +171,7 @@ def _network(config: Config) -> str:
 def _crops(kinds: Sequence[CropConfig]) -> str:
     return (
         "; ".join(
-            f"{kind.number} of {kind.size} px, {100 * kind.scale[0]:g} to {100 * kind.scale[1]:g} % of the picture"
+            f"{kind.number} of {kind.size} px, {100 * kind.scale[0]:g} to {100 * kind.scale[1]:g} % of the image"
             for kind in kinds
             if kind.number
         )

@@ -31,14 +31,14 @@ class Found:
         run: the run to carry out; where nothing is new the last one, which is finished, so that every step finds its
             work done.
         nothing: there is nothing to do.
-        pictures: files in the source.
+        images: files in the source.
         new, changed, gone: since the last retraining.
         told: all this in a sentence.
     """
 
     run: str
     nothing: bool
-    pictures: int
+    images: int
     new: int
     changed: int
     gone: int
@@ -67,7 +67,7 @@ def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> Fou
 
     Args:
         config: as the user wants it.
-        source: of the pictures, as for :func:`esvit_core.data.ingest.prepare.prepare`.
+        source: of the images, as for :func:`esvit_core.data.ingest.prepare.prepare`.
         owner: who asks. The same owner finds its own retraining again; another one is told that it is under way.
         store: where everything is.
 
@@ -91,7 +91,7 @@ def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> Fou
         known = None if champion is None else champion.value
         seen = look(source, store)
         if not seen.files:
-            raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
+            raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
         earlier = _of_champion(known, store) if claim is None else _of_claim(claim, decided, store)
         if earlier is not None:
             seen = replace(seen, files=recognise_in(source, store, earlier.files, seen.files))
@@ -141,7 +141,7 @@ def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, 
     gone, before = len(difference.gone), earlier.manifest.samples
     if gone > config.retrain.max_gone_fraction * before:
         raise UserError(
-            f"{source}: {gone:,} of the {before:,} pictures that were taken before are not there any more; name the "
+            f"{source}: {gone:,} of the {before:,} images that were taken before are not there any more; name the "
             "right source, or, if they are to go, set retrain.max_gone_fraction=1"
         )
 
@@ -164,9 +164,9 @@ def _planned(
     seen: Look,
     store: ObjectStore,
 ) -> tuple[Run, dict[str, Any]]:
-    """The run that the new pictures make, and what is to be known of it."""
+    """The run that the new images make, and what is to be known of it."""
     made = continued(config, champion, store)
-    # Pictures that were prepared with other settings are not what is wanted now: all are read again.
+    # Images that were prepared with other settings are not what is wanted now: all are read again.
     base = earlier if earlier and earlier.manifest.settings == made.data.identity_values() else None
     content = seen.fingerprint + (base.manifest.fingerprint if base else "")
     sets = {s.name: source_fingerprint(s.source, store) for s in made.evaluation.transfer}
@@ -176,7 +176,7 @@ def _planned(
     record = {
         "source": source,
         "base": base.prefix if base else None,
-        "pictures": len(seen.files),
+        "images": len(seen.files),
         "fingerprint": seen.fingerprint,
         "new": len(difference.new),
         "changed": len(difference.changed),
@@ -204,7 +204,7 @@ def _going_on(uri: str, config: Config, store: ObjectStore) -> Found:
 
 
 def _found(uri: str, record: dict[str, Any]) -> Found:
-    return Found(uri, False, **{name: record[name] for name in ("pictures", "new", "changed", "gone", "told")})
+    return Found(uri, False, **{name: record[name] for name in ("images", "new", "changed", "gone", "told")})
 
 
 def _counts(difference: Difference) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a retraining: what is new is read, the rest is taken over from the run before."""
+"""The images of a retraining: what is new is read, the rest is taken over from the run before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esvit_core.storage.store_errors import NotFound
 
 
 def prepare_new(run: Run) -> Manifest:
-    """Prepare the pictures that were found.
+    """Prepare the images that were found.
 
     Of a run that is no retraining (nothing was new, and the champion's data are the last) they are there.
 
@@ -29,7 +29,7 @@ def prepare_new(run: Run) -> Manifest:
 
 
 def earlier_set(run: Run, name: str, settings: DataConfig) -> str | None:
-    """The transfer set of that name in the run whose pictures this one takes over, if it can be built on.
+    """The transfer set of that name in the run whose images this one takes over, if it can be built on.
 
     Args:
         settings: with which it is to be prepared now.

@@ -1,7 +1,7 @@
 """Which runs may be removed from the object store, and their removal.
 
 A run stays if anything was written to it lately, if it is one of the newest, if a pointer or the history of one names
-it, or if a run that stays has started from it or has taken over its pictures. When in doubt it stays.
+it, or if a run that stays has started from it or has taken over its images. When in doubt it stays.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def judge_runs(
         source, data = _started_from(store, follower), _built_on(store, follower)
         for run in runs:
             if run.uri not in why and (_names(source, run.uri) or _names(data, run.uri)):
-                how = "started from it" if _names(source, run.uri) else "has taken over its pictures"
+                how = "started from it" if _names(source, run.uri) else "has taken over its images"
                 why[run.uri] = f"run {follower.rsplit('/', 1)[-1]} {how}"
                 waiting.append(run.uri)
     return [StoredRun(**{**vars(run), "kept": why.get(run.uri, "")}) for run in runs]
@@ -144,7 +144,7 @@ def _started_from(store: ObjectStore, uri: str) -> str:
 
 
 def _built_on(store: ObjectStore, uri: str) -> str:
-    """The earlier data in whose shards pictures of the run lie; empty where there are none."""
+    """The earlier data in whose shards images of the run lie; empty where there are none."""
     try:
         manifest = store.get_json(join_uri(uri, "data", MANIFEST))
     except NotFound:

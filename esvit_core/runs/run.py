@@ -21,7 +21,7 @@ from esvit_core.weights.weight_source import with_source_pinned
 CONFIG = "config.yaml"
 RUNTIME = "runtime"  # a pointer: how the latest start of the run wants it executed
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
-RETRAINING = "retrain.json"  # of a run that looks for new pictures and challenges the champion: what it found
+RETRAINING = "retrain.json"  # of a run that looks for new images and challenges the champion: what it found
 PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
 CLAIMS = "claims"  # folder beside the runs: for each champion, who is at its retraining
 
@@ -83,7 +83,7 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
         config: the resolved configuration. How the run is executed does not count, see
             :data:`esvit_core.config.section.EXECUTION`, nor where the transfer sets and the weights to start from lie;
             what is in them does.
-        fingerprint: of the pictures, see :func:`esvit_core.data.shards.manifest.source_fingerprint`.
+        fingerprint: of the images, see :func:`esvit_core.data.shards.manifest.source_fingerprint`.
         transfer_fingerprints: the same of the transfer sets, by name.
     """
     prints = transfer_fingerprints or {}
@@ -97,7 +97,7 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
 
 
 def identify_run(config: Config, source: str) -> str:
-    """Read the listings of the pictures and of the transfer sets, and name the run.
+    """Read the listings of the images and of the transfer sets, and name the run.
 
     Raises:
         UserError: one of them does not exist or cannot be read.
@@ -123,7 +123,7 @@ def start_run(
 
     Args:
         config: what was asked for.
-        source: where the pictures are.
+        source: where the images are.
         uri: where the run shall lie; empty: the place that its content determines.
         store: by default the one that ``ESVIT_S3_*`` name.
         check: of a new run's configuration, before anything is written; raises UserError.

@@ -36,7 +36,7 @@ class Role:
 
 ROLES: Mapping[str, Role] = {
     "prepare": Role(
-        "steps that turn pictures into shards",
+        "steps that turn images into shards",
         (
             *("runs/*/config.yaml", "runs/*/runtime", "runs/*/data/*", "runs/*/transfer/*"),
             # A retraining begins with a look at what is new, and with a claim that no other one makes it too.
@@ -49,7 +49,7 @@ ROLES: Mapping[str, Role] = {
     ),
     "evaluate": Role(
         "steps that compute and measure features",
-        ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/comparison/*", "runs/*/pictures/*"),
+        ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/comparison/*", "runs/*/visualization/*"),
     ),
     "publish": Role(
         "report, promotion, export, and a backbone that is taken to be measured: what people and other systems go by",
@@ -86,7 +86,7 @@ def identities(keys: Mapping[str, Key], bucket: str, sources: Sequence[str] = ()
     Args:
         keys: of the administrator, who makes buckets, and of the roles.
         bucket: of the runs.
-        sources: other buckets on this server, with pictures; the steps may read them.
+        sources: other buckets on this server, with images; the steps may read them.
     """
 
     def identity(name: str, actions: list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ways in which self-distillation collapses, and the decision that a run is on one of them.
 
 The objective has trivial solutions (EsViT, section 3; DINO, section 5.3 studies them): the backbone gives every
-picture the same feature, or the teacher every picture the same prototype, or every picture the uniform distribution.
+image the same feature, or the teacher every image the same prototype, or every image the uniform distribution.
 Centring works against the second, sharpening against the third. All of them end the same way, the loss flat and the
 features worthless, hours before anybody looks: so the run watches its diagnostics, warns, and stops with the name.
 """
@@ -59,7 +59,7 @@ class _Watched:
 
 def _of_task(task: str, thing: str) -> tuple[_Watched, ...]:
     sharper = "lower objective.teacher_temp and objective.warmup_teacher_temp, or lower optimizer.lr"
-    flatter = "raise objective.teacher_temp and objective.warmup_teacher_temp, lower objective.centre_momentum or optimizer.lr"
+    flatter = "raise objective.teacher_temp and objective.warmup_teacher_temp, lower objective.center_momentum or optimizer.lr"
     constant, concentrated = "feature_std", f"entropy_{task}"
     return (
         _Watched(f"entropy_{task}", "entropy", f"one prototype for every {thing}", flatter, (constant,)),
@@ -84,10 +84,10 @@ _WATCHED = (
     _Watched(
         "feature_std",
         "feature_std",
-        "the same feature for every picture",
+        "the same feature for every image",
         "lower optimizer.lr, or raise optimizer.teacher_momentum",
     ),
-    *_of_task("view", "picture"),
+    *_of_task("view", "image"),
     *_of_task("region", "region"),
     _Watched(
         "feature_rank",
@@ -157,10 +157,10 @@ class CollapseWatch:
     def _meaning(self, watched: _Watched, figures: Mapping[str, float]) -> tuple[str, str]:
         """What the low figure means, and what to change; other figures tell it more exactly than it does alone."""
         task = watched.figure.rpartition("_")[2]
-        if watched.bounds == "entropy" and figures.get(f"centre_norm_{task}") == 0:
+        if watched.bounds == "entropy" and figures.get(f"center_norm_{task}") == 0:
             return (
-                f"{watched.what}, without centring",
-                "lower objective.centre_momentum, which keeps the centre at zero",
+                f"{watched.what}, without centering",
+                "lower objective.center_momentum, which keeps the center at zero",
             )
         if watched.bounds == "kl" and figures.get(f"entropy_{task}", 0.0) > self._uniform:
             return watched.what.replace("same", "uniform"), watched.advice

@@ -25,7 +25,7 @@ from esvit_core.models.lazy_logits import PrototypeLogits
 from esvit_core.models.multicrop import NetworkOutput
 
 SAMPLED_ROWS = 256  # of one process's views or regions: the mean of these tells enough, of all of them costs a step
-_BLOCK_VALUES = 1 << 24  # of the teacher's logits of a few pictures: 256 rows of 65,536 make an efficient product
+_BLOCK_VALUES = 1 << 24  # of the teacher's logits of a few images: 256 rows of 65,536 make an efficient product
 RANKED_ROWS = 512  # over all processes; their singular values take time with the cube of it
 
 
@@ -36,21 +36,21 @@ class TaskDiagnostics:
     Attributes:
         entropy: of the teacher's mean distribution, nats. log K when all prototypes are used alike, 0 when one takes
             everything.
-        kl: mean divergence of the teacher's distributions from their mean, nats: what it tells of a picture or of a
+        kl: mean divergence of the teacher's distributions from their mean, nats: what it tells of an image or of a
             region. 0 when it says the same of all.
-        student_kl: mean KL(teacher || student) between the two global crops of a picture, at their temperatures, nats.
+        student_kl: mean KL(teacher || student) between the two global crops of an image, at their temperatures, nats.
             Regions are compared with their best match, as in the loss; the loss is this plus the target's entropy, so
             this is what of it the student can still win. None with mixup, where targets are mixed.
         prototypes: how many are the teacher's first choice somewhere in the batch, 1 to K. All of its views and
             regions are looked at, so a larger batch shows more of them.
-        centre_norm: Euclidean norm of the centre, in units of the logits.
+        center_norm: Euclidean norm of the center, in units of the logits.
     """
 
     entropy: float
     kl: float
     student_kl: float | None
     prototypes: int
-    centre_norm: float
+    center_norm: float
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class BatchStatistics:
     """What one process measures of its share of the batch; of its last micro-batch, where it works off several.
 
     Args:
-        student, teacher: outputs of the step for V and 2 crops of B pictures, the global crops first.
-        objective: its centres have taken in the teacher's logits of the step.
+        student, teacher: outputs of the step for V and 2 crops of B images, the global crops first.
+        objective: its centers have taken in the teacher's logits of the step.
         teacher_temp: tau_t of the step.
-        mixed: whether the student's pictures are mixed, which leaves out its divergence.
+        mixed: whether the student's images are mixed, which leaves out its divergence.
         processes: that train.
 
     Attributes:
@@ -115,14 +115,14 @@ class BatchStatistics:
         temps = objective.student_temp, teacher_temp
         B = len(teacher.view_logits) // 2
         other_crop = torch.arange(2 * B, device=teacher.view_logits.device).roll(B)
-        centre = objective.centre_view.value
-        parts = [centre.new_ones(1), F.normalize(teacher.view_features.float(), dim=-1).mean(0)]  # (1,), (D,)
-        parts += _task(student.view_logits, teacher.view_logits, other_crop, 1, centre, *temps)
-        if objective.centre_region is not None:
+        center = objective.center_view.value
+        parts = [center.new_ones(1), F.normalize(teacher.view_features.float(), dim=-1).mean(0)]  # (1,), (D,)
+        parts += _task(student.view_logits, teacher.view_logits, other_crop, 1, center, *temps)
+        if objective.center_region is not None:
             assert student.region_logits is not None and teacher.region_logits is not None
             match, mutual = _matches(student, teacher)
-            T, centre = teacher.regions_per_crop[0], objective.centre_region.value
-            parts += _task(student.region_logits, teacher.region_logits, match, T, centre, *temps)
+            T, center = teacher.regions_per_crop[0], objective.center_region.value
+            parts += _task(student.region_logits, teacher.region_logits, match, T, center, *temps)
             parts.append(mutual.float().mean().reshape(1))
         self._sizes, self._mixed = [len(part) for part in parts], mixed
         self.sums = B * torch.cat(parts)
@@ -148,7 +148,7 @@ class BatchStatistics:
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al., 2023, equation 1): over how many directions the features are spread.
 
-    exp of the entropy of the singular values, scaled to the sum one, of the features as they are, not centred. It is
+    exp of the entropy of the singular values, scaled to the sum one, of the features as they are, not centered. It is
     taken from the eigenvalues of the Gram matrix of the smaller side, in float64 on the processor. Like the rank it
     cannot exceed the number of rows: figures compare between batches of one size.
 
@@ -172,7 +172,7 @@ def _task(
     teacher_logits: Logits,
     match: Tensor,
     regions: int,
-    centre: Tensor,
+    center: Tensor,
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, ...]:
@@ -182,34 +182,34 @@ def _task(
         match: for each student row of the global crops the teacher's row, (2 * B * regions,).
 
     Returns:
-        Mean distribution, (K,), mean entropy and mean divergence, (1,), first choices, (K,), norm of the centre, (1,).
+        Mean distribution, (K,), mean entropy and mean divergence, (1,), first choices, (K,), norm of the center, (1,).
     """
-    mean, chosen = torch.zeros_like(centre[0]), torch.zeros_like(centre[0])
-    entropy, divergence = centre.new_zeros(1), centre.new_zeros(1)
+    mean, chosen = torch.zeros_like(center[0]), torch.zeros_like(center[0])
+    entropy, divergence = center.new_zeros(1), center.new_zeros(1)
     stride = _stride(len(match), regions)
     if isinstance(student_logits, PrototypeLogits):
         student_logits = student_logits.converted()
     for rows in _blocks(len(match), regions, len(mean), match.device):
         teacher = teacher_logits[rows]  # once: they may be a product, which takes as long as all the rest
-        _mark_first_choices(chosen, teacher, centre)
+        _mark_first_choices(chosen, teacher, center)
         sampled = rows[rows % stride == 0]
         here = torch.searchsorted(rows, torch.cat((sampled, match[sampled])))
         needed, where = here.unique(return_inverse=True)
         own, matched = where[: len(sampled)], where[len(sampled) :]
-        p, entropies = _sharpened(teacher, needed, centre, teacher_temp)
+        p, entropies = _sharpened(teacher, needed, center, teacher_temp)
         del teacher  # before the student's are made: they are wide
         mean += torch.zeros_like(entropies).index_fill_(0, own, 1.0) @ p
         entropy += entropies[own].sum()
         divergence += _cross_entropy(student_logits[sampled], p, matched, student_temp) - entropies[matched].sum()
     count = -(-len(match) // stride)
-    return mean / count, entropy / count, divergence / count, chosen, centre.norm().reshape(1)
+    return mean / count, entropy / count, divergence / count, chosen, center.norm().reshape(1)
 
 
 _TASK_PARTS = 5
 
 
 def _task_diagnostics(
-    distribution: Tensor, entropy: Tensor, divergence: Tensor, chosen: Tensor, centre_norm: Tensor, *, mixed: bool
+    distribution: Tensor, entropy: Tensor, divergence: Tensor, chosen: Tensor, center_norm: Tensor, *, mixed: bool
 ) -> TaskDiagnostics:
     of_mean = float(torch.special.entr(distribution).sum())
     return TaskDiagnostics(
@@ -217,7 +217,7 @@ def _task_diagnostics(
         kl=max(0.0, of_mean - float(entropy)),
         student_kl=None if mixed else float(divergence),
         prototypes=int(chosen.count_nonzero()),
-        centre_norm=float(centre_norm),
+        center_norm=float(center_norm),
     )
 
 
@@ -230,7 +230,7 @@ def _stride(count: int, regions: int) -> int:
 
 
 def _blocks(count: int, regions: int, prototypes: int, device: torch.device) -> Iterator[Tensor]:
-    """The rows, in order, of a few pictures in both global crops: matches never leave a block."""
+    """The rows, in order, of a few images in both global crops: matches never leave a block."""
     crops = torch.arange(count, device=device).view(2, -1)
     for block in crops.split(regions * max(1, _BLOCK_VALUES // (2 * regions * prototypes)), dim=1):
         yield block.flatten()
@@ -250,18 +250,18 @@ def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Te
     return there, back[there] == torch.arange(len(there), device=there.device)
 
 
-def _mark_first_choices(chosen: Tensor, logits: Tensor, centre: Tensor) -> None:
+def _mark_first_choices(chosen: Tensor, logits: Tensor, center: Tensor) -> None:
     """Set ``chosen`` (K,) to 1 for each prototype that some row of the logits (r, K) likes best."""
     for chunk in logits.split(rows_per_chunk(logits)):
-        chosen[(chunk - centre).argmax(-1)] = 1.0
+        chosen[(chunk - center).argmax(-1)] = 1.0
 
 
-def _sharpened(logits: Tensor, rows: Tensor, centre: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+def _sharpened(logits: Tensor, rows: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
     """The teacher's distributions in these rows of the logits, (r, K), and their entropies, (r,)."""
-    p, entropies = centre.new_empty(len(rows), centre.shape[1]), centre.new_empty(len(rows))
+    p, entropies = center.new_empty(len(rows), center.shape[1]), center.new_empty(len(rows))
     step = rows_per_chunk(logits)
     for chunk, out, entropy in zip(rows.split(step), p.split(step), entropies.split(step), strict=True):
-        z = (logits[chunk] - centre).mul_(1 / temp)
+        z = (logits[chunk] - center).mul_(1 / temp)
         _, log_sum = softmax_and_log_sum(z, out)
         torch.sub(log_sum, torch.linalg.vecdot(z, out), out=entropy)
     return p, entropies

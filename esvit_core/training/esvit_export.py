@@ -1,6 +1,6 @@
 """A run's newest checkpoint in the format of the published code (microsoft/esvit), which goes on with it.
 
-Not of a backbone alone: student, teacher, heads, centres and optimizer are all part of such a file.
+Not of a backbone alone: student, teacher, heads, centers and optimizer are all part of such a file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def export_published(run: Run, out: Path) -> Exported:
     with appearing(out) as written:
         write_published_checkpoint(written, restored.states, run.config, epoch)
         _compare(written, restored.states, out)
-    told = f"step {restored.step:,}, epoch {epoch}: student, teacher and centres were read back bit for bit"
+    told = f"step {restored.step:,}, epoch {epoch}: student, teacher and centers were read back bit for bit"
     usage = [
         "import torch",
         f"checkpoint = torch.load({str(out)!r}, weights_only=False)  # what the published code does",
@@ -53,7 +53,7 @@ def _compare(path: Path, states: dict[str, Any], out: Path) -> None:
     for name, weights in (
         ("student", snapshot.student),
         ("teacher", snapshot.teacher),
-        ("objective", snapshot.centres),
+        ("objective", snapshot.centers),
     ):
         kept = weights or {}
         if kept.keys() != states[name].keys() or not all(torch.equal(kept[k], states[name][k]) for k in kept):

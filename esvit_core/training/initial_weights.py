@@ -1,7 +1,7 @@
 """What a run starts from when it is not from nothing: another run, a published checkpoint, weights of timm.
 
 As the published code goes on (``--pretrained_weights_ckpt``): what fits is taken; a region head that the source
-lacks starts as it was drawn, alike in student and teacher, with its centre at zero, and the optimizer then starts
+lacks starts as it was drawn, alike in student and teacher, with its center at zero, and the optimizer then starts
 anew, because its parameters are others.
 """
 
@@ -144,9 +144,9 @@ def combined(snapshot: Snapshot, parts: Parts, init: InitConfig) -> tuple[dict[s
     taken: list[str] = ["the backbone", "the view head"]
     anew: list[str] = []
     (taken if region_there else anew).extend(["the region head"] if region_here else [])
-    centres = {name: value for name, value in snapshot.centres.items() if name in states["objective"]}
-    states["objective"] = {**states["objective"], **centres}
-    (taken if centres else anew).append("the centres")
+    centers = {name: value for name, value in snapshot.centers.items() if name in states["objective"]}
+    states["objective"] = {**states["objective"], **centers}
+    (taken if centers else anew).append("the centers")
     if init.take == "all":
         _continue(states, snapshot, parts, taken, anew)
     return states, taken, anew

@@ -266,7 +266,7 @@ def _introduce(parts: Parts) -> None:
     many = "process" if world.size == 1 else "processes"
     print(
         f"train: {config.model.arch}, {parameters / 1e6:.1f} M parameters with heads, {tasks}; "
-        f"{len(parts.loader.dataset):,} pictures, {config.training.epochs} epochs of {parts.loader.steps_per_epoch} "
+        f"{len(parts.loader.dataset):,} images, {config.training.epochs} epochs of {parts.loader.steps_per_epoch} "
         f"steps of {config.training.batch_size}; {world.size} {many} on {world.device.type}, "
         f"{torch.get_num_threads()} threads each, {parts.precision.name} ({parts.precision.reason})",
         flush=True,
@@ -286,6 +286,6 @@ def _say_stopped(run: Run, parts: Parts, outbox: Outbox, urgent: Urgent) -> None
 def _say_finished(summary: TrainingSummary) -> None:
     print(
         f"train: done, {summary.steps:,} steps in {format_duration(summary.seconds)} "
-        f"({summary.images_per_second:,.0f} pictures/s); the backbone is at {summary.backbone}",
+        f"({summary.images_per_second:,.0f} images/s); the backbone is at {summary.backbone}",
         flush=True,
     )

@@ -1,7 +1,7 @@
 """A loss or a gradient that is not finite: noticed without waiting for the device, written down, and dealt with.
 
 On the device a step that went wrong is known at once, in Python one step later: the figures of a step travel to the
-host while the next one runs, and are read then. What must not wait, the update of weights, optimizer, centres and
+host while the next one runs, and are read then. What must not wait, the update of weights, optimizer, centers and
 running statistics, is left out on the device itself (``training.on_nonfinite`` skip and rollback). Every process
 holds the same gradient, so that all decide the same without a word between them.
 """

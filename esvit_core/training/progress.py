@@ -12,7 +12,7 @@ class Position:
 
     Attributes:
         step: steps done.
-        images: pictures trained on.
+        images: images trained on.
         seconds: spent in the loop.
         resumes: the steps from which it went on.
         nonfinite: the latest steps that were not finite.

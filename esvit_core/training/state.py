@@ -79,9 +79,9 @@ class Parts:
         largest = -(-batch_size // self.world.size)
         return -(-largest // (most or largest))
 
-    def weight(self, pictures: int) -> float:
-        """What the mean over ``pictures`` counts in the mean over the global batch, which the processes average."""
-        return pictures * self.world.size / self.config.training.batch_size
+    def weight(self, images: int) -> float:
+        """What the mean over ``images`` counts in the mean over the global batch, which the processes average."""
+        return images * self.world.size / self.config.training.batch_size
 
     def schedule_values(self) -> ScheduleValues:
         """Of the step that comes next."""
@@ -113,7 +113,7 @@ def build_parts(run: Run, world: World) -> Parts:
     batch_size = config.training.batch_size
     if batch_size < world.size:
         raise UserError(
-            f"training.batch_size {batch_size}: expected at least one picture for each of the {world.size} processes; "
+            f"training.batch_size {batch_size}: expected at least one image for each of the {world.size} processes; "
             "raise it or start fewer"
         )
     # A shard that is needed while the store does not answer is waited for as long as a checkpoint is.
@@ -121,8 +121,8 @@ def build_parts(run: Run, world: World) -> Parts:
     dataset = ShardDataset(patient, run.at("data"), "train")
     if len(dataset) < batch_size:
         raise UserError(
-            f"data of {run.uri}: {len(dataset)} training pictures, expected at least one batch of {batch_size}; "
-            f"give more pictures or lower training.batch_size"
+            f"data of {run.uri}: {len(dataset)} training images, expected at least one batch of {batch_size}; "
+            f"give more images or lower training.batch_size"
         )
     return assemble(config, world, TrainLoader(dataset, config, config.seed, world.rank, world.size))
 

@@ -2,7 +2,7 @@
 
 from esvit_core import load_backbone
 backbone = load_backbone("champion")          # or "s3://bucket/prefix", or a folder
-features = backbone(pictures)                 # (B, num_features)
+features = backbone(images)                 # (B, num_features)
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _files(backbone: nn.Module, description: dict[str, Any]) -> dict[str, bytes]
 
 
 def describe_backbone(backbone: nn.Module, config: Config) -> dict[str, Any]:
-    """What ``backbone.json`` says of the network and of the pictures it expects."""
+    """What ``backbone.json`` says of the network and of the images it expects."""
     return {
         "format": BACKBONE_FORMAT,
         "arch": config.model.arch,
@@ -105,7 +105,7 @@ def load_backbone(where: str | Path, store: ObjectStore | None = None) -> nn.Mod
     Returns:
         A module with ``forward_features``, ``forward_head`` and ``num_features``; ``module(x)`` gives the view
         feature (B, num_features); ``module.backbone_config`` is the content of ``backbone.json``, which also says
-        how to prepare pictures (``eval_resize``, ``eval_crop``, ``mean``, ``std``).
+        how to prepare images (``eval_resize``, ``eval_crop``, ``mean``, ``std``).
 
     Raises:
         UserError: no such pointer, prefix or folder; a damaged file (by SHA-256); an unknown format.

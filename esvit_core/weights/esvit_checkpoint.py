@@ -5,7 +5,7 @@
     optimizer    state of torch's optimizer; groups: regularized, not regularized
     epoch        epochs done
     args         the command line, an ``argparse.Namespace``
-    dino_loss    the centres, ``center`` and, with the region task, ``center_grid``
+    dino_loss    the centers, ``center`` and, with the region task, ``center_grid``
     fp16_scaler  state of torch's gradient scaler, where half precision was used
 
 Its relatives are read too: files with the teacher alone, with one network below ``model`` or ``state_dict``, and a
@@ -29,7 +29,7 @@ from esvit_core.weights.pickled import load_pickled
 from esvit_core.weights.published_names import from_published, to_published
 from esvit_core.weights.snapshot import Snapshot, Weights
 
-CENTRES = {"center": "centre_view.value", "center_grid": "centre_region.value"}
+CENTRES = {"center": "center_view.value", "center_grid": "center_region.value"}
 _NETWORKS = ("teacher", "model", "state_dict")
 _OF_A_TRAINING = ("student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler")
 # What else stands beside a network: classifiers, of supervised training and of the linear probe.
@@ -74,7 +74,7 @@ def from_payload(payload: Any, origin: str) -> Snapshot:
         "published checkpoint" if student else f"state dict ({found})",
         teacher,
         student,
-        _centres(payload.get("dino_loss", {}), origin),
+        _centers(payload.get("dino_loss", {}), origin),
         dict(optimizer) if student and isinstance(optimizer, Mapping) else None,
         float(epoch) if isinstance(epoch, int | float) else None,
         _arguments(payload.get("args")),
@@ -145,7 +145,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def _centres(state: Any, origin: str) -> Weights:
+def _centers(state: Any, origin: str) -> Weights:
     if not isinstance(state, Mapping) or not all(name in CENTRES and _is_plain(v) for name, v in state.items()):
         raise UserError(f"checkpoint {origin}: dino_loss holds {state!r:.80}; expected {' and '.join(CENTRES)}")
     return {CENTRES[name]: value for name, value in state.items()}

@@ -158,7 +158,7 @@ def _publish_checkpoint(snapshot: Snapshot, sha256: str | None, uri: str, store:
     states = {
         "teacher": snapshot.teacher,
         "student": snapshot.student,
-        "objective": snapshot.centres or None,
+        "objective": snapshot.centers or None,
         "optimizer": snapshot.optimizer,
     }
     files = {}

@@ -21,7 +21,7 @@ class Snapshot:
         teacher: entries of a :class:`~esvit_core.models.multicrop.MultiCropNetwork`; the only network where there is
             one only, and then perhaps without heads.
         student: the same; None where there is none.
-        centres: entries of :class:`~esvit_core.losses.objective.Objective`.
+        centers: entries of :class:`~esvit_core.losses.objective.Objective`.
         optimizer: its ``state_dict()``; parameters are numbered in the order of ``student``.
         epoch: epochs done; None where nobody knows.
         arguments: the command line of the published code, by option.
@@ -33,7 +33,7 @@ class Snapshot:
     kind: str
     teacher: Weights
     student: Weights | None = None
-    centres: Weights = field(default_factory=dict)
+    centers: Weights = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     epoch: float | None = None
     arguments: dict[str, Any] = field(default_factory=dict)

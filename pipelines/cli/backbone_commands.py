@@ -45,7 +45,7 @@ def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> Non
 
 
 def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path) -> None:
-    """Write the features of pictures, and say what was written.
+    """Write the features of images, and say what was written.
 
     Args:
         model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
@@ -54,7 +54,7 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
         runs: folder of the runs of this machine, whose store is looked in.
 
     Raises:
-        UserError: no such backbone, no such pictures, or a file that cannot be written.
+        UserError: no such backbone, no such images, or a file that cannot be written.
     """
     from esvit_core.data.shards.manifest import check_source
     from esvit_core.embedding.feature_files import SUFFIXES
@@ -64,9 +64,9 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
     with _store_for(runs, model, data) as store:
         check_source(data)
         from esvit_core.embedding.embed import EmbedSettings
-        from esvit_core.embedding.embed import embed as embed_pictures
+        from esvit_core.embedding.embed import embed as embed_images
 
-        done = embed_pictures(_load(model, store), data, out, EmbedSettings(**settings), store)
+        done = embed_images(_load(model, store), data, out, EmbedSettings(**settings), store)
     print(f"{done.path}  {done.describe()}\n\nUse it:")
     for line in done.usage:
         print(f"    {line}")

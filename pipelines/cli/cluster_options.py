@@ -34,7 +34,7 @@ SentArgument = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="S3", help="The pictures, s3://bucket/prefix: the pipeline's parameter `data`."),
+    typer.Option("--data", metavar="S3", help="The images, s3://bucket/prefix: the pipeline's parameter `data`."),
 ]
 ParameterOption = Annotated[
     list[str] | None,
@@ -188,7 +188,7 @@ def account_of(given: str | None, config: Config) -> str | None:
 def note_local_places(config: Config, data: str | None = None) -> None:
     """Name the sources that a cluster will look for where it cannot find them."""
     places = [(f"transfer set {s.name}", s.source) for s in config.evaluation.transfer]
-    places += [] if data is None else [("the pictures", data)]
+    places += [] if data is None else [("the images", data)]
     for what, place in places:
         if not place.startswith("s3://"):
             print(

@@ -30,7 +30,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="esvit",
-    help="Pre-train a vision backbone on your own pictures, without labels (EsViT), measure it, and publish it.",
+    help="Pre-train a vision backbone on your own images, without labels (EsViT), measure it, and publish it.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -41,7 +41,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(recipe_app, name="recipe")
 
 DataOption = Annotated[
-    str, typer.Option("--data", metavar="SOURCE", help="The pictures: a folder, a tar, a zip, or s3://bucket/prefix.")
+    str, typer.Option("--data", metavar="SOURCE", help="The images: a folder, a tar, a zip, or s3://bucket/prefix.")
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the store, the reports, the backbones.")]
 RunArgument = Annotated[
@@ -78,7 +78,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Pre-train a vision backbone on your own pictures, without labels (EsViT), measure it, and publish it."""
+    """Pre-train a vision backbone on your own images, without labels (EsViT), measure it, and publish it."""
     group(context)
 
 
@@ -117,9 +117,9 @@ def retrain(
     out: Out = DEFAULT_OUT,
     bucket: BucketOption = None,
 ) -> None:
-    """Look for new pictures, go on from the champion with them, and promote what is better.
+    """Look for new images, go on from the champion with them, and promote what is better.
 
-    Reads only what is new, and measures the champion on the same held-out pictures as its challenger. Where too little
+    Reads only what is new, and measures the champion on the same held-out images as its challenger. Where too little
     is new it says so and ends. The section retrain of the recipe says when there is reason to, and how the training
     goes on. Ctrl-C stops it, and the same command goes on with it.
     """
@@ -151,7 +151,7 @@ def plan(
     ] = "h200",
     gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="How many.")] = 1,
     images: Annotated[
-        int, typer.Option("--images", min=1, metavar="N", help="Training pictures; default: those of ImageNet-1K.")
+        int, typer.Option("--images", min=1, metavar="N", help="Training images; default: those of ImageNet-1K.")
     ] = 1_281_167,
     price: Annotated[
         float | None, typer.Option("--price", min=0, help="Of a device and hour, in any currency, for the cost.")
@@ -224,7 +224,7 @@ def export(
 ) -> None:
     """Write a backbone for other tools, and compare what they make of it.
 
-    It is read back by the tool it is for, and its features are compared with the network's on random pictures. What
+    It is read back by the tool it is for, and its features are compared with the network's on random images. What
     differs by more than the format allows leaves no file behind.
     """
     from esvit_pipelines.cli.backbone_commands import export as export_backbone
@@ -243,21 +243,21 @@ def embed(
         Literal["float32", "auto", "bfloat16"],
         typer.Option("--precision", help="Of the network; auto: bfloat16 where it is native, faster and coarser."),
     ] = "float32",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 64,
     max_bad_fraction: Annotated[
-        float, typer.Option("--max-bad-fraction", min=0, max=1, help="Share of unreadable pictures that is an error.")
+        float, typer.Option("--max-bad-fraction", min=0, max=1, help="Share of unreadable images that is an error.")
     ] = 0.05,
     runs: RunsOption = DEFAULT_OUT,
 ) -> None:
-    """Write the view features of pictures, and their regions' if wanted.
+    """Write the view features of images, and their regions' if wanted.
 
     They are those of the measured steps. The rows have the columns name, label (where there is one folder a class),
-    view and regions. Pictures that cannot be read are listed in FILE's name with .bad.jsonl.
+    view and regions. Images that cannot be read are listed in FILE's name with .bad.jsonl.
     """
-    from esvit_pipelines.cli.backbone_commands import embed as embed_pictures
+    from esvit_pipelines.cli.backbone_commands import embed as embed_images
 
     settings = {"regions": regions, "dtype": dtype, "precision": precision, "batch_size": batch_size}
-    embed_pictures(model, data, out, {**settings, "max_bad_fraction": max_bad_fraction}, runs)
+    embed_images(model, data, out, {**settings, "max_bad_fraction": max_bad_fraction}, runs)
 
 
 cluster_commands.register(app)

@@ -45,19 +45,19 @@ def _fields(config: Config, plan: Plan, price: float | None, changes: list[str])
 
 def _lines(config: Config, plan: Plan, images: int, price: float | None, changes: list[str]) -> list[str]:
     demand, training, told = plan.demand, config.training, str(plan.dtype).removeprefix("torch.")
-    parts = "" if plan.at_once == plan.pictures else f", {plan.at_once} at a time"
+    parts = "" if plan.at_once == plan.images_per_process else f", {plan.at_once} at a time"
     fits = "fits" if plan.fits else "does not fit"
     lines = [
         f"{config.recipe}: {config.model.arch}, {demand.parameters / 1e6:.1f} M parameters with heads, "
-        f"{demand.flops / 1e9:,.1f} GFLOP a picture, {told}",
-        f"on      {plan.devices} x {plan.device}, {plan.pictures} pictures each a step{parts}",
+        f"{demand.flops / 1e9:,.1f} GFLOP an image, {told}",
+        f"on      {plan.devices} x {plan.device}, {plan.images_per_process} images each a step{parts}",
         f"memory  {plan.bytes / 1e9:.1f} of {plan.memory / 1e9:.1f} GB: {fits}",
     ]
     if changes:
         return [*lines, "what helps, one of:", *(f"    {change}" for change in changes)]
     lines += [
         f"speed   {plan.images_per_second:,.1f} images/s ({plan.source})",
-        f"time    {_duration(plan.seconds)}: {training.epochs} epochs of {images:,} pictures, {plan.steps:,} steps",
+        f"time    {_duration(plan.seconds)}: {training.epochs} epochs of {images:,} images, {plan.steps:,} steps",
     ]
     lines += _about_checkpoints(config, _saving(config, plan))
     if price is not None:

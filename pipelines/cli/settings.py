@@ -116,7 +116,7 @@ def _changes(settings: Settings) -> list[str]:
 
 
 def sources(config: Config, data: str) -> list[str]:
-    """Every place that pictures come from."""
+    """Every place that images come from."""
     return [data, *(s.source for s in config.evaluation.transfer)]
 
 

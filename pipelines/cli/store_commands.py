@@ -16,7 +16,7 @@ from esvit_pipelines.cli.settings import DEFAULT_OUT, store_in
 BucketName = Annotated[str, typer.Option("--bucket", help="Bucket of the runs.")]
 SourcesOption = Annotated[
     list[str] | None,
-    typer.Option("--source", metavar="BUCKET", help="Another bucket, with pictures, that the steps read. Repeatable."),
+    typer.Option("--source", metavar="BUCKET", help="Another bucket, with images, that the steps read. Repeatable."),
 ]
 
 

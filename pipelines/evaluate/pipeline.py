@@ -1,8 +1,8 @@
 """The pipeline that measures a backbone which exists, with the steps of the one that trains.
 
-take backbone -> prepare data          -> extract features -> k-NN, linear probe -> report
+import backbone -> prepare data          -> extract features -> k-NN, linear probe -> report
               -> prepare transfer sets -> transfer                               ->
-                                       -> pictures                               ->
+                                       -> images                               ->
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from kfp import dsl
 
 from esvit_components.data.prepare_data import prepare_data
-from esvit_components.evaluation.import_backbone import take_backbone
+from esvit_components.evaluation.import_backbone import import_backbone
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
 from esvit_core.config.parameters import PLACE, cluster_text, parameters_of
@@ -63,7 +63,7 @@ def build_evaluate_pipeline(config: Config, *, cluster: bool = False) -> Any:
                 configuration and data determine it, so that the same run is found again.
         """
         taken = steps.add(
-            take_backbone(
+            import_backbone(
                 backbone=backbone,
                 source=data,
                 recipe=recipe,
@@ -72,7 +72,7 @@ def build_evaluate_pipeline(config: Config, *, cluster: bool = False) -> Any:
                 run_uri=run_uri,
                 cluster=place,
             ),
-            "take backbone",
+            "import backbone",
             "publish",
         )
         run = taken.outputs["run_uri"]

@@ -40,7 +40,7 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
     """Run the pipeline to its end.
 
     Args:
-        data: the pictures.
+        data: the images.
         config_file: the resolved configuration; of a retraining, the one that was asked for.
         run_uri: where the run lies.
         log: gets every line.

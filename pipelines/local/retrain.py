@@ -1,4 +1,4 @@
-"""`esvit retrain`: from new pictures to a champion that has seen them, or the reason why there is none."""
+"""`esvit retrain`: from new images to a champion that has seen them, or the reason why there is none."""
 
 from __future__ import annotations
 

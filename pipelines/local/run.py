@@ -1,4 +1,4 @@
-"""`esvit run`: from the user's pictures to the last words of a finished run."""
+"""`esvit run`: from the user's images to the last words of a finished run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(settings: Settings) -> None:
         carry_out(settings, current)
         if config.recipe == DEFAULT_RECIPE and settings.transfer:
             print(
-                f"\nThe same on your own pictures:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
+                f"\nThe same on your own images:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
             )
 
 
@@ -168,7 +168,7 @@ def usage(backbone: Path) -> list[str]:
     return [
         "import esvit_core, torch",
         f"backbone = esvit_core.load_backbone({str(backbone)!r})",
-        f"features = backbone(torch.rand(1, 3, {size}, {size}))  # (1, {width}); real pictures: backbone.backbone_config",
+        f"features = backbone(torch.rand(1, 3, {size}, {size}))  # (1, {width}); real images: backbone.backbone_config",
     ]
 
 

@@ -31,7 +31,7 @@ class Request:
     """What to run.
 
     Args:
-        data: the pictures.
+        data: the images.
         config: file with the resolved configuration; of a retraining, with the one that was asked for.
         run_uri: where the run lies in the object store.
         work: folder for this attempt only; gets ``outcome.json``.
@@ -139,10 +139,10 @@ def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
 
 
 def _interpreter_for_steps(folder: Path) -> None:
-    """Let kfp.local start the steps with this Python, wherever it and the pictures lie.
+    """Let kfp.local start the steps with this Python, wherever it and the images lie.
 
     The runner writes ``sys.executable`` over every ``python3`` in a step's command, without quotes, and that includes
-    the arguments: a path with a space, or pictures below a folder with "python3" in its name, would break. With an
+    the arguments: a path with a space, or images below a folder with "python3" in its name, would break. With an
     interpreter of that very name on the search path the replacement changes nothing.
     """
     folder.mkdir(parents=True)

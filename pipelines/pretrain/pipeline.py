@@ -1,9 +1,9 @@
-"""The pipeline: from pictures to a measured, published backbone.
+"""The pipeline: from images to a measured, published backbone.
 
 prepare data, prepare transfer sets -> pretrain -> extract features -> k-NN         -> report -> promote
                                                                     -> linear probe ->
                                                 -> transfer                         ->
-                                                -> pictures                         ->
+                                                -> images                         ->
 
 The same function runs on one machine (`esvit run`, through kfp.local) and is compiled for a cluster (`esvit compile`).
 """

@@ -1,4 +1,4 @@
-"""The pipeline that runs again and again: from new pictures to a champion that has seen them, or not.
+"""The pipeline that runs again and again: from new images to a champion that has seen them, or not.
 
 find new data -> prepare new data, prepare transfer sets -> pretrain -> as in pretrain -> compare -> report -> promote
 
@@ -42,7 +42,7 @@ def build_retrain_pipeline(
     steps, default = Steps(config, cluster), parameters_of(config, without=PLACE if cluster else ())
     place = cluster_text(config) if cluster else ""
 
-    @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: retrain the champion on new pictures")
+    @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: retrain the champion on new images")
     def retrain_pipeline(  # type: ignore[no-untyped-def]
         data: str,
         recipe: str = default.recipe,

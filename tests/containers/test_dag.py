@@ -29,7 +29,7 @@ STEPS = [
     "knn",
     "linear_probe",
     "transfer",
-    "pictures",
+    "visualize",
     "report",
     "promote",
 ]
@@ -107,7 +107,7 @@ def dag(
     docker_client: docker.DockerClient,
     trainer_image: str,
     restricted: dict[str, Any],
-    pictures: Any,
+    images: Any,
     micro_recipe: Path,
     tmp_path_factory: pytest.TempPathFactory,
     say: Callable[[str], None],
@@ -122,8 +122,8 @@ def dag(
     store = ObjectStore(server.start())
     try:
         store.ensure_bucket("esvit")
-        store.put_file("s3://esvit/incoming/shapes.zip", pictures.archive(folder / "shapes.zip", ["a", "b", "c"], 16))
-        store.put_file("s3://esvit/incoming/marks.zip", pictures.archive(folder / "marks.zip", ["d", "e"], 12))
+        store.put_file("s3://esvit/incoming/shapes.zip", images.archive(folder / "shapes.zip", ["a", "b", "c"], 16))
+        store.put_file("s3://esvit/incoming/marks.zip", images.archive(folder / "marks.zip", ["d", "e"], 12))
         config = Config.load(
             micro_recipe,
             [

@@ -25,7 +25,7 @@ from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 
 RUN_URI = "s3://esvit/runs/two-containers"
 TRACE = "/trace"
-PICTURES = 64
+IMAGES = 64
 PATIENCE = 300.0
 pytestmark = pytest.mark.timeout(1200)
 
@@ -65,7 +65,7 @@ def store(
 
 @pytest.fixture(scope="module")
 def config(
-    store: ObjectStore, trainer_image: str, pictures: Any, micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+    store: ObjectStore, trainer_image: str, images: Any, micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Config:
     """A run in the store, of which no test sees the end."""
     settings = [
@@ -78,7 +78,7 @@ def config(
     pod = ["cluster.train.cpu=1", "cluster.train.memory=3Gi", f"cluster.image={trainer_image}"]
     made = Config.load(micro_recipe, [*settings, *launch, *pod])
     store.put_bytes(f"{RUN_URI}/config.yaml", made.to_yaml().encode())
-    folder = pictures.folder(tmp_path_factory.mktemp("data") / "pictures", [""], PICTURES)
+    folder = images.folder(tmp_path_factory.mktemp("data") / "images", [""], IMAGES)
     prepare(str(folder), store, f"{RUN_URI}/data", DataConfig(val_fraction=0.0))
     return made
 
@@ -186,10 +186,10 @@ def test_a_cancelled_job_leaves_a_checkpoint_of_its_last_step(story: Story) -> N
 
 def test_no_sample_is_lost_or_seen_twice(story: Story) -> None:
     kept = samples_that_count(story.trace)
-    per_epoch = PICTURES // len(kept[1])
+    per_epoch = IMAGES // len(kept[1])
     for epoch in range(story.step() // per_epoch):
         seen = (n for step in range(per_epoch) for n in kept[1 + epoch * per_epoch + step])
-        assert Counter(seen) == Counter(range(PICTURES)), epoch
+        assert Counter(seen) == Counter(range(IMAGES)), epoch
 
 
 def test_no_credential_is_in_a_log(story: Story) -> None:

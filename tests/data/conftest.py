@@ -1,4 +1,4 @@
-"""Pictures made for the tests."""
+"""Images made for the tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ settings.load_profile("patient")
 
 
 class Make:
-    """Pictures, files, folders."""
+    """Images, files, folders."""
 
     @staticmethod
     def pixels(seed: int = 0, width: int = 24, height: int = 20) -> np.ndarray:
@@ -32,12 +32,12 @@ class Make:
         return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
 
     @staticmethod
-    def file(picture: np.ndarray | Image.Image | int, form: str = "PNG", **options: Any) -> bytes:
-        """An encoded picture; a number stands for the smooth colours of that seed."""
-        if isinstance(picture, int):
-            picture = Make.pixels(picture)
+    def file(image: np.ndarray | Image.Image | int, form: str = "PNG", **options: Any) -> bytes:
+        """An encoded image; a number stands for the smooth colours of that seed."""
+        if isinstance(image, int):
+            image = Make.pixels(image)
         content = io.BytesIO()
-        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(content, form, **options)
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(content, form, **options)
         return content.getvalue()
 
     @staticmethod
@@ -61,8 +61,8 @@ def make() -> Make:
 
 @pytest.fixture
 def folder(tmp_path: Path, make: Make) -> Path:
-    """Three classes of six pictures."""
-    return make.folder(tmp_path / "pictures", make.labelled())
+    """Three classes of six images."""
+    return make.folder(tmp_path / "images", make.labelled())
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ def test_global_crops_come_first(make):
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_number(make):
-    multicrop, picture = MultiCrop(SMALL), make.pixels()
+    multicrop, image = MultiCrop(SMALL), make.pixels()
 
     def crops(*key: int) -> torch.Tensor:
-        return torch.cat([c.flatten() for c in multicrop(picture, sample_rng(*key))])
+        return torch.cat([c.flatten() for c in multicrop(image, sample_rng(*key))])
 
     assert torch.equal(crops(1, 2, 3), crops(1, 2, 3))
     seen = {tuple(crops(*key).tolist()) for key in [(1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0), (3, 2, 1)]}
@@ -43,15 +43,15 @@ def test_a_sample_is_a_function_of_seed_epoch_and_number(make):
 
 
 def test_writing_into_a_batch_is_the_same(make):
-    multicrop, picture = MultiCrop(SMALL), make.pixels()
+    multicrop, image = MultiCrop(SMALL), make.pixels()
     batch = [torch.full((4, 3, size, size), -9.0) for size in multicrop.sizes]
-    multicrop.write(picture, sample_rng(0, 0, 5), [crop[2] for crop in batch])
-    for crop, rows in zip(multicrop(picture, sample_rng(0, 0, 5)), batch, strict=True):
+    multicrop.write(image, sample_rng(0, 0, 5), [crop[2] for crop in batch])
+    for crop, rows in zip(multicrop(image, sample_rng(0, 0, 5)), batch, strict=True):
         assert torch.equal(rows[2], crop) and bool((rows[[0, 1, 3]] == -9).all())
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 2**32))
-def test_boxes_lie_inside_the_picture(width, height, a, b, seed):
+def test_boxes_lie_inside_the_image(width, height, a, b, seed):
     rng = np.random.default_rng(seed)
     left, top, right, bottom = crop_box(width, height, (min(a, b), max(a, b)), rng.random)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
@@ -61,9 +61,9 @@ def test_areas_and_ratios_are_spread_as_torchvision_s():
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     boxes = np.array([crop_box(500, 375, (0.05, 0.4), rng.random) for _ in range(4000)])
-    picture = torch.zeros(3, 375, 500)
+    image = torch.zeros(3, 375, 500)
     reference = np.array(
-        [transforms.RandomResizedCrop.get_params(picture, [0.05, 0.4], [3 / 4, 4 / 3]) for _ in range(4000)]
+        [transforms.RandomResizedCrop.get_params(image, [0.05, 0.4], [3 / 4, 4 / 3]) for _ in range(4000)]
     )  # top, left, height, width
     ours = {"w": boxes[:, 2] - boxes[:, 0], "h": boxes[:, 3] - boxes[:, 1], "x": boxes[:, 0], "y": boxes[:, 1]}
     theirs = {"w": reference[:, 3], "h": reference[:, 2], "x": reference[:, 1], "y": reference[:, 0]}
@@ -73,24 +73,24 @@ def test_areas_and_ratios_are_spread_as_torchvision_s():
 
 
 @pytest.mark.parametrize(("width", "height", "box"), [(300, 10, (143, 0, 156, 10)), (9, 400, (0, 194, 9, 206))])
-def test_what_never_fits_gives_the_largest_centred_box(width, height, box):
+def test_what_never_fits_gives_the_largest_centerd_box(width, height, box):
     assert crop_box(width, height, (0.9, 1.0), np.random.default_rng(0).random) == box
 
 
 def test_resizing_is_pil_s_bicubic_within_two_levels(make):
-    picture = make.pixels(3, 203, 151)
-    ours = resize(torch.from_numpy(picture).permute(2, 0, 1)[None], 48, 64)[0].permute(1, 2, 0).numpy()
-    theirs = np.asarray(Image.fromarray(picture).resize((64, 48), Image.Resampling.BICUBIC))
+    image = make.pixels(3, 203, 151)
+    ours = resize(torch.from_numpy(image).permute(2, 0, 1)[None], 48, 64)[0].permute(1, 2, 0).numpy()
+    theirs = np.asarray(Image.fromarray(image).resize((64, 48), Image.Resampling.BICUBIC))
     assert np.abs(ours.astype(int) - theirs).max() <= 2
 
 
 def test_geometry_is_told_as_it_was_cut(make):
-    picture, multicrop = make.pixels(1, 120, 90), MultiCrop(SMALL)
+    image, multicrop = make.pixels(1, 120, 90), MultiCrop(SMALL)
     flips = []
     for seed in range(20):
-        crop, (x0, y0, x1, y1), flipped = multicrop.geometric(picture, np.random.default_rng(seed))
+        crop, (x0, y0, x1, y1), flipped = multicrop.geometric(image, np.random.default_rng(seed))
         box = tuple(round(v * side) for v, side in zip((x0, y0, x1, y1), (120, 90, 120, 90), strict=True))
-        cut = Image.fromarray(picture).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
+        cut = Image.fromarray(image).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
         expected = np.asarray(cut)[:, ::-1] if flipped else np.asarray(cut)
         shown = (crop * torch.tensor(SMALL.std)[:, None, None] + torch.tensor(SMALL.mean)[:, None, None]) * 255
         assert np.abs(shown.permute(1, 2, 0).numpy() - expected).max() < 2.1
@@ -100,9 +100,9 @@ def test_geometry_is_told_as_it_was_cut(make):
 
 
 def test_the_first_crop_of_a_plain_recipe_is_the_geometric_one(make):
-    picture = make.pixels(2)
-    crops = MultiCrop(PLAIN)(picture, np.random.default_rng(4))
-    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric(picture, np.random.default_rng(4))[0])
+    image = make.pixels(2)
+    crops = MultiCrop(PLAIN)(image, np.random.default_rng(4))
+    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric(image, np.random.default_rng(4))[0])
 
 
 def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):
@@ -114,7 +114,7 @@ def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):
     names = ("brighten", "contrast", "saturate", "shift_hue")
     jitter = tuple((lambda x, f, n=name: calls.append((n, f))) for name in names)
     monkeypatch.setattr("esvit_core.data.loading.augment._JITTER", jitter)
-    multicrop, picture, orders = MultiCrop(SMALL), make.pixels(), set()
+    multicrop, image, orders = MultiCrop(SMALL), make.pixels(), set()
     counts = {name: np.zeros(5) for name in (*names, "grey", "blur", "solarize")}
     factors: dict[str, list[float]] = {name: [] for name in counts}
     marks: list[int] = []  # normalisation ends a crop
@@ -122,7 +122,7 @@ def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):
     for index in range(500):
         calls.clear()
         marks.clear()
-        multicrop(picture, sample_rng(0, 0, index))
+        multicrop(image, sample_rng(0, 0, index))
         for number, (start, stop) in enumerate(zip([0, *marks], marks, strict=False)):
             for name, factor in calls[start:stop]:
                 counts[name][number] += 1
@@ -148,15 +148,15 @@ def _check_counts(counts, factors, orders):
 
 
 def test_normalisation_is_torchvision_s(make):
-    picture = make.pixels()
-    theirs = transforms.functional.normalize(transforms.functional.to_tensor(picture), SMALL.mean, SMALL.std)
-    ours = Normalise(SMALL.mean, SMALL.std)(torch.from_numpy(picture).permute(2, 0, 1).float().contiguous())
+    image = make.pixels()
+    theirs = transforms.functional.normalize(transforms.functional.to_tensor(image), SMALL.mean, SMALL.std)
+    ours = Normalise(SMALL.mean, SMALL.std)(torch.from_numpy(image).permute(2, 0, 1).float().contiguous())
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 50), (80, 50), (50, 81), (33, 120)])
 def test_evaluation_sees_what_torchvision_would_show(make, width, height):
-    picture = make.pixels(5, width, height)
+    image = make.pixels(5, width, height)
     reference = transforms.Compose(
         [
             transforms.Resize(36, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -164,13 +164,13 @@ def test_evaluation_sees_what_torchvision_would_show(make, width, height):
             transforms.ToTensor(),
             transforms.Normalize(SMALL.mean, SMALL.std),
         ]
-    )(Image.fromarray(picture))
-    ours = EvalTransform(36, 32)(picture)
+    )(Image.fromarray(image))
+    ours = EvalTransform(36, 32)(image)
     assert ours.shape == (3, 32, 32)
     assert (ours - reference).abs().max() < 2.1 / 255 / min(SMALL.std)
 
 
-def test_a_crop_larger_than_the_picture_is_black_around_it(make):
+def test_a_crop_larger_than_the_image_is_black_around_it(make):
     ours = EvalTransform(16, 24)(make.pixels(5, 40, 40))
     black = Normalise(SMALL.mean, SMALL.std)(torch.zeros(3, 1, 1))
     assert torch.allclose(ours[:, :4], black.expand(3, 4, 24)) and torch.allclose(
@@ -178,17 +178,17 @@ def test_a_crop_larger_than_the_picture_is_black_around_it(make):
     )
 
 
-def test_a_picture_that_may_not_be_written_to_is_left_alone(make):
-    picture = make.pixels()
-    picture.flags.writeable = False
-    before = picture.copy()
-    MultiCrop(SMALL)(picture, sample_rng(0, 0, 0))
-    EvalTransform(18, 16)(picture)
-    assert np.array_equal(picture, before)
+def test_an_image_that_may_not_be_written_to_is_left_alone(make):
+    image = make.pixels()
+    image.flags.writeable = False
+    before = image.copy()
+    MultiCrop(SMALL)(image, sample_rng(0, 0, 0))
+    EvalTransform(18, 16)(image)
+    assert np.array_equal(image, before)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 300), (2000, 3)])
-def test_pictures_of_odd_shapes_give_crops(make, width, height):
+def test_images_of_odd_shapes_give_crops(make, width, height):
     crops = MultiCrop(SMALL)(make.pixels(0, width, height), sample_rng(0, 0, 0))
     assert all(bool(torch.isfinite(c).all()) for c in crops)
 
@@ -207,8 +207,8 @@ class TestDeit:
     config = AugmentConfig.model_validate({"policy": "deit", "local_crops": {"number": 2}})
 
     def test_crops_are_the_published_transform(self, make):
-        picture = make.pixels()
-        found = MultiCrop(self.config)(picture, sample_rng(0, 0, 5))
+        image = make.pixels()
+        found = MultiCrop(self.config)(image, sample_rng(0, 0, 5))
         transforms = [
             create_transform(
                 input_size=size,
@@ -223,26 +223,26 @@ class TestDeit:
             for size in (224, 224, 96, 96)
         ]
         with seeded(sample_rng(0, 0, 5).integers(1 << 32, size=4).tolist()):
-            expected = [transform(Image.fromarray(picture)) for transform in transforms]
+            expected = [transform(Image.fromarray(image)) for transform in transforms]
         assert all(map(torch.equal, found, expected))
 
     def test_a_sample_depends_on_nothing_but_its_own_numbers(self, make):
-        multicrop, picture = MultiCrop(self.config), make.pixels()
+        multicrop, image = MultiCrop(self.config), make.pixels()
         random.seed(3)
         state = random.getstate()
-        first = multicrop(picture, sample_rng(0, 1, 2))
+        first = multicrop(image, sample_rng(0, 1, 2))
         assert random.getstate() == state
-        others = [multicrop(picture, sample_rng(0, 1, index))[0] for index in (3, 4)]
+        others = [multicrop(image, sample_rng(0, 1, index))[0] for index in (3, 4)]
         np.random.seed(8)
         torch.manual_seed(8)
-        again = MultiCrop(self.config)(picture, sample_rng(0, 1, 2))
+        again = MultiCrop(self.config)(image, sample_rng(0, 1, 2))
         assert all(map(torch.equal, first, again))
         assert not any(torch.equal(first[0], other) for other in others)
 
     def test_posterising_to_no_bits_gives_black(self, make):
         strong = DeitConfig(rand_augment="rand-m10-n8-inc1", erase=0.0)
         always = SMALL.model_copy(update={"policy": "deit", "deit": strong})
-        multicrop, picture = MultiCrop(always), make.pixels()
-        crops = torch.stack([multicrop(picture, sample_rng(0, 0, index))[0] for index in range(20)])
+        multicrop, image = MultiCrop(always), make.pixels()
+        crops = torch.stack([multicrop(image, sample_rng(0, 0, index))[0] for index in range(20)])
         black = -torch.tensor(always.mean) / torch.tensor(always.std)
         assert torch.isclose(crops, black.view(3, 1, 1)).all(1).flatten(1).float().mean(1).max() == 1

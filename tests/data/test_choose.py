@@ -1,4 +1,4 @@
-"""Which pictures are taken and held out: by their names, evenly, and without moving others."""
+"""Which images are taken and held out: by their names, evenly, and without moving others."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_a_fate_is_even_and_its_purposes_are_independent():
 
 
 @given(names, st.integers(1, 60))
-def test_adding_pictures_moves_at_most_the_one_that_a_small_class_was_forced_to_give(keys, cut):
+def test_adding_images_moves_at_most_the_one_that_a_small_class_was_forced_to_give(keys, cut):
     before, after = keys[:cut], keys
     labels: list[str | None] = ["x"] * len(keys)
     moved = {k for k in before if (k in held_names(before, labels[:cut], 0.3)) != (k in held_names(after, labels, 0.3))}
     assert len(moved) <= 1
 
 
-def test_adding_pictures_to_classes_of_usual_size_moves_none():
+def test_adding_images_to_classes_of_usual_size_moves_none():
     keys = [f"{label}/{i}" for label in "abc" for i in range(60)]
     more = [*keys, *(f"{label}/new{i}" for label in "abcd" for i in range(30))]
     before = held_names(keys, [k[0] for k in keys], 0.2)
@@ -46,7 +46,7 @@ def test_every_class_of_two_or_more_is_on_both_sides():
     assert all(sides[str(label), True] and sides[str(label), False] for label in range(50))
 
 
-def test_a_single_picture_is_trained_on():
+def test_a_single_image_is_trained_on():
     assert hold_out(["one"], ["x"], 0.9) == set()
 
 

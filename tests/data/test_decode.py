@@ -1,4 +1,4 @@
-"""Every kind of file that a pile of pictures holds, good and bad."""
+"""Every kind of file that a pile of images holds, good and bad."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esvit_core.data.ingest.decode import BadPicture, plain_rgb, to_stored
-from esvit_core.data.shards.reader import decode_picture
+from esvit_core.data.ingest.decode import BadImage, plain_rgb, to_stored
+from esvit_core.data.shards.reader import decode_image
 
 
 def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool]:
-    """The picture that training sees, and whether it was encoded anew."""
+    """The image that training sees, and whether it was encoded anew."""
     found = to_stored(data, 1.0, short_side)
-    with Image.open(io.BytesIO(found.data)) as picture:
-        assert picture.format == {"jpg": "JPEG", "png": "PNG"}[found.suffix]
-        assert picture.mode in ("RGB", "L")
-        assert picture.getexif().get(0x0112, 1) == 1
-    return decode_picture(found.data), found.reencoded
+    with Image.open(io.BytesIO(found.data)) as image:
+        assert image.format == {"jpg": "JPEG", "png": "PNG"}[found.suffix]
+        assert image.mode in ("RGB", "L")
+        assert image.getexif().get(0x0112, 1) == 1
+    return decode_image(found.data), found.reencoded
 
 
 def reason(data: bytes, megapixels: float = 1.0) -> str:
-    with pytest.raises(BadPicture) as error:
+    with pytest.raises(BadImage) as error:
         to_stored(data, megapixels, None)
     return str(error.value)
 
@@ -42,19 +42,19 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_plain_pictures_keep_their_bytes(make, form, mode):
+def test_plain_images_keep_their_bytes(make, form, mode):
     data = make.file(Image.fromarray(make.pixels()).convert(mode), form)
     found = to_stored(data, 1.0, None)
     assert found.data == data and not found.reencoded
-    assert np.array_equal(decode_picture(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_other_formats_become_png_or_jpeg(make, form):
     options = {"lossless": True} if form == "WEBP" else {}
-    picture, reencoded = stored(make.file(0, form, **options))
-    assert reencoded and picture.shape == (20, 24, 3)
-    assert np.abs(picture.astype(int) - make.pixels()).mean() < 12  # GIF has 256 colours
+    image, reencoded = stored(make.file(0, form, **options))
+    assert reencoded and image.shape == (20, 24, 3)
+    assert np.abs(image.astype(int) - make.pixels()).mean() < 12  # GIF has 256 colours
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_other_formats_become_png_or_jpeg(make, form):
 def test_every_mode_becomes_rgb_or_grey(make, mode):
     rgb = Image.fromarray(make.pixels())
     steps = {"PA": ("P", "PA"), "I;16": ("I", "I;16"), "La": ("LA", "La"), "RGBa": ("RGBA", "RGBa")}
-    picture = rgb
+    image = rgb
     if mode == "LAB":
-        picture = Image.merge("LAB", rgb.split())
+        image = Image.merge("LAB", rgb.split())
     else:
         for step in steps.get(mode, (mode,)):
-            picture = picture.convert(step)
-    plain = plain_rgb(picture)
+            image = image.convert(step)
+    plain = plain_rgb(image)
     assert plain.mode in ("RGB", "L") and plain.size == rgb.size
     if mode in ("P", "CMYK", "YCbCr", "RGBA", "RGBa", "HSV"):
         assert np.abs(np.asarray(plain.convert("RGB")).astype(int) - make.pixels()).mean() < 16  # a palette of 216
@@ -78,10 +78,10 @@ def test_every_mode_becomes_rgb_or_grey(make, mode):
 def test_alpha_lies_over_white(make):
     rgba = np.dstack([make.pixels(), np.full((20, 24), 255, np.uint8)])
     rgba[:5, :, 3], rgba[5:10, :, 3] = 0, 128
-    picture, _ = stored(make.file(rgba))
-    assert (picture[:5] == 255).all() and np.array_equal(picture[10:], make.pixels()[10:])
+    image, _ = stored(make.file(rgba))
+    assert (image[:5] == 255).all() and np.array_equal(image[10:], make.pixels()[10:])
     half = make.pixels()[5:10] * (128 / 255) + 255 * (127 / 255)
-    assert np.abs(picture[5:10] - half).max() <= 1
+    assert np.abs(image[5:10] - half).max() <= 1
 
 
 def test_transparent_colours_of_palettes_and_of_rgb_lie_over_white(make):
@@ -96,8 +96,8 @@ def test_transparent_colours_of_palettes_and_of_rgb_lie_over_white(make):
 def test_sixteen_bits_lose_their_low_byte(make):
     deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 77
     for form in ("PNG", "TIFF"):
-        picture, reencoded = stored(make.file(deep, form))
-        assert reencoded and np.array_equal(picture[..., 0].ravel(), np.arange(256))
+        image, reencoded = stored(make.file(deep, form))
+        assert reencoded and np.array_equal(image[..., 0].ravel(), np.arange(256))
 
 
 def test_sixteen_bit_colour_is_stored_as_eight():
@@ -109,58 +109,58 @@ def test_sixteen_bit_colour_is_stored_as_eight():
     data += chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
     found = to_stored(data, 1.0, None)
     assert found.reencoded and found.data[24] == 8
-    assert decode_picture(found.data).tolist() == [[[0x12, 0x80, 0xFF], [0, 0, 1]]]
+    assert decode_image(found.data).tolist() == [[[0x12, 0x80, 0xFF], [0, 0, 1]]]
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 0.5), (255.0, 0.5), (65535.0, 0.5), (1e6, 0.5)])
 def test_floating_point_is_scaled_by_its_range(make, scale, expected):
     values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16) * scale
-    picture, _ = stored(make.file(Image.fromarray(values), "TIFF"))
-    assert picture.min() == 0 and picture.max() >= 254 and abs(picture.mean() / 255 - expected) < 0.01
+    image, _ = stored(make.file(Image.fromarray(values), "TIFF"))
+    assert image.min() == 0 and image.max() >= 254 and abs(image.mean() / 255 - expected) < 0.01
 
 
 def test_cmyk_photographs_look_right(make):
-    picture, reencoded = stored(make.file(Image.fromarray(make.pixels()).convert("CMYK"), "JPEG", quality=95))
-    assert reencoded and np.abs(picture.astype(int) - make.pixels()).mean() < 12
+    image, reencoded = stored(make.file(Image.fromarray(make.pixels()).convert("CMYK"), "JPEG", quality=95))
+    assert reencoded and np.abs(image.astype(int) - make.pixels()).mean() < 12
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_pictures_are_turned_upright(make, orientation, form):
+def test_images_are_turned_upright(make, orientation, form):
     corners = np.zeros((32, 48, 3), np.uint8)
     corners[:16, :24], corners[:16, 24:], corners[16:, :24] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture, reencoded = stored(make.file(corners, form, exif=exif))
+    image, reencoded = stored(make.file(corners, form, exif=exif))
     assert reencoded == (orientation != 1 or form == "WEBP")
     undo = [None, None, 0, 3, 1, 5, 4, 6, 2][orientation]  # Pillow's transpositions
     expected = Image.fromarray(corners) if undo is None else Image.fromarray(corners).transpose(undo)
-    assert picture.shape == np.asarray(expected).shape
-    assert np.abs(picture.astype(int) - np.asarray(expected))[4:-4, 4:-4].mean() < 40 and picture[4, 4].argmax() == (
+    assert image.shape == np.asarray(expected).shape
+    assert np.abs(image.astype(int) - np.asarray(expected))[4:-4, 4:-4].mean() < 40 and image[4, 4].argmax() == (
         np.asarray(expected)[4, 4].argmax()
     )
 
 
 @pytest.mark.parametrize(("width", "height", "size"), [(80, 60, (40, 30)), (60, 90, (30, 45)), (20, 20, (20, 20))])
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_large_pictures_are_shrunk_to_the_short_side(make, width, height, size, form):
-    picture, reencoded = stored(make.file(make.pixels(0, width, height), form), short_side=30)
-    assert picture.shape[1::-1] == size and reencoded == (width > 30)
+def test_large_images_are_shrunk_to_the_short_side(make, width, height, size, form):
+    image, reencoded = stored(make.file(make.pixels(0, width, height), form), short_side=30)
+    assert image.shape[1::-1] == size and reencoded == (width > 30)
 
 
 def test_the_first_frame_of_several_is_taken(make):
     frames = [Image.fromarray(make.pixels(i)) for i in range(3)]
     for form in ("GIF", "PNG", "WEBP", "TIFF", "MPO"):
-        picture, reencoded = stored(make.file(frames[0], form, save_all=True, append_images=frames[1:]))
-        assert reencoded and np.abs(picture.astype(int) - make.pixels(0)).mean() < 12, form
+        image, reencoded = stored(make.file(frames[0], form, save_all=True, append_images=frames[1:]))
+        assert reencoded and np.abs(image.astype(int) - make.pixels(0)).mean() < 12, form
 
 
-def test_what_is_no_picture_says_so(make):
+def test_what_is_no_image_says_so(make):
     assert reason(b"") == "empty file"
-    assert reason(b"just text") == "not a picture"
-    assert reason(b"\x89PNG\r\n\x1a\n") in ("not a picture", "truncated (image file is truncated)")
-    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n") == "not a picture"  # would start a program
-    assert reason(b"\x00" * 1000) == "not a picture"
+    assert reason(b"just text") == "not an image"
+    assert reason(b"\x89PNG\r\n\x1a\n") in ("not an image", "truncated (image file is truncated)")
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n") == "not an image"  # would start a program
+    assert reason(b"\x00" * 1000) == "not an image"
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
@@ -168,7 +168,7 @@ def test_truncated_files_are_bad_wherever_they_end(make, form):
     data = make.file(make.pixels(0, 64, 64), form)
     for share in (0.3, 0.6, 0.9):
         said = reason(data[: int(len(data) * share)])
-        assert said.startswith(("truncated", "damaged", "not a picture")) and len(said) < 130
+        assert said.startswith(("truncated", "damaged", "not an image")) and len(said) < 130
 
 
 def test_damaged_files_are_bad(make):

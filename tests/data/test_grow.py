@@ -40,7 +40,7 @@ def grow(store, monkeypatch):
 
 
 def contents(store, at) -> dict[str, dict[str, tuple[str | None, bytes]]]:
-    """Class and picture of everything in prepared data, by split and name."""
+    """Class and image of everything in prepared data, by split and name."""
     manifest = Manifest.read(store, store.uri(at))
     found: dict[str, dict[str, tuple[str | None, bytes]]] = {}
     for split in manifest.splits:
@@ -56,7 +56,7 @@ def flat(found):
     return {name: entry for split in found.values() for name, entry in split.items()}
 
 
-def test_only_new_pictures_are_read_and_the_others_are_taken_over_as_they_are(store, grow, folder, make):
+def test_only_new_images_are_read_and_the_others_are_taken_over_as_they_are(store, grow, folder, make):
     first, read = grow(folder, "one")
     assert len(read) == 18
     make.folder(folder, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(4)})
@@ -67,7 +67,7 @@ def test_only_new_pictures_are_read_and_the_others_are_taken_over_as_they_are(st
         assert before[split].items() <= after[split].items()
     assert len(flat(after)) == 30 and second.samples == 30 and second.base == store.uri("one")
     assert second.fingerprint != first.fingerprint
-    # Nothing is stored twice: below the new data lie the new pictures' shards alone.
+    # Nothing is stored twice: below the new data lie the new images' shards alone.
     new = {stat.uri.removeprefix(store.uri("two/")) for stat in store.list(store.uri("two"))}
     assert new == {*second.files, "manifest.json"}
     old = [shard for split in second.splits.values() for shard in split.shards if shard.is_elsewhere]
@@ -76,7 +76,7 @@ def test_only_new_pictures_are_read_and_the_others_are_taken_over_as_they_are(st
     }
 
 
-def test_the_pictures_and_their_splits_are_those_of_a_preparation_from_nothing(store, grow, folder, make):
+def test_the_images_and_their_splits_are_those_of_a_preparation_from_nothing(store, grow, folder, make):
     grow(folder, "one")
     make.folder(folder, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(8)})
     grow(folder, "two", base="one")
@@ -84,7 +84,7 @@ def test_the_pictures_and_their_splits_are_those_of_a_preparation_from_nothing(s
     assert contents(store, "two") == contents(store, "anew")
 
 
-def test_a_picture_that_is_gone_is_gone_from_the_data(store, grow, folder):
+def test_an_image_that_is_gone_is_gone_from_the_data(store, grow, folder):
     grow(folder, "one")
     gone = ["class0/0.png", "class1/3.png"]
     for name in gone:
@@ -95,7 +95,7 @@ def test_a_picture_that_is_gone_is_gone_from_the_data(store, grow, folder):
     assert sum(manifest.splits["train"].per_class) + sum(manifest.splits["val"].per_class) == 16
 
 
-def test_a_picture_that_changed_is_read_anew_and_stays_on_its_side(store, grow, folder, make):
+def test_an_image_that_changed_is_read_anew_and_stays_on_its_side(store, grow, folder, make):
     grow(folder, "one")
     before = contents(store, "one")
     changed = {split: next(iter(sorted(names))) for split, names in before.items()}
@@ -110,7 +110,7 @@ def test_a_picture_that_changed_is_read_anew_and_stays_on_its_side(store, grow, 
 
 
 def test_a_file_known_to_be_bad_is_not_read_again_but_listed(store, grow, folder, make):
-    (folder / "class0" / "broken.png").write_bytes(b"no picture")
+    (folder / "class0" / "broken.png").write_bytes(b"no image")
     config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
     assert grow(folder, "one", config=config)[0].bad.count == 1
     make.folder(folder, {"class0/new.png": make.file(77)})
@@ -130,7 +130,7 @@ def test_a_new_class_gets_the_next_number_and_the_others_keep_theirs(store, grow
     assert all(name.split("/")[0] == label for name, (label, _) in flat(contents(store, "two")).items())
 
 
-def test_a_new_copy_of_a_picture_that_is_trained_on_is_not_held_out(store, grow, folder):
+def test_a_new_copy_of_an_image_that_is_trained_on_is_not_held_out(store, grow, folder):
     grow(folder, "one")
     trained = sorted(contents(store, "one")["train"])
     for number, name in enumerate(trained * 4):
@@ -140,7 +140,7 @@ def test_a_new_copy_of_a_picture_that_is_trained_on_is_not_held_out(store, grow,
     assert not {data for _, data in after["train"].values()} & {data for _, data in after["val"].values()}
 
 
-def test_a_chain_of_three_takes_each_picture_from_where_it_was_stored(store, grow, folder, make):
+def test_a_chain_of_three_takes_each_image_from_where_it_was_stored(store, grow, folder, make):
     grow(folder, "one")
     for step, base in (("two", "one"), ("three", "two")):
         make.folder(
@@ -191,7 +191,7 @@ def redate(folder: Path, seconds: int) -> None:
 
 
 def test_a_copy_of_the_source_with_other_dates_is_not_read_again(store, grow, folder, make, tmp_path):
-    (folder / "class0" / "broken.png").write_bytes(b"no picture")
+    (folder / "class0" / "broken.png").write_bytes(b"no image")
     config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
     grow(folder, "one", config=config)
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
@@ -217,7 +217,7 @@ def test_a_file_that_was_edited_without_a_change_of_its_size_is_read_anew(store,
     assert read == ["class0/0.png"]
 
 
-def test_a_picture_that_was_edited_after_it_was_prepared_is_told_where_nothing_else_shows_it(
+def test_an_image_that_was_edited_after_it_was_prepared_is_told_where_nothing_else_shows_it(
     store, grow, tmp_path, make, capsys
 ):
     def bitmap(seed, place=None):
@@ -269,7 +269,7 @@ def test_every_file_is_new_changed_gone_or_the_same(before, now):
     assert compare(now, now).to_read == 0
 
 
-def test_pictures_of_a_prefix_are_told_by_their_content(store, grow, folder, make, tmp_path: Path):
+def test_images_of_a_prefix_are_told_by_their_content(store, grow, folder, make, tmp_path: Path):
     for name, data in make.labelled(each=3).items():
         store.put_bytes(store.uri(f"in/{name}"), data)
     grow(store.uri("in"), "one")

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from esvit_core.data.ingest.layout import arrange, is_ignored, is_named_as_picture, may_be_picture
+from esvit_core.data.ingest.layout import arrange, is_ignored, is_named_as_image, may_be_image
 from esvit_core.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_a_flat_folder_has_no_classes():
     assert where("1.jpg", "2.jpg") == [(None, None)] * 2
 
 
-def test_pictures_beside_class_folders_have_no_class():
+def test_images_beside_class_folders_have_no_class():
     assert where("1.jpg", "cat/2.jpg", "dog/3.jpg") == [(None, None), (None, "cat"), (None, "dog")]
 
 
@@ -77,7 +77,7 @@ def test_composed_and_decomposed_letters_are_the_same_class():
     assert arrange([*names, "x/2.jpg"], "source").classes == ["Bäume", "x"]
 
 
-def test_pictures_outside_the_split_folders_are_told():
+def test_images_outside_the_split_folders_are_told():
     places = arrange(["train/a/1.jpg", "val/a/2.jpg", "stray.jpg", "other/3.jpg"], "source").places
     assert [bool(p.problem) for p in places] == [False, False, True, True]
 
@@ -94,7 +94,7 @@ def test_what_systems_leave_about_is_ignored(name):
     assert is_ignored(name)
 
 
-def test_names_of_pictures():
-    assert is_named_as_picture("a/b.JPeG") and not is_named_as_picture("a.jpg/b") and not is_named_as_picture("a.txt")
-    assert may_be_picture("a/0123abc") and not may_be_picture("a/b.csv")
+def test_names_of_images():
+    assert is_named_as_image("a/b.JPeG") and not is_named_as_image("a.jpg/b") and not is_named_as_image("a.txt")
+    assert may_be_image("a/0123abc") and not may_be_image("a/b.csv")
     assert not is_ignored("a/1.jpg")

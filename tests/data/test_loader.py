@@ -27,7 +27,7 @@ def config(workers: int = 0, batch_size: int = 4) -> Config:
 
 @pytest.fixture
 def dataset(store, prepared, folder, tmp_path) -> ShardDataset:
-    """Eighteen pictures: four batches of four, two left over."""
+    """Eighteen images: four batches of four, two left over."""
     prepared(folder, shard_mib=0.02, val_fraction=0.0)
     return ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
 

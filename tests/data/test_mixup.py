@@ -48,7 +48,7 @@ def test_crops_and_shares_are_the_published_ones(mode, views):
             assert all(map(torch.equal, found, expected))
 
 
-def test_the_teacher_sees_mixed_pictures_unless_told_otherwise():
+def test_the_teacher_sees_mixed_images_unless_told_otherwise():
     original = crops()
     mixed = mix_crops(crops(), MixupConfig(use=True), seed=0, step=0)
     assert all(map(torch.equal, mixed.teacher, mixed.student[:2]))

@@ -1,7 +1,7 @@
-"""Every photometric operation against what torchvision and PIL make of the same picture, in levels of 0 to 255.
+"""Every photometric operation against what torchvision and PIL make of the same image, in levels of 0 to 255.
 
 PIL works on whole levels: blends lose their fraction (up to one level darker), a hue is one of 256, and each of the
-blur's six passes rounds. The bounds below are those differences, on pictures that are hard in this respect.
+blur's six passes rounds. The bounds below are those differences, on images that are hard in this respect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Operation = Callable[[np.ndarray], None]
 Reference = Callable[[Image.Image], Image.Image]
 
 
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """Smooth colours, noise with every level, saturated blocks, and grey, (H, W, 3) uint8."""
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((61, 47), Image.Resampling.BICUBIC)
@@ -31,11 +31,11 @@ def pictures() -> list[np.ndarray]:
     return [np.asarray(smooth), noise, blocks, grey]
 
 
-def differences(operation: Operation, reference: Reference, picture: np.ndarray) -> np.ndarray:
-    x = picture.transpose(2, 0, 1).astype(np.float32)
+def differences(operation: Operation, reference: Reference, image: np.ndarray) -> np.ndarray:
+    x = image.transpose(2, 0, 1).astype(np.float32)
     operation(x)
     assert x.min() >= 0 and x.max() <= 255.001
-    theirs = np.asarray(reference(Image.fromarray(picture))).transpose(2, 0, 1).astype(np.float32)
+    theirs = np.asarray(reference(Image.fromarray(image))).transpose(2, 0, 1).astype(np.float32)
     return np.abs(x - theirs)
 
 
@@ -49,15 +49,15 @@ def differences(operation: Operation, reference: Reference, picture: np.ndarray)
     ],
 )
 def test_blends_are_within_a_level(operation, reference, factor):
-    for picture in pictures():
-        found = differences(lambda x: operation(x, factor), lambda p: reference(p, factor), picture)
+    for image in images():
+        found = differences(lambda x: operation(x, factor), lambda p: reference(p, factor), image)
         assert found.max() < 1.6 and found.mean() <= 1.0
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, -0.043, 0.0, 0.02, 0.1, 0.5])
 def test_hue_is_within_pil_s_step_of_the_hue(shift):
-    for picture in pictures():
-        found = differences(lambda x: photometric.shift_hue(x, shift), lambda p: F.adjust_hue(p, shift), picture)
+    for image in images():
+        found = differences(lambda x: photometric.shift_hue(x, shift), lambda p: F.adjust_hue(p, shift), image)
         # One of 256 steps of a hue changes a fully saturated channel by 6 levels; two steps are cut off.
         assert found.max() <= 15 and found.mean() < 2
 
@@ -80,27 +80,27 @@ def test_a_third_of_a_turn_moves_the_channels_on():
 
 
 def test_grey_is_within_rounding():
-    for picture in pictures():
-        assert differences(photometric.grey, lambda p: F.rgb_to_grayscale(p, 3), picture).max() <= 0.51
+    for image in images():
+        assert differences(photometric.grey, lambda p: F.rgb_to_grayscale(p, 3), image).max() <= 0.51
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4, 0.9, 1.3, 1.4143, 1.7, 2.0, 3.5])
 def test_blur_is_within_rounding_also_at_the_borders(sigma):
-    for picture in pictures():
+    for image in images():
         found = differences(
-            lambda x: photometric.blur(x, sigma), lambda p: p.filter(ImageFilter.GaussianBlur(sigma)), picture
+            lambda x: photometric.blur(x, sigma), lambda p: p.filter(ImageFilter.GaussianBlur(sigma)), image
         )
         assert found.max() < 3.1 and found.mean() < 1.2
 
 
 @settings(max_examples=30)
 @given(st.floats(0.1, 2.0), st.integers(1, 9), st.integers(1, 9))
-def test_blur_keeps_an_even_picture(sigma, height, width):
+def test_blur_keeps_an_even_image(sigma, height, width):
     x = np.full((3, height, width), 77, np.float32)
     photometric.blur(x, sigma)
     assert x == pytest.approx(np.full_like(x, 77), abs=0.01)
 
 
 def test_solarize_is_exact():
-    for picture in pictures():
-        assert differences(photometric.solarize, ImageOps.solarize, picture).max() == 0
+    for image in images():
+        assert differences(photometric.solarize, ImageOps.solarize, image).max() == 0

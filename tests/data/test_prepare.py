@@ -1,4 +1,4 @@
-"""Piles of pictures, with everything that is in them, become shards; or one line says why not."""
+"""Piles of images, with everything that is in them, become shards; or one line says why not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from esvit_core.storage import ObjectStore, StoreFull
 
 
 def stored(store, at: str = "data") -> dict[str, dict[str, tuple[int, np.ndarray]]]:
-    """Everything that was stored: label and picture by name, by split."""
+    """Everything that was stored: label and image by name, by split."""
     manifest = Manifest.read(store, store.uri(at))
     found = {}
     for split in manifest.splits:
@@ -44,14 +44,14 @@ def test_a_labelled_folder(store, prepared, folder, make):
     manifest = prepared(folder, val_fraction=0.3)
     assert manifest == Manifest.read(store, store.uri("data"))
     assert manifest.classes == ["class0", "class1", "class2"] and manifest.samples == 18
-    pictures = stored(store)
-    assert sorted([*pictures["train"], *pictures["val"]]) == sorted(make.labelled())
-    for split, found in pictures.items():
+    images = stored(store)
+    assert sorted([*images["train"], *images["val"]]) == sorted(make.labelled())
+    for split, found in images.items():
         assert manifest.splits[split].labelled and manifest.splits[split].samples == len(found)
         counts = [sum(label == c for label, _ in found.values()) for c in range(3)]
         assert manifest.splits[split].per_class == counts and min(counts) >= 1
-        for name, (label, picture) in found.items():
-            assert label == int(name[5]) and np.array_equal(picture, make.pixels(label * 100 + int(name[7])))
+        for name, (label, image) in found.items():
+            assert label == int(name[5]) and np.array_equal(image, make.pixels(label * 100 + int(name[7])))
     assert manifest.bad.count == manifest.reencoded == manifest.copies == 0 and bad_files(store) == {}
 
 
@@ -67,7 +67,7 @@ def test_everything_stored_is_in_the_manifest_with_its_size_and_digest(store, pr
 
 def test_the_summary_is_figures_only(prepared, folder):
     summary = prepared(folder).summary()
-    assert summary["pictures"] == 18 and summary["classes"] == 3 and summary["train"] + summary["val"] == 18
+    assert summary["images"] == 18 and summary["classes"] == 3 and summary["train"] + summary["val"] == 18
     assert all(isinstance(value, (int, str)) for value in summary.values())
 
 
@@ -89,7 +89,7 @@ def test_folder_tar_zip_and_prefix_give_the_same_shards(store, prepared, folder,
     sources = {"folder": folder, "prefix": store.uri("in"), **archives(tmp_path, make.labelled())}
     manifests = {kind: prepared(source, at=kind, val_fraction=0.3) for kind, source in sources.items()}
     assert len({m.fingerprint for m in manifests.values()}) == 1
-    # Names as they are in the source are stored too, and the tar's pictures lie in a folder there.
+    # Names as they are in the source are stored too, and the tar's images lie in a folder there.
     alike = [m.splits for kind, m in manifests.items() if kind != "tar"]
     assert alike[0] == alike[1] == alike[2]
 
@@ -104,7 +104,7 @@ def _never(*arguments: object, **named: object) -> None:
     raise AssertionError("not to be called")
 
 
-def test_other_pictures_or_settings_do_not_overwrite(prepared, folder, make):
+def test_other_images_or_settings_do_not_overwrite(prepared, folder, make):
     prepared(folder)
     with pytest.raises(UserError, match="prepared differently; choose another run"):
         prepared(folder, val_fraction=0.2)
@@ -135,13 +135,13 @@ def test_an_unlabelled_pile(store, prepared, tmp_path, make):
     assert {label for split in stored(store).values() for label, _ in split.values()} == {-1}
 
 
-def test_pictures_without_a_class_beside_classes(store, prepared, folder, make):
+def test_images_without_a_class_beside_classes(store, prepared, folder, make):
     manifest = prepared(make.folder(folder, {"loose.png": make.file(999)}), val_fraction=0.0)
     assert not manifest.splits["train"].labelled and manifest.splits["train"].per_class == [6, 6, 6]
     assert stored(store)["train"]["loose.png"][0] == -1
 
 
-def test_an_exact_copy_of_a_training_picture_is_not_held_out(store, prepared, tmp_path, make):
+def test_an_exact_copy_of_a_training_image_is_not_held_out(store, prepared, tmp_path, make):
     files = {f"{i}.png": make.file(i % 10) for i in range(40)}
     manifest = prepared(make.folder(tmp_path / "x", files), val_fraction=0.5)
     assert manifest.copies == 30
@@ -155,22 +155,22 @@ def test_everything_that_a_pile_may_hold(store, prepared, tmp_path, make):
     }
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture = Image.fromarray(make.pixels())
+    image = Image.fromarray(make.pixels())
     odd = {
-        "a/cmyk.jpg": make.file(picture.convert("CMYK"), "JPEG"),
+        "a/cmyk.jpg": make.file(image.convert("CMYK"), "JPEG"),
         "a/deep.png": make.file(np.arange(480, dtype=np.uint16).reshape(20, 24) * 136),
-        "a/palette.png": make.file(picture.quantize(16)),
-        "a/grey.png": make.file(picture.convert("L")),
+        "a/palette.png": make.file(image.quantize(16)),
+        "a/grey.png": make.file(image.convert("L")),
         "a/alpha.png": make.file(np.dstack([make.pixels(3), make.pixels(4)[..., 0]])),
         "b/turned.jpg": make.file(make.pixels(1, 30, 20), "JPEG", exif=exif),
         "b/ü ö 図 🙂.png": make.file(61),
         "b/" + "x" * 240 + ".png": make.file(62),
         "b/no suffix": make.file(63),
         "b/wrong.png": make.file(64, "JPEG"),
-        "b/anim.gif": make.file(picture, "GIF"),
+        "b/anim.gif": make.file(image, "GIF"),
     }
     bad = {
-        "a/text.png": b"not a picture at all",
+        "a/text.png": b"not an image at all",
         "a/empty.jpg": b"",
         "a/cut.jpg": make.file(make.pixels(9, 90, 90), "JPEG")[:-400],
         "b/notes.txt": b"read me",
@@ -182,11 +182,11 @@ def test_everything_that_a_pile_may_hold(store, prepared, tmp_path, make):
     manifest = prepared(folder, max_bad_fraction=0.2, max_megapixels=1.5)
     reasons = bad_files(store)
     assert sorted(reasons) == sorted([*bad, "a/gone.png"])
-    assert reasons["a/text.png"] == reasons["b/notes.txt"] == "not a picture"
+    assert reasons["a/text.png"] == reasons["b/notes.txt"] == "not an image"
     assert reasons["a/empty.jpg"] == "empty file" and reasons["a/cut.jpg"].startswith("truncated")
     assert reasons["b/huge.png"] == "too large (2 megapixels)" and reasons["a/gone.png"] == "a link to nothing"
     assert manifest.bad.count == 6 and sum(manifest.bad.reasons.values()) == 6
-    assert manifest.bad.reasons["not a picture"] == 2 and manifest.bad.reasons["too large"] == 1
+    assert manifest.bad.reasons["not an image"] == 2 and manifest.bad.reasons["too large"] == 1
     assert manifest.ignored == 4 and manifest.considered == len(good | odd | bad) + 1
     found = {name: seen for split in stored(store).values() for name, seen in split.items()}
     assert sorted(map(_nfc, found)) == sorted(map(_nfc, good | odd)) and manifest.classes == ["a", "b"]
@@ -216,7 +216,7 @@ def test_too_many_bad_files_are_an_error_that_names_some(store, prepared, folder
         prepared(folder, max_bad_fraction=0.2)
     said = str(error.value)
     assert "7 of 25 files are bad, more than the allowed 20 %" in said and "\n" not in said
-    assert "class0/bad0.png (not a picture)" in said and "and 2 more" in said and "data.max_bad_fraction" in said
+    assert "class0/bad0.png (not an image)" in said and "and 2 more" in said and "data.max_bad_fraction" in said
     assert prepared(folder, max_bad_fraction=0.3).bad.count == 7
 
 
@@ -229,10 +229,10 @@ def test_a_hopeless_source_is_given_up_early(prepared, tmp_path, make, capsys):
 @pytest.mark.parametrize(
     "files", [{}, {"a.txt": b"x", "b/c.csv": b"y"}, {".hidden.png": b"x"}, {"a/1.png": b"", "a/2.jpg": b"text"}]
 )
-def test_a_folder_without_pictures(store, prepared, tmp_path, make, files):
+def test_a_folder_without_images(store, prepared, tmp_path, make, files):
     folder = make.folder(tmp_path / "x", files)
     folder.mkdir(exist_ok=True)
-    with pytest.raises(UserError, match=r"x: (no pictures in it|none of its 2 files is a picture)"):
+    with pytest.raises(UserError, match=r"x: (no images in it|none of its 2 files is an image)"):
         prepared(folder)
     assert not list(store.list(store.uri("data")))
 
@@ -242,14 +242,14 @@ def test_a_missing_folder(prepared, tmp_path):
         prepared(tmp_path / "nowhere")
 
 
-def test_large_pictures_are_shrunk_where_that_is_asked_for(store, prepared, tmp_path, make):
+def test_large_images_are_shrunk_where_that_is_asked_for(store, prepared, tmp_path, make):
     files = {f"{i}.jpg": make.file(make.pixels(i, 160, 120), "JPEG") for i in range(4)}
     manifest = prepared(make.folder(tmp_path / "x", files), store_short_side=30, val_fraction=0.0)
     assert manifest.reencoded == 4
     assert {p.shape for _, p in stored(store)["train"].values()} == {(30, 40, 3)}
 
 
-def test_a_choice_of_pictures_is_balanced_and_fixed(store, prepared, tmp_path, make):
+def test_a_choice_of_images_is_balanced_and_fixed(store, prepared, tmp_path, make):
     sizes = {"a": 20, "b": 9, "c": 3}
     files = {f"{c}/{i}.png": make.file(ord(c) * 50 + i) for c, size in sizes.items() for i in range(size)}
     folder = make.folder(tmp_path / "x", files | {"README.md": b"x"})
@@ -260,7 +260,7 @@ def test_a_choice_of_pictures_is_balanced_and_fixed(store, prepared, tmp_path, m
     assert again.fingerprint == manifest.fingerprint
 
 
-def test_adding_pictures_moves_no_others(store, prepared, tmp_path, make):
+def test_adding_images_moves_no_others(store, prepared, tmp_path, make):
     files = {f"{c}/{i}.png": make.file(ord(c) * 50 + i) for c in "ab" for i in range(30)}
     folder = make.folder(tmp_path / "x", files)
     prepared(folder, val_fraction=0.3)
@@ -275,7 +275,7 @@ def test_the_seed_changes_nothing(store, folder, prepared):
     assert prepare(str(folder), store, store.uri("two"), DataConfig(), seed=5).fingerprint == settings.fingerprint
 
 
-def test_few_pictures_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypatch):
+def test_few_images_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypatch):
     folder = make.folder(tmp_path / "x", {f"{i}.png": make.file(i) for i in range(120)})
     alive, peak = 0, 0
     load, write = module._load, module._write
@@ -320,7 +320,7 @@ def test_a_full_local_disk_is_told(prepared, folder, monkeypatch):
 def test_progress_and_result_are_told(prepared, folder, make, capsys):
     prepared(make.folder(folder, {"class0/bad.png": b"x"}), max_bad_fraction=0.2)
     said = capsys.readouterr().out
-    assert "prepare  19/19 pictures  100 %" in said
-    assert "18 pictures in 3 classes (" in said and "; 1 bad file left out" in said
+    assert "prepare  19/19 images  100 %" in said
+    assert "18 images in 3 classes (" in said and "; 1 bad file left out" in said
     prepared(folder, max_bad_fraction=0.2)
     assert "already done" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The sample pictures: enough, small enough, and what their README says."""
+"""The sample images: enough, small enough, and what their README says."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def test_all_together_are_small():
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_every_picture_is_whole_and_has_a_class(name):
+def test_every_image_is_whole_and_has_a_class(name):
     files = contents(name)
     layout = arrange(list(files), name)
     assert len(layout.classes) == ARCHIVES[name] and all(place.label and not place.problem for place in layout.places)
     counts = Counter(place.label for place in layout.places)
     assert min(counts.values()) >= 37 and max(counts.values()) <= 200
     for data in files.values():
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-        assert picture.width == picture.height and np.asarray(picture.convert("L")).std() > 0
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        assert image.width == image.height and np.asarray(image.convert("L")).std() > 0
     assert len(set(files.values())) >= len(files) - 5  # of 8 x 8 digits two may be alike
     readme = (SAMPLES / "README.md").read_text(encoding="utf-8")
     assert re.search(rf"`{re.escape(name)}` \| {len(files):,},", readme)

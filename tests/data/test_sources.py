@@ -90,7 +90,7 @@ def test_an_archive_in_the_store_is_opened(store, tmp_path):
 
 def test_check_and_fingerprint_of_a_prefix_use_the_store_of_the_environment(store_env):
     uri = store_env.uri("in")
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no images in it"):
         check_source(uri)
     store_env.put_bytes(f"{uri}/1.png", b"one")
     check_source(uri)
@@ -236,15 +236,15 @@ def test_what_is_neither_folder_nor_archive(tmp_path, make):
 
 
 @pytest.mark.parametrize("files", [{}, {"a.txt": b"x"}, {".hidden/1.png": b"x", "Thumbs.db": b"y", "data.csv": b"z"}])
-def test_a_source_without_pictures(tmp_path, make, files):
+def test_a_source_without_images(tmp_path, make, files):
     folder = make.folder(tmp_path / "x", files)
     folder.mkdir(exist_ok=True)
     for path in (folder, tar_of(tmp_path / "x.tar", [*files.items()]), zip_of(tmp_path / "x.zip", [*files.items()])):
-        with pytest.raises(UserError, match=r"x\S*: no pictures in it"):
+        with pytest.raises(UserError, match=r"x\S*: no images in it"):
             check_source(str(path))
 
 
-def test_pictures_without_a_suffix_are_given_a_chance(tmp_path, make):
+def test_images_without_a_suffix_are_given_a_chance(tmp_path, make):
     check_source(str(make.folder(tmp_path / "x", {"0123abcd": make.file(0)})))
 
 

@@ -17,12 +17,12 @@ from esvit_core.storage import IntegrityError, NotFound, ObjectStore
 
 @pytest.fixture
 def dataset(store, prepared, folder, tmp_path) -> ShardDataset:
-    """Eighteen labelled pictures in several shards."""
+    """Eighteen labelled images in several shards."""
     prepared(folder, shard_mib=0.02, val_fraction=0.0)
     return ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
 
 
-def test_samples_are_the_pictures_of_the_folder(dataset, make):
+def test_samples_are_the_images_of_the_folder(dataset, make):
     assert len(dataset) == 18 and len(dataset.shards) > 2 and sum(dataset.shard_sizes) == 18
     names = [dataset.name(i) for i in range(18)]
     assert sorted(names) == sorted(make.labelled())
@@ -39,9 +39,9 @@ def test_jpeg_is_decoded_as_pillow_decodes_it(store, prepared, make, tmp_path):
     for mode in ("RGB", "L"):
         folder = make.folder(tmp_path / mode, {"1.jpg": make.file(make.pixels(1, 200, 150), "JPEG")})
         prepared(folder, at=mode, val_fraction=0.0)
-        picture = ShardDataset(store, store.uri(mode), "train", tmp_path / "cache").image(0)
-        assert picture.shape == (150, 200, 3)
-        assert np.abs(picture.astype(int) - make.pixels(1, 200, 150)).mean() < 4
+        image = ShardDataset(store, store.uri(mode), "train", tmp_path / "cache").image(0)
+        assert image.shape == (150, 200, 3)
+        assert np.abs(image.astype(int) - make.pixels(1, 200, 150)).mean() < 4
 
 
 def test_nothing_is_downloaded_before_it_is_needed(dataset, tmp_path):

@@ -1,4 +1,4 @@
-"""Features of new pictures are those of the measured steps, and the file is whole or not there."""
+"""Features of new images are those of the measured steps, and the file is whole or not there."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def backbone() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Any) -> Path:
-    """Eleven pictures in two classes; one is a grey JPEG, one is turned on its side by its EXIF entry."""
-    made: Path = pictures.folder(tmp_path_factory.mktemp("new") / "pictures", ["a", "b"], 5)
+def folder(tmp_path_factory: pytest.TempPathFactory, images: Any) -> Path:
+    """Eleven images in two classes; one is a grey JPEG, one is turned on its side by its EXIF entry."""
+    made: Path = images.folder(tmp_path_factory.mktemp("new") / "images", ["a", "b"], 5)
     turned = Image.open(made / "a" / "0-000.png").resize((50, 40))
     turned.save(
         made / "a" / "turned.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
@@ -66,7 +66,7 @@ def test_they_are_those_of_the_measured_steps(backbone: Any, folder: Path, tmp_p
     from esvit_core.evaluation.features import features_of
 
     done = embed(backbone, str(folder), tmp_path / "f.parquet", EmbedSettings(batch_size=4))
-    assert (done.pictures, done.width, done.region_map, done.bad) == (11, 16, None, [])
+    assert (done.images, done.width, done.region_map, done.bad) == (11, 16, None, [])
     table = pq.read_table(done.path)
     found = dict(zip(table["name"].to_pylist(), np.stack(table["view"].to_numpy()), strict=True))
     prepare(str(folder), store, store.uri("data"), CONFIG.data)
@@ -114,7 +114,7 @@ def test_what_is_in_memory_does_not_grow(backbone: Any, folder: Path, tmp_path: 
     assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [4, 4, 3]
 
 
-def test_pictures_without_classes_and_in_other_sources(backbone: Any, folder: Path, tmp_path: Path, store: Any) -> None:
+def test_images_without_classes_and_in_other_sources(backbone: Any, folder: Path, tmp_path: Path, store: Any) -> None:
     with tarfile.open(tmp_path / "new.tar", "w") as archive:
         for file in sorted((folder / "a").iterdir()):
             archive.add(file, file.name)
@@ -127,16 +127,16 @@ def test_pictures_without_classes_and_in_other_sources(backbone: Any, folder: Pa
     assert np.array_equal(tar["view"], s3["view"])
 
 
-def test_bad_pictures_are_counted_and_listed(backbone: Any, pictures: Any, tmp_path: Path) -> None:
-    made = pictures.folder(tmp_path / "pictures", [""], 6)
+def test_bad_images_are_counted_and_listed(backbone: Any, images: Any, tmp_path: Path) -> None:
+    made = images.folder(tmp_path / "images", [""], 6)
     (made / "0-002.png").write_bytes((made / "0-002.png").read_bytes()[:200])
-    (made / "note.txt").write_text("no picture")
+    (made / "note.txt").write_text("no image")
     (made / ".DS_Store").write_bytes(b"ignored")
     settings = EmbedSettings(max_bad_fraction=0.5, batch_size=2)
     done = embed(backbone, str(made), tmp_path / "f.npz", settings)
-    assert done.pictures == 5 and "2 bad files left out" in done.describe()
+    assert done.images == 5 and "2 bad files left out" in done.describe()
     listed = [json.loads(line) for line in done.bad_list.read_text().splitlines()]
-    assert [entry["name"] for entry in listed] == ["0-002.png", "note.txt"] and listed[1]["reason"] == "not a picture"
+    assert [entry["name"] for entry in listed] == ["0-002.png", "note.txt"] and listed[1]["reason"] == "not an image"
     assert "0-002.png" not in np.load(done.path)["name"]
     with pytest.raises(UserError, match=r"of 7 files are bad so far, more than the allowed 5 %: .*--max-bad-fraction"):
         embed(backbone, str(made), tmp_path / "other.npz")
@@ -152,8 +152,8 @@ def test_mistakes_are_told(backbone: Any, folder: Path, tmp_path: Path, monkeypa
         (folder, "f.csv", {}, r"ends in \.parquet or \.npz"),
         (folder, "there.npz", {}, "is there already"),
         (tmp_path / "nowhere", "f.npz", {}, "does not exist"),
-        (tmp_path / "empty", "f.npz", {}, "no pictures in it"),
-        (tmp_path / "none", "f.npz", {"max_bad_fraction": 1.0}, "none of its 1 files is a picture"),
+        (tmp_path / "empty", "f.npz", {}, "no images in it"),
+        (tmp_path / "none", "f.npz", {"max_bad_fraction": 1.0}, "none of its 1 files is an image"),
     ]:
         with pytest.raises(UserError, match=told):
             embed(backbone, str(source), tmp_path / out, EmbedSettings(**settings))

@@ -1,4 +1,4 @@
-"""A run that has been prepared and trained, as the measured steps find it, on pictures made here."""
+"""A run that has been prepared and trained, as the measured steps find it, on images made here."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ CONFIG = Config.from_mapping(
                 {"name": "stripes", "source": "unused", "metric": "mean_per_class"},
                 {"name": "plain", "source": "unused"},
             ],
-            "pictures": 2,
-            "correspondence_pictures": 5,
+            "visualization": 2,
+            "correspondence_images": 5,
         },
     }
 )
 
 
 def draw(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """Pictures of ``counts`` classes that differ in the colour and width of their stripes, 40 x 48."""
+    """Images of ``counts`` classes that differ in the colour and width of their stripes, 40 x 48."""
     rng = np.random.default_rng(seed)
     x = np.mgrid[0:40, 0:48][1]
     for number, (name, count) in enumerate(counts.items()):
@@ -99,7 +99,7 @@ def split(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run(make_run) -> str:
-    """Labelled: three classes of 12, 12 and 1 training pictures, 11 held-out ones of two of them; two transfer sets."""
+    """Labelled: three classes of 12, 12 and 1 training images, 11 held-out ones of two of them; two transfer sets."""
     unlabelled = {"plain": lambda folder: draw(folder, {"": 20})}
     return make_run("labelled", split, {"stripes": split} | unlabelled)
 

@@ -20,9 +20,9 @@ SWIN = {"arch": "swin", "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num
 @pytest.mark.parametrize(("model", "attention", "heads"), [(SWIN, True, 4), ({"arch": "resnet50"}, False, 1)])
 def test_every_network_gives_a_map_and_says_of_what(model, attention, heads):
     backbone = create_backbone(ModelConfig.model_validate(model), img_size=64).eval()
-    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert shows_attention(backbone, pictures) is attention
-    maps = attention_maps(backbone, pictures)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert shows_attention(backbone, images) is attention
+    maps = attention_maps(backbone, images)
     assert maps.shape[:2] == (2, heads)
     assert maps.min() == 0 and maps.max() == 1
 

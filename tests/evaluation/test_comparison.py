@@ -1,4 +1,4 @@
-"""The champion on the challenger's own pictures."""
+"""The champion on the challenger's own images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def champion(name: str, backbone: str) -> dict[str, str]:
 def test_another_network_is_measured_as_the_run_s_own_is(challenger, bucket, config):
     """The champion is the run's own network under another name: every figure has to come out the same."""
     found = compare_with_champion(challenger, bucket, config, champion("twin", f"{challenger}/backbone"))
-    assert found["how"] == "measured on the pictures of the run"
+    assert found["how"] == "measured on the images of the run"
     assert {name: found["results"][name]["results"]["champion"] for name in NAMES} == figures(
         bucket, challenger, "trained"
     )

@@ -15,14 +15,14 @@ from esvit_core.data.loading.augment import MultiCrop
 from esvit_core.evaluation.correspondence import (
     Crop,
     chance,
-    crop_to_picture,
+    crop_to_image,
     draw_pair,
+    image_to_crop,
     judge,
     match_pairs,
     match_regions,
     pair_of,
-    picture_to_crop,
-    region_centres,
+    region_centers,
     regions_per_side,
     share_right,
 )
@@ -31,8 +31,8 @@ SIDE = 6
 CONFIG = AugmentConfig(global_crops=CropConfig(size=48, number=2, scale=(0.4, 1.0)))
 
 
-def map_picture(seed: int = 0) -> np.ndarray:
-    """A picture whose red and green tell the place, with texture in blue, (90, 120, 3)."""
+def map_image(seed: int = 0) -> np.ndarray:
+    """An image whose red and green tell the place, with texture in blue, (90, 120, 3)."""
     y, x = np.mgrid[0:90, 0:120]
     blue = np.random.default_rng(seed).integers(0, 255, (90, 120))
     return np.stack([x * 255 / 119, y * 255 / 89, blue], axis=-1).astype(np.uint8)
@@ -65,7 +65,7 @@ class KnowsNothing(KnowsThePlace):
 @pytest.fixture(scope="module")
 def pairs():
     drawn = [
-        draw_pair(map_picture(i), MultiCrop(CONFIG), np.random.default_rng(i), regions_per_side(KnowsThePlace(), 48))
+        draw_pair(map_image(i), MultiCrop(CONFIG), np.random.default_rng(i), regions_per_side(KnowsThePlace(), 48))
         for i in range(60)
     ]
     assert any(p.a.flipped != p.b.flipped for p in drawn)
@@ -84,7 +84,7 @@ def test_random_features_match_at_chance(pairs):
 def test_a_forgotten_flip_would_be_seen(pairs):
     """The perfect features fall when the geometry is told wrongly: the test above has teeth."""
     wrong = [
-        pair_of(p.picture, Crop(p.a.pixels, p.a.box, not p.a.flipped), p.b, SIDE)
+        pair_of(p.image, Crop(p.a.pixels, p.a.box, not p.a.flipped), p.b, SIDE)
         for p in pairs
         if p.a.flipped != p.b.flipped
     ]
@@ -95,16 +95,16 @@ boxes = st.tuples(st.floats(0, 0.4), st.floats(0, 0.4), st.floats(0.5, 1), st.fl
 
 
 @given(box=boxes, flipped=st.booleans())
-def test_going_to_the_picture_and_back_changes_nothing(box, flipped):
-    points = region_centres(5)
-    assert picture_to_crop(crop_to_picture(points, box, flipped), box, flipped) == pytest.approx(points)
+def test_going_to_the_image_and_back_changes_nothing(box, flipped):
+    points = region_centers(5)
+    assert image_to_crop(crop_to_image(points, box, flipped), box, flipped) == pytest.approx(points)
 
 
 def test_a_flip_mirrors_left_and_right_only():
     box = (0.2, 0.1, 0.6, 0.5)
     corner = np.array([[0.0, 0.0]])
-    assert crop_to_picture(corner, box, False) == pytest.approx(np.array([[0.2, 0.1]]))
-    assert crop_to_picture(corner, box, True) == pytest.approx(np.array([[0.6, 0.1]]))
+    assert crop_to_image(corner, box, False) == pytest.approx(np.array([[0.2, 0.1]]))
+    assert crop_to_image(corner, box, True) == pytest.approx(np.array([[0.6, 0.1]]))
 
 
 def textured(size: int = 24) -> torch.Tensor:
@@ -113,7 +113,7 @@ def textured(size: int = 24) -> torch.Tensor:
 
 def test_only_regions_inside_both_crops_are_asked():
     left, right = Crop(textured(), (0, 0, 0.5, 1), False), Crop(textured(), (0.25, 0, 0.75, 1), False)
-    asked = pair_of(map_picture(), left, right, 4).asked.reshape(4, 4)
+    asked = pair_of(map_image(), left, right, 4).asked.reshape(4, 4)
     assert asked.tolist() == [[False, False, True, True]] * 4
 
 
@@ -121,27 +121,27 @@ def test_blank_regions_are_not_asked():
     pixels = textured()
     pixels[:, :12] = 0.3
     whole = (0.0, 0.0, 1.0, 1.0)
-    asked = pair_of(map_picture(), Crop(pixels, whole, False), Crop(pixels, whole, False), 4).asked.reshape(4, 4)
+    asked = pair_of(map_image(), Crop(pixels, whole, False), Crop(pixels, whole, False), 4).asked.reshape(4, 4)
     assert asked.tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
 
 
-def test_a_blank_picture_gives_no_pair():
+def test_a_blank_image_gives_no_pair():
     white = np.full((60, 60, 3), 255, np.uint8)
     assert draw_pair(white, MultiCrop(CONFIG), np.random.default_rng(0), SIDE) is None
 
 
 def test_one_region_away_is_right_and_more_is_wrong():
     whole = Crop(textured(), (0.0, 0.0, 1.0, 1.0), False)
-    pair = pair_of(map_picture(), whole, whole, 4)
-    centre = 5  # row 1, column 1
+    pair = pair_of(map_image(), whole, whole, 4)
+    center = 5  # row 1, column 1
     for chosen, right in ((5, True), (4, True), (6, True), (1, True), (9, True), (0, False), (7, False), (13, False)):
-        assert judge(pair, np.full(16, chosen)).right[centre] == right, chosen
+        assert judge(pair, np.full(16, chosen)).right[center] == right, chosen
 
 
 def test_chance_counts_the_regions_within_reach():
     whole = Crop(textured(), (0.0, 0.0, 1.0, 1.0), False)
     # Of 16 regions the 4 inner ones have 5 within reach, the 8 on an edge 4, the 4 corners 3.
-    assert chance(pair_of(map_picture(), whole, whole, 4)) == pytest.approx((4 * 5 + 8 * 4 + 4 * 3) / 16 / 16)
+    assert chance(pair_of(map_image(), whole, whole, 4)) == pytest.approx((4 * 5 + 8 * 4 + 4 * 3) / 16 / 16)
 
 
 def test_matching_ignores_the_length_of_features():

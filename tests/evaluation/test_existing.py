@@ -10,7 +10,7 @@ import torch
 
 from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
-from esvit_core.evaluation.import_backbone import take_backbone
+from esvit_core.evaluation.import_backbone import import_backbone
 from esvit_core.models.factory import create_backbone
 from esvit_core.reporting import verdict
 from esvit_core.reporting.facts import read_facts
@@ -20,9 +20,9 @@ from esvit_core.weights.backbone import load_backbone, save_backbone
 
 
 @pytest.fixture
-def trained(store_env: Any, micro_recipe: Path, pictures: Any, tmp_path: Path) -> Run:
+def trained(store_env: Any, micro_recipe: Path, images: Any, tmp_path: Path) -> Run:
     """A run that has published a backbone, in a few seconds: its weights are as they were drawn."""
-    folder = pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
+    folder = images.folder(tmp_path / "images", ["a", "b"], 6)
     config = Config.load(micro_recipe, [f"bucket={store_env.bucket}"])
     run = start_run(config, str(folder), store_env.uri("runs/micro-1"))
     save_backbone(run.store, run.at("backbone"), network(config), config, {"run": run.uri, "step": 8})
@@ -33,7 +33,7 @@ def trained(store_env: Any, micro_recipe: Path, pictures: Any, tmp_path: Path) -
 def arguments(trained: Run, tmp_path: Path) -> dict[str, Any]:
     """A configuration of another architecture: the backbone's own counts."""
     other = trained.config.model_copy(update={"model": ModelConfig(arch="swin_tiny_w7")})
-    return {"source": str(tmp_path / "pictures"), "asked": other}
+    return {"source": str(tmp_path / "images"), "asked": other}
 
 
 def network(config: Config) -> torch.nn.Module:
@@ -50,7 +50,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: Any) -> None:
     arguments["asked"] = arguments["asked"].model_copy(update={"seed": 3})
-    run = take_backbone(trained.uri, **arguments)
+    run = import_backbone(trained.uri, **arguments)
     assert run.uri.startswith(f"s3://{trained.config.bucket}/runs/evaluate-micro-")
     assert run.config.model == trained.config.model.model_copy(update={"img_size": 32})
     assert (run.config.seed, run.config.evaluation.crop, run.config.init.source) == (3, 32, None)
@@ -58,7 +58,7 @@ def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: An
     assert not same(weights(run, "untrained"), weights(trained, "backbone"))
     assert run.store.get_json(run.at("untrained/backbone.json"))["step"] == 0
     assert run.store.get_json(run.at("measured.json"))["backbone"] == trained.at("backbone")
-    assert take_backbone(trained.uri, **arguments).uri == run.uri
+    assert import_backbone(trained.uri, **arguments).uri == run.uri
     facts = read_facts(run.uri, run.store, run.config)
     assert facts.training.reason.endswith(trained.at("backbone"))
     assert verdict.promotion(facts).details[0].endswith("it promotes nothing.")
@@ -72,7 +72,7 @@ def test_a_checkpoint_is_measured_while_the_run_has_published_nothing(
     training = start_run(trained.config, arguments["source"], f"{trained.uri}-training")
     place = training.at("training/checkpoints/00000004")
     training.store.publish(place, {"teacher.pt": tmp_path / "teacher.pt"}, "checkpoint", {"epoch": 1.0})
-    run = take_backbone(training.uri, **arguments)
+    run = import_backbone(training.uri, **arguments)
     measured = run.store.get_json(run.at("measured.json"))
     assert (measured["backbone"], measured["run"], measured["step"]) == (place, training.uri, 4)
     assert same({f"backbone.{name}": value for name, value in weights(run, "backbone").items()}, inside)
@@ -84,7 +84,7 @@ def test_a_file_is_measured(trained: Run, arguments: Any, tmp_path: Path, monkey
     # It tries one network after the other, which is tested with the import and takes its time.
     monkeypatch.setattr("esvit_core.weights.import_checkpoint.recognise", lambda state: "deit_tiny")
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
-    run = take_backbone(str(tmp_path / "weights.pth"), **arguments)
+    run = import_backbone(str(tmp_path / "weights.pth"), **arguments)
     assert run.config.model.arch == "deit_tiny" and run.config.augment.global_crops.size == 224
 
 
@@ -97,10 +97,10 @@ def test_a_champion_that_has_moved_is_another_run(trained: Run, arguments: Any) 
             save_backbone(store, trained.at(name), network(trained.config), trained.config)
         present = store.read_pointer(pointer)
         store.swap_pointer(pointer, {"backbone": trained.at(name)}, present)
-        found.append(take_backbone("champion", **arguments).uri)
+        found.append(import_backbone("champion", **arguments).uri)
     assert len(set(found)) == 2
 
 
 def test_a_backbone_that_is_nowhere_is_told_in_a_line(arguments: Any) -> None:
     with pytest.raises(UserError, match=r"^backbone nobody: no such file"):
-        take_backbone("nobody", **arguments)
+        import_backbone("nobody", **arguments)

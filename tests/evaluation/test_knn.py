@@ -1,4 +1,4 @@
-"""Weighted k-NN against a reference that loops over pictures and neighbours."""
+"""Weighted k-NN against a reference that loops over images and neighbours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esvit_core.evaluation.knn import rank_classes, ranking_accuracy, weighted_k
 
 
 def brute_force(train, train_labels, test, test_labels, k, temperature):
-    """Top-1 and top-5, one picture and one neighbour at a time, in double precision."""
+    """Top-1 and top-5, one image and one neighbour at a time, in double precision."""
     classes = max(*train_labels, *test_labels) + 1
     top1 = top5 = 0
     for query, truth in zip(test, test_labels, strict=True):
@@ -68,7 +68,7 @@ def test_a_bank_smaller_than_k_votes_as_a_whole():
     assert weighted_knn(train, labels, train, labels, k=200) == weighted_knn(train, labels, train, labels, k=3)
 
 
-def test_with_two_classes_every_picture_is_in_the_top_five():
+def test_with_two_classes_every_image_is_in_the_top_five():
     rng = np.random.default_rng(2)
     train, labels = rng.standard_normal((20, 4)), rng.integers(0, 2, 20)
     assert weighted_knn(train, labels, train, labels, k=3)[1] == 100.0

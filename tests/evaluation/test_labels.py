@@ -17,18 +17,18 @@ def test_each_gap_has_its_reason():
     two, one = np.array([0, 1, 1]), np.array([2, 2])
     assert "no labels" in why_not(NONE, NONE)
     assert "all of one class" in why_not(one, two)
-    assert "no pictures are held out" in why_not(two, np.zeros(0, int))
-    assert "held-out pictures have no labels" in why_not(two, NONE)
-    assert "no training pictures" in why_not(np.zeros(0, int), two)
+    assert "no images are held out" in why_not(two, np.zeros(0, int))
+    assert "held-out images have no labels" in why_not(two, NONE)
+    assert "no training images" in why_not(np.zeros(0, int), two)
 
 
 def test_classes_missing_on_one_side_are_named():
     notes = label_notes(np.array([0, 0, 1, 1, 2]), np.array([0, 3, -1]), ["ant", "bee", "cat", "dog"])
     assert notes == [
-        "2 classes without held-out pictures, so not measured: bee, cat",
-        "1 class without training pictures, so always wrong: dog",
-        "1 class with a single training picture: cat",
-        "1 picture without a label not used",
+        "2 classes without held-out images, so not measured: bee, cat",
+        "1 class without training images, so always wrong: dog",
+        "1 class with a single training image: cat",
+        "1 image without a label not used",
     ]
 
 

@@ -14,10 +14,10 @@ QUICK = LinearConfig(epochs=20, lr=0.5, batch_size=64)
 
 
 def blobs(seed: int, count: int, classes: int = 4, dim: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    centres = np.random.default_rng(99).standard_normal((classes, dim)) * 3
+    centers = np.random.default_rng(99).standard_normal((classes, dim)) * 3
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
-    return (centres[labels] + rng.standard_normal((count, dim))).astype(np.float32), labels
+    return (centers[labels] + rng.standard_normal((count, dim))).astype(np.float32), labels
 
 
 def test_separable_classes_are_learned():
@@ -39,7 +39,7 @@ def test_the_outcome_depends_on_the_seed_only():
 
 
 def test_steps_are_those_of_the_published_recipe():
-    """One picture a step over two epochs: SGD with momentum 0.9, lr scaled by batch / 256, cosine by epoch."""
+    """One image a step over two epochs: SGD with momentum 0.9, lr scaled by batch / 256, cosine by epoch."""
     x, y = np.array([[1.0, 2.0]], np.float32), np.array([1])
     config = LinearConfig(epochs=2, lr=25.6, batch_size=1024)
     weight, bias = torch.empty(2, 2).normal_(std=0.01, generator=torch.Generator().manual_seed(3)), torch.zeros(2)

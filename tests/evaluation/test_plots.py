@@ -11,10 +11,10 @@ from esvit_core.evaluation.visualize import spread
 
 
 def test_the_crop_shown_is_the_crop_seen():
-    picture = np.arange(8 * 10 * 3, dtype=np.uint8).reshape(8, 10, 3)
-    part = cut(picture, Crop(torch.zeros(3, 4, 4), (0.2, 0.5, 0.7, 1.0), False))
-    assert (part == picture[4:8, 2:7]).all()
-    mirrored = cut(picture, Crop(torch.zeros(3, 4, 4), (0.2, 0.5, 0.7, 1.0), True))
+    image = np.arange(8 * 10 * 3, dtype=np.uint8).reshape(8, 10, 3)
+    part = cut(image, Crop(torch.zeros(3, 4, 4), (0.2, 0.5, 0.7, 1.0), False))
+    assert (part == image[4:8, 2:7]).all()
+    mirrored = cut(image, Crop(torch.zeros(3, 4, 4), (0.2, 0.5, 0.7, 1.0), True))
     assert (mirrored == part[:, ::-1]).all()
 
 
@@ -30,7 +30,7 @@ def test_heat_lies_where_the_attention_is():
     assert shown[:8, 32:].mean() > shown[30:, :10].mean() + 0.1
 
 
-def test_the_choice_of_pictures_takes_the_classes_in_turn():
+def test_the_choice_of_images_takes_the_classes_in_turn():
     labels = np.repeat([0, 1, 2], [20, 5, 2])
     chosen = spread(labels, 7, seed=0)
     assert len(set(chosen)) == 7

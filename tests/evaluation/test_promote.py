@@ -88,9 +88,9 @@ def test_a_margin_is_decimal_not_binary():
 
 
 def test_a_metric_that_was_left_out_is_not_promoted(store, make_run):
-    decision = promote(make_run("a", result=left_out("knn/20", "the pictures have no labels")), store, CONFIG)
+    decision = promote(make_run("a", result=left_out("knn/20", "the images have no labels")), store, CONFIG)
     assert not decision["promoted"]
-    assert decision["reason"] == "knn/20 was left out: the pictures have no labels"
+    assert decision["reason"] == "knn/20 was left out: the images have no labels"
     assert decision["value"] is None
 
 

@@ -22,7 +22,7 @@ from esvit_core.evaluation.features import (
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
 from esvit_core.evaluation.linear_probe import evaluate_linear
 from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
-from esvit_core.evaluation.visualize import draw_pictures
+from esvit_core.evaluation.visualize import visualize
 from esvit_core.registry.promotion import promote
 from esvit_core.weights.backbone import load_backbone
 
@@ -122,9 +122,9 @@ def test_knn_of_a_run(measured_run, bucket, config):
             assert result["results"][model][f"knn/{k}"] == pytest.approx(top1, abs=1e-4)
             assert result["top5"][model][f"knn/{k}"] == pytest.approx(top5, abs=1e-4)
     assert result["notes"] == [
-        "knn/200: there are only 25 training pictures, so all of them vote",
-        "1 class without held-out pictures, so not measured: blue",
-        "1 class with a single training picture: blue",
+        "knn/200: there are only 25 training images, so all of them vote",
+        "1 class without held-out images, so not measured: blue",
+        "1 class with a single training image: blue",
     ]
 
 
@@ -147,7 +147,7 @@ def test_transfer_of_a_run(measured_run, bucket, config):
     )
     assert set(result["lambda"]) == set(MODELS)
     assert result["samples"] == {"train": 25, "val": 11}
-    # The set holds the same pictures as the run, so its features are those of the run.
+    # The set holds the same images as the run, so its features are those of the run.
     for model in MODELS:
         train, val = (load_features(bucket, measured_run, model, split) for split in ("train", "val"))
         expected = logistic_transfer(train.view, train.labels, val.view, val.labels, "mean_per_class", config.seed)
@@ -173,20 +173,20 @@ def test_results_are_written_once(measured_run, bucket, config):
     assert objects(bucket, f"{measured_run}/evaluation") == before
 
 
-def test_pictures_of_a_run(measured_run, bucket, config):
-    index = draw_pictures(measured_run, bucket, config)
-    assert [p["file"] for p in index["pictures"]] == ["correspondence.png", "attention.png"]
+def test_images_of_a_run(measured_run, bucket, config):
+    index = visualize(measured_run, bucket, config)
+    assert [p["file"] for p in index["images"]] == ["correspondence.png", "attention.png"]
     assert index["left_out"] == []
     figure = index["figures"]["correspondence"]
-    assert figure["pictures"] == 5 and figure["regions"] >= 5
+    assert figure["images"] == 5 and figure["regions"] >= 5
     assert all(0 <= figure[key] <= 100 for key in (*MODELS, "chance"))
-    for picture in index["pictures"]:
-        image = Image.open(io.BytesIO(bucket.get_bytes(f"{measured_run}/pictures/{picture['file']}")))
+    for drawn in index["images"]:
+        image = Image.open(io.BytesIO(bucket.get_bytes(f"{measured_run}/visualization/{drawn['file']}")))
         assert image.mode == "RGBA" and image.getpixel((0, 0))[3] == 0, "the page's own colour shows through"
         assert min(image.size) > 200
-    before = objects(bucket, f"{measured_run}/pictures")
-    assert draw_pictures(measured_run, bucket, config) == index
-    assert objects(bucket, f"{measured_run}/pictures") == before
+    before = objects(bucket, f"{measured_run}/visualization")
+    assert visualize(measured_run, bucket, config) == index
+    assert objects(bucket, f"{measured_run}/visualization") == before
 
 
 def test_the_run_can_be_promoted(measured_run, bucket, config):
@@ -196,12 +196,12 @@ def test_the_run_can_be_promoted(measured_run, bucket, config):
     assert decision["metric"] == "knn/200" and decision["reason"]
 
 
-def test_without_labels_figures_are_left_out_and_pictures_drawn(unlabelled_run, bucket, config):
+def test_without_labels_figures_are_left_out_and_images_drawn(unlabelled_run, bucket, config):
     extract_features(unlabelled_run, bucket, config)
     for evaluate in (evaluate_knn, evaluate_linear):
         result = evaluate(unlabelled_run, bucket, config)
         assert (result["status"], result["results"]) == ("left_out", {})
         assert "no labels" in result["reason"]
-    assert len(draw_pictures(unlabelled_run, bucket, config)["pictures"]) == 2
+    assert len(visualize(unlabelled_run, bucket, config)["images"]) == 2
     decision = promote(unlabelled_run, bucket, Config())
     assert not decision["promoted"] and "left out" in decision["reason"]

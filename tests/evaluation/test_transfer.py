@@ -43,7 +43,7 @@ def test_of_equal_scores_the_stronger_regularisation_wins():
     assert best == pytest.approx(10)
 
 
-def test_validation_takes_a_fifth_of_each_class_but_never_its_last_picture():
+def test_validation_takes_a_fifth_of_each_class_but_never_its_last_image():
     labels = np.repeat([0, 1, 2, 3], [50, 10, 2, 1])
     chosen = validation_split(labels, seed=0)
     assert np.bincount(labels[chosen], minlength=4).tolist() == [10, 2, 1, 0]
@@ -57,15 +57,15 @@ def test_metrics():
     assert metric_of("mean_per_class", truth, predicted) == 50
 
 
-def test_mean_per_class_skips_classes_without_test_pictures():
+def test_mean_per_class_skips_classes_without_test_images():
     assert metric_of("mean_per_class", np.array([3, 3, 7]), np.array([3, 0, 7])) == 75
 
 
 def blobs(seed: int, count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    centres = np.random.default_rng(99).standard_normal((classes, 6)) * 2
+    centers = np.random.default_rng(99).standard_normal((classes, 6)) * 2
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    return (centres[labels] + rng.standard_normal((count, 6))).astype(np.float32), labels
+    return (centers[labels] + rng.standard_normal((count, 6))).astype(np.float32), labels
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -81,7 +81,7 @@ def test_the_chosen_strength_is_the_best_on_validation():
     assert outcome.validation[outcome.strength] == max(outcome.validation.values())
 
 
-def test_one_picture_a_class_is_fitted_without_a_search():
+def test_one_image_a_class_is_fitted_without_a_search():
     x, labels = np.eye(3, dtype=np.float32), np.arange(3)
     outcome = logistic_transfer(x, labels, x, labels)
     assert outcome.figure == 100

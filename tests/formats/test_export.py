@@ -21,7 +21,7 @@ from esvit_core.weights.formats.export import FORMATS, Format, export_backbone
 OURS = ["swin", "cvt_tiny", "vil_2262", "deit_tiny", "resnet50"]
 
 
-def pictures(count: int, size: int = 32) -> torch.Tensor:
+def images(count: int, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
@@ -34,19 +34,19 @@ def run_lines(lines: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", [*OURS, "timm:resnet10t", "timm:test_vit"])
-def test_onnx_runs_with_any_number_of_pictures(arch: str, described: Any, tmp_path: Path) -> None:
+def test_onnx_runs_with_any_number_of_images(arch: str, described: Any, tmp_path: Path) -> None:
     size = 32 if arch in OURS else 64
     backbone = described(arch, size)
     done = export_backbone(backbone, "onnx", tmp_path / "net.onnx", regions=True)
     assert done.view < 1e-4 and done.regions is not None and done.regions < 1e-4
     run = onnx_model.read(tmp_path / "net.onnx")
     for count in (1, 2, 5):
-        view, regions = run(pictures(count, size))
-        ours = view_and_region_map(backbone, pictures(count, size))
+        view, regions = run(images(count, size))
+        ours = view_and_region_map(backbone, images(count, size))
         torch.testing.assert_close((view, regions), ours, atol=1e-4, rtol=1e-4)
 
 
-def test_onnx_tells_how_to_prepare_pictures(described: Any, tmp_path: Path) -> None:
+def test_onnx_tells_how_to_prepare_images(described: Any, tmp_path: Path) -> None:
     import onnx
 
     done = export_backbone(described("resnet50"), "onnx", tmp_path / "net.onnx")
@@ -73,9 +73,9 @@ def test_an_exported_program_needs_torch_only(arch: str, described: Any, tmp_pat
     inside = {"backbone.json": ""}
     program = torch.export.load(tmp_path / "net.pt2", extra_files=inside)
     assert json.loads(inside["backbone.json"])["num_features"] == backbone.num_features
-    view, regions = program.module()(pictures(4))
-    torch.testing.assert_close(view, backbone(pictures(4)), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(regions, view_and_region_map(backbone, pictures(4))[1], atol=1e-5, rtol=1e-5)
+    view, regions = program.module()(images(4))
+    torch.testing.assert_close(view, backbone(images(4)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(regions, view_and_region_map(backbone, images(4))[1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_the_project_s_own_format_is_bitwise(described: Any, tmp_path: Path) -> 
     backbone = described("swin")
     done = export_backbone(backbone, "safetensors", tmp_path / "net")
     assert (done.view, done.regions) == (0, 0)
-    assert torch.equal(load_backbone(tmp_path / "net")(pictures(2)), backbone(pictures(2)))
+    assert torch.equal(load_backbone(tmp_path / "net")(images(2)), backbone(images(2)))
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_swin_of_any_size_loads_in_stock_timm(window: int, size: int, described:
     eps = functools.partial(nn.LayerNorm, eps=1e-6)
     stock = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=0, norm_layer=eps).eval()
     assert type(stock).__module__ == "timm.models.swin_transformer"
-    torch.testing.assert_close(stock(pictures(3, size)), backbone(pictures(3, size)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stock(images(3, size)), backbone(images(3, size)), atol=1e-5, rtol=0)
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     assert config["esvit"]["norm_eps"] == 1e-6 and "eps=1e-6" in config["esvit"]["load"]
     again = timm.create_model(config["architecture"], num_classes=0, norm_layer=eps, **config["model_args"])
@@ -110,7 +110,7 @@ def test_the_code_in_the_file_loads_it(described: Any, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     code = json.loads(Path("net/config.json").read_text())["esvit"]["load"]
     stock = eval(code, {"timm": timm, "torch": torch, "functools": functools}).eval()
-    torch.testing.assert_close(stock(pictures(2)), backbone(pictures(2)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stock(images(2)), backbone(images(2)), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_other_networks_load_in_stock_timm_without_a_word(
     backbone = described(arch, 64, **sizes)
     export_backbone(backbone, "timm", tmp_path / "net")
     stock = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=0).eval()
-    torch.testing.assert_close(stock(pictures(2, 64)), backbone(pictures(2, 64)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stock(images(2, 64)), backbone(images(2, 64)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("arch", ["cvt_tiny", "vil_2262"])
@@ -187,4 +187,4 @@ def test_stock_timm_s_own_eps_would_not_do(described: Any, tmp_path: Path) -> No
     assert {m.eps for m in stock.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     assert timm_folder.loading_code("net", {}) == "timm.create_model('local-dir:net', pretrained=True, num_classes=0)"
     with torch.no_grad():
-        assert (stock(pictures(2)) - backbone(pictures(2))).abs().max() > 1e-6
+        assert (stock(images(2)) - backbone(images(2))).abs().max() > 1e-6

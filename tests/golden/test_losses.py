@@ -1,4 +1,4 @@
-"""The objective against the published implementation: losses, gradients, centres."""
+"""The objective against the published implementation: losses, gradients, centers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def outputs(golden) -> tuple[NetworkOutput, NetworkOutput]:
 
 def objective(golden, region: bool) -> Objective:
     made = Objective(ObjectiveConfig(region=region), K)
-    made.centre_view.value.copy_(0.1 * golden.tensor("center", 1, K))
+    made.center_view.value.copy_(0.1 * golden.tensor("center", 1, K))
     if region:
-        made.centre_region.value.copy_(0.1 * golden.tensor("center_grid", 1, K))
+        made.center_region.value.copy_(0.1 * golden.tensor("center_grid", 1, K))
     return made
 
 
@@ -64,7 +64,7 @@ def test_view_loss(golden, golden_file, record):
             mix = [torch.softmax(golden.tensor(f"mix/{v}", B, B), -1) for v in range(len(CROPS))]
         terms = made(student, teacher, TEMPERATURES[int(epoch)], mix)
         terms.total.backward()
-        found = {"loss": terms.total, "grad": student.view_logits.grad, "center": made.centre_view.value}
+        found = {"loss": terms.total, "grad": student.view_logits.grad, "center": made.center_view.value}
         compare(found, expected, f"view/{case}", record)
 
 
@@ -80,8 +80,8 @@ def test_view_and_region_loss(golden, golden_file, record):
             "loss": terms.total,
             "grad_view": student.view_logits.grad,
             "grad_region": student.region_logits.grad,
-            "center": made.centre_view.value,
-            "center_grid": made.centre_region.value,
+            "center": made.center_view.value,
+            "center_grid": made.center_region.value,
         }
         compare(found, expected, f"region/{case}", record)
         assert terms.total.item() == pytest.approx(0.5 * terms.view.item() + 0.5 * terms.region.item())

@@ -60,8 +60,8 @@ def test_train_steps(golden, golden_file, record):
     largest = {
         "loss (relative)": np.abs(losses / expected["loss"] - 1).max(),
         "grad_norm (relative)": np.abs(norms / expected["grad_norm"] - 1).max(),
-        "center": np.abs(objective.centre_view.value.numpy() - expected["center"]).max(),
-        "center_grid": np.abs(objective.centre_region.value.numpy() - expected["center_grid"]).max(),
+        "center": np.abs(objective.center_view.value.numpy() - expected["center"]).max(),
+        "center_grid": np.abs(objective.center_region.value.numpy() - expected["center_grid"]).max(),
         "norms of weights (relative)": max(abs(weight_norms[key] / expected[f"{key}/norm"] - 1) for key in compared),
         "weights": max(np.abs(values[key] - expected[key]).max() for key in compared),
     }

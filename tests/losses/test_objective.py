@@ -42,7 +42,7 @@ def region_inputs(size: dict, dtype: torch.dtype) -> dict:
         "teacher_logits": 0.3 * draw(teacher_rows, size["K"]),
         "student_features": draw(rows, 8),
         "teacher_features": draw(teacher_rows, 8),
-        "centre": 0.1 * draw(1, size["K"]),
+        "center": 0.1 * draw(1, size["K"]),
         "student_temp": STUDENT_TEMP,
         "teacher_temp": TEACHER_TEMP,
         "student_regions": regions,
@@ -57,7 +57,7 @@ def view_inputs(size: dict, dtype: torch.dtype) -> dict:
     return {
         "student_logits": (0.3 * torch.randn(shape, generator=generator, dtype=dtype)).requires_grad_(),
         "teacher_logits": 0.3 * torch.randn(2 * size["B"], size["K"], generator=generator, dtype=dtype),
-        "centre": 0.1 * torch.randn(1, size["K"], generator=generator, dtype=dtype),
+        "center": 0.1 * torch.randn(1, size["K"], generator=generator, dtype=dtype),
         "student_temp": STUDENT_TEMP,
         "teacher_temp": TEACHER_TEMP,
         "n_crops": crops,
@@ -79,7 +79,7 @@ def assert_same(fast, plain, inputs: dict) -> None:
 
 @pytest.fixture(params=[1 << 30, 2], ids=["few_prototypes", "many_prototypes"])
 def many(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Of many prototypes the loss is worked off picture by picture."""
+    """Of many prototypes the loss is worked off image by image."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy_logits, "FEWEST_PROTOTYPES", request.param)
         yield
@@ -111,7 +111,7 @@ def test_mixed_view_loss_equals_the_plain_formula(size):
     assert_same(view_loss, plain_view_loss, inputs)
 
 
-def test_pictures_mixed_with_nothing_have_the_plain_loss():
+def test_images_mixed_with_nothing_have_the_plain_loss():
     inputs = view_inputs({"B": 3, "K": 7, "local": [1, 1], "seed": 5}, torch.float64)
     unmixed = view_loss(**inputs, mix=[torch.eye(3)] * 4)
     torch.testing.assert_close(unmixed, view_loss(**inputs))
@@ -157,7 +157,7 @@ def test_a_region_matches_the_most_similar_one():
 def test_equal_uniform_outputs_cost_the_entropy_of_the_prototypes():
     size = {"B": 2, "K": 16, "teacher": 3, "local": [2], "seed": 0}
     inputs = region_inputs(size, torch.float64)
-    flat = inputs | {name: torch.zeros_like(inputs[name]) for name in ("student_logits", "teacher_logits", "centre")}
+    flat = inputs | {name: torch.zeros_like(inputs[name]) for name in ("student_logits", "teacher_logits", "center")}
     assert region_loss(**flat).item() == pytest.approx(math.log(16))
 
 
@@ -181,8 +181,8 @@ def outputs(region: bool) -> tuple[NetworkOutput, NetworkOutput]:
     return student, teacher
 
 
-def test_objective_is_half_of_each_task_and_then_moves_the_centres():
-    objective = Objective(ObjectiveConfig(region=True, centre_momentum=0.9), 12)
+def test_objective_is_half_of_each_task_and_then_moves_the_centers():
+    objective = Objective(ObjectiveConfig(region=True, center_momentum=0.9), 12)
     student, teacher = outputs(region=True)
     terms = objective(student, teacher, TEACHER_TEMP)
     zero = torch.zeros(1, 12)
@@ -194,8 +194,8 @@ def test_objective_is_half_of_each_task_and_then_moves_the_centres():
     torch.testing.assert_close(terms.view, view.detach())
     torch.testing.assert_close(terms.region, region.detach())
     torch.testing.assert_close(terms.total, (view + region) / 2)
-    torch.testing.assert_close(objective.centre_view.value, 0.1 * teacher.view_logits.mean(0, keepdim=True))
-    torch.testing.assert_close(objective.centre_region.value, 0.1 * teacher.region_logits.mean(0, keepdim=True))
+    torch.testing.assert_close(objective.center_view.value, 0.1 * teacher.view_logits.mean(0, keepdim=True))
+    torch.testing.assert_close(objective.center_region.value, 0.1 * teacher.region_logits.mean(0, keepdim=True))
 
 
 def test_view_only_objective_has_no_region_state():
@@ -203,7 +203,7 @@ def test_view_only_objective_has_no_region_state():
     terms = objective(*outputs(region=False), TEACHER_TEMP)
     assert terms.region is None
     assert terms.total.item() == terms.view.item()
-    assert list(objective.state_dict()) == ["centre_view.value"]
+    assert list(objective.state_dict()) == ["center_view.value"]
 
 
 def test_mixing_is_refused_with_the_region_task():

@@ -88,10 +88,10 @@ def test_cross_entropy_and_gradient_are_those_of_the_formula(groups, K, dtype, s
 def test_distributions_are_those_of_the_formula(n, K, dtype, size, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (size * torch.randn(40, K, generator=generator)).to(dtype)
-    centre, chosen = torch.randn(1, K, generator=generator), torch.randint(0, 40, (n,), generator=generator)
+    center, chosen = torch.randn(1, K, generator=generator), torch.randint(0, 40, (n,), generator=generator)
     out = torch.full((n, K), torch.nan)
-    fused_softmax.sharpen(logits, chosen, centre, TEMPS["teacher"], out)
-    right = ((logits[chosen].double() - centre) / TEMPS["teacher"]).softmax(-1)
+    fused_softmax.sharpen(logits, chosen, center, TEMPS["teacher"], out)
+    right = ((logits[chosen].double() - center) / TEMPS["teacher"]).softmax(-1)
     torch.testing.assert_close(out.double(), right, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(out.sum(-1), torch.ones(n), rtol=1e-5, atol=0)
 

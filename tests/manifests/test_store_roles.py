@@ -23,7 +23,7 @@ from minio.error import S3Error
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import Role as Kind
 from esvit_core.errors import UserError
-from esvit_core.evaluation.import_backbone import take_backbone
+from esvit_core.evaluation.import_backbone import import_backbone
 from esvit_core.models.factory import create_backbone
 from esvit_core.retraining.find_new_data import find_new
 from esvit_core.retraining.prepare_new_data import prepare_new
@@ -47,13 +47,13 @@ OBJECTS = (
     "runs/a/backbone/manifest.json",
     "runs/a/features/trained-train.safetensors",
     "runs/a/evaluation/knn.json",
-    "runs/a/pictures/manifest.json",
+    "runs/a/visualization/manifest.json",
     "runs/a/report/index.html",
     "runs/a/promotion.json",
     "runs/a/measured.json",
     "runs/a/runtime",
     "runs/a/retrain.json",
-    "runs/a/retrain/pictures.jsonl.gz",
+    "runs/a/retrain/images.jsonl.gz",
     "runs/a/comparison/b.json",
     "claims/champion",
     "pointers/champion",
@@ -257,23 +257,23 @@ def test_every_object_of_a_real_run_has_one_writer(finished_run: Any, finished_s
 
 
 def test_a_backbone_is_taken_to_be_measured_with_the_key_of_that_step(
-    server: Server, micro_recipe: Path, pictures: Any, tmp_path: Path
+    server: Server, micro_recipe: Path, images: Any, tmp_path: Path
 ) -> None:
     config = Config.load(micro_recipe, ["bucket=esvit"])
     network = create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)
     save_backbone(server.client("train"), "s3://esvit/runs/t/backbone", network, config, {"run": "t", "step": 8})
-    folder = pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
-    run = take_backbone("s3://esvit/runs/t/backbone", str(folder), config, store=server.client("publish"))
+    folder = images.folder(tmp_path / "images", ["a", "b"], 6)
+    run = import_backbone("s3://esvit/runs/t/backbone", str(folder), config, store=server.client("publish"))
     assert run.store.exists(run.at(MEASURED))
 
 
 def test_a_retraining_is_found_claimed_and_prepared_with_the_key_of_those_steps(
-    server: Server, micro_recipe: Path, pictures: Any, tmp_path: Path
+    server: Server, micro_recipe: Path, images: Any, tmp_path: Path
 ) -> None:
     config = Config.load(micro_recipe, ["bucket=esvit", "retrain.min_new_images=1", "promotion.pointer=roles"])
-    source, store = tmp_path / "pictures", server.client("prepare")
+    source, store = tmp_path / "images", server.client("prepare")
     for each in (6, 7):
-        pictures.folder(source, ["a", "b"], each)
+        images.folder(source, ["a", "b"], each)
         found = find_new(config, str(source), "me", store)
         assert not found.nothing and prepare_new(open_run(found.run, store)).samples == 2 * each
         server.client("publish").put_json(f"{found.run}/promotion.json", {"promoted": False})

@@ -46,11 +46,11 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 def test_networks_of_timm_leave_the_fused_form_in_bfloat16_on_a_processor() -> None:
     network = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0)
-    pictures = torch.randn(2, 3, 32, 32)
-    fused = network(pictures)
+    images = torch.randn(2, 3, 32, 32)
+    fused = network(images)
     for dtype, device in ((torch.float32, CPU), (torch.bfloat16, torch.device("cuda"))):
         choose_fastest_(network, dtype, device)
         assert all(block.attn.fused_attn for block in network.blocks)
     choose_fastest_(network, torch.bfloat16, CPU)
     assert not any(block.attn.fused_attn for block in network.blocks)
-    torch.testing.assert_close(network(pictures), fused)
+    torch.testing.assert_close(network(images), fused)

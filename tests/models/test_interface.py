@@ -14,14 +14,14 @@ from esvit_core.config import ModelConfig
 from esvit_core.models import create_backbone
 
 
-def pictures(size: int = 32, seed: int = 0) -> torch.Tensor:
+def images(size: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [32, 16, 40, 50])
 def test_view_regions_and_timms_forward_agree(backbone, micro, size):
-    x = pictures(size)
+    x = images(size)
     view, regions = backbone.views_and_regions(x)
     features = backbone.forward_features(x)
     assert view.shape == (2, backbone.num_features)
@@ -38,7 +38,7 @@ def test_view_regions_and_timms_forward_agree(backbone, micro, size):
 
 
 @torch.no_grad()
-def test_pictures_need_not_be_square(backbone):
+def test_images_need_not_be_square(backbone):
     x = torch.randn(2, 3, 32, 48)
     view, regions = backbone.views_and_regions(x)
     heat = backbone.attention_map(x)
@@ -48,15 +48,15 @@ def test_pictures_need_not_be_square(backbone):
 
 
 @torch.no_grad()
-def test_a_picture_is_seen_by_itself(backbone):
-    x = pictures()
-    alone = torch.cat([backbone(picture[None]) for picture in x])
+def test_an_image_is_seen_by_itself(backbone):
+    x = images()
+    alone = torch.cat([backbone(image[None]) for image in x])
     torch.testing.assert_close(backbone(x), alone, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_last_blocks(backbone, micro):
-    x = pictures()
+    x = images()
     one, four = backbone.last_blocks(x, 1), backbone.last_blocks(x, 4)
     assert one.ndim == four.ndim == 2 and four.shape[1] > one.shape[1]
     view = backbone(x)
@@ -71,18 +71,18 @@ def test_last_blocks(backbone, micro):
 @torch.no_grad()
 def test_one_pass_gives_both_features_bit_for_bit(backbone):
     backbone.eval()
-    view, blocks = backbone.view_and_last_blocks(pictures(), 2)
-    assert torch.equal(view, backbone(pictures()))
-    assert torch.equal(blocks, backbone.last_blocks(pictures(), 2))
+    view, blocks = backbone.view_and_last_blocks(images(), 2)
+    assert torch.equal(view, backbone(images()))
+    assert torch.equal(blocks, backbone.last_blocks(images(), 2))
 
 
 @torch.no_grad()
 def test_last_attention_is_a_distribution(backbone, micro):
     if micro == "resnet":
         with pytest.raises(ValueError, match="no attention"):
-            backbone.last_attention(pictures())
+            backbone.last_attention(images())
         return
-    attention = backbone.last_attention(pictures())
+    attention = backbone.last_attention(images())
     assert attention.ndim == 4 and attention.shape[2] == attention.shape[3]
     torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:3]))
 
@@ -90,7 +90,7 @@ def test_last_attention_is_a_distribution(backbone, micro):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [16, 24, 32, 48])
 def test_attention_map_shares_out_what_queries_give(backbone, micro, size):
-    x = pictures(size)
+    x = images(size)
     heat = backbone.attention_map(x)
     attention = None if micro == "resnet" else backbone.last_attention(x)
     if micro == "vit":
@@ -109,7 +109,7 @@ def test_attention_map_shares_out_what_queries_give(backbone, micro, size):
 
 @torch.no_grad()
 def test_intermediates(backbone, micro):
-    x = pictures()
+    x = images()
     final, maps = backbone.forward_intermediates(x)
     torch.testing.assert_close(final, backbone.forward_features(x))
     assert len(maps) == len(backbone.feature_info)
@@ -125,7 +125,7 @@ def test_intermediates(backbone, micro):
 
 def test_classifier_can_be_put_on_and_taken_off(make_micro, micro):
     backbone = make_micro(micro, num_classes=7)
-    x = pictures()
+    x = images()
     assert backbone(x).shape == (2, 7)
     assert backbone.get_classifier().out_features == 7
     backbone.reset_classifier(3)
@@ -137,7 +137,7 @@ def test_classifier_can_be_put_on_and_taken_off(make_micro, micro):
 
 def test_feature_extraction_with_timm(make_micro, micro):
     network = make_micro(micro, features_only=True)
-    maps = network(pictures())
+    maps = network(images())
     assert [m.shape[1] for m in maps] == network.feature_info.channels()
     assert all(m.ndim == 4 for m in maps)
 
@@ -146,7 +146,7 @@ def test_feature_extraction_with_timm(make_micro, micro):
 @pytest.mark.parametrize("indices", [[0, 1], [1], [-1]])
 def test_pruning_keeps_the_maps_that_are_asked_for(make_micro, micro, indices):
     backbone = make_micro(micro, num_classes=3).eval()
-    x = pictures()
+    x = images()
     whole = backbone.forward_intermediates(x, indices=indices, intermediates_only=True)
     parameters, last = sum(p.numel() for p in backbone.parameters()), len(backbone.feature_info) - 1
     kept = backbone.prune_intermediate_layers(indices)
@@ -167,7 +167,7 @@ def test_pooling_is_timms(make_micro, micro, pool):
         return  # all of it is timm's
     backbone = make_micro(micro, num_classes=3).eval()
     backbone.reset_classifier(2, global_pool=pool)
-    x = pictures()
+    x = images()
     regions = backbone.views_and_regions(x)[1]
     mean, largest = regions.mean(1), regions.amax(1)
     expected = {"max": largest, "avgmax": 0.5 * (mean + largest), "catavgmax": torch.cat((mean, largest), 1)}[pool]
@@ -184,14 +184,14 @@ def test_a_swin_takes_the_windows_of_another_size(make_micro):
     small.set_input_size(48)
     assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in large.state_dict().items()}
     large.load_state_dict(small.state_dict())
-    assert torch.equal(small(pictures(48)), large(pictures(48)))
+    assert torch.equal(small(images(48)), large(images(48)))
     small.set_input_size((32, 32), window_size=8)
     assert [stage.blocks[1].attn.window_size for stage in small.layers] == [8, 8, 4]
     with pytest.raises(ValueError, match="too small"):
         small.set_input_size(4)
 
 
-def test_pictures_of_other_channels(make_micro, micro):
+def test_images_of_other_channels(make_micro, micro):
     assert make_micro(micro, in_chans=5)(torch.randn(2, 5, 32, 32)).shape[0] == 2
 
 
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(make_micro, micro):
         backbone = make_micro(micro, drop_path_rate=0.5).train()
         backbone.set_grad_checkpointing(checkpointing)
         torch.manual_seed(1)
-        backbone(pictures()).square().sum().backward()
+        backbone(images()).square().sum().backward()
         results.append([p.grad for p in backbone.parameters()])
     assert all(g is not None for g in results[0])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -221,17 +221,17 @@ def test_state_copies_and_caches_do_not_travel(make_micro, micro):
     backbone = make_micro(micro).eval()
     names = set(backbone.state_dict())
     with torch.inference_mode():
-        first = backbone(pictures()).clone()
+        first = backbone(images()).clone()
     assert set(backbone.state_dict()) == names
     twin = copy.deepcopy(backbone)
-    twin.train()(pictures()).sum().backward()  # what inference mode has cached does not stop a gradient
+    twin.train()(images()).sum().backward()  # what inference mode has cached does not stop a gradient
     other = make_micro(micro)
     with torch.no_grad():
         for p in other.parameters():
             p.add_(1)
     other.load_state_dict(backbone.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(other.eval()(pictures()), first)
+        torch.testing.assert_close(other.eval()(images()), first)
 
 
 def test_no_weight_decay_names_parameters(backbone):
@@ -248,7 +248,7 @@ def test_group_matcher_reaches_every_parameter(backbone):
 
 
 def test_bfloat16_autocast_stays_close(backbone):
-    x = pictures()
+    x = images()
     with torch.no_grad():
         exact = backbone(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -37,7 +37,7 @@ def crops(*sizes: int, B: int = 2) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_rows_are_crop_by_crop_picture_by_picture():
+def test_rows_are_crop_by_crop_image_by_image():
     student, _ = build_student_teacher(Config.from_mapping(MICRO))
     student.eval()
     given = crops(16, 16, 8, 12, 8)

@@ -15,10 +15,10 @@ class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
-        self.pictures: list[int] = []
+        self.images: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.pictures.append(len(x))
+        self.images.append(len(x))
         return self.layer(x)
 
 
@@ -47,22 +47,22 @@ def test_sum_and_gradients_are_those_of_timm(drop: float, training: bool) -> Non
         _, expected, drawn_there = run(drop, seed, False, training)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(drawn, drawn_there)
-        counts.update(branch.pictures)
+        counts.update(branch.images)
     if training and 0 < drop < 0.99:
         assert min(counts) < 6  # the others were not computed
     elif not training or drop == 0:
         assert counts == {6}
 
 
-def test_where_every_picture_drops_the_branch_its_gradients_are_zeros_and_not_missing() -> None:
+def test_where_every_image_drops_the_branch_its_gradients_are_zeros_and_not_missing() -> None:
     branch, (out, of_x, *others), _ = run(0.999, 0, True)
-    assert branch.pictures == [1]
+    assert branch.images == [1]
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in others)
     torch.testing.assert_close(of_x, 2 * out)
 
 
-def test_as_it_is_built_every_picture_is_computed() -> None:
+def test_as_it_is_built_every_image_is_computed() -> None:
     torch.manual_seed(0)
     branch, depth = Branch(), StochasticDepth(0.5)
     depth(torch.randn(6, 5, 4), branch)
-    assert branch.pictures == [6]
+    assert branch.images == [6]

@@ -57,8 +57,8 @@ def trained(
     loss, optimizer = Objective(config.objective, K), torch.optim.AdamW(student.parameters(), lr)
     draw, temp = torch.Generator().manual_seed(0), config.objective.teacher_temp
     for step in range(1, STEPS + 1):
-        pictures = F.interpolate(torch.randn(B, 3, 4, 4, generator=draw), 16, mode="bicubic")
-        crops = [pictures + 0.3 * torch.randn(B, 3, 16, 16, generator=draw) for _ in range(2)]
+        images = F.interpolate(torch.randn(B, 3, 4, 4, generator=draw), 16, mode="bicubic")
+        crops = [images + 0.3 * torch.randn(B, 3, 16, 16, generator=draw) for _ in range(2)]
         with torch.no_grad():
             teacher_out = teacher(crops)
         student_out = student(crops)
@@ -80,7 +80,7 @@ def first(kind: str, run: Iterator[tuple[int, Figures]]) -> Sign | None:
 
 
 def constant_output(network: MultiCropNetwork) -> None:
-    """Nothing of the picture passes the last norm, and its weights are not trained."""
+    """Nothing of the image passes the last norm, and its weights are not trained."""
     norm = network.backbone.norm
     torch.nn.init.zeros_(norm.weight).requires_grad_(False)
     torch.nn.init.ones_(norm.bias)
@@ -89,18 +89,18 @@ def constant_output(network: MultiCropNetwork) -> None:
 COLLAPSES: dict[str, tuple[dict[str, Any], str, str]] = {
     "constant output": (
         {"lr": 1e-3, "spoil": constant_output, "teacher_temp": 0.04},
-        "the same feature for every picture",
+        "the same feature for every image",
         "lower optimizer.lr, or raise optimizer.teacher_momentum",
     ),
     "uniform output": (
         {"lr": 1e-3, "teacher_temp": 100.0},
-        "the uniform distribution for every picture",
+        "the uniform distribution for every image",
         "lower objective.teacher_temp",
     ),
-    "no centring": (
-        {"lr": 3e-3, "teacher_temp": 0.02, "centre_momentum": 1.0},
-        "one prototype for every picture, without centring",
-        "lower objective.centre_momentum",
+    "no centering": (
+        {"lr": 3e-3, "teacher_temp": 0.02, "center_momentum": 1.0},
+        "one prototype for every image, without centering",
+        "lower objective.center_momentum",
     ),
 }
 
@@ -129,7 +129,7 @@ def test_the_demo_is_left_alone() -> None:
     assert [sign for line in lines for sign in looking.observe(line["step"], line)] == []
 
 
-HEALTHY = {"entropy_view": 3.0, "kl_view": 1.0, "feature_std": 0.8, "prototypes_view": 20, "centre_norm_view": 0.1}
+HEALTHY = {"entropy_view": 3.0, "kl_view": 1.0, "feature_std": 0.8, "prototypes_view": 20, "center_norm_view": 0.1}
 
 
 def test_a_moment_of_health_starts_the_patience_anew() -> None:
@@ -171,7 +171,7 @@ def test_a_bound_of_none_is_never_met_and_others_can_be_set() -> None:
 def test_the_same_distribution_is_not_called_uniform() -> None:
     looking = watch()
     signs = [sign for step in (0, 10) for sign in looking.observe(step, {**HEALTHY, "kl_view": 0.0})]
-    assert [sign.what for sign in signs] == ["the same distribution for every picture"]
+    assert [sign.what for sign in signs] == ["the same distribution for every image"]
 
 
 def test_episodes_survive_a_restart() -> None:
@@ -184,5 +184,5 @@ def test_episodes_survive_a_restart() -> None:
 
 def test_a_checkpoint_of_before_the_warnings_can_be_read() -> None:
     looking = watch()
-    looking.load_state_dict({"one prototype for every picture": 10})
+    looking.load_state_dict({"one prototype for every image": 10})
     assert looking.observe(40, {**HEALTHY, "entropy_view": 0.1}) == []

@@ -20,7 +20,7 @@ from esvit_core.training.diagnostics import (
     effective_rank,
 )
 
-K, B, T, D = 32, 16, 4, 8  # prototypes, pictures, regions of a global crop, width
+K, B, T, D = 32, 16, 4, 8  # prototypes, images, regions of a global crop, width
 TAU_S, TAU_T = 0.1, 0.05
 
 
@@ -47,23 +47,23 @@ def outputs(region: bool = True) -> tuple[NetworkOutput, NetworkOutput]:
     return network(3 * B, B * (2 * T + 1), [T, T, 1]), network(2 * B, B * 2 * T, [T, T])
 
 
-def objective(region: bool = True, centre: float = 0.0) -> Objective:
+def objective(region: bool = True, center: float = 0.0) -> Objective:
     made = Objective(ObjectiveConfig(region=region, student_temp=TAU_S), K)
     for buffer in made.buffers():
-        buffer.copy_(centre * torch.rand(1, K, generator=generator()))
+        buffer.copy_(center * torch.rand(1, K, generator=generator()))
     return made
 
 
-def diagnose(student: NetworkOutput, teacher: NetworkOutput, centre: float = 0.0) -> Diagnostics:
-    return BatchStatistics(student, teacher, objective(teacher.region_logits is not None, centre), TAU_T).diagnostics()
+def diagnose(student: NetworkOutput, teacher: NetworkOutput, center: float = 0.0) -> Diagnostics:
+    return BatchStatistics(student, teacher, objective(teacher.region_logits is not None, center), TAU_T).diagnostics()
 
 
-def share(output: NetworkOutput, pictures: slice) -> NetworkOutput:
-    """What a process has of it: some pictures of every crop."""
+def share(output: NetworkOutput, images: slice) -> NetworkOutput:
+    """What a process has of it: some images of every crop."""
 
     def of(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         crops = rows.split([B * n for n in counts])
-        return torch.cat([crop.unflatten(0, (B, -1))[pictures].flatten(0, 1) for crop in crops])
+        return torch.cat([crop.unflatten(0, (B, -1))[images].flatten(0, 1) for crop in crops])
 
     counts, views = output.regions_per_crop, [1] * len(output.regions_per_crop)
     return NetworkOutput(
@@ -88,9 +88,9 @@ def test_a_teacher_that_gives_each_prototype_one_view():
 
 def test_figures_are_those_of_their_definitions():
     student, teacher = outputs()
-    found = diagnose(student, teacher, centre=0.5)
-    centre = objective(centre=0.5).centre_region.value
-    targets = F.softmax((teacher.region_logits - centre) / TAU_T, -1).unflatten(0, (2, B, T))
+    found = diagnose(student, teacher, center=0.5)
+    center = objective(center=0.5).center_region.value
+    targets = F.softmax((teacher.region_logits - center) / TAU_T, -1).unflatten(0, (2, B, T))
     predictions = F.log_softmax(student.region_logits[: 2 * B * T] / TAU_S, -1).unflatten(0, (2, B, T))
     queries = F.normalize(student.region_features[: 2 * B * T], dim=-1).unflatten(0, (2, B, T))
     keys = F.normalize(teacher.region_features, dim=-1).unflatten(0, (2, B, T))
@@ -110,18 +110,18 @@ def test_figures_are_those_of_their_definitions():
     assert found.region.entropy == pytest.approx(torch.special.entr(flat.mean(0)).sum().item(), rel=1e-5)
     assert found.region.kl == pytest.approx((flat * (flat.log() - flat.mean(0).log())).sum(-1).mean().item(), rel=1e-4)
     assert found.region.prototypes == len(flat.argmax(-1).unique()) < K
-    assert found.region.centre_norm == pytest.approx(centre.norm().item())
+    assert found.region.center_norm == pytest.approx(center.norm().item())
 
 
 @pytest.mark.parametrize("sampled_rows", [SAMPLED_ROWS, 40, 4])
-def test_few_pictures_at_a_time_have_the_figures_of_all_together(
+def test_few_images_at_a_time_have_the_figures_of_all_together(
     sampled_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnostics, "SAMPLED_ROWS", sampled_rows)
     student, teacher = outputs()
-    together = diagnose(student, teacher, centre=0.5).figures()
-    monkeypatch.setattr(diagnostics, "_BLOCK_VALUES", 3 * 2 * T * K)  # of 16 pictures
-    assert diagnose(student, teacher, centre=0.5).figures() == pytest.approx(together, rel=1e-5)
+    together = diagnose(student, teacher, center=0.5).figures()
+    monkeypatch.setattr(diagnostics, "_BLOCK_VALUES", 3 * 2 * T * K)  # of 16 images
+    assert diagnose(student, teacher, center=0.5).figures() == pytest.approx(together, rel=1e-5)
 
 
 def test_a_student_that_says_what_the_teacher_says_of_the_other_crop_has_no_divergence():
@@ -143,14 +143,14 @@ def test_processes_with_unequal_shares_together_measure_the_whole_batch():
     assert joined.diagnostics().figures() == pytest.approx(diagnose(student, teacher).figures(), rel=1e-5)
 
 
-def test_mixed_pictures_have_no_divergence_of_the_student():
+def test_mixed_images_have_no_divergence_of_the_student():
     figures = BatchStatistics(*outputs(), objective(), TAU_T, mixed=True).diagnostics().figures()
     assert "kl_view" in figures and not any(name.startswith("student_kl") for name in figures)
 
 
 def test_a_view_only_run_has_no_figures_of_regions():
     figures = diagnose(*outputs(region=False)).figures()
-    assert set(figures) == {f"{name}_view" for name in ("entropy", "kl", "student_kl", "prototypes", "centre_norm")} | {
+    assert set(figures) == {f"{name}_view" for name in ("entropy", "kl", "student_kl", "prototypes", "center_norm")} | {
         "feature_std",
         "feature_rank",
     }
@@ -158,7 +158,7 @@ def test_a_view_only_run_has_no_figures_of_regions():
 
 def test_measuring_leaves_everything_as_it_was():
     student, teacher = outputs()
-    made = objective(centre=0.5)
+    made = objective(center=0.5)
     tensors = [t for t in (*student, *teacher, *made.buffers()) if isinstance(t, torch.Tensor)]
     before, drawn = [t.clone() for t in tensors], torch.get_rng_state()
     BatchStatistics(student, teacher, made, TAU_T).diagnostics()
@@ -184,8 +184,8 @@ def test_effective_rank_is_that_of_the_singular_values():
 
 
 @given(st.integers(1, 60), st.sampled_from([1, 4, 9, 16, 36, 49, 196]))
-def test_the_sample_meets_every_place_of_the_map_alike(pictures: int, regions: int):
-    count = 2 * pictures * regions
+def test_the_sample_meets_every_place_of_the_map_alike(images: int, regions: int):
+    count = 2 * images * regions
     rows = torch.arange(0, count, _stride(count, regions))
     assert 1 <= len(rows) <= SAMPLED_ROWS and rows[-1] < count
     met = torch.bincount(rows % regions, minlength=regions)

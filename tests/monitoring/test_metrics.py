@@ -27,7 +27,7 @@ def test_served_figures_have_conventional_names() -> None:
     metrics = TrainingMetrics("run-a", "demo", world_size=2, total_steps=100)
     metrics.step(1, seconds=0.2, wait_seconds=0.01, images=64)
     metrics.line(LINE)
-    metrics.line({"student_kl_region": 0.5, "prototypes_view": 12, "centre_norm_view": 0.25})
+    metrics.line({"student_kl_region": 0.5, "prototypes_view": 12, "center_norm_view": 0.25})
     metrics.line({"feature_rank": 7.5, "mutual_matches": 0.75, "feature_std": None})
     metrics.warned("entropy_view")
     metrics.checkpoint(0.5, 1000)
@@ -45,7 +45,7 @@ def test_served_figures_have_conventional_names() -> None:
         f'esvit_teacher_kl_nats{{level="view",{who}}} 1.0',
         f'esvit_student_teacher_kl_nats{{level="region",{who}}} 0.5',
         f'esvit_teacher_prototypes_in_use{{level="view",{who}}} 12.0',
-        f'esvit_teacher_centre_norm{{level="view",{who}}} 0.25',
+        f'esvit_teacher_center_norm{{level="view",{who}}} 0.25',
         f"esvit_teacher_feature_rank{{{who}}} 7.5",
         f"esvit_region_mutual_match_ratio{{{who}}} 0.75",
         f'esvit_train_warnings_total{{{who},sign="entropy_view"}} 1.0',

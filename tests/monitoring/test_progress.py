@@ -13,10 +13,10 @@ def test_a_line_tells_share_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) 
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
-    progress = Progress(1600, unit="pictures", label="prepare", stream=out)
+    progress = Progress(1600, unit="images", label="prepare", stream=out)
     now[0] += 2
     progress.update(1024, loss=5.1234)
-    assert out.getvalue() == "prepare  1,024/1,600 pictures  64 %  512/s  0:01 left  loss 5.12\n"
+    assert out.getvalue() == "prepare  1,024/1,600 images  64 %  512/s  0:01 left  loss 5.12\n"
 
 
 def test_lines_come_at_most_once_an_interval_and_the_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,11 +36,11 @@ def test_the_last_line_tells_how_long_it_took_and_comes_once(monkeypatch: pytest
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
-    with Progress(None, unit="pictures", label="read", initial=10, stream=out) as progress:
+    with Progress(None, unit="images", label="read", initial=10, stream=out) as progress:
         now[0] += 65
         progress.update(130)
     progress.close()
-    assert out.getvalue().splitlines()[-1] == "read  140 pictures  2.00/s  took 1:05"
+    assert out.getvalue().splitlines()[-1] == "read  140 images  2.00/s  took 1:05"
     assert out.getvalue().count("took") == 1
 
 

@@ -50,11 +50,9 @@ def test_what_is_printed_loads_the_export(
 def test_what_is_printed_reads_the_features(
     out: str, backbone: str, finished_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    esvit(
-        "embed", "--model", backbone, "--data", finished_run.folder / "pictures", "--out", tmp_path / out, "--regions"
-    )
+    esvit("embed", "--model", backbone, "--data", finished_run.folder / "images", "--out", tmp_path / out, "--regions")
     output = capsys.readouterr().out
-    assert "48 pictures, view feature 32, regions 4 x 4 x 32, computed in float32" in output
+    assert "48 images, view feature 32, regions 4 x 4 x 32, computed in float32" in output
     made = pasted(output)
     view, regions = (made.get(name, made.get("features", {}).get(name)) for name in ("view", "regions"))
     assert view.shape == (48, 32) and regions.shape == (48, 4, 4, 32)
@@ -65,7 +63,7 @@ def test_the_checkpoint_of_a_run_is_one_of_the_published_code(
     run_there: Run, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     esvit("export", backbone, "--format", "published", "--out", tmp_path / "a.pth")
-    assert "epoch 2: student, teacher and centres were read back bit for bit" in capsys.readouterr().out
+    assert "epoch 2: student, teacher and centers were read back bit for bit" in capsys.readouterr().out
     esvit("export", run_there.uri, "--format", "published", "--out", tmp_path / "b.pth")
     a, b = (torch.load(tmp_path / name, weights_only=False) for name in ("a.pth", "b.pth"))
     assert a.keys() == b.keys() >= {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}

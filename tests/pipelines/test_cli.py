@@ -66,7 +66,7 @@ def test_a_recipe_that_was_shown_can_be_used(name: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(recipe_text(config), encoding="utf-8")
     assert Config.load(path) == config
-    assert "# Global batch: pictures per step over all processes." in path.read_text()
+    assert "# Global batch: images per step over all processes." in path.read_text()
 
 
 def test_the_store_starts_and_stops(esvit: Any, tmp_path: Path) -> None:

@@ -105,16 +105,16 @@ def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, cal
 def test_a_failed_run_ends_with_the_last_lines_of_its_step(server: KfpServer, call: Call, compiled: Path) -> None:
     server.states = ["FAILED"]
     server.workflows = moments(measured("Failed", ("Failed", "Error (exit code 1)")))
-    server.logs[pod("knn")] = failure("error: k-NN: --data s3://b/p: no pictures; name a prefix that has some", 2)
+    server.logs[pod("knn")] = failure("error: k-NN: --data s3://b/p: no images; name a prefix that has some", 2)
     code, lines, _ = submitted(call, compiled)
     assert code == 1
     start = lines.index("the last lines of k-NN:")
     assert [line.strip() for line in lines[start + 1 : start + 4]] == [
         "step begins",
-        "error: k-NN: --data s3://b/p: no pictures; name a prefix that has some",
+        "error: k-NN: --data s3://b/p: no images; name a prefix that has some",
         "Error: exit status 1",
     ]
-    assert lines[-3] == "failed: k-NN: --data s3://b/p: no pictures; name a prefix that has some"
+    assert lines[-3] == "failed: k-NN: --data s3://b/p: no images; name a prefix that has some"
     assert f"runs logs {only(server.kept['runs']).run_id} knn" in lines[-2]
 
 

@@ -61,7 +61,7 @@ def left_over(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A run on pictures without labels that was stopped with Ctrl-C in pre-training, and then given again.
+    """A run on images without labels that was stopped with Ctrl-C in pre-training, and then given again.
 
     Args:
         folder: the working directory.
@@ -81,12 +81,12 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory, micro_recipe: Path, pictures: Any, esvit: Any) -> Interrupted:
+def interrupted(tmp_path_factory: pytest.TempPathFactory, micro_recipe: Path, images: Any, esvit: Any) -> Interrupted:
     folder = tmp_path_factory.mktemp("interrupted")
-    pictures.folder(folder / "python3 pictures", [""], 30)  # kfp.local would write an interpreter's path in here
+    images.folder(folder / "python3 images", [""], 30)  # kfp.local would write an interpreter's path in here
     arguments = [
         "run",
-        *("--data", "python3 pictures", "--recipe", str(micro_recipe), "--out", "out", "--bucket", "mine"),
+        *("--data", "python3 images", "--recipe", str(micro_recipe), "--out", "out", "--bucket", "mine"),
         *("--set", "recipe=My own/One", "--set", "training.epochs=25", "--set", "training.checkpoint_steps=100000"),
     ]
     with started(folder, *arguments) as (process, lines):
@@ -137,9 +137,9 @@ def test_everything_is_in_the_named_bucket(interrupted: Interrupted, esvit: Any)
     assert "0 objects" in esvit("store", "ls", "--out", out).stdout
 
 
-def test_the_steps_end_when_the_command_line_is_killed(tmp_path: Path, micro_recipe: Path, pictures: Any) -> None:
-    pictures.folder(tmp_path / "pictures", ["a", "b"], 16)
-    arguments = ["run", "--data", "pictures", "--recipe", str(micro_recipe), "--set", "training.epochs=500"]
+def test_the_steps_end_when_the_command_line_is_killed(tmp_path: Path, micro_recipe: Path, images: Any) -> None:
+    images.folder(tmp_path / "images", ["a", "b"], 16)
+    arguments = ["run", "--data", "images", "--recipe", str(micro_recipe), "--set", "training.epochs=500"]
     with started(tmp_path, *arguments) as (process, lines):
         read_until(process, lines, r"^\[\d+/\d+\] pretrain")
         process.kill()

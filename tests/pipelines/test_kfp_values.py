@@ -19,14 +19,14 @@ from esvit_components.evaluation.extract_features import extract_features
 from esvit_components.evaluation.knn import knn
 from esvit_components.evaluation.linear_probe import linear_probe
 from esvit_components.evaluation.transfer import transfer
-from esvit_components.evaluation.visualize import pictures as draw
+from esvit_components.evaluation.visualize import images as draw
 from esvit_components.training.pretrain import pretrain
 from esvit_core.artifacts import describe, point_to
 from esvit_core.config import Config
 from esvit_core.evaluation.results import left_out, measured
 from esvit_core.runs.run import CONFIG, RETRAINING, Run
 
-REASON = "the pictures have no labels"
+REASON = "the images have no labels"
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_what_does_not_exist_is_left_out_of_the_metadata_and_other_types_are_err
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_prepared_data(labelled: bool, store_env: Any, pictures: Any, tmp_path: Path, components: Any) -> None:
-    folder = pictures.folder(tmp_path / "pictures", ["a", "b"] if labelled else [""], 6)
+def test_prepared_data(labelled: bool, store_env: Any, images: Any, tmp_path: Path, components: Any) -> None:
+    folder = images.folder(tmp_path / "images", ["a", "b"] if labelled else [""], 6)
     recipe = f"{{bucket: {store_env.bucket}, recipe: tiny}}"
     _, artifacts = components.directly(prepare_data, source=str(folder), recipe=recipe)
     assert artifacts["dataset"].metadata["classes"] == (2 if labelled else 0)
@@ -98,12 +98,12 @@ def test_an_evaluation_with_a_figure_that_is_not_a_number(component: Any, name: 
     assert artifacts["metrics"].metadata == {name: 31.0}
 
 
-def test_pictures_that_were_left_out(run: Run, components: Any) -> None:
-    index = {"pictures": [], "figures": {}, "left_out": [{"what": "attention", "reason": "the network has none"}]}
-    run.store.put_json(run.at("pictures/manifest.json"), {})
-    run.store.put_json(run.at("pictures/pictures.json"), index)
+def test_images_that_were_left_out(run: Run, components: Any) -> None:
+    index = {"images": [], "figures": {}, "left_out": [{"what": "attention", "reason": "the network has none"}]}
+    run.store.put_json(run.at("visualization/manifest.json"), {})
+    run.store.put_json(run.at("visualization/visualization.json"), index)
     _, artifacts = components.directly(draw, run_uri=run.uri)
-    assert artifacts["drawings"].metadata == {"uri": run.at("pictures"), "pictures": 0}
+    assert artifacts["drawings"].metadata == {"uri": run.at("visualization"), "images": 0}
 
 
 def test_features(run: Run, components: Any) -> None:
@@ -150,10 +150,8 @@ def test_a_comparison_where_nothing_was_measured(
     assert bool(address) == bool(champion) and artifacts["metrics"].metadata == {}
 
 
-def test_a_retraining_with_and_without_new_pictures(
-    store_env: Any, pictures: Any, tmp_path: Path, components: Any
-) -> None:
-    folder = str(pictures.folder(tmp_path / "pictures", ["a"], 6))
+def test_a_retraining_with_and_without_new_images(store_env: Any, images: Any, tmp_path: Path, components: Any) -> None:
+    folder = str(images.folder(tmp_path / "images", ["a"], 6))
     recipe = f"{{bucket: {store_env.bucket}, retrain: {{min_new_images: 3}}}}"
     given = {"source": folder, "recipe": recipe, "owner": "me"}
     (uri, nothing, _), artifacts = components.directly(find_new_data, **given)

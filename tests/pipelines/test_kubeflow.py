@@ -24,7 +24,7 @@ from esvit_pipelines.cluster.schedule import cron, interval
 
 
 def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpServer, call: Call) -> None:
-    options = ["--data", "s3://pictures/all", "--set", "cluster.train.accelerators=2", "--set", "seed=4"]
+    options = ["--data", "s3://images/all", "--set", "cluster.train.accelerators=2", "--set", "seed=4"]
     options += ["--transfer", "digits=s3://b/digits", "-p", "run_uri=s3://b/runs/x"]
     code, out, error = call("submit", *options, "--name", "first")
     assert (code, error) == (0, "")
@@ -36,7 +36,7 @@ def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpS
         f"{server.url}/#/runs/details/{run.run_id}",
     ]
     assert run.runtime_config.parameters == {
-        "data": "s3://pictures/all",
+        "data": "s3://images/all",
         "recipe": "demo",
         "settings": "seed=4",
         "transfer": "digits=s3://b/digits",
@@ -91,8 +91,8 @@ def test_runs_with_other_recipes_and_transfer_sets_refer_to_one_version(server: 
 
 
 def test_a_folder_of_this_machine_is_named(server: KfpServer, call: Call, compiled: Path) -> None:
-    _, out, _ = call("submit", compiled, "--data", "pictures")
-    assert "note: the steps on the cluster look for the pictures at pictures" in out
+    _, out, _ = call("submit", compiled, "--data", "images")
+    assert "note: the steps on the cluster look for the images at images" in out
 
 
 def test_arguments_are_looked_at_before_the_server_is_asked(server: KfpServer, call: Call, compiled: Path) -> None:
@@ -329,6 +329,6 @@ def test_the_documented_lines_of_kfp_do_the_same(server: KfpServer, compiled: Pa
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run, made = only(server.kept["runs"]), only(server.kept["recurringruns"])
-    assert run.runtime_config.parameters["data"] == made.runtime_config.parameters["data"] == "s3://my-bucket/pictures"
+    assert run.runtime_config.parameters["data"] == made.runtime_config.parameters["data"] == "s3://my-bucket/images"
     assert (made.no_catchup, made.max_concurrency, made.mode) == (True, "1", "ENABLE")
     assert made.trigger.cron_schedule.cron == cron("0 0 3 * * 1")

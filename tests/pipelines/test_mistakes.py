@@ -19,11 +19,11 @@ GARBLED = b"\x00\x01 this is no archive " * 50
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Any, micro_recipe: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, images: Any, micro_recipe: Path) -> Path:
     made = tmp_path_factory.mktemp("mistakes")
-    pictures.folder(made / "good", ["a", "b"], 4)
+    images.folder(made / "good", ["a", "b"], 4)
     (made / "empty").mkdir()
-    (made / "empty" / "notes.txt").write_text("no pictures here")
+    (made / "empty" / "notes.txt").write_text("no images here")
     (made / "broken.zip").write_bytes(GARBLED)
     (made / "broken.tar.gz").write_bytes(GARBLED)
     (made / "wrong.yaml").write_text("training: {epoch: 3}\n")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Any, micro_recipe
 
 MISTAKES = {
     "no such folder": (["--data", "nowhere"], r"nowhere"),
-    "a folder without pictures": (["--data", "empty"], r"empty.*no (pictures|images)"),
+    "a folder without images": (["--data", "empty"], r"empty.*no (images|images)"),
     "an archive that cannot be read": (["--data", "broken.zip"], r"broken\.zip"),
     "a tar that cannot be read": (["--data", "broken.tar.gz"], r"broken\.tar\.gz"),
     "a recipe that does not exist": (["--data", "good", "--recipe", "demoo"], r"demoo.*did you mean 'demo'"),
@@ -73,9 +73,7 @@ def test_it_is_told_in_one_line(name: str, folder: Path, esvit: Any) -> None:
     assert not (folder / "out").exists(), "it was noticed before anything was started"
 
 
-def test_pictures_that_cannot_be_read_end_the_step(
-    folder: Path, tmp_path: Path, esvit: Any, micro_recipe: Path
-) -> None:
+def test_images_that_cannot_be_read_end_the_step(folder: Path, tmp_path: Path, esvit: Any, micro_recipe: Path) -> None:
     done = esvit("run", "--data", "garbage", "--recipe", micro_recipe, "--out", tmp_path / "out", cwd=folder)
     told(done, r"prepare data: .*garbage")
     assert "[1/10] prepare data" in done.stdout and "pretrain" not in done.stdout

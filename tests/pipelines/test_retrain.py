@@ -58,11 +58,11 @@ class Retrained:
 
 @pytest.fixture(scope="module")
 def retrained(
-    finished_run: Any, finished_store: EmbeddedStore, pictures: Any, esvit: Any, tmp_path_factory: Any
+    finished_run: Any, finished_store: EmbeddedStore, images: Any, esvit: Any, tmp_path_factory: Any
 ) -> Iterator[Retrained]:
     """Of the session's run, in a store of its own, with the run as the champion whether or not it was promoted."""
     folder = tmp_path_factory.mktemp("retrained")
-    shutil.copytree(finished_run.folder / "pictures", folder / "pictures")
+    shutil.copytree(finished_run.folder / "images", folder / "images")
     shutil.copy2(finished_run.folder / "micro.yaml", folder / "micro.yaml")
     server = EmbeddedStore(folder / "out" / "store")
     store, theirs = ObjectStore(server.start()), ObjectStore(finished_store.start())
@@ -73,7 +73,7 @@ def retrained(
         champion = {"run": finished_run.uri, "backbone": f"{finished_run.uri}/backbone", "metric": "knn/5"}
         store.put_json(POINTER, champion)
 
-        options = ["--data", "pictures", "--recipe", "micro.yaml", "--out", "out", "--set", "retrain.min_new_images=6"]
+        options = ["--data", "images", "--recipe", "micro.yaml", "--out", "out", "--set", "retrain.min_new_images=6"]
         arguments = ["retrain", *options]
 
         def ask() -> str:
@@ -82,13 +82,13 @@ def retrained(
             return str(done.stdout)
 
         before = ask()
-        for path in pictures.folder(folder / "more", ["lines", "waves", "bars"], 18).rglob("*.png"):
-            if not (there := folder / "pictures" / path.relative_to(folder / "more")).exists():
+        for path in images.folder(folder / "more", ["lines", "waves", "bars"], 18).rglob("*.png"):
+            if not (there := folder / "images" / path.relative_to(folder / "more")).exists():
                 path.rename(there)
         killed, beside = _killed(arguments, folder, esvit)
         config = Config.load(folder / "micro.yaml")
         with pytest.raises(UserError) as refused:
-            find_new(config, str(folder / "pictures"), "another machine", store)
+            find_new(config, str(folder / "images"), "another machine", store)
         again, after = ask(), ask()
         name = re.findall(r"^log out/(\S+)/run.log", again, re.MULTILINE)[0]
         run = open_run(f"s3://esvit/runs/{name}", store)
@@ -128,8 +128,8 @@ def headers(output: str) -> list[str]:
 
 
 def test_where_nothing_is_new_it_says_so_and_starts_no_step(retrained: Retrained, finished_run: Any) -> None:
-    assert retrained.before == f"nothing to do: pictures has 0 new files since {finished_run.name}\n"
-    assert retrained.after == f"nothing to do: pictures has 0 new files since {retrained.run.name}\n"
+    assert retrained.before == f"nothing to do: images has 0 new files since {finished_run.name}\n"
+    assert retrained.after == f"nothing to do: images has 0 new files since {retrained.run.name}\n"
 
 
 def test_of_two_at_once_the_second_says_who_has_it(retrained: Retrained) -> None:
@@ -141,18 +141,18 @@ def test_of_two_at_once_the_second_says_who_has_it(retrained: Retrained) -> None
 
 
 def test_killed_and_given_again_it_finds_the_finished_steps(retrained: Retrained) -> None:
-    assert retrained.again.startswith("going on: pictures has 6 new files since ")
+    assert retrained.again.startswith("going on: images has 6 new files since ")
     found = retrained.again.partition("extract features")[0]
     assert found.count("already done") == 2 and "already done: found data/manifest.json" in found
     assert headers(retrained.again) == [
         *("find new data", "prepare new data", "prepare transfer sets", "pretrain", "extract features"),
-        *("k-NN", "linear probe", "transfer", "pictures", "compare with the champion", "report", "promote"),
+        *("k-NN", "linear probe", "transfer", "images", "compare with the champion", "report", "promote"),
     ]
     assert headers(retrained.killed) == headers(retrained.again)[:5]
 
 
 def test_only_what_is_new_was_prepared(retrained: Retrained) -> None:
-    assert re.search(r"prepare  6/6 pictures", retrained.killed)
+    assert re.search(r"prepare  6/6 images", retrained.killed)
     manifest = Manifest.read(retrained.run.store, retrained.run.at("data"))
     assert manifest.samples == 54 and manifest.base == f"{retrained.champion['run']}/data"
 
@@ -164,7 +164,7 @@ def test_it_went_on_from_the_champion(retrained: Retrained) -> None:
     assert "train: starting from s3://" in retrained.killed
 
 
-def test_champion_and_challenger_are_measured_on_the_same_pictures(retrained: Retrained) -> None:
+def test_champion_and_challenger_are_measured_on_the_same_images(retrained: Retrained) -> None:
     store, run = retrained.run.store, retrained.run
     compared = store.get_json(comparison_uri(run.uri, retrained.champion))
     decision = store.get_json(run.at("promotion.json"))

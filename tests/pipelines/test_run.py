@@ -1,4 +1,4 @@
-"""`esvit run`, from pictures to the last words, with everything real."""
+"""`esvit run`, from images to the last words, with everything real."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_step_has_its_header_in_order(finished_run: Any, run_there: Run) -
         "k-NN",
         "linear probe",
         "transfer",
-        "pictures",
+        "images",
         "report",
         "promote",
     ]
@@ -79,7 +79,7 @@ def test_the_store_holds_what_the_layout_says_and_nothing_else(finished_run: Any
         "untrained",
         "features",
         "evaluation",
-        "pictures",
+        "images",
         "report",
         "promotion.json",
         "pointers",

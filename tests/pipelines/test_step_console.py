@@ -21,9 +21,9 @@ def test_lines_of_the_executor_are_not_shown() -> None:
         "parameterValues": {}
     }
 }
-prepare  1/2 pictures
+prepare  1/2 images
 [KFP Executor 2026-01-01 00:00:00,000 INFO]: Wrote executor output file to /x."""
-    assert shown(text) == ["prepare  1/2 pictures"]
+    assert shown(text) == ["prepare  1/2 images"]
 
 
 def test_warnings_are_not_shown() -> None:
@@ -54,7 +54,7 @@ step 2"""
 
 
 def test_the_line_of_a_users_mistake_is_left_to_the_command_line() -> None:
-    assert shown("error: prepare data: /x: no pictures\nnote") == ["note"]
+    assert shown("error: prepare data: /x: no images\nnote") == ["note"]
 
 
 def test_headers_count_the_steps_and_everything_is_in_the_log() -> None:
@@ -67,7 +67,7 @@ def test_headers_count_the_steps_and_everything_is_in_the_log() -> None:
     console.write("ures\n    [KFP Executor x]: secret of the machinery\n\n----------\n")
     root.msg = "Executing task \x1b[96m'knn'\x1b[0m"
     records.filter(root)
-    assert screen.getvalue().splitlines() == ["[1/2] prepare data", "  prepare  1/2 pictures", "[2/2] k-NN"]
+    assert screen.getvalue().splitlines() == ["[1/2] prepare data", "  prepare  1/2 images", "[2/2] k-NN"]
     assert "secret of the machinery" in log.getvalue() and "step 2: k-NN" in log.getvalue()
 
 

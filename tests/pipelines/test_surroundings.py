@@ -19,10 +19,10 @@ ESVIT = [sys.executable, "-m", "esvit_pipelines"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Any, micro_recipe: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, images: Any, micro_recipe: Path) -> Path:
     """A folder of images, and the micro recipe with one epoch beside it."""
     made = tmp_path_factory.mktemp("surroundings")
-    pictures.folder(made / "pictures", ["a", "b"], 8)
+    images.folder(made / "images", ["a", "b"], 8)
     text = micro_recipe.read_text(encoding="utf-8").replace("epochs: 2, batch_size: 8", "epochs: 1, batch_size: 4")
     (made / "micro.yaml").write_text(text, encoding="utf-8")
     return made
@@ -58,7 +58,7 @@ def test_a_run_without_standard_streams_home_and_name_is_finished(folder: Path) 
     bare = environment()
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
         bare.pop(name, None)
-    command = [*without_passwd_entry(), *ESVIT, "run", "--data", "pictures", "--recipe", "micro.yaml", "--out", "bare"]
+    command = [*without_passwd_entry(), *ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "bare"]
     closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh", *command]
     done = subprocess.run(closed, cwd=folder, env=bare, stderr=subprocess.PIPE, text=True, timeout=1500)
     assert (done.returncode, done.stderr) == (0, "")
@@ -70,7 +70,7 @@ def test_a_run_without_standard_streams_home_and_name_is_finished(folder: Path) 
 
 def test_a_run_whose_reader_has_left_is_finished_and_says_so_once(folder: Path) -> None:
     """`esvit run | head -1`."""
-    command = [*ESVIT, "run", "--data", "pictures", "--recipe", "micro.yaml", "--out", "unread"]
+    command = [*ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "unread"]
     process = subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -114,7 +114,7 @@ with open(os.environ["PLACE"], "w") as file:
 
 
 def test_a_run_whose_folder_is_deleted_ends_in_one_line_and_leaves_no_process(folder: Path) -> None:
-    command = [*ESVIT, "run", "--data", "pictures", "--recipe", "micro.yaml", "--out", "gone"]
+    command = [*ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "gone"]
     process = subprocess.Popen(
         [*command, "--set", "training.epochs=100000"],
         cwd=folder,

@@ -13,19 +13,19 @@ from esvit_core.runs.run import CONFIG, Run
 
 
 def test_an_interrupted_step_goes_on_with_the_sets_that_are_missing(
-    store_env: Any, pictures: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
+    store_env: Any, images: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = [{"name": name, "source": str(tmp_path / name)} for name in ("first", "second")]
     config = Config.from_mapping({"bucket": store_env.bucket, "evaluation": {"transfer": sets}})
     run = Run(store_env.uri("runs/a"), store_env, config)
     store_env.put_bytes(run.at(CONFIG), config.to_yaml().encode())
-    pictures.folder(tmp_path / "first", ["a", "b"], 6)
+    images.folder(tmp_path / "first", ["a", "b"], 6)
     with pytest.raises(SystemExit) as stop:
         components.directly(prepare_transfer, run_uri=run.uri)
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: prepare transfer sets: {tmp_path / 'second'}: does not exist")
     before = [item.etag for item in store_env.list(run.at("transfer/first"))]
-    pictures.folder(tmp_path / "second", ["a", "b"], 6)
+    images.folder(tmp_path / "second", ["a", "b"], 6)
     _, artifacts = components.directly(prepare_transfer, run_uri=run.uri)
     assert artifacts["sets"].metadata.keys() == {"uri", "first", "second"}
     assert before and [item.etag for item in store_env.list(run.at("transfer/first"))] == before

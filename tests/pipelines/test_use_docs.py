@@ -30,8 +30,8 @@ def test_what_the_page_says_works(
     run_there.store.swap_pointer("s3://docs/pointers/champion", {"backbone": run_there.at("backbone")}, None)
     monkeypatch.setenv("ESVIT_BUCKET", "docs")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").symlink_to(finished_run.folder / "pictures")
-    first = min((tmp_path / "pictures" / "bars").iterdir())
+    (tmp_path / "images").symlink_to(finished_run.folder / "images")
+    first = min((tmp_path / "images" / "bars").iterdir())
     (tmp_path / "a.png").write_bytes(first.read_bytes())
     made: list[dict[str, Any]] = []
     for language, text in blocks():

@@ -20,7 +20,7 @@ from esvit_core.storage import ObjectStore
 
 CLASSES = ["birds", "<b>bugs</b> & more", "fruit"]
 PER_CLASS, NAME = 20, "tiny-0123456789"
-NOTE = "1 class with a single training picture: fruit"
+NOTE = "1 class with a single training image: fruit"
 CONFIG = Config.from_mapping(
     {
         "recipe": "tiny",
@@ -44,8 +44,8 @@ LINEAR = {"trained": {"linear": 41.25, "linear/best": 43.0}, "untrained": {"line
 DIGITS = {"trained": {"transfer/digits": 88.5}, "untrained": {"transfer/digits": 91.0}}
 
 
-def write_pictures(folder: Path, classes: list[str], count: int = PER_CLASS) -> Path:
-    """Coloured noise, a folder a class (none for no classes), and two files that are no pictures."""
+def write_images(folder: Path, classes: list[str], count: int = PER_CLASS) -> Path:
+    """Coloured noise, a folder a class (none for no classes), and two files that are no images."""
     rng = np.random.default_rng(0)
     for place in [folder / name.replace("/", "_") for name in classes] or [folder]:
         place.mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,12 @@ def log_lines(steps: int, region: bool = True) -> list[dict]:
             "student_kl_region": 1.2 * (1 - done) + 0.4 - wave if region else None,
             "prototypes_view": 20 + step // 20,
             "prototypes_region": 90 + step // 10 if region else None,
-            "centre_norm_view": 0.5 + done,
-            "centre_norm_region": 0.4 + done if region else None,
+            "center_norm_view": 0.5 + done,
+            "center_norm_region": 0.4 + done if region else None,
             "mutual_matches": 0.3 - 0.1 * done if region else None,
             "feature_std": 0.4 + 0.3 * done,
             "feature_rank": 5 + 20 * done,
-            "warn": ["the same distribution for every <picture>; lower objective.teacher_temp"]
-            if step == 100
-            else None,
+            "warn": ["the same distribution for every <image>; lower objective.teacher_temp"] if step == 100 else None,
             "time": 1_700_000_000 + step,
         }
         lines.append({name: value for name, value in line.items() if value is not None})
@@ -144,22 +142,20 @@ def write_results(store, run: str, classes: list[str]) -> None:
     }
     for name, result in results.items():
         if not classes and not name.startswith("transfer"):
-            result = left_out(
-                result["headline"], "the pictures have no labels; put each class into a folder of its own"
-            )
+            result = left_out(result["headline"], "the images have no labels; put each class into a folder of its own")
         store.put_json(result_uri(run, name), {"name": name} | result | {"seconds": 1.5})
 
 
 def write_drawings(store, run: str) -> None:
-    picture = io.BytesIO()
-    Image.new("RGBA", (600, 300), (40, 90, 200, 128)).save(picture, format="PNG")
+    image = io.BytesIO()
+    Image.new("RGBA", (600, 300), (40, 90, 200, 128)).save(image, format="PNG")
     index = {
-        "pictures": [{"file": "correspondence.png", "title": "Correspondence", "caption": "Lines join <regions>."}],
+        "images": [{"file": "correspondence.png", "title": "Correspondence", "caption": "Lines join <regions>."}],
         "figures": {"correspondence": {"trained": 52.5, "untrained": 31.25, "chance": 12.5}},
         "left_out": [{"what": "attention", "reason": "resnet50 has no attention"}],
     }
-    files = {"correspondence.png": picture.getvalue(), "pictures.json": json.dumps(index).encode()}
-    store.publish(f"{run}/pictures", files, "pictures")
+    files = {"correspondence.png": image.getvalue(), "visualization.json": json.dumps(index).encode()}
+    store.publish(f"{run}/visualization", files, "images")
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ def write_run(
     resumes: tuple[int, ...] = (150,),
 ) -> Run:
     """A run in the store, by default everything but one transfer set and the attention maps."""
-    prepare(str(write_pictures(folder / "clipart", classes)), store, f"{uri}/data", CONFIG.data, CONFIG.seed)
+    prepare(str(write_images(folder / "clipart", classes)), store, f"{uri}/data", CONFIG.data, CONFIG.seed)
     if training:
         write_training(store, uri, resumes=resumes)
     if results:

@@ -57,7 +57,7 @@ def test_charts_stand_in_groups_and_an_older_log_has_those_it_can(log, config):
     older = titles([{key: line[key] for key in then} for line in log(100)])
     assert older["Student and teacher"] == [
         "Entropy of the mean distribution",
-        "What a picture tells",
+        "What an image tells",
         "Spread of the features",
     ]
 

@@ -117,7 +117,7 @@ def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
     assert text.index("Pre-training helped") < text.index("In short") < text.index("Results Frozen features")
     held_out = Manifest.read(store, f"{run.uri}/data").splits["val"].samples
     error = 100 * (0.8 * 0.2 / held_out) ** 0.5
-    assert f"Measured on {held_out} held-out pictures: the standard error of 20-NN is {error:.1f} points" in text
+    assert f"Measured on {held_out} held-out images: the standard error of 20-NN is {error:.1f} points" in text
 
 
 def test_a_difference_within_chance_is_called_so(page):
@@ -192,7 +192,7 @@ def test_the_page_is_sound_and_accessible(page):
 
 def test_the_data_are_described(finished_run, shared_store, page):
     splits = Manifest.read(shared_store, f"{finished_run.uri}/data").splits
-    counts = f"pictures to train on {splits['train'].samples} pictures held out {splits['val'].samples}"
+    counts = f"images to train on {splits['train'].samples} images held out {splits['val'].samples}"
     for told in (counts, "classes 3", "bad files 6", "clipart"):
         assert told in said(page)
     names = next(row for row in page.rows if "empty.jpg" in row[-1])
@@ -215,7 +215,7 @@ def test_the_crops_are_those_of_the_first_epoch(finished_run, shared_store, page
 
 def test_the_training_is_drawn_and_resumes_are_marked(page):
     labels = " ".join(svg.get("aria-label") or "" for svg in page.all("svg"))
-    for title in ("Loss.", "Prototypes in use.", "What a picture tells.", "Spread of the features.", "Learning rate."):
+    for title in ("Loss.", "Prototypes in use.", "What an image tells.", "Spread of the features.", "Learning rate."):
         assert title in labels
     for title in ("Teacher temperature.", "Teacher momentum.", "Speed."):
         assert title in labels
@@ -230,7 +230,7 @@ def test_missing_pieces_are_named_with_the_reason(page):
     assert "transfer to shapes: not measured, because there is no result in the store" in text
     assert "attention: resnet50 has no attention" in text
     left_out = text[text.index("Left out, and what limits the figures") :]
-    note = "k-NN, linear probe: 1 class with a single training picture: fruit."
+    note = "k-NN, linear probe: 1 class with a single training image: fruit."
     for what in ("transfer to shapes", "attention", "6 files of the source", note):
         assert what in left_out
 
@@ -240,8 +240,8 @@ def test_a_run_without_labels_says_what_could_not_be_measured(make_run, written)
     assert "Pre-training did not help: Transfer to digits fell from 91.0 % to 88.5 %" in text
     assert "interruptions none" in text and "Dashed verticals" not in text
     assert "classes none: unlabelled" in text
-    assert "20-NN: not measured, because the pictures have no labels" in text
-    assert "the linear probe, which was left out: the pictures have no labels" in text
+    assert "20-NN: not measured, because the images have no labels" in text
+    assert "the linear probe, which was left out: the images have no labels" in text
 
 
 def test_without_any_measure_the_verdict_says_so(make_run, store, written):
@@ -266,7 +266,7 @@ def test_a_run_that_is_not_finished(make_run, written):
     for reason in (
         "training is not finished: training/summary.json is missing",
         "no backbone is published",
-        "no pictures were drawn",
+        "no images were drawn",
     ):
         assert reason in text
 
@@ -308,7 +308,7 @@ def test_a_decision_that_was_taken_is_told_and_so_is_an_evaluation_of_another_ki
 
 
 def test_what_the_diagnostics_warned_of_is_told_with_its_step(page):
-    assert "Step 100: the same distribution for every <picture>; lower objective.teacher_temp." in said(page)
+    assert "Step 100: the same distribution for every <image>; lower objective.teacher_temp." in said(page)
 
 
 def test_the_lineage_is_complete(finished_run, page):

@@ -1,4 +1,4 @@
-"""A source of pictures, a configuration to retrain with, and champions as far as a retraining looks at them."""
+"""A source of images, a configuration to retrain with, and champions as far as a retraining looks at them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def config(store: Any) -> Config:
 
 
 @pytest.fixture
-def source(pictures: Any, tmp_path: Path) -> Path:
-    """Two classes of six pictures each."""
-    return pictures.folder(tmp_path / "pictures", ["a", "b"], 6)
+def source(images: Any, tmp_path: Path) -> Path:
+    """Two classes of six images each."""
+    return images.folder(tmp_path / "images", ["a", "b"], 6)
 
 
 @pytest.fixture
-def grow(pictures: Any, source: Path, tmp_path: Path) -> Callable[..., None]:
-    """Put more pictures into the source, those that are there untouched: ``grow(classes, number of each)``."""
+def grow(images: Any, source: Path, tmp_path: Path) -> Callable[..., None]:
+    """Put more images into the source, those that are there untouched: ``grow(classes, number of each)``."""
 
     def more(classes: list[str], each: int) -> None:
-        drawn = pictures.folder(tmp_path / "drawn", classes, each)
+        drawn = images.folder(tmp_path / "drawn", classes, each)
         for path in drawn.rglob("*.png"):
             if not (there := source / path.relative_to(drawn)).exists():
                 path.rename(there)

@@ -19,7 +19,7 @@ from esvit_core.runs.run import RETRAINING, open_run
 
 
 def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, list[str]]:
-    """Prepare the pictures of a run; the manifest, and the names of the files that were read."""
+    """Prepare the images of a run; the manifest, and the names of the files that were read."""
     read: list[str] = []
     load = module._load
     monkeypatch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
@@ -30,7 +30,7 @@ def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Man
 
 def test_the_first_look_takes_everything_and_starts_from_nothing(store, find, monkeypatch) -> None:
     found = find()
-    assert (found.nothing, found.pictures, found.new) == (False, 12, 12)
+    assert (found.nothing, found.images, found.new) == (False, 12, 12)
     assert "looked at for the first time" in found.told and found.told.endswith("starts from nothing")
     manifest, read = prepared(store, found.run, monkeypatch)
     assert manifest.samples == len(read) == 12 and manifest.base is None
@@ -60,7 +60,7 @@ def test_a_source_that_was_copied_to_another_place_has_nothing_new(
     assert found.nothing and (found.new, found.changed, found.gone) == (0, 0, 0)
 
 
-def test_a_few_new_pictures_wait_until_there_are_enough(store, find, decide, grow, monkeypatch) -> None:
+def test_a_few_new_images_wait_until_there_are_enough(store, find, decide, grow, monkeypatch) -> None:
     first = decide(find())
     prepared(store, first.run, monkeypatch)
     grow(["a"], 8)
@@ -84,7 +84,7 @@ def test_what_was_not_promoted_is_not_taken_again(store, find, decide, grow, mon
     assert find().nothing
 
 
-def test_with_other_settings_of_the_pictures_all_are_read_again(store, find, decide, config, grow) -> None:
+def test_with_other_settings_of_the_images_all_are_read_again(store, find, decide, config, grow) -> None:
     first = find()
     prepare_new(open_run(first.run, store))
     decide(first)
@@ -96,27 +96,25 @@ def test_with_other_settings_of_the_pictures_all_are_read_again(store, find, dec
     assert prepare_new(open_run(found.run, store)).samples == 18
 
 
-def test_a_source_that_has_lost_most_of_its_pictures_is_an_error(store, find, decide, source) -> None:
+def test_a_source_that_has_lost_most_of_its_images_is_an_error(store, find, decide, source) -> None:
     first = find()
     prepare_new(open_run(first.run, store))
     decide(first)
     for path in (*source.glob("a/*"), source / "b" / "1-000.png"):
         path.unlink()
-    with pytest.raises(UserError, match=r"7 of the 12 pictures .* are not there any more.*max_gone_fraction=1"):
+    with pytest.raises(UserError, match=r"7 of the 12 images .* are not there any more.*max_gone_fraction=1"):
         find()
     assert find(max_gone_fraction=1.0).nothing
 
 
-def test_a_source_without_pictures_is_an_error(find, source) -> None:
+def test_a_source_without_images_is_an_error(find, source) -> None:
     shutil.rmtree(source)
     source.mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         find()
 
 
-def test_before_the_first_retraining_the_champion_s_pictures_are_known(
-    store, find, crown, config, source, grow
-) -> None:
+def test_before_the_first_retraining_the_champion_s_images_are_known(store, find, crown, config, source, grow) -> None:
     run = crown(store.uri("runs/first"))
     prepare(str(source), store, f"{run}/data", config.data)
     found = find()
@@ -128,11 +126,11 @@ def test_before_the_first_retraining_the_champion_s_pictures_are_known(
     assert open_run(found.run, store).config.init.take == "heads"
 
 
-def test_a_champion_of_other_pictures_is_where_the_weights_come_from_and_no_more(
-    store, find, crown, config, pictures, tmp_path
+def test_a_champion_of_other_images_is_where_the_weights_come_from_and_no_more(
+    store, find, crown, config, images, tmp_path
 ) -> None:
     run = crown(store.uri("runs/first"))
-    prepare(str(pictures.folder(tmp_path / "other", ["x", "y"], 6)), store, f"{run}/data", config.data)
+    prepare(str(images.folder(tmp_path / "other", ["x", "y"], 6)), store, f"{run}/data", config.data)
     found = find()
     assert found.new == 12 and store.get_json(f"{found.run}/{RETRAINING}")["base"] is None
     assert open_run(found.run, store).config.init.source == f"{run}/training/checkpoints/00000010"

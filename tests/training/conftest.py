@@ -1,4 +1,4 @@
-"""A run with a micro network, on pictures made here."""
+"""A run with a micro network, on images made here."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def stop_after() -> Callable[[int], StopRequest]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 pictures of 20 px in one folder: 4 steps an epoch."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 images of 20 px in one folder: 4 steps an epoch."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(64):
         small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(small).resize((20, 20), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
@@ -157,7 +157,7 @@ class MicroRun:
 
 
 @pytest.fixture
-def micro_run(store_env: Any, pictures: Path) -> Iterator[Callable[..., MicroRun]]:
+def micro_run(store_env: Any, images: Path) -> Iterator[Callable[..., MicroRun]]:
     """Make a run: ``micro_run("name", objective={"teacher_temp": 0.05})``."""
     made: list[MicroRun] = []
 
@@ -168,7 +168,7 @@ def micro_run(store_env: Any, pictures: Path) -> Iterator[Callable[..., MicroRun
         config = Config.from_mapping(values)
         uri = store_env.uri(f"runs/{name}")
         store_env.put_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
-        prepare(str(pictures), store_env, f"{uri}/data", DataConfig(val_fraction=0.0))
+        prepare(str(images), store_env, f"{uri}/data", DataConfig(val_fraction=0.0))
         made.append(MicroRun(uri, store_env, config))
         return made[-1]
 

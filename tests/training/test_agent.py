@@ -45,8 +45,8 @@ def reason(*failures: ProcessFailure) -> str:
 
 def test_a_users_error_is_told_as_it_is(tmp_path: Path) -> None:
     lost = failure(tmp_path, 0, 1, "RuntimeError: Connection closed by peer", seconds_ago=5)
-    mistake = failure(tmp_path, 1, 2, "UserError: data: expected pictures;\nadd some")
-    assert reason(lost, mistake) == "data: expected pictures; add some"
+    mistake = failure(tmp_path, 1, 2, "UserError: data: expected images;\nadd some")
+    assert reason(lost, mistake) == "data: expected images; add some"
 
 
 def test_a_killed_process_comes_before_those_that_lost_it(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_under_plain_torchrun_the_processes_leave_the_reason(micro_run: Callable
 def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcome, "ECHO_SECONDS", 0.0)
     uri, began = store_env.uri("runs/a"), time.time()
-    note(store_env, uri, "failed", reason="data: expected pictures")
+    note(store_env, uri, "failed", reason="data: expected images")
     note_own_failure(uri, LostPeerError("Connection closed"), 0, began)
-    assert [entry.reason for entry in read_journal(store_env, uri)] == ["data: expected pictures"]
+    assert [entry.reason for entry in read_journal(store_env, uri)] == ["data: expected images"]
     note_own_failure(uri, UserError("another time"), 0, time.time() + 1)  # a later start, another failure
     note_own_failure(uri, ValueError("wrong\nshape"), 3, time.time() + 2)
     assert [entry.reason for entry in read_journal(store_env, uri)][1:] == [

@@ -15,7 +15,7 @@ from torch import nn
 
 from esvit_core.training.distributed.processes import GradientReducer, World
 
-# Networks with batch norms, by name, and six pictures for each: a part of the program, and of the test.
+# Networks with batch norms, by name, and six images for each: a part of the program, and of the test.
 BATCH_NORMED = """
 import torch
 from timm.layers import BatchNormAct2d
@@ -57,17 +57,17 @@ for _ in range(2):  # two micro-batches
 reducer.finish()
 result["accumulated"] = [p.grad.tolist() for p in network.parameters() if p.requires_grad]
 result["norm"] = {}
-for name, network, pictures in batch_normed():
+for name, network, images in batch_normed():
     share_batch_norms_(network, world)
     reducer = GradientReducer(network.parameters(), world)
     reducer.zero()
-    output = network(pictures[2 * world.rank : 2 * world.rank + 2])
+    output = network(images[2 * world.rank : 2 * world.rank + 2])
     output.square().sum().backward()
     reducer.finish()
     network.eval()
     state = {key: value.tolist() for key, value in network.state_dict().items()}
     grads = [p.grad.tolist() for p in network.parameters()]
-    result["norm"][name] = [output.tolist(), grads, state, network(pictures).tolist()]
+    result["norm"][name] = [output.tolist(), grads, state, network(images).tolist()]
 votes = Vote(world)
 result["stops"] = []
 for step in range(3):
@@ -106,7 +106,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def expected(scale: float) -> list[Any]:
-    """Gradients of the mean over the three pictures, by one process."""
+    """Gradients of the mean over the three images, by one process."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2), nn.Linear(2, 2))
     network[3].weight.requires_grad_(False)
@@ -120,12 +120,12 @@ def expected(scale: float) -> list[Any]:
 def test_batch_norms_see_the_batch_of_all_processes(said: dict[str, Any]) -> None:
     names: dict[str, Any] = {}
     exec(BATCH_NORMED, names)
-    for name, network, pictures in names["batch_normed"]():
-        output = network(pictures)
+    for name, network, images in names["batch_normed"]():
+        output = network(images)
         (output.square().sum() / 3).backward()
         network.eval()
         grads = [p.grad for p in network.parameters()]
-        wanted = [output[2:4], grads, dict(network.state_dict()), network(pictures)]
+        wanted = [output[2:4], grads, dict(network.state_dict()), network(images)]
         for found, expected in zip(said["norm"][name], wanted, strict=True):
             torch.testing.assert_close(_tensors(found, expected), expected, rtol=1e-4, atol=1e-5)
 

@@ -146,7 +146,7 @@ def test_an_image_that_cannot_be_pulled_is_told(
 @pytest.mark.parametrize(
     "phase, pods, words, code",
     [
-        ("Terminated", {0: "lost", 1: "mistake"}, r"^data: expected pictures; add some$", 2),
+        ("Terminated", {0: "lost", 1: "mistake"}, r"^data: expected images; add some$", 2),
         (
             "Failed",
             {0: "lost", 1: "killed"},
@@ -357,22 +357,22 @@ def test_without_a_cluster_the_mistake_is_named(
         launch_on_cluster(store_env, store_env.uri("runs/a"), config)
 
 
-def test_more_processes_than_pictures_of_a_step_are_refused(train: Callable[..., None]) -> None:
+def test_more_processes_than_images_of_a_step_are_refused(train: Callable[..., None]) -> None:
     with pytest.raises(UserError, match=r"batch_size 2: expected at least launch.nodes times.*4"):
         train("training.batch_size=2", "launch.processes_per_node=2")
 
 
-def test_a_run_is_executed_as_its_latest_start_says(store_env: Any, pictures: Path) -> None:
+def test_a_run_is_executed_as_its_latest_start_says(store_env: Any, images: Path) -> None:
     uri = store_env.uri("runs/placed")
     first = Config.load("demo")
     elsewhere = ["launch.scheduler=volcano", "launch.nodes=4", "cluster.image=esvit/trainer:2"]
     moved = Config.load("demo", [*elsewhere, "training.workers=4", "training.keep_best=true"])
     assert first.digest() == moved.digest()
-    run = start_run(first, str(pictures), uri, store_env)
+    run = start_run(first, str(images), uri, store_env)
     assert run.config == open_run(uri, store_env).config == first
     for wanted in (moved, first, moved):
-        assert start_run(wanted, str(pictures), uri, store_env).config == wanted
+        assert start_run(wanted, str(images), uri, store_env).config == wanted
         assert open_run(uri, store_env).config == wanted
     assert Config.from_yaml(store_env.get_bytes(f"{uri}/config.yaml").decode()) == first
     with pytest.raises(UserError, match=r"another configuration \(training\.epochs: 44 there, 45 here\)"):
-        start_run(Config.load("demo", ["training.epochs=45"]), str(pictures), uri, store_env)
+        start_run(Config.load("demo", ["training.epochs=45"]), str(images), uri, store_env)

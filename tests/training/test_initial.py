@@ -129,7 +129,7 @@ def test_a_view_only_checkpoint_gets_a_region_head_as_published(micro_run, sourc
     assert same(there["student"], student) and same(there["teacher"], teacher)
     assert same(student, teacher, "head_dense.")
     assert same(there["objective"], parts.objective.state_dict())
-    assert not parts.objective.state_dict()["centre_region.value"].any()
+    assert not parts.objective.state_dict()["center_region.value"].any()
     assert not parts.optimizer.state_dict()["state"]
     assert parts.position.step == parts.schedules.steps_per_epoch
     assert "started anew: the region head, the optimizer" in capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_its_own_checkpoint_comes_before_the_source(micro_run, source, stop_afte
     assert same(untrained.state_dict(), {n.removeprefix("backbone."): v for n, v in there["teacher"].items()})
 
 
-def test_the_same_weights_elsewhere_make_the_same_run(store_env, pictures, tmp_path):
+def test_the_same_weights_elsewhere_make_the_same_run(store_env, images, tmp_path):
     weights = tmp_path / "a.pth"
     torch.save({"a": torch.zeros(1)}, weights)
     values = {"bucket": store_env.bucket, "init": {"source": str(weights)}}
@@ -216,15 +216,15 @@ def test_the_same_weights_elsewhere_make_the_same_run(store_env, pictures, tmp_p
         with_source_pinned(there, store_env)
 
 
-def test_a_pointer_is_followed_when_the_run_is_started(store_env, pictures, micro_run):
+def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_run):
     run = micro_run("a")
     parts = build_parts(open_run(run.uri), join_world())
     save_backbone(store_env, f"{run.uri}/backbone", parts.teacher.backbone, run.config)
     store_env.swap_pointer(store_env.uri("pointers/champion"), {"backbone": f"{run.uri}/backbone"}, None)
     asked = Config.from_mapping({**run.config.model_dump(mode="json"), "init": {"source": "champion"}})
-    new = start_run(asked, str(pictures), store_env.uri("runs/b"), store_env)
+    new = start_run(asked, str(images), store_env.uri("runs/b"), store_env)
     assert new.config.init.source == f"{run.uri}/backbone" and new.config.init.sha256
-    assert start_run(asked, str(pictures), new.uri, store_env).config == new.config
+    assert start_run(asked, str(images), new.uri, store_env).config == new.config
 
 
 @pytest.mark.parametrize(

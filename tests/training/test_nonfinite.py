@@ -23,15 +23,15 @@ from esvit_core.training.state import build_parts
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
-@pytest.mark.parametrize("picture", [0, 15], ids=["first micro-batch", "last"])
-def test_a_skipped_step_changes_nothing_but_the_teacher(micro_run: Callable[..., Any], picture: int) -> None:
+@pytest.mark.parametrize("image", [0, 15], ids=["first micro-batch", "last"])
+def test_a_skipped_step_changes_nothing_but_the_teacher(micro_run: Callable[..., Any], image: int) -> None:
     run = micro_run("skip-one", training={"on_nonfinite": "skip", "max_images_per_process": 8})
     parts = build_parts(open_run(run.uri), World(0, 1, torch.device("cpu"), None))
     batches = parts.loader.epoch(1)
     training_step(parts, next(batches), parts.schedules.at(5))
     before = {name: copy.deepcopy(thing.state_dict()) for name, thing in parts.stateful.items()}
     batch = next(batches)
-    batch.crops[0][picture] = torch.nan
+    batch.crops[0][image] = torch.nan
     grad_norm = training_step(parts, batch, parts.schedules.at(6)).grad_norm
     assert not grad_norm.isfinite()
     for name in ("student", "objective"):

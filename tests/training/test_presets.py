@@ -29,7 +29,7 @@ from esvit_core.training.sample_trace import Trace
 from esvit_core.training.state import Parts
 
 K = 32
-# The published networks as they are built for 224 px, on one picture and on three crops of half the size.
+# The published networks as they are built for 224 px, on one image and on three crops of half the size.
 REDUCED = [
     f"head.out_dim={K}",
     "training.batch_size=1",

@@ -108,7 +108,7 @@ def test_prometheus_sees_a_run_collapse_and_stall_and_go(
 ) -> None:
     run = micro_run(
         "watched",
-        objective={"teacher_temp": 1e4, "warmup_teacher_temp": 1e4},  # uniform for every picture, from the start
+        objective={"teacher_temp": 1e4, "warmup_teacher_temp": 1e4},  # uniform for every image, from the start
         training={"epochs": 100_000, "processes": 2, "metrics_port": 0, "collapse_patience": 10**6},
     )
     launcher = run.launch()

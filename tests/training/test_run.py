@@ -64,7 +64,7 @@ def test_a_finished_run_has_everything_and_is_found_again(
         "mutual_matches",
         "time",
     } <= set(lines[0])
-    figures = ("entropy", "kl", "student_kl", "prototypes", "centre_norm")
+    figures = ("entropy", "kl", "student_kl", "prototypes", "center_norm")
     assert {f"{figure}_{task}" for figure in figures for task in ("view", "region")} <= set(lines[0])
     assert lines[-1]["loss"] == pytest.approx((lines[-1]["loss_view"] + lines[-1]["loss_region"]) / 2, rel=1e-4)
 
@@ -167,11 +167,11 @@ def test_a_collapsed_teacher_warns_once_then_stops_the_run_by_name(
     )
     with pytest.raises(UserError) as raised:
         train(run)
-    assert "the teacher has collapsed: the uniform distribution for every picture from step 2 to 8" in str(raised.value)
+    assert "the teacher has collapsed: the uniform distribution for every image from step 2 to 8" in str(raised.value)
     assert "lower objective.teacher_temp" in str(raised.value)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train: warning: ")]
     assert [line.partition(" from ")[0] for line in warnings] == [
-        "train: warning: the uniform distribution for every picture",
+        "train: warning: the uniform distribution for every image",
         "train: warning: the uniform distribution for every region",
     ]
     lines = {line["step"]: line for line in read_log(run.store, run.uri)}  # the curve that shows it
@@ -199,9 +199,9 @@ def test_a_poisoned_state_never_becomes_a_checkpoint(micro_run: Callable[..., An
     assert run.checkpointed_step() < 2
 
 
-def test_too_few_pictures_for_a_batch(micro_run: Callable[..., Any]) -> None:
+def test_too_few_images_for_a_batch(micro_run: Callable[..., Any]) -> None:
     run = micro_run("few", training={"batch_size": 128})
-    with pytest.raises(UserError, match="64 training pictures, expected at least one batch of 128"):
+    with pytest.raises(UserError, match="64 training images, expected at least one batch of 128"):
         train(run)
 
 

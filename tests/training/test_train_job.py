@@ -171,7 +171,7 @@ def test_a_training_is_followed_to_its_end(
 
 def test_a_mistake_of_the_users_is_the_reason(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.script = [RUNNING, Stage("Failed", {0: "lost", 1: "mistake"})]
-    with pytest.raises(UserError, match=r"^data: expected pictures; add some$"):
+    with pytest.raises(UserError, match=r"^data: expected images; add some$"):
         train()
 
 

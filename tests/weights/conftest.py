@@ -102,16 +102,16 @@ def published_file(tmp_path: Path) -> Callable[..., Path]:
         optimizer = trained(student, freeze)
         resnet = settings.model.arch == "resnet50"
         batch_norms = settings.model.arch in ("resnet50", "cvt_tiny")
-        centres = {"center": torch.randn(1, settings.head.out_dim)}
+        centers = {"center": torch.randn(1, settings.head.out_dim)}
         if settings.objective.region:
-            centres["center_grid"] = torch.randn(1, settings.head.out_dim)
+            centers["center_grid"] = torch.randn(1, settings.head.out_dim)
         payload = {
             "student": published_names(student, "module.", resnet),
             "teacher": published_names(teacher, "module." if batch_norms else "", resnet),
             "optimizer": optimizer.state_dict(),
             "epoch": 2,
             "args": argparse.Namespace(arch="swin_tiny", out_dim=12, lr=0.0005, local_crops_number=(8,), opts=[]),
-            "dino_loss": centres,
+            "dino_loss": centers,
             "fp16_scaler": {"scale": 65536.0, "growth_interval": 2000, "_growth_tracker": 2},
             **entries,
         }

@@ -84,10 +84,10 @@ def broken(kind: str) -> bytes:
         scripted = io.BytesIO()
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), scripted)
         return scripted.getvalue()
-    return {"empty": b"", "text": b"epoch 1: 77.0 %\n" * 20, "picture": b"\x89PNG\r\n\x1a\n" + bytes(200)}[kind]
+    return {"empty": b"", "text": b"epoch 1: 77.0 %\n" * 20, "image": b"\x89PNG\r\n\x1a\n" + bytes(200)}[kind]
 
 
-@pytest.mark.parametrize("kind", ["half", "another zip", "torchscript", "empty", "text", "picture"])
+@pytest.mark.parametrize("kind", ["half", "another zip", "torchscript", "empty", "text", "image"])
 def test_what_is_no_whole_checkpoint_is_said_in_one_line(kind, tmp_path):
     path = tmp_path / "odd.pth"
     path.write_bytes(broken(kind))

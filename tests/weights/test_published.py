@@ -48,7 +48,7 @@ def through_a_run(path: Path, config: Any, network: Any = build_network) -> dict
     here = optimized_names(networks["student"].state_dict(), networks["student"])
     optimizer.load_state_dict(renumbered(snapshot.optimizer, there, here))
     objective = Objective(config.objective, config.head.out_dim)
-    objective.load_state_dict(snapshot.centres)
+    objective.load_state_dict(snapshot.centers)
     stateful = {**networks, "optimizer": optimizer, "objective": objective}
     return {name: thing.state_dict() for name, thing in stateful.items()}
 
@@ -156,7 +156,7 @@ def test_a_linear_probe_by_itself_is_told_apart(tmp_path):
         ({"teacher": 3}, "teacher is no state of a network"),
         ({"epoch": 3, "figures": "x"}, "epoch, figures are no tensors"),
         ({"teacher": {"a": torch.zeros(2).to_sparse()}}, "teacher is no state of a network"),
-        ({"teacher": {"a": torch.zeros(1)}, "dino_loss": {"centre": 3}}, "dino_loss holds"),
+        ({"teacher": {"a": torch.zeros(1)}, "dino_loss": {"center": 3}}, "dino_loss holds"),
     ],
 )
 def test_what_is_no_checkpoint_is_said(payload, said, tmp_path):

@@ -15,9 +15,9 @@ def find_new_data(
     transfer: str = "",
     cluster: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str), ("nothing", bool), ("told", str)]):
-    """Compare the pictures of a source with what earlier retrainings have taken, and begin or go on with a retraining.
+    """Compare the images of a source with what earlier retrainings have taken, and begin or go on with a retraining.
 
-    With fewer new pictures than retrain.min_new_images there is nothing to do: the run is then the last one, which is
+    With fewer new images than retrain.min_new_images there is nothing to do: the run is then the last one, which is
     finished, and every later step finds its work done. Of two at once one goes on; the other ends and says who has it.
 
     Args:

@@ -15,7 +15,7 @@ def prepare_data(
     run_uri: str = "",
     cluster: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
-    """Start the run and turn a folder, an archive or an S3 prefix of pictures into shards in the object store.
+    """Start the run and turn a folder, an archive or an S3 prefix of images into shards in the object store.
 
     Writes the run's config.yaml, data/manifest.json, data/shards/ and the list of bad files. Repeated with the same
     source it finds the shards and returns.

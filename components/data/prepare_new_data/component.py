@@ -5,9 +5,9 @@ from esvit_components.image import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def prepare_new_data(run_uri: str, found: dsl.Input[dsl.Artifact], dataset: dsl.Output[dsl.Dataset]):
-    """Read, check and store the pictures that are new, and take over the others from earlier data by reference.
+    """Read, check and store the images that are new, and take over the others from earlier data by reference.
 
-    The held-out pictures of earlier data stay held out; of the new ones the share that data.val_fraction says is held
+    The held-out images of earlier data stay held out; of the new ones the share that data.val_fraction says is held
     out, by their names. Writes data/ of the run. Repeated it finds the shards and returns.
 
     Args:

@@ -14,7 +14,7 @@ def export(
     """Write a published backbone for other tools: stock timm, ONNX, torch.export.
 
     The export is read back by the tool it is for, and its features are compared with the network's on random
-    pictures. What differs by more than the format allows is not published. Repeated with the same backbone it finds
+    images. What differs by more than the format allows is not published. Repeated with the same backbone it finds
     the export and returns.
 
     Args:

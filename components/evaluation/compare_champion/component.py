@@ -11,9 +11,9 @@ def compare_champion(
     results: list[str],
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Measure the present champion on the run's own pictures, so that it and its challenger compare.
+    """Measure the present champion on the run's own images, so that it and its challenger compare.
 
-    The figures with which a champion was promoted are of the held-out pictures of then. Where the run started from
+    The figures with which a champion was promoted are of the held-out images of then. Where the run started from
     the champion they are those of the untrained network, and nothing is computed.
 
     Args:

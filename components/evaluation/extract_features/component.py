@@ -10,14 +10,14 @@ def extract_features(
     model: dsl.Input[dsl.Model],
     features: dsl.Output[dsl.Dataset],
 ):
-    """Compute the features of all pictures, by the trained network and by the same network untrained.
+    """Compute the features of all images, by the trained network and by the same network untrained.
 
     Writes features/ of the run: per network and split one safetensors file with the view feature, the features of
     the last blocks, and the labels.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
-        dataset: The shards of the pictures.
+        dataset: The shards of the images.
         model: The trained teacher.
 
     Returns:

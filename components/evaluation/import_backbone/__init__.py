@@ -1,3 +1,3 @@
-from esvit_components.evaluation.import_backbone.component import take_backbone
+from esvit_components.evaluation.import_backbone.component import import_backbone
 
-__all__ = ["take_backbone"]
+__all__ = ["import_backbone"]

@@ -11,9 +11,9 @@ def knn(
     features: dsl.Input[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Classify the held-out pictures by their nearest neighbours among the features (weighted k-NN).
+    """Classify the held-out images by their nearest neighbours among the features (weighted k-NN).
 
-    Writes evaluation/knn.json of the run. Pictures without labels: the result says that it was left out, and why.
+    Writes evaluation/knn.json of the run. Images without labels: the result says that it was left out, and why.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.

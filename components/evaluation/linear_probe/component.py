@@ -12,9 +12,9 @@ def linear_probe(
     metrics: dsl.Output[dsl.Metrics],
     confusion: dsl.Output[dsl.ClassificationMetrics],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Train a linear classifier on the frozen features and measure it on the held-out pictures.
+    """Train a linear classifier on the frozen features and measure it on the held-out images.
 
-    Writes evaluation/linear.json of the run. Pictures without labels: the result says that it was left out, and why.
+    Writes evaluation/linear.json of the run. Images without labels: the result says that it was left out, and why.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.

@@ -1,3 +1,3 @@
-from esvit_components.evaluation.visualize.component import pictures
+from esvit_components.evaluation.visualize.component import visualize
 
-__all__ = ["pictures"]
+__all__ = ["visualize"]

@@ -5,7 +5,7 @@ from esvit_components.image import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML]):
-    """Tell the run in one self-contained HTML file: data, recipe, curves, tables with their baseline, pictures.
+    """Tell the run in one self-contained HTML file: data, recipe, curves, tables with their baseline, images.
 
     Writes report/report.html of the run. What was left out is in it, with the reason.
 

@@ -17,11 +17,11 @@ def pretrain(
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
-        dataset: The shards of the pictures.
+        dataset: The shards of the images.
 
     Returns:
         model: The trained teacher, as safetensors with a description.
-        metrics: Steps, pictures, seconds, loss.
+        metrics: Steps, images, seconds, loss.
     """
     from esvit_core.errors import step
 

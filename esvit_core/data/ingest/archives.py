@@ -1,4 +1,4 @@
-"""Tars and zips as sources of pictures."""
+"""Tars and zips as sources of images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Entry:
         size: bytes.
         stamp: changes when the content does, as far as a listing tells.
         handle: by which the source finds it.
-        problem: why it cannot be a picture; None: it may be one.
+        problem: why it cannot be an image; None: it may be one.
     """
 
     name: str

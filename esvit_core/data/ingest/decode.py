@@ -1,4 +1,4 @@
-"""From a file's bytes to a picture that training can rely on: 8 bit, RGB or grey, upright, whole."""
+"""From a file's bytes to an image that training can rely on: 8 bit, RGB or grey, upright, whole."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SHOWN = 5  # bad files named in an error
 _open_lock = threading.Lock()
 
 
-class BadPicture(Exception):  # noqa: N818 (of one file, and no error of ours)
-    """Why a file is not a usable picture, in a few words."""
+class BadImage(Exception):  # noqa: N818 (of one file, and no error of ours)
+    """Why a file is not a usable image, in a few words."""
 
 
 def listed(bad: Iterable[tuple[str, str]]) -> str:
@@ -41,8 +41,8 @@ def kind_of(reason: str) -> str:
 
 
 @dataclass(frozen=True)
-class StoredPicture:
-    """A picture as it is stored.
+class StoredImage:
+    """An image as it is stored.
 
     Attributes:
         data: encoded.
@@ -55,7 +55,7 @@ class StoredPicture:
     reencoded: bool
 
 
-def to_stored(data: bytes, max_megapixels: float, short_side: int | None) -> StoredPicture:
+def to_stored(data: bytes, max_megapixels: float, short_side: int | None) -> StoredImage:
     """Check a file by decoding it, and bring it into the form that is stored.
 
     A JPEG or PNG that is plain already (8 bit, RGB or grey, opaque, upright, not too large) keeps its bytes. Others
@@ -65,63 +65,63 @@ def to_stored(data: bytes, max_megapixels: float, short_side: int | None) -> Sto
     Args:
         data: of the file.
         max_megapixels: more pixels than this are refused before any is decoded.
-        short_side: pictures whose shorter side is longer are shrunk to it, pixels; None: none is.
+        short_side: images whose shorter side is longer are shrunk to it, pixels; None: none is.
 
     Raises:
-        BadPicture: it is empty, no picture, too large, truncated, or damaged.
+        BadImage: it is empty, no image, too large, truncated, or damaged.
     """
     if not data:
-        raise BadPicture("empty file")
-    with _opened(data) as picture:
-        width, height = picture.size
+        raise BadImage("empty file")
+    with _opened(data) as image:
+        width, height = image.size
         if width < 1 or height < 1:
-            raise BadPicture("no pixels")
+            raise BadImage("no pixels")
         if width * height > max_megapixels * 1e6:
-            raise BadPicture(f"too large ({_megapixels(width * height)} megapixels)")
+            raise BadImage(f"too large ({_megapixels(width * height)} megapixels)")
         fits = short_side is None or min(width, height) <= short_side
-        if fits and _is_plain(picture, data) and _decodes(picture, data):
-            return StoredPicture(data, "jpg" if picture.format == "JPEG" else "png", False)
-    with _opened(data) as picture:  # decoding has used up the first one
-        return _reencode(picture, short_side)
+        if fits and _is_plain(image, data) and _decodes(image, data):
+            return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False)
+    with _opened(data) as image:  # decoding has used up the first one
+        return _reencode(image, short_side)
 
 
-def plain_rgb(picture: Image.Image) -> Image.Image:
-    """Any picture as RGB or grey, 8 bit: alpha over white, deep ones scaled down.
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB or grey, 8 bit: alpha over white, deep ones scaled down.
 
     Args:
-        picture: of any of Pillow's modes.
+        image: of any of Pillow's modes.
     """
-    if picture.mode in ("RGB", "L"):
-        if "transparency" not in picture.info:
-            return picture
-        picture = picture.convert("RGBA")
-    if picture.mode == "1":
-        return picture.convert("L")
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return Image.fromarray(_to_8_bit(np.asarray(picture)))
-    if picture.mode == "P":
-        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-    elif picture.mode in ("LA", "La", "PA", "RGBa"):
-        picture = picture.convert("LA").convert("RGBA") if picture.mode == "La" else picture.convert("RGBA")
-    if picture.mode == "RGBA":
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+    if image.mode in ("RGB", "L"):
+        if "transparency" not in image.info:
+            return image
+        image = image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bit(np.asarray(image)))
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode in ("LA", "La", "PA", "RGBa"):
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture with its header read; what Pillow raises on malformed files while it is open is a BadPicture."""
+    """The image with its header read; what Pillow raises on malformed files while it is open is a BadImage."""
     try:
-        with _open(data) as picture:
-            yield picture
+        with _open(data) as image:
+            yield image
     except Image.DecompressionBombError:
-        raise BadPicture("too large (a decompression bomb)") from None
+        raise BadImage("too large (a decompression bomb)") from None
     except UnidentifiedImageError:
-        raise BadPicture("not a picture") from None
+        raise BadImage("not an image") from None
     except _MALFORMED as error:
         reason = str(error) or type(error).__name__
-        raise BadPicture(f"{'truncated' if 'truncated' in reason.lower() else 'damaged'} ({reason[:100]})") from None
+        raise BadImage(f"{'truncated' if 'truncated' in reason.lower() else 'damaged'} ({reason[:100]})") from None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -135,36 +135,36 @@ def _open(data: bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _is_plain(picture: Image.Image, data: bytes) -> bool:
-    if picture.format not in ("JPEG", "PNG") or picture.mode not in ("RGB", "L"):
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    if image.format not in ("JPEG", "PNG") or image.mode not in ("RGB", "L"):
         return False
-    if picture.getexif().get(_ORIENTATION) not in _UPRIGHT:
+    if image.getexif().get(_ORIENTATION) not in _UPRIGHT:
         return False
-    if picture.format == "JPEG":
+    if image.format == "JPEG":
         return True
     bit_depth = data[24]  # Pillow shows 16 bit RGB as 8
-    return bit_depth == 8 and "transparency" not in picture.info and getattr(picture, "n_frames", 1) == 1
+    return bit_depth == 8 and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
 
 
-def _decodes(picture: Image.Image, data: bytes) -> bool:
+def _decodes(image: Image.Image, data: bytes) -> bool:
     """Whether the decoder that training uses reads these bytes to the end without complaint."""
-    if picture.format == "JPEG":
+    if image.format == "JPEG":
         try:
             simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
         except ValueError:
             return False
         return True
-    picture.load()
+    image.load()
     return True
 
 
-def _reencode(picture: Image.Image, short_side: int | None) -> StoredPicture:
-    lossy = picture.format in _LOSSY
-    if short_side is not None and picture.format == "JPEG" and picture.mode in ("RGB", "L"):
+def _reencode(image: Image.Image, short_side: int | None) -> StoredImage:
+    lossy = image.format in _LOSSY
+    if short_side is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
         # Decode at a half, quarter or eighth where that is still twice as large as what is wanted.
-        picture.draft(None, (2 * short_side, 2 * short_side))
-    picture.load()
-    upright = ImageOps.exif_transpose(picture)
+        image.draft(None, (2 * short_side, 2 * short_side))
+    image.load()
+    upright = ImageOps.exif_transpose(image)
     plain = plain_rgb(upright)
     if short_side is not None and min(plain.size) > short_side:
         scale = short_side / min(plain.size)
@@ -173,17 +173,17 @@ def _reencode(picture: Image.Image, short_side: int | None) -> StoredPicture:
     file = io.BytesIO()
     if lossy:
         plain.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-        return StoredPicture(file.getvalue(), "jpg", True)
+        return StoredImage(file.getvalue(), "jpg", True)
     plain.info.clear()  # colour profiles and comments
     plain.save(file, "PNG")
-    return StoredPicture(file.getvalue(), "png", True)
+    return StoredImage(file.getvalue(), "png", True)
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Grey values of 16 or 32 bit as 8 bit.
 
-    16 bit integers lose their low byte, whatever range a picture uses, so that brightness stays comparable between
-    pictures. Floating point and 32 bit values have no agreed range: 0..1 and 0..255 are taken as such, others are
+    16 bit integers lose their low byte, whatever range an image uses, so that brightness stays comparable between
+    images. Floating point and 32 bit values have no agreed range: 0..1 and 0..255 are taken as such, others are
     stretched.
     """
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:

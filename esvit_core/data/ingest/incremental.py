@@ -1,4 +1,4 @@
-"""Pictures that were prepared before: taken over by reference, shard and place in it, not read again."""
+"""Images that were prepared before: taken over by reference, shard and place in it, not read again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Base:
 
         Args:
             split: one of the manifest's.
-            labels: the class, as it is now, of each picture that is taken over, by name.
+            labels: the class, as it is now, of each image that is taken over, by name.
         """
         stored = [file for file in self.files.values() if file.fate == split]
         keep = np.array([file.name in labels for file in stored], dtype=bool)
@@ -88,7 +88,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Carried:
-    """Pictures of a split that are taken over.
+    """Images of a split that are taken over.
 
     Attributes:
         shards: that hold them, under their full addresses; ``samples`` counts those taken over.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry
 from esvit_core.data.ingest.incremental import Base
-from esvit_core.data.ingest.layout import Layout, SplitName, arrange, is_ignored, may_be_picture
+from esvit_core.data.ingest.layout import Layout, SplitName, arrange, is_ignored, may_be_image
 from esvit_core.data.ingest.split import choose, hold_out, in_order
 from esvit_core.errors import UserError
 
@@ -16,7 +16,7 @@ _BYTES_PER_PIXEL = 8  # 16 bit RGBA: no sensible file is much larger than its pi
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that may be a picture, and where it belongs if it is one."""
+    """A file that may be an image, and where it belongs if it is one."""
 
     entry: Entry
     split: SplitName
@@ -29,7 +29,7 @@ class Plan:
 
     Attributes:
         candidates: in the order of storage.
-        labels: classes of the pictures that are taken over from earlier data, by name.
+        labels: classes of the images that are taken over from earlier data, by name.
         bad: names and reasons.
         classes: names.
         files: all of the source, the ignored ones excepted, by name.
@@ -54,14 +54,14 @@ def plan(entries: list[Entry], source: str, config: DataConfig, base: Base | Non
         entries: the files.
         source: for the error's first words.
         config: the data section of the configuration.
-        base: earlier data of the source, whose pictures are taken over; None: there are none.
+        base: earlier data of the source, whose images are taken over; None: there are none.
 
     Raises:
-        UserError: there are no pictures, or none to train on.
+        UserError: there are no images, or none to train on.
     """
     files = [entry for entry in entries if not is_ignored(entry.name)]
     if not files:
-        raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
+        raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
     largest = config.max_megapixels * 1e6 * _BYTES_PER_PIXEL
     bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
     sound = [entry for entry in files if entry.problem is None]
@@ -73,7 +73,7 @@ def plan(entries: list[Entry], source: str, config: DataConfig, base: Base | Non
         if problem:
             bad.append((entry.name, problem))
         else:
-            (likely if may_be_picture(entry.name) else rest).append(number)
+            (likely if may_be_image(entry.name) else rest).append(number)
     chosen = _chosen(likely, layout, config.max_images)
     divided = all(layout.places[i].split is None for i in chosen)
     held = _held_out(chosen, layout, config.val_fraction) if divided else set()

@@ -1,4 +1,4 @@
-"""What the names of files say: which are pictures, which class and which split they belong to."""
+"""What the names of files say: which are images, which class and which split they belong to."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SPLIT_FOLDERS: dict[str, SplitName] = {
     "validation": "val",
     "test": "test",
 }
-_PICTURE_ENDINGS = "jpg jpeg jpe jfif mpo png gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 j2k avif"
-PICTURE_SUFFIXES = frozenset(f".{ending}" for ending in _PICTURE_ENDINGS.split())
+_IMAGE_ENDINGS = "jpg jpeg jpe jfif mpo png gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 j2k avif"
+IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _IMAGE_ENDINGS.split())
 _LEFT_BY_SYSTEMS = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
 
 
@@ -60,34 +60,34 @@ def suffix(name: str) -> str:
     return f".{ending.lower()}" if dot and stem else ""
 
 
-def is_named_as_picture(name: str) -> bool:
-    """Whether the name ends as those of pictures do."""
-    return suffix(name) in PICTURE_SUFFIXES
+def is_named_as_image(name: str) -> bool:
+    """Whether the name ends as those of images do."""
+    return suffix(name) in IMAGE_SUFFIXES
 
 
-def may_be_picture(name: str) -> bool:
+def may_be_image(name: str) -> bool:
     """The same, or it ends in no way at all: then only its content tells."""
-    return suffix(name) in PICTURE_SUFFIXES or not suffix(name)
+    return suffix(name) in IMAGE_SUFFIXES or not suffix(name)
 
 
 def arrange(names: Sequence[str], source: str, to_train_on: bool = True) -> Layout:
     """Find the splits and classes of a source in its folders.
 
-    The layouts are ``<class>/picture``, ``{train,val|valid|validation|test}/[<class>/]picture`` and ``picture``. One
+    The layouts are ``<class>/image``, ``{train,val|valid|validation|test}/[<class>/]image`` and ``image``. One
     folder that holds everything is looked through. Folders below a class belong to it. ``test`` is the split ``val``
     where there is no other.
 
     Args:
         names: paths below the source with ``/``, without the ignored ones.
         source: for the error's first words.
-        to_train_on: pictures to train on are wanted; False: folders to measure on may stand alone.
+        to_train_on: images to train on are wanted; False: folders to measure on may stand alone.
 
     Raises:
         UserError: there are folders to measure on but none to train on.
     """
     paths = [tuple(unicodedata.normalize("NFC", name).split("/")) for name in names]
     # A README beside the folders says nothing about the layout.
-    telling = [p for p in paths if is_named_as_picture(p[-1])] or [p for p in paths if may_be_picture(p[-1])] or paths
+    telling = [p for p in paths if is_named_as_image(p[-1])] or [p for p in paths if may_be_image(p[-1])] or paths
     shared = _shared_folders(telling)
     top = tuple(telling[0][:shared]) if telling else ()
     inside = [path[shared:] for path in telling]
@@ -96,7 +96,7 @@ def arrange(names: Sequence[str], source: str, to_train_on: bool = True) -> Layo
     if to_train_on and known and known == folders and "train" not in known:
         raise UserError(
             f"{source}: has {' and '.join(f'{f}/' for f in sorted(known))} but no train/; "
-            "expected pictures to train on in a folder train"
+            "expected images to train on in a folder train"
         )
     splits = ("train" in known or not to_train_on) and bool(known) and (len(known) > 1 or known == folders)
     depth = 1 if splits else 0

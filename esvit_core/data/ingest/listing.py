@@ -17,7 +17,7 @@ from esvit_core.data.ingest.prefetch import ahead, reading_threads
 from esvit_core.data.ingest.sources import open_source, source_fingerprint
 from esvit_core.storage import ObjectStore
 
-LISTING = "pictures.jsonl.gz"
+LISTING = "images.jsonl.gz"
 # Where nearly all files have other dates the source is a copy: then so many of them are read to make sure.
 _COPY_SAMPLE, _COPY_SHARE = 1000, 0.9
 Fate = Literal["train", "val", "test", "bad", "unread", "passed over"]
@@ -31,7 +31,7 @@ class File:
         name: path below the source.
         size: bytes.
         stamp: changes when the content does, as far as a listing tells.
-        fate: the split it was stored in; ``bad``: no picture; ``unread``: it could not be read; ``passed over``: not
+        fate: the split it was stored in; ``bad``: no image; ``unread``: it could not be read; ``passed over``: not
             chosen, or outside the folders that are used; None: not yet decided.
         digest: of its content, 32 hexadecimal digits; empty where it was not read.
         reason: why it was not stored.

@@ -30,5 +30,5 @@ def ahead(
 
 
 def reading_threads() -> int:
-    """How many threads read and decode pictures: one a core, up to 8."""
+    """How many threads read and decode images: one a core, up to 8."""
     return max(1, min(8, len(os.sched_getaffinity(0))))

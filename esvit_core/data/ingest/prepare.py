@@ -1,4 +1,4 @@
-"""From a pile of pictures to shards and a manifest in the object store."""
+"""From a pile of images to shards and a manifest in the object store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import ReadProblem, Source
 from esvit_core.data.ingest.changes import as_seen, recognised, warn_of_edits
-from esvit_core.data.ingest.decode import BadPicture, StoredPicture, kind_of, listed, to_stored
+from esvit_core.data.ingest.decode import BadImage, StoredImage, kind_of, listed, to_stored
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import Candidate, Plan, plan
 from esvit_core.data.ingest.layout import SplitName
@@ -34,7 +34,7 @@ from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import temporary_room
 
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
-_READ_AHEAD = 4  # pictures in memory per thread
+_READ_AHEAD = 4  # images in memory per thread
 
 
 @dataclass
@@ -84,10 +84,10 @@ def prepare(
     seen: Look | None = None,
     base: str | None = None,
 ) -> Manifest:
-    """Write the pictures of a source as shards, with a list of what was left out, and last the manifest.
+    """Write the images of a source as shards, with a list of what was left out, and last the manifest.
 
     Done before with the same source and settings, it returns what is there. The result depends on the source and the
-    settings alone: which pictures are held out, and in what order they are stored, follows from their names.
+    settings alone: which images are held out, and in what order they are stored, follows from their names.
 
     Args:
         source: folder, tar, zip, or ``s3://bucket/prefix``; see :func:`esvit_core.data.ingest.layout.arrange` for how its
@@ -96,10 +96,10 @@ def prepare(
         destination: ``s3://`` folder of the data.
         config: the data section of the configuration.
         seed: of the run. It changes nothing, on purpose: runs that differ in their seed are trained and measured on
-            the same pictures.
+            the same images.
         seen: the source as it was looked at before; what has come or changed since is left for another time. None: it
             is looked at now.
-        base: folder of earlier data of the source. Their pictures are taken over by reference, with the split that
+        base: folder of earlier data of the source. Their images are taken over by reference, with the split that
             they have; those that are gone from the source are not, those that changed are read anew and keep their
             split. A class keeps its number. None: everything is read.
 
@@ -107,7 +107,7 @@ def prepare(
         The manifest.
 
     Raises:
-        UserError: the source does not exist, has no pictures, or more than ``config.max_bad_fraction`` bad files; or
+        UserError: the source does not exist, has no images, or more than ``config.max_bad_fraction`` bad files; or
             the destination holds other data.
         StoreFull: a disk is full.
     """
@@ -127,17 +127,17 @@ def prepare(
         job = _Job(source, opened, plan(entries, source, config, earlier), config, store, destination, earlier)
         job.unfinished = Unfinished(store, destination, print_of_source, config, base)
         try:
-            _store_pictures(job)
+            _store_images(job)
         except StaleProgressError:
             print("prepare: the source is not as an unfinished preparation saw it; begins anew", flush=True)
             job = _Job(source, opened, job.plan, config, store, destination, earlier, unfinished=job.unfinished)
-            _store_pictures(job, anew=True)
+            _store_images(job, anew=True)
         manifest = publish_data(store, destination, _manifest(job, print_of_source), job.written)
     print(f"prepare: {manifest.describe()}", flush=True)
     return manifest
 
 
-def _store_pictures(job: _Job, anew: bool = False) -> None:
+def _store_images(job: _Job, anew: bool = False) -> None:
     """Read, check and write every candidate, in order.
 
     Args:
@@ -154,7 +154,7 @@ def _store_pictures(job: _Job, anew: bool = False) -> None:
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
         ThreadPoolExecutor(reading_threads(), thread_name_prefix="prepare") as pool,
-        Progress(len(plan.candidates), unit="pictures", label="prepare") as progress,
+        Progress(len(plan.candidates), unit="images", label="prepare") as progress,
     ):
         warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
         _carry_over(job, seen, Path(folder))
@@ -167,23 +167,23 @@ def _store_pictures(job: _Job, anew: bool = False) -> None:
                 _repeat(job, seen, candidate, found, Path(folder))
                 progress.update(1)
                 continue
-            digest, picture = found
-            if isinstance(picture, BadPicture | ReadProblem):
-                job.bad.append((candidate.entry.name, str(picture)))
-                fate: Fate = "bad" if isinstance(picture, BadPicture) else "unread"
-                job.waiting_bad.append(_remember(job, candidate, fate, digest, reason=str(picture)))
+            digest, image = found
+            if isinstance(image, BadImage | ReadProblem):
+                job.bad.append((candidate.entry.name, str(image)))
+                fate: Fate = "bad" if isinstance(image, BadImage) else "unread"
+                job.waiting_bad.append(_remember(job, candidate, fate, digest, reason=str(image)))
                 if len(job.bad) >= _HOPELESS:
                     _check_share(job)
             else:
                 split = _settle(job, seen, digest, candidate)
-                _write(job, candidate, split, digest, picture, Path(folder))
+                _write(job, candidate, split, digest, image, Path(folder))
             progress.update(1)
         for writer in job.writers.values():
             writer.close()
 
 
 def _carry_over(job: _Job, seen: dict[str, SplitName], folder: Path) -> None:
-    """Begin with the pictures that are taken over from earlier data."""
+    """Begin with the images that are taken over from earlier data."""
     for split in job.base.rows if job.base else ():
         assert job.base is not None
         carried = job.base.carried(split, job.plan.labels)
@@ -206,7 +206,7 @@ def _go_on(job: _Job) -> None:
         print(f"prepare: goes on with {number:,} shards that an unfinished preparation has stored", flush=True)
 
 
-def _outcome(job: _Job, candidate: Candidate) -> Outcome | tuple[str, StoredPicture | BadPicture | ReadProblem]:
+def _outcome(job: _Job, candidate: Candidate) -> Outcome | tuple[str, StoredImage | BadImage | ReadProblem]:
     """What is known of a file, else what reading it gives. Runs in several threads."""
     known, entry = job.known.get(candidate.entry.name), candidate.entry
     if known is None:
@@ -243,22 +243,20 @@ def _repeat(job: _Job, seen: dict[str, SplitName], candidate: Candidate, known: 
     job.reencoded += known.reencoded
 
 
-def _load(
-    opened: Source, config: DataConfig, candidate: Candidate
-) -> tuple[str, StoredPicture | BadPicture | ReadProblem]:
-    """The digest of a file, and the picture in it or why there is none. Runs in several threads."""
+def _load(opened: Source, config: DataConfig, candidate: Candidate) -> tuple[str, StoredImage | BadImage | ReadProblem]:
+    """The digest of a file, and the image in it or why there is none. Runs in several threads."""
     try:
         data = opened.read(candidate.entry)
     except ReadProblem as error:
         return "", error
     try:
         return digest_of(data), to_stored(data, config.max_megapixels, config.store_short_side)
-    except BadPicture as error:
+    except BadImage as error:
         return digest_of(data), error
 
 
 def _settle(job: _Job, seen: dict[str, SplitName], digest: str, candidate: Candidate) -> SplitName:
-    """The split of a picture: an exact copy of one that is trained on is not held out, for it would measure nothing."""
+    """The split of an image: an exact copy of one that is trained on is not held out, for it would measure nothing."""
     split = candidate.split
     if digest in seen:
         job.copies += 1
@@ -268,20 +266,18 @@ def _settle(job: _Job, seen: dict[str, SplitName], digest: str, candidate: Candi
     return split
 
 
-def _write(
-    job: _Job, candidate: Candidate, split: SplitName, digest: str, picture: StoredPicture, folder: Path
-) -> None:
+def _write(job: _Job, candidate: Candidate, split: SplitName, digest: str, image: StoredImage, folder: Path) -> None:
     writer = job.writers.get(split) or _writer(job, split, folder)
-    number = writer.add(Sample(picture.data, picture.suffix, candidate.label, candidate.entry.name))
-    stored = hashlib.sha256(picture.data).hexdigest()
+    number = writer.add(Sample(image.data, image.suffix, candidate.label, candidate.entry.name))
+    stored = hashlib.sha256(image.data).hexdigest()
     _count(job, split, number, candidate.label, stored)
-    job.reencoded += picture.reencoded
+    job.reencoded += image.reencoded
     file = _remember(job, candidate, split, digest)
-    job.waiting[split].append(Outcome(file, number, stored, picture.reencoded, writer.last_row))
+    job.waiting[split].append(Outcome(file, number, stored, image.reencoded, writer.last_row))
 
 
 def _count(job: _Job, split: SplitName, number: int, label: int, stored: str) -> None:
-    """Add a picture to the digest of the content."""
+    """Add an image to the digest of the content."""
     job.content[split].update(f"{number:09d}\0{_class(job, label)}\0{stored}\n".encode())
 
 
@@ -318,7 +314,7 @@ def _manifest(job: _Job, source_print: str) -> Manifest:
     """Store what goes with the shards, and describe all of it."""
     if "train" not in job.writers:
         raise UserError(
-            f"{job.source}: none of its {len(job.plan.files):,} files is a picture to train on: {listed(job.bad)}; "
+            f"{job.source}: none of its {len(job.plan.files):,} files is an image to train on: {listed(job.bad)}; "
             "expected JPEG, PNG, WebP, GIF, BMP or TIFF files"
         )
     _check_share(job)

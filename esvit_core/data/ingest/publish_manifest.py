@@ -27,7 +27,7 @@ def find_data(store: ObjectStore, destination: str, fingerprint: str, settings: 
     if (present.source_fingerprint, present.settings) == (fingerprint, settings):
         return present
     raise UserError(
-        f"{destination}: holds the pictures of {present.source}, which are others or were prepared differently; "
+        f"{destination}: holds the images of {present.source}, which are others or were prepared differently; "
         "choose another run"
     )
 

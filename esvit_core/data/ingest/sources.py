@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, a tar, a zip, or a prefix in an object store. They are listed first, then read
+"""Where images come from: a folder, a tar, a zip, or a prefix in an object store. They are listed first, then read
 one at a time and in any order; nothing is ever unpacked to where an archive's names say.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from esvit_core.data.ingest import archives
 from esvit_core.data.ingest import fingerprint as fingerprints
 from esvit_core.data.ingest.archives import Entry, ReadProblem, Source, TarSource, ZipSource
-from esvit_core.data.ingest.layout import is_ignored, may_be_picture
+from esvit_core.data.ingest.layout import is_ignored, may_be_image
 from esvit_core.errors import UserError
 from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
 from esvit_core.storage.disk import read_at
@@ -119,16 +119,16 @@ def is_listed(source: str, store: ObjectStore | None = None) -> bool:
 
 
 def check_source(source: str) -> None:
-    """Find the common mistakes without reading pictures.
+    """Find the common mistakes without reading images.
 
     Raises:
-        UserError: the source does not exist, cannot be read, is neither folder nor archive, or holds no pictures.
+        UserError: the source does not exist, cannot be read, is neither folder nor archive, or holds no images.
     """
     with _glance(source) as names:
         for name in names:
-            if not is_ignored(name) and may_be_picture(name):
+            if not is_ignored(name) and may_be_image(name):
                 return
-    raise UserError(f"{source}: no pictures in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
+    raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
 
 
 def source_fingerprint(source: str, store: ObjectStore | None = None, opened: Source | None = None) -> str:
@@ -244,7 +244,7 @@ def _glance(source: str) -> Iterator[Iterator[str]]:
     _require_file(source)
     if archives.kind_of(path) == "tar":
         try:
-            with tarfile.open(path, "r:*") as tar:  # unlike TarSource it stops where the first picture is
+            with tarfile.open(path, "r:*") as tar:  # unlike TarSource it stops where the first image is
                 yield (member.name.removeprefix("./") for member in tar if not member.isdir())
         except archives.DAMAGE as error:
             raise archives.damaged(source, error) from None

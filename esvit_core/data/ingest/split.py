@@ -1,4 +1,4 @@
-"""Which pictures are taken and which are held out: by their names alone, the same on every machine and every day."""
+"""Which images are taken and which are held out: by their names alone, the same on every machine and every day."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def fate(purpose: str, key: str) -> float:
 
 
 def choose(keys: Sequence[str], groups: Sequence[tuple[str, str]], count: int) -> list[int]:
-    """Take ``count`` pictures: splits keep their proportions, the classes of a split become as equal as they can.
+    """Take ``count`` images: splits keep their proportions, the classes of a split become as equal as they can.
 
     Args:
-        keys: names of the pictures.
+        keys: names of the images.
         groups: split and class of each.
         count: how many are wanted.
 
@@ -39,14 +39,14 @@ def choose(keys: Sequence[str], groups: Sequence[tuple[str, str]], count: int) -
 
 
 def hold_out(keys: Sequence[str], labels: Sequence[str | None], fraction: float) -> set[int]:
-    """Choose the pictures to measure on, of each class about the same share.
+    """Choose the images to measure on, of each class about the same share.
 
-    A picture is held out if its own number says so; that others are added or removed changes nothing. Only where that
-    would leave a class of two or more without any, or with nothing but held-out pictures, its one that came closest
+    An image is held out if its own number says so; that others are added or removed changes nothing. Only where that
+    would leave a class of two or more without any, or with nothing but held-out images, its one that came closest
     changes sides.
 
     Args:
-        keys: names of the pictures.
+        keys: names of the images.
         labels: class of each, None where it has none.
         fraction: share to hold out.
 
@@ -90,10 +90,10 @@ def _levelled(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 def in_order(keys: Sequence[str], places: Iterable[int]) -> list[int]:
-    """The order in which pictures are stored, one without meaning: neighbours have nothing in common.
+    """The order in which images are stored, one without meaning: neighbours have nothing in common.
 
     Args:
-        keys: names of all pictures.
+        keys: names of all images.
         places: of those that are stored, in ``keys``.
     """
     return sorted(places, key=lambda i: (fate("order", keys[i]), keys[i]))

@@ -31,7 +31,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 class MultiCrop:
-    """The crops of a picture: global ones first, then local ones.
+    """The crops of an image: global ones first, then local ones.
 
     Each is cut out at random (:func:`crop_box`), resized (bicubic, antialiased), mirrored with probability ``flip``;
     then, each with its probability, come colour jitter in random order, loss of colour, Gaussian blur, and for all
@@ -54,7 +54,7 @@ class MultiCrop:
         return [kind.size for kind in self._kinds]
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
-        """Make the crops of a picture.
+        """Make the crops of an image.
 
         Args:
             image: (H, W, 3) uint8.
@@ -75,10 +75,10 @@ class MultiCrop:
                     crop.copy_(transform(Image.fromarray(image)))
             return
         config = self.config
-        picture = _as_tensor(image)
+        pixels = _as_tensor(image)
         for number, (kind, crop) in enumerate(zip(self._kinds, crops, strict=True)):
             draw = _drawer(rng)
-            self._cut(picture, kind, draw, crop)
+            self._cut(pixels, kind, draw, crop)
             is_global = number < config.global_crops.number
             blur = config.blur[min(number, 1) if is_global else 2]
             self._photometric(crop.numpy(), draw, blur, config.solarize if is_global and number else 0.0)
@@ -90,7 +90,7 @@ class MultiCrop:
         """A global crop without photometrics, with where it lies.
 
         Returns:
-            The normalised crop (3, S, S); left, top, right, bottom as shares of the picture's sides; whether it is
+            The normalised crop (3, S, S); left, top, right, bottom as shares of the image's sides; whether it is
             mirrored.
         """
         config = self.config.global_crops
@@ -99,11 +99,11 @@ class MultiCrop:
         height, width = image.shape[:2]
         return self._normalise(crop), (x0 / width, y0 / height, x1 / width, y1 / height), flipped
 
-    def _cut(self, picture: Tensor, kind: CropConfig, draw: Draw, out: Tensor) -> tuple[Box, bool]:
+    def _cut(self, pixels: Tensor, kind: CropConfig, draw: Draw, out: Tensor) -> tuple[Box, bool]:
         """Cut out a crop, levels 0 to 255, into ``out``; return where it lies and whether it is mirrored."""
-        height, width = picture.shape[2:]
+        height, width = pixels.shape[2:]
         left, top, right, bottom = box = crop_box(width, height, kind.scale, draw)
-        crop = resize(picture[:, :, top:bottom, left:right], kind.size, kind.size)
+        crop = resize(pixels[:, :, top:bottom, left:right], kind.size, kind.size)
         flipped = draw() < self.config.flip
         out.copy_((crop.flip(-1) if flipped else crop)[0])
         return box, flipped
@@ -132,11 +132,11 @@ _JITTER = (photometric.brighten, photometric.contrast, photometric.saturate, pho
 
 
 class EvalTransform:
-    """Resize the shorter side, crop the centre, normalise (EsViT, section 4).
+    """Resize the shorter side, crop the center, normalise (EsViT, section 4).
 
     Args:
         resize: the shorter side, pixels.
-        crop: side of the crop, pixels; what lies outside the picture is black.
+        crop: side of the crop, pixels; what lies outside the image is black.
         mean, std: of the three channels, as shares of 255.
     """
 
@@ -156,13 +156,13 @@ class EvalTransform:
         short = min(height, width)
         # torchvision's rounding: the longer side is cut to whole pixels.
         height, width = (self.resize if side == short else int(self.resize * side / short) for side in (height, width))
-        picture = resize(_as_tensor(image), height, width)
+        pixels = resize(_as_tensor(image), height, width)
         top, left = (round((side - self.crop) / 2.0) for side in (height, width))
         if top < 0 or left < 0:
-            picture = F.pad(picture, (max(0, -left), self.crop, max(0, -top), self.crop))
+            pixels = F.pad(pixels, (max(0, -left), self.crop, max(0, -top), self.crop))
             top, left = max(0, top), max(0, left)
         out = torch.empty(3, self.crop, self.crop)
-        out.copy_(picture[0, :, top : top + self.crop, left : left + self.crop])
+        out.copy_(pixels[0, :, top : top + self.crop, left : left + self.crop])
         return self._normalise(out)
 
 
@@ -186,12 +186,12 @@ def crop_box(width: int, height: int, scale: tuple[float, float], draw: Draw) ->
     """Where a random resized crop lies: area and aspect ratio at random, as torchvision's ``RandomResizedCrop`` does.
 
     Args:
-        width, height: of the picture, pixels.
-        scale: smallest and largest area as a share of the picture's.
+        width, height: of the image, pixels.
+        scale: smallest and largest area as a share of the image's.
         draw: the next random number from 0 to 1.
 
     Returns:
-        Left, top, right, bottom in pixels. After ten attempts that do not fit, the largest centred box whose ratio is
+        Left, top, right, bottom in pixels. After ten attempts that do not fit, the largest centered box whose ratio is
         allowed.
     """
     area = width * height
@@ -209,9 +209,9 @@ def crop_box(width: int, height: int, scale: tuple[float, float], draw: Draw) ->
     return left, top, left + w, top + h
 
 
-def resize(picture: Tensor, height: int, width: int) -> Tensor:
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Resize as PIL's bicubic filter does, (1, 3, H, W) uint8."""
-    return F.interpolate(picture, (height, width), mode="bicubic", antialias=True)
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
 
 
 def _as_tensor(image: np.ndarray) -> Tensor:

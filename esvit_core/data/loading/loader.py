@@ -17,7 +17,7 @@ from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_shar
 from esvit_core.data.loading.workers import Crops, WorkerBatches, shared_memory_line
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     """What is trained on; :class:`esvit_core.data.shards.reader.ShardDataset` is one."""
 
     @property
@@ -66,7 +66,7 @@ class TrainLoader:
         rank, world: this process among those that share the batches.
     """
 
-    def __init__(self, dataset: Pictures, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, dataset: Images, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
         self.dataset = dataset
         self._batch_size, self._workers = config.training.batch_size, config.training.workers
         self._seed, self._rank, self._world = seed, rank, world
@@ -122,7 +122,7 @@ class TrainLoader:
 class _Batches(Dataset[Crops]):
     """Batches of crops, by epoch and numbers of the samples."""
 
-    def __init__(self, dataset: Pictures, multicrop: MultiCrop, seed: int) -> None:
+    def __init__(self, dataset: Images, multicrop: MultiCrop, seed: int) -> None:
         self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
 
     @property

@@ -1,6 +1,6 @@
 """Mixup and CutMix of a batch of crops, as the published code does it with timm's ``Mixup``.
 
-Each crop of the batch is mixed by itself: picture i with picture B - 1 - i of those that a process works off together,
+Each crop of the batch is mixed by itself: image i with image B - 1 - i of those that a process works off together,
 in a ratio drawn anew for each crop. The ratio is a function of seed and step, and the same in all processes (the
 published processes, which are seeded alike, agree on it too).
 """
@@ -28,14 +28,14 @@ class Mixed(NamedTuple):
 
 
 def mix_crops(crops: list[Tensor], config: MixupConfig, seed: int, step: int) -> Mixed:
-    """Mix the pictures of a batch, or leave them where the recipe does not mix.
+    """Mix the images of a batch, or leave them where the recipe does not mix.
 
     Args:
         crops: the two global crops and the local ones, each (B, 3, S, S), on any device; those that are mixed are
-            overwritten. Of an odd number of pictures the last stays as it is: timm mixes pairs.
+            overwritten. Of an odd number of images the last stays as it is: timm mixes pairs.
         config: the ``mixup`` section.
         seed: of the run.
-        step: of the run; which pictures are mixed how is a function of both.
+        step: of the run; which images are mixed how is a function of both.
 
     Returns:
         The teacher's crops are mixed too, as in the published code (timm mixes in place, after the teacher's list was
@@ -55,7 +55,7 @@ def mix_crops(crops: list[Tensor], config: MixupConfig, seed: int, step: int) ->
     return Mixed(crops, teacher, shares)
 
 
-def _timm_mixup(config: MixupConfig, pictures: int) -> Mixup:
+def _timm_mixup(config: MixupConfig, images: int) -> Mixup:
     return Mixup(
         mixup_alpha=config.mixup_alpha,
         cutmix_alpha=config.cutmix_alpha,
@@ -64,5 +64,5 @@ def _timm_mixup(config: MixupConfig, pictures: int) -> Mixup:
         switch_prob=config.switch_prob,
         mode=config.mode,
         label_smoothing=config.smoothing,
-        num_classes=pictures,
+        num_classes=images,
     )

@@ -1,4 +1,4 @@
-"""Colour jitter, grey, blur and solarisation: what torchvision does to PIL pictures, on float arrays.
+"""Colour jitter, grey, blur and solarisation: what torchvision does to PIL images, on float arrays.
 
 All work in place on ``x``, (3, H, W) float32 with values 0 to 255, and keep it in that range. PIL rounds to whole levels
 after every operation; here nothing is rounded, so results differ from PIL's by about a level per operation (the tests
@@ -20,13 +20,13 @@ SOLARIZE_THRESHOLD = 128
 
 
 def brighten(x: np.ndarray, factor: float) -> None:
-    """Blend with black: 0 gives black, 1 the picture."""
+    """Blend with black: 0 gives black, 1 the image."""
     x *= np.float32(factor)
     _clip_if_stretched(x, factor)
 
 
 def contrast(x: np.ndarray, factor: float) -> None:
-    """Blend with the mean grey of the picture: 0 gives grey, 1 the picture."""
+    """Blend with the mean grey of the image: 0 gives grey, 1 the image."""
     mean = int(float(_grey(x).mean()) + 0.5)  # whole, as in PIL
     x *= np.float32(factor)
     x += np.float32((1 - factor) * mean)
@@ -34,7 +34,7 @@ def contrast(x: np.ndarray, factor: float) -> None:
 
 
 def saturate(x: np.ndarray, factor: float) -> None:
-    """Blend with the picture in grey: 0 gives grey, 1 the picture."""
+    """Blend with the image in grey: 0 gives grey, 1 the image."""
     luma = _grey(x)
     luma *= np.float32(1 - factor)
     x *= np.float32(factor)
@@ -92,7 +92,7 @@ def blur(x: np.ndarray, sigma: float) -> None:
     the lines and the length of a line across them. A margin, filled anew for each box, keeps lines apart.
 
     Args:
-        x: the picture.
+        x: the image.
         sigma: standard deviation, pixels (PIL's ``radius``).
     """
     reach, inner, edge = _box(sigma)
@@ -137,7 +137,7 @@ def _sixths(a: np.ndarray, b: np.ndarray, per_chroma: np.ndarray, start: float, 
 
 @functools.lru_cache(maxsize=256)
 def _box(sigma: float) -> tuple[int, float, float]:
-    """Whole pixels to either side of a box's centre, their weight, and that of the fractional pixel beyond.
+    """Whole pixels to either side of a box's center, their weight, and that of the fractional pixel beyond.
 
     Source: "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering", Gwosdek et al., 2011.
     """

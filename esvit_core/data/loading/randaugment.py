@@ -24,7 +24,7 @@ def deit_transform(config: AugmentConfig, kind: CropConfig) -> Callable[[Image.I
         kind: size and scale of the crop.
 
     Returns:
-        From a picture to (3, S, S) float32.
+        From an image to (3, S, S) float32.
     """
     deit = config.deit
     transform: Any = create_transform(
@@ -47,6 +47,6 @@ def deit_transform(config: AugmentConfig, kind: CropConfig) -> Callable[[Image.I
     return transform
 
 
-def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """timm's, which asks for 0 bits now and then: new versions of Pillow refuse that, the older ones gave black."""
-    return auto_augment.posterize(picture, bits) if bits > 0 else Image.new(picture.mode, picture.size)
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,4 +1,4 @@
-"""Shards: tars of samples in WebDataset's naming, and the index that says where in them each picture lies.
+"""Shards: tars of samples in WebDataset's naming, and the index that says where in them each image lies.
 
 A sample is ``<key>.jpg`` or ``<key>.png``, ``<key>.cls`` (the label, only where there is one) and ``<key>.json``
 (``{"name": where it came from}``); the key is the sample's number, nine digits. The bytes of a shard depend on its
@@ -36,10 +36,10 @@ _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture ready to be stored.
+    """An image ready to be stored.
 
     Attributes:
-        data: the encoded picture.
+        data: the encoded image.
         suffix: ``jpg`` or ``png``.
         label: its class, -1 for none.
         name: where it came from.

@@ -41,7 +41,7 @@ class Shard(StoredFile):
 
     Attributes:
         name: relative to the manifest's folder, or the whole ``s3://`` address of a shard of earlier data.
-        samples: pictures of it that belong to the data; one that is gone from the source may still lie in the tar.
+        samples: images of it that belong to the data; one that is gone from the source may still lie in the tar.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Shard(StoredFile):
 
 
 class Split(_Part):
-    """The pictures of one split in the order of their numbers.
+    """The images of one split in the order of their numbers.
 
     Attributes:
-        samples: number of pictures.
-        labelled: whether every picture has a class.
+        samples: number of images.
+        labelled: whether every image has a class.
         shards: where they are.
-        index: object that says where in the shards each picture lies (see :mod:`esvit_core.data.shards.format`).
-        per_class: pictures of each class, in the order of ``Manifest.classes``.
+        index: object that says where in the shards each image lies (see :mod:`esvit_core.data.shards.format`).
+        per_class: images of each class, in the order of ``Manifest.classes``.
     """
 
     samples: int = Field(ge=0)
@@ -94,21 +94,21 @@ class Manifest(_Part):
 
     Attributes:
         format: of this file.
-        source: where the pictures came from, as the user wrote it.
+        source: where the images came from, as the user wrote it.
         source_fingerprint: of the source's listing when it was read, see :func:`source_fingerprint`.
-        fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every picture; of those that
+        fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every image; of those that
             are taken over, the bytes in which they were found.
         settings: the data section of the configuration that it was made with, as far as it determines the result.
         classes: names; a label is a place in this list. Empty where there are no labels.
         splits: ``train``, ``val`` and, where the source has all three, ``test``.
         bytes: of all shards together, those of earlier data too.
-        considered: files that could have been pictures.
+        considered: files that could have been images.
         bad: those that were left out.
-        ignored: files passed over as no one's pictures (``.DS_Store``, ``Thumbs.db``, ...).
+        ignored: files passed over as no one's images (``.DS_Store``, ``Thumbs.db``, ...).
         duplicates: entries of an archive that a later one of the same name replaces.
-        copies: pictures that are byte for byte the same as another one; they are kept.
+        copies: images that are byte for byte the same as another one; they are kept.
         not_chosen: left out because of ``data.max_images``.
-        reencoded: pictures stored in another form than they were found in (turned, shrunk, made RGB, ...).
+        reencoded: images stored in another form than they were found in (turned, shrunk, made RGB, ...).
         files: every object below the manifest's folder. Their names contain digests of their content: preparations that
             are under way at once replace nothing of each other.
         listing: the one that lists the files of the source, see :mod:`esvit_core.data.ingest.listing`; None: there is none.
@@ -136,7 +136,7 @@ class Manifest(_Part):
 
     @property
     def samples(self) -> int:
-        """Pictures of all splits together."""
+        """Images of all splits together."""
         return sum(split.samples for split in self.splits.values())
 
     @classmethod
@@ -169,7 +169,7 @@ class Manifest(_Part):
         """The data in one line."""
         splits = ", ".join(f"{split.samples:,} {name}" for name, split in self.splits.items())
         classes = f" in {len(self.classes):,} classes" if self.classes else ", no labels"
-        parts = [f"{self.samples:,} pictures{classes} ({splits}), {self.bytes / 2**20:,.1f} MiB"]
+        parts = [f"{self.samples:,} images{classes} ({splits}), {self.bytes / 2**20:,.1f} MiB"]
         if bad := self.bad.count:
             parts.append(f"{bad:,} bad {'file' if bad == 1 else 'files'} left out")
         if self.not_chosen:
@@ -179,7 +179,7 @@ class Manifest(_Part):
     def summary(self) -> dict[str, Any]:
         """The figures that stand for the data in an artifact's metadata."""
         return {
-            "pictures": self.samples,
+            "images": self.samples,
             **{name: split.samples for name, split in self.splits.items()},
             "classes": len(self.classes),
             "bytes": self.bytes,

@@ -19,7 +19,7 @@ from esvit_core.storage import IntegrityError, ObjectStore
 
 
 class ShardDataset:
-    """The pictures of one split, by number.
+    """The images of one split, by number.
 
     A shard is downloaded when one of its samples is asked for first, checked against the manifest's SHA-256, and kept
     in a cache that all processes of a machine share. May be used from several threads, forked, and pickled.
@@ -64,13 +64,13 @@ class ShardDataset:
         return self._read(row["shard"], row["offset"], row["bytes"])
 
     def image(self, index: int) -> np.ndarray:
-        """The picture, (H, W, 3) uint8."""
+        """The image, (H, W, 3) uint8."""
         data = self.encoded(index)
         try:
-            return decode_picture(data)
+            return decode_image(data)
         except (OSError, ValueError) as error:
             raise IntegrityError(
-                f"{self.prefix}: picture {index} of {self.split} ({self.name(index)}) cannot be decoded ({error}); "
+                f"{self.prefix}: image {index} of {self.split} ({self.name(index)}) cannot be decoded ({error}); "
                 "prepare the data again"
             ) from None
 
@@ -85,7 +85,7 @@ class ShardDataset:
 
     def _row(self, index: int) -> Any:
         if not 0 <= index < len(self._index):
-            raise IndexError(f"picture {index} of {len(self._index)}")
+            raise IndexError(f"image {index} of {len(self._index)}")
         return self._index[index]
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
@@ -93,13 +93,13 @@ class ShardDataset:
         return self._files.read(entry.address(self.prefix), entry, int(offset), int(length))
 
 
-def decode_picture(data: bytes) -> np.ndarray:
-    """Decode a stored picture, (H, W, 3) uint8.
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode a stored image, (H, W, 3) uint8.
 
     Raises:
-        OSError, ValueError: it is not a picture.
+        OSError, ValueError: it is not an image.
     """
     if data[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-        return np.array(picture.convert("RGB"))
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Stochastic depth: a residual branch is left out for random pictures while training (Huang et al., 2016)."""
+"""Stochastic depth: a residual branch is left out for random images while training (Huang et al., 2016)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class StochasticDepth(DropPath):
-    """``x + mask * branch(x) / (1 - drop_prob)``, one mask a picture, drawn as timm draws it.
+    """``x + mask * branch(x) / (1 - drop_prob)``, one mask an image, drawn as timm draws it.
 
     Attributes:
-        sparing: whether to compute the branch only for the pictures that keep it: set by
+        sparing: whether to compute the branch only for the images that keep it: set by
             :mod:`esvit_core.kernels.select` on a processor. A GPU would have to wait for their number.
     """
 
@@ -24,7 +24,7 @@ class StochasticDepth(DropPath):
 
         Args:
             x: (B, ...).
-            branch: computes each picture by itself, whatever others there are.
+            branch: computes each image by itself, whatever others there are.
         """
         if not self.training or self.drop_prob == 0:
             return x + branch(x)

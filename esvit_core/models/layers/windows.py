@@ -122,7 +122,7 @@ class FromWindows(torch.autograd.Function):
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attention of (B, windows, heads, N, d) with a bias (windows or 1, heads, N, N), by the fused kernel of a GPU.
 
-    With windows and heads in one axis the bias is not copied for each picture.
+    With windows and heads in one axis the bias is not copied for each image.
     """
     shape = q.shape
     bias = bias.expand(shape[1], -1, -1, -1).flatten(0, 1)[None]  # (1, windows * heads, N, N)

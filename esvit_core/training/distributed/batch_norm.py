@@ -64,12 +64,12 @@ class SharedBatchNorm(nn.BatchNorm1d):
             sums = differentiable.all_reduce(torch.cat((x.sum(places), count)))  # (C + 1,)
         rows = sums[-1].detach()
         mean = sums[:-1] / rows
-        centred = x - mean.view(channel)
+        centered = x - mean.view(channel)
         with collective():
-            variance = differentiable.all_reduce(centred.square().sum(places)) / rows
+            variance = differentiable.all_reduce(centered.square().sum(places)) / rows
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
             self.running_var.lerp_(variance * (rows / (rows - 1)), self.momentum)  # type: ignore[union-attr, arg-type]
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(channel) + self.bias.view(channel)
+        return centered * scale.view(channel) + self.bias.view(channel)

@@ -24,7 +24,7 @@ class Format:
 
     Attributes:
         write: of the backbone, its description, and whether regions are wanted, to a path.
-        read: what was written, by the tool it is for, as a function of pictures.
+        read: what was written, by the tool it is for, as a function of images.
         bound: largest difference of any feature that is allowed. 0: every bit.
         scaled: the bound grows with the largest feature where that is above 1, since other arithmetic than PyTorch's
             rounds relative to it (networks that do not end in a norm have features of tens or hundreds).
@@ -51,7 +51,7 @@ FORMATS = {
         ("torch-export", exported_program, 1e-4, True, ".pt2", "torch.export.load"),
     )
 }
-_COUNTS = (1, 3)  # pictures at a time: neither is the number a network is traced with
+_COUNTS = (1, 3)  # images at a time: neither is the number a network is traced with
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
         of_regions = "" if region is None else f", of a region {region:.1e}"
         told = (
             f"read back by {chosen.reader}: largest difference of a view feature {view:.1e}{of_regions} "
-            f"on random pictures of {size} px (allowed {allowed:.1g})"
+            f"on random images of {size} px (allowed {allowed:.1g})"
         )
         if not all(value <= allowed for value in (view, region or 0.0)):  # nor does NaN pass
             raise UserError(f"format {format}: {told}; nothing was left in {out}")
@@ -114,7 +114,7 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
 def largest_differences(
     backbone: nn.Module, read: Reader, description: dict[str, Any], size: int
 ) -> tuple[float, float | None, float]:
-    """Compare on random pictures of ``size`` pixels.
+    """Compare on random images of ``size`` pixels.
 
     Returns:
         The largest absolute difference of a view feature, and of a region feature where ``read`` gives regions; the
@@ -126,8 +126,8 @@ def largest_differences(
     found: list[list[float]] = []
     largest = 0.0
     for count in _COUNTS:
-        pictures = (torch.rand(count, 3, size, size, generator=generator) - mean) / std
-        pairs = list(zip(ours(pictures), read(pictures), strict=False))
+        images = (torch.rand(count, 3, size, size, generator=generator) - mean) / std
+        pairs = list(zip(ours(images), read(images), strict=False))
         found.append([float((a - b).abs().max()) for a, b in pairs])
         largest = max(largest, *(float(a.abs().max()) for a, _ in pairs))
     view, *regions = torch.tensor(found).amax(0).tolist()  # NaN stays NaN

@@ -18,8 +18,8 @@ DESCRIPTION = "backbone.json"  # an extra file inside
 def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
     """Write the backbone as an exported program.
 
-    Its input (B, 3, S, S) takes any number of normalised pictures of ``eval_crop`` pixels; it returns a tuple of the
-    view features (B, D) and, with ``regions``, the regions (B, H, W, D'). What prepares pictures is in the extra file
+    Its input (B, 3, S, S) takes any number of normalised images of ``eval_crop`` pixels; it returns a tuple of the
+    view features (B, D) and, with ``regions``, the regions (B, H, W, D'). What prepares images is in the extra file
     ``backbone.json``.
     """
     network = FeatureNetwork(backbone, regions).eval()
@@ -35,7 +35,7 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The program, as a function of pictures (B, 3, S, S)."""
+    """The program, as a function of images (B, 3, S, S)."""
     return torch.export.load(path).module()
 
 

@@ -1,7 +1,7 @@
-"""ONNX: one file that onnxruntime and others run, for any number of pictures of one size.
+"""ONNX: one file that onnxruntime and others run, for any number of images of one size.
 
 The exporter is PyTorch's own on top of ``torch.export`` (``dynamo=True``). It follows the network's code instead of
-recording one run of it, so that the number of pictures stays free; the older recording exporter fixes it wherever
+recording one run of it, so that the number of images stays free; the older recording exporter fixes it wherever
 Python sees it, and PyTorch no longer develops it.
 """
 
@@ -33,8 +33,8 @@ _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
     """Write the backbone as ONNX.
 
-    The input ``pixels`` (batch, 3, S, S) takes normalised pictures of ``eval_crop`` pixels; the outputs are
-    ``view_features`` (batch, D) and, with ``regions``, ``region_features`` (batch, H, W, D'). What prepares pictures
+    The input ``pixels`` (batch, 3, S, S) takes normalised images of ``eval_crop`` pixels; the outputs are
+    ``view_features`` (batch, D) and, with ``regions``, ``region_features`` (batch, H, W, D'). What prepares images
     is in the file's ``metadata_props``.
 
     Raises:
@@ -62,12 +62,12 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The file in onnxruntime, as a function of pictures (B, 3, S, S)."""
+    """The file in onnxruntime, as a function of images (B, 3, S, S)."""
     require_libraries()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda pictures: tuple(map(torch.from_numpy, session.run(None, {PIXELS: pictures.numpy()})))
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {PIXELS: images.numpy()})))
 
 
 def usage(path: Path, description: dict[str, Any]) -> list[str]:
@@ -75,7 +75,7 @@ def usage(path: Path, description: dict[str, Any]) -> list[str]:
     size = description["eval_crop"]
     return [
         "import numpy, onnxruntime",
-        f"session = onnxruntime.InferenceSession({str(path)!r})  # how to prepare pictures: its metadata",
+        f"session = onnxruntime.InferenceSession({str(path)!r})  # how to prepare images: its metadata",
         f'view, *regions = session.run(None, {{"{PIXELS}": numpy.zeros((1, 3, {size}, {size}), numpy.float32)}})',
     ]
 

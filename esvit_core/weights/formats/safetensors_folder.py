@@ -18,7 +18,7 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The folder's network, as a function of pictures (B, 3, S, S)."""
+    """The folder's network, as a function of images (B, 3, S, S)."""
     return FeatureNetwork(load_backbone(path), regions=True)
 
 
@@ -27,6 +27,6 @@ def usage(path: Path, description: dict[str, Any]) -> list[str]:
     size = description["eval_crop"]
     return [
         "import esvit_core, torch",
-        f"backbone = esvit_core.load_backbone({str(path)!r})  # how to prepare pictures: backbone.backbone_config",
+        f"backbone = esvit_core.load_backbone({str(path)!r})  # how to prepare images: backbone.backbone_config",
         f"view, regions = backbone.views_and_regions(torch.zeros(1, 3, {size}, {size}))",
     ]

@@ -61,14 +61,14 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The folder's network made by stock timm, as a function of pictures (B, 3, S, S)."""
+    """The folder's network made by stock timm, as a function of images (B, 3, S, S)."""
     config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     eps = config["esvit"]["norm_eps"]
     said: dict[str, Any] = {} if eps is None else {"norm_layer": functools.partial(nn.LayerNorm, eps=eps)}
     stock: Any = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0, **said).eval()
 
-    def features(pictures: Tensor) -> tuple[Tensor, ...]:
-        found = stock.forward_features(pictures)
+    def features(images: Tensor) -> tuple[Tensor, ...]:
+        found = stock.forward_features(images)
         return stock.forward_head(found, pre_logits=True), _map(stock, found)
 
     return features
@@ -90,7 +90,7 @@ def stock_arguments(model: ModelConfig, img_size: int) -> tuple[str, dict[str, A
 
     Args:
         model: the ``model`` section.
-        img_size: side of the pictures the network is built for, pixels.
+        img_size: side of the images the network is built for, pixels.
 
     Returns:
         Name and keyword arguments for ``timm.create_model``.
@@ -142,7 +142,7 @@ def _eps(arguments: dict[str, Any]) -> float | None:
 
 
 def _input(stock: Any, description: dict[str, Any]) -> dict[str, Any]:
-    """timm's description of the pictures, from which its transforms are made."""
+    """timm's description of the images, from which its transforms are made."""
     kept = ("pool_size", "first_conv", "classifier")
     size = description["eval_crop"]
     return {key: stock.pretrained_cfg[key] for key in kept if key in stock.pretrained_cfg} | {

@@ -24,11 +24,11 @@ def recipe(run_there: Run) -> Iterator[str]:
     run_there.store.remove(claim_uri(config))
 
 
-def test_of_the_last_run_s_own_pictures_nothing_is_new(run_there: Run, recipe: str, components: Any) -> None:
-    outputs = components.through_kfp(find_new_data, source="pictures", recipe=recipe, owner="test")
+def test_of_the_last_run_s_own_images_nothing_is_new(run_there: Run, recipe: str, components: Any) -> None:
+    outputs = components.through_kfp(find_new_data, source="images", recipe=recipe, owner="test")
     assert (outputs["run_uri"], outputs["nothing"]) == (run_there.uri, True)
-    assert outputs["told"].startswith("nothing to do: pictures has 0 new files")
-    assert outputs["found"]["metadata"]["pictures"] == 48
+    assert outputs["told"].startswith("nothing to do: images has 0 new files")
+    assert outputs["found"]["metadata"]["images"] == 48
 
 
 def test_a_source_that_is_not_there_is_told_in_a_line(

@@ -13,7 +13,7 @@ from esvit_core.runs.run import Run
 def test_it_starts_the_run_and_finds_the_shards(run_there: Run, components: Any) -> None:
     recipe = run_there.config.to_yaml()
     before = [item.etag for item in run_there.store.list(run_there.at("data"))]
-    outputs, artifacts = components.directly(prepare_data, source="pictures", recipe=recipe, run_uri=run_there.uri)
+    outputs, artifacts = components.directly(prepare_data, source="images", recipe=recipe, run_uri=run_there.uri)
     assert outputs == (run_there.uri,)
     dataset = artifacts["dataset"]
     assert dataset.uri == dataset.metadata["uri"] == run_there.at("data")
@@ -24,7 +24,7 @@ def test_it_starts_the_run_and_finds_the_shards(run_there: Run, components: Any)
 
 def test_without_an_address_the_run_lies_where_its_content_says(run_there: Run, components: Any) -> None:
     recipe = run_there.config.to_yaml()
-    outputs = components.through_kfp(prepare_data, source="pictures", recipe=recipe)
+    outputs = components.through_kfp(prepare_data, source="images", recipe=recipe)
     assert outputs["run_uri"] == run_there.uri
     assert outputs["dataset"]["uri"] == run_there.at("data")
 
@@ -32,7 +32,7 @@ def test_without_an_address_the_run_lies_where_its_content_says(run_there: Run, 
 def test_another_configuration_is_refused(run_there: Run, components: Any, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = run_there.config.model_copy(update={"seed": 5}).to_yaml()
     with pytest.raises(SystemExit) as stop:
-        components.directly(prepare_data, source="pictures", recipe=recipe, run_uri=run_there.uri)
+        components.directly(prepare_data, source="images", recipe=recipe, run_uri=run_there.uri)
     assert stop.value.code == 2
     assert "another configuration (seed: 0 there, 5 here)" in capsys.readouterr().err
 
@@ -46,7 +46,7 @@ def test_on_a_cluster_the_artifact_keeps_the_address_it_was_given(
     dataset = dsl.Dataset(name="dataset", uri="s3://kfp/v2/artifacts/dataset")
     dataset.custom_path = str(components.folder / "dataset")
     recipe = run_there.config.to_yaml()
-    prepare_data.python_func("pictures", dataset, recipe, run_uri=run_there.uri)
+    prepare_data.python_func("images", dataset, recipe, run_uri=run_there.uri)
     assert dataset.uri == "s3://kfp/v2/artifacts/dataset"
     assert dataset.metadata["uri"] == run_there.at("data")
     assert run_there.at("data") in (components.folder / "dataset").read_text()

@@ -11,7 +11,7 @@ from esvit_core.runs.run import Run
 def test_of_a_finished_run_it_finds_the_shards(run_there: Run, components: Any) -> None:
     before = [item.etag for item in run_there.store.list(run_there.at("data"))]
     _, artifacts = components.directly(prepare_new_data, run_uri=run_there.uri)
-    assert artifacts["dataset"].uri == run_there.at("data") and artifacts["dataset"].metadata["pictures"] == 48
+    assert artifacts["dataset"].uri == run_there.at("data") and artifacts["dataset"].metadata["images"] == 48
     assert [item.etag for item in run_there.store.list(run_there.at("data"))] == before
 
 

@@ -33,7 +33,7 @@ def test_a_run_that_is_decided_has_nothing_to_compare(run_there: Run, components
     assert address == "" and artifacts["metrics"].metadata == {}
 
 
-def test_the_champion_s_figures_on_the_run_s_pictures(challenger: Run, components: Any) -> None:
+def test_the_champion_s_figures_on_the_run_s_images(challenger: Run, components: Any) -> None:
     outputs = components.through_kfp(compare_champion, run_uri=challenger.uri, results=["a"])
     assert outputs["result"] == challenger.at("comparison/start.json")
     own = challenger.store.get_json(challenger.at("evaluation/knn.json"))["results"]["untrained"]

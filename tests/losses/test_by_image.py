@@ -35,7 +35,7 @@ def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_b
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     counts = [T, T, *regions]
-    centre, of_teacher, features = 0.1 * draw(1, K), draw(K, D), {"teacher_features": draw(2 * B * T, 4)}
+    center, of_teacher, features = 0.1 * draw(1, K), draw(K, D), {"teacher_features": draw(2 * B * T, 4)}
     features["student_features"] = draw(B * sum(counts), 4)
     tasks = (
         (view_loss, plain_view_loss, B * len(counts), 2 * B, {"n_crops": len(counts)}),
@@ -53,7 +53,7 @@ def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_b
             given = (logits, teacher) if loss is ours else (logits.dense(), teacher.dense())
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(blockwise, "ROWS_OF_PRODUCTS", rows_per_block)
-                value = loss(*given, centre=centre, **TEMPS, **others)
+                value = loss(*given, center=center, **TEMPS, **others)
             (3 * value).backward()
             results.append((value.detach(), *(leaf.grad for leaf in leaves)))
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
@@ -86,7 +86,7 @@ def crops() -> list[torch.Tensor]:
 
 
 def step(networks: list[MultiCropNetwork], fewest: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Loss, centre, diagnostics and gradients of a step, with logits stored up to ``fewest`` prototypes."""
+    """Loss, center, diagnostics and gradients of a step, with logits stored up to ``fewest`` prototypes."""
     student, teacher = networks
     student.zero_grad()
     objective = Objective(ObjectiveConfig(), 600)
@@ -102,7 +102,7 @@ def step(networks: list[MultiCropNetwork], fewest: int, dtype: torch.dtype = tor
         statistics = BatchStatistics(ours, theirs, objective, 0.04)
     figures = {name: torch.tensor(float(x)) for name, x in statistics.diagnostics().figures().items()}
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    return {"loss": total.detach(), "centre": objective.centre_region.value} | figures | gradients
+    return {"loss": total.detach(), "center": objective.center_region.value} | figures | gradients
 
 
 def test_a_network_learns_the_same_whether_its_logits_are_stored_or_not(networks: list[MultiCropNetwork]) -> None:
@@ -134,7 +134,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_holds_the_logits_of_all_pictures(
+def test_no_tensor_holds_the_logits_of_all_images(
     networks: list[MultiCropNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blockwise, "ROWS_OF_PRODUCTS", 1)
@@ -143,7 +143,7 @@ def test_no_tensor_holds_the_logits_of_all_pictures(
     with torch.no_grad():
         theirs = teacher(crops()[:2])
     ours = student(crops())
-    of_one_picture = 600 * sum(ours.regions_per_crop)
+    of_one_image = 600 * sum(ours.regions_per_crop)
     with Largest() as largest:
         Objective(ObjectiveConfig(), 600)(ours, theirs, 0.04).total.backward()
-    assert 0 < largest.values <= of_one_picture < ours.region_logits.shape[0] * 600
+    assert 0 < largest.values <= of_one_image < ours.region_logits.shape[0] * 600

@@ -1,6 +1,6 @@
-"""How hard labelled pictures are without a network: 20-NN and logistic regression on raw pixels.
+"""How hard labelled images are without a network: 20-NN and logistic regression on raw pixels.
 
-python benchmarks/sample_pictures.py samples/*.zip
+python benchmarks/sample_images.py samples/*.zip
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIDE, HELD_OUT = 32, 0.2
 
 
 def measure(source: str) -> dict[str, float | int | str]:
-    """Accuracy on the held-out pictures of one source, percent."""
+    """Accuracy on the held-out images of one source, percent."""
     with open_source(source) as opened:
         places = arrange([entry.name for entry in opened.entries], source).places
         pixels = np.stack([read(opened.read(entry)) for entry in opened.entries])  # (N, SIDE * SIDE * 3)
@@ -39,7 +39,7 @@ def measure(source: str) -> dict[str, float | int | str]:
     largest = max(labels.count(label) for label in set(labels))
     return {
         "source": source,
-        "pictures": len(labels),
+        "images": len(labels),
         "held_out": int(held.sum()),
         "knn_20": round(100 * neighbours.score(direction[held], classes[held]), 1),
         "linear": round(100 * linear, 1),
@@ -48,8 +48,8 @@ def measure(source: str) -> dict[str, float | int | str]:
 
 
 def read(data: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return np.asarray(picture, dtype=np.float32).ravel() / 255
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float32).ravel() / 255
 
 
 if __name__ == "__main__":
