@@ -91,7 +91,7 @@ class ChaosRun:
         for process in psutil.process_iter(["cmdline", "status"]):
             command = " ".join(process.info["cmdline"] or [])
             alive = process.info["status"] != psutil.STATUS_ZOMBIE
-            if alive and f"--run-uri {self.uri}" in command and ("training.agent" in command) == agent:
+            if alive and f"--run-uri {self.uri}" in command and ("launch.agent" in command) == agent:
                 found.append(process)
         return found
 

@@ -27,6 +27,7 @@ from esvit_core.runs.environment import available_cores
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+AGENT_MODULE = "esvit_core.launch.agent"
 LAUNCHER_VARIABLE = "ESVIT_LAUNCHER_PID"
 AGENT_VARIABLE = "ESVIT_AGENT_PID"
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"

@@ -23,7 +23,7 @@ import psutil
 import esvit_core
 from esvit_core.config import Config
 from esvit_core.errors import CRASH_EXIT_CODE, USER_ERROR_EXIT_CODE, InfrastructureError, UserError
-from esvit_core.launch.agent import LAUNCHER_VARIABLE
+from esvit_core.launch.agent import AGENT_MODULE, LAUNCHER_VARIABLE
 from esvit_core.launch.interrupt import Signals, keep_signal_handlers
 from esvit_core.launch.outcome import Outcome, conclude, family_of
 from esvit_core.launch.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE
@@ -142,7 +142,7 @@ def _start_through_agent(role: Any, folder: Path) -> None:
     arguments[arguments.index("--rdzv_endpoint") + 1] = str(folder / "agents")
     role.entrypoint = sys.executable
     local = ["--rdzv_conf", "store_type=file", "--local_addr", "127.0.0.1"]
-    role.args = ["-m", f"{MODULE}.agent", *local, *arguments]
+    role.args = ["-m", AGENT_MODULE, *local, *arguments]
 
 
 def _wait(runner: Any, handle: str, stdout: Path, stop: Signals) -> Any:
@@ -181,7 +181,7 @@ def _agents() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if f"{MODULE}.agent" in child.cmdline():
+            if AGENT_MODULE in child.cmdline():
                 found.append(child)
     return found
 

@@ -132,7 +132,7 @@ class MicroRun:
         return found
 
     def trainers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "training.agent" not in " ".join(process.cmdline())]
+        return [process for process in self.processes() if "launch.agent" not in " ".join(process.cmdline())]
 
     def checkpointed_step(self) -> int:
         pointer = self.store.read_pointer(f"{self.uri}/training/latest")

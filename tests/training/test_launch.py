@@ -108,7 +108,7 @@ def test_nothing_outlives_a_killed_launcher_or_agent(
     if victim == "launcher":
         launcher.kill()
     else:
-        (agent,) = run.processes("training.agent")
+        (agent,) = run.processes("launch.agent")
         agent.kill()
         output, _ = launcher.communicate(timeout=240)
         assert "agent" in output.splitlines()[-1]

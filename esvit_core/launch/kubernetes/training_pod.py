@@ -14,6 +14,7 @@ from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import CA_FOLDER, TOKEN_FOLDER, ClusterConfig, PodConfig
+from esvit_core.launch.agent import AGENT_MODULE
 from esvit_core.launch.pod_metadata import (
     METRICS_PORT,
     METRICS_PORT_VARIABLE,
@@ -97,7 +98,7 @@ def agent_command(
     own = ["--local_addr", address, "--max_restarts", str(restarts)]
     if join_seconds is not None:
         own += ["--rdzv_conf", f"join_timeout={join_seconds}"]
-    return ["python", "-m", f"{MODULE}.agent", *own, *arguments]
+    return ["python", "-m", AGENT_MODULE, *own, *arguments]
 
 
 def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None:
