@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster_settings import ROOT, SWITCH, Settings
 from evidence import Entry, Evidence, Saw
 from kube import Kube, forwarded
-from runs import ENDED, TRAIN_STEP, Cli, Runs, wait_for_line
+from runs import TRAIN_STEP, Cli, Runs, wait_for_line
 
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import StoreAddress
@@ -32,6 +32,7 @@ collect_ignore_glob = [] if os.environ.get(SWITCH) else ["test_*.py"]
 
 PER_CLASS = 12
 CLASSES = 4
+ENDLESS = 100_000  # epochs
 
 
 def pytest_report_header() -> str:
@@ -193,6 +194,12 @@ def unlabelled(store: ObjectStore, stamp: str) -> str:
     return upload(store, f"test/{stamp}/unlabelled", drawings(0, PER_CLASS), labelled=False)
 
 
+def start_training(cli: Cli, data: str, stamp: str, what: str, *more: str, epochs: int) -> str:
+    """Submit a training in a step's own pod; the run's id. Its recipe's name makes it a run of its own."""
+    settings = (f"recipe={what}-{stamp}", f"training.epochs={epochs}", *more)
+    return cli.submit("pretrain", data, "--name", f"{what} {stamp}", settings=settings)
+
+
 @pytest.fixture
 def training(
     cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str
@@ -204,15 +211,20 @@ def training(
     started: list[str] = []
 
     def start(what: str, *more: str, epochs: int) -> tuple[str, dict[str, Any]]:
-        settings = (f"recipe={what}-{stamp}", f"training.epochs={epochs}", *more)
-        run_id = cli.submit("pretrain", unlabelled, "--name", f"{what} {stamp}", settings=settings)
+        run_id = start_training(cli, unlabelled, stamp, what, *more, epochs=epochs)
         started.append(run_id)
         pod = runs.pod(run_id, TRAIN_STEP)
         wait_for_line(kube, pod, "images/s")
         return run_id, pod
 
     yield start
-    for run_id in started:
-        with contextlib.suppress(Exception):  # the server may be away: the test says what went wrong
-            if runs.state(run_id) not in ENDED:
-                runs.client.terminate_run(run_id)
+    runs.terminate(*started)
+
+
+@pytest.fixture(scope="session")
+def endless(cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str) -> Iterator[str]:
+    """A training in a step's own pod that goes on until it is terminated, for disturbances in turn; the run's id."""
+    run_id = start_training(cli, unlabelled, stamp, "disturbed", epochs=ENDLESS)
+    wait_for_line(kube, runs.pod(run_id, TRAIN_STEP), "images/s")
+    yield run_id
+    runs.terminate(run_id)

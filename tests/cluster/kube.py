@@ -89,7 +89,7 @@ class Kube:
         self.run("delete", "pod", pod["metadata"]["name"], "--wait=false", *more)
 
 
-def wait_for(what: str, look: Callable[[], T | None], seconds: float, every: float = 2.0) -> T:
+def wait_for(what: str, look: Callable[[], T | None], seconds: float, every: float = 3.0) -> T:
     """Look again and again until something is there.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -134,6 +135,13 @@ class Runs:
 
         return wait_for(f"a pod of run {run_id} with {selector}", look, seconds)
 
+    def terminate(self, *run_ids: str) -> None:
+        """Terminate the runs that have not ended."""
+        for run_id in run_ids:
+            with contextlib.suppress(Exception):  # the server may be away: the test says what went wrong
+                if self.state(run_id) not in ENDED:
+                    self.client.terminate_run(run_id)
+
     def failure(self, run_id: str) -> str:
         """The last lines of the pods that failed."""
         told = []
@@ -142,6 +150,28 @@ class Runs:
                 name = pod["metadata"]["name"]
                 told += [f"-- {name}", *self.kube.logs(name).splitlines()[-15:]]
         return "\n".join(told)
+
+
+def step_in(line: str) -> int:
+    """The step that a training's line of progress is at, such as 1,024 in ``train  1,024/2,000 steps  51 %``."""
+    found = re.search(r"([\d,]+)/[\d,]+ steps", line)
+    assert found, line
+    return int(found[1].replace(",", ""))
+
+
+def wait_for_step(kube: Kube, pod: dict[str, Any], after: int, seconds: float = 300) -> int:
+    """Wait until a training has come further than a step; the step."""
+
+    def look() -> int | None:
+        newest = max((step_in(line) for line in progress(kube, pod)), default=0)
+        return newest if newest > after else None
+
+    return wait_for(f"a step after {after} in the log of {pod['metadata']['name']}", look, seconds)
+
+
+def progress(kube: Kube, pod: dict[str, Any]) -> list[str]:
+    """The lines of a training's log that tell its speed."""
+    return [line for line in kube.logs(pod["metadata"]["name"]).splitlines() if "images/s" in line]
 
 
 def wait_for_line(kube: Kube, pod: dict[str, Any], text: str, seconds: float = 300) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from evidence import Saw
-from runs import Cli, Runs, run_id_in
+from runs import TRAIN_STEP, Cli, Runs, progress, run_id_in
 
-from conftest import drawings, upload
+from conftest import PER_CLASS, drawings, upload
 from esvit_core.storage import ObjectStore
 
 
@@ -24,17 +24,41 @@ def decision_of(store: ObjectStore, run: str) -> dict[str, Any]:
     return found
 
 
-def newest_run(store: ObjectStore, stamp: str) -> str:
-    """Address of the session's run whose configuration was written last."""
-    mine = f"s3://esvit/runs/few-steps-{stamp}-"
+def newest_run(store: ObjectStore, recipe: str) -> str:
+    """Address of the recipe's run whose configuration was written last."""
+    mine = f"s3://esvit/runs/{recipe}-"
     found = [
         one for one in store.list("s3://esvit/runs") if one.uri.startswith(mine) and one.uri.endswith("/config.yaml")
     ]
     return max(found, key=lambda one: one.modified).uri.removesuffix("/config.yaml")
 
 
+@pytest.fixture(scope="module")
+def growing(store: ObjectStore, stamp: str) -> str:
+    """Labelled drawings to which more are added."""
+    return upload(store, f"test/{stamp}/growing", drawings(0, PER_CLASS), labelled=True)
+
+
+@pytest.fixture(scope="module")
+def beside(cli: Cli, unlabelled: str, growing: str, stamp: str) -> dict[str, str]:
+    """Runs that go on beside the first test, for time's sake; their ids."""
+    return {
+        "unlabelled": cli.submit(
+            "pretrain", unlabelled, "--name", f"unlabelled {stamp}", settings=(f"recipe=unlabelled-{stamp}",)
+        ),
+        "retrain": cli.submit("retrain", growing, "--name", f"retrain first {stamp}"),
+    }
+
+
 def test_pretrain_labelled(
-    cli: Cli, runs: Runs, store: ObjectStore, labelled: str, transfer_set: str, stamp: str, saw: Saw
+    cli: Cli,
+    runs: Runs,
+    store: ObjectStore,
+    labelled: str,
+    transfer_set: str,
+    stamp: str,
+    beside: dict[str, str],
+    saw: Saw,
 ) -> None:
     """`esvit submit pretrain --wait` on labelled images with a transfer set succeeds and tells the verdict."""
     done = cli.run(
@@ -45,41 +69,41 @@ def test_pretrain_labelled(
     saw.command(done, last=30)
     assert done.returncode == 0
     assert runs.state(run_id_in(done.stdout)) == "SUCCEEDED"
-    assert decision_of(store, newest_run(store, stamp))["value"] is not None
+    assert decision_of(store, newest_run(store, f"few-steps-{stamp}"))["value"] is not None
 
 
-def test_pretrain_unlabelled(cli: Cli, runs: Runs, store: ObjectStore, unlabelled: str, stamp: str, saw: Saw) -> None:
+def test_pretrain_unlabelled(runs: Runs, store: ObjectStore, beside: dict[str, str], stamp: str, saw: Saw) -> None:
     """A run on images without labels succeeds to its last step and says that it decides nothing."""
-    run_id = cli.submit("pretrain", unlabelled, "--name", f"unlabelled {stamp}")
-    seconds = runs.wait(run_id)
-    decision = decision_of(store, newest_run(store, stamp))
-    saw(f"SUCCEEDED after {seconds:.0f} s; promoted: {decision['promoted']}, {decision['reason']}")
+    runs.wait(beside["unlabelled"])
+    decision = decision_of(store, newest_run(store, f"unlabelled-{stamp}"))
+    saw(f"SUCCEEDED; promoted: {decision['promoted']}, {decision['reason']}")
     assert not decision["promoted"]
 
 
-def test_same_run_again(cli: Cli, runs: Runs, labelled: str, transfer_set: str, stamp: str, saw: Saw) -> None:
-    """The same run submitted again finds every step done."""
-    run_id = cli.submit("pretrain", labelled, "--transfer", f"marks={transfer_set}", "--name", f"again {stamp}")
-    seconds = runs.wait(run_id)
-    saw(f"SUCCEEDED after {seconds:.0f} s")
+def test_same_run_again_and_evaluate(
+    cli: Cli, runs: Runs, labelled: str, transfer_set: str, stamp: str, saw: Saw
+) -> None:
+    """The same run submitted again finds every step done; beside it the champion is measured on other data."""
+    again = cli.submit("pretrain", labelled, "--transfer", f"marks={transfer_set}", "--name", f"again {stamp}")
+    evaluated = cli.submit("evaluate", labelled, "-p", "backbone=champion", "--name", f"evaluate {stamp}")
+    for what, run_id in (("the same run again", again), ("the champion's evaluation", evaluated)):
+        saw(f"{what}: SUCCEEDED after {runs.wait(run_id):.0f} s")
+    trained = runs.pods(again, TRAIN_STEP, phase=None)
+    assert trained and not any(progress(runs.kube, pod) for pod in trained), "it trained again"
 
 
-def test_evaluate(cli: Cli, runs: Runs, labelled: str, stamp: str, saw: Saw) -> None:
-    """The champion is measured on other data."""
-    run_id = cli.submit("evaluate", labelled, "-p", "backbone=champion", "--name", f"evaluate {stamp}")
-    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
-
-
-def test_retrain(cli: Cli, runs: Runs, store: ObjectStore, labelled: str, stamp: str, saw: Saw) -> None:
+def test_retrain(
+    cli: Cli, runs: Runs, store: ObjectStore, beside: dict[str, str], growing: str, stamp: str, saw: Saw
+) -> None:
     """A retraining trains on new images, finds nothing new the second time, and of two at once one goes on."""
-    first = cli.submit("retrain", labelled, "--name", f"retrain first {stamp}")
-    saw(f"the first retraining: SUCCEEDED after {runs.wait(first):.0f} s")
-    nothing = cli.submit("retrain", labelled, "--name", f"retrain nothing new {stamp}")
+    runs.wait(beside["retrain"])
+    saw("the first retraining: SUCCEEDED")
+    nothing = cli.submit("retrain", growing, "--name", f"retrain nothing new {stamp}")
     saw(f"nothing new: SUCCEEDED after {runs.wait(nothing):.0f} s")
     pods = {p["metadata"]["labels"].get("esvit.dev/role") for p in runs.pods(nothing, phase=None)}
     assert pods == {"prepare"}, "with nothing new only the first step runs"
-    upload(store, labelled.removeprefix("s3://esvit/"), drawings(40, 6), labelled=True)
-    two = [cli.submit("retrain", labelled, "--name", f"retrain {n} of two {stamp}") for n in (1, 2)]
+    upload(store, growing.removeprefix("s3://esvit/"), drawings(40, 6), labelled=True)
+    two = [cli.submit("retrain", growing, "--name", f"retrain {n} of two {stamp}") for n in (1, 2)]
     ends = {}
     for run_id in two:
         try:

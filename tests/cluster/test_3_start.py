@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,31 +34,19 @@ def test_register(cli: Cli, saw: Saw) -> None:
         assert done.returncode == 0
 
 
-def test_schedule(cli: Cli, runs: Runs, labelled: str, stamp: str, saw: Saw) -> None:
-    """A schedule starts a run by itself, with the service account that was asked for."""
+@pytest.fixture(scope="module")
+def by_kfp(cli: Cli, settings: Settings, unlabelled: str, stamp: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """What `kfp run create` said of a file that `esvit compile` wrote; its run goes on beside the other tests."""
     changes = [item for one in cli.short for item in ("--set", one)]
-    name = f"every-minute-{stamp}"
-    made = cli.run(
-        "schedule", "create", "retrain", "--name", name, "--every", "1m", "--data", labelled,
-        "--recipe", str(cli.recipe), *changes,
+    file = tmp_path_factory.mktemp("compiled") / "pretrain.yaml"
+    compiled = cli.run("compile", "pretrain", "--recipe", str(cli.recipe), *changes, "-o", str(file))
+    assert compiled.returncode == 0, compiled.stderr
+    kfp = str(Path(sys.executable).with_name("kfp"))
+    return subprocess.run(
+        ["kfp", "--endpoint", settings.kfp, "run", "create", "--experiment-name", "esvit",
+         "--run-name", f"kfp run create {stamp}", "--package-file", str(file), f"data={unlabelled}"],
+        executable=kfp, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    saw.command(made)
-    assert made.returncode == 0
-    try:
-        run = wait_for("a run of the schedule", lambda: _run_of(runs, name), 240, every=5)
-    finally:
-        cli.run("schedule", "pause", name)
-    refused = cli.run("schedule", "delete", name)
-    saw.command(refused)
-    assert refused.returncode == 2 and run.run_id in refused.stderr
-    pod = runs.pod(run.run_id)
-    account = pod["spec"]["serviceAccountName"]
-    saw(f"run {run.display_name} was started by the schedule; its pods have the account {account}")
-    assert account == "esvit-pipeline"
-    saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
-    deleted = cli.run("schedule", "delete", name)
-    saw.command(deleted)
-    assert deleted.returncode == 0
 
 
 def _run_of(runs: Runs, schedule: str):  # type: ignore[no-untyped-def]
@@ -66,25 +54,35 @@ def _run_of(runs: Runs, schedule: str):  # type: ignore[no-untyped-def]
     return next((run for run in found if schedule in run.display_name), None)
 
 
-def test_kfp_run_create(
-    cli: Cli, runs: Runs, settings: Settings, unlabelled: str, tmp_path: Path, stamp: str, saw: Saw
+@pytest.fixture(scope="module")
+def schedule(cli: Cli, stamp: str) -> Iterator[str]:
+    """Name of the schedule that is made; what is left of it is deleted."""
+    name = f"every-minute-{stamp}"
+    yield name
+    cli.run("schedule", "delete", name, "--now")
+
+
+def test_schedule(
+    cli: Cli, runs: Runs, by_kfp: subprocess.CompletedProcess[str], labelled: str, schedule: str, saw: Saw
 ) -> None:
-    """`kfp run create` runs what `esvit compile` wrote."""
+    """A schedule starts a run by itself with the service account that was asked for, and stays while that goes on."""
     changes = [item for one in cli.short for item in ("--set", one)]
-    file = tmp_path / "pretrain.yaml"
-    compiled = cli.run("compile", "pretrain", "--recipe", str(cli.recipe), *changes, "-o", str(file))
-    assert compiled.returncode == 0, compiled.stderr
-    kfp = str(Path(sys.executable).with_name("kfp"))
-    name = f"kfp run create {stamp}"
-    done = subprocess.run(
-        ["kfp", "--endpoint", settings.kfp, "run", "create", "--experiment-name", "esvit", "--run-name", name,
-         "--package-file", str(file), f"data={unlabelled}"],
-        executable=kfp, capture_output=True, text=True, timeout=120,
+    made = cli.run(
+        "schedule", "create", "retrain", "--name", schedule, "--every", "1m", "--data", labelled,
+        "--recipe", str(cli.recipe), *changes,
     )  # fmt: skip
-    saw.command(done, last=8)
-    assert done.returncode == 0
-    run = wait_for("the run", lambda: _run_of(runs, name), 60)
-    saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
+    saw.command(made)
+    assert made.returncode == 0
+    run = wait_for("a run of the schedule", lambda: _run_of(runs, schedule), 240, every=5)
+    paused = cli.run("schedule", "pause", schedule)
+    assert paused.returncode == 0, paused.stderr
+    refused = cli.run("schedule", "delete", schedule)
+    saw.command(refused)
+    assert refused.returncode == 2 and run.run_id in refused.stderr
+    pod = wait_for("a pod of the run", lambda: next(iter(runs.pods(run.run_id, phase=None)), None), 300)
+    account = pod["spec"]["serviceAccountName"]
+    saw(f"run {run.display_name} was started by the schedule; its pods have the account {account}")
+    assert account == "esvit-pipeline"
 
 
 def test_user_interface(
@@ -106,3 +104,22 @@ def test_user_interface(
         ended = [one.run_id for one in runs.client.list_runs(page_size=50, sort_by="created_at desc").runs or []
                  if one.state == "SUCCEEDED" and ("labelled" in one.display_name or one.run_id == run.run_id)]  # fmt: skip
         assert "knn/5" in browser.compare(ended[:3], saw)
+
+
+def test_kfp_run_create(runs: Runs, by_kfp: subprocess.CompletedProcess[str], stamp: str, saw: Saw) -> None:
+    """`kfp run create` runs what `esvit compile` wrote."""
+    saw.command(by_kfp, last=8)
+    assert by_kfp.returncode == 0
+    run = wait_for("the run", lambda: _run_of(runs, f"kfp run create {stamp}"), 60)
+    runs.wait(run.run_id)
+    saw("SUCCEEDED")
+
+
+def test_scheduled_run_ends(cli: Cli, runs: Runs, schedule: str, saw: Saw) -> None:
+    """The schedule's run succeeds, and the schedule can be deleted then."""
+    run = wait_for("a run of the schedule", lambda: _run_of(runs, schedule), 10)
+    runs.wait(run.run_id)
+    saw(f"{run.display_name}: SUCCEEDED")
+    deleted = cli.run("schedule", "delete", schedule)
+    saw.command(deleted)
+    assert deleted.returncode == 0

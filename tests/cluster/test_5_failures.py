@@ -10,9 +10,9 @@ from collections.abc import Callable
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube, wait_for
-from runs import ENDED, TRAIN_STEP, Cli, Runs, wait_for_line
+from runs import ENDED, TRAIN_STEP, Cli, Runs, progress, step_in, wait_for_line, wait_for_step
 
-LONG = 400  # epochs of some tenths of a second
+LONG = 250  # epochs of some tenths of a second
 
 
 def another(runs: Runs, run_id: str, pod: dict, seconds: float = 300) -> dict:
@@ -25,40 +25,38 @@ def another(runs: Runs, run_id: str, pod: dict, seconds: float = 300) -> dict:
     return wait_for("another pod of the step", look, seconds)
 
 
-def step_in(line: str) -> int:
-    """The step that a line of the log names."""
-    found = re.search(r"step (\d+)", line)
-    assert found, line
-    return int(found[1])
+def pod_of(runs: Runs, run_id: str) -> tuple[dict, int]:
+    """The pod that trains, and the step that it is at."""
+    pod = runs.pod(run_id, TRAIN_STEP)
+    return pod, wait_for_step(runs.kube, pod, after=0)
 
 
 def test_step_pod_deleted(training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw) -> None:
     """A training pod that is deleted starts again from a checkpoint of the last minute."""
     run_id, pod = training("deleted", epochs=LONG)
     time.sleep(45)
-    lines = [line for line in kube.logs(pod["metadata"]["name"]).splitlines() if "images/s" in line]
+    lines = progress(kube, pod)
     kube.delete_pod(pod)
     again = another(runs, run_id, pod)
-    resumed = wait_for_line(kube, again, "from step")
+    resumed = wait_for_line(kube, again, "resuming from step")
     saw(f"before: {lines[-1].strip()}")
     saw(f"after:  {resumed.strip()}")
-    assert step_in(resumed) > 0
     saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
 
 
-def test_infrastructure_failure_is_repeated(
-    training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw
-) -> None:
+def test_infrastructure_failure_is_repeated(endless: str, runs: Runs, kube: Kube, saw: Saw) -> None:
     """A step that ends with an infrastructure failure begins again in its own pod."""
-    run_id, pod = training("infrastructure", epochs=LONG)
+    pod, _ = pod_of(runs, endless)
     kill = (
         "import os, signal, psutil;"
         "[p.send_signal(signal.SIGKILL) for p in psutil.process_iter() if 'esvit_core.launch.agent' in p.cmdline()]"
     )
     kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", kill)
-    resumed = wait_for_line(kube, pod, "again")
+    saw(wait_for_line(kube, pod, "again").strip())
+    resumed = wait_for_line(kube, pod, "resuming from step")
     saw(resumed.strip())
-    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+    after, _ = pod_of(runs, endless)
+    assert after["metadata"]["uid"] == pod["metadata"]["uid"]
 
 
 def test_mistake_is_not_repeated(cli: Cli, runs: Runs, kube: Kube, stamp: str, saw: Saw) -> None:
@@ -72,33 +70,31 @@ def test_mistake_is_not_repeated(cli: Cli, runs: Runs, kube: Kube, stamp: str, s
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_store_away(training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube, saw: Saw) -> None:
-    """The store is away for a minute in the middle of a training, and nothing is lost."""
-    run_id, pod = training("store-away", epochs=LONG)
+def test_store_away(endless: str, runs: Runs, kube: Kube, saw: Saw) -> None:
+    """The store is away for a minute in the middle of a training, which goes on in the same pod."""
+    pod, before = pod_of(runs, endless)
     kube.run("scale", "statefulset/esvit-object-store", "--replicas=0")
     began = time.monotonic()
     time.sleep(60)
     kube.run("scale", "statefulset/esvit-object-store", "--replicas=1")
     kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
     saw(f"the store was away for {time.monotonic() - began:.0f} s")
-    seconds = runs.wait(run_id)
-    told = [line.strip() for line in kube.logs(pod["metadata"]["name"]).splitlines() if "store" in line]
-    for line in told[:6]:
-        saw(line)
-    saw(f"SUCCEEDED after {seconds:.0f} s, in the same pod")
+    saw(wait_for_line(kube, pod, "nothing was lost").strip())
+    during = step_in(progress(kube, pod)[-1])
+    saw(f"at step {before:,} before, at step {wait_for_step(kube, pod, during):,} after, in the same pod")
 
 
 def test_api_server_restarted(
-    settings: Settings, training: Callable[..., tuple[str, dict]], runs: Runs, kube: Kube,
-    needs: Callable[..., None], saw: Saw,
-) -> None:  # fmt: skip
-    """The Kubernetes API server restarts in the middle of a training."""
+    settings: Settings, endless: str, runs: Runs, kube: Kube, needs: Callable[..., None], saw: Saw
+) -> None:
+    """The Kubernetes API server restarts in the middle of a training, which goes on in the same pod."""
     needs("restart_api")
-    run_id, pod = training("api-restarted", epochs=LONG)
+    pod, before = pod_of(runs, endless)
     subprocess.run(settings.restart_api, shell=True, check=True, timeout=120)
     wait_for("the API server", lambda: kube.get("pod", pod["metadata"]["name"]), 120)
-    saw("the API server was restarted")
-    saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
+    again, after = pod_of(runs, endless)
+    assert again["metadata"]["uid"] == pod["metadata"]["uid"]
+    saw(f"the API server was restarted; at step {before:,} before, at step {after:,} after, in the same pod")
 
 
 def test_waits_and_comes_back(cli: Cli, runs: Runs, unlabelled: str, stamp: str, saw: Saw) -> None:

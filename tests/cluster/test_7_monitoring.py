@@ -6,7 +6,7 @@ import json
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import pytest
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube, wait_for
-from runs import Runs, wait_for_line
+from runs import TRAIN_STEP, Cli, Runs, wait_for_line
 
+from conftest import ENDLESS, start_training
 from esvit_core.monitoring.alerts import Durations, alert_rules, prometheus_rule
 
 # Ten minutes become twenty seconds, so that a cause is felt within a minute.
 FACTOR = 1 / 30
-ENDLESS = 100_000  # epochs
 
 
 class Prometheus:
@@ -83,22 +83,18 @@ def fires(prometheus: Prometheus, name: str, saw: Saw, seconds: float = 180) -> 
     saw(f"{name} fires after {time.monotonic() - began:.0f} s: {summary}")
 
 
-def test_targets(prometheus: Prometheus, training: Callable[..., tuple[str, dict]], kube: Kube, saw: Saw) -> None:
+def test_targets(prometheus: Prometheus, endless: str, runs: Runs, saw: Saw) -> None:
     """A training in a step's own pod and the store are targets, and they are up."""
-    _, pod = training("target", epochs=ENDLESS)
-    name = pod["metadata"]["name"]
+    name = runs.pod(endless, TRAIN_STEP)["metadata"]["name"]
     wait_for(f"target {name} to be up", lambda: prometheus.targets().get(name) == "up" or None, 120)
     stores = {pod: health for pod, health in prometheus.targets().items() if "esvit-object-store" in pod}
     saw(f"up: {name}; the store: {stores}")
     assert "up" in stores.values()
 
 
-def test_alerts_of_one_training(
-    prometheus: Prometheus, training: Callable[..., tuple[str, dict]], kube: Kube, runs: Runs, saw: Saw
-) -> None:
+def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube, runs: Runs, saw: Saw) -> None:
     """Stalled, slow, restarting, store errors, checkpoint too old, gone: one training is disturbed in turn."""
-    run_id, pod = training("disturbed", epochs=ENDLESS)
-    time.sleep(30)
+    pod = runs.pod(endless, TRAIN_STEP)
     in_pod(kube, pod, "SIGSTOP")
     fires(prometheus, "EsvitTrainStalled", saw)
     in_pod(kube, pod, "SIGCONT")
@@ -121,7 +117,7 @@ def test_alerts_of_one_training(
         wait_for_line(kube, pod, "again")
         time.sleep(20)
     fires(prometheus, "EsvitTrainRestarting", saw)
-    runs.client.terminate_run(run_id)
+    runs.terminate(endless)
     fires(prometheus, "EsvitTrainGone", saw)
 
 
@@ -135,13 +131,21 @@ CAUSES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def causes(cli: Cli, runs: Runs, unlabelled: str, stamp: str) -> Iterator[None]:
+    """A training for each cause, beside each other."""
+    started = [
+        start_training(cli, unlabelled, stamp, name.lower().replace("/", "-"), *changes, epochs=ENDLESS)
+        for name, changes in CAUSES.items()
+    ]
+    yield
+    runs.terminate(*started)
+
+
 @pytest.mark.parametrize("name", CAUSES)
-def test_alert_and_its_cause(
-    name: str, prometheus: Prometheus, training: Callable[..., tuple[str, dict]], saw: Saw
-) -> None:
+def test_alert_and_its_cause(name: str, prometheus: Prometheus, causes: None, saw: Saw) -> None:
     """An alert fires when its cause is there."""
-    training(name.lower().replace("/", "-"), *CAUSES[name], epochs=ENDLESS)
-    fires(prometheus, name, saw, 240)
+    fires(prometheus, name, saw, 400)
 
 
 def test_every_alert_is_tried(saw: Saw) -> None:

@@ -93,7 +93,7 @@ def test_over_the_quota(installed: ObjectStore, there: Cli, profile: Kube, stamp
     """What the quota does not let in is said, with the quota's own words."""
     data = f"s3://esvit/test/{stamp}/labelled"
     submission = there.submission(
-        "pretrain", data, "--namespace", profile.namespace, "--wait", "--name", f"over quota {stamp}",
+        "pretrain", data, "--namespace", profile.namespace, "--wait", "--name", f"too large {stamp}",
         settings=("cluster.prepare.cpu=3", "cluster.prepare.cpu_limit=3", f"recipe=over-{stamp}"),
     )  # fmt: skip
     process = there.start(*submission)
@@ -102,10 +102,10 @@ def test_over_the_quota(installed: ObjectStore, there: Cli, profile: Kube, stamp
     end = time.monotonic() + 300
     for line in process.stdout:
         lines.append(line)
-        if "quota" in line or time.monotonic() > end:
+        if "exceeded quota" in line or time.monotonic() > end:
             break
     process.terminate()
     for line in lines[-6:]:
         saw(line.rstrip())
     there.run("runs", "terminate", run_id_in("".join(lines)), "--namespace", profile.namespace)
-    assert "quota" in lines[-1]
+    assert "exceeded quota" in lines[-1]
