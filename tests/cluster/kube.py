@@ -77,10 +77,10 @@ class Kube:
             if phase is None or (pod["status"].get("phase") == phase and "deletionTimestamp" not in pod["metadata"])
         ]
 
-    def logs(self, pod: str, container: str = "main") -> str:
-        """The log of a container as far as it can be had."""
+    def logs(self, pod: str) -> str:
+        """The log of a pod's container that does the work, as far as it can be had; of a step's pod Argo says which."""
         with contextlib.suppress(KubectlError):
-            return self.run("logs", pod, "-c", container)
+            return self.run("logs", pod)
         return ""
 
     def delete_pod(self, pod: dict[str, Any], *, force: bool = False) -> None:
