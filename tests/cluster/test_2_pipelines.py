@@ -81,12 +81,13 @@ def test_pretrain_unlabelled(runs: Runs, store: ObjectStore, beside: dict[str, s
 
 
 def test_same_run_again_and_evaluate(
-    cli: Cli, runs: Runs, labelled: str, transfer_set: str, stamp: str, saw: Saw
+    cli: Cli, runs: Runs, store: ObjectStore, labelled: str, transfer_set: str, stamp: str, saw: Saw
 ) -> None:
-    """The same run submitted again finds every step done; beside it the champion is measured on other data."""
+    """The same run submitted again finds every step done; beside it its backbone is measured by itself."""
     again = cli.submit("pretrain", labelled, "--transfer", f"marks={transfer_set}", "--name", f"again {stamp}")
-    evaluated = cli.submit("evaluate", labelled, "-p", "backbone=champion", "--name", f"evaluate {stamp}")
-    for what, run_id in (("the same run again", again), ("the champion's evaluation", evaluated)):
+    backbone = newest_run(store, f"few-steps-{stamp}")
+    evaluated = cli.submit("evaluate", labelled, "-p", f"backbone={backbone}", "--name", f"evaluate {stamp}")
+    for what, run_id in (("the same run again", again), (f"evaluation of {backbone}", evaluated)):
         saw(f"{what}: SUCCEEDED after {runs.wait(run_id):.0f} s")
     trained = runs.pods(again, TRAIN_STEP, phase=None)
     assert trained and not any(progress(runs.kube, pod) for pod in trained), "it trained again"
