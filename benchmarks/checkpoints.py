@@ -25,7 +25,7 @@ from esvit_core.data.ingest.prepare import prepare
 from esvit_core.runs.run import Run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint import Checkpointer, Retention, Written
 from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
@@ -60,7 +60,7 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     if parts.schedules.steps < needed:
         raise SystemExit(f"{needed} steps needed, the recipe has {parts.schedules.steps}: raise training.epochs")
     written: list[Written] = []
-    checkpoints = Checkpointer(Outbox(store, run.uri), Retention(2), written.append)
+    checkpoints = Checkpointer(UploadQueue(store, run.uri), Retention(2), written.append)
     batches = parts.batches()
     copies: list[float] = []
 

@@ -29,7 +29,7 @@ from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.models.region_map import FeatureNetwork
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore
-from esvit_core.storage.atomic_write import appearing, require_free
+from esvit_core.storage.atomic_write import atomic_write, require_absent
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ def embed(
             files are bad than allowed.
     """
     settings = settings or EmbedSettings()
-    require_free(out, SUFFIXES)
+    require_absent(out, SUFFIXES)
     if out.suffix == ".parquet":
         require_pyarrow()
     description: dict[str, Any] = backbone.backbone_config  # type: ignore[assignment]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(settings.precision, device)
     network = FeatureNetwork(backbone.to(device), settings.regions).eval()
-    with open_source(source, store) as opened, appearing(out) as path:
+    with open_source(source, store) as opened, atomic_write(out) as path:
         files = [entry for entry in opened.entries if not is_ignored(entry.name)]
         if not files:
             raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")

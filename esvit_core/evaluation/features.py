@@ -30,7 +30,7 @@ from esvit_core.evaluation.results import MODELS
 from esvit_core.kernels.select import choose_fastest_
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.disk import writing
+from esvit_core.storage.disk import explain_write_errors
 from esvit_core.weights.backbone import load_backbone
 
 SPLITS = ("train", "val")
@@ -253,5 +253,5 @@ def _batches(
 
 def _save(features: Features, path: Path) -> None:
     arrays = {"view": features.view, "blocks": features.blocks, "labels": features.labels}
-    with writing(path, SafetensorError):
+    with explain_write_errors(path, SafetensorError):
         save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 
 LOG_PREFIX = "training/log"
 MIN_PIECE_SECONDS = 10.0
@@ -25,12 +25,12 @@ class LogWriter:
     """Collects the lines of one attempt and uploads them from time to time, beside the training.
 
     Args:
-        outbox: of the run.
+        uploads: the run's upload queue.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
-        self.attempt = 1 + max((attempt for _, attempt, _ in _pieces(outbox.store, outbox.uri)), default=0)
+    def __init__(self, uploads: UploadQueue) -> None:
+        self._uploads = uploads
+        self.attempt = 1 + max((attempt for _, attempt, _ in _pieces(uploads.store, uploads.uri)), default=0)
         self._lock = threading.Lock()
         self._lines: list[str] = []
         self._first_step = 0
@@ -64,7 +64,7 @@ class LogWriter:
             name = f"{self._first_step:08d}-{self.attempt}.jsonl"
             data = ("\n".join(self._lines) + "\n").encode()
             self._lines, self._last_flush = [], time.monotonic()
-            self._outbox.put(f"{LOG_PREFIX}/{name}", data)
+            self._uploads.put(f"{LOG_PREFIX}/{name}", data)
 
 
 def read_log(store: ObjectStore, run_uri: str, known: dict[str, bytes] | None = None) -> list[dict[str, Any]]:

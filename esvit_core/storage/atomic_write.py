@@ -10,7 +10,7 @@ from pathlib import Path
 from esvit_core.errors import UserError
 
 
-def require_free(out: Path, suffixes: tuple[str, ...] = ()) -> None:
+def require_absent(out: Path, suffixes: tuple[str, ...] = ()) -> None:
     """Make sure that ``out`` can be made, before the work.
 
     Args:
@@ -31,7 +31,7 @@ def require_free(out: Path, suffixes: tuple[str, ...] = ()) -> None:
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def atomic_write(out: Path) -> Iterator[Path]:
     """A path beside ``out`` to write to, which takes its name if all goes well and vanishes otherwise.
 
     Raises:

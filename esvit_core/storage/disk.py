@@ -42,7 +42,7 @@ def require_room(directory: Path, size: int = 0) -> None:
     free, needed = free_bytes(directory), size + RESERVE_BYTES
     if free < needed:
         raise StoreFull(
-            f"{directory}: the disk of the object store is full: {mebibytes(needed)} needed, {mebibytes(free)} free; "
+            f"{directory}: the disk of the object store is full: {format_mib(needed)} needed, {format_mib(free)} free; "
             "free some space there, or choose a directory on another disk"
         )
 
@@ -62,7 +62,7 @@ def require_folder(directory: Path) -> None:
         )
 
 
-def family_of(error: OSError) -> type[StoreError]:
+def disk_error_class(error: OSError) -> type[StoreError]:
     """Whether a failed operation on a file is a full disk, a wrong path, or a disk that fails."""
     if is_full(error):
         return StoreFull
@@ -106,7 +106,9 @@ def read_at(descriptor: int, length: int, offset: int) -> bytes:
 
 
 @contextmanager
-def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to another disk") -> Iterator[None]:
+def explain_write_errors(
+    path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to another disk"
+) -> Iterator[None]:
     """Report a failure to write a temporary file as one line about that file.
 
     Args:
@@ -125,12 +127,12 @@ def writing(path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to
         if isinstance(error, OSError) and is_full(error):
             raise StoreFull(f"{path}: the disk is full; free some space there, or {otherwise}") from None
         reason = (isinstance(error, OSError) and error.strerror) or error
-        family = family_of(error) if isinstance(error, OSError) else LocalDiskError
+        family = disk_error_class(error) if isinstance(error, OSError) else LocalDiskError
         raise family(f"{path}: cannot be written ({reason}); free some space there, or {otherwise}") from None
 
 
 @contextmanager
-def temporary_room(thing: str) -> Iterator[None]:
+def explain_full_temporary_disk(thing: str) -> Iterator[None]:
     """Report a full disk below the system's temporary folder as one line.
 
     Args:
@@ -149,6 +151,6 @@ def temporary_room(thing: str) -> Iterator[None]:
         ) from None
 
 
-def mebibytes(size: int) -> str:
+def format_mib(size: int) -> str:
     """A size as people read it."""
     return f"{size / 2**20:,.0f} MiB"

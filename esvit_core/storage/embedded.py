@@ -22,7 +22,7 @@ from esvit_core.errors import UserError
 from esvit_core.storage import weed
 from esvit_core.storage.address import StoreAddress
 from esvit_core.storage.connection import Connection
-from esvit_core.storage.disk import family_of, is_full, require_room
+from esvit_core.storage.disk import disk_error_class, is_full, require_room
 from esvit_core.storage.marker import mark
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
@@ -327,7 +327,7 @@ def _ended(pid: int) -> bool:
 def _unusable(directory: Path, error: OSError) -> StoreError:
     if is_full(error):
         require_room(directory)
-    return family_of(error)(
+    return disk_error_class(error)(
         f"{directory}: the object store cannot keep its data there ({error.strerror or error}); "
         "choose a directory that you can write to"
     )

@@ -16,7 +16,7 @@ from minio.datatypes import Part
 from minio.error import S3Error
 
 from esvit_core.storage.connection import WRITER, Connection, S3Client
-from esvit_core.storage.disk import family_of, is_full, read_at, write_at
+from esvit_core.storage.disk import disk_error_class, is_full, read_at, write_at
 from esvit_core.storage.store_errors import IntegrityError, NotFound, StoreFull
 from esvit_core.storage.uri import SCHEME
 
@@ -55,7 +55,7 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
                 except NotFound:  # the server was restarted, and threw away what it held of unfinished objects
                     _upload_parts(connection, bucket, key, path, file, size, headers)
     except OSError as error:
-        raise family_of(error)(
+        raise disk_error_class(error)(
             f"{path}: cannot be read ({error.strerror or error}); expected a file to store"
         ) from error
 
@@ -133,7 +133,7 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
     except OSError as error:
         if is_full(error):
             raise StoreFull(f"{path}: the disk is full, {size} bytes needed; free some space there") from error
-        raise family_of(error)(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise disk_error_class(error)(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""What is on its way to the store: on this machine's disk until it has arrived, in the order in which it was given.
+"""Upload queue: objects wait on this machine's disk until the store has them, and are uploaded in order.
 
-Whoever gives something goes on at once. While the store does not answer, one thread tries again with growing waits;
-what a killed process leaves behind is found by the next one on this machine.
+Callers continue immediately. While the store does not answer, one thread retries with increasing waits. The next process
+on this machine finds what a killed process left in the queue.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from esvit_core.storage.connection import Connection
-from esvit_core.storage.disk import family_of, is_full, require_folder
+from esvit_core.storage.disk import disk_error_class, is_full, require_folder
 from esvit_core.storage.private_folders import private_folder
 from esvit_core.storage.publication import MANIFEST
 from esvit_core.storage.retry import RetryPolicy
@@ -31,25 +31,25 @@ from esvit_core.storage.uri import join_uri
 
 PENDING_VARIABLE = "ESVIT_PENDING_DIR"
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-HASTY = RetryPolicy(attempts=3)
+QUICK_RETRY = RetryPolicy(attempts=3)
 
 
-class Outbox:
-    """Objects, and one set of files at a time, on their way to a prefix of the store.
+class UploadQueue:
+    """Uploads objects, and one set of files at a time, to a prefix of the store in the background.
 
-    Objects go in order. Of sets only the newest waits: one that has not arrived when the next is complete is dropped.
-    A set goes after the objects that were given before it.
+    Objects are uploaded in order. Only the newest set is pending: a set that has not been uploaded when the next one is
+    complete is dropped. A set is uploaded after the objects that were queued before it.
 
     Args:
-        store: where to.
-        uri: prefix of the names; one process at a time may have an outbox for it.
-        grace_seconds: how long the store may fail to answer before that is an error.
-        directory: where what waits lies; None: see :func:`pending_folder`.
-        say: called with a line for people when the store stops answering, and when it answers again.
+        store: destination store.
+        uri: prefix of the object names; only one process at a time may have an upload queue for it.
+        grace_seconds: how long the store may be unavailable before that is an error.
+        directory: where pending files are stored; None: see :func:`pending_folder`.
+        log: called with a one-line message when the store stops answering and when it answers again.
 
     Attributes:
-        store: where to.
-        hasty: the same, for deliveries: it gives up soon, since the outbox tries again by itself.
+        store: destination store.
+        quick_store: the same store with few retries, for uploads: the queue itself repeats them.
 
     Raises:
         PathError: the directory cannot be used.
@@ -62,19 +62,19 @@ class Outbox:
         uri: str,
         grace_seconds: float = 600.0,
         directory: Path | None = None,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         self.store, self.uri = store, uri
-        self.hasty = copy.copy(store)
-        self.hasty.connection = Connection(store.address, HASTY)
+        self.quick_store = copy.copy(store)
+        self.quick_store.connection = Connection(store.address, QUICK_RETRY)
         self.folder = directory or pending_folder(store, uri)
-        self._grace, self._say = grace_seconds, say
+        self._grace, self._log = grace_seconds, log
         self._objects_folder, self._sets_folder = self.folder / "objects", self.folder / "sets"
         try:
             self._objects_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._sets_folder.mkdir(exist_ok=True, mode=0o700)
-            for half in self._sets_folder.glob(".*"):  # of a killed process
-                shutil.rmtree(half)
+            for partial in self._sets_folder.glob(".*"):  # left by a killed process
+                shutil.rmtree(partial)
             left = sorted(self._objects_folder.glob("[0-9]*"))
         except OSError as error:
             raise self._unusable(error) from None
@@ -82,45 +82,45 @@ class Outbox:
         self._number = 1 + max((int(path.name.partition("-")[0]) for path in left), default=0)
         self._set: tuple[Path, Callable[[Path], None]] | None = None
         self._changed = threading.Condition()
-        self._delivering_object = threading.Lock()
-        self._delivering: Path | None = None
+        self._object_lock = threading.Lock()
+        self._uploading: Path | None = None
         self._busy = self._closing = False
         self._failure: Exception | None = None
-        self._silent_since: float | None = None
-        self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+        self._outage_start: float | None = None
+        self._thread = threading.Thread(target=self._run, name="upload-queue", daemon=True)
         self._thread.start()
 
     def put(self, name: str, data: bytes) -> None:
-        """Store ``data`` as the object ``name``, sooner or later.
+        """Queue ``data`` for upload as the object ``name``.
 
         Raises:
-            EsvitError: an earlier one could not be stored, or there is no room on this machine's disk.
+            EsvitError: an earlier upload failed, or this machine's disk is full.
         """
         self.check()
         with self._changed:
             number, self._number = self._number, self._number + 1
         path = self._objects_folder / f"{number:09d}-{quote(name, safe='')}"
         try:
-            half = path.with_name(f".{path.name}")
-            half.write_bytes(data)
-            half.replace(path)
+            partial = path.with_name(f".{path.name}")
+            partial.write_bytes(data)
+            partial.replace(path)
         except OSError as error:
             raise self._unusable(error) from None
         with self._changed:
             self._objects.append(path)
             self._changed.notify_all()
 
-    def hurry(self) -> None:
-        """Store the objects that wait from this thread: the outbox's own may be busy with a set. One attempt each.
+    def flush_objects(self) -> None:
+        """Upload the pending objects from the calling thread, one attempt each: the queue's thread may be busy with a set.
 
         Raises:
-            EsvitError: one could not be stored; it waits on.
+            EsvitError: an upload failed; its object stays in the queue.
         """
-        while self._deliver_object():
+        while self._upload_object():
             pass
 
     def begin_set(self, name: str) -> Path:
-        """An empty folder for the files of a set."""
+        """Create and return an empty folder for the files of a set."""
         folder = self._sets_folder / f".{name}"
         try:
             folder.mkdir(mode=0o700)
@@ -128,65 +128,66 @@ class Outbox:
             raise self._unusable(error) from None
         return folder
 
-    def send_set(self, name: str, manifest: dict[str, Any], deliver: Callable[[Path], None]) -> None:
-        """Send the set whose files are complete in the folder of :meth:`begin_set`.
+    def enqueue_set(self, name: str, manifest: dict[str, Any], deliver: Callable[[Path], None]) -> None:
+        """Queue the set whose files are complete in the folder of :meth:`begin_set`.
 
         Args:
-            name: given there.
-            manifest: what is known of the files; lies beside them as long as they wait.
-            deliver: stores the files of the folder that it is given; may be called again after it has failed.
+            name: the name passed to :meth:`begin_set`.
+            manifest: description of the files; stored beside them while the set is pending.
+            deliver: uploads the files of the folder it is given; may be called again after a failure.
         """
-        half, folder = self._sets_folder / f".{name}", self._sets_folder / name
+        partial, folder = self._sets_folder / f".{name}", self._sets_folder / name
         with self._changed:
-            self._changed.wait_for(lambda: self._delivering != folder)  # an earlier one of this name is read
+            self._changed.wait_for(lambda: self._uploading != folder)  # an earlier set of this name is being read
         try:
-            (half / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+            (partial / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
-            half.replace(folder)
+            partial.replace(folder)
         except OSError as error:
             raise self._unusable(error) from None
-        self.resend_set(name, deliver)
+        self.requeue_set(name, deliver)
 
-    def resend_set(self, name: str, deliver: Callable[[Path], None]) -> None:
-        """Send a set that an earlier process has left complete."""
+    def requeue_set(self, name: str, deliver: Callable[[Path], None]) -> None:
+        """Queue a complete set that an earlier process left on disk."""
         with self._changed:
             dropped, self._set = self._set, (self._sets_folder / name, deliver)
-            if dropped is not None and dropped[0] not in (self._set[0], self._delivering):
+            if dropped is not None and dropped[0] not in (self._set[0], self._uploading):
                 shutil.rmtree(dropped[0], ignore_errors=True)
             self._changed.notify_all()
 
-    def waiting_sets(self) -> dict[str, Path]:
-        """The complete sets on this machine's disk, by name."""
+    def pending_sets(self) -> dict[str, Path]:
+        """Return the folders of the complete sets on this machine's disk, by name."""
         return {path.name: path for path in self._sets_folder.iterdir() if (path / MANIFEST).is_file()}
 
     def drop_set(self, name: str) -> None:
-        """Forget a set that waits."""
+        """Remove a pending set."""
         with self._changed:
             if self._set is not None and self._set[0].name == name:
                 self._set = None
             shutil.rmtree(self._sets_folder / name, ignore_errors=True)
 
     def check(self) -> None:
-        """
+        """Raise the error of a failed upload, if there is one.
+
         Raises:
-            EsvitError: something could not be stored; it stays on this machine's disk.
+            EsvitError: an upload failed; its files stay on this machine's disk.
         """
         if self._failure is not None:
             raise self._failure
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Until all has arrived, but not longer than ``seconds``; whether it has.
+        """Wait at most ``seconds`` until the queue is empty; return whether it is.
 
         Raises:
-            EsvitError: something could not be stored.
+            EsvitError: an upload failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or not self._work(), seconds)
+            self._changed.wait_for(lambda: self._failure or not self._has_work(), seconds)
             self.check()
-            return not self._work()
+            return not self._has_work()
 
     def close(self, seconds: float | None = None) -> bool:
-        """As :meth:`wait`, and the end of the thread; the folder goes if it is empty."""
+        """Wait as :meth:`wait` does, then stop the thread and remove the folder if it is empty."""
         try:
             return self.wait(seconds)
         finally:
@@ -198,23 +199,23 @@ class Outbox:
                     folder.rmdir()
 
     def _unusable(self, error: OSError) -> StoreError:
-        """What is to be said of a failure of this machine's disk.
+        """Return the error for a failed disk operation in the queue's folder.
 
         Raises:
-            PathError: the folder of the embedded store was deleted, and this one with it.
+            PathError: the folder of the embedded store, which contains this one, was deleted.
         """
         if self.store.address.directory is not None:
             require_folder(self.store.address.directory)
         what = "the disk is full" if is_full(error) else error.strerror or str(error)
-        return family_of(error)(
-            f"{self.folder}: what is to be stored cannot wait there ({what}); free some space, or set "
+        return disk_error_class(error)(
+            f"{self.folder}: cannot hold files that wait for upload ({what}); free some space, or set "
             f"{PENDING_VARIABLE} to a directory on another disk"
         )
 
-    def _work(self) -> bool:
+    def _has_work(self) -> bool:
         return bool(self._objects) or self._set is not None or self._busy
 
-    def _deliver(self) -> None:
+    def _run(self) -> None:
         wait = FIRST_WAIT
         while True:
             with self._changed:
@@ -223,9 +224,9 @@ class Outbox:
                     return
                 self._busy = True
             try:
-                self._deliver_one()
+                self._upload_next()
             except StoreUnavailable as error:
-                if not self._be_patient(error):
+                if not self._tolerate_outage(error):
                     return
                 with self._changed:
                     self._changed.wait(wait)
@@ -235,66 +236,68 @@ class Outbox:
                 return
             else:
                 wait = FIRST_WAIT
-                self._answers()
+                self._end_outage()
 
-    def _deliver_one(self) -> None:
-        """The oldest object, or else the set; it stays in its place until it has arrived."""
-        if self._deliver_object():
+    def _upload_next(self) -> None:
+        """Upload the oldest object, or else the set; it stays queued until it has been uploaded."""
+        if self._upload_object():
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
             return
         with self._changed:
-            waiting = self._set
-            self._delivering = None if waiting is None else waiting[0]
+            pending = self._set
+            self._uploading = None if pending is None else pending[0]
         try:
-            if waiting is not None:
-                waiting[1](waiting[0])
+            if pending is not None:
+                pending[1](pending[0])
                 with self._changed:
-                    self._set = None if self._set == waiting else self._set
+                    self._set = None if self._set == pending else self._set
         finally:
             with self._changed:
-                self._delivering, self._busy = None, False
-                if waiting is not None and (self._set is None or self._set[0] != waiting[0]):
-                    shutil.rmtree(waiting[0], ignore_errors=True)
+                self._uploading, self._busy = None, False
+                if pending is not None and (self._set is None or self._set[0] != pending[0]):
+                    shutil.rmtree(pending[0], ignore_errors=True)
                 self._changed.notify_all()
 
-    def _deliver_object(self) -> bool:
-        """Store the oldest object; False if none waits."""
-        with self._delivering_object:
+    def _upload_object(self) -> bool:
+        """Upload the oldest object; return False if none is pending."""
+        with self._object_lock:
             if not self._objects:
                 return False
             path = self._objects[0]
             name = unquote(path.name.partition("-")[2])
-            self.hasty.put_bytes(join_uri(self.uri, name), path.read_bytes())
+            self.quick_store.put_bytes(join_uri(self.uri, name), path.read_bytes())
             path.unlink()
             with self._changed:
                 self._objects.popleft()
                 self._changed.notify_all()
         return True
 
-    def _be_patient(self, error: StoreUnavailable) -> bool:
-        if self._silent_since is None:
-            self._silent_since = time.monotonic()
-            self._say(f"{error}; what is to be stored waits in {self.folder}")
-        silent = time.monotonic() - self._silent_since
-        if silent < self._grace:
+    def _tolerate_outage(self, error: StoreUnavailable) -> bool:
+        """Return whether to retry; after the grace period, record the failure."""
+        if self._outage_start is None:
+            self._outage_start = time.monotonic()
+            self._log(f"{error}; uploads wait in {self.folder}")
+        outage = time.monotonic() - self._outage_start
+        if outage < self._grace:
             with self._changed:
                 self._busy = False
                 return not self._closing
         self._fail(
             StoreUnavailable(
-                f"{error}; it has not for {silent / 60:.1f} minutes, more than it is given; what is to be stored "
-                f"stays in {self.folder}, where the same command on this machine finds it"
+                f"{error}; unavailable for {outage / 60:.1f} minutes, longer than the grace period of "
+                f"{self._grace / 60:.1f} minutes; pending uploads stay in {self.folder}; rerun the same command on this "
+                "machine to upload them"
             )
         )
         return False
 
-    def _answers(self) -> None:
-        if self._silent_since is not None:
-            silent = time.monotonic() - self._silent_since
-            self._silent_since = None
-            self._say(f"the object store answers again after {silent:.0f} s; nothing was lost")
+    def _end_outage(self) -> None:
+        if self._outage_start is not None:
+            outage = time.monotonic() - self._outage_start
+            self._outage_start = None
+            self._log(f"the object store answers again after {outage:.0f} s; nothing was lost")
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
@@ -303,13 +306,13 @@ class Outbox:
 
 
 def pending_folder(store: ObjectStore, uri: str) -> Path:
-    """Where what is on its way to ``uri`` lies on this machine.
+    """Return the folder on this machine for pending uploads to ``uri``.
 
-    Below ``ESVIT_PENDING_DIR`` if that is set; beside the data of the embedded store where that is in use; else below
-    a folder of this user's in the system's temporary one.
+    It is below ``ESVIT_PENDING_DIR`` if that is set, beside the data of the embedded store where that is in use, and
+    otherwise below a folder of this user in the system's temporary directory.
 
     Raises:
-        UserError: that folder cannot be made, or is not this user's alone.
+        UserError: the folder cannot be created, or other users have access to it.
     """
     if given := os.environ.get(PENDING_VARIABLE):
         root = Path(given)
@@ -317,6 +320,7 @@ def pending_folder(store: ObjectStore, uri: str) -> Path:
         root = store.address.directory / "pending"
     else:
         root = private_folder("pending", PENDING_VARIABLE)
-    where = uri if store.address.directory is not None else f"{store.address.endpoint} {uri}"  # its port may change
-    whose = hashlib.sha256(where.encode()).hexdigest()[:16]
-    return root / f"{uri.rstrip('/').rpartition('/')[2]}-{whose}"
+    # The port of the embedded store may change.
+    target = uri if store.address.directory is not None else f"{store.address.endpoint} {uri}"
+    digest = hashlib.sha256(target.encode()).hexdigest()[:16]
+    return root / f"{uri.rstrip('/').rpartition('/')[2]}-{digest}"

@@ -28,10 +28,10 @@ import torch
 from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.runs.training_summary import LATEST
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore, Pointer, join_uri
-from esvit_core.storage.disk import family_of
+from esvit_core.storage.disk import disk_error_class
 from esvit_core.storage.publication import check_set, describe, put_set
 from esvit_core.storage.store_errors import LocalDiskError
-from esvit_core.storage.upload_queue import PENDING_VARIABLE, Outbox
+from esvit_core.storage.upload_queue import PENDING_VARIABLE, UploadQueue
 
 CHECKPOINTS = "training/checkpoints"
 KIND = "checkpoint"
@@ -104,7 +104,7 @@ class Checkpointer:
     """Writes the checkpoints of a run from one process, beside the training.
 
     Args:
-        outbox: of the run.
+        uploads: the run's upload queue.
         retention: which complete checkpoints stay.
         on_written: called from another thread when one is complete.
 
@@ -114,9 +114,12 @@ class Checkpointer:
     """
 
     def __init__(
-        self, outbox: Outbox, retention: Retention | None = None, on_written: Callable[[Written], None] | None = None
+        self,
+        uploads: UploadQueue,
+        retention: Retention | None = None,
+        on_written: Callable[[Written], None] | None = None,
     ) -> None:
-        self._outbox, self._store, self._run_uri = outbox, outbox.store, outbox.uri
+        self._uploads, self._store, self._run_uri = uploads, uploads.store, uploads.uri
         self._retention = retention or Retention()
         self._on_written = on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -140,7 +143,7 @@ class Checkpointer:
             UserError: an earlier one could not be written.
         """
         self._wait_for_disk()  # no more than one copy in memory
-        self._outbox.check()
+        self._uploads.check()
         start = time.monotonic()
         states = {name: _copied(thing.state_dict()) for name, thing in stateful.items()}
         self.last_step = step
@@ -153,7 +156,7 @@ class Checkpointer:
             UserError: a checkpoint could not be written.
         """
         self._wait_for_disk()
-        return self._outbox.wait(seconds)
+        return self._uploads.wait(seconds)
 
     def restore(self) -> Restored | None:
         """Read the newest valid checkpoint, in the store or on this machine; None when there is none.
@@ -164,7 +167,7 @@ class Checkpointer:
             as :func:`newest_checkpoint`.
         """
         self._wait_for_disk()
-        waiting = {int(name): path for name, path in self._outbox.waiting_sets().items() if name.isdigit()}
+        waiting = {int(name): path for name, path in self._uploads.pending_sets().items() if name.isdigit()}
         self.passed_over = []
         # Before anything is read: what another process writes from now on is found out.
         self._latest, self._knows_latest = self._store.read_pointer(join_uri(self._run_uri, LATEST)), True
@@ -183,9 +186,9 @@ class Checkpointer:
         """Of what waits on this machine, send the one that is gone on from; the others are of no use any more."""
         for step, path in waiting.items():
             if restored.place == str(path):
-                self._outbox.resend_set(path.name, partial(self._deliver, step, time.monotonic(), check_set(path)))
+                self._uploads.requeue_set(path.name, partial(self._deliver, step, time.monotonic(), check_set(path)))
             else:
-                self._outbox.drop_set(path.name)
+                self._uploads.drop_set(path.name)
 
     def _wait_for_disk(self) -> None:
         if self._writing is not None:
@@ -194,23 +197,23 @@ class Checkpointer:
 
     def _write(self, step: int, loss: float | None, states: dict[str, Any], start: float) -> None:
         name = f"{step:08d}"
-        folder = self._outbox.begin_set(name)
+        folder = self._uploads.begin_set(name)
         try:
             for thing in list(states):
                 torch.save(states.pop(thing), folder / f"{thing}.pt")  # popped: the copy is not needed any longer
             manifest = describe(folder, KIND, {"step": step, "loss": loss})
         except (OSError, RuntimeError) as error:
-            family = family_of(error) if isinstance(error, OSError) else LocalDiskError
+            family = disk_error_class(error) if isinstance(error, OSError) else LocalDiskError
             raise family(
                 f"checkpoint of step {step}: cannot be written to {folder.parent} ({error}); "
                 f"free some space there, or set {PENDING_VARIABLE} to a larger disk"
             ) from None
-        self._outbox.send_set(name, manifest, partial(self._deliver, step, start, manifest))
+        self._uploads.enqueue_set(name, manifest, partial(self._deliver, step, start, manifest))
 
     def _deliver(self, step: int, start: float, manifest: dict[str, Any], folder: Path) -> None:
         """Bring it into the store; called again where the store did not answer."""
         uri = join_uri(self._run_uri, CHECKPOINTS, folder.name)
-        put_set(self._outbox.hasty, uri, folder, manifest, damaged=step in self._damaged)
+        put_set(self._uploads.quick_store, uri, folder, manifest, damaged=step in self._damaged)
         self._damaged.discard(step)
         self._losses[step] = manifest.get("loss")
         self._point_to(step)
@@ -226,7 +229,7 @@ class Checkpointer:
             InfrastructureError: another process has set it since.
         """
         uri = join_uri(self._run_uri, LATEST)
-        store = self._outbox.hasty
+        store = self._uploads.quick_store
         if not self._knows_latest:
             self._latest, self._knows_latest = store.read_pointer(uri), True
         store.swap_pointer(uri, {"step": step}, self._latest)

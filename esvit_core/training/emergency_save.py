@@ -13,7 +13,7 @@ from esvit_core.errors import EsvitError
 from esvit_core.runs.events import note
 from esvit_core.runs.log import LogWriter
 from esvit_core.runs.run import Run
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE
 from esvit_core.training.state import Parts
 
@@ -24,28 +24,28 @@ class Urgent:
     Args:
         run: the run.
         parts: of the training; tell the step.
-        outbox: of the first process, None in the others, which have nothing to send.
+        uploads: the upload queue of the first process; None in the others, which have nothing to store.
 
     Attributes:
         log: of the present attempt, None before it begins.
         noted: the event log says that the run was stopped.
     """
 
-    def __init__(self, run: Run, parts: Parts, outbox: Outbox | None) -> None:
-        self._run, self._parts, self._outbox = run, parts, outbox
+    def __init__(self, run: Run, parts: Parts, uploads: UploadQueue | None) -> None:
+        self._run, self._parts, self._uploads = run, parts, uploads
         self.log: LogWriter | None = None
         self.noted = False
 
     def send(self) -> None:
         """Send all; what fails is left to the orderly end of the training."""
-        if self._outbox is None:
+        if self._uploads is None:
             return
         with contextlib.suppress(EsvitError):
             if self.log is not None:
                 self.log.flush()
-            self._outbox.hurry()
+            self._uploads.flush_objects()
         if LOST_SECONDS_VARIABLE in os.environ:
             with contextlib.suppress(EsvitError):
                 step, reason = self._parts.position.step, "asked to stop"
-                note(self._outbox.hasty, self._run.uri, "stopped", step=step, reason=reason)
+                note(self._uploads.quick_store, self._run.uri, "stopped", step=step, reason=reason)
                 self.noted = True

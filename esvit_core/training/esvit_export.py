@@ -13,7 +13,7 @@ import torch
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.runs.run import Run
-from esvit_core.storage.atomic_write import appearing, require_free
+from esvit_core.storage.atomic_write import atomic_write, require_absent
 from esvit_core.training.checkpoint import newest_checkpoint
 from esvit_core.weights.esvit_checkpoint import read_published_checkpoint, write_published_checkpoint
 from esvit_core.weights.formats.export import Exported, size_of
@@ -31,13 +31,13 @@ def export_published(run: Run, out: Path) -> Exported:
     Raises:
         UserError: the run has no valid checkpoint; ``out`` exists or cannot be written.
     """
-    require_free(out, (SUFFIX,))
+    require_absent(out, (SUFFIX,))
     restored = newest_checkpoint(run.store, run.uri)
     if restored is None:
         raise UserError(f"run {run.uri}: it has no checkpoint; format published needs one, with student and optimizer")
     train = Manifest.read(run.store, run.at("data")).splits["train"]
     epoch = restored.step // (train.samples // run.config.training.batch_size)
-    with appearing(out) as written:
+    with atomic_write(out) as written:
         write_published_checkpoint(written, restored.states, run.config, epoch)
         _compare(written, restored.states, out)
     told = f"step {restored.step:,}, epoch {epoch}: student, teacher and centers were read back bit for bit"

@@ -19,7 +19,7 @@ from esvit_core.runs.log import LogWriter, read_log
 from esvit_core.runs.run import Run, open_run
 from esvit_core.runs.training_summary import SUMMARY, TrainingSummary, read_summary
 from esvit_core.storage.json_text import encode_json
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, Retention, Written
 from esvit_core.training.checkpoint_interval import CheckpointPace
@@ -62,24 +62,24 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
         recompute_blocks_(parts.student, run.config.model.arch)
     pace = CheckpointPace(run.config.training.checkpoint_minutes, leads=world.first)
     metrics = _metrics(run, parts, pace) if world.first_of_node else None
-    outbox = _outbox(run, patience) if world.first else None
-    checkpoints = _checkpointer(run, parts, outbox, metrics, pace) if outbox else None
+    uploads = _open_uploads(run, patience) if world.first else None
+    checkpoints = _checkpointer(run, parts, uploads, metrics, pace) if uploads else None
     resume(run, parts, checkpoints)
     if world.first and metrics:
         metrics.started(parts.position.step, _note_start(run, parts))
-    urgent = Urgent(run, parts, outbox)
+    urgent = Urgent(run, parts, uploads)
     stop.arm(urgent.send)
     try:
-        if outbox:
-            parts.profiler.begin(launch.profile_steps, partial(_keep_profile, run, outbox))
-        finished, last_line = _train(parts, outbox, checkpoints, metrics, stop, pace, urgent)
+        if uploads:
+            parts.profiler.begin(launch.profile_steps, partial(_keep_profile, run, uploads))
+        finished, last_line = _train(parts, uploads, checkpoints, metrics, stop, pace, urgent)
     finally:
         if metrics and (why := metrics.push()):
             print(f"train: {why}", flush=True)
     if world.first and finished:
         _say_finished(finish(run, parts, last_line))
-    elif outbox:
-        _say_stopped(run, parts, outbox, urgent)
+    elif uploads:
+        _say_stopped(run, parts, uploads, urgent)
     world.wait_for_all(600 + patience)  # the first one may be waiting for the store
     world.leave()
     return 0 if finished else STOPPED_EXIT_CODE
@@ -162,16 +162,16 @@ def finish(run: Run, parts: Parts, last_line: dict[str, float | int | None]) -> 
 
 def _train(
     parts: Parts,
-    outbox: Outbox | None,
+    uploads: UploadQueue | None,
     checkpoints: Checkpointer | None,
     metrics: TrainingMetrics | None,
     stop: StopRequest,
     pace: CheckpointPace,
     urgent: Urgent,
 ) -> tuple[bool, dict[str, float | int | None]]:
-    log = urgent.log = LogWriter(outbox) if outbox else None
-    if outbox:
-        parts.guard.keep = partial(_keep_nonfinite, outbox, metrics)
+    log = urgent.log = LogWriter(uploads) if uploads else None
+    if uploads:
+        parts.guard.keep = partial(_keep_nonfinite, uploads, metrics)
     steps = parts.schedules.steps
     try:
         while True:
@@ -187,24 +187,24 @@ def _train(
         if progress:
             progress.close()
     finally:
-        if log and outbox and checkpoints:
+        if log and uploads and checkpoints:
             log.flush()
             checkpoints.wait(stop.seconds_left())
-            outbox.close(stop.seconds_left())
+            uploads.close(stop.seconds_left())
     return finished, watch.last_line
 
 
-def _keep_nonfinite(outbox: Outbox, metrics: TrainingMetrics | None, record: dict[str, Any]) -> None:
+def _keep_nonfinite(uploads: UploadQueue, metrics: TrainingMetrics | None, record: dict[str, Any]) -> None:
     if metrics:
         metrics.nonfinite()
     name = f"{NONFINITE}/{record['step']:08d}-{int(record['time'] * 1000)}.json"
     print(f"train: step {record['step']:,} was not finite ({record['action']}): {name}", flush=True)
-    outbox.put(name, encode_json(record))
+    uploads.put(name, encode_json(record))
 
 
-def _keep_profile(run: Run, outbox: Outbox, profile: Profile) -> None:
-    outbox.put(f"{PROFILE}/summary.json", encode_json(profile.summary))
-    outbox.put(f"{PROFILE}/trace.json.gz", profile.trace)
+def _keep_profile(run: Run, uploads: UploadQueue, profile: Profile) -> None:
+    uploads.put(f"{PROFILE}/summary.json", encode_json(profile.summary))
+    uploads.put(f"{PROFILE}/trace.json.gz", profile.trace)
     parts = sorted(profile.summary["seconds_a_step"].items(), key=lambda part: -part[1])
     total = sum(seconds for _, seconds in parts) or 1.0
     shares = ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in parts[:4])
@@ -236,15 +236,15 @@ def _note_start(run: Run, parts: Parts) -> int:
     return before
 
 
-def _outbox(run: Run, patience: float) -> Outbox:
-    """The run's outbox, after what an earlier process has left in it has arrived."""
-    outbox = Outbox(run.store, run.uri, patience, say=lambda line: print(f"train: {line}", flush=True))
-    outbox.wait()
-    return outbox
+def _open_uploads(run: Run, patience: float) -> UploadQueue:
+    """Open the run's upload queue and wait until it has stored what an earlier process left in it."""
+    uploads = UploadQueue(run.store, run.uri, patience, log=lambda line: print(f"train: {line}", flush=True))
+    uploads.wait()
+    return uploads
 
 
 def _checkpointer(
-    run: Run, parts: Parts, outbox: Outbox, metrics: TrainingMetrics | None, pace: CheckpointPace
+    run: Run, parts: Parts, uploads: UploadQueue, metrics: TrainingMetrics | None, pace: CheckpointPace
 ) -> Checkpointer:
     training = run.config.training
     retention = Retention(
@@ -256,7 +256,7 @@ def _checkpointer(
         if metrics:
             metrics.checkpoint(checkpoint.seconds, checkpoint.bytes)
 
-    return Checkpointer(outbox, retention, written)
+    return Checkpointer(uploads, retention, written)
 
 
 def _introduce(parts: Parts) -> None:
@@ -273,13 +273,13 @@ def _introduce(parts: Parts) -> None:
     )
 
 
-def _say_stopped(run: Run, parts: Parts, outbox: Outbox, urgent: Urgent) -> None:
+def _say_stopped(run: Run, parts: Parts, uploads: UploadQueue, urgent: Urgent) -> None:
     where = "is complete"
-    if outbox.wait(0):
+    if uploads.wait(0):
         if not urgent.noted:
             note(run.store, run.uri, "stopped", step=parts.position.step, reason="asked to stop")
     else:
-        where = f"waits for the store in {outbox.folder}, where the same command on this machine finds it"
+        where = f"waits for the store in {uploads.folder}, where the same command on this machine finds it"
     print(f"train: stopped after step {parts.position.step}; the checkpoint {where}", flush=True)
 
 

@@ -15,7 +15,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.models.factory import create_backbone
 from esvit_core.storage import NotFound, ObjectStore, join_uri
-from esvit_core.storage.disk import writing
+from esvit_core.storage.disk import explain_write_errors
 from esvit_core.storage.parallel_transfer import sha256_of
 from esvit_core.weights.arguments import settings_of
 from esvit_core.weights.backbone import describe_backbone, save_backbone, write_backbone
@@ -165,6 +165,6 @@ def _publish_checkpoint(snapshot: Snapshot, sha256: str | None, uri: str, store:
     for name, state in states.items():
         if state is not None:
             files[f"{name}.pt"] = folder / f"{name}.pt"
-            with writing(files[f"{name}.pt"], RuntimeError):
+            with explain_write_errors(files[f"{name}.pt"], RuntimeError):
                 torch.save(state, files[f"{name}.pt"])
     store.publish(uri, files, "checkpoint", {"epoch": snapshot.epoch, "sha256": sha256})

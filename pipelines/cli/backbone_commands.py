@@ -34,9 +34,9 @@ def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> Non
     Raises:
         UserError: no such backbone, or it cannot be exported.
     """
-    from esvit_core.storage.atomic_write import require_free
+    from esvit_core.storage.atomic_write import require_absent
 
-    require_free(out)
+    require_absent(out)
     with _store_for(runs, model) as store:
         done = _published(model, out, store) if format == PUBLISHED else _exported(model, format, out, regions, store)
     print(f"{done.path}  {done.bytes / 2**20:,.1f} MiB\n{done.told}\n\nUse it:")
@@ -58,9 +58,9 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
     """
     from esvit_core.data.shards.manifest import check_source
     from esvit_core.embedding.feature_files import SUFFIXES
-    from esvit_core.storage.atomic_write import require_free
+    from esvit_core.storage.atomic_write import require_absent
 
-    require_free(out, SUFFIXES)
+    require_absent(out, SUFFIXES)
     with _store_for(runs, model, data) as store:
         check_source(data)
         from esvit_core.embedding.embed import EmbedSettings

@@ -7,16 +7,16 @@ import pytest
 from esvit_core.runs import log
 from esvit_core.runs.log import LogWriter, read_log
 from esvit_core.storage import ObjectStore
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 
 
 def write(store: ObjectStore, run: str, steps: range, loss: float) -> None:
-    outbox = Outbox(store, run)
-    writer = LogWriter(outbox)
+    uploads = UploadQueue(store, run)
+    writer = LogWriter(uploads)
     for step in steps:
         writer.write({"step": step, "loss": loss})
     writer.flush()
-    outbox.close()
+    uploads.close()
 
 
 def test_lines_come_back_in_order(store: Any) -> None:
@@ -51,9 +51,9 @@ def test_a_long_log_is_written_in_pieces(store: Any, monkeypatch: pytest.MonkeyP
 
 def test_figures_that_are_none_are_left_out(store: Any) -> None:
     run = store.uri("runs/a")
-    outbox = Outbox(store, run)
-    writer = LogWriter(outbox)
+    uploads = UploadQueue(store, run)
+    writer = LogWriter(uploads)
     writer.write({"step": 1, "loss": 5.12345678, "loss_region": None})
     writer.flush()
-    outbox.close()
+    uploads.close()
     assert read_log(store, run) == [{"step": 1, "loss": 5.12346}]

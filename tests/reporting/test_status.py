@@ -14,7 +14,7 @@ from esvit_core.runs import status
 from esvit_core.runs.events import note
 from esvit_core.runs.log import LogWriter
 from esvit_core.runs.status import RunStatus, read_status, run_names
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 
 
 class Story:
@@ -28,13 +28,13 @@ class Story:
         note(self.store, self.uri, "started", step=step, facts={"steps": 100, "processes": 2, "device": "cpu"})
 
     def train(self, steps: range, seconds: float = 0.5) -> None:
-        outbox = Outbox(self.store, self.uri)
-        writer, now = LogWriter(outbox), time.time()
+        uploads = UploadQueue(self.store, self.uri)
+        writer, now = LogWriter(uploads), time.time()
         for step in steps:
             when = now - seconds * (steps[-1] - step)
             writer.write({"step": step, "epoch": 1, "loss": 9.0 / step, "images_per_second": 64.0, "time": when})
         writer.flush()
-        outbox.close()
+        uploads.close()
 
     def save(self, step: int) -> None:
         uri = f"{self.uri}/training/latest"

@@ -16,7 +16,7 @@ from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_core.storage.session import open_store
 from esvit_core.storage.store_errors import PathError
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.storage.weed import data_argument
 
 
@@ -54,7 +54,7 @@ def test_a_killed_session_leaves_a_server_that_the_next_one_uses_and_the_last_on
     script = """
 import os, signal, sys
 from pathlib import Path
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.storage.session import open_store
 from esvit_core.storage.weed import data_argument
 with open_store(Path(sys.argv[1])) as store:
@@ -94,7 +94,7 @@ def test_a_folder_that_is_deleted_under_its_server_is_told_at_the_next_write_and
     place = tmp_path / "store"
     with open_store(place) as store:
         store.ensure_bucket("bucket")
-        box = Outbox(store, "s3://bucket/run")
+        box = UploadQueue(store, "s3://bucket/run")
         argument = data_argument(place.resolve())
         assert serving(argument)
         shutil.rmtree(place, ignore_errors=True)

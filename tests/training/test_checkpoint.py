@@ -18,7 +18,7 @@ from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.storage import ObjectStore, StoreFull, StoreUnavailable
 from esvit_core.storage.publication import describe
 from esvit_core.storage.retry import RetryPolicy
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint import Checkpointer, Retention
 
 QUICK = RetryPolicy(attempts=2, base=0.01, cap=0.02)
@@ -33,7 +33,7 @@ def things() -> dict[str, Any]:
 
 
 def checkpointer(store: ObjectStore, run: str, keep: int = 3) -> Checkpointer:
-    return Checkpointer(Outbox(store, run), Retention(keep))
+    return Checkpointer(UploadQueue(store, run), Retention(keep))
 
 
 def saved(store: ObjectStore, run: str, steps: list[int], keep: int = 3) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def test_what_stays_is_the_last_ones_those_of_whole_epochs_and_the_best() -> Non
 def test_the_best_one_is_known_to_the_next_process_too(store: Any) -> None:
     run, stateful = store.uri("runs/a"), things()
     for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, 6.0)):
-        checkpoints = Checkpointer(Outbox(store, run), Retention(1, best=True))
+        checkpoints = Checkpointer(UploadQueue(store, run), Retention(1, best=True))
         checkpoints.save(step, stateful, loss)
         checkpoints.wait()
     assert folders(store, run) == [2, 4]
@@ -241,13 +241,13 @@ def test_a_checkpoint_that_only_this_machine_has_is_gone_on_from_and_brought_int
     saved(store, run, [10])
     silent = ObjectStore(dataclasses.replace(store.address, endpoint="127.0.0.1:9", directory=None), QUICK)
     stateful, told = things(), []
-    lost = Checkpointer(Outbox(silent, run, directory=elsewhere, say=told.append))
+    lost = Checkpointer(UploadQueue(silent, run, directory=elsewhere, log=told.append))
     stateful["network"].bias.data.fill_(20)
     lost.save(20, stateful)
     assert not lost.wait(0.5)
     assert "no answer" in told[0] and str(elsewhere) in told[0]
 
-    next_start = Checkpointer(Outbox(store, run, directory=elsewhere))
+    next_start = Checkpointer(UploadQueue(store, run, directory=elsewhere))
     restored = next_start.restore()
     assert restored is not None and restored.step == 20 and restored.place == str(elsewhere / "sets" / "00000020")
     assert restored.states["network"]["bias"].tolist() == [20, 20]
@@ -262,8 +262,8 @@ def test_a_checkpoint_that_only_this_machine_has_is_gone_on_from_and_brought_int
 def test_a_local_copy_that_is_of_no_use_is_not_used(store: Any, tmp_path: Path, how: str) -> None:
     run, step = store.uri("runs/a"), 5 if how == "older than the store's" else 20
     saved(store, run, [10])
-    outbox = Outbox(store, run, directory=tmp_path)
-    half = outbox.begin_set(f"{step:08d}")
+    uploads = UploadQueue(store, run, directory=tmp_path)
+    half = uploads.begin_set(f"{step:08d}")
     torch.save(things()["network"].state_dict(), half / "network.pt")
     (half / "manifest.json").write_text(json.dumps(describe(half, "checkpoint", {"step": step})))
     complete = half.rename(tmp_path / "sets" / f"{step:08d}")
@@ -272,7 +272,7 @@ def test_a_local_copy_that_is_of_no_use_is_not_used(store: Any, tmp_path: Path, 
         (complete / "network.pt").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif how == "without a manifest":
         (complete / "manifest.json").unlink()
-    checkpoints = Checkpointer(outbox)
+    checkpoints = Checkpointer(uploads)
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 10
     assert [str(complete) in why and "damaged" in why for why in checkpoints.passed_over] == [True] * (how == "damaged")
@@ -282,7 +282,7 @@ def test_a_local_copy_that_is_of_no_use_is_not_used(store: Any, tmp_path: Path, 
 def test_no_room_on_this_machine_is_one_line(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = store.uri("runs/a")
     saved(store, run, [10])
-    checkpoints = Checkpointer(Outbox(store, run, directory=tmp_path))
+    checkpoints = Checkpointer(UploadQueue(store, run, directory=tmp_path))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -294,7 +294,7 @@ def test_no_room_on_this_machine_is_one_line(store: Any, tmp_path: Path, monkeyp
     ):
         checkpoints.wait()
     monkeypatch.undo()
-    restored = Checkpointer(Outbox(store, run, directory=tmp_path)).restore()
+    restored = Checkpointer(UploadQueue(store, run, directory=tmp_path)).restore()
     assert restored is not None and restored.step == 10
 
 
@@ -333,7 +333,7 @@ def test_a_process_that_was_left_behind_removes_no_newer_checkpoint(store: Any) 
 def test_a_checkpoint_that_is_delivered_twice_is_complete_all_the_while(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The outbox repeats a delivery that failed at its end."""
+    """The upload queue repeats a delivery that failed at its end."""
     run = store.uri("runs/a")
     stateful, checkpoints = things(), checkpointer(store, run)
     point, removed, calls = Checkpointer._point_to, [], []

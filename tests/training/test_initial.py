@@ -15,7 +15,7 @@ from esvit_core.errors import UserError
 from esvit_core.launch.stop import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.runs.log import read_log
 from esvit_core.runs.run import open_run, run_id, start_run
-from esvit_core.storage.upload_queue import Outbox
+from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint import Checkpointer
 from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.initial_weights import RECORD, starting_states
@@ -45,7 +45,7 @@ def source(micro_run: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, 
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         parts.optimizer.step()
         parts.position.step, parts.position.images = 6, 96
-        checkpoints = Checkpointer(Outbox(run.store, run.uri))
+        checkpoints = Checkpointer(UploadQueue(run.store, run.uri))
         checkpoints.save(6, parts.stateful)
         checkpoints.wait()
         return run, {name: thing.state_dict() for name, thing in parts.stateful.items()}

@@ -63,14 +63,14 @@ def test_a_training_goes_on_without_its_store_and_loses_nothing(
     def start_when_it_was_missed() -> None:
         nonlocal output
         end = time.monotonic() + 60
-        while "what is to be stored waits in" not in output and time.monotonic() < end:
+        while "uploads wait in" not in output and time.monotonic() < end:
             output += capsys.readouterr().out
             time.sleep(0.05)
         server.start()
 
     assert carry_out(bridged.uri, At({4: server.stop, 9: start_when_it_was_missed})) == 0
     output += capsys.readouterr().out
-    assert "what is to be stored waits in" in output
+    assert "uploads wait in" in output
     assert "the object store answers again after" in output
     assert bridged.weights() == whole.weights()
     assert [line["step"] for line in read_log(bridged.store, bridged.uri)] == list(range(1, 13))
@@ -78,7 +78,7 @@ def test_a_training_goes_on_without_its_store_and_loses_nothing(
 
     given_up = micro_run("given-up", training=EVERY_STEP | {"store_grace_minutes": 0.01})
     with pytest.raises(
-        InfrastructureError, match=r"more than it is given; .* where the same command on this machine finds it"
+        InfrastructureError, match=r"longer than the grace period of .* rerun the same command on this machine"
     ):
         carry_out(given_up.uri, At({6: server.stop}))
     server.start()

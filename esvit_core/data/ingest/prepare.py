@@ -31,7 +31,7 @@ from esvit_core.data.shards.manifest import BadFiles, Manifest, Shard, StoredFil
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.disk import temporary_room
+from esvit_core.storage.disk import explain_full_temporary_disk
 
 _HOPELESS = 100  # bad files after which too large a share of them is no accident
 _READ_AHEAD = 4  # images in memory per thread
@@ -150,7 +150,7 @@ def _store_images(job: _Job, anew: bool = False) -> None:
     job.bad = list(plan.bad)
     seen: dict[str, SplitName] = {}
     with (
-        temporary_room("a shard"),
+        explain_full_temporary_disk("a shard"),
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
         ThreadPoolExecutor(reading_threads(), thread_name_prefix="prepare") as pool,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from esvit_core.errors import UserError
 from esvit_core.models.region_map import FeatureNetwork
-from esvit_core.storage.atomic_write import appearing, require_free
+from esvit_core.storage.atomic_write import atomic_write, require_absent
 from esvit_core.weights.formats import exported_program, onnx_model, safetensors_folder, timm_folder
 
 Reader = Callable[[Tensor], tuple[Tensor, ...]]
@@ -89,9 +89,9 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
             network, or gives other features than allowed.
     """
     chosen = format_named(format)
-    require_free(out, (chosen.suffix,) if chosen.suffix else ())
+    require_absent(out, (chosen.suffix,) if chosen.suffix else ())
     description: dict[str, Any] = backbone.backbone_config  # type: ignore[assignment]
-    with appearing(out) as written:
+    with atomic_write(out) as written:
         try:
             chosen.write(backbone, written, description, regions)
         except RuntimeError as error:  # PyTorch's exporters, of what they do not follow

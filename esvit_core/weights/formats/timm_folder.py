@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
-from esvit_core.storage.disk import writing
+from esvit_core.storage.disk import explain_write_errors
 from esvit_core.weights.timm_names import stock_network, to_timm
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -47,7 +47,7 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
             f"format timm: the weights of {description['arch']} do not fit timm's {name}: {error}"
         ) from None
     path.mkdir()
-    with writing(path / WEIGHTS, safetensors.SafetensorError, otherwise="name another place"):
+    with explain_write_errors(path / WEIGHTS, safetensors.SafetensorError, otherwise="name another place"):
         safetensors.torch.save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
     config = {
         "architecture": name,

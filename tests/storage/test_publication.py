@@ -30,7 +30,7 @@ def test_only_what_is_asked_for_is_fetched(store, files, tmp_path: Path) -> None
     store.publish(store.uri("set"), files, "backbone")
     store.fetch(store.uri("set"), tmp_path / "out", ["empty"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["empty"]
-    with pytest.raises(NotFound, match=r"other: not in the set; it has model\.bin"):
+    with pytest.raises(NotFound, match=r"other: not in the set, which contains model\.bin"):
         store.fetch(store.uri("set"), tmp_path / "out", ["other"])
 
 
@@ -49,7 +49,7 @@ def test_publishing_again_changes_nothing(store, files) -> None:
     times = {item.uri: item.etag for item in store.list(store.uri("set"))}
     assert store.publish(store.uri("set"), files, "backbone", {"step": 7}) == manifest
     for other in ({**files, "empty": b"not"}, {"empty": b""}):
-        with pytest.raises(UserError, match="another complete backbone is already there"):
+        with pytest.raises(UserError, match="already holds a complete backbone"):
             store.publish(store.uri("set"), other, "backbone", {"step": 7})
     assert {item.uri: item.etag for item in store.list(store.uri("set"))} == times
 
@@ -175,7 +175,7 @@ def test_a_set_that_appears_while_another_is_published_is_not_replaced(store, fi
         return put(self, uri, data)
 
     monkeypatch.setattr(ObjectStore, "put_if_absent", overtaken)
-    with pytest.raises(UserError, match="another backbone was published there at the same time"):
+    with pytest.raises(UserError, match="another process published a different backbone here"):
         store.publish(store.uri("set"), files, "backbone", {"step": 7})
     assert store.read_manifest(store.uri("set"))["step"] == 8
 

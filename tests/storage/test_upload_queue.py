@@ -11,7 +11,7 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, upload_queue
-from esvit_core.storage.upload_queue import Outbox, pending_folder
+from esvit_core.storage.upload_queue import UploadQueue, pending_folder
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +20,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload_queue, "LONGEST_WAIT", 0.05)
 
 
-def sent(box: Outbox, name: str, content: bytes) -> None:
-    (box.begin_set(name) / "file").write_bytes(content)
-    box.send_set(name, {}, lambda folder: box.store.put_bytes(f"{box.uri}/{name}", (folder / "file").read_bytes()))
+def sent(queue: UploadQueue, name: str, content: bytes) -> None:
+    (queue.begin_set(name) / "file").write_bytes(content)
+    queue.enqueue_set(
+        name, {}, lambda folder: queue.store.put_bytes(f"{queue.uri}/{name}", (folder / "file").read_bytes())
+    )
 
 
 def test_things_arrive_and_leave_nothing_behind(store: Any, tmp_path: Path) -> None:
-    box = Outbox(store, store.uri("a"), directory=tmp_path)
-    box.put("log/one piece.txt", b"1")
-    sent(box, "set", b"2")
-    assert box.close()
+    queue = UploadQueue(store, store.uri("a"), directory=tmp_path)
+    queue.put("log/one piece.txt", b"1")
+    sent(queue, "set", b"2")
+    assert queue.close()
     assert {stat.uri: store.get_bytes(stat.uri) for stat in store.list(store.uri("a"))} == {
         store.uri("a/log/one piece.txt"): b"1",
         store.uri("a/set"): b"2",
@@ -38,50 +40,50 @@ def test_things_arrive_and_leave_nothing_behind(store: Any, tmp_path: Path) -> N
 
 
 def test_while_the_store_is_silent_objects_and_the_newest_set_wait(store: Any, proxy: Any, through_proxy: Any) -> None:
-    told: list[str] = []
-    box = Outbox(through_proxy, store.uri("a"), say=told.append)
+    lines: list[str] = []
+    queue = UploadQueue(through_proxy, store.uri("a"), log=lines.append)
     proxy.plan += ["refuse"] * 40
     start = time.monotonic()
-    box.put("1", b"1")
+    queue.put("1", b"1")
     for name in ("old", "newer", "newest"):
-        sent(box, name, name.encode())
-    box.put("2", b"2")
+        sent(queue, name, name.encode())
+    queue.put("2", b"2")
     assert time.monotonic() - start < 1  # nobody was kept waiting
-    assert list(box.waiting_sets()) == ["newest"]
-    assert box.close(60)
+    assert list(queue.pending_sets()) == ["newest"]
+    assert queue.close(60)
     assert [stat.uri.rpartition("/")[2] for stat in store.list(store.uri("a"))] == ["1", "2", "newest"]
-    assert "waits in" in told[0] and "answers again after" in told[1] and len(told) == 2
+    assert "uploads wait in" in lines[0] and "answers again after" in lines[1] and len(lines) == 2
 
 
 def test_what_a_killed_process_left_is_sent_by_the_next(store: Any, scripted: Any, tmp_path: Path) -> None:
     silent = scripted((503, "SlowDown")).store()
-    box = Outbox(silent, store.uri("a"), directory=tmp_path, say=lambda line: None)
-    box.put("1", b"1")
-    sent(box, "set", b"2")
-    assert not box.wait(0.2)
-    box.begin_set("half")  # and dies
-    following = Outbox(store, store.uri("a"), directory=tmp_path)
+    queue = UploadQueue(silent, store.uri("a"), directory=tmp_path, log=lambda line: None)
+    queue.put("1", b"1")
+    sent(queue, "set", b"2")
+    assert not queue.wait(0.2)
+    queue.begin_set("half")  # and dies
+    following = UploadQueue(store, store.uri("a"), directory=tmp_path)
     assert following.close(30)
     assert store.get_bytes(store.uri("a/1")) == b"1"
-    assert list(following.waiting_sets()) == ["set"]  # who knows what it is says whether it is still wanted
+    assert list(following.pending_sets()) == ["set"]  # who knows what it is says whether it is still wanted
     assert not list((tmp_path / "sets").glob(".*"))
 
 
 def test_silence_beyond_the_grace_is_an_error_and_everything_stays(scripted: Any, tmp_path: Path) -> None:
-    box = Outbox(scripted((503, "SlowDown")).store(), "s3://bucket/a", 0.3, tmp_path, say=lambda line: None)
-    sent(box, "set", b"2")
-    with pytest.raises(StoreUnavailable, match=r"more than it is given; .* the same command on this machine finds it"):
-        box.wait(30)
-    assert list(box.waiting_sets()) == ["set"]
+    queue = UploadQueue(scripted((503, "SlowDown")).store(), "s3://bucket/a", 0.3, tmp_path, log=lambda line: None)
+    sent(queue, "set", b"2")
+    with pytest.raises(StoreUnavailable, match=r"longer than the grace period of .* rerun the same command"):
+        queue.wait(30)
+    assert list(queue.pending_sets()) == ["set"]
     with pytest.raises(StoreUnavailable):
-        box.put("1", b"1")
+        queue.put("1", b"1")
 
 
 def test_a_refusal_is_an_error_at_once(scripted: Any, tmp_path: Path) -> None:
-    box = Outbox(scripted((403, "AccessDenied")).store(), "s3://bucket/a", directory=tmp_path)
-    box.put("1", b"1")
+    queue = UploadQueue(scripted((403, "AccessDenied")).store(), "s3://bucket/a", directory=tmp_path)
+    queue.put("1", b"1")
     with pytest.raises(StoreRefused):
-        box.wait(30)
+        queue.wait(30)
 
 
 def test_where_things_wait(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,23 +94,23 @@ def test_where_things_wait(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert pending_folder(ObjectStore(store.address), run).parent == tmp_path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="ESVIT_PENDING_DIR"):
-        Outbox(store, run, directory=tmp_path / "file")
+        UploadQueue(store, run, directory=tmp_path / "file")
 
 
 def test_small_objects_overtake_a_set_that_is_being_sent_if_they_must(store: Any, tmp_path: Path) -> None:
-    box, sending, go_on = Outbox(store, store.uri("a"), directory=tmp_path), threading.Event(), threading.Event()
+    queue, sending, go_on = UploadQueue(store, store.uri("a"), directory=tmp_path), threading.Event(), threading.Event()
 
     def deliver(folder: Path) -> None:
         sending.set()
         go_on.wait(60)
         store.put_bytes(store.uri("a/set"), b"2")
 
-    box.begin_set("set")
-    box.send_set("set", {}, deliver)
+    queue.begin_set("set")
+    queue.enqueue_set("set", {}, deliver)
     assert sending.wait(60)
     for number in range(3):
-        box.put(f"log/{number}", b"1")
-    box.hurry()
+        queue.put(f"log/{number}", b"1")
+    queue.flush_objects()
     assert [stat.uri.rpartition("/")[2] for stat in store.list(store.uri("a"))] == ["0", "1", "2"]
     go_on.set()
-    assert box.close(60) and store.exists(store.uri("a/set"))
+    assert queue.close(60) and store.exists(store.uri("a/set"))
