@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +29,20 @@ VARIABLES = (
     "ESVIT_KFP_COOKIE",
 )
 Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stacks_without_source() -> Iterator[None]:
+    """Compile pipelines as fast as outside pytest.
+
+    KFP calls ``inspect.stack()`` whenever a task is configured, to name a method in an error message. By default that
+    reads the source of every frame and searches all modules for it, which takes seconds in a stack as deep as pytest's.
+    """
+    from kfp.dsl import pipeline_task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_task, "inspect", SimpleNamespace(stack=functools.partial(inspect.stack, 0)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ STEPS = {
     "k-NN",
     "linear probe",
     "transfer",
-    "images",
+    "visualize",
     "report",
     "promote",
 }
@@ -61,14 +61,14 @@ def test_all_data_are_prepared_before_the_long_step(compiled: Any) -> None:
 
 def test_the_report_waits_for_every_figure_and_the_promotion_for_the_report(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
-    measured = {"knn", "linear-probe", "transfer", "images"}
+    measured = {"knn", "linear-probe", "transfer", "visualize"}
     assert measured <= set(tasks["report"]["dependentTasks"])
     assert "report" in tasks["promote"]["dependentTasks"]
 
 
 def test_measured_steps_do_not_wait_for_each_other_on_a_cluster(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
-    for name in ("transfer", "images"):
+    for name in ("transfer", "visualize"):
         assert not {"knn", "linear-probe", "extract-features"} & set(tasks[name]["dependentTasks"])
 
 
