@@ -28,8 +28,12 @@ demo: $(READY) ## Pre-train, measure, report, and publish on the sample images (
 	@$(BIN)/esvit run --recipe demo --data samples/clipart.zip \
 	    --transfer digits=samples/digits.zip --transfer clipart-other=samples/clipart-other.zip --out $(OUT)
 
-test: $(READY) ## Run the tests (under 15 minutes on two cores; no Docker, no root)
-	@$(BIN)/python -m pytest
+# One process per core, up to four, with one thread each. All tests of a file, and of the shared finished run, go to one
+# process (conftest.py).
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+
+test: $(READY) ## Run the tests (under 10 minutes on two cores; no Docker, no root)
+	@$(PYTEST) $(ARGS)
 
 golden: $(READY) ## Compile the pipelines anew into tests/pipelines/golden, after a change that is meant
 	@for folder in pipelines/*/; do name=$$(basename $$folder); test ! -f $$folder/pipeline.py || \

@@ -53,11 +53,16 @@ promotion: {metric: knn/5}
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whichever test comes first waits for the session's run, which on a busy machine takes minutes."""
+    """Give the tests of a file to one process, and all tests of the session's run, which takes a minute to make, too."""
     for item in items:
+        group = item.nodeid.partition("::")[0]
         if "finished_run" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(900))
+            group = "finished_run"
+            item.add_marker(pytest.mark.timeout(900))  # whichever comes first waits for the run
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def draw_image(kind: int, number: int, size: int = 40) -> Image.Image:
