@@ -9,7 +9,7 @@ from esvit_components.image import BASE_IMAGE
 def compare_champion(
     run_uri: str,
     results: list[str],
-    metrics: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Measure the present champion on the run's own images, so that it and its challenger compare.
 

@@ -9,7 +9,7 @@ from esvit_components.image import BASE_IMAGE
 def knn(
     run_uri: str,
     features: dsl.Input[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Classify the held-out images by their nearest neighbours among the features (weighted k-NN).
 

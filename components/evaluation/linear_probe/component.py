@@ -9,7 +9,7 @@ from esvit_components.image import BASE_IMAGE
 def linear_probe(
     run_uri: str,
     features: dsl.Input[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Artifact],
     confusion: dsl.Output[dsl.ClassificationMetrics],
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Train a linear classifier on the frozen features and measure it on the held-out images.

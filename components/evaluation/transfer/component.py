@@ -10,7 +10,7 @@ def transfer(
     run_uri: str,
     sets: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Measure how well the features carry over to other labelled sets: logistic regression on frozen features.
 

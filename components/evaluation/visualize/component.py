@@ -11,7 +11,7 @@ def visualize(
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
     drawings: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Draw which regions of two crops of an image find each other, and where the last block attends.
 

@@ -8,7 +8,7 @@ def pretrain(
     run_uri: str,
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Artifact],
 ):
     """Pre-train a backbone without labels: EsViT's view and region tasks (ICLR 2022).
 
