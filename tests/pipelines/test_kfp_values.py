@@ -19,7 +19,7 @@ from esvit_components.evaluation.extract_features import extract_features
 from esvit_components.evaluation.knn import knn
 from esvit_components.evaluation.linear_probe import linear_probe
 from esvit_components.evaluation.transfer import transfer
-from esvit_components.evaluation.visualize import images as draw
+from esvit_components.evaluation.visualize import visualize as draw
 from esvit_components.training.pretrain import pretrain
 from esvit_core.artifacts import describe, point_to
 from esvit_core.config import Config
