@@ -27,6 +27,12 @@ def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_no_module_beside_the_build_hides_one_of_python() -> None:
+    """The image's build runs build.py as a script, so that Python looks for modules in its folder first."""
+    beside = {path.stem for path in Path(build.__file__).parent.glob("*.py")}
+    assert not beside & sys.stdlib_module_names
+
+
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)

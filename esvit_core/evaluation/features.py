@@ -27,7 +27,7 @@ from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import MODELS
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import explain_write_errors

@@ -39,7 +39,7 @@ class PointwiseConv(nn.Conv2d):
     """A 1 x 1 convolution on (B, H, W, C).
 
     Attributes:
-        product: how it is computed: set by :mod:`esvit_core.kernels.select`.
+        product: how it is computed: set by :mod:`esvit_core.kernels.choose`.
     """
 
     product: Callable[..., Tensor] = staticmethod(F.linear)
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     """Multi-head attention within windows.
 
     Attributes:
-        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.select`.
+        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.choose`.
     """
 
     compiled = False
@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
     """Two layers with a QuickGELU between.
 
     Attributes:
-        folded: whether its factor goes into the layers: set by :mod:`esvit_core.kernels.select`.
+        folded: whether its factor goes into the layers: set by :mod:`esvit_core.kernels.choose`.
     """
 
     folded = False

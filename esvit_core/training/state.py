@@ -15,7 +15,7 @@ from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.data.loading.sampler import rank_share
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision

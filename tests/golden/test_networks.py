@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from esvit_core.config import ModelConfig
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.models import MultiCropNetwork, ProjectionHead, create_backbone
 from esvit_core.weights.published_names import from_published, to_published
 

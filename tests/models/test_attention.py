@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.models.layers.attention import attend
 
 CPU = torch.device("cpu")

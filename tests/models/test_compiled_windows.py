@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esvit_core.kernels import library, window_attention
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.models import cvt
 from esvit_core.models.layers.windows import WindowAttention, window_layout
 

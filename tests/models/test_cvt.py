@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.models import cvt
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esvit_core.kernels import onednn_linear as module
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.kernels.onednn_linear import Linear, linear
-from esvit_core.kernels.select import choose_fastest_
 from esvit_core.models.cvt import PointwiseConv
 
 CPU = torch.device("cpu")

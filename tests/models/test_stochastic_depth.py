@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from esvit_core.kernels.select import choose_fastest_
+from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 
 

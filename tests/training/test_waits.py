@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esvit_core.data.loading.loader import Batch
-from esvit_core.kernels import select
+from esvit_core.kernels import choose
 from esvit_core.losses import cross_entropy
 from esvit_core.training.loop import training_step
 from esvit_core.training.state import Parts
@@ -57,7 +57,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return gradient * outer, *(None for _ in ctx.needs_input_grad[1:])
 
     monkeypatch.setattr(cross_entropy._MatchedCrossEntropy, "backward", staticmethod(backward))
-    monkeypatch.setattr(select, "StochasticDepth", ())  # no layer is one
+    monkeypatch.setattr(choose, "StochasticDepth", ())  # no layer is one
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ class StochasticDepth(DropPath):
 
     Attributes:
         sparing: whether to compute the branch only for the images that keep it: set by
-            :mod:`esvit_core.kernels.select` on a processor. A GPU would have to wait for their number.
+            :mod:`esvit_core.kernels.choose` on a processor. A GPU would have to wait for their number.
     """
 
     sparing = False

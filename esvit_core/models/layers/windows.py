@@ -134,7 +134,7 @@ class WindowAttention(nn.Module):
     """Multi-head attention within (shifted) windows with a relative position bias.
 
     Attributes:
-        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.select`.
+        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.choose`.
     """
 
     relative_position_index: Tensor
