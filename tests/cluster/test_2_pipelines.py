@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,10 +34,16 @@ def newest_run(store: ObjectStore, recipe: str) -> str:
     return max(found, key=lambda one: one.modified).uri.removesuffix("/config.yaml")
 
 
+def never_seen(stamp: str, first: int, number: int) -> Iterator[tuple[str, bytes]]:
+    """Drawings in files that no earlier session has had: a retraining knows files by their content."""
+    for name, content in drawings(first, number):
+        yield name, content + stamp.encode()  # after the end of a PNG, where no decoder looks
+
+
 @pytest.fixture(scope="module")
 def growing(store: ObjectStore, stamp: str) -> str:
     """Labelled drawings to which more are added."""
-    return upload(store, f"test/{stamp}/growing", drawings(0, PER_CLASS), labelled=True)
+    return upload(store, f"test/{stamp}/growing", never_seen(stamp, 0, PER_CLASS), labelled=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +106,12 @@ def test_retrain(
     """A retraining trains on new images, finds nothing new the second time, and of two at once one goes on."""
     runs.wait(beside["retrain"])
     saw("the first retraining: SUCCEEDED")
+    assert runs.pods(beside["retrain"], TRAIN_STEP, phase=None), "the first retraining did not train"
     nothing = cli.submit("retrain", growing, "--name", f"retrain nothing new {stamp}")
     saw(f"nothing new: SUCCEEDED after {runs.wait(nothing):.0f} s")
     pods = {p["metadata"]["labels"].get("esvit.dev/role") for p in runs.pods(nothing, phase=None)}
     assert pods == {"prepare"}, "with nothing new only the first step runs"
-    upload(store, growing.removeprefix("s3://esvit/"), drawings(40, 6), labelled=True)
+    upload(store, growing.removeprefix("s3://esvit/"), never_seen(stamp, 40, 6), labelled=True)
     two = [cli.submit("retrain", growing, "--name", f"retrain {n} of two {stamp}") for n in (1, 2)]
     ends = {}
     for run_id in two:
