@@ -67,7 +67,7 @@ def first(pods: list[dict]) -> dict:
 def test_two_nodes_and_a_killed_worker(
     two_nodes: Callable[..., tuple[str, str]], runs: Runs, kube: Kube, scheduler: str, saw: Saw
 ) -> None:
-    """Two nodes train; a worker that is killed comes back; a follower that is killed is replaced."""
+    """Two nodes train; a worker that is killed comes back; the successor of a killed follower finds the job."""
     run_id, name = two_nodes("killed")
     pods = trainers(kube, name)
     wait_for_line(kube, first(pods), "images/s")
@@ -95,7 +95,7 @@ def test_two_nodes_and_a_killed_worker(
         ),
         300,
     )
-    line = wait_for_line(kube, again, "resuming from step")  # the job goes with the pod that follows it
+    line = wait_for_line(kube, again, "following it")
     saw(f"the follower was deleted; its successor: {line.strip()}")
     saw(f"SUCCEEDED after {runs.wait(run_id):.0f} s")
 

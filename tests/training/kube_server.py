@@ -64,6 +64,7 @@ class KubeServer:
         at: what happens at the n-th look at the job.
         jobs: by name.
         lag: seconds that deleted pods live on.
+        own: metadata of the step's own pods, by name.
     """
 
     def __init__(self, kind: str = "jobs") -> None:
@@ -77,6 +78,7 @@ class KubeServer:
         self.looks = 0
         self.jobs: dict[str, dict[str, Any]] = {}
         self.lag = 0.0
+        self.own: dict[str, dict[str, Any]] = {}
         self.now: Stage | None = None
         self._gone_at = 0.0
         self._born = 0
@@ -147,6 +149,10 @@ class KubeServer:
             return _send(request, 200, {"items": recorded("events")[self.now.events if self.now else "none"]})
         if plural == "pods/log":
             return self._stream(request)
+        if core and core["name"]:
+            if (own := self.own.get(core["name"])) is None:
+                return _send(request, 404, _status(404, f'pods "{core["name"]}" not found'))
+            return _send(request, 200, {"kind": "Pod", "apiVersion": "v1", "metadata": own})
         return _send(request, 200, {"kind": "PodList", "apiVersion": "v1", "items": self._pods()})
 
     def _job(self, request: BaseHTTPRequestHandler, name: str | None, body: Any) -> None:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kube_server import KubeServer, Stage, launching, serving
 
 RUNNING = Stage("Running", {0: "running", 1: "running"})
+WORKFLOW = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "esvit-pretrain-x", "uid": "uid-of-x"}
 DONE = Stage("Completed", {0: "done", 1: "done"})
 LOG = [
     "2026-11-25T04:00:06.100000000Z train: swin, 2 processes on cpu",
@@ -320,32 +321,81 @@ def test_a_stop_deletes_the_job_while_a_request_of_the_follower_hangs(
     assert deleted.is_set()
 
 
-def test_the_job_ends_with_the_pod_that_launched_it(
-    kube: KubeServer, train: Callable[..., None], tmp_path: Path, store_env: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_pod(kube: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the pod of KFP in which the step is; the cluster knows it."""
     (tmp_path / "namespace").write_text("team")
     monkeypatch.setattr("esvit_core.launch.kubernetes.client.NAMESPACE_FILE", tmp_path / "namespace")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("KUBERNETES_SERVICE_PORT", raising=False)  # no service account here: the kubeconfig is used
     monkeypatch.setenv("KFP_POD_NAME", "pretrain-1")
-    monkeypatch.setenv("KFP_POD_UID", "uid-1")
+    kube.own["pretrain-1"] = {
+        "name": "pretrain-1",
+        "uid": "uid-1",
+        "ownerReferences": [WORKFLOW | {"controller": True}],
+    }
+    return "pretrain-1"
+
+
+def test_the_job_ends_with_the_workflow_that_launched_it(
+    kube: KubeServer, train: Callable[..., None], own_pod: str
+) -> None:
     kube.script = [RUNNING, DONE]
     train()
     (posted,) = [body for method, path, body in kube.requests if method == "POST"]
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "pretrain-1", "uid": "uid-1"}
-    assert posted["metadata"]["ownerReferences"] == [owner]
+    assert posted["metadata"]["ownerReferences"] == [WORKFLOW]
     assert all("/namespaces/team/" in path for _, path, _ in kube.requests)
+
+
+def test_outside_of_a_workflow_the_job_ends_with_the_pod_that_follows_it(
+    kube: KubeServer, train: Callable[..., None], own_pod: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kube.own = {name: {"name": name, "uid": f"uid of {name}"} for name in (own_pod, "pretrain-2")}
+    kube.script = [RUNNING, DONE]
+    train()
+    (posted,) = [body for method, path, body in kube.requests if method == "POST"]
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": own_pod, "uid": f"uid of {own_pod}"}
+    assert posted["metadata"]["ownerReferences"] == [owner]
 
     # The step is repeated in another pod: the first one's removal must not take the job along.
     kube.jobs.clear()
     kube.put(posted, "Running")
     kube.script = [RUNNING, RUNNING, DONE]
     monkeypatch.setenv("KFP_POD_NAME", "pretrain-2")
-    monkeypatch.setenv("KFP_POD_UID", "uid-2")
     train()
     bodies = [body["metadata"] for method, _, body in kube.requests if method == "PATCH"]
     (patched,) = [metadata for metadata in bodies if "ownerReferences" in metadata]
-    assert patched["ownerReferences"] == [owner | {"name": "pretrain-2", "uid": "uid-2"}]
+    assert patched["ownerReferences"] == [owner | {"name": "pretrain-2", "uid": "uid of pretrain-2"}]
+
+
+@pytest.mark.parametrize("grace", [True, False])
+def test_a_pod_that_is_deleted_leaves_the_job_to_the_next(
+    kube: KubeServer, train: Callable[..., None], own_pod: str, grace: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def delete() -> None:
+        if grace:
+            kube.own[own_pod]["deletionTimestamp"] = "2026-11-28T23:41:00Z"
+        else:
+            del kube.own[own_pod]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    kube.script = [RUNNING] * 1000
+    kube.at[3] = delete
+    with pytest.raises(SystemExit) as caught:
+        train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert kube.jobs and not [path for method, path, _ in kube.requests if method == "DELETE"]
+    assert "this pod is being deleted" in capfd.readouterr().out
+
+
+def test_a_step_that_is_stopped_in_its_pod_deletes_the_job(
+    kube: KubeServer, train: Callable[..., None], own_pod: str
+) -> None:
+    kube.script = [RUNNING] * 1000
+    kube.at[3] = partial(os.kill, os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train()
+    assert not kube.jobs
 
 
 def test_without_a_cluster_the_mistake_is_named(

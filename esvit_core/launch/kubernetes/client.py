@@ -19,7 +19,6 @@ DEFAULT_NAMESPACE = "esvit"
 TIMEOUT_SECONDS = 30.0  # of a request; the stream of a log has its own
 # Set by KFP in its steps' pods; elsewhere by the downward API.
 POD_NAME_VARIABLES = ("KFP_POD_NAME", "ESVIT_POD_NAME")
-POD_UID_VARIABLES = ("KFP_POD_UID", "ESVIT_POD_UID")
 
 
 class UnreachableError(InfrastructureError):
@@ -177,17 +176,46 @@ class Cluster:
                 _request_timeout=(TIMEOUT_SECONDS, 300.0),
             )
 
-    def owner(self, environment: dict[str, str] | None = None) -> dict[str, Any] | None:
-        """A reference to the pod in which this runs; None outside of one, or where it is in another namespace."""
-        values = dict(os.environ) if environment is None else environment
-        if "KUBERNETES_SERVICE_HOST" not in values or own_namespace() != self.namespace:
+    def owner(self) -> dict[str, Any] | None:
+        """A reference to what a job ends with: the workflow of the pod in which this runs, or the pod, if it has none.
+
+        A job of the workflow outlives a pod that is evicted: Argo starts the step again, which finds the job.
+
+        Returns:
+            None outside of a pod, or where the pod is in another namespace.
+        """
+        if (name := self._own_pod()) is None:
             return None
-        name = next((values[v] for v in POD_NAME_VARIABLES if values.get(v)), socket.gethostname())
-        uid = next((values[v] for v in POD_UID_VARIABLES if values.get(v)), "")
-        if not uid:
-            with _told(f"read pod {name}", self.namespace, POD, "get"):
-                uid = self.core.read_namespaced_pod(name, self.namespace).metadata.uid
-        return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}
+        with _told(f"read pod {name}", self.namespace, POD, "get"):
+            found = self.core.read_namespaced_pod(name, self.namespace, _request_timeout=TIMEOUT_SECONDS).metadata
+        for reference in found.owner_references or []:
+            if reference.controller:
+                return {
+                    "apiVersion": reference.api_version,
+                    "kind": reference.kind,
+                    "name": reference.name,
+                    "uid": reference.uid,
+                }
+        return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": found.uid}
+
+    def leaving(self) -> bool:
+        """Whether the pod in which this runs is being deleted, as by an eviction; its run goes on in another pod."""
+        if (name := self._own_pod()) is None:
+            return False
+        with _told(f"read pod {name}", self.namespace, POD, "get"):
+            try:
+                found = self.core.read_namespaced_pod(name, self.namespace, _request_timeout=TIMEOUT_SECONDS)
+            except _api_exception() as error:
+                if error.status == 404:  # it was deleted without grace
+                    return True
+                raise
+        return found.metadata.deletion_timestamp is not None
+
+    def _own_pod(self) -> str | None:
+        """The name of the pod in which this runs; None outside of one, or where it is in another namespace."""
+        if "KUBERNETES_SERVICE_HOST" not in os.environ or own_namespace() != self.namespace:
+            return None
+        return next((os.environ[v] for v in POD_NAME_VARIABLES if os.environ.get(v)), socket.gethostname())
 
 
 def own_namespace() -> str | None:

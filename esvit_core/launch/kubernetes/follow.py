@@ -259,7 +259,15 @@ class Follower:
         """
         self._stop.stopped.wait()
         with contextlib.suppress(UnreachableError, UserError):  # the follower itself asks again, if it still can
-            self._cluster.delete(self._backend.kind, self._name)
+            if not self._only_moved():
+                self._cluster.delete(self._backend.kind, self._name)
+
+    def _only_moved(self) -> bool:
+        """Whether the signal came because this pod is deleted, and not because the run is stopped."""
+        try:
+            return self._cluster.leaving()
+        except (UnreachableError, UserError):
+            return False
 
     def _idle_since(self, job: dict[str, Any]) -> datetime:
         metadata = job["metadata"]
@@ -276,7 +284,13 @@ class Follower:
             self._noted = now
 
     def _cancel(self, log: LogRelay) -> Outcome:
-        """Delete the job and wait for its pods, which write a checkpoint; a second signal ends the waiting."""
+        """Delete the job and wait for its pods, which write a checkpoint; a second signal ends the waiting.
+
+        Where only this pod is deleted, the job stays for the step that is started again.
+        """
+        if self._only_moved():
+            print(f"train: this pod is being deleted; the {self._title} goes on, for the repeated step", flush=True)
+            return Outcome(self._stop.first)
         print("train: stopping, writing a checkpoint (once more: stop at once)", flush=True)
         deadline, deleted = time.monotonic() + GRACE_SECONDS + 15, False
         while time.monotonic() < deadline and self._stop.count < 2:
