@@ -1,8 +1,8 @@
-"""Which form of attention is fastest on this processor: torch's fused one against the plain formula.
+"""Compare torch's fused attention with the plain formula on this processor.
 
     python benchmarks/attention.py
 
-Shapes are those of the networks here. Forward and backward pass together, processor time of one thread; the two forms
+Shapes are those of the networks here. Forward and backward pass together, processor time of one thread. The two forms
 take turns, and each ratio is the median over the rounds, fused / plain: above 1 the plain formula is faster. The
 last line is JSON.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from esvit_core.models.layers.attention import attend_plainly
 
-# (images and windows), heads, queries, keys, width of a head, and whether there is a bias that is learned
+# (images and windows), heads, queries, keys, width of a head, and whether there is a learned bias
 SHAPES: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {
     "swin, window 7": ((4, 16), 6, 49, 49, 32, True),
     "vil, sparse": ((4, 16), 6, 49, 99, 32, True),
@@ -38,7 +38,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) ->
 
 
 def inputs_of(name: str, dtype: torch.dtype) -> list[Tensor | None]:
-    """Queries, keys and values as a linear layer leaves them, heads beside one another; and the bias."""
+    """Queries, keys and values in the layout of a linear layer's output, with adjacent heads; and the bias."""
     before, heads, queries, keys, width, biased = SHAPES[name]
 
     def draw(tokens: int) -> Tensor:

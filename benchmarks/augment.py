@@ -1,8 +1,8 @@
-"""Images a second of the augmentation, decoding included: ours and the plain path of torchvision transforms on PIL.
+"""Measure the rate of augmentation including decoding: ours, and torchvision transforms on PIL images.
 
     python benchmarks/augment.py [folder or archive of images] [--images 64] [--rounds 3]
 
-Both run in this process on one thread, in turn, on the same encoded images (without a source: photo-like noise of
+Both run in turn in this process on one thread, on the same encoded images (without a source: photo-like noise of
 500 x 375 pixels). The last line is JSON.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = Config.load(arguments.recipe).augment
-    encoded = read(arguments.source, arguments.images) if arguments.source else made(arguments.images)
+    encoded = read(arguments.source, arguments.images) if arguments.source else noise(arguments.images)
     paths: dict[str, Callable[[bytes, int], object]] = {"ours": ours(config), "plain": plain(config)}
     rates: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(arguments.rounds):
@@ -50,7 +50,9 @@ def main() -> None:
     ratio = best["ours"] / best["plain"]
     sizes = MultiCrop(config).sizes
     print(f"{len(encoded)} images, {sum(map(len, encoded)) / len(encoded) / 1024:.0f} kB each, crops of {sizes} px")
-    print(f"ours {best['ours']:.0f}/s, plain {best['plain']:.0f}/s of one thread's time: {ratio:.2f} times as fast")
+    print(
+        f"ours {best['ours']:.0f}/s, plain {best['plain']:.0f}/s, processor time of one thread: {ratio:.2f} times as fast"
+    )
     print(json.dumps({"ours": round(best["ours"], 1), "plain": round(best["plain"], 1), "ratio": round(ratio, 2)}))
 
 
@@ -60,7 +62,7 @@ def ours(config: AugmentConfig) -> Callable[[bytes, int], object]:
 
 
 def plain(config: AugmentConfig) -> Callable[[bytes, int], object]:
-    """Torchvision's transforms on PIL images, one composition a kind of crop."""
+    """Torchvision's transforms on PIL images, one composition per kind of crop."""
     jitter = transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
     colours = [
         transforms.RandomHorizontalFlip(config.flip),
@@ -113,8 +115,8 @@ def read(source: str, count: int) -> list[bytes]:
     return encoded
 
 
-def made(count: int) -> list[bytes]:
-    """Noise of all coarsenesses, which compresses about as photographs do."""
+def noise(count: int) -> list[bytes]:
+    """Encode images of noise at several scales, which compress about as well as photographs."""
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(count):

@@ -1,11 +1,11 @@
-"""Kill a training again and again, at random moments, and count what was lost: ``make chaos``.
+"""Kill trainings at random moments, and count what is lost: ``make chaos``.
 
 Every run is the demo's recipe on two processes: shortened to 30 steps with a checkpoint every 4, or, with --whole, all
-of its 792 steps. One is left alone; each of the others is killed once (a rank, the
-agent, the launcher, the object store), sometimes has its newest checkpoint damaged, and is started again until it is
-finished. Its weights must then be those of the undisturbed run, bit for bit, and its steps must have seen the same
-samples. Afterwards: the number of processes changes within an epoch; two nodes of which one dies and comes back; the
-store is away for a minute.
+of its 792 steps. One run is not disturbed. Each of the others is killed once (a rank, the agent, the launcher, the
+object store), in some cases its newest checkpoint is damaged, and it is restarted until it finishes. Its weights must
+then equal those of the undisturbed run, bit for bit, and its steps must have seen the same samples. Three more runs
+follow: the number of processes changes within an epoch; one of two nodes dies and comes back; the store is unavailable
+for a minute.
 
     python benchmarks/chaos.py --kills 20 --seed 1 [--whole] [--only-kills]
 
@@ -49,7 +49,7 @@ SETTINGS = ("training.processes=2", "training.metrics_port=null")
 SHORT = ("data.max_images=400", "training.epochs=10", "training.checkpoint_steps=4")
 VICTIMS = ("rank", "agent", "launcher", "store")
 DAMAGES = ("", "", "truncated", "byte flipped", "manifest missing")
-PATIENCE = 900.0  # seconds for anything that has to happen
+PATIENCE = 900.0  # seconds to wait for an event
 LAUNCH = """
 from esvit_core.errors import step
 from esvit_core.runs.run import open_run
@@ -62,7 +62,7 @@ with step("pretrain"):
 
 @dataclass
 class ChaosRun:
-    """A run whose processes are started, killed and started again."""
+    """A run whose processes are started, killed and restarted."""
 
     uri: str
     store: ObjectStore
@@ -86,7 +86,7 @@ class ChaosRun:
         return process
 
     def processes(self, agent: bool) -> list[psutil.Process]:
-        """Those of this run that are alive: its agent, or its ranks."""
+        """Live processes of this run: its agent, or its ranks."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = " ".join(process.info["cmdline"] or [])
@@ -100,7 +100,7 @@ class ChaosRun:
         return int(pointer.value["step"]) if pointer else 0
 
     def step(self) -> int:
-        """The last step that any process has begun."""
+        """Last step that any process has begun."""
         return max(samples_that_count(self.trace), default=0)
 
     def finished(self) -> bool:
@@ -111,13 +111,13 @@ class ChaosRun:
         return "" if manifest is None else str(manifest["files"]["model.safetensors"]["sha256"])
 
     def worlds(self) -> list[int]:
-        """How many processes each attempt had."""
+        """Number of processes of each attempt."""
         files = [path for path in sorted(self.trace.glob("*-0.jsonl")) if path.stat().st_size]
         return [json.loads(path.read_text(encoding="utf-8").partition("\n")[0])["world"] for path in files]
 
 
-class Scene:
-    """A store with prepared data, and runs of the demo's recipe, with these settings, on it."""
+class Testbed:
+    """A store with prepared data, and runs of the demo's recipe with the given settings in it."""
 
     def __init__(self, folder: Path, settings: Sequence[str]) -> None:
         self.folder = folder
@@ -154,7 +154,7 @@ def until(condition: Callable[[], Any], what: str) -> None:
 
 
 def lost_and_repeated(run: ChaosRun, last_step: int) -> tuple[int, int]:
-    """Of the samples of each step up to the last, those that it has not seen, and those that it has seen too often."""
+    """Count the samples that were not seen, and those seen too often, over all steps up to the last."""
     config, shards = open_run(run.uri).config, Manifest.read(run.store, f"{run.uri}/data").splits["train"].shards
     batch, sizes = config.training.batch_size, [shard.samples for shard in shards]
     steps = sum(sizes) // batch
@@ -175,10 +175,10 @@ def damage(run: ChaosRun, how: str) -> None:
     run.store.put_bytes(f"{folder}/student.pt", data[: len(data) // 2] if how == "truncated" else flipped)
 
 
-def kill_once(scene: Scene, run: ChaosRun, victim: str, steps: int, rng: random.Random) -> str:
-    """Start the run, kill ``victim`` at a random moment, and finish it; where it was killed, in words.
+def kill_once(testbed: Testbed, run: ChaosRun, victim: str, steps: int, rng: random.Random) -> str:
+    """Start the run, kill ``victim`` at a random moment, and finish it; return a description of the moment.
 
-    A quarter of the moments lie in the seconds before the first step, the others around a random one of ``steps``.
+    A quarter of the moments are in the seconds before the first step, the others around a random one of ``steps``.
     """
     launcher = run.launch()
     until(lambda: run.processes(agent=False), "the first process")
@@ -196,9 +196,9 @@ def kill_once(scene: Scene, run: ChaosRun, victim: str, steps: int, rng: random.
     elif victim == "launcher":
         launcher.kill()
     else:
-        scene.kill_store()
+        testbed.kill_store()
         time.sleep(rng.uniform(0.5, 8))
-        scene.server.start()
+        testbed.server.start()
     launcher.wait(PATIENCE)
     until(lambda: not run.processes(agent=False), "the end of the processes")
     how = rng.choice(DAMAGES)
@@ -216,7 +216,7 @@ def has_moved(run: ChaosRun, step: int) -> bool:
 
 
 def change_worlds(run: ChaosRun, rng: random.Random) -> None:
-    """2, 1, 3 and 2 processes, each asked to stop at a random moment but the last."""
+    """Train with 2, 1, 3 and 2 processes; stop all but the last at a random moment."""
     with tempfile.TemporaryDirectory() as meeting:
         for number, world in enumerate((2, 1, 3, 2)):
             before = run.step()
@@ -239,7 +239,7 @@ def change_worlds(run: ChaosRun, rng: random.Random) -> None:
 
 
 def two_nodes(run: ChaosRun) -> str:
-    """One of two nodes is killed and comes back; the numbers of processes of the attempts, in words."""
+    """Kill one of two nodes and bring it back; return the numbers of processes of the attempts as text."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -257,9 +257,9 @@ def two_nodes(run: ChaosRun) -> str:
     first, second = node(True), node(False)
     until(lambda: run.worlds()[-1:] == [2] and run.checkpoint(), "both nodes to train")
     second.kill()
-    until(lambda: run.worlds()[-1:] == [1], "the other one to go on")
+    until(lambda: run.worlds()[-1:] == [1], "the other node to continue")
     second = node(False)
-    until(lambda: run.worlds()[-1:] == [2], "the first one to be taken in again")
+    until(lambda: run.worlds()[-1:] == [2], "the killed node to be admitted again")
     for process in (first, second):
         process.terminate()
     for process in (first, second):
@@ -268,30 +268,30 @@ def two_nodes(run: ChaosRun) -> str:
 
 
 @contextmanager
-def ending(runs: list[ChaosRun], scene: Scene) -> Iterator[None]:
+def ending(runs: list[ChaosRun], testbed: Testbed) -> Iterator[None]:
     try:
         yield
     finally:
         for run in runs:
             for process in run.started:
                 process.kill()
-        scene.server.stop()
+        testbed.server.stop()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--only-kills", action="store_true", help="leave out what comes after the kills")
-    parser.add_argument("--whole", action="store_true", help="the demo's recipe as it is, without shortening it")
+    parser.add_argument("--only-kills", action="store_true", help="leave out the three runs after the kills")
+    parser.add_argument("--whole", action="store_true", help="run the whole demo recipe instead of the shortened one")
     arguments = parser.parse_args()
     settings = SETTINGS if arguments.whole else (*SETTINGS, *SHORT)
     rng = random.Random(arguments.seed)
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="esvit-chaos-") as folder:
-        scene = Scene(Path(folder), settings)
-        runs = [scene.run("undisturbed")]
-        with ending(runs, scene):
+        testbed = Testbed(Path(folder), settings)
+        runs = [testbed.run("undisturbed")]
+        with ending(runs, testbed):
             start = time.monotonic()
             runs[0].launch().wait(PATIENCE)
             seconds = time.monotonic() - start
@@ -311,25 +311,25 @@ def main() -> int:
                 print(f"{what}{at}; {how}; lost {missing}, repeated {twice}", flush=True)
 
             for number in range(arguments.kills):
-                runs.append(run := scene.run(f"killed-{number}"))
+                runs.append(run := testbed.run(f"killed-{number}"))
                 victim = VICTIMS[number % len(VICTIMS)]
-                report(run, f"{number + 1:2}  {victim:8}  at {kill_once(scene, run, victim, steps, rng)}", True)
+                report(run, f"{number + 1:2}  {victim:8}  at {kill_once(testbed, run, victim, steps, rng)}", True)
             if not arguments.only_kills:
-                runs.append(run := scene.run("worlds"))
+                runs.append(run := testbed.run("worlds"))
                 change_worlds(run, rng)
                 report(run, f"worlds {' -> '.join(map(str, run.worlds()))}", False)
-                runs.append(run := scene.run("nodes", epochs=1000))
+                runs.append(run := testbed.run("nodes", epochs=1000))
                 report(run, f"two nodes, one killed and back: {two_nodes(run)}", False)
-                runs.append(run := scene.run("outage"))
+                runs.append(run := testbed.run("outage"))
                 launcher = run.launch()
                 until(lambda: run.checkpoint(), "a checkpoint")
                 before = run.step()
-                scene.kill_store()
+                testbed.kill_store()
                 run.kills += 1
                 time.sleep(60)
-                scene.server.start()
+                testbed.server.start()
                 launcher.wait(PATIENCE)
-                report(run, f"store away for 60 s from step {before} on, launched {len(run.started)} time", True)
+                report(run, f"store unavailable for 60 s from step {before} on, launched {len(run.started)} time", True)
             kills = sum(run.kills for run in runs)
     result = {"kills": kills, "bitwise_equal": equal, "samples_lost": lost, "samples_repeated": repeated}
     print(json.dumps(result), flush=True)

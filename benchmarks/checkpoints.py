@@ -1,11 +1,11 @@
-"""What checkpoints cost: time of a training step with one every so many steps, against none.
+"""Measure the cost of checkpoints: time of a training step with one every N steps, against none.
 
     python benchmarks/checkpoints.py [--recipe demo] [--every 20] [--rounds 8]
 
 One process trains on the sample images with a real object store beside it. Stretches with and without a checkpoint
-at their end take turns, so that whatever else the machine does meets both. The upload of a checkpoint runs into the
-next stretch: one with is timed after another one with, one without after the last upload has ended. On a machine that
-is busy with other things the ratio of processor time is the one to look at. The last line is JSON.
+at their end alternate, so that other load on the machine affects both. The upload of a checkpoint runs into the
+next stretch: a stretch with a checkpoint is timed after another one with a checkpoint, and a stretch without one after
+the last upload has ended. On a busy machine, use the ratio of processor time. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--every", type=int, default=20, help="steps")
-    parser.add_argument("--rounds", type=int, default=8, help="stretches of each kind")
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--rounds", type=int, default=8, help="number of stretches of each kind")
     arguments = parser.parse_args()
     needed = arguments.every * (3 * arguments.rounds + 1)
     with tempfile.TemporaryDirectory(prefix="esvit-checkpoints-") as folder:
@@ -65,7 +65,7 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     copies: list[float] = []
 
     def stretch(save: bool) -> tuple[float, float]:
-        """Seconds a step, and processor seconds of this process with all its threads."""
+        """Seconds per step: wall time, and processor time of all threads of this process."""
         start, worked = time.perf_counter(), time.process_time()
         for _ in range(every):
             outputs = training_step(parts, next(batches), parts.schedule_values())
@@ -82,12 +82,12 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     for _ in range(rounds):
         checkpoints.wait()
         times[False].append(stretch(save=False))
-        stretch(save=True)  # so that the timed one has an upload beside it
+        stretch(save=True)  # so that an upload runs during the timed stretch
         times[True].append(stretch(save=True))
     checkpoints.wait()
     without, with_them = (statistics.median(wall for wall, _ in times[kind]) for kind in (False, True))
     pairs = list(zip(times[False], times[True], strict=True))
-    ratios = [b[0] / a[0] for a, b in pairs]  # of neighbours: what else the machine does changes slowly
+    ratios = [b[0] / a[0] for a, b in pairs]  # of neighbouring stretches, because other load changes slowly
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     print(
         json.dumps(

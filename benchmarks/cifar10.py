@@ -1,14 +1,14 @@
-"""What pre-training brings on photographs, and what the region task adds: 20-NN and linear probe on CIFAR-10.
+"""Measure the gain from pre-training on photographs, and from the region task: 20-NN and linear probe on CIFAR-10.
 
     python benchmarks/cifar10.py DIR --results docs/cifar10.jsonl [--seeds 0 1 2] [--epochs 20] [--set key=value ...]
     python benchmarks/cifar10.py DIR --results docs/cifar10.jsonl --after-view 40 --epochs 10
     python benchmarks/cifar10.py --results docs/cifar10.jsonl --plot docs/cifar10.png
 
-DIR holds CIFAR-10 as ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Each seed is trained on 500 images a class,
-once view only and once with both tasks, and measured on the whole test set beside the untrained backbone. A result
-that is in the file already is not measured again, so the command can be interrupted. With ``--after-view`` both tasks go on
-from a view-only run of so many epochs, as most of the published runs did. The last line is JSON: mean and standard
-deviation over the seeds, percent.
+DIR holds CIFAR-10 as ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Each seed is trained on 500 images per class,
+once view only and once with both tasks, and evaluated on the whole test set together with the baseline, the network with
+its initial weights. Results that are already in the file are not measured again, so the command can be interrupted. With
+``--after-view N`` both tasks continue from a view-only run of N epochs, as most of the published runs did. The last line
+is JSON: mean and standard deviation over the seeds, percent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TASKS = {"view": "view only", "view + region": "view + region"}
 MEASURES = {
     "knn/20": "20-NN top-1, %",
     "linear": "linear probe top-1, %",
-    "correspondence": "regions matched rightly, %",
+    "correspondence": "correspondence, %",
 }
 Row = dict[str, Any]
 
@@ -52,15 +52,19 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="?", type=Path, metavar="DIR")
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines, one a run; added to")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="file of JSON lines, one per run; results are appended"
+    )
     parser.add_argument("--work", type=Path, default=Path("cifar10-runs"), help="folder of the runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--after-view", type=int, default=0, metavar="EPOCHS", help="of a view-only run before")
-    parser.add_argument("--recipe", default=str(RECIPE), help="another one: a file, or the name of a preset")
+    parser.add_argument(
+        "--after-view", type=int, default=0, metavar="EPOCHS", help="epochs of a view-only run before this one"
+    )
+    parser.add_argument("--recipe", default=str(RECIPE), help="recipe: a file, or the name of a preset")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--plot", type=Path, help="where to draw the results of the file")
+    parser.add_argument("--plot", type=Path, help="file to which the results are plotted")
     arguments = parser.parse_args()
     rows = read(arguments.results)
     if arguments.images:
@@ -81,13 +85,13 @@ def main() -> None:
     if arguments.plot:
         plot(rows, arguments.plot)
     for (settings, task), measured in figures.items():
-        said = ", ".join(f"{name} {mean:.1f} ± {spread:.1f}" for name, (mean, spread) in measured.items())
-        print(f"{task:14} {said}  ({settings})")
+        text = ", ".join(f"{name} {mean:.1f} ± {spread:.1f}" for name, (mean, spread) in measured.items())
+        print(f"{task:14} {text}  ({settings})")
     print(json.dumps([{"settings": s, "task": t, **measured} for (s, t), measured in figures.items()]))
 
 
 def subset(images: Path, archive: Path) -> Path:
-    """The first images of each training class by name, and the whole test set, as a tar."""
+    """Write the first images of each training class by name, and the whole test set, to a tar."""
     if archive.exists():
         return archive
     part = archive.with_suffix(".part")
@@ -101,12 +105,12 @@ def subset(images: Path, archive: Path) -> Path:
 
 
 def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
-    """Run the pipeline and read what it has measured.
+    """Run the pipeline and read its evaluation results.
 
     Args:
         data: the tar of :func:`subset`.
         wanted: the row's ``task``, ``seed``, ``settings``, ``after_view`` and the recipe's name.
-        recipe: where it is.
+        recipe: file or name of the recipe.
         work: folder of the runs.
     """
     print(f"== {wanted['task']}, seed {wanted['seed']}", flush=True)
@@ -131,7 +135,7 @@ def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
     return {
         **wanted,
         "trained": {key: round(figures["trained"][key], 2) for key in MEASURES},
-        "untrained": {key: round(figures["untrained"][key], 2) for key in MEASURES},
+        "baseline": {key: round(figures["untrained"][key], 2) for key in MEASURES},
         "steps": summary.steps,
         "train_seconds": summary.seconds,
         "wall_seconds": round(time.monotonic() - start, 1),
@@ -142,7 +146,7 @@ def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
 
 
 def run_pipeline(data: Path, recipe: str, task: str, seed: int, settings: Sequence[str], work: Path) -> str:
-    """Carry a run out, if it is not finished already; its address."""
+    """Run the pipeline unless the run is already finished, and return the run's address."""
     chosen = [f"objective.region={task != 'view'}".lower(), f"seed={seed}", *settings]
     arguments = [argument for setting in chosen for argument in ("--set", setting)]
     command = ["-m", "esvit_pipelines", "run", "--recipe", recipe, "--data", str(data), "--out", str(work)]
@@ -162,25 +166,25 @@ def read(results: Path) -> list[Row]:
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[dict[str, float]]]:
-    """Figures of the seeds, by settings and task; the untrained backbone is a task of its own."""
+    """Group the figures of the seeds by settings and task; the baseline counts as a task."""
     groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    untrained: dict[tuple[str, int], dict[str, float]] = {}
+    baselines: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         other = [] if row["recipe"] == RECIPE_NAME else [f"recipe={row['recipe']}"]
         settings = " ".join([*row["settings"], *other])
-        if row["after_view"]:  # its untrained network is the one of the run before
+        if row["after_view"]:  # its baseline is that of the run before
             settings += f" after_view={row['after_view']}"
         else:
             network = " ".join([*(setting for setting in row["settings"] if setting.startswith("model.")), *other])
-            untrained[network or "every other run", row["seed"]] = row["untrained"]
+            baselines[network or "every other run", row["seed"]] = row["baseline"]
         groups[settings, TASKS[row["task"]]].append(row["trained"])
-    for (settings, _), figures in untrained.items():
-        groups[settings, "untrained"].append(figures)
+    for (settings, _), figures in baselines.items():
+        groups[settings, "baseline"].append(figures)
     return groups
 
 
 def summarise(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
-    """Mean and standard deviation (0 for one seed) of each measure."""
+    """Compute mean and standard deviation (0 for one seed) of each measure."""
     out = {}
     for key, runs in sorted(grouped(rows).items()):
         columns = {name: [run[name] for run in runs] for name in MEASURES}
@@ -191,37 +195,37 @@ def summarise(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, tuple[floa
     return out
 
 
-COLOURS = {"untrained": "#777777", "view only": "#1f77b4", "view + region": "#d95f02"}
+COLOURS = {"baseline": "#777777", "view only": "#1f77b4", "view + region": "#d95f02"}
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """A row for each setting, in it a colour for each task: a dot a seed and a line at their mean. One panel a measure."""
+    """Plot one panel per measure and one row per setting: a colour per task, a dot per seed, a line at their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     groups = grouped(rows)
-    settings = sorted({setting for setting, _ in groups}, key=lambda s: ((s, "untrained") not in groups, s))
+    settings = sorted({setting for setting, _ in groups}, key=lambda s: ((s, "baseline") not in groups, s))
     labels = [_short(setting) for setting in settings]
     heights = [0.8 + 0.5 * label.count("\n") for label in labels]
-    places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+    positions = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 1.2 + 0.42 * sum(heights)), sharey=True)
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
         for (setting, task), runs in groups.items():
-            place = places[settings.index(setting)] + {"view only": -0.17, "view + region": 0.17}.get(task, 0.0)
+            y = positions[settings.index(setting)] + {"view only": -0.17, "view + region": 0.17}.get(task, 0.0)
             values = [run[name] for run in runs]
             mean, colour = statistics.mean(values), COLOURS[task]
-            axis.plot([mean, mean], [place - 0.13, place + 0.13], color=colour, linewidth=2)
-            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+            axis.plot([mean, mean], [y - 0.13, y + 0.13], color=colour, linewidth=2)
+            axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.6, markersize=5)
             beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axis.annotate(f"{mean:.1f}", (max(values), place), color=colour, **beside)
+            axis.annotate(f"{mean:.1f}", (max(values), y), color=colour, **beside)
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.12)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    axes[0].set_yticks(places, labels, fontsize=9)
+    axes[0].set_yticks(positions, labels, fontsize=9)
     axes[0].set_ylim(sum(heights), 0)
     marks = [plt.Line2D([], [], color=colour, marker="o", linestyle="", label=task) for task, colour in COLOURS.items()]
     axes[0].legend(handles=marks, frameon=False, fontsize=9, loc="upper right")
@@ -230,9 +234,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _short(settings: str) -> str:
-    """Without the sections' names, and without the number of epochs where it is the recipe's; a few to a line."""
+    """Shorten settings to keys without sections, leave out the recipe's number of epochs, and wrap the lines."""
     if "=" not in settings:
-        return f"untrained, {settings}"
+        return f"baseline, {settings}"
     changed = [re.sub(r"^\w+\.", "", setting) for setting in settings.split() if setting != f"training.epochs={EPOCHS}"]
     return textwrap.fill(", ".join(changed), 36, break_on_hyphens=False) or "the recipe"
 

@@ -1,12 +1,12 @@
-"""What diagnostics and metrics cost: their time as a share of the training's.
+"""Measure the cost of diagnostics and metrics: their time as a share of the training's.
 
     python benchmarks/diagnostics.py [--rounds 5] [--cases demo,swin_tiny_w7]
 
-A round is one training step, one measurement of its outputs, and the metrics of a step, of a line of the log and of a
-scrape, in turn, in this process. Diagnostics are taken at the default interval: their share is the median measurement
-over the median step times the steps between two measurements. Metrics count as if every step were logged and scraped,
-which is more than ever happens. Images are noise: loading is left out, which only makes the shares larger. On a
-processor one thread's time counts, so that other work does not. The last line is JSON.
+In a round, this process runs one training step, one measurement of its outputs, and the metrics of a step, of a log line
+and of a scrape. Diagnostics are measured at the default interval: their share is the median measurement over the median
+step times the steps between two measurements. Metrics count as if every step were logged and scraped, which is an upper
+bound. Images are noise, and loading is left out, which only makes the shares larger. On a CPU the processor time of one
+thread is measured, so that other load does not count. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from esvit_core.training.loop import training_step
 from esvit_core.training.optim.schedules import ScheduleValues
 from esvit_core.training.state import assemble, make_deterministic
 
-# Swin-T with all prototypes, and few images and crops: the smaller the step, the dearer the diagnostics.
+# Swin-T with all prototypes, and few images and crops: the smaller the step, the larger the share of the diagnostics.
 CASES = {
     "demo": ("demo", []),
     "swin_tiny_w7": (
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", default=",".join(CASES))
     arguments = parser.parse_args()
-    keep_freed_memory()  # as a training process does first
+    keep_freed_memory()  # as a training process does
     make_deterministic()
     torch.set_num_threads(1)
     shares, of_metrics = {}, {}
@@ -58,15 +58,15 @@ def main() -> None:
         shares[name] = round(100 * measurement / (interval * step), 3)
         of_metrics[name] = round(100 * metrics / step, 3)
         print(
-            f"{name}: a step {step:.3f} s, diagnostics {measurement:.4f} s every {interval} steps: {shares[name]} %, "
-            f"metrics {metrics:.4f} s at every step: {of_metrics[name]} %",
+            f"{name}: step {step:.3f} s, diagnostics {measurement:.4f} s every {interval} steps: {shares[name]} %, "
+            f"metrics {metrics:.4f} s every step: {of_metrics[name]} %",
             flush=True,
         )
     print(json.dumps({"percent_of_training": shares, "metrics_percent_of_training": of_metrics}))
 
 
 def measure(config: Config, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of a step, of the diagnostics and of the metrics."""
+    """Measure the median seconds of a step, of the diagnostics and of the metrics."""
     parts = assemble(config, join_world(), cast(TrainLoader, SimpleNamespace(steps_per_epoch=1)))
     at = ScheduleValues(1e-4, 0.04, config.optimizer.teacher_momentum, config.objective.teacher_temp, epoch=1)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def measure(config: Config, rounds: int) -> tuple[float, float, float]:
     for number in range(rounds + 1):
         start = clock()
         outputs = training_step(parts, batch, at)
-        float(outputs.terms.view)  # waits for the device, if it is another one
+        float(outputs.terms.view)  # waits for the device
         between = clock()
         figures = (
             BatchStatistics(outputs.student, outputs.teacher, parts.objective, at.teacher_temp).diagnostics().figures()
@@ -96,7 +96,7 @@ def measure(config: Config, rounds: int) -> tuple[float, float, float]:
         times["step"].append(between - start)
         del outputs
     step, diagnostics, of_metrics = (statistics.median(seconds[1:]) for seconds in times.values())
-    return step, diagnostics, of_metrics  # without the first round, which allocates
+    return step, diagnostics, of_metrics  # without the first round, which allocates memory
 
 
 if __name__ == "__main__":

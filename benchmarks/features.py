@@ -1,10 +1,10 @@
-"""Images a second of the features' extraction: ours, and the same features computed the published way.
+"""Measure the rate of feature extraction: ours, and the same features computed as in the published code.
 
     python benchmarks/features.py --arch swin_tiny_w7 --batch 16
 
-Both features are computed, that of the views for k-NN and transfer and that of the last blocks for the linear probe:
-ours by :func:`esvit_core.evaluation.features.compute_features`, in one pass; the plain way in a pass each, in float32,
-with the networks of :mod:`plain_networks`. They take turns in this process on the same decoded images. The last
+Both compute the view features for k-NN and transfer, and the features of the last blocks for the linear probe: ours in
+one pass by :func:`esvit_core.evaluation.features.compute_features`, the plain implementation in one pass for each, in
+float32, with the networks of :mod:`plain_networks`. They take turns in this process on the same decoded images. The last
 line is JSON: ratios of time, plain / ours, and the largest difference of ours in bfloat16, as a share of the spread.
 """
 
@@ -33,7 +33,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Noise:
-    """Images that are decoded already, (H, W, 3) uint8."""
+    """Decoded images of noise, (H, W, 3) uint8."""
 
     def __init__(self, count: int, side: int) -> None:
         self.labels = np.zeros(count, np.int64)
@@ -50,7 +50,7 @@ class Noise:
 def plain_features(
     backbone: nn.Module, images: Noise, transform: Callable[[np.ndarray], torch.Tensor], batch: int
 ) -> Features:
-    """One pass over the images for k-NN, another for the linear probe."""
+    """Extract features with one pass over the images for k-NN and another for the linear probe."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone.to(device)
     passes: list[list[np.ndarray]] = []
@@ -72,7 +72,7 @@ def quietly(function: Callable[[], Features]) -> Features:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="swin_tiny_w7")
-    parser.add_argument("--batch", type=int, default=16, help="images at a time")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")

@@ -1,9 +1,9 @@
-"""How far every array of a golden folder is from ours: runs ``tests/golden`` and prints what they measure.
+"""Print the differences between a golden folder and our outputs: runs ``tests/golden`` and prints its measurements.
 
     python benchmarks/golden_table.py [--golden-dir DIR]
 
-The tables are Markdown, a row for each network and file. Differences are the largest absolute ones of an array;
-relative ones say so. Exits as pytest does: 0 when every array is within its tolerance.
+The tables are Markdown, one row for each network and file. A difference is the largest absolute one of an array;
+relative differences are labelled. The exit code is pytest's: 0 if every array is within its tolerance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent / "tests" / "golden"
 
 
 class Collector:
-    """Keeps what the tests record."""
+    """Collects the differences that the tests record."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, dict[str, float]]] = []
@@ -29,7 +29,7 @@ class Collector:
 
 
 def tables(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Rows of the same columns under one head."""
+    """Format the rows as Markdown; rows with the same columns share one table."""
     lines: list[str] = []
     head: list[str] = []
     for row, differences in rows:

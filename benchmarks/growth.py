@@ -1,10 +1,10 @@
-"""How time and memory of a step grow with the batch, the number of prototypes, and the number of crops.
+"""Measure how time and memory of a step grow with the batch, the number of prototypes, and the number of crops.
 
     python benchmarks/growth.py --plot docs/growth.png
 
-Each point is a process of its own, ours in the precision of this machine, and beside it the plain step where
-``--plain`` asks for it. Time is that of the processor on one thread, which other load disturbs least. The last line
-is JSON: for each quantity the exponent of the power law of time and of memory; 1 is linear.
+Each point is measured in its own process: our step in the chosen precision, and with ``--plain`` also the plain
+step. Time is processor time of one thread, which other load affects least. The last line is JSON: for each
+quantity the exponents of the power laws of time and of memory; 1 is linear.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ POINTS: dict[str, tuple[int, ...]] = {
     "prototypes": (16384, 32768, 65536, 131072),
     "local-crops": (2, 4, 8, 16),
 }
-CHOSEN = {"batch": 4, "prototypes": 65536, "local-crops": 8}  # of the quantities that stay as they are
+CHOSEN = {"batch": 4, "prototypes": 65536, "local-crops": 8}  # values of the quantities that are not varied
 NAMES = {"batch": "images", "prototypes": "prototypes K", "local-crops": "local crops"}
 Point = tuple[float, float]  # seconds, GiB
 
 
 def measure(who: str, arch: str, rounds: int, quantity: str, value: int) -> Point:
-    """Median seconds of a step, and the most memory."""
+    """Measure the median seconds of a step, and its peak memory."""
     options = {**CHOSEN, quantity: value}
     command = [sys.executable, str(STEP), "--worker", who, "--arch", arch, "--clock", "cpu", "--device", "cpu"]
     command += [word for name, number in options.items() for word in (f"--{name}", str(number))]
@@ -51,7 +51,7 @@ def measure(who: str, arch: str, rounds: int, quantity: str, value: int) -> Poin
 
 
 def exponent(values: Sequence[int], amounts: Sequence[float]) -> float:
-    """Of the power law through the points, the best in logarithms."""
+    """Exponent of the power law that fits the points best in logarithms."""
     return float(np.polyfit(np.log(values), np.log(amounts), 1)[0])
 
 
@@ -63,7 +63,7 @@ def plot(found: dict[str, dict[str, list[Point]]], path: Path) -> None:
 
     figure, axes = plt.subplots(2, len(POINTS), figsize=(8.4, 4.2), sharex="col")
     for column, (quantity, implementations) in enumerate(found.items()):
-        for row, label in enumerate(("seconds a step", "memory, GiB")):
+        for row, label in enumerate(("seconds per step", "memory, GiB")):
             axis = axes[row][column]
             for who, points in implementations.items():
                 amounts = [point[row] for point in points]
@@ -83,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="swin_tiny_w7")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--points", type=int, default=4, help="of each quantity, from the smallest")
+    parser.add_argument("--points", type=int, default=4, help="number of values of each quantity, from the smallest")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--plain", action="store_true", help="the plain step too")
+    parser.add_argument("--plain", action="store_true", help="also measure the plain step")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     print(f"{arguments.arch}, one thread, processor time, {describe(torch.device('cpu'))}")

@@ -1,9 +1,10 @@
-"""Products of linear layers in float32 on this processor: oneDNN's against those that torch takes.
+"""Compare the products of linear layers in float32 on this processor: oneDNN against torch's default.
 
     python benchmarks/linear.py
 
-Shapes are those of Swin-T and its heads with eight images. Forward, gradient of the input and gradient of the weight, each
-torch's time over oneDNN's, medians over the rounds, in turn; above 1 oneDNN is faster. The last line is JSON.
+Shapes are those of Swin-T and its heads with eight images. For the forward pass, the gradient of the input and the
+gradient of the weight, the table gives torch's time over oneDNN's, medians over the rounds, measured in turn; above 1
+oneDNN is faster. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from esvit_core.torch_private import onednn_linear
 from esvit_core.training.allocator import keep_freed_memory
 
-# Rows, width before, width after.
+# Rows, input width, output width.
 SHAPES = {
     "stage 1, MLP": (50176, 96, 384),
     "stage 1, MLP, back": (50176, 384, 96),
@@ -41,7 +42,7 @@ def seconds(product: Callable[[], Tensor]) -> float:
 
 
 def ratios(rows: int, before: int, after: int, rounds: int) -> dict[str, float]:
-    """Of the three products of a layer."""
+    """Measure the ratios of the three products of a layer."""
     x, weight, gradient = torch.randn(rows, before), torch.randn(after, before), torch.randn(rows, after)
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "forward": (lambda: F.linear(x, weight), lambda: onednn_linear(x, weight, None)),

@@ -1,12 +1,12 @@
-"""How much training is lost when a step's pod is deleted, and what the checkpoints cost that bound it.
+"""Measure how much training is lost when a step's pod is deleted, and the cost of the checkpoints that limit it.
 
     python benchmarks/lost_work.py [--minutes 8] [--set KEY=VALUE ...]
 
 Trains a Swin-T with its heads of 65,536 prototypes (a checkpoint of about 1 GB) in one process beside a real object
-store, as in a step's own pod: with `training.checkpoint_minutes: auto` and the pod's bound. The crops are small, so that
+store, as in a step's own pod: with `training.checkpoint_minutes: auto` and the pod's limit. The crops are small, so that
 a step takes seconds without a GPU; the state is that of the full recipe. At each moment the work at risk is the time
 since the state of the newest complete checkpoint was copied. At the end the process gets SIGTERM and a second later
-SIGKILL, as in a pod, and it is looked at what of the log has arrived. The last line is JSON.
+SIGKILL, as in a pod, and the log lines that have arrived in the store are read. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(config: Config, seconds: float) -> dict[str, object]:
     process = subprocess.Popen(
         [sys.executable, "-m", "esvit_core.training", "--run", run.uri], env=environment, stdout=subprocess.DEVNULL
     )
-    complete: list[tuple[float, int]] = []  # when which checkpoint was complete
+    complete: list[tuple[float, int]] = []  # time at which each checkpoint was complete, and its step
     began = None
     while process.poll() is None and (began is None or time.time() - began < seconds):
         pointer = store.read_pointer(run.at("training/latest"))
@@ -90,7 +90,7 @@ def measure(config: Config, seconds: float) -> dict[str, object]:
     process.kill()
     process.wait()
     lines = {int(line["step"]): float(line["time"]) for line in read_log(store, run.uri)}
-    # Just before a checkpoint is complete, what is at risk is the time since the state of the one before was copied.
+    # Just before a checkpoint is complete, the time since the previous checkpoint's state was copied is at risk.
     at_risk = [when - lines[before[1]] for before, (when, _) in itertools.pairwise(complete)]
     steps = sorted(lines)
     paces = [lines[b] - lines[a] for a, b in itertools.pairwise(steps) if b == a + 1]
@@ -101,11 +101,11 @@ def measure(config: Config, seconds: float) -> dict[str, object]:
         "checkpoint_bytes": size,
         "checkpoints": len(complete),
         "seconds": round(3600 * hours, 1),
-        "bytes_an_hour": round(size * (len(complete) - 1) / hours),
+        "bytes_per_hour": round(size * (len(complete) - 1) / hours),
         "step_seconds": round(statistics.median(paces), 2),
         "longest_step_seconds": round(max(paces), 2),
         "at_risk_seconds": [round(value, 1) for value in at_risk],
-        "at_risk_most": round(max(at_risk), 1),
+        "at_risk_max": round(max(at_risk), 1),
         "copied_to_complete_seconds": [round(when - lines[step], 1) for when, step in complete],
         "last_line_before_the_signal_seconds": round(killed - max(lines.values()), 2),
         "event_log": [entry.kind for entry in read_journal(store, run.uri)],

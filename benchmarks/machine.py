@@ -1,4 +1,4 @@
-"""What a benchmark runs on, and how much memory it has needed there."""
+"""Describe the hardware of a benchmark, and measure its peak memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def describe(device: torch.device) -> str:
-    """Hardware, threads, version of torch and date, for the first line of a table."""
+    """Describe hardware, threads, version of torch and date, for the first line of a table."""
     found = hardware()
     where = f"{torch.get_num_threads()} threads of {found['processor']}"
     if device.type == "cuda":
@@ -25,18 +25,18 @@ def describe(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Forget the peak so far; the memory held now, bytes."""
+    """Reset the peak, and return the memory in use now, bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError):  # not Linux: the peak since the start of the process remains
+    with contextlib.suppress(OSError):  # outside Linux, the peak stays the one since the start of the process
         _CLEAR.write_text("5", encoding="ascii")
     return _from_status("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory held since :func:`reset_peak_memory`, bytes: torch's on a GPU, else resident."""
+    """Peak memory since :func:`reset_peak_memory`, bytes: torch's on a GPU, otherwise resident memory."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()

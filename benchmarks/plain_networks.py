@@ -1,8 +1,8 @@
-"""The networks computed the way the published code computes them, for comparison: nothing here is fast on purpose.
+"""The networks as the published code computes them, for comparison: nothing here is optimized on purpose.
 
-:func:`plainly` turns one of our networks into this form in place. Weights and names stay; only what a forward pass
-does changes: maps are padded, rolled and partitioned by copies, masks are made anew in every block, attention is a
-product, a sum, a softmax and a product, ViL keeps the channel before the place, CvT the channel before the map.
+:func:`plainly` converts one of our networks to this form in place. Weights and names stay; only the forward pass
+changes: feature maps are padded, rolled and partitioned by copies, masks are built again in every block, attention is a
+product, a sum, a softmax and a product, ViL stores channels before positions, CvT channels before the feature map.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from esvit_core.models.layers.windows import MASKED
 
 
 def plainly(network: nn.Module) -> nn.Module:
-    """Make ``network`` compute the published way."""
+    """Make ``network`` compute as the published code does."""
     for module in network.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
     return network
 
 
 class PlainPrototypes(heads.Prototypes):
-    def forward(self, x: Tensor) -> Tensor:  # the logits themselves, however many
+    def forward(self, x: Tensor) -> Tensor:  # always the logits themselves, whatever their number
         return F.linear(x, self.weight())
 
 
@@ -45,19 +45,19 @@ class PlainStochasticDepth(StochasticDepth):
 
 
 def to_windows(x: Tensor, w: int) -> Tensor:
-    """(B, H, W, C) to (B * windows, w * w, C)."""
+    """Reshape (B, H, W, C) to (B * windows, w * w, C)."""
     B, H, W, C = x.shape
     return x.view(B, H // w, w, W // w, w, C).transpose(2, 3).contiguous().view(-1, w * w, C)
 
 
 def from_windows(windows: Tensor, w: int, height: int, width: int) -> Tensor:
-    """(B * windows, w * w, C) to (B, H, W, C)."""
+    """Reshape (B * windows, w * w, C) to (B, H, W, C)."""
     x = windows.view(-1, height // w, width // w, w, w, windows.shape[-1])
     return x.transpose(2, 3).contiguous().view(len(x), height, width, -1)
 
 
 def shift_mask(height: int, width: int, w: int, shift: int, device: torch.device) -> Tensor:
-    """(windows, w * w, w * w), made on the CPU and moved, as published."""
+    """The mask (windows, w * w, w * w), built on the CPU and copied to the device, as published."""
     part = torch.zeros(1, height, width, 1)
     number = 0
     for rows in (slice(0, -w), slice(-w, -shift), slice(-shift, None)):
@@ -133,7 +133,7 @@ class PlainSparseAttention(longformer.SparseAttention):
         k_global, v_global = (t[:, :, :G].reshape(B * heads, G, d) for t in (k, v))
         q, k, v = (self._channels_first(t, height, width) for t in (q, k[:, :, G:], v[:, :, G:]))
         rows, columns = q.shape[2:4]
-        # Channel, window row, window column, place in the window: products over c, once a neighbour.
+        # Channel, window row, window column, position in the window: products over c, one per neighbour.
         to_global = torch.einsum("bcmnl,btc->bmnlt", q, k_global)
         neighbours = [self._rolled(k, i) for i in windows]
         local = torch.cat([torch.einsum("bcmnl,bcmnt->bmnlt", q, k) for k in neighbours], -1)
@@ -162,13 +162,15 @@ class PlainSparseAttention(longformer.SparseAttention):
         B, N, C = x.shape
         G, heads, d = self.global_tokens, self.num_heads, C // self.num_heads
         q = (self.scale * self.query(x[:, :G])).view(B, G, heads, d).transpose(1, 2).reshape(B * heads, G, d)
-        k, v = self.kv(x).view(B, N, 2, heads, d).permute(2, 0, 3, 1, 4).reshape(2, B * heads, N, d)  # once more
+        k, v = (
+            self.kv(x).view(B, N, 2, heads, d).permute(2, 0, 3, 1, 4).reshape(2, B * heads, N, d)
+        )  # again, as published
         logits = torch.bmm(q, k.transpose(1, 2)) + self._from_global(N - G).repeat(B, 1, 1)
         weights = (logits - logits.max(-1, keepdim=True)[0]).softmax(-1)
         return torch.bmm(weights, v).view(B, heads, G, d).transpose(1, 2).reshape(B, G, C)
 
     def _channels_first(self, t: Tensor, height: int, width: int) -> Tensor:
-        """(B, heads, N, d) to (B * heads, d, rows, columns, w * w)."""
+        """Reshape (B, heads, N, d) to (B * heads, d, rows, columns, w * w)."""
         w = self.window_size
         t = t.reshape(-1, height, width, t.shape[-1]).permute(0, 3, 1, 2)
         t = F.pad(t, (0, -width % w, 0, -height % w))
@@ -194,7 +196,7 @@ class PlainFullAttention(longformer.FullAttention):
 
 
 class PlainCvT(cvt.CvT):
-    """Maps are (B, C, H, W) between the layers."""
+    """CvT with feature maps (B, C, H, W) between the layers."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         for embed, blocks in self._stages():
@@ -245,7 +247,7 @@ class PlainCvtAttention(cvt.Attention):
         return self.proj_out(out[:, :, :H, :W].contiguous())
 
     def _split(self, t: Tensor, w: int) -> Tensor:
-        """(B, heads * d, H, W) to (B * windows, heads, w * w, d)."""
+        """Reshape (B, heads * d, H, W) to (B * windows, heads, w * w, d)."""
         B, _, H, W = t.shape
         t = t.view(B, self.num_heads, -1, H // w, w, W // w, w).permute(0, 3, 5, 1, 4, 6, 2)
         return t.reshape(B * (H // w) * (W // w), self.num_heads, w * w, -1)

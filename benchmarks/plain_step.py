@@ -1,9 +1,9 @@
-"""A training step written the way the published code writes it, for comparison: its loops, its 18 pairs, its gathers.
+"""A training step written as in the published code, for comparison: with its loops, its 18 pairs and its gathers.
 
-The mathematics is that of :func:`esvit_core.training.loop.training_step`, and ``tests/test_benchmarks.py`` holds the
-two to equal numbers. What differs is the writing: every pair of crops takes its own softmax and its own gather of
-K-wide distributions, the networks compute as in :mod:`plain_networks`, clipping, cancelling and the moving average
-are Python loops over the parameters, and the step waits for the device to read the loss.
+The mathematics is that of :func:`esvit_core.training.loop.training_step`, and ``tests/test_benchmarks.py`` checks that
+both compute equal numbers. The implementation differs: every pair of crops has its own softmax and its own gather of
+K-wide distributions, the networks compute as in :mod:`plain_networks`, gradient clipping, gradient cancelling and the
+moving average are Python loops over the parameters, and the step waits for the device to read the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from esvit_core.training.optim.schedules import ScheduleValues
 
 
 class PlainObjective(nn.Module):
-    """View and region task over all pairs of crops, and the two centers."""
+    """The view and region tasks over all pairs of crops, and the two centers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -78,9 +78,9 @@ class PlainStep:
     """Student, teacher, objective and optimizer, and the step over them.
 
     Args:
-        config: of the run.
-        device: where everything is.
-        dtype: of autocast, which the published code puts around networks and objective; float32: none.
+        config: configuration of the run.
+        device: device of networks, objective and optimizer.
+        dtype: precision of autocast, which the published code applies to networks and objective; float32: no autocast.
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -94,7 +94,7 @@ class PlainStep:
         self.scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
 
     def __call__(self, crops: list[Tensor], at: ScheduleValues) -> float:
-        """One step; the loss."""
+        """Run one step and return the loss."""
         for number, group in enumerate(self.optimizer.param_groups):
             group["lr"] = at.lr
             if number == 0:
@@ -131,7 +131,7 @@ class PlainStep:
         return loss
 
     def _clip(self, at: ScheduleValues) -> None:
-        """Clip the gradients, and in the first epochs cancel those of the prototypes."""
+        """Clip the gradients, and cancel those of the prototypes in the first epochs."""
         for p in self.student.parameters():
             if p.grad is not None:
                 norm = p.grad.data.norm(2)

@@ -1,10 +1,10 @@
-"""How near `esvit plan` comes: plans a training on this machine, carries it out, and compares the two.
+"""Measure the accuracy of `esvit plan`: plan a training on this machine, run it, and compare the two.
 
     python benchmarks/plan.py
     python benchmarks/plan.py --recipe imagenet_swin_tiny_w7 --set training.batch_size=8 --images 32
 
-Images are noise. Of the real training counted are the steps after the first quarter, in which processes start and
-memory is touched for the first time. The last line is JSON: planned / real, of images a second and of memory.
+Images are noise. The first quarter of the training's steps is not counted, because processes start then and memory is
+touched for the first time. The last line is JSON: planned / measured, of images per second and of memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from esvit_core.storage.session import open_store
 
 
 def draw(folder: Path, count: int, short: int) -> Path:
-    """Images of coarse noise, 3 to 4."""
+    """Write images of coarse noise with an aspect ratio of 3 to 4."""
     rng = np.random.default_rng(0)
     for number in range(count):
         pixels = rng.integers(0, 256, (short // 8, short // 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
@@ -41,7 +41,7 @@ def draw(folder: Path, count: int, short: int) -> Path:
 
 
 class Memory(threading.Thread):
-    """Looks ten times a second how much memory the training processes hold, all together."""
+    """Samples the total memory of the training processes ten times per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -94,7 +94,7 @@ def main() -> None:
             lines = read_log(store, run.uri)
     steady = [line["images_per_second"] for line in lines[len(lines) // 4 :]]
     rate = statistics.median(float(value) for value in steady if value)
-    print(f"real: {rate:.2f} images/s, {peak / 2**30:.2f} GiB")
+    print(f"measured: {rate:.2f} images/s, {peak / 2**30:.2f} GiB")
     print(json.dumps({"speed": round(plan.images_per_second / rate, 3), "memory": round(plan.bytes / peak, 3)}))
 
 

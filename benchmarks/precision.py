@@ -1,10 +1,10 @@
-"""Does bfloat16 train as float32 does? Losses of short trainings in both, with several seeds each.
+"""Compare training in bfloat16 with float32: losses of short trainings in both, with several seeds each.
 
     python benchmarks/precision.py --plot docs/precision.png
 
-The recipe is the demo's, on the sample images. The losses of the float32 runs, averaged over a window of steps, make
-a band from seed to seed; the last line is JSON: the share of windows in which the bfloat16 runs' mean lies within it,
-and the largest distance between the two precisions of one seed, in standard deviations from seed to seed.
+The recipe is the demo's, on the sample images. The losses of the float32 runs, averaged over a window of steps, form
+a band over the seeds. The last line is JSON: the share of windows in which the mean of the bfloat16 runs lies within it,
+and the largest distance between the two precisions of one seed, in standard deviations over the seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Samples:
-    """The images of an archive, decoded, (H, W, 3) uint8, none with a side longer than 64 pixels."""
+    """The images of an archive, decoded, (H, W, 3) uint8, with sides of at most 64 pixels."""
 
     def __init__(self, archive: Path) -> None:
         self._images = []
@@ -58,7 +58,7 @@ class Samples:
 
 
 def losses(images: Samples, precision: str, seed: int, steps: int, batch: int) -> list[float]:
-    """Of every step of a training."""
+    """Run a training and return the loss of every step."""
     per_epoch = len(images) // batch
     config = Config.load(
         "demo", [f"seed={seed}", f"training.batch_size={batch}", f"training.epochs={-(-steps // per_epoch)}"]
@@ -76,7 +76,7 @@ def losses(images: Samples, precision: str, seed: int, steps: int, batch: int) -
 
 
 def smooth(curve: list[float], window: int) -> np.ndarray:
-    """Means over consecutive windows."""
+    """Average over consecutive windows."""
     return np.asarray(curve)[: len(curve) // window * window].reshape(-1, window).mean(1)
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--window", type=int, default=10, help="steps that are averaged")
+    parser.add_argument("--window", type=int, default=10, help="number of steps to average")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def plot(exact: np.ndarray, rounded: np.ndarray, window: int, path: Path) -> None:
-    """The band of float32 and the runs in bfloat16."""
+    """Plot the band of float32 and the runs in bfloat16."""
     import matplotlib
 
     matplotlib.use("Agg")

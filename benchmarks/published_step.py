@@ -1,8 +1,8 @@
 """The training step of a checkout of the published code (microsoft/esvit), for comparison.
 
-The published files run as they are. Only what is gone from today's torch and timm, or is not needed for a step, is
-put in their way: the old address of timm's layers, the package that reads configurations, einops. The loop itself
-cannot be called, it is written for CUDA: its order of calls is that of :class:`plain_step.PlainStep`.
+The published files run unchanged. Stubs replace only what is missing from current torch and timm, or is not needed for a
+step: the old module of timm's layers, the package that reads configurations, einops. The published loop itself cannot be
+called, because it is written for CUDA; the order of its calls is that of :class:`plain_step.PlainStep`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class PublishedStep(PlainStep):
     """Student, teacher, objective and optimizer of the published code, with our initial weights.
 
     Args:
-        config: of the run; a Swin network.
-        device: where everything is.
-        dtype: of autocast; float16 with a scaler of the gradients, as published; float32: none.
+        config: configuration of the run, with a Swin network.
+        device: device of networks, objective and optimizer.
+        dtype: precision of autocast; float16 with a gradient scaler, as published; float32: no autocast.
         checkout: folder with ``main_esvit.py``.
     """
 
@@ -73,7 +73,7 @@ class PublishedStep(PlainStep):
 
 
 def published_objective(functions: Any, config: Config) -> nn.Module:
-    """``DDINOLoss``, or ``DINOLoss`` where there is no region task; it takes means over a process group."""
+    """``DDINOLoss``, or ``DINOLoss`` without the region task; it averages over a process group."""
     if not dist.is_initialized():
         store = f"file://{tempfile.mkdtemp(prefix='esvit-')}/store"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -86,7 +86,7 @@ def published_objective(functions: Any, config: Config) -> nn.Module:
 
 
 def describe_swin(config: Config, backbone: SwinTransformer) -> Any:
-    """The configuration that the published network reads."""
+    """Build the configuration that the published network reads."""
     stages: list[SwinStage] = backbone._stages()
     spec = {
         "PATCH_SIZE": backbone.patch_size,
@@ -112,7 +112,7 @@ def describe_swin(config: Config, backbone: SwinTransformer) -> Any:
 
 
 def load(checkout: Path) -> tuple[Any, Any, Any]:
-    """The modules of Swin and of the heads, and the functions and objectives of a step.
+    """Load the modules of Swin and of the heads, and the functions and objectives of a step.
 
     Returns:
         ``models.swin_transformer``, ``models.vision_transformer``, and the names of ``main_esvit`` and ``utils``.
@@ -126,7 +126,7 @@ def load(checkout: Path) -> tuple[Any, Any, Any]:
         sys.modules["einops"] = types.ModuleType("einops")
         sys.modules["einops"].__dict__.update(dict.fromkeys(("rearrange", "repeat")))
     sys.path.insert(0, str(checkout))
-    package = types.ModuleType("models")  # without its __init__, which loads every architecture
+    package = types.ModuleType("models")  # without its __init__, which imports every architecture
     package.__path__ = [str(checkout / "models")]
     sys.modules["models"] = package
     with warnings.catch_warnings():
@@ -134,7 +134,7 @@ def load(checkout: Path) -> tuple[Any, Any, Any]:
         swin = importlib.import_module("models.swin_transformer")
         vision_transformer = importlib.import_module("models.vision_transformer")
         functions = importlib.import_module("utils")
-    # The module itself loads data sets and the parts of timm that are gone; the objectives need none of that.
+    # The module itself imports data sets and parts of timm that no longer exist; the objectives need none of them.
     wanted = ("DINOLoss", "DDINOLoss")
     tree = ast.parse(main.read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in wanted]

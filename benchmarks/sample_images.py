@@ -1,4 +1,4 @@
-"""How hard labelled images are without a network: 20-NN and logistic regression on raw pixels.
+"""Measure how hard labelled images are without a network: 20-NN and logistic regression on raw pixels.
 
 python benchmarks/sample_images.py samples/*.zip
 """
@@ -22,7 +22,7 @@ SIDE, HELD_OUT = 32, 0.2
 
 
 def measure(source: str) -> dict[str, float | int | str]:
-    """Accuracy on the held-out images of one source, percent."""
+    """Measure the accuracy on the held-out images of one source, percent."""
     with open_source(source) as opened:
         places = arrange([entry.name for entry in opened.entries], source).places
         pixels = np.stack([read(opened.read(entry)) for entry in opened.entries])  # (N, SIDE * SIDE * 3)

@@ -1,10 +1,11 @@
-"""One process with all cores against one process a core: images a second, and what the second way spends on talking.
+"""Compare one process on all cores with one process per core: images per second, and the share of communication.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --recipe imagenet_swin_tiny_w7 --batch 4
 
-Both take the same global batch, on noise that is there already. Communication is the time that a process waits for
-gradients after its own backward pass; what overlaps with it costs nothing. The last line is JSON.
+Both use the same global batch, on noise generated in advance. Communication is the time that a process waits for
+gradients after its own backward pass; communication that overlaps with the backward pass costs nothing. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from esvit_core.training.state import assemble
 
 
 class OneStep:
-    """In place of a loader: an epoch of one step."""
+    """A stand-in for the loader: an epoch of one step."""
 
     steps_per_epoch = 1
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Body of a process: prints the seconds of each step, and those that it waited for the others."""
+    """Print the seconds of each step and of its wait for the others: the body of a process."""
     keep_freed_memory()
     world = join_world()
     config = Config.load(arguments.recipe, [f"training.batch_size={arguments.batch}"])
@@ -68,7 +69,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def measure(processes: int, threads: int) -> dict[str, Any]:
-    """Median seconds of a step, and the share of them that is waiting."""
+    """Measure the median seconds of a step, and the share of them spent waiting."""
     with tempfile.TemporaryDirectory(prefix="esvit-scaling-") as folder:
         environment = {**os.environ, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
         environment[RENDEZVOUS_VARIABLE] = folder
@@ -81,10 +82,10 @@ def measure(processes: int, threads: int) -> dict[str, Any]:
             )
             for rank in range(processes)
         ]
-        told = [process.communicate()[0] for process in running]
+        outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         sys.exit(f"{processes} processes: one of them failed")
-    rows = [row for text in told for row in json.loads(text.splitlines()[-1])]
+    rows = [row for text in outputs for row in json.loads(text.splitlines()[-1])]
     seconds = statistics.median(row[0] for row in rows)
     return {"seconds": seconds, "waiting": statistics.median(row[1] / row[0] for row in rows)}
 
@@ -92,7 +93,7 @@ def measure(processes: int, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--batch", type=int, default=64, help="images a step, of all processes together")
+    parser.add_argument("--batch", type=int, default=64, help="images per step, over all processes")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

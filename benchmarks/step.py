@@ -1,19 +1,19 @@
-"""Time and memory of a training step, part by part: ours, and the same step written the published way.
+"""Measure time and memory of a training step, part by part: ours, and the same step as in the published code.
 
     python benchmarks/step.py --arch swin_tiny_w7 --batch 8
     python benchmarks/step.py --device cuda --batch 128 --rounds 10
     python benchmarks/step.py --reference ../esvit
 
-With ``--reference`` it is the step of a checkout of the published code itself that ours is compared with.
+With ``--reference``, ours is compared with the step of a checkout of the published code itself.
 
-Each implementation has a process of its own. First each shows its peak memory, alone: ``--rounds 0`` ends there, for
-batches of which the machine cannot hold all implementations at once. Then they take turns, two steps each of which the
-second counts, while the others sleep; the ratios are medians over the rounds, so that other load on the machine falls on
-all alike. On a machine that is busy with other things ``--clock cpu`` compares processor time instead. Peak memory is
-resident memory, interpreter and libraries included, or on a GPU what torch has allocated. The last line is JSON: time
-ratios are plain / ours, memory ratios ours / plain. On a CPU the plain step of ``step_bfloat16`` is the float32 one:
-that is what the published code computes there. On a GPU it is the plain step under autocast in the half precision that
-was asked for.
+Each implementation runs in its own process. First, each one's peak memory is measured alone: ``--rounds 0`` ends there,
+for batches with which the machine cannot hold all implementations at once. Then they take turns, two steps each, of which
+the second is timed, while the others sleep; the ratios are medians over the rounds, so that other load on the machine
+affects all alike. On a busy machine, ``--clock cpu`` compares processor time instead. Peak memory is resident memory,
+including interpreter and libraries, or on a GPU the memory allocated by torch. The last line is JSON: time ratios are
+plain / ours, memory ratios ours / plain. On a CPU, ``step_bfloat16`` compares with the plain step in float32, because
+that is what the published code computes there. On a GPU, it compares with the plain step under autocast in the requested
+half precision.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ MIB = 2**20
 
 @dataclass
 class SameBatch:
-    """In place of a loader: an epoch of one step."""
+    """A stand-in for the loader: an epoch of one step."""
 
     steps_per_epoch: int = 1
 
 
 class OurStep:
-    """The step of :mod:`esvit_core.training.loop` on crops that are there already."""
+    """The step of :mod:`esvit_core.training.loop` on given crops."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
         training = config.training.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
@@ -72,13 +72,13 @@ class OurStep:
         self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
 
     def __call__(self, crops: list[torch.Tensor], at: ScheduleValues) -> torch.Tensor:
-        """One step; the loss."""
+        """Run one step and return the loss."""
         batch = Batch(crops, np.arange(len(crops[0])), 0.0)
         return training_step(self.parts, batch, at)[0].total.detach()
 
 
 def make_step(options: argparse.Namespace, config: Config, device: torch.device) -> Any:
-    """``ours-bfloat16`` and the like."""
+    """Build the step that ``options.worker`` names, such as ``ours-bfloat16``."""
     who, dtype = options.worker.split("-")
     makers: dict[str, Callable[..., Any]] = {
         "ours": OurStep,
@@ -112,7 +112,7 @@ def crops_of(config: Config, batch: int) -> list[torch.Tensor]:
 
 
 def outputs_of(config: Config, batch: int, device: torch.device, dtype: torch.dtype) -> list[NetworkOutput]:
-    """What networks of 32 pixels a region would say of the crops, the student's with gradients."""
+    """Random outputs of networks with regions of 32 x 32 pixels; those of the student require gradients."""
     generator = torch.Generator().manual_seed(0)
     kinds = (config.augment.global_crops, *config.augment.local_kinds)
     counts = [(k.size // 32) ** 2 for k in kinds for _ in range(k.number)]
@@ -141,7 +141,7 @@ def objective_of(who: str, config: Config, device: torch.device, reference: Path
 
 
 def as_published(output: NetworkOutput) -> tuple[Any, ...]:
-    """View logits, region logits, region features, and the regions of a global and of a local crop."""
+    """View logits, region logits, region features, and the number of regions of a global and of a local crop."""
     return output.view_logits, output.region_logits, output.region_features, output.regions_per_crop[::2][:2]
 
 
@@ -151,13 +151,13 @@ def run_objective(objective: Callable[..., torch.Tensor], outputs: list[NetworkO
     objective(*outputs, 0.05).backward()
 
 
-# One process an implementation
+# One process per implementation
 
 
 def work(options: argparse.Namespace) -> None:
-    """Body of a worker: answers each word on its input with a line of JSON."""
+    """Answer each command on standard input with a line of JSON: the body of a worker."""
     who, _ = options.worker.split("-")
-    if who == "ours":  # as a training process does first
+    if who == "ours":  # as a training process does
         keep_freed_memory()
     what = ObjectiveWork(who, options) if options.worker.endswith("-objective") else StepWork(options)
     for line in sys.stdin:
@@ -165,7 +165,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 class StepWork:
-    """Whole steps, steps by parts, and their peak memory."""
+    """Time whole steps and their parts, and measure their peak memory."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.config, self.device = config_of(options), torch.device(options.device)
@@ -180,7 +180,7 @@ class StepWork:
 
     def parts(self) -> dict[str, float]:
         clock, step = StepClock(self.device, self.now), self.take_step
-        if not hasattr(step.student, "backbone"):  # the published network has no such parts
+        if not hasattr(step.student, "backbone"):  # the published network does not have these parts
             return {}
         with clock.attached(step.student, step.teacher, step.objective, step.optimizer), clock.step():
             step(*self.inputs)
@@ -198,7 +198,7 @@ class StepWork:
 
 
 class ObjectiveWork:
-    """The objective alone, forward and backward."""
+    """Time the forward and backward pass of the objective alone, and measure its memory."""
 
     def __init__(self, who: str, options: argparse.Namespace) -> None:
         self.config, self.device = config_of(options), torch.device(options.device)
@@ -212,7 +212,7 @@ class ObjectiveWork:
         return StepWork._wait(self) - start  # type: ignore[arg-type]
 
     def memory(self) -> int:
-        """Beyond what is given."""
+        """Peak memory beyond the inputs, bytes."""
         for logits in self.outputs[0][:2]:
             logits.grad = None
         before = reset_peak_memory(self.device)
@@ -224,7 +224,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Worker:
-    """The other end of :func:`work`."""
+    """A process that runs :func:`work`, and its commands."""
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
@@ -250,20 +250,20 @@ class Worker:
 
 
 def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
-    """Let the named implementations take turns."""
+    """Measure the named implementations in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, dict[str, float]] = {name: {} for name in names}
     memory = {}
-    for name in names:  # each alone: what several hold together may be more than there is
+    for name in names:  # each alone: together they may need more memory than the machine has
         worker = Worker(name)
-        memory[name] = worker("memory")  # the objective's is that of its first run, before anything is kept
+        memory[name] = worker("memory")  # for the objective, the first run counts, before memory is cached
         if "objective" not in name:
             memory[name] = worker("memory")
         worker.end()
     workers = [Worker(name) for name in names] if options.rounds else []
     for _ in range(options.rounds):
         for worker in workers:
-            worker("run")  # what slept finds cold caches, and its memory given back: a training does not
+            worker("run")  # after sleeping, caches are cold and freed memory is gone, unlike in a training
             seconds[worker.name].append(worker("run"))
     for worker in workers:
         if "objective" not in worker.name:
@@ -275,14 +275,14 @@ def in_turn(names: list[str], options: argparse.Namespace) -> Measured:
 
 @dataclass
 class Measured:
-    """Of each implementation the seconds of every round, one round by parts, and the peak memory in bytes."""
+    """For each implementation: seconds of every round, seconds of each part in one round, peak memory in bytes."""
 
     seconds: dict[str, list[float]]
     parts: dict[str, dict[str, float]]
     memory: dict[str, int]
 
     def ratio(self, above: str, below: str) -> float:
-        """How many times as fast ``below`` is: the median of the rounds' own ratios, NaN without a round."""
+        """How many times as fast ``below`` is: the median of the ratios of the rounds; NaN without rounds."""
         rounds = zip(self.seconds[above], self.seconds[below], strict=True)
         return _median(a / b for a, b in rounds)
 
@@ -293,7 +293,7 @@ class Measured:
         for part in PARTS if any(self.parts.values()) else ():
             print(f"{part:24}" + "".join(f"{_figure(self.parts[name].get(part)):>18}" for name in names))
         print(f"{'whole step, median':24}" + "".join(f"{_figure(medians[name]):>18}" for name in names))
-        print(f"{'images a second':24}" + "".join(f"{_figure(batch / medians[name], 2):>18}" for name in names))
+        print(f"{'images per second':24}" + "".join(f"{_figure(batch / medians[name], 2):>18}" for name in names))
         print(f"{'peak memory, MiB':24}" + "".join(f"{self.memory[name] / MIB:18,.0f}" for name in names))
 
 
@@ -308,16 +308,18 @@ def _figure(value: float | None, digits: int = 3) -> str:
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="swin_tiny_w7")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--dtype", choices=["both", "float32", "bfloat16", "float16"], default="both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--view-only", action="store_true")
-    parser.add_argument("--recompute", action="store_true", help="ours with launch.recompute")
-    parser.add_argument("--reference", type=Path, help="checkout of the published code, in place of the plain step")
-    parser.add_argument("--rounds", type=int, default=5, help="0: memory only")
+    parser.add_argument("--recompute", action="store_true", help="run ours with launch.recompute")
+    parser.add_argument(
+        "--reference", type=Path, help="checkout of the published code to compare with, instead of the plain step"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0: measure memory only")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(given)
@@ -332,13 +334,13 @@ def main() -> None:
 
 
 def implementations(options: argparse.Namespace) -> list[str]:
-    """Names of those to compare, ``plain-float32`` and the like, the one that ours is compared with first."""
+    """Names of the implementations to compare, such as ``plain-float32``; the first is the one to compare ours with."""
     gpu, other = options.device != "cpu", "published" if options.reference else "plain"
     dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
     names = [f"{who}-{dtype}" for dtype in dtypes for who in (other, "ours")]
     if not gpu and options.dtype == "both":
         names.remove(f"{other}-bfloat16")
-    if "ours-float16" in names:  # ours trains in bfloat16 wherever the published code trains in float16
+    if "ours-float16" in names:  # ours uses bfloat16 where the published code uses float16
         names[names.index("ours-float16")] = "ours-bfloat16"
     if not gpu and f"{other}-float32" not in names:
         names.insert(0, f"{other}-float32")
@@ -346,7 +348,7 @@ def implementations(options: argparse.Namespace) -> list[str]:
 
 
 def report(options: argparse.Namespace) -> dict[str, float]:
-    """Print the tables; the figures of the last line."""
+    """Print the tables and return the figures of the last line."""
     gpu, names = options.device != "cpu", implementations(options)
     print(
         f"{options.arch}, batch {options.batch}, 2 + {options.local_crops} crops, K = {options.prototypes:,}, "
@@ -355,7 +357,7 @@ def report(options: argparse.Namespace) -> dict[str, float]:
     )
     steps = in_turn(names, options)
     steps.table(options.batch)
-    base, result = names[0], dict[str, float]()  # the other implementation's, in float32 where that was measured
+    base, result = names[0], dict[str, float]()  # the other implementation, in float32 if that was measured
     other = base.split("-")[0]
     half = [name for name in names if name.startswith(other) and not name.endswith("float32")]
     if "ours-float32" in names:
@@ -365,7 +367,7 @@ def report(options: argparse.Namespace) -> dict[str, float]:
     for name in names[1:]:
         share = steps.memory[name] / steps.memory[base]
         print(f"{name} against {base}: {_figure(steps.ratio(base, name), 2)} times as fast, {share:.2f} of its memory")
-    # Of the precision that `training.precision: auto` takes: the half one, where it was measured.
+    # For the precision that `training.precision: auto` selects: half precision, if it was measured.
     result["step_memory"] = steps.memory[names[-1]] / steps.memory[base]
     objectives = in_turn([f"{other}-objective", "ours-objective"], options)
     for name, values in objectives.seconds.items():
