@@ -1,8 +1,8 @@
-"""Print what pyproject.toml asks for, without the project itself: its dependencies and those of the named extras.
+"""Print the requirements of pyproject.toml without the project itself: its dependencies and those of the named extras.
 
     python images/requirements.py cluster export
 
-An image installs these in a layer of their own, which a change of our code leaves as it is.
+An image installs these in a separate layer, which a change of our code does not rebuild.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Serve a folder of wheels on this machine's loopback interface, and write the port to a file once it listens.
+"""Serve a folder of wheels on this machine's loopback interface, and write the port to a file once the server listens.
 
     python3 images/serve.py images/wheels /tmp/port
 
-pip takes the address as --find-links; a build with Docker reaches it with --network host.
+pip accepts the address as --find-links; a Docker build reaches it with --network host.
 """
 
 import functools

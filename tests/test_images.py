@@ -1,4 +1,4 @@
-"""What the images are built from. What is in them is tested in tests/containers, where Docker is."""
+"""The build context and the scripts of the images. tests/containers tests the content of the images, with Docker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from docker.utils.build import exclude_paths
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_context_is_the_sources_without_wheels(tmp_path: Path) -> None:
+def test_the_build_context_has_the_sources_and_no_wheels(tmp_path: Path) -> None:
     patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for name in (
         "constraints.txt",

@@ -1,8 +1,8 @@
-"""Check that everything that a pod starts can start, and print the versions: the health of the image's entry points.
+"""Check that every program of a pod can start, and print the versions.
 
     docker run --rm esvit/trainer:0.1.0 python /usr/share/esvit/check.py
 
-Exit code 1 and a line for each thing that cannot. Needs no network, no object store, and writes nothing.
+Exits with code 1 and prints a line for each failure. Needs no network and no object store, and writes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# kfp starts a step with its executor, torchx a training with torchrun's module, and the training is ours.
+# kfp starts a step with its executor, and torchx a training with torchrun's module; the training module is ours.
 MODULES = ("esvit_pipelines.cli.main", "esvit_core.training.__main__", "kfp.dsl.executor_main", "torch.distributed.run")
 PROGRAMS = ("esvit", "torchrun", "weed")
 PACKAGES = ("esvit", "torch", "torchvision", "timm", "kfp", "torchx", "minio")
@@ -25,8 +25,8 @@ PACKAGES = ("esvit", "torch", "torchvision", "timm", "kfp", "torchx", "minio")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", choices=("cpu", "cuda"), help="the build of PyTorch that is expected")
-    wanted = parser.parse_args().variant
+    parser.add_argument("--variant", choices=("cpu", "cuda"), help="expected build of PyTorch")
+    variant = parser.parse_args().variant
     failed = [f"{name}: not on PATH" for name in PROGRAMS if shutil.which(name) is None]
     for name in (*MODULES, *components()):
         try:
@@ -35,11 +35,11 @@ def main() -> int:
             failed.append(f"{name}: {type(error).__name__}: {error}")
     import torch
 
-    if wanted == "cuda" and torch.version.cuda is None:
-        failed.append("torch: a build for the CPU only, in an image for GPUs; leave TORCH_INDEX_URL out")
+    if variant == "cuda" and torch.version.cuda is None:
+        failed.append("torch: this build is for the CPU only, but the image is for GPUs; build without TORCH_INDEX_URL")
     names = [d.metadata["Name"] for d in metadata.distributions()]
-    if wanted == "cpu" and any(name.startswith("nvidia-") for name in names):
-        failed.append("torch: NVIDIA's libraries are in the image for CPUs")
+    if variant == "cpu" and any(name.startswith("nvidia-") for name in names):
+        failed.append("torch: NVIDIA's libraries are in the CPU image")
     failed += [f"torch: {error}" for error in compute()]
     failed += [f"{level}: the kernels are not compiled" for level in missing_kernels()]
     versions = {name: metadata.version(name) for name in PACKAGES}
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def compute() -> list[str]:
-    """What of PyTorch does not compute on the CPU: matrix products, their gradients, LAPACK, and torchvision's resize."""
+    """Errors of PyTorch on the CPU: matrix products, their gradients, LAPACK, and torchvision's resize."""
     import torch
     from torchvision.transforms.v2 import functional
 
@@ -73,7 +73,7 @@ def missing_kernels() -> list[str]:
 
 
 def chosen_kernels() -> str | None:
-    """File of the kernels that this processor uses; None: torch computes."""
+    """File of the kernels for this processor; None: torch computes."""
     from esvit_core.kernels import library
 
     found = library()

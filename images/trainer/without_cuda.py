@@ -1,14 +1,14 @@
-"""Make a PyTorch that was built with CUDA independent of NVIDIA's libraries, for the image for CPUs.
+"""Make a PyTorch that was built with CUDA independent of NVIDIA's libraries, for the CPU image.
 
     python3 without_cuda.py /opt/esvit/lib/python3.11/site-packages
 
-PyTorch's own index has builds for the CPU; the ordinary index has none for x86-64. The build with CUDA is linked with 3.4 GB
-of NVIDIA's libraries, and `import torch` fails without them, although a CPU never needs a result from one of them. This
-writes a stub beside PyTorch's libraries for each that they are linked with: it has the functions that PyTorch refers to, and
-each returns an error, so that `torch.cuda.is_available()` is False on every machine. PyTorch's own files stay as they are.
-NVIDIA's packages can be uninstalled afterwards.
+PyTorch's own index has builds for the CPU; the ordinary index has none for x86-64. The build with CUDA is linked with
+3.4 GB of NVIDIA's libraries, and `import torch` fails without them, although a CPU never needs a result from them. This
+script writes a stub for each of these libraries beside PyTorch's own. A stub defines the functions that PyTorch refers to,
+and each returns an error, so that `torch.cuda.is_available()` is False on every machine. PyTorch's own files are not
+changed. NVIDIA's packages can be uninstalled afterwards.
 
-Needs nm, readelf, and cc (CC names another).
+Needs nm, readelf, and cc (set CC to use another compiler).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main(site: Path) -> None:
     folder = site / "torch/lib"
     nvidia = {path.name: path for path in site.glob("nvidia/*/lib/*.so*")}
     linked: set[str] = set()
-    wanted: dict[str, set[str]] = defaultdict(set)  # symbol: the versions of it that are asked for
+    wanted: dict[str, set[str]] = defaultdict(set)  # symbol: its required versions
     for library in (*folder.glob("*.so*"), *site.glob("torchvision/*.so")):
         linked |= set(re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "--dynamic", library))) & set(nvidia)
         for symbol, version in symbols(library, "--undefined-only"):
             wanted[symbol].add(version)
     for name in sorted(linked):
-        # Some hold a copy of C++'s own functions; NVIDIA's interfaces are in C.
+        # Some libraries contain copies of C++ functions; NVIDIA's interfaces are in C.
         defined = [symbol for symbol, _ in symbols(nvidia[name], "--defined-only") if not symbol.startswith("_Z")]
         found = {symbol: wanted[symbol] for symbol in defined if symbol in wanted}
         write_stub(folder / name, found)

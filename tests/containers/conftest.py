@@ -1,4 +1,4 @@
-"""What the tests of the images share. They run where `make test-containers` says which image to look at."""
+"""Fixtures of the tests of the container images, which run under `make test-containers`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def docker_client() -> Iterator[docker.DockerClient]:
 
 @pytest.fixture(scope="session")
 def restricted() -> dict[str, Any]:
-    """Arguments of `docker run`: as Kubernetes runs a pod under the restricted standard, and two places to write to."""
+    """Arguments of `docker run` that match Kubernetes' restricted standard, with two writable folders."""
     return {
         "read_only": True,
         "tmpfs": {"/tmp": "mode=1777", "/work": "uid=10001,gid=10001,mode=700"},
@@ -48,7 +48,7 @@ def restricted() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def say(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Print a line past pytest's capture: a figure for whoever runs the tests."""
+    """Print a line past pytest's capture, such as a measured figure."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def line(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs inside the image, without a right or a network, and prints what it finds there as JSON."""
+"""Inspect the image from inside, without privileges or a network, and print the result as JSON."""
 
 import json
 import os
@@ -29,20 +29,20 @@ def setuid_programs() -> list[str]:
     return [str(p) for p in found if p.lstat().st_mode & (stat.S_ISUID | stat.S_ISGID) and not p.is_symlink()]
 
 
-def left_overs() -> list[str]:
+def leftovers() -> list[str]:
     found = [str(p) for folder in CACHES for p in Path(folder).rglob("*") if p.is_file()]
     return found + [str(p) for p in Path("/opt").rglob("*.whl")]
 
 
 def size(prefixes: tuple[str, ...]) -> int:
-    """Bytes of the files of the distributions so named, with the .pyc that Python makes of them."""
+    """Size of the files of the distributions with these name prefixes, including their .pyc files, bytes."""
     chosen = [d for d in distributions if d.metadata["Name"].lower().startswith(prefixes)]
     files = (Path(str(d.locate_file(file))) for d in chosen for file in d.files or ())
     return sum(path.lstat().st_size for path in files if path.is_file())
 
 
 distributions = list(metadata.distributions())
-left = left_overs()  # before anything here writes
+left = leftovers()  # before anything here writes
 checked = subprocess.run([sys.executable, "/usr/share/esvit/check.py"], capture_output=True, text=True)
 sbom = Path("/usr/share/esvit/sbom")
 origin = metadata.distribution("esvit").read_text("direct_url.json")

@@ -1,4 +1,4 @@
-"""The whole pipeline in containers: kfp.local's DockerRunner, the object store outside, and no credential in sight."""
+"""The whole pipeline in containers: kfp.local's DockerRunner, the object store outside, and no visible credentials."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 @dataclass
-class Watch:
-    """Looks at the machine while the containers run.
+class Monitor:
+    """Inspects processes and containers while the pipeline runs.
 
     Args:
-        client: of the Docker daemon.
-        image: of the containers that are looked at.
-        secrets: what must not be seen.
+        client: client of the Docker daemon.
+        image: image of the containers to inspect.
+        secrets: texts that must not be visible.
     """
 
     client: docker.DockerClient
@@ -55,8 +55,8 @@ class Watch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Look at every process five times a second, and at every container when it starts and ends."""
+    def running(self) -> Iterator[None]:
+        """Read every process's command line five times a second, and inspect every container when it starts."""
         done = threading.Event()
         events = self.client.events(decode=True, filters={"type": "container", "image": self.image})
         threads = [
@@ -94,12 +94,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Dag:
-    """What a run of the pipeline left."""
+    """The outcome of a run of the pipeline."""
 
     store: ObjectStore
     folder: Path
     output: str
-    watch: Watch
+    monitor: Monitor
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def dag(
     tmp_path_factory: pytest.TempPathFactory,
     say: Callable[[str], None],
 ) -> Iterator[Dag]:
-    """The pipeline, run once, with a network that trains in seconds; one container a step."""
+    """Run the pipeline once, with a network that trains in seconds, and one container per step."""
     from kfp import local
 
     from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
@@ -131,34 +131,34 @@ def dag(
                 "evaluation.transfer=[{name: marks, source: 's3://esvit/incoming/marks.zip'}]",
             ],
         )
-        # Of this machine, and not of a container.
+        # The disk variable is valid on this machine, but not in a container.
         environment = {k: v for k, v in server.environment().items() if k != DISK}
         roots = [folder / "kfp", folder / "workspace"]
         for root in roots:
             root.mkdir()
-            root.chmod(0o777)  # the image's user is none of this machine's
+            root.chmod(0o777)  # the image's user does not exist on this machine
         local.init(
             runner=local.DockerRunner(network_mode="host", shm_size="1g", environment=environment, **restricted),
             pipeline_root=str(roots[0]),
             workspace_root=str(roots[1]),
         )
-        watch = Watch(docker_client, trainer_image, (store.address.secret_key, store.address.access_key))
+        monitor = Monitor(docker_client, trainer_image, (store.address.secret_key, store.address.access_key))
         output = io.StringIO()
         start = time.monotonic()
         try:
-            with watch.looking(), contextlib.redirect_stdout(output):
+            with monitor.running(), contextlib.redirect_stdout(output):
                 build_pretrain_pipeline(config)(data="s3://esvit/incoming/shapes.zip", run_uri=RUN_URI)
         except RuntimeError as error:  # a step failed
             pytest.fail(f"{error}\n{output.getvalue()}")
-        steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in watch.seconds.items())
+        steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in monitor.seconds.items())
         say(f"pipeline in containers: {time.monotonic() - start:.0f} s ({steps})")
-        yield Dag(store, folder, output.getvalue(), watch)
+        yield Dag(store, folder, output.getvalue(), monitor)
     finally:
         server.stop()
 
 
 def test_every_step_ran_and_the_backbone_is_published(dag: Dag) -> None:
-    assert [step_of(attributes) for attributes in dag.watch.containers.values()] == STEPS
+    assert [step_of(attributes) for attributes in dag.monitor.containers.values()] == STEPS
     assert dag.store.exists(f"{RUN_URI}/report/report.html")
     assert dag.store.get_json(f"{RUN_URI}/promotion.json")["reason"]
     assert dag.store.exists(f"{RUN_URI}/backbone/manifest.json")
@@ -167,7 +167,7 @@ def test_every_step_ran_and_the_backbone_is_published(dag: Dag) -> None:
 
 
 def test_every_container_had_the_images_user_and_a_read_only_root(dag: Dag, say: Callable[[str], None]) -> None:
-    inspected = list(dag.watch.containers.values())
+    inspected = list(dag.monitor.containers.values())
     users = {attributes["Config"]["User"] for attributes in inspected}
     read_only = {attributes["HostConfig"]["ReadonlyRootfs"] for attributes in inspected}
     say(f"docker inspect of {len(inspected)} containers: user {users}, read-only root {read_only}")
@@ -177,16 +177,16 @@ def test_every_container_had_the_images_user_and_a_read_only_root(dag: Dag, say:
 
 
 def test_no_credential_is_on_a_command_line(dag: Dag) -> None:
-    assert dag.watch.steps_seen > 0  # it did look at the steps
-    assert dag.watch.shown == []
-    for attributes in dag.watch.containers.values():
+    assert dag.monitor.steps_seen > 0  # the steps were observed
+    assert dag.monitor.shown == []
+    for attributes in dag.monitor.containers.values():
         given = {key: attributes["Config"][key] for key in ("Cmd", "Entrypoint", "Labels")}
         assert holds_none(dag, json.dumps([given, attributes["Path"], attributes["Args"]]))
-        # The one place where they are.
-        assert f"ESVIT_S3_SECRET_KEY={dag.watch.secrets[0]}" in attributes["Config"]["Env"]
+        # The only place where they are.
+        assert f"ESVIT_S3_SECRET_KEY={dag.monitor.secrets[0]}" in attributes["Config"]["Env"]
 
 
-def test_no_credential_is_in_a_log_or_in_what_the_run_leaves(dag: Dag) -> None:
+def test_no_credential_is_in_a_log_or_in_an_output_of_the_run(dag: Dag) -> None:
     assert "pretrain" in dag.output
     assert holds_none(dag, dag.output)
     files = [f for root in ("kfp", "workspace") for f in (dag.folder / root).rglob("*") if f.is_file()]
@@ -197,10 +197,10 @@ def test_no_credential_is_in_a_log_or_in_what_the_run_leaves(dag: Dag) -> None:
 
 
 def holds_none(dag: Dag, text: str) -> bool:
-    return not any(secret in text for secret in dag.watch.secrets)
+    return not any(secret in text for secret in dag.monitor.secrets)
 
 
 def step_of(attributes: Mapping[str, Any]) -> str:
-    """The component that a container runs, as KFP's executor is told."""
+    """The component that a container runs, from the arguments of KFP's executor."""
     arguments = attributes["Args"]
     return arguments[arguments.index("--function_to_execute") + 1]

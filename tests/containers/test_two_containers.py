@@ -1,4 +1,4 @@
-"""A training of one to two containers that torchx starts: nodes that are killed, and come back."""
+"""A training in one to two containers that torchx starts: nodes are killed and come back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def store(
     restricted: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ObjectStore]:
-    """A server in a container of its own, on torchx's network."""
+    """A store's server in its own container, on torchx's network."""
     from torchx.schedulers.docker_scheduler import NETWORK, ensure_network
 
     key = {"accessKey": "key-of-this-test", "secretKey": "only-for-this-test"}
@@ -67,7 +67,7 @@ def store(
 def config(
     store: ObjectStore, trainer_image: str, images: Any, micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Config:
-    """A run in the store, of which no test sees the end."""
+    """A run in the store that does not end during the tests."""
     settings = [
         "training.epochs=100000",
         "training.collapse_patience=1000000",
@@ -84,15 +84,15 @@ def config(
 
 
 @dataclass
-class Story:
-    """What happened.
+class Outcome:
+    """The recorded events of the training.
 
     Args:
-        store: with the run in it.
-        trace: folder of the samples of every step.
-        node_ends: exit code of the second node after the first, which keeps the rendezvous, was killed.
-        logs: of both containers.
-        undisturbed: the first node went on through all that happened to the second.
+        store: the store that contains the run.
+        trace: folder with the samples of every step.
+        node_ends: exit code of the second node after the first, which hosts the rendezvous, was killed.
+        logs: logs of both containers.
+        undisturbed: the first node kept running while the second was killed and came back.
     """
 
     store: ObjectStore
@@ -106,12 +106,12 @@ class Story:
         return [entry for entry in read_journal(self.store, RUN_URI) if entry.kind == "started"]
 
     def step(self) -> int:
-        """Of the newest checkpoint."""
+        """Step of the newest checkpoint."""
         pointer = self.store.read_pointer(f"{RUN_URI}/training/latest")
         return pointer.value["step"] if pointer else -1
 
     def trains(self, attempt: int, processes: int) -> bool:
-        """Whether that start, counted from 1, has so many processes and has come to a checkpoint."""
+        """Whether the start with this number, from 1, has this many processes and has written a checkpoint."""
         starts = self.starts()
         if len(starts) < attempt:
             return False
@@ -120,86 +120,86 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(
+def outcome(
     store: ObjectStore,
     config: Config,
     docker_client: docker.DockerClient,
     restricted: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
     say: Callable[[str], None],
-) -> Story:
-    """The second node is killed and comes back; then the first, and both come back; then the job is cancelled."""
+) -> Outcome:
+    """Kill the second node and restart it, kill the first and restart both, then cancel the job."""
     from torchx.runner import get_runner
 
-    told = Story(store, tmp_path_factory.mktemp("trace"))
-    told.trace.chmod(0o777)  # the image's user is none of this machine's
+    result = Outcome(store, tmp_path_factory.mktemp("trace"))
+    result.trace.chmod(0o777)  # the image's user does not exist on this machine
     begun = time.monotonic()
 
     def until(what: str, condition: Callable[[], bool], *running: Any) -> None:
         wait_until(condition, what, running)
-        told.seconds[what] = time.monotonic() - begun
+        result.seconds[what] = time.monotonic() - begun
 
     with get_runner() as runner:
-        request = described(runner, config, told, restricted)
+        request = described(runner, config, result, restricted)
         handle = runner.schedule(request)
         first, second = nodes = [docker_client.containers.get(c.kwargs["name"]) for c in request.request.containers]
         since = first.attrs["State"]["StartedAt"]
         try:
-            until("two train", lambda: told.trains(1, 2), *nodes)
+            until("two train", lambda: result.trains(1, 2), *nodes)
             second.kill()
-            until("the second was killed and one trains", lambda: told.trains(2, 1), first)
+            until("the second was killed and one trains", lambda: result.trains(2, 1), first)
             second.start()
-            until("it is back and two train", lambda: told.trains(3, 2), *nodes)
+            until("it is back and two train", lambda: result.trains(3, 2), *nodes)
             first.reload()
-            told.undisturbed = first.attrs["State"]["StartedAt"] == since
+            result.undisturbed = first.attrs["State"]["StartedAt"] == since
             first.kill()
-            told.node_ends = second.wait(timeout=PATIENCE)["StatusCode"]
+            result.node_ends = second.wait(timeout=PATIENCE)["StatusCode"]
             for node in nodes:
                 node.start()
-            until("the first was killed, both are back and train", lambda: told.trains(4, 2), *nodes)
+            until("the first was killed, both are back and train", lambda: result.trains(4, 2), *nodes)
         finally:
             runner.cancel(handle)
-            told.logs = "".join(node.logs().decode() for node in nodes)
+            result.logs = "".join(node.logs().decode() for node in nodes)
             for node in nodes:
                 node.remove(force=True)
-    say("; ".join(f"{what}: {seconds:.0f} s" for what, seconds in told.seconds.items()))
-    return told
+    say("; ".join(f"{what}: {seconds:.0f} s" for what, seconds in result.seconds.items()))
+    return result
 
 
-def test_one_is_killed_the_other_goes_on_and_the_first_is_taken_in_again(story: Story) -> None:
-    assert [(entry.facts or {})["processes"] for entry in story.starts()][:3] == [2, 1, 2]
-    steps = [entry.step or 0 for entry in story.starts()]
+def test_when_one_node_is_killed_the_other_continues_and_admits_it_again(outcome: Outcome) -> None:
+    assert [(entry.facts or {})["processes"] for entry in outcome.starts()][:3] == [2, 1, 2]
+    steps = [entry.step or 0 for entry in outcome.starts()]
     assert steps[0] == 0 < steps[1] < steps[2]
-    assert story.undisturbed
+    assert outcome.undisturbed
 
 
-def test_without_the_node_that_keeps_the_rendezvous_the_other_ends_and_both_go_on(story: Story) -> None:
-    assert story.node_ends == STOPPED_EXIT_CODE  # which asks to be started again
-    assert [(entry.facts or {})["processes"] for entry in story.starts()] == [2, 1, 2, 2]
-    steps = [entry.step or 0 for entry in story.starts()]
-    assert steps[2] < steps[3] < story.step()
+def test_without_the_rendezvous_host_the_other_node_ends_and_both_resume(outcome: Outcome) -> None:
+    assert outcome.node_ends == STOPPED_EXIT_CODE  # which requests a restart
+    assert [(entry.facts or {})["processes"] for entry in outcome.starts()] == [2, 1, 2, 2]
+    steps = [entry.step or 0 for entry in outcome.starts()]
+    assert steps[2] < steps[3] < outcome.step()
 
 
-def test_a_cancelled_job_leaves_a_checkpoint_of_its_last_step(story: Story) -> None:
-    assert f"stopped after step {story.step()}; the checkpoint is complete" in story.logs
+def test_a_cancelled_job_leaves_a_checkpoint_of_its_last_step(outcome: Outcome) -> None:
+    assert f"stopped after step {outcome.step()}; the checkpoint is complete" in outcome.logs
 
 
-def test_no_sample_is_lost_or_seen_twice(story: Story) -> None:
-    kept = samples_that_count(story.trace)
+def test_no_sample_is_lost_or_seen_twice(outcome: Outcome) -> None:
+    kept = samples_that_count(outcome.trace)
     per_epoch = IMAGES // len(kept[1])
-    for epoch in range(story.step() // per_epoch):
+    for epoch in range(outcome.step() // per_epoch):
         seen = (n for step in range(per_epoch) for n in kept[1 + epoch * per_epoch + step])
         assert Counter(seen) == Counter(range(IMAGES)), epoch
 
 
-def test_no_credential_is_in_a_log(story: Story) -> None:
-    assert story.logs
-    assert story.store.address.secret_key not in story.logs
-    assert story.store.address.access_key not in story.logs
+def test_no_credential_is_in_a_log(outcome: Outcome) -> None:
+    assert outcome.logs
+    assert outcome.store.address.secret_key not in outcome.logs
+    assert outcome.store.address.access_key not in outcome.logs
 
 
-def described(runner: Any, config: Config, told: Story, restricted: dict[str, Any]) -> Any:
-    """What torchx's `local_docker` makes of `-j 1:2x1`, completed as a pod is."""
+def described(runner: Any, config: Config, result: Outcome, restricted: dict[str, Any]) -> Any:
+    """The request of torchx's `local_docker` for `-j 1:2x1`, completed as for a pod."""
     from torchx.components.dist import ddp
 
     launch, pod = config.launch, config.cluster.train
@@ -226,11 +226,11 @@ def described(runner: Any, config: Config, told: Story, restricted: dict[str, An
         )
         container.kwargs["environment"] |= {
             **literal_environment(config),
-            **told.store.address.environment(),
+            **result.store.address.environment(),
             TRACE_VARIABLE: TRACE,
-            "TORCHELASTIC_ERROR_FILE": "/tmp/error.json",  # Docker has no place for a pod's last words
+            "TORCHELASTIC_ERROR_FILE": "/tmp/error.json",  # Docker has no termination message
         }
-        container.kwargs |= {**restricted, "volumes": {str(told.trace): {"bind": TRACE, "mode": "rw"}}}
+        container.kwargs |= {**restricted, "volumes": {str(result.trace): {"bind": TRACE, "mode": "rw"}}}
     return request
 
 
@@ -243,7 +243,7 @@ def answers(store: ObjectStore) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], what: str, running: Any) -> None:
-    """Until the condition holds; the containers that are running must not end meanwhile."""
+    """Wait until the condition holds; fail if one of the running containers ends."""
     end = time.monotonic() + PATIENCE
     while not condition():
         for container in running:
