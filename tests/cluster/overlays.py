@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import yaml
 from cluster_settings import ROOT
 from kube import Kube
+from runs import Cli
 
+SERVER_KEYS = "esvit-object-store-server"
 SCHEDULERS = {"volcano": "jobs.batch.volcano.sh", "trainer": "trainjobs.trainer.kubeflow.org"}
 RELEASE = "prometheus"  # the label of monitors and rules that the cluster's Prometheus selects
 
@@ -71,6 +75,31 @@ def overlay(
     }
     (mine / "kustomization.yaml").write_text(yaml.safe_dump(values))
     return mine
+
+
+def make_keys(kube: Kube, cli: Cli) -> bool:
+    """Make the keys of the namespace's store, unless they are there with the rights that this version gives them.
+
+    Returns:
+        Whether they were made.
+    """
+    made = cli.run("store", "keys", "--namespace", kube.namespace)
+    assert made.returncode == 0, made.stderr
+    secrets = {one["metadata"]["name"]: one for one in yaml.safe_load_all(made.stdout)}
+    there = kube.get("secret", SERVER_KEYS)
+    if there is not None and _rights(there) == _rights(secrets[SERVER_KEYS]):
+        return False
+    kube.run("apply", "-f", "-", text=made.stdout)
+    if kube.get("statefulset", "esvit-object-store"):  # it reads its keys when it starts
+        kube.run("rollout", "restart", "statefulset/esvit-object-store")
+    return True
+
+
+def _rights(secret: dict[str, Any]) -> dict[str, list[str]]:
+    """What each key of the store's server may do, by the key's name."""
+    plain = {name: base64.b64decode(value).decode() for name, value in secret.get("data", {}).items()}
+    identities = json.loads((plain | secret.get("stringData", {}))["identities.json"])["identities"]
+    return {one["name"]: one["actions"] for one in identities}
 
 
 def _to_api() -> list[dict[str, Any]]:

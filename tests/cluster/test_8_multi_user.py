@@ -11,7 +11,7 @@ import yaml
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube
-from overlays import copy_of_manifests, overlay
+from overlays import copy_of_manifests, make_keys, overlay
 from runs import Cli, run_id_in
 
 from conftest import drawings, store_of, upload
@@ -34,9 +34,7 @@ def installed(
     profile: Kube, cli: Cli, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ObjectStore]:
     """The overlay with a small quota, and its store."""
-    if profile.get("secret", "esvit-object-store-admin") is None:
-        made = cli.run("store", "keys", "--namespace", profile.namespace)
-        profile.run("apply", "-f", "-", text=made.stdout)
+    make_keys(profile, cli)
     patches = [
         {
             "target": {"kind": "ResourceQuota", "name": "esvit"},
