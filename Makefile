@@ -1,5 +1,5 @@
-# Two commands matter: `make demo` runs the whole job on the sample images, `make test` passes the tests.
-# Each sets up what it needs in .venv; nothing outside this folder is touched.
+# The two main commands: `make demo` runs everything on the sample images, `make test` runs the tests.
+# Each installs what it needs into .venv; nothing outside this folder is changed.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,12 +13,12 @@ IMAGE  ?= esvit/trainer:$(VERSION)
 .PHONY: demo test test-cluster golden chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
 
-help: ## Say what can be made
+help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "error: $(PYTHON) is older than Python 3.11; install 3.11 or newer, or name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	    { echo "error: $(PYTHON) is older than Python 3.11; install 3.11 or newer, or name another: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time: PyTorch is large)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -35,20 +35,20 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --max
 test: $(READY) ## Run the tests (under 10 minutes on two cores; no Docker, no root)
 	@$(PYTEST) $(ARGS)
 
-golden: $(READY) ## Compile the pipelines anew into tests/pipelines/golden, after a change that is meant
+golden: $(READY) ## Recompile the pipelines into tests/pipelines/golden, after an intended change
 	@for folder in pipelines/*/; do name=$$(basename $$folder); test ! -f $$folder/pipeline.py || \
 	    $(BIN)/esvit compile $$name --recipe $(GOLDEN)/recipe.yaml -o $(GOLDEN)/$$name.yaml || exit; done
 
-chaos: $(READY) ## Kill trainings at random moments and count what was lost (an hour on two cores)
+chaos: $(READY) ## Kill trainings at random moments and count what is lost (an hour on two cores)
 	@$(BIN)/python benchmarks/chaos.py
 
-images: ## Build the container images (needs Docker; what can be set: docs/images.md)
+images: ## Build the container images (needs Docker; settings: docs/images.md)
 	@images/build
 
-test-containers: $(READY) ## Test the images, and run the whole pipeline in them (needs Docker and make images)
+test-containers: $(READY) ## Test the container images, and run the whole pipeline in them (needs Docker and make images)
 	@ESVIT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/containers
 
-test-cluster: $(READY) ## Test a real cluster: the one of the current kubeconfig (docs/install.md says what has to be there)
+test-cluster: $(READY) ## Test the cluster of the current kubeconfig (requirements: docs/install.md)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster-test]'
 	@ESVIT_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster --timeout 2400 $(ARGS)
 
@@ -59,11 +59,11 @@ lint: $(READY) ## Check style and format
 types: $(READY) ## Check the types
 	@$(BIN)/mypy
 
-check: lint types test ## Everything that has to pass before a commit
+check: lint types test ## Run all checks that must pass before a commit
 
 format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## Remove the environment and the demo's run
+clean: ## Remove the environment and the demo's output
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""A finished run in miniature, made once through the command line, for the tests of components and pipelines."""
+"""Fixtures for the tests of components and pipelines: a small finished run, made once through the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
-    # Triton reads it when it is imported: where there is no GPU, its kernels run in the interpreter.
+    # Triton reads this variable when it is imported. Without a GPU, its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MICRO_RECIPE = """# A network that trains in seconds.
@@ -55,18 +55,18 @@ promotion: {metric: knn/5}
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of a file to one process, and all tests of the session's run, which takes a minute to make, too."""
+    """Run the tests of each file in one process, and all tests that use the finished run, which takes a minute to make."""
     for item in items:
         group = item.nodeid.partition("::")[0]
         if "finished_run" in getattr(item, "fixturenames", ()):
             group = "finished_run"
-            item.add_marker(pytest.mark.timeout(900))  # whichever comes first waits for the run
+            item.add_marker(pytest.mark.timeout(900))  # the first test waits for the run
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
 def draw_image(kind: int, number: int, size: int = 40) -> Image.Image:
-    """An image whose class one can tell by its stripes: their direction and their colour."""
+    """Draw an image whose class determines the direction and the colour of its stripes."""
     rng = np.random.default_rng((kind, number))
     rows, columns = np.mgrid[:size, :size]
     wave = np.sin((rows * np.cos(kind) + columns * np.sin(kind)) * (0.4 + 0.2 * kind) + rng.uniform(0, 6))
@@ -76,7 +76,7 @@ def draw_image(kind: int, number: int, size: int = 40) -> Image.Image:
 
 
 def draw_folder(folder: Path, classes: Sequence[str], per_class: int) -> Path:
-    """One folder a class; a class named "" puts its images into ``folder`` itself."""
+    """Draw images into one folder per class; the images of a class named "" go into ``folder`` itself."""
     for kind, name in enumerate(classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
@@ -85,7 +85,7 @@ def draw_folder(folder: Path, classes: Sequence[str], per_class: int) -> Path:
 
 
 def draw_archive(path: Path, classes: Sequence[str], per_class: int) -> Path:
-    """The same as a zip."""
+    """Draw the same images into a zip."""
     folder = draw_folder(path.with_suffix(""), classes, per_class)
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*.png")):
@@ -94,7 +94,7 @@ def draw_archive(path: Path, classes: Sequence[str], per_class: int) -> Path:
 
 
 def run_esvit(*arguments: Any, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does, without the store of another test in the environment."""
+    """Run the command line as a user does, without another test's store in the environment."""
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | more.pop("env", {})
     return subprocess.run(
         [sys.executable, "-m", "esvit_pipelines", *map(str, arguments)],
@@ -109,15 +109,15 @@ def run_esvit(*arguments: Any, cwd: Path | None = None, **more: Any) -> subproce
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the session's run left.
+    """The finished run of the session.
 
     Args:
         folder: the working directory, with ``images/``, ``marks.zip`` and ``micro.yaml``.
-        arguments: of the command.
-        output: what it printed.
-        seconds: that it took.
-        name: its run id.
-        commands: the command lines of all processes on this machine meanwhile.
+        arguments: arguments of the command.
+        output: standard output of the command.
+        seconds: duration of the command.
+        name: run id.
+        commands: command lines of all processes on this machine during the run.
     """
 
     folder: Path
@@ -169,26 +169,26 @@ def micro_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def command_lines() -> Iterator[set[str]]:
-    """The command lines of all processes while this goes on, as everybody on the machine can read them."""
-    seen: set[str] = set()
-    over = threading.Event()
+    """Collect the command lines of all processes in the meantime, as every user of the machine can read them."""
+    commands: set[str] = set()
+    end = threading.Event()
 
-    def look() -> None:
-        while not over.wait(0.1):
-            seen.update(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    def collect() -> None:
+        while not end.wait(0.1):
+            commands.update(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=collect, daemon=True)
     thread.start()
     try:
-        yield seen
+        yield commands
     finally:
-        over.set()
+        end.set()
         thread.join()
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """`esvit run` on labelled images with one transfer set, in a folder with a space in its name."""
+    """Run `esvit run` on labelled images with one transfer set, in a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("a run")
     draw_folder(folder / "images", ["lines", "waves", "bars"], 16)
     draw_archive(folder / "marks.zip", ["one", "two"], 12)
@@ -204,7 +204,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture(scope="session")
 def finished_store(finished_run: FinishedRun) -> Iterator[EmbeddedStore]:
-    """The server on the finished run's data."""
+    """A server on the data of the finished run."""
     server = EmbeddedStore(finished_run.out / "store")
     server.start()
     yield server
@@ -213,7 +213,7 @@ def finished_store(finished_run: FinishedRun) -> Iterator[EmbeddedStore]:
 
 @pytest.fixture
 def run_there(finished_run: FinishedRun, finished_store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The finished run, with the environment naming its store, from its working directory."""
+    """The finished run, with its store in the environment, from its working directory."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in finished_store.environment().items():
@@ -223,13 +223,13 @@ def run_there(finished_run: FinishedRun, finished_store: EmbeddedStore, monkeypa
 
 
 class ComponentRunner:
-    """Calls a component in the two ways in which it is used, and holds its outputs to Kubeflow's rules."""
+    """Calls a component directly and through kfp.local, and checks its outputs against Kubeflow's rules."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def directly(self, component: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-        """Call the function; its output artifacts are made here, and returned by name."""
+        """Call the function with new output artifacts, and return its result and the artifacts by name."""
         from kfp import dsl
         from kfp.dsl.types import type_annotations
 
@@ -245,12 +245,12 @@ class ComponentRunner:
         assert all(isinstance(artifact, dsl.Artifact) for artifact in artifacts.values())
         returned = component.python_func(**arguments, **artifacts)
         assert not kfp_rules.refused(kfp_rules.executor_output(component, returned, artifacts))
-        for name in artifacts:  # without a file the UI's preview of an artifact is an error
+        for name in artifacts:  # without a file, the UI's preview of an artifact fails
             assert (self.folder / name).is_file(), f"{name} has no content"
         return returned, artifacts
 
     def through_kfp(self, component: Any, **arguments: Any) -> dict[str, Any]:
-        """Run it in a pipeline of its own with kfp.local; the outputs by name."""
+        """Run the component alone in a pipeline with kfp.local, and return the outputs by name."""
         from kfp import dsl, local
         from kfp.dsl.types import type_annotations
 
@@ -261,7 +261,7 @@ class ComponentRunner:
             if name in (spec.inputs or {}) and type_annotations.is_Input_Output_artifact_annotation(annotation)
         }
 
-        def alone():  # kfp would take an annotation for an output
+        def alone():  # unannotated: kfp would read an annotation as an output
             made = {
                 name: dsl.importer(artifact_uri="s3://esvit/unused", artifact_class=kind).output
                 for name, kind in kinds.items()
@@ -273,7 +273,7 @@ class ComponentRunner:
             pipeline_root=str(self.folder / "kfp"),
             workspace_root=str(self.folder / "workspace"),
         )
-        with warnings.catch_warnings():  # of an image that is not called python, and of what importers cannot do
+        with warnings.catch_warnings():  # about an image that is not named python, and about the limits of importers
             warnings.simplefilter("ignore")
             dsl.pipeline(name="alone")(alone)()
         (written,) = self.folder.glob(f"kfp/*/{component.name}/executor_output.json")

@@ -1,4 +1,4 @@
-"""Fixtures that every part of the tests may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _numbers = itertools.count(1)
 
 
 class BucketStore(ObjectStore):
-    """A store with the name of a bucket that is the test's own."""
+    """A store with the name of a bucket that belongs to one test."""
 
     def __init__(self, address: StoreAddress, bucket: str) -> None:
         super().__init__(address)
@@ -49,7 +49,7 @@ def store(store_server: EmbeddedStore) -> BucketStore:
 
 @pytest.fixture
 def store_env(store: BucketStore, monkeypatch: pytest.MonkeyPatch) -> BucketStore:
-    """The same store, with the ``ESVIT_S3_*`` variables naming it to this process and its children."""
+    """The same store, with the ``ESVIT_S3_*`` variables set for this process and its children."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in store.address.environment().items():
@@ -59,9 +59,9 @@ def store_env(store: BucketStore, monkeypatch: pytest.MonkeyPatch) -> BucketStor
 
 @pytest.fixture(scope="session")
 def prometheus_programs() -> Path:
-    """The folder of ``prometheus`` and ``promtool``: those installed, else Debian's, fetched once into the environment.
+    """The folder with ``prometheus`` and ``promtool``: installed ones, or Debian's, downloaded once into the environment.
 
-    A machine that has neither fails the tests that need them: they would say nothing if they were left out.
+    If neither is available, the tests that need them fail rather than being skipped.
     """
     if shutil.which("prometheus") and (installed := shutil.which("promtool")):
         return Path(installed).parent
@@ -74,7 +74,7 @@ def prometheus_programs() -> Path:
             done = subprocess.run([script, folder], capture_output=True, text=True, timeout=240)
             if done.returncode:
                 pytest.fail(
-                    "prometheus and promtool are not installed and could not be fetched "
+                    "prometheus and promtool are not installed and could not be downloaded "
                     f"({' '.join(done.stderr.split())}); install them (apt install prometheus, brew install prometheus)"
                 )
     return folder

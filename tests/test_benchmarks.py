@@ -1,4 +1,4 @@
-"""The plain step that the benchmarks time is the same algorithm: equal numbers, parameter by parameter."""
+"""The plain step of the benchmarks is the same algorithm as ours: equal numbers, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_plain_network_computes_the_same(name: str) -> None:
+def test_the_plain_network_computes_equal_features_and_gradients(name: str) -> None:
     config = Config.from_mapping({"model": NETWORKS[name] | {"drop_path": 0.0}}).model
     torch.manual_seed(0)
     network = create_backbone(config, 64)
-    for parameter in network.parameters():  # fresh biases are zero, and would hide a difference
+    for parameter in network.parameters():  # initial biases are zero, and would hide a difference
         torch.nn.init.normal_(parameter, std=0.05)
     results = []
     for make in (lambda n: n, plainly):
@@ -46,7 +46,7 @@ def test_the_plain_network_computes_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("region", [True, False])
-def test_the_plain_step_takes_the_same_step(region: bool) -> None:
+def test_the_plain_step_computes_equal_losses_and_weights(region: bool) -> None:
     config = Config.from_mapping(
         {
             "augment": {
@@ -90,11 +90,11 @@ def test_a_folder_without_the_published_code_is_refused(tmp_path: Path) -> None:
         (["--device", "cuda", "--dtype", "float16"], ["plain-float16", "ours-bfloat16"]),
     ],
 )
-def test_what_is_compared(options: list[str], names: list[str]) -> None:
+def test_the_options_select_the_implementations(options: list[str], names: list[str]) -> None:
     assert implementations(arguments(["--device", "cpu", *options])) == names
 
 
-def test_the_clock_divides_a_whole_step() -> None:
+def test_the_clock_times_every_part_of_a_step() -> None:
     config = Config.from_mapping(
         {
             "augment": {
@@ -113,11 +113,11 @@ def test_the_clock_divides_a_whole_step() -> None:
     assert all(clock.seconds[part] > 0 for part in PARTS)
     taken = dict(clock.seconds)
     step(crops, at)
-    assert clock.seconds == taken, "the clock still listens"
+    assert clock.seconds == taken, "the clock is still attached"
 
 
 @pytest.mark.parametrize("prototypes", [64, 16384])
-def test_a_step_in_bfloat16_is_that_in_float32_to_two_digits(prototypes: int) -> None:
+def test_a_step_in_bfloat16_is_close_to_float32(prototypes: int) -> None:
     """The stated tolerance: the loss to 0.5 %, the whole gradient within 5 % of its length, its direction to 0.999."""
     config = Config.from_mapping(
         {

@@ -1,4 +1,4 @@
-"""What the documentation refers to is there: files, headings, and the code behind every right."""
+"""The links of the documentation lead to existing files and headings, and every alert has a runbook."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def pages() -> list[Path]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Anchors of the headings of a page, as GitHub generates them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def is_there(link: str, page: Path) -> bool:
-    """Whether a relative link leads to a file, and to a heading or a line of it."""
+def exists(link: str, page: Path) -> bool:
+    """Whether a relative link leads to an existing file, and to an existing heading or line of it."""
     file, _, anchor = link.partition("#")
     target = (page.parent / file).resolve() if file else page
     if not target.exists():
@@ -41,12 +41,12 @@ def is_there(link: str, page: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_to_existing_targets(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"[a-z]+:", link)]
-    assert [link for link in links if not is_there(link, page)] == []
+    assert [link for link in links if not exists(link, page)] == []
 
 
-def test_the_runbook_of_every_alert_is_there() -> None:
+def test_every_alert_has_a_runbook() -> None:
     from esvit_core.monitoring.alerts import alert_rules
 
     rules = [rule for group in alert_rules()["groups"] for rule in group["rules"]]
