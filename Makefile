@@ -10,7 +10,7 @@ READY   = $(VENV)/.ready
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 IMAGE  ?= esvit/trainer:$(VERSION)
 
-.PHONY: demo test test-cluster golden chaos images test-containers lint types check format clean help
+.PHONY: demo test test-cluster golden component-docs chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -38,6 +38,9 @@ test: $(READY) ## Run the tests (under 10 minutes on two cores; no Docker, no ro
 golden: $(READY) ## Recompile the pipelines into tests/pipelines/golden, after an intended change
 	@for folder in pipelines/*/; do name=$$(basename $$folder); test ! -f $$folder/pipeline.py || \
 	    $(BIN)/esvit compile $$name --recipe $(GOLDEN)/recipe.yaml -o $(GOLDEN)/$$name.yaml || exit; done
+
+component-docs: $(READY) ## Generate the components' READMEs from their docstrings and metadata
+	@$(BIN)/python -m esvit_components.readme
 
 chaos: $(READY) ## Kill trainings at random moments and count what is lost (an hour on two cores)
 	@$(BIN)/python benchmarks/chaos.py

@@ -1,6 +1,6 @@
-"""The image that the steps run in: the one that the configuration names by default.
+"""The default container image of the steps.
 
-The pipeline sets the image of the run's own configuration on every task; this is what a component by itself has.
+A pipeline sets the image of its configuration on every task; a component used on its own runs in this one.
 """
 
 from esvit_core.config import ClusterConfig

@@ -1,8 +1,8 @@
-"""What a step tells Kubeflow about its outputs: artifacts, their metadata, and scalar metrics.
+"""KFP artifacts of a step's outputs: addresses, metadata, and scalar metrics.
 
-Kubeflow's launcher refuses null in metadata, and JSON has neither NaN nor infinity. This module is the only place that
-writes metadata: a value that does not exist is left out, and a type that the launcher cannot store is an error here,
-on every machine, and not only on a cluster.
+KFP's launcher rejects null in metadata, and JSON has neither NaN nor infinity. Only this module writes metadata: it
+omits values that are None or not finite, and raises an error for types that the launcher cannot store, so that such a
+mistake shows on every machine, not only on a cluster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _REMOTE = ("s3://", "minio://", "gs://")
 
 
 class Artifact(Protocol):
-    """What is used of a KFP artifact (this package imports no kfp)."""
+    """The part of a KFP artifact that is used here (this package does not import kfp)."""
 
     uri: str
     metadata: dict[str, Any]
@@ -27,34 +27,34 @@ class Artifact(Protocol):
 
 
 def describe(artifact: Artifact, **values: Any) -> None:
-    """Add ``values`` to an artifact's metadata, without those that are None or not finite.
+    """Add ``values`` to an artifact's metadata, except those that are None or not finite.
 
     Raises:
-        TypeError: a value is neither text, number, truth value, nor a list or mapping of these.
+        TypeError: a value is not a string, number, boolean, or a list or mapping of these.
     """
     artifact.metadata.update(_known(values, "metadata"))
 
 
-def log_metrics(metrics: Artifact, figures: Mapping[str, Any]) -> None:
-    """Write scalar metrics, which the UI shows and compares between runs; a figure that is not finite is left out."""
-    describe(metrics, **{name: float(value) for name, value in figures.items() if value is not None})
+def log_metrics(metrics: Artifact, values: Mapping[str, Any]) -> None:
+    """Write scalar metrics, which the UI displays and compares between runs; values that are not finite are omitted."""
+    describe(metrics, **{name: float(value) for name, value in values.items() if value is not None})
     write_preview(metrics)
 
 
 def write_preview(artifact: Artifact) -> None:
-    """Write the metadata as the artifact's content, which the UI shows: where there is none it shows an error."""
+    """Write the metadata as the artifact's content, because the UI shows an error for an artifact without content."""
     path = Path(artifact.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(artifact.metadata, indent=1) + "\n", encoding="utf-8")
 
 
 def point_to(artifact: Artifact, uri: str, **values: Any) -> None:
-    """Make a KFP artifact stand for what lies at ``uri`` in the object store.
+    """Make a KFP artifact refer to data at ``uri`` in the object store.
 
-    The large things stay where they are. KFP's launcher on a cluster accepts only addresses below its own pipeline
-    root for what a step puts out, and downloads everything at an input's address before a step starts. There the
-    artifact keeps the address that it was given and holds a few bytes that say where the thing is; elsewhere the
-    artifact's own ``uri`` says so. ``metadata["uri"]`` says so everywhere.
+    The data stay where they are. On a cluster, KFP's launcher accepts only output addresses below its own pipeline root,
+    and downloads everything at the address of an input before a step starts. There the artifact keeps the address that
+    KFP has given it, and its content is a few bytes with ``uri``. On one machine the artifact's own ``uri`` is set.
+    ``metadata["uri"]`` is set everywhere.
 
     Raises:
         TypeError: see :func:`describe`.
@@ -65,18 +65,18 @@ def point_to(artifact: Artifact, uri: str, **values: Any) -> None:
         artifact.uri = uri
 
 
-def figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Print what an evaluation found, in a line, and return its figures by name.
+def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """Print the headline metric of an evaluation in one line, and return all its metrics by name.
 
-    The trained network's figures have the bare name, such as ``knn/20``, and those of the network with its initial
-    weights ``knn/20 (baseline)``. There are none if it was left out.
+    The names of the baseline's metrics have a suffix: ``knn/20`` and ``knn/20 (baseline)``. A skipped evaluation has no
+    metrics.
     """
     if result["status"] == "measured":
-        values = {model: figures[result["headline"]] for model, figures in result["results"].items()}
-        told = ", ".join(f"{value:.1f} {result['unit']} {model}" for model, value in values.items())
-        print(f"{result['headline']}: {told}", flush=True)
+        values = {model: metrics[result["headline"]] for model, metrics in result["results"].items()}
+        text = ", ".join(f"{value:.1f} {result['unit']} {model}" for model, value in values.items())
+        print(f"{result['headline']}: {text}", flush=True)
     else:
-        print(f"left out: {result['reason']}", flush=True)
+        print(f"skipped: {result['reason']}", flush=True)
     return {
         name if model == "trained" else f"{name} (baseline)": value
         for model, values in result.get("results", {}).items()
@@ -85,7 +85,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _known(value: Any, name: str) -> Any:
-    """``value`` without what is None or not finite, at any depth of mappings."""
+    """Remove None and non-finite values from a value, at any depth of mappings."""
     if isinstance(value, Mapping):
         known = {key: _known(item, f"{name}.{key}") for key, item in value.items() if _exists(item)}
         return {str(key): item for key, item in known.items()}

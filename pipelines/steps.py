@@ -1,4 +1,4 @@
-"""What the pipelines have in common: how a step is named and placed, and the steps that more than one of them has."""
+"""Steps that several pipelines share, and how a step is named and configured."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from esvit_components.evaluation.visualize import visualize
 from esvit_components.training.pretrain import pretrain
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import Role
-from esvit_pipelines.cluster.step_pod import place
+from esvit_pipelines.cluster.step_pod import configure_pod
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Steps:
     """The steps of a pipeline while it is defined.
 
     Args:
-        config: says what their pods get.
-        cluster: place them on a cluster. Otherwise they are put in a row: kfp.local runs one at a time, but in an
-            order that changes from run to run.
+        config: configuration of their pods.
+        cluster: configure the pods for a cluster. Otherwise the steps are chained: kfp.local runs one at a time, but in
+            an order that varies between runs.
     """
 
     config: Config
@@ -42,20 +42,20 @@ class Steps:
         accelerated: bool = True,
         trains: bool = False,
     ) -> dsl.PipelineTask:
-        """Name a step for the UI and say where it runs.
+        """Set the display name, the image and the pod of a step.
 
         Args:
-            role: kind of step, which decides what its pod gets.
-            accelerated: it can use the accelerators of its kind of step.
+            role: kind of step, which selects the configuration of its pod.
+            accelerated: the step can use the accelerators of its role.
             trains: it is the pre-training step, which trains in its own pod or starts a job.
         """
         task.set_display_name(name)
         task.set_container_image(self.config.cluster.image)
-        # Every step finds its own outputs in the store. KFP's cache would never hit: its key holds the ids of the input
-        # artifacts, which are new in each run. And it would not see that data at the same address have changed.
+        # Every step finds its own outputs in the store. KFP's cache would never hit, since its key contains the ids of the
+        # input artifacts, which are new in each run. And it would not notice changed data at the same address.
         task.set_caching_options(False)
         if self.cluster:
-            place(task, self.config, role, accelerated, trains)
+            configure_pod(task, self.config, role, accelerated, trains)
             return task
         task.after(*self._last)
         self._last = [task]
@@ -63,47 +63,47 @@ class Steps:
 
 
 def prepare_sets(steps: Steps, run: Any) -> dsl.PipelineTask:
-    """The step that prepares the run's transfer sets, with the output ``sets``.
+    """Add the step that prepares the run's transfer sets, with the output ``sets``.
 
-    Which sets there are, the run's configuration says: one compiled pipeline serves runs with any sets.
+    The run's configuration names the sets, so one compiled pipeline serves runs with any sets.
     """
     return steps.add(prepare_transfer(run_uri=run), "prepare transfer sets", "prepare")
 
 
 def train(steps: Steps, run: Any, dataset: Any, sets: dsl.PipelineTask) -> dsl.PipelineTask:
-    """The step that pre-trains, with the output ``model``.
+    """Add the pre-training step, with the output ``model``.
 
     Args:
         run: address of the run, an output of a step.
         dataset: the prepared images.
-        sets: of :func:`prepare_sets`.
+        sets: the step of :func:`prepare_sets`.
     """
     trained = steps.add(pretrain(run_uri=run, dataset=dataset), "pretrain", "train", trains=True)
-    # All data are looked at before the long step begins: what is wrong with them shows at once.
+    # All data are prepared before the long step starts, so that invalid data fail early.
     return trained.after(sets)
 
 
-def measure(steps: Steps, run: Any, dataset: Any, model: Any, sets: dsl.PipelineTask) -> list[dsl.PipelineTask]:
-    """The steps that measure a run's backbone; each has the output ``result``.
+def evaluate(steps: Steps, run: Any, dataset: Any, model: Any, sets: dsl.PipelineTask) -> list[dsl.PipelineTask]:
+    """Add the steps that evaluate a run's backbone; each has the output ``result``.
 
     Args:
         run: address of the run, an output of a step.
         dataset: the prepared images.
         model: the backbone.
-        sets: of :func:`prepare_sets`.
+        sets: the step of :func:`prepare_sets`.
     """
     features = steps.add(extract_features(run_uri=run, dataset=dataset, model=model), "extract features", "evaluate")
-    vectors = features.outputs["features"]
+    feature_files = features.outputs["features"]
     return [
-        steps.add(knn(run_uri=run, features=vectors), "k-NN", "evaluate", accelerated=False),
-        steps.add(linear_probe(run_uri=run, features=vectors), "linear probe", "evaluate"),
+        steps.add(knn(run_uri=run, features=feature_files), "k-NN", "evaluate", accelerated=False),
+        steps.add(linear_probe(run_uri=run, features=feature_files), "linear probe", "evaluate"),
         steps.add(transfer(run_uri=run, sets=sets.outputs["sets"], model=model), "transfer", "evaluate"),
         steps.add(visualize(run_uri=run, dataset=dataset, model=model), "visualize", "evaluate"),
     ]
 
 
 def step_names(pipeline: Any) -> list[str]:
-    """Names of the pipeline's steps, each after those that it waits for; those below a condition too."""
+    """List the names of the pipeline's steps in topological order, including those below a condition."""
     return list(_names(pipeline.pipeline_spec, pipeline.pipeline_spec.root.dag))
 
 

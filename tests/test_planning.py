@@ -173,7 +173,7 @@ def test_plan_states_them(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     (first,) = [number for number, line in enumerate(lines) if line.startswith("saved ")]
     # 73.8 M parameters, of which a checkpoint holds four times four bytes; 1,000 steps take a minute and a half.
-    assert lines[first] == "saved   1.2 GB every 1.5 minutes, and when it is asked to stop; 46.4 GB an hour"
+    assert lines[first] == "saved   1.2 GB every 1.5 minutes, and when it is asked to stop; 46.4 GB per hour"
     assert lines[first + 1].strip() == (
-        "in a step's own pod: at most 60 s of training lost if the store takes 39 MB/s; 71 to 142 GB an hour"
+        "in a step's own pod: at most 60 s of training lost if the store accepts 39 MB/s; 71 to 142 GB per hour"
     )

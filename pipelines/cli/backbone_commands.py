@@ -1,4 +1,4 @@
-"""`esvit export` and `esvit embed`: a published backbone, wherever it is, and what is made with it."""
+"""`esvit export` and `esvit embed`: commands that use a published backbone."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
 def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> None:
-    """Write a backbone in another format, and say how near it is.
+    """Export a backbone to another format, and print how closely the result matches.
 
     Args:
-        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
-        runs: folder of the runs of this machine, whose store is looked in.
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` accepts.
+        runs: folder of the runs on this machine, whose store is searched.
 
     Raises:
-        UserError: no such backbone, or it cannot be exported.
+        UserError: the backbone does not exist, or it cannot be exported.
     """
     from esvit_core.storage.atomic_write import require_absent
 
@@ -45,16 +45,16 @@ def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> Non
 
 
 def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path) -> None:
-    """Write the features of images, and say what was written.
+    """Compute the features of images, write them to a file, and print a summary.
 
     Args:
-        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` takes.
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` accepts.
         data: folder, archive or ``s3://`` prefix.
-        settings: of :class:`~esvit_core.embedding.embed.EmbedSettings`, by name.
-        runs: folder of the runs of this machine, whose store is looked in.
+        settings: fields of :class:`~esvit_core.embedding.embed.EmbedSettings`, by name.
+        runs: folder of the runs on this machine, whose store is searched.
 
     Raises:
-        UserError: no such backbone, no such images, or a file that cannot be written.
+        UserError: the backbone or the images do not exist, or the file cannot be written.
     """
     from esvit_core.data.shards.manifest import check_source
     from esvit_core.embedding.feature_files import SUFFIXES
@@ -80,7 +80,7 @@ def _exported(model: str, format: str, out: Path, regions: bool, store: ObjectSt
 
 
 def _published(model: str, out: Path, store: ObjectStore | None) -> Exported:
-    """The checkpoint of the run that ``model`` is or comes from."""
+    """Export the training checkpoint of the run that ``model`` is or comes from."""
     from esvit_core.runs.run import CONFIG, open_run
     from esvit_core.storage import join_uri
     from esvit_core.training.esvit_export import export_published
@@ -88,19 +88,22 @@ def _published(model: str, out: Path, store: ObjectStore | None) -> Exported:
 
     if store is None:
         raise UserError(
-            f"{model}: format {PUBLISHED} holds student, teacher, heads and optimizer, which a backbone has not; "
+            f"{model}: format {PUBLISHED} contains student, teacher, heads and optimizer, which a backbone lacks; "
             "name the run, s3://bucket/runs/<run id>, or champion"
         )
     if model.startswith("s3://") and store.exists(join_uri(model, CONFIG)):
         return export_published(open_run(model, store), out)
     description: Any = load_backbone(model, store).backbone_config
     if "run" not in description:
-        raise UserError(f"{model}: its {PUBLISHED} checkpoint cannot be made, for it does not say from which run it is")
+        raise UserError(
+            f"{model}: no {PUBLISHED} checkpoint can be written, because the backbone does not name the run that trained it; "
+            "name the run, s3://bucket/runs/<run id>"
+        )
     return export_published(open_run(description["run"], store), out)
 
 
 def _load(model: str, store: ObjectStore | None) -> nn.Module:
-    """The backbone, also from a file of weights of the published code or of timm."""
+    """Load a backbone, also from a weights file of the published code or of timm."""
     from esvit_core.weights.backbone import load_backbone
 
     if not Path(model).is_file():
@@ -115,8 +118,8 @@ def _load(model: str, store: ObjectStore | None) -> nn.Module:
 
 @contextmanager
 def _store_for(runs: Path, model: str, data: str = "") -> Iterator[ObjectStore | None]:
-    """The object store if one of the two lies there: the one that ESVIT_S3_ENDPOINT names, or that of ``runs``."""
-    remote = [place for place in (model, data) if place.startswith("s3://")]
+    """Open the object store if ``model`` or ``data`` lies in one: that of ESVIT_S3_ENDPOINT, or that of ``runs``."""
+    remote = [address for address in (model, data) if address.startswith("s3://")]
     if _is_pointer(model):
         remote.append(model)
     directory: Any = None
@@ -128,12 +131,12 @@ def _store_for(runs: Path, model: str, data: str = "") -> Iterator[ObjectStore |
         directory = Path(os.environ["ESVIT_STORE_DIR"])
     else:
         raise UserError(
-            f"{remote[0]}: no object store is named, and there is none in {store_in(runs)}; "
+            f"{remote[0]}: no object store is configured, and there is none in {store_in(runs)}; "
             "name the folder of a run with --runs, or set ESVIT_S3_ENDPOINT and its keys"
         )
     with open_store(directory) if remote else nullcontext() as store:
         yield store
 
 
-def _is_pointer(place: str) -> bool:
-    return bool(_POINTER.fullmatch(place)) and not Path(place).exists()
+def _is_pointer(model: str) -> bool:
+    return bool(_POINTER.fullmatch(model)) and not Path(model).exists()

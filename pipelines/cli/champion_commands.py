@@ -1,4 +1,4 @@
-"""`esvit champions` and `esvit rollback`: which backbones were in use, and the way back to a former one."""
+"""`esvit champions` and `esvit rollback`: list the champions, and make a former one current again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import asdict
 
 from esvit_core.registry.champions import Champion, champions, roll_back
 from esvit_core.registry.kubeflow_registry import URL_VARIABLE, register_champions, registry_of
-from esvit_pipelines.cli.status_commands import Place
+from esvit_pipelines.cli.status_commands import RunLocation
 
 
-def show_champions(place: Place, pointer: str, as_json: bool) -> None:
-    """Print the champions of a pointer, the present one first."""
-    with place.open() as store:
-        found = champions(store, place.bucket, pointer)
+def show_champions(location: RunLocation, pointer: str, as_json: bool) -> None:
+    """Print the champions of a pointer, newest first."""
+    with location.open() as store:
+        found = champions(store, location.bucket, pointer)
     if as_json:
         print(json.dumps([asdict(champion) for champion in found], indent=1))
         return
@@ -24,32 +24,32 @@ def show_champions(place: Place, pointer: str, as_json: bool) -> None:
         print(_line(champion))
 
 
-def register(place: Place, pointer: str, url: str | None) -> None:
-    """Register the champions of a pointer in the Kubeflow Model Registry, and say so."""
+def register(location: RunLocation, pointer: str, url: str | None) -> None:
+    """Register the champions of a pointer in the Kubeflow Model Registry, and print the result."""
     registry = registry_of(url=url)
-    with place.open() as store:
-        names = register_champions(registry, store, place.bucket, pointer)
-    print(f"{pointer} in {registry.url}: {len(names)} version{'s' * (len(names) > 1)}, the champion is {names[-1]}")
+    with location.open() as store:
+        names = register_champions(registry, store, location.bucket, pointer)
+    print(f"{pointer} in {registry.url}: {len(names)} version{'s' * (len(names) > 1)}, champion {names[-1]}")
 
 
-def go_back(place: Place, pointer: str, to: str | None, why: str) -> None:
-    """Make a former champion the present one, and say so."""
+def roll_back_champion(location: RunLocation, pointer: str, to: str | None, why: str) -> None:
+    """Make a former champion the current one, and print it."""
     who = f"{getpass.getuser()}@{socket.gethostname()}"
-    with place.open() as store:
-        champion = roll_back(store, place.bucket, pointer, to, who, why)
-    print(f"{pointer} is {champion.name} again ({_figure(champion)}); {champion.reason}")
+    with location.open() as store:
+        champion = roll_back(store, location.bucket, pointer, to, who, why)
+    print(f"{pointer} is {champion.name} again ({_metric(champion)}); {champion.reason}")
     if os.environ.get(URL_VARIABLE):
-        register(place, pointer, None)
+        register(location, pointer, None)
 
 
 def _line(champion: Champion) -> str:
-    state = "now" if champion.present else "was"
-    told = f"{state}  {champion.time[:16].replace('T', ' ')}  {champion.name}  {_figure(champion)}  {champion.reason}"
-    if taken := champion.rolled_back:
-        told += f"; taken back {taken['time'][:16].replace('T', ' ')} by {taken['who']}"
-        told += f": {taken['why']}" if taken["why"] else ""
-    return told
+    state = "current" if champion.present else "former "
+    text = f"{state}  {champion.time[:16].replace('T', ' ')}  {champion.name}  {_metric(champion)}  {champion.reason}"
+    if undone := champion.rolled_back:
+        text += f"; rolled back {undone['time'][:16].replace('T', ' ')} by {undone['who']}"
+        text += f": {undone['why']}" if undone["why"] else ""
+    return text
 
 
-def _figure(champion: Champion) -> str:
+def _metric(champion: Champion) -> str:
     return f"{champion.metric} {champion.value:.2f} %" if champion.value is not None else "not measured"

@@ -1,4 +1,4 @@
-"""Options and first steps that the commands about a cluster share."""
+"""Options and preparations that the cluster commands share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import typer
 
 from esvit_core.config import Config
 from esvit_core.planning.feasibility import require_metric
-from esvit_pipelines.cli.settings import DEFAULT_OUT, Asked, Settings, ask, resolve
+from esvit_pipelines.cli.settings import DEFAULT_OUT, ClusterRequest, Settings, cluster_request, resolve
 
 if TYPE_CHECKING:
     from esvit_pipelines.cluster.client import Connection
+    from esvit_pipelines.cluster.package import Package
     from esvit_pipelines.cluster.registration import Registered
-    from esvit_pipelines.cluster.submit import Package
 
-STANDALONE_NAMESPACE = "kubeflow"  # where Kubeflow Pipelines by itself runs the pods of all runs
+STANDALONE_NAMESPACE = "kubeflow"  # of all runs, where Kubeflow Pipelines is installed without the rest of Kubeflow
 DEFAULT_EXPERIMENT = "esvit"
 
 PipelineArgument = Annotated[
@@ -29,37 +29,44 @@ SentArgument = Annotated[
     typer.Argument(
         metavar="[PIPELINE|FILE]",
         show_default=False,
-        help="pretrain (the default), evaluate, or retrain; or a .yaml that was compiled before.",
+        help="pretrain (the default), evaluate, or retrain; or a compiled pipeline, a .yaml file.",
     ),
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="S3", help="The images, s3://bucket/prefix: the pipeline's parameter `data`."),
+    typer.Option("--data", metavar="S3", help="Images at s3://bucket/prefix; sets the pipeline's parameter data."),
 ]
 ParameterOption = Annotated[
     list[str] | None,
-    typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Another of its parameters. Repeatable."),
+    typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Set another parameter of the pipeline. Repeatable."),
 ]
 ExperimentOption = Annotated[
     str,
     typer.Option(
         "--experiment",
         envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
-        help="KFP's folder of runs; `esvit` is made if it is not there.",
+        help="KFP experiment; the default, esvit, is created if it does not exist.",
     ),
 ]
 OneExperimentOption = Annotated[
-    str | None, typer.Option("--experiment", metavar="NAME", help="Only of this one; default: all.")
+    str | None, typer.Option("--experiment", metavar="NAME", help="Only this experiment; default: all.")
 ]
-NewExperimentOption = Annotated[bool, typer.Option("--new-experiment", help="Make the experiment if it is not there.")]
+NewExperimentOption = Annotated[
+    bool, typer.Option("--new-experiment", help="Create the experiment if it does not exist.")
+]
 AccountOption = Annotated[
     str | None,
-    typer.Option("--service-account", help="Of the steps; default: cluster.service_account. '': the server's."),
+    typer.Option(
+        "--service-account",
+        help="Service account of the steps; default: cluster.service_account. '': the server's default.",
+    ),
 ]
 InlineOption = Annotated[
-    bool, typer.Option("--inline", help="Send the pipeline along; default: refer to its version on the Pipelines page.")
+    bool, typer.Option("--inline", help="Send the compiled pipeline instead of registering a version of it.")
 ]
-ScheduleArgument = Annotated[str, typer.Argument(metavar="SCHEDULE", show_default=False, help="Its name or its id.")]
+ScheduleArgument = Annotated[
+    str, typer.Argument(metavar="SCHEDULE", show_default=False, help="Name or id of a schedule.")
+]
 
 HostOption = Annotated[
     str | None,
@@ -67,13 +74,13 @@ HostOption = Annotated[
         "--host",
         envvar="KF_PIPELINES_ENDPOINT",
         metavar="URL",
-        help="Kubeflow Pipelines' API; default: in a cluster, the one there.",
+        help="Address of the Kubeflow Pipelines API; default: inside a cluster, that cluster's.",
     ),
 ]
 NamespaceOption = Annotated[
     str | None,
     typer.Option(
-        "--namespace", "-n", envvar="ESVIT_KFP_NAMESPACE", help="Yours, where the server has one for each user."
+        "--namespace", "-n", envvar="ESVIT_KFP_NAMESPACE", help="Your namespace, if the server has one per user."
     ),
 ]
 TokenOption = Annotated[
@@ -82,21 +89,23 @@ TokenOption = Annotated[
         "--token-file",
         envvar="KF_PIPELINES_SA_TOKEN_PATH",
         metavar="FILE",
-        help="Holds the token; default: in a cluster, the service account's.",
+        help="File with the token; default: inside a cluster, the service account's.",
     ),
 ]
 CaOption = Annotated[
     Path | None,
-    typer.Option("--ca-file", envvar="ESVIT_KFP_CA_FILE", metavar="FILE", help="The authority of its certificate."),
+    typer.Option("--ca-file", envvar="ESVIT_KFP_CA_FILE", metavar="FILE", help="CA certificate of the server."),
 ]
 UiOption = Annotated[
     str | None,
-    typer.Option("--ui", envvar="KF_PIPELINES_UI_ENDPOINT", metavar="URL", help="What links begin with; default: URL."),
+    typer.Option(
+        "--ui", envvar="KF_PIPELINES_UI_ENDPOINT", metavar="URL", help="Base address of links; default: that of --host."
+    ),
 ]
 
 
 @contextmanager
-def server_at(
+def connect(
     host: str | None, namespace: str | None, token_file: Path | None, ca_file: Path | None, ui: str | None
 ) -> Iterator[Connection]:
     import os
@@ -107,8 +116,12 @@ def server_at(
         yield server
 
 
-def version_of(server: Connection, pipeline: Package, inline: bool) -> Registered | None:
-    """The version on the server that a run refers to; None: the pipeline is sent along, as a foreign one always is."""
+def registered_version(server: Connection, pipeline: Package, inline: bool) -> Registered | None:
+    """Register the pipeline's version for a run to refer to.
+
+    Returns:
+        None: the pipeline is sent with the run, as those of other projects always are.
+    """
     from esvit_pipelines.cluster.registration import register
 
     if inline or not pipeline.own:
@@ -119,84 +132,87 @@ def version_of(server: Connection, pipeline: Package, inline: bool) -> Registere
 
 
 @contextmanager
-def sent(
-    pipeline: str, asked: Asked, data: str | None, parameter: list[str] | None
+def prepare_submission(
+    pipeline: str, request: ClusterRequest, data: str | None, parameter: list[str] | None
 ) -> Iterator[tuple[Package, dict[str, Any]]]:
-    """The pipeline and its arguments, looked at before a server is asked.
+    """Compile the pipeline and check its arguments, before any request to a server.
 
-    What the options say about the run goes into its parameters, and only where it computes into the pipeline: runs with
+    The recipe and the transfer sets become parameters of the run; only the pods' settings are compiled in. So runs with
     other recipes and transfer sets refer to the same version, as long as their pods have the same sizes.
     """
-    from esvit_pipelines.cluster.submit import arguments, package
+    from esvit_pipelines.cluster.package import arguments, package
 
-    if pipeline in ("pretrain", "retrain") and asked.whole:
-        require_metric(asked.config)
+    if pipeline in ("pretrain", "retrain") and request.complete:
+        require_metric(request.config)
     compiled = pipeline.endswith((".yaml", ".yml"))
-    with package(pipeline, asked.config if compiled else asked.pipeline) as ready:
-        said = asked.parameters if asked.given or not compiled else {}
-        given = [f"{name}={text}" for name, text in said.items() if name in ready.parameters]
-        given += [*([] if data is None else [f"data={data}"]), *(parameter or [])]
-        values = arguments(ready, given)
-        note_local_places(asked.config, data)
-        yield ready, values
+    with package(pipeline, request.config if compiled else request.compile_config) as made:
+        parameters = request.parameters if request.explicit or not compiled else {}
+        items = [f"{name}={text}" for name, text in parameters.items() if name in made.parameters]
+        items += [*([] if data is None else [f"data={data}"]), *(parameter or [])]
+        values = arguments(made, items)
+        warn_about_local_sources(request.config, data)
+        yield made, values
 
 
 @contextmanager
-def suited(server: Connection, pipeline: str, ready: Package, asked: Asked) -> Iterator[Package]:
-    """The package that was made, or for a server that needs it another one.
+def compatible_package(server: Connection, pipeline: str, made: Package, request: ClusterRequest) -> Iterator[Package]:
+    """Return the package, or compile another one if the server's retries do not restart lost pods.
 
     Args:
         pipeline: its name, or the file that it was read from.
-        ready: compiled from what is asked, or read.
+        made: the package, compiled from the request or read from the file.
     """
-    from esvit_pipelines.cluster.submit import package
+    from esvit_pipelines.cluster.package import package
 
-    if server.restarts_lost_pods or not asked.config.cluster.retry_lost_pods or pipeline.endswith((".yaml", ".yml")):
-        yield ready
+    retries = request.config.cluster.retry_lost_pods
+    if server.restarts_lost_pods or not retries or pipeline.endswith((".yaml", ".yml")):
+        yield made
         return
     print(
-        f"note: the retries of Kubeflow Pipelines {server.release} repeat mistakes and not lost pods: the pipeline is "
-        "compiled without them (cluster.retry_lost_pods=false); `esvit submit --wait --resubmit N` stands in for them"
+        f"note: Kubeflow Pipelines {server.release} retries failed steps but not lost pods; the pipeline is compiled "
+        "without retries (cluster.retry_lost_pods=false), use `esvit submit --wait --resubmit N` instead"
     )
-    config = asked.pipeline
+    config = request.compile_config
     cluster = config.cluster.model_copy(update={"retry_lost_pods": False})
-    with package(pipeline, config.model_copy(update={"cluster": cluster})) as made:
-        yield made
+    with package(pipeline, config.model_copy(update={"cluster": cluster})) as other:
+        yield other
 
 
 def config_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Config:
     return resolve(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
 
 
-def asked_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None) -> Asked:
-    return ask(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
+def request_of(
+    recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None
+) -> ClusterRequest:
+    return cluster_request(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
 
 
-def note_misfits(server: Connection, pipeline: str, asked: Asked) -> None:
-    """Warn of pods that do not fit into the cluster, where that can be asked."""
-    from esvit_pipelines.cluster.capacity import misfits
+def warn_about_capacity(server: Connection, pipeline: str, request: ClusterRequest) -> None:
+    """Warn about pods that do not fit into the cluster, if the Kubernetes API can be reached."""
+    from esvit_pipelines.cluster.capacity import capacity_problems
 
     if not pipeline.endswith((".yaml", ".yml")):
-        for line in misfits(asked.pipeline, server.namespace or STANDALONE_NAMESPACE):
-            print(f"warning: {line}; it will wait, or be refused", flush=True)
+        for line in capacity_problems(request.compile_config, server.namespace or STANDALONE_NAMESPACE):
+            print(f"warning: {line}; the pod will stay pending or be rejected", flush=True)
 
 
-def account_of(given: str | None, config: Config) -> str | None:
+def service_account_of(given: str | None, config: Config) -> str | None:
     return (config.cluster.service_account if given is None else given) or None
 
 
-def note_local_places(config: Config, data: str | None = None) -> None:
-    """Name the sources that a cluster will look for where it cannot find them."""
-    places = [(f"transfer set {s.name}", s.source) for s in config.evaluation.transfer]
-    places += [] if data is None else [("the images", data)]
-    for what, place in places:
-        if not place.startswith("s3://"):
+def warn_about_local_sources(config: Config, data: str | None = None) -> None:
+    """Warn about sources on this machine, which a cluster cannot read."""
+    sources = [(f"transfer set {s.name}", s.source) for s in config.evaluation.transfer]
+    sources += [] if data is None else [("the images", data)]
+    for name, source in sources:
+        if not source.startswith("s3://"):
             print(
-                f"note: the steps on the cluster look for {what} at {place}; "
-                "an s3://bucket/prefix is found from everywhere"
+                f"note: the steps on the cluster read {name} from the local path {source}; "
+                "if it is not mounted in the pods, give an s3://bucket/prefix"
             )
     if config.init.source and Path(config.init.source).exists():
         print(
-            f"note: the steps on the cluster look for init.source at {config.init.source}; "
-            "put the file into the store and give its s3:// address"
+            f"note: the steps on the cluster read init.source from the local path {config.init.source}; "
+            "upload the file to the store and give its s3:// address"
         )

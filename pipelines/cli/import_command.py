@@ -1,4 +1,4 @@
-"""`esvit import`: a file of weights becomes a backbone that everything here reads."""
+"""`esvit import`: convert a weights file to a published backbone."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def import_file(
     student: bool,
     checkpoint: bool,
 ) -> None:
-    """Do what the command line says, and tell what was taken.
+    """Import the weights, and print what was imported.
 
     Raises:
-        UserError: see :func:`esvit_core.weights.import_checkpoint.import_weights`; or the options do not go together.
+        UserError: see :func:`esvit_core.weights.import_checkpoint.import_weights`; or two options exclude each other.
     """
     config = _configuration(arch, recipe, overrides)
     if not file.startswith(("s3://", "timm:")) and not Path(file).is_file():
-        raise UserError(f"weights {file}: no such file; expected a .pth or .safetensors file, s3://..., or timm:<name>")
+        raise UserError(
+            f"weights {file}: the file does not exist; expected a .pth or .safetensors file, s3://..., or timm:<name>"
+        )
     with contextlib.ExitStack() as stack:
         store = None
         if "s3://" in (file[:5], out[:5]):
@@ -49,8 +51,10 @@ def import_file(
 def _configuration(arch: str | None, recipe: str | None, overrides: Sequence[str]) -> Config | None:
     if recipe is not None:
         if arch is not None:
-            raise UserError(f"--arch {arch}: the recipe {recipe} names the architecture; give one of the two")
+            raise UserError(
+                f"--arch {arch}: the recipe {recipe} names the architecture; give only one of --arch and --recipe"
+            )
         return Config.load(recipe, overrides)
     if overrides:
-        raise UserError(f"--set {overrides[0]}: it changes a recipe; give --recipe too")
+        raise UserError(f"--set {overrides[0]}: it overrides a setting of a recipe; give --recipe too")
     return None if arch is None else Config.from_mapping({"recipe": "imported", "model": {"arch": arch}}, "--arch")

@@ -1,4 +1,4 @@
-"""`esvit plan`: what a training will take, before it starts."""
+"""`esvit plan`: estimate the memory, time and cost of a training."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def _fields(config: Config, plan: Plan, price: float | None, changes: list[str])
 
 
 def _lines(config: Config, plan: Plan, images: int, price: float | None, changes: list[str]) -> list[str]:
-    demand, training, told = plan.demand, config.training, str(plan.dtype).removeprefix("torch.")
+    demand, training, precision = plan.demand, config.training, str(plan.dtype).removeprefix("torch.")
     parts = "" if plan.at_once == plan.images_per_process else f", {plan.at_once} at a time"
     fits = "fits" if plan.fits else "does not fit"
     lines = [
         f"{config.recipe}: {config.model.arch}, {demand.parameters / 1e6:.1f} M parameters with heads, "
-        f"{demand.flops / 1e9:,.1f} GFLOP an image, {told}",
-        f"on      {plan.devices} x {plan.device}, {plan.images_per_process} images each a step{parts}",
+        f"{demand.flops / 1e9:,.1f} GFLOP per image, {precision}",
+        f"on      {plan.devices} x {plan.device}, {plan.images_per_process} images each per step{parts}",
         f"memory  {plan.bytes / 1e9:.1f} of {plan.memory / 1e9:.1f} GB: {fits}",
     ]
     if changes:
-        return [*lines, "what helps, one of:", *(f"    {change}" for change in changes)]
+        return [*lines, "to make it fit, change one of:", *(f"    {change}" for change in changes)]
     lines += [
         f"speed   {plan.images_per_second:,.1f} images/s ({plan.source})",
         f"time    {_duration(plan.seconds)}: {training.epochs} epochs of {images:,} images, {plan.steps:,} steps",
     ]
-    lines += _about_checkpoints(config, _saving(config, plan))
+    lines += _checkpoint_lines(config, _saving(config, plan))
     if price is not None:
-        lines.append(f"cost    {plan.cost(price):,.0f} at {price:g} a device and hour")
+        lines.append(f"cost    {plan.cost(price):,.0f} at {price:g} per GPU-hour")
     return lines
 
 
@@ -69,17 +69,17 @@ def _saving(config: Config, plan: Plan) -> Saving:
     return saving(config, plan.demand.checkpoint_bytes, plan.seconds / plan.steps)
 
 
-def _about_checkpoints(config: Config, made: Saving) -> list[str]:
+def _checkpoint_lines(config: Config, made: Saving) -> list[str]:
     every = f"saved   {made.bytes / 1e9:.2g} GB every {made.lost_seconds / 60:.2g} minutes"
     if config.training.checkpoint_minutes != "auto":
         return [
-            f"{every}: as much training is lost if it is killed at once; {made.bytes_an_hour / 1e9:,.0f} GB an hour"
+            f"{every}: a training that is killed loses at most that much; {made.bytes_an_hour / 1e9:,.0f} GB per hour"
         ]
     few, many = (amount / 1e9 for amount in made.pod_bytes_an_hour)
     return [
-        f"{every}, and when it is asked to stop; {made.bytes_an_hour / 1e9:,.1f} GB an hour",
-        f"        in a step's own pod: at most {made.pod_lost_seconds:.0f} s of training lost if the store takes "
-        f"{made.store_rate / 1e6:,.0f} MB/s; {few:,.0f} to {many:,.0f} GB an hour",
+        f"{every}, and when it is asked to stop; {made.bytes_an_hour / 1e9:,.1f} GB per hour",
+        f"        in a step's own pod: at most {made.pod_lost_seconds:.0f} s of training lost if the store accepts "
+        f"{made.store_rate / 1e6:,.0f} MB/s; {few:,.0f} to {many:,.0f} GB per hour",
     ]
 
 

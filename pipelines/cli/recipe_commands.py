@@ -1,4 +1,4 @@
-"""`esvit recipe list|show`: the recipes that ship with the library, and every setting with what it means."""
+"""`esvit recipe list` and `esvit recipe show`: the recipes that ship with the library."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _COMMENT_COLUMN = 44
 
 
 def recipe_list() -> str:
-    """A line for each recipe: its name and the first line of its file."""
+    """Return one line per recipe: its name and the first line of its file."""
     first_lines = {name: preset_text(name).splitlines()[0].removeprefix("#").strip() for name in preset_names()}
     width = max(map(len, first_lines))
     return "\n".join(f"{name:{width}}  {line}" for name, line in first_lines.items())
 
 
 def recipe_text(config: Config) -> str:
-    """The whole configuration as YAML with a comment on each setting; it can be saved, changed, and used."""
+    """Return the configuration as valid YAML with a comment on each setting."""
     return "\n".join(_section(config, 0)) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`esvit runs`: the commands about the runs of a cluster."""
+"""`esvit runs`: commands for the runs of a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esvit_pipelines.cli.cluster_options import (
     OneExperimentOption,
     TokenOption,
     UiOption,
-    server_at,
+    connect,
 )
 from esvit_pipelines.cli.options import JsonOption
 
@@ -28,21 +28,20 @@ if TYPE_CHECKING:
 INTERRUPTED_EXIT_CODE = 130
 _LOG_SECONDS = 5.0
 
-runs_app = typer.Typer(help="The runs of a cluster: list, show, follow, read, end and repeat them.")
+runs_app = typer.Typer(help="List, show, follow, terminate and retry the runs of a cluster.")
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", show_default=False, help="Its id, the beginning of it, its name, or its link.")
+    str,
+    typer.Argument(metavar="RUN", show_default=False, help="Id of a run, a prefix of the id, its name, or its link."),
 ]
-WaitOption = Annotated[
-    bool, typer.Option("--wait", help="Show its steps until it has ended; exit code 1 if it failed.")
-]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Follow the run until it ends; exit code 1 if it failed.")]
 
 
 @runs_app.callback(invoke_without_command=True)
 def runs(
     context: typer.Context,
     experiment: OneExperimentOption = None,
-    number: Annotated[int, typer.Option("--number", min=1, help="The newest so many.")] = 20,
+    number: Annotated[int, typer.Option("--number", min=1, metavar="N", help="Show the N most recent runs.")] = 20,
     json: JsonOption = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
@@ -50,10 +49,9 @@ def runs(
     ca_file: CaOption = None,
     ui: UiOption = None,
 ) -> None:
-    """List the runs of a cluster: state, duration, link.
+    """List the runs of a cluster with state, duration and link, or act on one of them with a command.
 
-    With a command, do something about one of them. (`esvit status` and `esvit logs` show the curves and the log of a
-    run from the object store.)
+    `esvit status` and `esvit logs` show the curves and the log of a run from the object store.
     """
     from esvit_pipelines.cluster import runs as work
     from esvit_pipelines.cluster.client import experiment_id
@@ -62,13 +60,11 @@ def runs(
         given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
         if given:
             option = "--" + given[0].replace("_", "-")
-            raise UserError(
-                f"{option}: give it after the command: esvit runs {context.invoked_subcommand} ... {option}"
-            )
+            raise UserError(f"{option}: put it after the command: esvit runs {context.invoked_subcommand} ... {option}")
         return
-    with server_at(host, namespace, token_file, ca_file, ui) as server:
-        folder = experiment_id(server, experiment, create=False) if experiment else None
-        work.show_runs(server, work.runs(server, folder, number), json)
+    with connect(host, namespace, token_file, ca_file, ui) as server:
+        experiment_key = experiment_id(server, experiment, create=False) if experiment else None
+        work.show_runs(server, work.runs(server, experiment_key, number), json)
 
 
 @runs_app.command("show")
@@ -82,20 +78,20 @@ def show(
     ca_file: CaOption = None,
     ui: UiOption = None,
 ) -> None:
-    """Show a run: its steps with their state, duration and figures, why one waits, and how it ended."""
+    """Show a run: state, duration and metrics of its steps, why a step is waiting, and how the run ended."""
     from esvit_pipelines.cluster.runs import ENDED, find_run
     from esvit_pipelines.cluster.show_run import show_run
 
     if wait and json:
-        raise UserError("--wait --json: give one of them; --json shows the run as it is now")
-    with server_at(host, namespace, token_file, ca_file, ui) as server:
+        raise UserError("--wait --json: give only one of them; --json prints the current state of the run")
+    with connect(host, namespace, token_file, ca_file, ui) as server:
         found = find_run(server, run)
         if not wait or found.state in ENDED:
             outcome = show_run(server, found, json)
         else:
             print(found.display_name, flush=True)
             outcome = followed(server, found.run_id)
-        if wait and not outcome.good:
+        if wait and not outcome.succeeded:
             raise typer.Exit(1)
 
 
@@ -105,31 +101,31 @@ def logs(
     step: Annotated[
         str | None,
         typer.Argument(
-            metavar="[STEP]", show_default=False, help="Default: the one that failed, else that runs, else the last."
+            metavar="[STEP]", show_default=False, help="Default: the failed step, else a running one, else the last."
         ),
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the step ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the step ends.")] = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
     ui: UiOption = None,
 ) -> None:
-    """Print the log of a step of a run, as its newest pod wrote it."""
-    from esvit_pipelines.cluster.follow import Patience
+    """Print the log of a step of a run, from its newest pod."""
+    from esvit_pipelines.cluster.follow import RetryOnOutage
     from esvit_pipelines.cluster.run_steps import UNFINISHED, workflow_of
     from esvit_pipelines.cluster.runs import find_run, get_run
     from esvit_pipelines.cluster.show_run import choose_step
     from esvit_pipelines.cluster.step_log import read_log
 
-    with server_at(host, namespace, token_file, ca_file, ui) as server:
+    with connect(host, namespace, token_file, ca_file, ui) as server:
         found = find_run(server, run)
-        patient = Patience(server, found.run_id, sys.stderr)
+        retrying = RetryOnOutage(server, found.run_id, sys.stderr)
         printed = 0
         while True:
-            workflow = patient.ask(partial(workflow_of, server, found))
+            workflow = retrying.call(partial(workflow_of, server, found))
             chosen = choose_step(found, workflow, step)
-            log = patient.ask(partial(read_log, server, found.run_id, workflow.namespace, chosen))
+            log = retrying.call(partial(read_log, server, found.run_id, workflow.namespace, chosen))
             lines = log.lines if log else []
             print(*lines[printed:], sep="\n", end="\n" if lines[printed:] else "", flush=True)
             printed = max(printed, len(lines))
@@ -137,11 +133,11 @@ def logs(
                 break
             step = chosen.name
             time.sleep(_LOG_SECONDS)
-            found = patient.ask(partial(get_run, server, found.run_id))
+            found = retrying.call(partial(get_run, server, found.run_id))
         if not printed:
             raise UserError(
                 f"run {found.display_name}: step {chosen.title} ({chosen.state}) has no log"
-                + ("" if chosen.pod is None else f"; {_without_log(chosen.state in UNFINISHED)}")
+                + ("" if chosen.pod is None else f"; {_missing_log_reason(chosen.state in UNFINISHED)}")
             )
 
 
@@ -153,14 +149,15 @@ def terminate(
     token_file: TokenOption = None,
     ca_file: CaOption = None,
 ) -> None:
-    """End a run that is under way. Submitted again, it goes on from what it has done."""
+    """Terminate an active run. Submitted again, it resumes and reuses the finished steps."""
     from esvit_pipelines.cluster import runs as work
 
-    with server_at(host, namespace, token_file, ca_file, None) as server:
+    with connect(host, namespace, token_file, ca_file, None) as server:
         found = work.find_run(server, run)
         work.terminate(server, found)
         print(
-            f"terminating {found.display_name}; {work.again(server, 'runs', 'show', found.run_id, '--wait')} follows it"
+            f"terminating {found.display_name}; to follow it:\n"
+            f"    {work.command_for(server, 'runs', 'show', found.run_id, '--wait')}"
         )
 
 
@@ -174,33 +171,31 @@ def retry(
     ca_file: CaOption = None,
     ui: UiOption = None,
 ) -> None:
-    """Start the failed steps of a run again, as KFP's button does; what has succeeded stays."""
+    """Retry the failed steps of a run, as KFP's button does; steps that succeeded are kept."""
     from esvit_pipelines.cluster import runs as work
 
-    with server_at(host, namespace, token_file, ca_file, ui) as server:
+    with connect(host, namespace, token_file, ca_file, ui) as server:
         found = work.find_run(server, run)
         work.retry(server, found)
-        print(f"trying {found.display_name} again\n{server.link('runs', found.run_id)}", flush=True)
-        if wait and not followed(server, found.run_id).good:
+        print(f"retrying {found.display_name}\n{server.link('runs', found.run_id)}", flush=True)
+        if wait and not followed(server, found.run_id).succeeded:
             raise typer.Exit(1)
 
 
-def _without_log(under_way: bool) -> str:
-    if under_way:
-        return (
-            "the server keeps logs of pods that have ended only; name the user interface with --ui, or set KUBECONFIG"
-        )
-    return "its pod is gone, and the server keeps no archive of it"
+def _missing_log_reason(active: bool) -> str:
+    if active:
+        return "the server only has logs of pods that have ended; give the user interface with --ui, or set KUBECONFIG"
+    return "its pod is gone, and the server has no archived log of it"
 
 
 def followed(server: Connection, run_id: str) -> Outcome:
-    """Follow a run; Ctrl-C leaves it alone and says how to come back."""
+    """Follow a run until it ends. Ctrl-C leaves the run alone and prints how to follow it again."""
     from esvit_pipelines.cluster.follow import follow
-    from esvit_pipelines.cluster.runs import again
+    from esvit_pipelines.cluster.runs import command_for
 
     try:
         return follow(server, run_id)
     except KeyboardInterrupt:
-        print(f"\nthe run goes on; to come back:\n    {again(server, 'runs', 'show', run_id, '--wait')}")
-        print(f"to end it:\n    {again(server, 'runs', 'terminate', run_id)}", flush=True)
+        print(f"\nthe run continues; to follow it again:\n    {command_for(server, 'runs', 'show', run_id, '--wait')}")
+        print(f"to terminate it:\n    {command_for(server, 'runs', 'terminate', run_id)}", flush=True)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None

@@ -1,4 +1,4 @@
-"""`esvit schedule`: the commands about runs that a cluster starts by itself."""
+"""`esvit schedule`: commands for recurring runs on a cluster."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from esvit_pipelines.cli.cluster_options import (
     SentArgument,
     TokenOption,
     UiOption,
-    account_of,
-    asked_of,
-    note_misfits,
-    sent,
-    server_at,
-    suited,
-    version_of,
+    compatible_package,
+    connect,
+    prepare_submission,
+    registered_version,
+    request_of,
+    service_account_of,
+    warn_about_capacity,
 )
 from esvit_pipelines.cli.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
 
-schedule_app = typer.Typer(help="Runs that start by themselves on a cluster, at times or at intervals.")
+schedule_app = typer.Typer(help="Manage recurring runs on a cluster, at fixed times or intervals.")
 
 
 @schedule_app.callback(invoke_without_command=True)
@@ -45,15 +45,21 @@ def group(context: typer.Context) -> None:
 
 @schedule_app.command("create")
 def schedule_create(
-    name: Annotated[str, typer.Option("--name", help="Of the schedule.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the schedule.")],
     pipeline: SentArgument = "pretrain",
     cron: Annotated[
         str | None,
-        typer.Option("--cron", metavar="'S M H DAY MONTH WEEKDAY'", help="Six fields: '0 0 3 * * 1' is Mondays at 3."),
+        typer.Option(
+            "--cron",
+            metavar="'S M H DAY MONTH WEEKDAY'",
+            help="Six fields, seconds first: '0 0 3 * * 1' is Mondays at 3:00.",
+        ),
     ] = None,
-    every: Annotated[str | None, typer.Option("--every", metavar="TIME", help="Instead: 12h, 7d.")] = None,
-    paused: Annotated[bool, typer.Option("--paused", help="Make it, but do not start it.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="In place of the one of that name.")] = False,
+    every: Annotated[
+        str | None, typer.Option("--every", metavar="TIME", help="Interval instead of --cron, such as 12h or 7d.")
+    ] = None,
+    paused: Annotated[bool, typer.Option("--paused", help="Create the schedule disabled.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing schedule of that name.")] = False,
     data: DataOption = None,
     parameter: ParameterOption = None,
     experiment: ExperimentOption = DEFAULT_EXPERIMENT,
@@ -70,28 +76,30 @@ def schedule_create(
     ca_file: CaOption = None,
     ui: UiOption = None,
 ) -> None:
-    """Run a pipeline again and again: one run at a time, and none for times that were missed.
+    """Create a schedule that runs a pipeline repeatedly, one run at a time, without catching up on missed times.
 
-    Does what `kfp recurring-run create` does. Times are those of the server, UTC unless it says otherwise.
+    This is what `kfp recurring-run create` does. Times are in the server's time zone, by default UTC.
     """
     from esvit_pipelines.cluster import schedule as work
     from esvit_pipelines.cluster.client import experiment_id
 
     trigger = _trigger(cron, every)
-    asked = asked_of(recipe, set_, transfer, bucket)
+    request = request_of(recipe, set_, transfer, bucket)
     with (
-        sent(pipeline, asked, data, parameter) as (ready, values),
-        server_at(host, namespace, token_file, ca_file, ui) as server,
-        suited(server, pipeline, ready, asked) as package,
+        prepare_submission(pipeline, request, data, parameter) as (made, values),
+        connect(host, namespace, token_file, ca_file, ui) as server,
+        compatible_package(server, pipeline, made, request) as package,
     ):
-        note_misfits(server, pipeline, asked)
-        folder = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
-        account = account_of(service_account, asked.config)
-        there = work.of_name(server, folder, name, replace)
-        version = version_of(server, package, inline)
-        made = work.create(server, package, values, name, folder, trigger, account, paused, version, there)
-        print(f"scheduled {name}, {work.when(made)}{', paused' if paused else ''}")
-        print(server.link("recurringrun", made.recurring_run_id))
+        warn_about_capacity(server, pipeline, request)
+        experiment_key = experiment_id(server, experiment, new_experiment or experiment == DEFAULT_EXPERIMENT)
+        account = service_account_of(service_account, request.config)
+        replaced = work.schedules_to_replace(server, experiment_key, name, replace)
+        version = registered_version(server, package, inline)
+        schedule = work.create(
+            server, package, values, name, experiment_key, trigger, account, paused, version, replaced
+        )
+        print(f"scheduled {name}, {work.trigger_text(schedule)}{', paused' if paused else ''}")
+        print(server.link("recurringrun", schedule.recurring_run_id))
 
 
 @schedule_app.command("list")
@@ -104,13 +112,13 @@ def schedule_list(
     ca_file: CaOption = None,
     ui: UiOption = None,
 ) -> None:
-    """List the schedules: state, times, link."""
+    """List the schedules with state, trigger and link."""
     from esvit_pipelines.cluster import schedule as work
     from esvit_pipelines.cluster.client import experiment_id
 
-    with server_at(host, namespace, token_file, ca_file, ui) as server:
-        folder = experiment_id(server, experiment, create=False) if experiment else None
-        work.show(server, work.schedules(server, folder), json)
+    with connect(host, namespace, token_file, ca_file, ui) as server:
+        experiment_key = experiment_id(server, experiment, create=False) if experiment else None
+        work.show(server, work.schedules(server, experiment_key), json)
 
 
 @schedule_app.command("pause")
@@ -121,8 +129,8 @@ def schedule_pause(
     token_file: TokenOption = None,
     ca_file: CaOption = None,
 ) -> None:
-    """Start no more runs until it is resumed; one that is under way goes on."""
-    _turn("disable", "paused", schedule, host, namespace, token_file, ca_file)
+    """Pause a schedule: start no more runs until it is resumed. An active run continues."""
+    _apply("disable", "paused", schedule, host, namespace, token_file, ca_file)
 
 
 @schedule_app.command("resume")
@@ -133,24 +141,27 @@ def schedule_resume(
     token_file: TokenOption = None,
     ca_file: CaOption = None,
 ) -> None:
-    """Start runs again, from the next time on."""
-    _turn("enable", "resumed", schedule, host, namespace, token_file, ca_file)
+    """Resume a schedule: start runs again from the next scheduled time on."""
+    _apply("enable", "resumed", schedule, host, namespace, token_file, ca_file)
 
 
 @schedule_app.command("delete")
 def schedule_delete(
     schedule: ScheduleArgument,
-    now: Annotated[bool, typer.Option("--now", help="Also while a run of it is under way: it is deleted too.")] = False,
+    now: Annotated[
+        bool,
+        typer.Option("--now", help="Delete it even if one of its runs is active, which deletes that run's pods too."),
+    ] = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
     ca_file: CaOption = None,
 ) -> None:
-    """Delete a schedule, unless a run of it is under way: Kubeflow would delete its pods too. Ended runs stay."""
-    _turn("delete", "deleted", schedule, host, namespace, token_file, ca_file, spare_runs=not now)
+    """Delete a schedule unless one of its runs is active, whose pods Kubeflow would delete too. Ended runs are kept."""
+    _apply("delete", "deleted", schedule, host, namespace, token_file, ca_file, keep_runs=not now)
 
 
-def _turn(
+def _apply(
     verb: str,
     done: str,
     schedule: str,
@@ -158,14 +169,14 @@ def _turn(
     namespace: str | None,
     token_file: Path | None,
     ca_file: Path | None,
-    spare_runs: bool = False,
+    keep_runs: bool = False,
 ) -> None:
     from esvit_pipelines.cluster import schedule as work
 
-    with server_at(host, namespace, token_file, ca_file, None) as server:
+    with connect(host, namespace, token_file, ca_file, None) as server:
         found = work.find(server, schedule)
-        if spare_runs:
-            work.without_runs(server, found)
+        if keep_runs:
+            work.require_no_active_run(server, found)
         getattr(server.client, f"{verb}_recurring_run")(found.recurring_run_id)
         print(f"{done} {found.display_name}")
 

@@ -1,4 +1,4 @@
-"""What the command line asks for, and how it was called."""
+"""The settings that the command line gives, and the command line itself."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from esvit_core.errors import UserError
 
 DEFAULT_RECIPE = "demo"
 DEFAULT_OUT = Path("esvit-runs")
+DEFAULT_BUCKET = "esvit"
 LOG = "run.log"  # below DIR/<run>
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The options of a command that runs a pipeline.
 
     Args:
         data: folder, archive or s3:// prefix.
-        recipe: preset, file or s3:// address; None: none was named.
-        overrides: ``key=value`` each.
-        transfer: ``NAME=SOURCE`` each.
-        out: folder for everything that the run leaves on this machine.
-        bucket: None: the configuration's.
+        recipe: preset, file or s3:// address; None: the default recipe.
+        overrides: items ``key=value``.
+        transfer: items ``NAME=SOURCE``.
+        out: folder for everything that the run writes on this machine.
+        bucket: bucket of the runs; None: the one in the configuration.
     """
 
     data: str
@@ -42,10 +43,10 @@ class Settings:
 
 
 def resolve(settings: Settings) -> Config:
-    """The configuration that the settings ask for.
+    """Resolve the settings to a configuration.
 
     Raises:
-        UserError: a recipe, a key, a value, or a transfer set is wrong.
+        UserError: a recipe, a key, a value, or a transfer set is invalid.
     """
     read = None
     if settings.recipe is not None and settings.recipe.startswith("s3://"):
@@ -57,58 +58,58 @@ def resolve(settings: Settings) -> Config:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line asks of a pipeline on a cluster.
+class ClusterRequest:
+    """The configuration and the parameters of a run on a cluster.
 
     Args:
-        config: as far as it is known here.
-        whole: all of it is known here.
-        parameters: of the pipeline, by name; its first step makes the configuration of them.
-        given: the command line says something about them; otherwise they are the defaults.
+        config: the configuration, as far as it is known on this machine.
+        parameters: parameters of the pipeline by name; its first step resolves the configuration from them.
+        explicit: the command line sets at least one of the parameters; otherwise all are defaults.
+        complete: ``config`` is complete; False: the recipe is read on the cluster.
     """
 
     config: Config
     parameters: dict[str, str]
-    given: bool
-    whole: bool = True
+    explicit: bool
+    complete: bool = True
 
     @cached_property
-    def pipeline(self) -> Config:
-        """What the pipeline is compiled with: where it computes, and nothing of what, except the sizes of its pods.
+    def compile_config(self) -> Config:
+        """The configuration that the pipeline is compiled with: the default recipe with this request's pods and launch.
 
         Raises:
-            UserError: these cannot follow from the recipe.
+            UserError: the recipe is needed to size the pods, and it is not known on this machine.
         """
         from esvit_core.planning.pod_sizes import with_sizes
 
-        if not self.whole and self.config.cluster.train.memory == AUTO:
+        if not self.complete and self.config.cluster.train.memory == AUTO:
             raise UserError(
-                f"recipe {self.parameters['recipe']}: it is read in the cluster, so that the size of the training's pods "
-                "cannot follow from it; say it, such as --set cluster.train.memory=16Gi"
+                f"recipe {self.parameters['recipe']}: it is read on the cluster, so the size of the training pods cannot be "
+                "derived from it here; set it, such as --set cluster.train.memory=16Gi"
             )
         sizes = with_sizes(self.config)
-        place = {section: getattr(sizes, section) for section in PLACE}
-        return Config.load(DEFAULT_RECIPE).model_copy(update=place)
+        overrides = {section: getattr(sizes, section) for section in PLACE}
+        return Config.load(DEFAULT_RECIPE).model_copy(update=overrides)
 
 
-def ask(settings: Settings) -> Asked:
-    """The same for a pipeline on a cluster, whose first step resolves the configuration.
+def cluster_request(settings: Settings) -> ClusterRequest:
+    """Resolve the settings for a pipeline on a cluster, whose first step resolves the configuration.
 
-    A recipe at an ``s3://`` address is read there, not here. The section ``cluster`` is the compiled pipeline's own.
+    A recipe at an ``s3://`` address is read on the cluster. The section ``cluster`` belongs to the compiled pipeline.
 
     Raises:
         UserError: see :func:`resolve`.
     """
-    given = bool(settings.recipe or settings.overrides or settings.transfer or settings.bucket)
+    explicit = bool(settings.recipe or settings.overrides or settings.transfer or settings.bucket)
     if settings.recipe is None or not settings.recipe.startswith("s3://"):
         config = resolve(settings)
-        return Asked(config, asdict(parameters_of(config, ("cluster",))), given)
+        return ClusterRequest(config, asdict(parameters_of(config, ("cluster",))), explicit)
     changes = _changes(settings)
     sections = {item: item.partition(".")[0].strip() for item in changes}
-    said = [item for item in changes if sections[item] != "cluster"]
-    told = Parameters(settings.recipe, join_items(said), join_items(settings.transfer))
+    run_changes = [item for item in changes if sections[item] != "cluster"]
+    parameters = Parameters(settings.recipe, join_items(run_changes), join_items(settings.transfer))
     known = Config.load("{}", [item for item in changes if sections[item] in PLACE])
-    return Asked(known, asdict(told), given, whole=False)
+    return ClusterRequest(known, asdict(parameters), explicit, complete=False)
 
 
 def _changes(settings: Settings) -> list[str]:
@@ -116,12 +117,12 @@ def _changes(settings: Settings) -> list[str]:
 
 
 def sources(config: Config, data: str) -> list[str]:
-    """Every place that images come from."""
+    """List all sources of images: the data and the transfer sets."""
     return [data, *(s.source for s in config.evaluation.transfer)]
 
 
 def program() -> str:
-    """How this program is called in the shell that called it."""
+    """Return the command that started this program, for use in a shell."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m esvit_pipelines"
@@ -130,10 +131,10 @@ def program() -> str:
 
 
 def command() -> str:
-    """The command line as it was given, to be pasted."""
+    """Return the command line, quoted for use in a shell."""
     return f"{program()} {shlex.join(sys.argv[1:])}"
 
 
 def store_in(out: Path) -> Path:
-    """Where the embedded store of ``out`` keeps its data."""
+    """Return the folder in which the embedded store of ``out`` keeps its data."""
     return out / "store"

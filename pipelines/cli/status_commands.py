@@ -1,4 +1,4 @@
-"""`esvit status` and `esvit logs`: look at runs in the object store, without disturbing them."""
+"""`esvit status` and `esvit logs`: read the state of runs from the object store."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ REFRESH_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where runs are looked for.
+class RunLocation:
+    """The store and bucket that hold the runs.
 
     Args:
-        out: folder of the embedded store and of what runs leave on this machine.
-        bucket: in the store.
-        known: pieces of logs that were read before; they are written once.
+        out: folder of the embedded store and of the files that runs write on this machine.
+        bucket: bucket in the store.
+        known: cache of log pieces by address; a piece never changes once it is written.
     """
 
     out: Path
@@ -41,58 +41,60 @@ class Place:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[ObjectStore]:
-        """The store: the one that runs, else started for as long as it is looked at.
+        """Open the store; an embedded store that does not run is started until the block ends.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no store, or it lacks the bucket.
         """
         if not os.environ.get(ENDPOINT) and not store_in(self.out).is_dir():
             raise UserError(f"--out {self.out}: there is no store; name the folder of a run, or set {ENDPOINT}")
         with open_store(store_in(self.out)) as store:
             if self.bucket not in store.buckets():
-                raise UserError(f"bucket {self.bucket}: not in the store; name one with --bucket")
+                raise UserError(f"bucket {self.bucket}: it is not in the store; name another one with --bucket")
             yield store
 
     def find(self, store: ObjectStore, name: str | None) -> str:
-        """The run of that name, or whose name begins so; None: the newest.
+        """Find a run by its name or a prefix of it; None: the newest run.
 
         Raises:
-            UserError: there is none, or there are several.
+            UserError: no run matches, or several do.
         """
         names = run_names(store, self.bucket)
         if name is None:
             if not names:
                 raise UserError(
-                    f"s3://{self.bucket}/runs: there are no runs yet; `{program()} run --data ...` makes one"
+                    f"s3://{self.bucket}/runs: there are no runs yet; `{program()} run --data ...` starts one"
                 )
             return names[0]
-        name = name.rstrip("/").rsplit("/", 1)[-1]  # s3://bucket/runs/<name> is taken too
-        begun = [name] if name in names else [n for n in names if n.startswith(name)]
-        if len(begun) > 1:
-            raise UserError(f"run {name}: {len(begun)} runs begin so ({', '.join(begun)}); write more of the name")
-        if not begun:
+        name = name.rstrip("/").rsplit("/", 1)[-1]  # s3://bucket/runs/<name> is accepted too
+        matching = [name] if name in names else [n for n in names if n.startswith(name)]
+        if len(matching) > 1:
+            raise UserError(
+                f"run {name}: {len(matching)} runs have this prefix ({', '.join(matching)}); give a longer one"
+            )
+        if not matching:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
             hint = f", did you mean {near[0]!r}?" if near else ";"
-            raise UserError(f"run {name}: not in s3://{self.bucket}/runs{hint} `{program()} status` lists the runs")
-        return begun[0]
+            raise UserError(
+                f"run {name}: it is not in s3://{self.bucket}/runs{hint} `{program()} status` lists the runs"
+            )
+        return matching[0]
 
-    def look(self, store: ObjectStore, name: str, brief: bool = False) -> RunStatus:
-        """At one run."""
+    def status(self, store: ObjectStore, name: str, brief: bool = False) -> RunStatus:
+        """Read the status of one run."""
         return read_status(store, run_uri(self.bucket, name), brief=brief, alive=self._alive(name), known=self.known)
 
     def hints(self, run: RunStatus) -> list[str]:
-        """Where to look when it has failed."""
+        """List the last lines of a failed run and where its log is; empty if it has not failed."""
         if run.failure is None:
             return []
-        words = str((run.failure.facts or {}).get("last_words", "")).splitlines()
+        last_lines = str((run.failure.facts or {}).get("last_words", "")).splitlines()
         log = self.out / run.name / LOG
-        where = (
-            f"the log is {log}" if log.exists() else f"look at the log of step {run.failure.part} on {run.failure.host}"
-        )
-        return [*words[-12:], f"{where}; `{program()} logs {run.name}` has the figures"]
+        where = f"the log is {log}" if log.exists() else f"see the log of step {run.failure.part} on {run.failure.host}"
+        return [*last_lines[-12:], f"{where}; `{program()} logs {run.name}` prints the training metrics"]
 
     def _alive(self, name: str) -> bool | None:
-        """Whether `esvit run` is at work on it here; None where it was not started on this machine."""
+        """Return whether `esvit run` is running it here; None if it was not started on this machine."""
         lock = self.out / name / ".lock"
         if not lock.exists():
             return None
@@ -104,32 +106,32 @@ class Place:
         return False
 
 
-def show_runs(place: Place, as_json: bool) -> None:
-    """The runs of the store, the newest first."""
+def show_runs(location: RunLocation, as_json: bool) -> None:
+    """Print the runs of the store, newest first."""
     from rich.console import Console
 
     from esvit_core.reporting.terminal import runs_table
 
-    with place.open() as store:
-        runs = [place.look(store, name, brief=True) for name in run_names(store, place.bucket)]
+    with location.open() as store:
+        runs = [location.status(store, name, brief=True) for name in run_names(store, location.bucket)]
     if as_json:
         print(json.dumps([run.as_json() for run in runs], indent=1))
     elif runs:
         Console().print(runs_table(runs))
     else:
-        print(f"no runs yet in s3://{place.bucket}/runs")
+        print(f"no runs yet in s3://{location.bucket}/runs")
 
 
-def show_status(place: Place, name: str | None, follow: bool, as_json: bool) -> None:
-    """All about one run, by default the newest; ``follow``: again and again until it ends."""
+def show_status(location: RunLocation, name: str | None, follow: bool, as_json: bool) -> None:
+    """Print the status of one run, by default the newest; with ``follow``, refresh it until the run ends."""
     from rich.console import Console
     from rich.live import Live
 
     from esvit_core.reporting.terminal import status_view
 
-    with place.open() as store:
-        found = place.find(store, name)
-        run = place.look(store, found)
+    with location.open() as store:
+        found = location.find(store, name)
+        run = location.status(store, found)
         if as_json:
             print(json.dumps(run.as_json(), indent=1))
             return
@@ -137,33 +139,33 @@ def show_status(place: Place, name: str | None, follow: bool, as_json: bool) -> 
             with Live(status_view(run), console=Console(), auto_refresh=False) as live:
                 while run.state in UNDER_WAY:
                     time.sleep(REFRESH_SECONDS)
-                    run = place.look(store, found)
+                    run = location.status(store, found)
                     live.update(status_view(run), refresh=True)
         else:
             Console().print(status_view(run))
-        for hint in place.hints(run):
-            print(hint)  # not through rich, which would break a path that is to be pasted
+        for hint in location.hints(run):
+            print(hint)  # not with rich, which would wrap long paths
 
 
-def show_logs(place: Place, name: str | None, follow: bool, as_json: bool) -> None:
-    """What happened to a run, in order: journal and log; ``follow``: also what comes until it ends."""
-    with place.open() as store:
-        found = place.find(store, name)
-        uri = run_uri(place.bucket, found)
+def show_logs(location: RunLocation, name: str | None, follow: bool, as_json: bool) -> None:
+    """Print the events and the training log of a run in order; with ``follow``, until the run ends."""
+    with location.open() as store:
+        found = location.find(store, name)
+        uri = run_uri(location.bucket, found)
         shown: set[tuple[float, str]] = set()
         while True:
-            under_way = follow and place.look(store, found, brief=True).state in UNDER_WAY
-            for happened in _happened(store, uri, place.known, as_json):
-                if happened not in shown:  # not by the time: the steps of a fast run have the same
-                    print(happened[1], flush=True)
-                    shown.add(happened)
-            if not under_way:
+            active = follow and location.status(store, found, brief=True).state in UNDER_WAY
+            for entry in _entries(store, uri, location.known, as_json):
+                if entry not in shown:  # the time alone is ambiguous: steps of a fast run share it
+                    print(entry[1], flush=True)
+                    shown.add(entry)
+            if not active:
                 return
             time.sleep(REFRESH_SECONDS)
 
 
-def _happened(store: ObjectStore, uri: str, known: dict[str, bytes], as_json: bool) -> list[tuple[float, str]]:
-    """Time and text of every entry and line."""
+def _entries(store: ObjectStore, uri: str, known: dict[str, bytes], as_json: bool) -> list[tuple[float, str]]:
+    """Return time and text of every event and log line, in order."""
     from esvit_core.reporting.terminal import journal_line, log_line
 
     def text(entry: Entry) -> str:

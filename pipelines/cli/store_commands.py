@@ -1,70 +1,136 @@
-"""`esvit store` for a store on a cluster: its bucket, its keys, the policies of its users, and old runs."""
+"""`esvit store`: the embedded store of this machine; and buckets, keys, policies and old runs of any store."""
 
 from __future__ import annotations
 
 import json as json_module
+import os
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from esvit_core.errors import UserError
-from esvit_pipelines.cli.settings import DEFAULT_OUT, store_in
+from esvit_pipelines.cli.options import OutOption
+from esvit_pipelines.cli.settings import DEFAULT_BUCKET, DEFAULT_OUT, store_in
 
-BucketName = Annotated[str, typer.Option("--bucket", help="Bucket of the runs.")]
+DEFAULT_PREFIX = f"s3://{DEFAULT_BUCKET}"
+
+store_app = typer.Typer(help="Manage the object store, which holds all data of the runs.")
+
+BucketName = Annotated[str, typer.Option("--bucket", help="Bucket that holds the runs.")]
 SourcesOption = Annotated[
     list[str] | None,
-    typer.Option("--source", metavar="BUCKET", help="Another bucket, with images, that the steps read. Repeatable."),
+    typer.Option("--source", metavar="BUCKET", help="Another bucket from which the steps read images. Repeatable."),
 ]
 
 
-def bucket(
-    name: Annotated[str, typer.Argument(help="Of the bucket to make.")] = "esvit", out: Path = DEFAULT_OUT
+@store_app.callback(invoke_without_command=True)
+def group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@store_app.command()
+def start(out: OutOption = DEFAULT_OUT) -> None:
+    """Start the embedded store in DIR unless it runs. It keeps running until `esvit store stop`."""
+    from esvit_core.storage.embedded import EmbeddedStore
+
+    store = EmbeddedStore(store_in(out))
+    address = store.start()
+    print(f"running at {address.url}, data in {store_in(out)}")
+
+
+@store_app.command()
+def stop(out: OutOption = DEFAULT_OUT) -> None:
+    """Stop the embedded store in DIR."""
+    from esvit_core.storage.embedded import EmbeddedStore
+
+    print("stopped" if EmbeddedStore(store_in(out)).stop() else f"no store runs in {store_in(out)}")
+
+
+@store_app.command()
+def status(out: OutOption = DEFAULT_OUT) -> None:
+    """Show whether the embedded store in DIR runs, and its address."""
+    from esvit_core.storage.embedded import EmbeddedStore
+
+    status = EmbeddedStore(store_in(out)).status()
+    if status is None:
+        print(f"no store runs in {store_in(out)}")
+    else:
+        print(f"running at {status.address.url} (process {status.pid}), data in {status.directory}")
+
+
+@store_app.command()
+def ls(
+    prefix: Annotated[str, typer.Argument(help="s3://bucket or s3://bucket/prefix.")] = DEFAULT_PREFIX,
+    out: OutOption = DEFAULT_OUT,
 ) -> None:
-    """Make a bucket unless it exists, in the store of DIR or in the one that ESVIT_S3_ENDPOINT names."""
+    """List the objects below a prefix, in the store that ESVIT_S3_ENDPOINT names or else in that of DIR."""
+    from esvit_core.storage.session import open_store
+
+    if not os.environ.get("ESVIT_S3_ENDPOINT") and not store_in(out).is_dir():
+        raise UserError(f"--out {out}: there is no store; name the folder of a run, or set ESVIT_S3_ENDPOINT")
+    with open_store(store_in(out)) as store:
+        number = size = 0
+        if prefix == DEFAULT_PREFIX:
+            store.ensure_bucket(DEFAULT_BUCKET)
+        for found in store.list(prefix):
+            print(f"{found.size:>13,}  {found.uri}")
+            number, size = number + 1, size + found.size
+        print(f"{size:>13,}  bytes in {number} objects")
+
+
+@store_app.command()
+def bucket(
+    name: Annotated[str, typer.Argument(help="Name of the bucket.")] = DEFAULT_BUCKET, out: OutOption = DEFAULT_OUT
+) -> None:
+    """Create a bucket unless it exists, in the store that ESVIT_S3_ENDPOINT names or else in that of DIR."""
     from esvit_core.storage.session import open_store
 
     with open_store(store_in(out)) as store:
         store.ensure_bucket(name)
-    print(f"bucket {name} is there")
+    print(f"bucket {name} exists")
 
 
+@store_app.command()
 def keys(
-    namespace: Annotated[str, typer.Option("--namespace", "-n", help="Of the pods.")] = "esvit",
-    endpoint: Annotated[str, typer.Option("--endpoint", help="Where the pods reach the store.")] = "",
-    bucket: BucketName = "esvit",
+    namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the pods.")] = "esvit",
+    endpoint: Annotated[str, typer.Option("--endpoint", help="Address at which the pods reach the store.")] = "",
+    bucket: BucketName = DEFAULT_BUCKET,
     source: SourcesOption = None,
-    json: Annotated[bool, typer.Option("--json", help="For a vault, not for kubectl.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Print them on a terminal, too.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for a vault instead of manifests for kubectl.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Print the keys even on a terminal.")] = False,
 ) -> None:
-    """Make new keys for the store of the manifests, one per kind of step, and print them as Kubernetes secrets.
+    """Generate keys for the store of the manifests, one per kind of step, and print them as Kubernetes secrets.
 
-    They go through a pipe: esvit store keys | kubectl apply -f -
+    Pipe the output into kubectl: esvit store keys | kubectl apply -f -
     """
     from esvit_core.storage.keys import new_keys, secret_manifests, secret_values
 
     if sys.stdout.isatty() and not force:
         raise UserError(
-            "esvit store keys: prints secret keys, and this is a terminal; "
-            "pipe it: esvit store keys | kubectl apply -f -, or add --force"
+            "esvit store keys: it prints secret keys, and standard output is a terminal; "
+            "pipe the output: esvit store keys | kubectl apply -f -, or add --force"
         )
-    place = endpoint or f"http://esvit-object-store.{namespace}.svc:8333"
-    values = secret_values(new_keys(), place, bucket, source or ())
+    address = endpoint or f"http://esvit-object-store.{namespace}.svc:8333"
+    values = secret_values(new_keys(), address, bucket, source or ())
     print(json_module.dumps(values, indent=1) if json else secret_manifests(values, namespace), end="")
 
 
+@store_app.command()
 def policies(
     role: Annotated[
         list[str], typer.Argument(metavar="ROLE...", help="prepare, train, evaluate, publish, prune or read.")
     ],
-    bucket: BucketName = "esvit",
+    bucket: BucketName = DEFAULT_BUCKET,
     source: SourcesOption = None,
 ) -> None:
-    """Print what a kind of step may do in the store as a policy for AWS or MinIO.
+    """Print what a kind of step may do in the store, as a policy for AWS or MinIO.
 
-    Several kinds make one policy: for a service account that they share, as all steps of a run do.
+    Several kinds are joined into one policy, for a service account that they share.
     """
     from esvit_core.storage.roles import ROLES, joint_policy
 
@@ -74,18 +140,17 @@ def policies(
     print(json_module.dumps(joint_policy(role, bucket, source or ()), indent=2))
 
 
+@store_app.command()
 def prune(
-    keep_days: Annotated[float, typer.Option("--keep-days", min=1, help="Runs written to within so many days stay.")],
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="The newest runs stay, so many.")] = 3,
-    bucket: BucketName = "esvit",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder of the store of this machine.")
-    ] = DEFAULT_OUT,
+    keep_days: Annotated[float, typer.Option("--keep-days", min=1, help="Keep runs written to within this many days.")],
+    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="Keep this many of the newest runs.")] = 3,
+    bucket: BucketName = DEFAULT_BUCKET,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
+    out: OutOption = DEFAULT_OUT,
 ) -> None:
-    """Remove old runs from the store of DIR, or from the one that ESVIT_S3_ENDPOINT names.
+    """Remove old runs from the store that ESVIT_S3_ENDPOINT names, or else from that of DIR.
 
-    A run stays if a pointer such as champion, or the history of one, names it, or if a run that stays started from it.
+    A run is kept if a pointer such as champion, or the history of one, names it, or if a kept run started from it.
     """
     from esvit_core.runs.retention import DAY, UNFINISHED, judge_runs, remove_run
     from esvit_core.storage.session import open_store
@@ -94,14 +159,14 @@ def prune(
         runs = judge_runs(store, bucket, keep_days, keep_last)
         freed = number = 0
         for run in runs:
-            told = f"{run.name}  {run.bytes / 1e6:,.1f} MB, {(time.time() - run.touched) / DAY:.1f} days old"
+            text = f"{run.name}  {run.bytes / 1e6:,.1f} MB, {(time.time() - run.touched) / DAY:.1f} days old"
             if run.kept:
-                print(f"keep    {told}: {run.kept}")
+                print(f"keep    {text}: {run.kept}")
             elif dry_run or remove_run(store, run):
-                print(f"{'would remove' if dry_run else 'removed'}  {told}")
+                print(f"{'would remove' if dry_run else 'removed'}  {text}")
                 number, freed = number + 1, freed + run.bytes
             else:
-                print(f"keep    {told}: it has changed meanwhile")
+                print(f"keep    {text}: it has changed in the meantime")
         uploads = 0 if dry_run else store.abort_uploads(f"s3://{bucket}", UNFINISHED)
     print(
         f"{number} of {len(runs)} runs {'would be ' if dry_run else ''}removed, {freed / 1e6:,.1f} MB"

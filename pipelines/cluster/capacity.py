@@ -1,7 +1,7 @@
-"""What of a pipeline's pods does not fit into the cluster, said before a run is sent.
+"""Check before a run is submitted whether the pods of a pipeline fit into the cluster.
 
-Asked of the Kubernetes API where the user's kubeconfig leads to one that answers. It may be another cluster than Kubeflow's,
-and an autoscaler may make larger nodes: so this warns, and nothing here fails.
+The check asks the Kubernetes API of the user's kubeconfig, if there is one. That may be another cluster than Kubeflow's,
+and an autoscaler may add larger nodes, so the results are warnings and nothing here raises.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Amounts = dict[str, float]
 
 
 def pods_of(config: Config) -> dict[str, PodConfig]:
-    """The pods of a run by what they are called in messages, with definite sizes.
+    """Return the pods of a run with resolved sizes, by their name in messages.
 
     Raises:
-        UserError: the recipe has no such network.
+        UserError: the recipe's architecture does not exist.
     """
     pods = {f"cluster.{role}": sized(config, role) for role in get_args(Role)}
     if config.launch.scheduler != "local":
@@ -34,7 +34,7 @@ def pods_of(config: Config) -> dict[str, PodConfig]:
 
 
 def size_lines(config: Config) -> list[str]:
-    """What each kind of pod asks for, and has at most, for people."""
+    """Return a line per kind of pod with its requests and limits."""
     return [
         f"  {name.removeprefix('cluster.'):10} cpu {pod.cpu} to {pod.cpu_limit or 'any'}, "
         f"memory {pod.memory} to {pod.memory_limit}"
@@ -43,23 +43,23 @@ def size_lines(config: Config) -> list[str]:
     ]
 
 
-def misfits(config: Config, namespace: str) -> list[str]:
-    """What does not fit, a line each; none where nobody can be asked."""
+def capacity_problems(config: Config, namespace: str) -> list[str]:
+    """Return a line for each pod that does not fit; none if the Kubernetes API cannot be asked."""
     found: list[str] = []
-    with contextlib.suppress(Exception):  # no kubeconfig, no rights, no answer: nothing is known
-        api, where = _api()
+    with contextlib.suppress(Exception):  # without kubeconfig, permissions or an answer, nothing is known
+        api, cluster = _api()
         pods = pods_of(config)
-        for look in (_nodes, _limits, _quotas):
+        for check in (_check_nodes, _check_limit_ranges, _check_quotas):
             with contextlib.suppress(Exception):
-                found += [f"{line} (cluster {where})" for line in look(api, namespace, pods)]
+                found += [f"{line} (cluster {cluster})" for line in check(api, namespace, pods)]
     return found
 
 
 def _api() -> tuple[Any, str]:
     from kubernetes import client, config
 
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every try
-    # The variable is named here: the library reads it once, when it is imported.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every attempt
+    # The library reads the variable only when it is imported.
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG") or None
     config.load_kube_config(file, client_configuration=settings)
     settings.retries = False
@@ -67,41 +67,41 @@ def _api() -> tuple[Any, str]:
     return client.CoreV1Api(client.ApiClient(settings)), active["context"]["cluster"]
 
 
-def _asked(pod: PodConfig) -> Amounts:
+def _requests(pod: PodConfig) -> Amounts:
     accelerators = {pod.accelerator: float(pod.accelerators)} if pod.accelerators else {}
     return {"cpu": quantity_cores(pod.cpu), "memory": float(quantity_bytes(pod.memory)), **accelerators}
 
 
-def _most(pod: PodConfig) -> Amounts:
+def _limits_of(pod: PodConfig) -> Amounts:
     cpu = {} if pod.cpu_limit is None else {"cpu": quantity_cores(pod.cpu_limit)}
     return {**cpu, "memory": float(quantity_bytes(pod.memory_limit))}
 
 
-def _nodes(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Iterator[str]:
+def _check_nodes(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Iterator[str]:
     nodes = [n for n in api.list_node(_request_timeout=_SECONDS).items if not n.spec.unschedulable]
     for name, pod in pods.items():
         chosen = [n for n in nodes if pod.node_selector.items() <= (n.metadata.labels or {}).items()]
         if not chosen:
             yield f"{name}: no node has the labels {pod.node_selector}"
             continue
-        asked = _asked(pod)
-        offers = [{what: _amount(what, n.status.allocatable.get(what, "0")) for what in asked} for n in chosen]
-        if not any(all(offer[what] >= amount for what, amount in asked.items()) for offer in offers):
-            largest = {what: max(offer[what] for offer in offers) for what in asked}
-            yield f"{name} asks for {_told(asked)} in one pod; the largest nodes have {_told(largest)}"
+        requests = _requests(pod)
+        offers = [{what: _amount(what, n.status.allocatable.get(what, "0")) for what in requests} for n in chosen]
+        if not any(all(offer[what] >= amount for what, amount in requests.items()) for offer in offers):
+            largest = {what: max(offer[what] for offer in offers) for what in requests}
+            yield f"{name}: one pod requests {_format(requests)}; the largest nodes have {_format(largest)}"
 
 
-def _limits(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Iterator[str]:
+def _check_limit_ranges(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Iterator[str]:
     for limits in api.list_namespaced_limit_range(namespace, _request_timeout=_SECONDS).items:
         for item in limits.spec.limits:
             if item.type in ("Container", "Pod") and item.max:
-                yield from _over(pods, _most, item.max, f"LimitRange {namespace}/{limits.metadata.name}")
+                yield from _over(pods, _limits_of, item.max, f"LimitRange {namespace}/{limits.metadata.name}")
 
 
-def _quotas(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Iterator[str]:
+def _check_quotas(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Iterator[str]:
     for quota in api.list_namespaced_resource_quota(namespace, _request_timeout=_SECONDS).items:
         hard, name = quota.spec.hard or {}, f"ResourceQuota {namespace}/{quota.metadata.name}"
-        for prefix, amounts in (("requests.", _asked), ("limits.", _most)):
+        for prefix, amounts in (("requests.", _requests), ("limits.", _limits_of)):
             bound = {what.removeprefix(prefix): text for what, text in hard.items() if what.startswith(prefix)}
             yield from _over(pods, amounts, bound, name)
 
@@ -112,7 +112,7 @@ def _over(pods: Mapping[str, PodConfig], amounts: Any, bound: Mapping[str, str],
         over = {what: wanted[what] for what, text in bound.items() if wanted.get(what, 0) > _amount(what, text)}
         if over:
             admitted = {what: _amount(what, bound[what]) for what in over}
-            yield f"{name}: {_told(over)} for one pod; {whose} admits {_told(admitted)}"
+            yield f"{name}: one pod needs {_format(over)}; {whose} allows {_format(admitted)}"
 
 
 def _amount(what: str, text: str) -> float:
@@ -121,7 +121,7 @@ def _amount(what: str, text: str) -> float:
     return float(text) if text == "0" else quantity_cores(text)
 
 
-def _told(amounts: Amounts) -> str:
+def _format(amounts: Amounts) -> str:
     def one(what: str, amount: float) -> str:
         return f"{amount / 2**30:.1f} GiB of memory" if what == "memory" else f"{amount:g} {what}"
 

@@ -1,4 +1,4 @@
-"""`esvit compile`: a pipeline as KFP YAML for a cluster."""
+"""`esvit compile`: compile a pipeline to KFP YAML for a cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 
-#: The pipelines by name: the module, below this package, and its function that takes the configuration.
+#: The pipelines by name: module below this package, and the function in it that builds the pipeline.
 PIPELINES = {
     "pretrain": ("pretrain.pipeline", "build_pretrain_pipeline"),
     "evaluate": ("evaluate.pipeline", "build_evaluate_pipeline"),
@@ -21,18 +21,18 @@ PIPELINES = {
 
 
 def build(name: str, config: Config) -> Any:
-    """Define a pipeline for a cluster.
+    """Build a pipeline for a cluster.
 
     Args:
-        name: one of :data:`PIPELINES`.
+        name: a key of :data:`PIPELINES`.
 
     Raises:
-        UserError: there is no such pipeline, or the cluster extra is not installed.
+        UserError: the pipeline does not exist, or the cluster extra is not installed.
     """
     if name not in PIPELINES:
         near = difflib.get_close_matches(name, PIPELINES, n=1)
-        meant = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"pipeline {name}: there is none{meant}; expected one of {', '.join(PIPELINES)}")
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"pipeline {name}: it does not exist{hint}; expected one of {', '.join(PIPELINES)}")
     from esvit_pipelines.cluster.step_pod import lengthen_retries
 
     module, function = PIPELINES[name]
@@ -42,9 +42,9 @@ def build(name: str, config: Config) -> Any:
 
 
 def pipeline_text(name: str, config: Config) -> str:
-    """A pipeline as YAML: KFP's intermediate representation, and what Kubernetes needs as a second document.
+    """Compile a pipeline to YAML: KFP's intermediate representation, and the Kubernetes settings as a second document.
 
-    The same configuration gives the same text.
+    The text depends on the configuration only.
 
     Raises:
         UserError: see :func:`build`.
@@ -57,15 +57,15 @@ def pipeline_text(name: str, config: Config) -> str:
         compiled = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(compiled))
         lines = compiled.read_text(encoding="utf-8").splitlines(keepends=True)
-    # KFP's header shows the defaults in an order that changes from run to run; the rest is always the same.
+    # KFP's header lists the defaults in an order that varies between compilations; the rest is deterministic.
     while lines and lines[0].startswith("#"):
         del lines[0]
-    header = f"# Made by `esvit compile` (esvit {__version__}, kfp {kfp.__version__}). Recipe: {config.recipe}.\n"
+    header = f"# Written by `esvit compile` (esvit {__version__}, kfp {kfp.__version__}). Recipe: {config.recipe}.\n"
     return header + "".join(lines)
 
 
 def compile_pipeline(name: str, config: Config, output: Path) -> list[str]:
-    """Write the pipeline of ``config`` to ``output``, and read it back with KFP's own loader.
+    """Write the pipeline of ``config`` to ``output``, and load it with KFP's own loader.
 
     Returns:
         Names of the steps.

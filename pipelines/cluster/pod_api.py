@@ -1,7 +1,7 @@
-"""What the Kubernetes API says of a step's pod, where that API can be reached: a kubeconfig, or in the cluster.
+"""State and log of a step's pod from the Kubernetes API, if it can be reached: by a kubeconfig, or in the cluster.
 
-What Argo says of a waiting pod lacks the reasons that Kubernetes tells in events, such as a volume or a secret that is
-not there, and gates of a queue. Nothing here is needed, so that nothing here fails.
+Argo's message for a pending pod lacks the reasons that Kubernetes reports as events, such as a missing volume or secret,
+and scheduling gates of a queue. These details are optional, so nothing here raises.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ _SECONDS = (2, 10)  # to connect, to answer
 
 
 def pod_reason(namespace: str, pod: str) -> str:
-    """Why the pod does not run yet, in the words of Kubernetes; empty: it runs, or nobody can say."""
-    # The user's kubeconfig may name another cluster than KFP's, or one that is gone; both are no answer.
+    """Return why the pod does not run yet, as Kubernetes reports it; empty: it runs, or the reason is unknown."""
+    # The user's kubeconfig may name another cluster than KFP's, or one that no longer exists.
     with contextlib.suppress(Exception):
         return _reason(_api(), namespace, pod)
     return ""
 
 
 def pod_log(namespace: str, pod: str) -> str | None:
-    """The log of the container that runs the step; None: there is none, or it cannot be read."""
+    """Return the log of the container that runs the step; None: there is none, or it cannot be read."""
     with contextlib.suppress(Exception):
         answer = _api().read_namespaced_pod_log(
             pod, namespace, container="main", _request_timeout=_SECONDS, _preload_content=False
@@ -38,7 +38,7 @@ def _api() -> Any:
         config.load_incluster_config()
     except config.ConfigException:
         config.load_kube_config()
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every try
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every attempt
     settings = client.Configuration.get_default_copy()
     settings.retries = False
     return client.CoreV1Api(client.ApiClient(settings))
@@ -50,17 +50,17 @@ def _reason(api: Any, namespace: str, pod: str) -> str:
     for status in statuses:
         waiting = status.state.waiting if status.state else None
         if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
-            return _words(waiting.reason, waiting.message)
+            return _join(waiting.reason, waiting.message)
     for condition in found.status.conditions or ():
         if condition.type == "PodScheduled" and condition.status == "False":
-            return _words(condition.reason, condition.message)
+            return _join(condition.reason, condition.message)
     events = api.list_namespaced_event(
         namespace, field_selector=f"involvedObject.name={pod},type=Warning", _request_timeout=_SECONDS
     ).items
     if found.status.phase != "Pending" or not events:
         return ""
-    return _words(events[-1].reason, events[-1].message)
+    return _join(events[-1].reason, events[-1].message)
 
 
-def _words(reason: str | None, message: str | None) -> str:
+def _join(reason: str | None, message: str | None) -> str:
     return " ".join(": ".join(part for part in (reason, message) if part).split())

@@ -1,7 +1,7 @@
-"""`esvit register`: pipelines and their versions on KFP's page "Pipelines", so that runs are grouped and compared.
+"""`esvit register`: register pipelines and their versions with KFP, so that the UI groups and compares the runs.
 
-A version is named after the pipeline, the package's version, the image and a digest of the compiled text: the same text
-is registered once, however often it is asked for.
+A version is named after the pipeline, the package's version, the image and a digest of the compiled text, so that the
+same text is registered only once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from urllib.parse import quote, urlencode
 
 from esvit_core import __version__
 from esvit_core.errors import UserError
-from esvit_pipelines.cluster.client import Connection, pages, words_of
-from esvit_pipelines.cluster.submit import Package
+from esvit_pipelines.cluster.client import Connection, pages, server_message
+from esvit_pipelines.cluster.package import Package
 
 _PAGE = 100
 _DIGEST = 12  # characters
@@ -31,7 +31,7 @@ class Registered:
     Attributes:
         pipeline, version: their names.
         pipeline_id, version_id: their ids.
-        new: it was not there before.
+        new: it was registered by this call.
     """
 
     pipeline: str
@@ -42,7 +42,7 @@ class Registered:
 
 
 def version_name(pipeline: Package) -> str:
-    """The name of the version, in the characters that Kubernetes allows: KFP can keep pipelines as its objects."""
+    """Return the name of the version. Its characters are valid in Kubernetes, where KFP can store pipelines."""
     image, _, digest = pipeline.image.partition("@sha256:")
     base, _, tag = image.rpartition("/")[2].partition(":")
     parts = [pipeline.name, __version__, base, digest[:_DIGEST] or tag, pipeline.digest[:_DIGEST]]
@@ -51,13 +51,13 @@ def version_name(pipeline: Package) -> str:
 
 
 def register(connection: Connection, pipeline: Package, name: str | None = None) -> Registered:
-    """Find the version of a compiled pipeline on the server, or put it there.
+    """Find the version of a compiled pipeline on the server, or register it.
 
     Args:
-        name: of the pipeline; None: its own.
+        name: name of the pipeline on the server; None: the package's.
 
     Raises:
-        UserError: the server does not allow it.
+        UserError: the server does not permit it.
     """
     import kfp_server_api
 
@@ -74,41 +74,43 @@ def register(connection: Connection, pipeline: Package, name: str | None = None)
         return Registered(name, version, identity, str(made.pipeline_version_id), new=True)
     except kfp_server_api.ApiException as error:
         if error.status in (409, 500) and (found := _version_id(connection, identity, version)):
-            return Registered(name, version, identity, found, new=False)  # another one was faster
+            return Registered(
+                name, version, identity, found, new=False
+            )  # another process registered it at the same time
         if error.status in (400, 403, 409):
             raise UserError(
-                f"pipeline {name}: {connection.host} does not let it be registered ({error.status}: "
-                f"{words_of(error)}); look at the rights on pipelines, or let `esvit submit --inline` send the "
-                "pipeline with the run"
+                f"pipeline {name}: {connection.host} does not permit its registration ({error.status}: "
+                f"{server_message(error)}); check your permissions on pipelines, or send the pipeline with the run: "
+                "`esvit submit --inline`"
             ) from None
         raise
 
 
 def _description(pipeline: Package) -> str:
-    return f"esvit {__version__}, image {pipeline.image or 'not named'}, text sha256:{pipeline.digest}"
+    return f"esvit {__version__}, image {pipeline.image or 'unknown'}, text sha256:{pipeline.digest}"
 
 
 def _pipeline_id(connection: Connection, name: str, description: str) -> str:
-    """The id of the pipeline of that name, which is made with the description if it is not there."""
+    """Return the id of the pipeline of that name, which is created with the description if it does not exist."""
     import kfp_server_api
 
     where = {"namespace": connection.namespace} if connection.namespace else {}
     path = f"/apis/v2beta1/pipelines/names/{quote(name)}?{urlencode(where)}".rstrip("?")
     try:
-        return _id(connection.ask("GET", path))
+        return _id(connection.request("GET", path))
     except kfp_server_api.ApiException as error:
         if error.status != 404:
             raise
     try:
         return _id(
-            connection.ask(
+            connection.request(
                 "POST", "/apis/v2beta1/pipelines", {"display_name": name, "description": description, **where}
             )
         )
     except kfp_server_api.ApiException as error:
         if error.status != 409:
             raise
-        return _id(connection.ask("GET", path))
+        return _id(connection.request("GET", path))
 
 
 def _id(answer: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The runs of a cluster: find, list, end and repeat them."""
+"""Find, list, terminate and retry the runs of a cluster."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import format_duration
-from esvit_pipelines.cluster.client import Connection, pages, words_of
+from esvit_pipelines.cluster.client import Connection, pages, server_message
 
 ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
-GOOD = ("SUCCEEDED", "SKIPPED")
+SUCCESSFUL = ("SUCCEEDED", "SKIPPED")
 _PAGE = 100
 _UUID = 36  # characters of a run's id
-_LOOKED_THROUGH = 1000  # runs, for one of a given name
+_SEARCH_LIMIT = 1000  # runs that are searched for a name
 
 
 def get_run(connection: Connection, run_id: str) -> Any:
-    """A run as the server describes it, asked for once; see :meth:`Connection.ask` for errors."""
+    """Return a run as the server describes it; see :meth:`Connection.request` for errors."""
     import kfp_server_api
 
-    text = connection.ask("GET", f"/apis/v2beta1/runs/{run_id}").decode()
+    text = connection.request("GET", f"/apis/v2beta1/runs/{run_id}").decode()
     return kfp_server_api.ApiClient().deserialize(SimpleNamespace(data=text), "V2beta1Run")
 
 
 def find_run(connection: Connection, name: str) -> Any:
-    """The run of that id or name, or whose id begins so, or that a link of the user interface shows.
+    """Find a run by its id, a prefix of the id, its name, or its link in the user interface.
 
     Raises:
-        UserError: there is none among the newest thousand, or there are several.
+        UserError: none of the newest thousand runs matches, or several do.
     """
     name = name.rstrip("/").rpartition("/")[2]
     if len(name) == _UUID and name.count("-") == 4:
@@ -40,7 +40,7 @@ def find_run(connection: Connection, name: str) -> Any:
     known = []
     for run in _all_runs(connection, None, _PAGE):
         known.append(run)
-        if len(known) == _LOOKED_THROUGH:
+        if len(known) == _SEARCH_LIMIT:
             break
     found = [run for run in known if run.display_name == name]
     found = found or [run for run in known if str(run.run_id).startswith(name)]
@@ -48,47 +48,47 @@ def find_run(connection: Connection, name: str) -> Any:
         return get_run(connection, found[0].run_id)
     if found:
         ids = ", ".join(run.run_id for run in found[:5])
-        raise UserError(f"run {name}: there are {len(found)} of that name; give the id of one: {ids}")
+        raise UserError(f"run {name}: {len(found)} runs match; give the id of one: {ids}")
     raise UserError(
-        f"run {name}: there is none at {connection.host}; give the name, the id or the beginning of the id of one "
+        f"run {name}: it does not exist at {connection.host}; give the name, the id or a prefix of the id of a run "
         "that `esvit runs` lists (`esvit status` and `esvit logs` show the runs of this machine's store)"
     )
 
 
 def terminate(connection: Connection, run: Any) -> None:
-    """End a run that is under way.
+    """Terminate an active run.
 
     Raises:
-        UserError: it has ended.
+        UserError: it has already ended.
     """
     if run.state in ENDED:
-        raise UserError(f"run {run.display_name}: it has ended ({state(run)}); there is nothing to terminate")
-    connection.ask("POST", f"/apis/v2beta1/runs/{run.run_id}:terminate")
+        raise UserError(f"run {run.display_name}: it has already ended ({state(run)}) and cannot be terminated")
+    connection.request("POST", f"/apis/v2beta1/runs/{run.run_id}:terminate")
 
 
 def retry(connection: Connection, run: Any) -> None:
-    """Start the failed steps of a run again; what is done stays.
+    """Retry the failed steps of a run; steps that succeeded are kept.
 
     Raises:
-        UserError: the run has not failed, or the server cannot start it again.
+        UserError: the run has not failed, or the server cannot retry it.
     """
     import kfp_server_api
 
     if run.state not in ("FAILED", "CANCELED"):
-        raise UserError(f"run {run.display_name}: it is {state(run)}; only a run that failed can be tried again")
+        raise UserError(f"run {run.display_name}: it is {state(run)}; only a failed or canceled run can be retried")
     try:
-        connection.ask("POST", f"/apis/v2beta1/runs/{run.run_id}:retry")
+        connection.request("POST", f"/apis/v2beta1/runs/{run.run_id}:retry")
     except kfp_server_api.ApiException as error:
         if error.status in (401, 403):
             raise
         raise UserError(
-            f"run {run.display_name}: the server cannot try it again ({words_of(error)}); submit it anew: "
-            "its steps find what is done"
+            f"run {run.display_name}: the server cannot retry it ({server_message(error)}); submit it again: "
+            "finished steps are reused"
         ) from None
 
 
-def again(connection: Connection, *words: str) -> str:
-    """A command line about the same server, to be pasted."""
+def command_for(connection: Connection, *words: str) -> str:
+    """Return a command line for the same server, quoted for use in a shell."""
     import os
 
     from esvit_pipelines.cli.settings import program
@@ -110,12 +110,11 @@ def again(connection: Connection, *words: str) -> str:
 
 
 def runs(connection: Connection, experiment: str | None, number: int) -> list[Any]:
-    """The newest runs.
+    """List the newest runs.
 
     Args:
-        experiment: its id; None: of all of the namespace.
+        experiment: id of the experiment; None: all experiments of the namespace.
     """
-
     found = []
     for run in _all_runs(connection, experiment, min(number, _PAGE)):
         found.append(run)
@@ -138,7 +137,7 @@ def _all_runs(connection: Connection, experiment: str | None, size: int) -> Iter
 
 
 def show_runs(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
-    """Print the runs: a table, or JSON for programs."""
+    """Print the runs as a table or as JSON."""
     rows = [
         {
             "id": run.run_id,
@@ -160,12 +159,12 @@ def show_runs(connection: Connection, found: Sequence[Any], as_json: bool) -> No
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "state", "started", "took", "link", box=None, pad_edge=False)
+    table = Table("run", "state", "started", "duration", "link", box=None, pad_edge=False)
     for row, run in zip(rows, found, strict=True):
         started = f"{run.created_at.astimezone():%Y-%m-%d %H:%M}" if run.created_at else ""
         took = "" if row["seconds"] is None else format_duration(row["seconds"])
         table.add_row(row["name"], row["state"], started, took, row["link"], style=_STYLES.get(run.state))
-    # Links are to be copied: they are not broken where the terminal is narrow.
+    # Do not wrap links in a narrow terminal, so that they can be copied.
     Console(width=max(Console().width, table_width(table)), soft_wrap=True).print(table)
 
 
@@ -173,7 +172,7 @@ _STYLES = {"FAILED": "red", "RUNNING": "cyan"}
 
 
 def table_width(table: Any) -> int:
-    """Columns that a table takes if nothing is broken."""
+    """Return the width of a table without line breaks, in columns."""
     from rich.console import Console
 
     wide = Console(width=10_000)
@@ -181,15 +180,15 @@ def table_width(table: Any) -> int:
 
 
 def state(run: Any) -> str:
-    """Of a run, in a word."""
+    """Return the state of a run in one word."""
     return str(run.state or "unknown").removeprefix("RUNTIME_STATE_").lower()
 
 
 def duration(run: Any) -> float | None:
-    """Seconds that a run has taken until now; None before it has begun."""
+    """Return the seconds from the creation of a run until its end or now; None before it is created."""
     if run.created_at is None:
         return None
-    # The server's zero time stands for a run that has not ended.
+    # The server reports its zero time for a run that has not ended.
     ended = run.finished_at if run.finished_at and run.finished_at.year > 1970 else None
     until = ended or datetime.datetime.now(datetime.UTC)
     return max(0.0, round((until - run.created_at).total_seconds(), 1))

@@ -1,4 +1,4 @@
-"""`esvit schedule`: a pipeline that runs again and again on a cluster, as `kfp recurring-run create` has it."""
+"""`esvit schedule`: recurring runs of a pipeline on a cluster, as `kfp recurring-run create` makes them."""
 
 from __future__ import annotations
 
@@ -10,79 +10,50 @@ from typing import TYPE_CHECKING, Any
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import format_duration
 from esvit_pipelines.cluster.client import Connection, pages
+from esvit_pipelines.cluster.package import Package
 from esvit_pipelines.cluster.runs import ENDED, table_width
-from esvit_pipelines.cluster.submit import Package, account_allowed, source
+from esvit_pipelines.cluster.submit import explain_refused_account, pipeline_reference
 
 if TYPE_CHECKING:
     from esvit_pipelines.cluster.registration import Registered
 
 _PAGE = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
-_DAYS = ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"]
-# Seconds come first: KFP reads cron with github.com/robfig/cron.
-_FIELDS: tuple[tuple[str, int, int, list[str]], ...] = (
-    ("second", 0, 59, []),
-    ("minute", 0, 59, []),
-    ("hour", 0, 23, []),
-    ("day of the month", 1, 31, []),
-    ("month", 1, 12, _MONTHS),
-    ("day of the week", 0, 6, _DAYS),
-)
 
 
 def cron(text: str) -> str:
-    """A cron expression as KFP wants it: second, minute, hour, day of the month, month, day of the week.
+    """Check the number of fields of a KFP cron expression: second, minute, hour, day, month, weekday.
+
+    The server validates the fields. It would accept the usual five fields, and run at other times than intended.
 
     Raises:
-        UserError: it is not one. Five fields, as everywhere else, would run at other times than meant.
+        UserError: the expression does not have six fields.
     """
     fields = text.split()
     if len(fields) == 5:
-        raise UserError(f"--cron '{text}': KFP's cron begins with the second; write '0 {text}'")
+        raise UserError(f"--cron '{text}': the first field of KFP's cron is the second; write '0 {text}'")
     if len(fields) != 6:
         raise UserError(
             f"--cron '{text}': expected six fields, second minute hour day month weekday, such as '0 0 3 * * 1' "
             "(Mondays at 3:00)"
         )
-    for field, (what, low, high, names) in zip(fields, _FIELDS, strict=True):
-        if not all(_fits(part, low, high, names, what.startswith("day")) for part in field.split(",")):
-            raise UserError(f"--cron '{text}': {field} is no {what}; expected {low} to {high}, *, a-b, or */n")
     return " ".join(fields)
 
 
-def _fits(part: str, low: int, high: int, names: list[str], day: bool) -> bool:
-    span, slash, step = part.partition("/")
-    if slash and not (step.isdecimal() and step.isascii() and int(step) > 0):
-        return False
-    if span == "*" or (span == "?" and day):
-        return True
-    values = [_value(end, low, names) for end in span.split("-")]
-    if len(values) > 2 or any(value is None or not low <= value <= high for value in values):
-        return False
-    return values == sorted(v for v in values if v is not None)
-
-
-def _value(text: str, low: int, names: list[str]) -> int | None:
-    if text.upper() in names:
-        return names.index(text.upper()) + low
-    return int(text) if text.isdecimal() and text.isascii() else None
-
-
 def interval(text: str) -> int:
-    """Seconds of an interval such as ``12h`` or ``7d``.
+    """Convert an interval such as ``12h`` or ``7d`` to seconds.
 
     Raises:
-        UserError: it is not one.
+        UserError: the text is not an interval.
     """
     match = re.fullmatch(r"([1-9][0-9]{0,6})([smhdw])", text)
     if match is None:
-        raise UserError(f"--every {text}: expected a number and s, m, h, d or w, such as 12h or 7d")
+        raise UserError(f"--every {text}: expected a number with the unit s, m, h, d or w, such as 12h or 7d")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def schedules(connection: Connection, experiment: str | None = None) -> list[Any]:
-    """The schedules of the namespace, or of one experiment."""
+    """List the schedules of the namespace, or of one experiment, given by its id."""
 
     def page(token: str) -> Any:
         return connection.client.list_recurring_runs(
@@ -96,44 +67,44 @@ def schedules(connection: Connection, experiment: str | None = None) -> list[Any
     return list(pages(page, "recurring_runs"))
 
 
-def of_name(connection: Connection, experiment: str, name: str, replace: bool) -> list[Any]:
-    """The schedules of that name in an experiment.
+def schedules_to_replace(connection: Connection, experiment: str, name: str, replace: bool) -> list[Any]:
+    """Find the schedules of that name in an experiment, which a new one replaces.
 
     Args:
-        replace: they may be there.
+        replace: allow such schedules to exist.
 
     Raises:
-        UserError: they may not, or a run of one has not ended.
+        UserError: one exists and ``replace`` is false, or one has an active run.
     """
-    there = [one for one in schedules(connection, experiment) if one.display_name == name]
-    if there and not replace:
-        raise UserError(f"schedule {name}: there is one of that name; --replace puts the new one in its place")
-    for one in there:
-        without_runs(connection, one)
-    return there
+    existing = [one for one in schedules(connection, experiment) if one.display_name == name]
+    if existing and not replace:
+        raise UserError(f"schedule {name}: it exists already; add --replace, or give another --name")
+    for one in existing:
+        require_no_active_run(connection, one)
+    return existing
 
 
-def without_runs(connection: Connection, schedule: Any) -> None:
-    """Refuse to delete a schedule while one of its runs is under way.
+def require_no_active_run(connection: Connection, schedule: Any) -> None:
+    """Raise an error if a run of the schedule is active.
 
-    The runs' workflows belong to the schedule: Kubernetes deletes them with it, and their pods.
+    The schedule owns the runs' workflows: Kubernetes deletes them and their pods together with it.
 
     Raises:
         UserError: a run has not ended.
     """
-    wanted = {"operation": "EQUALS", "key": "recurring_run_id", "stringValue": schedule.recurring_run_id}
+    predicate = {"operation": "EQUALS", "key": "recurring_run_id", "stringValue": schedule.recurring_run_id}
     newest = connection.client.list_runs(
         page_size=_PAGE,
         sort_by="created_at desc",
         namespace=connection.namespace or "",
-        filter=json.dumps({"predicates": [wanted]}),
+        filter=json.dumps({"predicates": [predicate]}),
     )
     for run in newest.runs or []:
         if run.state not in ENDED:
             raise UserError(
-                f"schedule {schedule.display_name}: its run {run.display_name} ({run.run_id}) has not ended, and would be "
-                "deleted with the schedule; expected: no run under way. `esvit schedule pause` starts no more of them: "
-                "wait for the end of this one, or delete with --now"
+                f"schedule {schedule.display_name}: its run {run.display_name} ({run.run_id}) is active, and its pods "
+                "would be deleted with the schedule; run `esvit schedule pause` to start no more runs and wait until this "
+                "one has ended, or delete with --now"
             )
 
 
@@ -147,26 +118,27 @@ def create(
     service_account: str | None,
     paused: bool,
     version: Registered | None,
-    there: Sequence[Any] = (),
+    replaced: Sequence[Any] = (),
 ) -> Any:
-    """Make a schedule: one run at a time, and none for the times that were missed.
+    """Create a schedule that starts one run at a time and does not catch up on missed times.
 
     Args:
-        values: the arguments of every run.
-        experiment: its id.
+        values: arguments of every run.
+        name: name of the schedule.
+        experiment: id of the experiment.
         trigger: ``cron_expression`` or ``interval_second``.
-        service_account: of the steps; None: the server's default.
-        paused: it waits to be resumed.
-        version: that its runs refer to; None: the pipeline is kept with the schedule.
-        there: schedules that give way to it. KFP cannot change a schedule.
+        service_account: service account of the steps; None: the server's default.
+        paused: create the schedule disabled.
+        version: registered version that its runs refer to; None: the schedule stores the pipeline.
+        replaced: schedules to delete afterwards. KFP cannot change a schedule.
 
     Returns:
         The schedule, as the server describes it.
 
     Raises:
-        UserError: the server does not allow, or does not keep, the service account.
+        UserError: the server does not permit, or does not store, the service account.
     """
-    with account_allowed(connection, service_account):
+    with explain_refused_account(connection, service_account):
         made = connection.client.create_recurring_run(
             experiment_id=experiment,
             job_name=name,
@@ -175,13 +147,13 @@ def create(
             params=dict(values),
             enabled=not paused,
             service_account=service_account,
-            **source(pipeline, version),
+            **pipeline_reference(pipeline, version),
             **trigger,
         )
     if service_account is not None and made.service_account != service_account:
         connection.client.delete_recurring_run(made.recurring_run_id)
         made = _create_without_version(connection, pipeline, made, service_account, version)
-    for one in there:
+    for one in replaced:
         connection.client.delete_recurring_run(one.recurring_run_id)
     return made
 
@@ -189,14 +161,14 @@ def create(
 def _create_without_version(
     connection: Connection, pipeline: Package, made: Any, service_account: str, version: Registered | None
 ) -> Any:
-    """Make a schedule again whose service account the server has not kept.
+    """Recreate a schedule whose service account the server has not stored.
 
-    KFP 2.16.1 and older compile a pipeline that is pinned to a version when the schedule is made, with the server's
-    default account. A schedule that names no version is compiled when a run begins, with the account that was asked
-    for. It would follow the newest version of its pipeline, and so it gets a pipeline of its own with one version.
+    For a schedule that names a version, KFP 2.16.1 and older compile the pipeline when the schedule is created, with the
+    server's default account. For one that names no version, they compile when a run starts, with the requested account.
+    Such a schedule follows the newest version of its pipeline, so it gets a pipeline of its own with a single version.
 
     Raises:
-        UserError: the pipeline may not be registered.
+        UserError: the server does not permit registering the pipeline.
     """
     import kfp_server_api
 
@@ -205,9 +177,9 @@ def _create_without_version(
     name = str(made.display_name)
     if version is None:
         raise UserError(
-            f"schedule {name}: {connection.host} does not keep the service account {service_account} of a schedule "
-            f"that holds its pipeline (KFP 2.16.1 and older; it would run as {made.service_account}); leave --inline "
-            "out, or give --service-account '' for the server's default"
+            f"schedule {name}: {connection.host} does not store the service account {service_account} of a schedule "
+            f"with an inline pipeline (KFP 2.16.1 and older; its runs would use {made.service_account}); omit --inline, "
+            "or give --service-account '' for the server's default"
         )
     alone = register(connection, pipeline, f"{pipeline.name}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}")
     body = kfp_server_api.V2beta1RecurringRun(
@@ -226,10 +198,10 @@ def _create_without_version(
 
 
 def find(connection: Connection, name: str) -> Any:
-    """The schedule of that name, or of that id or its beginning.
+    """Find a schedule by its name, its id, or a prefix of the id.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no schedule matches, or several do.
     """
     known = schedules(connection)
     found = [one for one in known if one.display_name == name]
@@ -238,19 +210,19 @@ def find(connection: Connection, name: str) -> Any:
         return found[0]
     if found:
         ids = ", ".join(one.recurring_run_id for one in found)
-        raise UserError(f"schedule {name}: there are {len(found)} of that name; give the id of one: {ids}")
+        raise UserError(f"schedule {name}: {len(found)} schedules match; give the id of one: {ids}")
     names = ", ".join(one.display_name for one in known) or "none"
-    raise UserError(f"schedule {name}: there is none at {connection.host}; it has {names}")
+    raise UserError(f"schedule {name}: it does not exist at {connection.host}; expected one of: {names}")
 
 
 def show(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
-    """Print schedules: a table, or JSON for programs."""
+    """Print schedules as a table or as JSON."""
     rows = [
         {
             "id": one.recurring_run_id,
             "name": one.display_name,
             "state": str(one.status or "unknown").lower(),
-            "when": when(one),
+            "trigger": trigger_text(one),
             "link": connection.link("recurringrun", one.recurring_run_id),
         }
         for one in found
@@ -264,14 +236,14 @@ def show(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("schedule", "state", "when", "link", box=None, pad_edge=False)
+    table = Table("schedule", "state", "trigger", "link", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row["name"], row["state"], row["when"], row["link"])
+        table.add_row(row["name"], row["state"], row["trigger"], row["link"])
     Console(width=max(Console().width, table_width(table)), soft_wrap=True).print(table)
 
 
-def when(one: Any) -> str:
-    """What starts the runs of a schedule, in words."""
+def trigger_text(one: Any) -> str:
+    """Describe what triggers the runs of a schedule."""
     if one.trigger and one.trigger.cron_schedule:
         return f"cron {one.trigger.cron_schedule.cron}"
     if one.trigger and one.trigger.periodic_schedule:

@@ -1,7 +1,7 @@
-"""What the pod of a step gets on a cluster: resources, nodes, writable folders, keys, another try.
+"""Configure the pod of a step on a cluster: resources, node selection, writable folders, keys, retries.
 
-KFP cannot say everything of a pod: a read-only root file system and the seccomp profile are the cluster's to set. The
-folders that the steps write to are volumes here, so that they may be.
+KFP cannot set a read-only root file system or the seccomp profile; the cluster can. All folders that the steps write to
+are volumes, so that a read-only root file system works.
 """
 
 from typing import Any
@@ -26,20 +26,20 @@ from esvit_core.repetition import variables
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
 
 RETRY_WINDOW_SECONDS = 30 * 24 * 3600
-# KFP has no projected volumes: what a step can show is the token that the account mounts into every pod of a run.
+# KFP has no projected volumes, so a step uses the token that Kubernetes mounts into every pod of the account.
 ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 
-def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool, trains: bool = False) -> None:
-    """Give the step's pod what the configuration says for its kind of step.
+def configure_pod(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool, trains: bool = False) -> None:
+    """Configure the pod of a step as the configuration sets for its role.
 
     Args:
-        accelerated: with the accelerators, too.
-        trains: it is the pre-training step. Where it trains in its own pod, Prometheus finds it at the port of all
-            trainings; where it starts a job, its pod is small, and the job's pods get what cluster.train says.
+        accelerated: request the role's accelerators.
+        trains: it is the pre-training step. If it trains in its own pod, Prometheus scrapes that pod at the port of all
+            trainings. If it starts a job, its own pod is small, and ``cluster.train`` configures the job's pods.
 
     Raises:
-        UserError: the cluster extra is not installed, or the recipe has no such network.
+        UserError: the cluster extra is not installed, or the recipe's architecture does not exist.
     """
     kubernetes = _kubernetes()
     cluster = config.cluster
@@ -53,13 +53,13 @@ def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool,
         task.set_accelerator_type(pod.accelerator)
         task.set_accelerator_limit(pod.accelerators)
     if cluster.retry_lost_pods:
-        task.set_retry(pod.retries, f"{pod.retry_seconds}s", 2.0)  # for how long: lengthen_retries
+        task.set_retry(pod.retries, f"{pod.retry_seconds}s", 2.0)  # lengthen_retries sets the window
     for name, value in variables(pod.retries, pod.retry_seconds).items():
         task.set_env_variable(name, value)
     kubernetes.set_image_pull_policy(task, cluster.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
-    if cluster.run_as is not None:  # KFP can say these three of the security context, and no more
+    if cluster.run_as is not None:  # KFP supports only these three fields of the security context
         security = pod_security(cluster.run_as)
         kubernetes.set_security_context(
             task,
@@ -73,16 +73,18 @@ def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool,
         kubernetes.add_node_selector(task, key, value)
     for toleration in pod.tolerations:
         kubernetes.add_toleration(task, **toleration.model_dump())
-    more = {"esvit.dev/role": role, **queue_labels(cluster.queue, cluster.priority)}
+    labels = {"esvit.dev/role": role, **queue_labels(cluster.queue, cluster.priority)}
     if serves_metrics:
-        more[METRICS_LABEL] = "true"
-    for label, value in pod_labels("step", **more).items():
+        labels[METRICS_LABEL] = "true"
+    for label, value in pod_labels("step", **labels).items():
         kubernetes.add_pod_label(task, label, value)
     for annotation, value in pod_annotations().items():
         kubernetes.add_pod_annotation(task, annotation, value)
     if serves_metrics:
         task.set_env_variable(METRICS_PORT_VARIABLE, str(METRICS_PORT))
-        task.set_env_variable(LOST_SECONDS_VARIABLE, f"{POD_LOST_SECONDS:g}")  # its pod gets no time to save
+        task.set_env_variable(
+            LOST_SECONDS_VARIABLE, f"{POD_LOST_SECONDS:g}"
+        )  # Kubernetes gives the pod no time to save
     task.set_env_variable("ESVIT_CACHE_GIB", pod.cache_gib)
     for folder in ("tmp", "work"):
         kubernetes.empty_dir_mount(task, folder, f"/{folder}", size_limit=pod.scratch)
@@ -94,13 +96,13 @@ def place(task: dsl.PipelineTask, config: Config, role: Role, accelerated: bool,
 
 
 def lengthen_retries(spec: Any) -> None:
-    """Let the retries of every task count from its first start for a month, whatever it takes.
+    """Set the retry window of every task to a month from its first start.
 
-    ``backoff_max_duration`` is one window for all attempts: a pod that is lost after it is not started again. KFP's SDK
-    bounds it at an hour; its server does not.
+    ``backoff_max_duration`` is one window for all attempts: a pod that is lost after it is not restarted. KFP's SDK
+    limits it to an hour; its server does not.
 
     Args:
-        spec: a ``PipelineSpec``; changed in place.
+        spec: a ``PipelineSpec``, which is modified in place.
     """
     for dag in (spec.root.dag, *(component.dag for component in spec.components.values())):
         for task in dag.tasks.values():
@@ -113,13 +115,13 @@ def _kubernetes() -> Any:
         from kfp import kubernetes
     except ImportError:
         raise UserError(
-            "a pipeline for a cluster: kfp-kubernetes is not installed; pip install 'esvit[cluster]'"
+            "a pipeline for a cluster needs kfp-kubernetes, which is not installed; pip install 'esvit[cluster]'"
         ) from None
     return kubernetes
 
 
 def _resources(task: dsl.PipelineTask, pod: PodConfig) -> None:
-    """Requests and limits. A memory limit is always there: without one the namespace's default would hold."""
+    """Set requests and limits. The memory limit is always set: without one the namespace's default would apply."""
     task.set_cpu_request(pod.cpu)
     task.set_memory_request(_memory(pod.memory))
     if pod.cpu_limit is not None:
@@ -128,14 +130,14 @@ def _resources(task: dsl.PipelineTask, pod: PodConfig) -> None:
 
 
 def _memory(quantity: str) -> str:
-    """KFP takes no fractions, and of the units of 1000 not the smallest."""
+    """Convert a quantity for KFP, which accepts neither fractions nor the unit k."""
     return bytes_quantity(quantity_bytes(quantity))
 
 
 def _store(kubernetes: Any, task: dsl.PipelineTask, cluster: ClusterConfig, role: Role) -> None:
-    """The object store as environment, from a Kubernetes secret or a config map: no key is in the pipeline."""
+    """Set the object store's variables from a Kubernetes secret or a config map; the pipeline contains no keys."""
     keys = cluster.identity == "keys"
-    # Not above: it brings the client of the store, which the local runner does not need.
+    # Imported here: it imports the store client, which the local runner does not need.
     from esvit_core.storage.address import pod_variables
     from esvit_core.storage.web_identity import TOKEN_FILE
 
@@ -146,5 +148,5 @@ def _store(kubernetes: Any, task: dsl.PipelineTask, cluster: ClusterConfig, role
         if cluster.token_audience:
             task.set_env_variable(TOKEN_FILE, ACCOUNT_TOKEN)
     use(task, name, {key: key for key in required})
-    # One that lacks some of these is no error: they have defaults.
+    # Optional variables have defaults.
     use(task, name, {key: key for key in optional}, optional=True)

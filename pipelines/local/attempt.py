@@ -1,4 +1,4 @@
-"""One attempt at a run: start the process that runs the pipeline, pass on a Ctrl-C, leave nothing running."""
+"""One attempt at a run: start the process that runs the pipeline, forward Ctrl-C, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ import psutil
 from esvit_core.errors import CrashError, UserError, read_error_file
 from esvit_pipelines.local.runner import Outcome, Request, environment
 
-SAVE_SECONDS = 120.0  # that the steps get to save their state after a Ctrl-C
-END_SECONDS = 15.0  # that what is left gets after SIGTERM
+SAVE_SECONDS = 120.0  # time for the steps to save their state after a Ctrl-C
+END_SECONDS = 15.0  # time for the remaining processes to end after SIGTERM
 
 
 class StoppedError(Exception):
-    """The person, or the system, asked the run to stop, and it has."""
+    """The run was stopped by a signal."""
 
 
 @dataclass
-class _Stop:
-    """How often it was asked for; a second time means at once."""
+class _StopRequests:
+    """Number of signals to stop that this process got; the second one means immediately."""
 
-    asked: int = 0
+    count: int = 0
 
 
 def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int, owner: str | None = None) -> None:
-    """Run the pipeline to its end.
+    """Run the pipeline until it ends.
 
     Args:
-        data: the images.
-        config_file: the resolved configuration; of a retraining, the one that was asked for.
-        run_uri: where the run lies.
-        log: gets every line.
-        lock: descriptor of the locked file that says that this run is in progress.
-        owner: of a retraining; None: the run is none.
+        data: source of the images.
+        config_file: the resolved configuration; for a retraining, the requested one.
+        run_uri: address of the run.
+        log: file to which every line is written.
+        lock: descriptor of the locked file that marks this run as in progress.
+        owner: owner of the retraining's lease; None: the run is not a retraining.
 
     Raises:
-        UserError, InfrastructureError: a step ended with one.
-        CrashError: a step ended in another way.
-        StoppedError: by SIGINT, SIGTERM or SIGHUP.
+        UserError, InfrastructureError: a step ended with this error.
+        CrashError: a step failed in another way.
+        StoppedError: SIGINT, SIGTERM or SIGHUP stopped the run.
     """
     work = Path(tempfile.mkdtemp(prefix="esvit-run-"))
     try:
@@ -60,7 +60,7 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
             runner = subprocess.Popen(
                 [sys.executable, "-m", "esvit_pipelines.local.runner", str(request)],
                 env=environment(os.environ, work, error_file),
-                stdin=subprocess.PIPE,  # open as long as this process lives
+                stdin=subprocess.PIPE,  # stays open until this process ends
                 stderr=errors,
                 start_new_session=True,
                 pass_fds=(lock,),
@@ -70,7 +70,7 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
                 _wait(runner, stop, started)
             finally:
                 _end(runner, started)
-        if stop.asked:
+        if stop.count:
             raise StoppedError
         _raise_for(Outcome.read(work), error_file, log)
     finally:
@@ -79,17 +79,17 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
 
 @contextlib.contextmanager
 def in_progress(folder: Path) -> Iterator[int]:
-    """Hold the run in ``folder`` for this command; yields the descriptor of the locked file.
+    """Lock the run in ``folder`` for this command; yields the descriptor of the locked file.
 
     Raises:
-        UserError: another command holds it.
+        UserError: another command has locked it.
     """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"run {folder.name}: another esvit run is working on it; wait for it, or stop it with Ctrl-C"
+                f"run {folder.name}: another esvit command is running it; wait for that command, or stop it with Ctrl-C"
             ) from None
         yield file.fileno()
 
@@ -100,49 +100,49 @@ def _raise_for(outcome: Outcome, error_file: Path, log: Path) -> None:
     if error_file.exists():
         raise read_error_file(error_file)
     step = outcome.step or "the pipeline"
-    reason = outcome.error or "it ended without saying why (killed, or out of memory?)"
-    reason = f"{reason}; the log has the rest: {log}"
+    reason = outcome.error or "the process ended without an error message (killed, or out of memory?)"
+    reason = f"{reason}; see the log: {log}"
     raise CrashError(f"{step} failed: {reason}", step=step, reason=reason)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Count requests to stop instead of ending this process."""
-    stop = _Stop()
+def _signals() -> Iterator[_StopRequests]:
+    """Count signals to stop instead of ending this process."""
+    stop = _StopRequests()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.asked += 1
+    def count(number: int, frame: FrameType | None) -> None:
+        stop.count += 1
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
+    previous = {number: signal.signal(number, count) for number in numbers}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _wait(runner: subprocess.Popen[bytes], stop: _Stop, started: list[psutil.Process]) -> None:
-    """Until the runner ends: by itself, or because it was asked to.
+def _wait(runner: subprocess.Popen[bytes], stop: _StopRequests, started: list[psutil.Process]) -> None:
+    """Wait until the runner ends, by itself or after a signal to stop.
 
     Args:
-        started: gets the processes that ran when the run was asked to stop; some are in sessions of their own, and
-            cannot be found any more when those who started them are gone.
+        started: filled with the processes that were running at the first signal. Some are in sessions of their own, and
+            cannot be found any more once their parents have ended.
     """
-    passed_on, deadline = 0, float("inf")
+    forwarded, deadline = 0, float("inf")
     while runner.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
             runner.wait(0.2)
-        if stop.asked > passed_on == 0:
+        if stop.count > forwarded == 0:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print("\nstopping: the run saves its state (Ctrl-C again to stop at once)", flush=True)
+                print("\nstopping: the run is saving its state (press Ctrl-C again to stop immediately)", flush=True)
             deadline = time.monotonic() + SAVE_SECONDS
             started += _descendants(runner)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(runner.pid, signal.SIGINT)
-        elif stop.asked > passed_on:
+        elif stop.count > forwarded:
             return
-        passed_on = stop.asked
+        forwarded = stop.count
 
 
 def _descendants(runner: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -153,12 +153,12 @@ def _descendants(runner: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def _end(runner: subprocess.Popen[bytes], started: list[psutil.Process]) -> None:
-    """End the runner and everything that it has started, in whatever session."""
-    left = {*started, *_descendants(runner)}
-    for process in left:
+    """End the runner and all processes that it has started, whatever their session."""
+    remaining = {*started, *_descendants(runner)}
+    for process in remaining:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(left, END_SECONDS)
+    _, stubborn = psutil.wait_procs(remaining, END_SECONDS)
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -1,4 +1,4 @@
-"""`esvit retrain`: from new images to a champion that has seen them, or the reason why there is none."""
+"""`esvit retrain`: retrain the champion on new images on this machine."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from esvit_core.planning.feasibility import require_metric
 from esvit_core.retraining.find_new_data import find_new
 from esvit_core.runs.run import open_run
 from esvit_pipelines.cli.settings import Settings, resolve
-from esvit_pipelines.local.run import Retraining, carry_out, opened, say_if_no_recipe
+from esvit_pipelines.local.run import Retraining, open_run_store, print_default_recipe, run_pipeline
 
 
 def retrain(settings: Settings) -> None:
-    """Look at the source, and if there is something new retrain the champion with it on this machine.
+    """Look for new images in the source, and retrain the champion if there are enough.
 
     Raises:
-        UserError: in the settings, the data, or the surroundings; or another one is at it.
-        InfrastructureError: something failed that may work later.
+        UserError: the settings, the data or the environment are invalid, or another retraining holds the lease.
+        InfrastructureError: a failure that may not happen again.
         CrashError: a step failed unexpectedly.
-        StoppedError: it was asked to stop; its state is saved.
+        StoppedError: a signal stopped the run; its state is saved.
     """
     config, owner = resolve(settings), _owner(settings.out)
     require_metric(config)
-    with opened(settings, config) as store:
+    with open_run_store(settings, config) as store:
         found = find_new(config, settings.data, owner, store)
         if found.nothing:
             print(found.told)
             return
-        say_if_no_recipe(settings)
+        print_default_recipe(settings)
         print(found.told)
-        carry_out(settings, open_run(found.run, store), Retraining(owner, config))
+        run_pipeline(settings, open_run(found.run, store), Retraining(owner, config))
 
 
 def _owner(out: Path) -> str:
-    """Whoever works in this folder: the run in it is locked, so that of two commands one has it."""
+    """Name this folder as the owner of the lease; the lock of the run in it lets only one command work there."""
     return f"{psutil.Process().username()}@{socket.gethostname()}:{out.resolve()}"

@@ -1,4 +1,4 @@
-"""`esvit run`: from the user's images to the last words of a finished run."""
+"""`esvit run`: run the pretrain pipeline on this machine and print the results."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ from esvit_core.weights.weight_source import with_source_pinned
 from esvit_pipelines.cli.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 from esvit_pipelines.local.attempt import in_progress, run_attempt
 
-ASKED = "asked.yaml"  # below DIR/<run> of a retraining: what was asked for
+REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining: the requested configuration
 
 
 def run(settings: Settings) -> None:
-    """Run the pipeline on this machine, or go on with it, and show the result.
+    """Start or resume the run of these settings on this machine, and print the results.
 
     Raises:
-        UserError: in the settings, the data, or the surroundings; before anything is started where that is possible.
-        InfrastructureError: something failed that may work later.
+        UserError: the settings, the data or the environment are invalid; raised before any step starts if possible.
+        InfrastructureError: a failure that may not happen again.
         CrashError: a step failed unexpectedly.
-        StoppedError: the run was asked to stop; its state is saved.
+        StoppedError: a signal stopped the run; its state is saved.
     """
     config = resolve(settings)
     require_metric(config)
-    with opened(settings, config) as store:
+    with open_run_store(settings, config) as store:
         config = with_source_pinned(config, store)
         name = identify_run(config, settings.data)
         current = Run(run_uri(config.bucket, name), store, config)
-        say_if_no_recipe(settings)
-        there = store.exists(current.at(CONFIG))
-        print(f"run {name}" + (", which was started before: finished steps are found, not repeated" if there else ""))
-        carry_out(settings, current)
+        print_default_recipe(settings)
+        resumed = store.exists(current.at(CONFIG))
+        print(f"run {name}" + (", resumed: finished steps are reused" if resumed else ""))
+        run_pipeline(settings, current)
         if config.recipe == DEFAULT_RECIPE and settings.transfer:
             print(
-                f"\nThe same on your own images:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
+                f"\nTo train on your own images:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
             )
 
 
 @contextmanager
-def opened(settings: Settings, config: Config) -> Iterator[ObjectStore]:
-    """The store, after a look at the sources and the folder for what the run leaves here.
+def open_run_store(settings: Settings, config: Config) -> Iterator[ObjectStore]:
+    """Check the sources and the output folder, and open the store.
 
     Raises:
         UserError: a source, the folder or the store cannot be used.
@@ -68,7 +68,7 @@ def opened(settings: Settings, config: Config) -> Iterator[ObjectStore]:
     for source in local:
         check_source(source)
     _make_folder(settings.out)
-    with _told_of_the_disk(settings.out), open_store(store_in(settings.out)) as store:
+    with _explain_disk_errors(settings.out), open_store(store_in(settings.out)) as store:
         store.check()
         store.ensure_bucket(config.bucket)
         for source in sources(config, settings.data):
@@ -79,22 +79,22 @@ def opened(settings: Settings, config: Config) -> Iterator[ObjectStore]:
 
 @dataclass(frozen=True)
 class Retraining:
-    """How a retraining is asked for.
+    """A requested retraining.
 
     Attributes:
-        owner: who makes it.
-        config: as it was asked for; that of the run is made of it.
+        owner: owner of its lease.
+        config: the requested configuration, from which that of the run is derived.
     """
 
     owner: str
     config: Config
 
 
-def carry_out(settings: Settings, current: Run, retraining: Retraining | None = None) -> None:
-    """Run every step of a run, and show what came out.
+def run_pipeline(settings: Settings, current: Run, retraining: Retraining | None = None) -> None:
+    """Run all steps of a run, copy the report and the backbone out of the store, and print the results.
 
     Args:
-        retraining: None: the run is none.
+        retraining: None: the run is not a retraining.
 
     Raises:
         EsvitError, StoppedError: see :func:`run`.
@@ -108,28 +108,28 @@ def carry_out(settings: Settings, current: Run, retraining: Retraining | None = 
     print(f"log {log}", flush=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
-    asked, owner = here / CONFIG, None
+    config_file, owner = here / CONFIG, None
     if retraining is not None:
-        asked, owner = here / ASKED, retraining.owner
-        asked.write_text(retraining.config.to_yaml(), encoding="utf-8")
-    with in_progress(here) as lock, _noted(current):
-        run_attempt(settings.data, asked, current.uri, log, lock, owner)
-    _keep(current, here)
-    _say_what_came_out(current, here, time.monotonic() - start)
+        config_file, owner = here / REQUESTED, retraining.owner
+        config_file.write_text(retraining.config.to_yaml(), encoding="utf-8")
+    with in_progress(here) as lock, _record_failure(current):
+        run_attempt(settings.data, config_file, current.uri, log, lock, owner)
+    _copy_results(current, here)
+    _print_results(current, here, time.monotonic() - start)
 
 
-def say_if_no_recipe(settings: Settings) -> None:
-    """Tell which recipe is taken where none was named."""
+def print_default_recipe(settings: Settings) -> None:
+    """Print the name of the default recipe if the settings name none."""
     if settings.recipe is None:
         print(
-            f"recipe {DEFAULT_RECIPE}, for none was named: a tiny network, minutes on a CPU; "
-            f"`{program()} recipe list` shows the others"
+            f"recipe {DEFAULT_RECIPE} (the default): a tiny network, minutes on a CPU; "
+            f"`{program()} recipe list` shows other recipes"
         )
 
 
 @contextmanager
-def _noted(current: Run) -> Iterator[None]:
-    """Leave in the run's journal why a step failed, unless it has done so itself, as the training's launcher does."""
+def _record_failure(current: Run) -> Iterator[None]:
+    """Record the failure of a step in the event log, unless the step has recorded it, as the training launcher does."""
     before = len(read_journal(current.store, current.uri))
     try:
         yield
@@ -140,13 +140,13 @@ def _noted(current: Run) -> Iterator[None]:
         raise
 
 
-def _keep(current: Run, here: Path) -> None:
-    """Copy out of the store what the user takes away: the report and the backbone."""
+def _copy_results(current: Run, here: Path) -> None:
+    """Copy the report and the backbone from the store to the run's folder."""
     current.store.get_file(current.at("report/report.html"), here / "report.html")
     current.store.fetch(current.at("backbone"), here / "backbone")
 
 
-def _say_what_came_out(current: Run, here: Path, seconds: float) -> None:
+def _print_results(current: Run, here: Path, seconds: float) -> None:
     from rich.console import Console
 
     from esvit_core.reporting.console import read_results, results_table
@@ -162,7 +162,7 @@ def _say_what_came_out(current: Run, here: Path, seconds: float) -> None:
 
 
 def usage(backbone: Path) -> list[str]:
-    """Three lines of Python that load the published backbone in a folder, and use it."""
+    """Return lines of Python that load the published backbone in a folder and use it."""
     description = json.loads((backbone / "backbone.json").read_text(encoding="utf-8"))
     size, width = description["img_size"], description["num_features"]
     return [
@@ -176,7 +176,7 @@ def _promotion(current: Run) -> str:
     try:
         decision: dict[str, Any] = current.store.get_json(current.at(PROMOTION))
     except NotFound:
-        return "no decision was taken"
+        return "no decision was made"
     return f"{'yes' if decision['promoted'] else 'no'}, {decision['reason']}"
 
 
@@ -186,19 +186,17 @@ def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be made ({error.strerror}); name a folder that can be written to"
-        ) from None
+        raise UserError(f"--out {out}: cannot be created ({error.strerror}); name a writable folder") from None
     if not os.access(out, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: cannot be written to; name another folder")
+        raise UserError(f"--out {out}: it is not writable; name another folder")
 
 
 @contextmanager
-def _told_of_the_disk(out: Path) -> Iterator[None]:
-    """A full or write-protected disk is no bug of this program."""
+def _explain_disk_errors(out: Path) -> Iterator[None]:
+    """Turn the error of a full or write-protected disk into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        raise UserError(f"--out {out}: {error.strerror}; make room, or name a folder on another disk") from None
+        raise UserError(f"--out {out}: {error.strerror}; free some space, or name a folder on another disk") from None

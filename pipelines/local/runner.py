@@ -1,7 +1,7 @@
-"""Runs a pipeline with kfp.local: the process that `esvit run` and `esvit retrain` start.
+"""Run a pipeline with kfp.local: the process that `esvit run` and `esvit retrain` start.
 
-It is the head of a session of its own. A Ctrl-C in the terminal reaches only the command line, which passes it on
-once; this process goes on relaying the steps' lines until the last of them has saved its state and ended.
+The process leads a session of its own. A Ctrl-C in the terminal reaches only the command line, which forwards it once;
+this process keeps relaying the steps' output until the last step has saved its state and ended.
 
     python -m esvit_pipelines.local.runner request.json
 """
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What to run.
+    """A pipeline run to execute.
 
     Args:
-        data: the images.
-        config: file with the resolved configuration; of a retraining, with the one that was asked for.
-        run_uri: where the run lies in the object store.
-        work: folder for this attempt only; gets ``outcome.json``.
-        log: file that gets every line.
-        owner: of a retraining; None: the run is none.
+        data: source of the images.
+        config: file with the resolved configuration; for a retraining, with the requested one.
+        run_uri: address of the run in the object store.
+        work: folder for this attempt only, to which ``outcome.json`` is written.
+        log: file to which every line is written.
+        owner: owner of the retraining's lease; None: the run is not a retraining.
     """
 
     data: str
@@ -52,12 +52,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended.
+    """How an attempt ended.
 
     Args:
         finished: every step succeeded.
         step: the step that failed, or None.
-        error: last line of its traceback, if it left one.
+        error: last line of its traceback; empty: there is none.
     """
 
     finished: bool
@@ -66,7 +66,7 @@ class Outcome:
 
     @classmethod
     def read(cls, work: Path) -> Outcome:
-        """Of the attempt in ``work``; an attempt that left none did not finish."""
+        """Read the outcome of the attempt in ``work``; an attempt without one did not finish."""
         try:
             return cls(**json.loads((work / "outcome.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -80,18 +80,18 @@ class Outcome:
 
 def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave_to_the_steps)
-    _stop_with_the_command_line()
+        signal.signal(number, _ignore_signal)
+    _stop_when_parent_ends()
     request = Request(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     work = Path(request.work)
-    _interpreter_for_steps(work / "bin")
-    outcome = run_pipeline(request)
+    _wrap_interpreter(work / "bin")
+    outcome = run_steps(request)
     outcome.write(work)
     return 0 if outcome.finished else 1
 
 
-def run_pipeline(request: Request) -> Outcome:
-    """Run every step of the pipeline, one after the other, and say how it ended."""
+def run_steps(request: Request) -> Outcome:
+    """Run all steps of the pipeline, one after the other."""
     import logging
 
     from kfp import local
@@ -100,12 +100,12 @@ def run_pipeline(request: Request) -> Outcome:
     from esvit_pipelines.local.step_console import KfpRecords, StepConsole
     from esvit_pipelines.steps import step_names
 
-    # The runner takes an image whose name lacks "python" for one without Python; ours has it.
+    # kfp warns about images whose name lacks "python"; ours contains Python nevertheless.
     warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)
     config = Config.from_yaml(Path(request.config).read_text(encoding="utf-8"))
     pipeline, arguments = _define(request, config)
     screen = sys.stdout
-    # Without a buffer: what could not be written to a full disk is not tried again when the file is closed.
+    # Unbuffered: a write that failed on a full disk is not repeated when the file is closed.
     with io.TextIOWrapper(Path(request.log).open("ab", buffering=0), encoding="utf-8", write_through=True) as log:
         console = StepConsole(step_names(pipeline), screen, log)
         records = KfpRecords(console)
@@ -118,7 +118,7 @@ def run_pipeline(request: Request) -> Outcome:
         sys.stdout = console
         try:
             pipeline(data=request.data, **arguments)
-        except RuntimeError as error:  # how kfp.local tells that a step failed
+        except RuntimeError as error:  # kfp.local raises it when a step failed
             console.record(str(error))
             return Outcome(False, console.step, console.last_error)
         finally:
@@ -128,7 +128,7 @@ def run_pipeline(request: Request) -> Outcome:
 
 
 def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
-    """The pipeline, and what it is given besides the images; the defaults of its parameters say the configuration."""
+    """Return the pipeline and its arguments besides the images; its parameters' defaults hold the configuration."""
     if request.owner is not None:
         from esvit_pipelines.retrain.pipeline import build_retrain_pipeline
 
@@ -138,12 +138,12 @@ def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
     return build_pretrain_pipeline(config), {"run_uri": request.run_uri}
 
 
-def _interpreter_for_steps(folder: Path) -> None:
-    """Let kfp.local start the steps with this Python, wherever it and the images lie.
+def _wrap_interpreter(folder: Path) -> None:
+    """Make kfp.local start the steps with this Python, whatever the paths of Python and of the images.
 
-    The runner writes ``sys.executable`` over every ``python3`` in a step's command, without quotes, and that includes
-    the arguments: a path with a space, or images below a folder with "python3" in its name, would break. With an
-    interpreter of that very name on the search path the replacement changes nothing.
+    kfp.local replaces every ``python3`` in a step's command with ``sys.executable``, unquoted and also in arguments. A
+    path with a space, or an image folder with "python3" in its name, would break. With a wrapper called ``python3`` on
+    the search path, the replacement changes nothing.
     """
     folder.mkdir(parents=True)
     wrapper = folder / "python3"
@@ -153,27 +153,27 @@ def _interpreter_for_steps(folder: Path) -> None:
     sys.executable = "python3"
 
 
-def _stop_with_the_command_line() -> None:
-    """End the steps when the command line is gone: it holds the other end of this process's standard input."""
-    mine = os.dup(0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # the steps read nothing
-    os.close(nothing)
+def _stop_when_parent_ends() -> None:
+    """End the steps when the command line ends, which holds the other end of this process's standard input."""
+    pipe = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)  # for the steps, which read no input
+    os.close(null)
 
     def watch() -> None:
-        while os.read(mine, 4096):
+        while os.read(pipe, 4096):
             pass
         os.killpg(os.getpgid(0), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="command line").start()
 
 
-def _leave_to_the_steps(number: int, frame: FrameType | None) -> None:
-    """The steps get the same signal; this process ends after them."""
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
+    """Ignore the signal: the steps get it too, and this process ends after them."""
 
 
 def environment(base: Mapping[str, str], work: Path, error_file: Path) -> dict[str, str]:
-    """What the runner and the steps see: ``base``, and where to write."""
+    """Return the environment of the runner and the steps: ``base`` and the paths to write to."""
     from esvit_core.errors import ERROR_FILE_VARIABLE
 
     temporary = work / "tmp"
@@ -182,8 +182,8 @@ def environment(base: Mapping[str, str], work: Path, error_file: Path) -> dict[s
         **base,
         ERROR_FILE_VARIABLE: str(error_file),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # a file of the user's that is called torch.py is not PyTorch
-        "TMPDIR": str(temporary),  # kfp.local leaves a folder a step there
+        "PYTHONSAFEPATH": "1",  # a user's file called torch.py must not be imported instead of PyTorch
+        "TMPDIR": str(temporary),  # kfp.local leaves a folder per step there
     }
 
 

@@ -1,6 +1,6 @@
-"""What a person sees of a pipeline that runs: step headers, the steps' own lines, and none of the machinery's.
+"""Console output of a local pipeline run: step headers and the steps' own lines, without those of KFP.
 
-Everything goes to the log; the screen gets what was written for people.
+All lines go to the log; the screen shows only those that are meant for the user.
 """
 
 from __future__ import annotations
@@ -13,59 +13,59 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-_INDENT = "    "  # kfp.local puts it before every line of a step
-_BEGIN = re.compile(r"Executing task \D*?'(?P<task>[^']+)'")
-_COLOUR = re.compile(r"\x1b\[\d+m")
+_INDENT = "    "  # kfp.local indents every line of a step
+_START = re.compile(r"Executing task \D*?'(?P<task>[^']+)'")
+_COLOR = re.compile(r"\x1b\[\d+m")
 _WARNING = re.compile(r"^\S+:\d+: \w*Warning: ")
 _CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 _LIBRARY_LOG = re.compile(r"^\[?[IWEF]\d{4} \d\d:\d\d:\d\d|^\[W\d|^\[rank\d+\]:")
 
 
 class StepConsole(io.TextIOBase):
-    """Takes the place of standard output while kfp.local runs.
+    """Replacement for standard output while kfp.local runs.
 
     Args:
-        names: of the steps, in the order in which they run.
-        screen: gets the lines for people.
-        log: gets every line, with the time.
+        names: names of the steps, in the order in which they run.
+        screen: stream for the lines that the user sees.
+        log: stream for all lines, with timestamps.
     """
 
     def __init__(self, names: Sequence[str], screen: TextIO, log: TextIO) -> None:
         self.names, self.screen, self.log = list(names), screen, log
         self.step: str | None = None
         self.last_error = ""
-        self._begun = 0
+        self._started = 0
         self._partial = ""
         self._lines = LineFilter()
 
     def write(self, text: str) -> int:
         *lines, self._partial = (self._partial + text).split("\n")
         for line in lines:
-            self._take(line)
+            self._handle(line)
         return len(text)
 
     def flush(self) -> None:
         self.log.flush()
 
-    def begin(self, task: str) -> None:
-        """A step starts: print its header."""
-        self.step = self.names[self._begun] if self._begun < len(self.names) else task
-        self._begun += 1
+    def start_step(self, task: str) -> None:
+        """Print the header of a step that starts."""
+        self.step = self.names[self._started] if self._started < len(self.names) else task
+        self._started += 1
         self._lines = LineFilter()
-        self._show(f"[{self._begun}/{max(len(self.names), self._begun)}] {self.step}")
-        self.record(f"step {self._begun}: {self.step}")
+        self._show(f"[{self._started}/{max(len(self.names), self._started)}] {self.step}")
+        self.record(f"step {self._started}: {self.step}")
 
     def record(self, text: str) -> None:
-        """Write to the log only."""
+        """Write lines to the log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        # On a disk that is full the step fails by itself, and says so in a line.
+        # On a full disk the step itself fails, and reports it in one line.
         with contextlib.suppress(OSError):
-            self.log.writelines(f"{stamp}  {line}\n" for line in _COLOUR.sub("", text).splitlines())
+            self.log.writelines(f"{stamp}  {line}\n" for line in _COLOR.sub("", text).splitlines())
             self.log.flush()
 
-    def _take(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         line = line.removeprefix(_INDENT).rstrip()
-        if not line or set(line) == {"-"}:  # kfp's separators
+        if not line or set(line) == {"-"}:  # separators of KFP
             return
         self.record(line)
         if self._lines.shows(line):
@@ -73,17 +73,17 @@ class StepConsole(io.TextIOBase):
         self.last_error = self._lines.last_error or self.last_error
 
     def _show(self, line: str) -> None:
-        # Whoever reads the screen may have left (`esvit run | head`): the run goes on, and the log has all of it.
+        # The reader of the output may have exited (`esvit run | head`): the run continues, and the log is complete.
         with contextlib.suppress(OSError):
             self.screen.write(line + "\n")
             self.screen.flush()
 
 
 class LineFilter:
-    """Tells the lines of a step that were written for people from those that were not.
+    """Selects the lines of a step that are meant for the user.
 
-    Not shown are KFP's own lines, warnings of libraries, tracebacks (the last line of one is kept in
-    ``last_error``), and lines that start with ``error:``, which the command line repeats as its last word.
+    It hides KFP's own lines, warnings of libraries, tracebacks (the last line of one is kept in ``last_error``), and
+    lines that start with ``error:``, which the command line prints at the end.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class LineFilter:
         self._skip: str | None = None
 
     def shows(self, line: str) -> bool:
-        """Whether the next line of the step is for people."""
+        """Return whether to show the next line of the step."""
         if line.startswith("Traceback (most recent call last)"):
             self._skip = "traceback"
             return False
@@ -106,7 +106,7 @@ class LineFilter:
             return False
         if self._skip == "warning":
             self._skip = None
-            if line.startswith(" "):  # the source line that a warning quotes
+            if line.startswith(" "):  # the source line quoted by a warning
                 return False
         if line.startswith("[KFP Executor "):
             self._skip = "executor input" if line.endswith("Got executor_input:") else None
@@ -118,7 +118,7 @@ class LineFilter:
 
 
 class KfpRecords(logging.Filter):
-    """Takes kfp.local's log records off the root logger: to the log, and a step's start to the console."""
+    """Redirects kfp.local's log records from the root logger to the log, and reports step starts to the console."""
 
     def __init__(self, console: StepConsole) -> None:
         super().__init__()
@@ -127,6 +127,6 @@ class KfpRecords(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         self._console.record(f"kfp: {message}")
-        if begin := _BEGIN.search(_COLOUR.sub("", message)):
-            self._console.begin(begin["task"])
+        if start := _START.search(_COLOR.sub("", message)):
+            self._console.start_step(start["task"])
         return False

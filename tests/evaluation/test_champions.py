@@ -13,8 +13,8 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.results import measured, result_uri
 from esvit_core.registry.champions import champions, roll_back
 from esvit_core.registry.promotion import promote
-from esvit_pipelines.cli.champion_commands import go_back, show_champions
-from esvit_pipelines.cli.status_commands import Place
+from esvit_pipelines.cli.champion_commands import roll_back_champion, show_champions
+from esvit_pipelines.cli.status_commands import RunLocation
 
 
 @pytest.fixture
@@ -114,11 +114,11 @@ def test_of_two_that_go_back_at_once_one_does(store, crowned):
 
 def test_the_commands_print_a_line_each(store_env, crowned, capsys):
     crowned("a", "b")
-    place = Place(Path("nowhere"), store_env.bucket)
-    go_back(place, "champion", None, "it sees ghosts")
+    location = RunLocation(Path("nowhere"), store_env.bucket)
+    roll_back_champion(location, "champion", None, "it sees ghosts")
     assert capsys.readouterr().out.startswith("champion is a again (knn/20 147.00 %); back from b, by ")
-    show_champions(place, "champion", as_json=False)
+    show_champions(location, "champion", as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:3] for line in lines] == ["now", "was", "was"] and "taken back" in lines[1] and "ghosts" in lines[1]
-    show_champions(place, "champion", as_json=True)
+    assert [line[:3] for line in lines] == ["cur", "for", "for"] and "rolled back" in lines[1] and "ghosts" in lines[1]
+    show_champions(location, "champion", as_json=True)
     assert [c["present"] for c in json.loads(capsys.readouterr().out)] == [True, False, False]

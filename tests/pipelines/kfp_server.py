@@ -54,25 +54,26 @@ class RefusalError(Exception):
 
 
 class KfpServer:
-    """The server.
+    """A fake KFP server.
 
     Attributes:
-        kept: by kind and id.
-        token: that is asked for; None: none is.
+        kept: created objects by kind and id.
+        token: required token; None: no token is required.
         multi_user: whether lists need a namespace.
-        kind: ``v2``; ``v1``, which has the old API only; ``login``, which shows a page to log in; ``other``.
-        states: that a run goes through, one each time that it is asked for; the last one stays.
-        workflows: the Argo workflows that a run goes through, likewise.
-        logs: of pods, by name.
-        lost: so many requests from now on end without an answer.
-        down: status of a proxy that has no server behind it; 0: there is one.
-        accounts: service accounts that may be asked for besides the default; None: all.
-        forgetful: the account of a schedule that is pinned to a version is lost, as in KFP 2.16.1.
-        closed: nobody may register pipelines.
-        gateway: the user interface answers, which passes on v1beta1 and v2beta1 only and reads logs itself.
-        requests: method and path of each.
-        queries: of each.
-        authorization: the header of each request.
+        kind: ``v2``; ``v1``, which has only the old API; ``login``, which sends a login page; ``other``.
+        states: states of a run, one per request; the last one is final.
+        workflows: Argo workflows of a run, one per request; the last one is final.
+        logs: logs of pods by pod name.
+        lost: number of following requests whose connection breaks.
+        down: status of a proxy without a backend; 0: the server answers.
+        accounts: permitted service accounts besides the default; None: all.
+        forgetful: the account of a schedule that refers to a version is lost, as in KFP 2.16.1.
+        closed: registering pipelines is not permitted.
+        unlisted: number of following lists of versions that are empty, as if a version was registered just afterwards.
+        gateway: only the user interface answers, which forwards v1beta1 and v2beta1 and reads logs itself.
+        requests: method and path of each request.
+        queries: query of each request.
+        authorization: authorization header of each request.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class KfpServer:
         self.reset()
 
     def reset(self) -> None:
-        """As it is at first: nothing is kept, nothing is asked for."""
+        """Restore the initial state."""
         self.kept: dict[str, dict[str, Any]] = {kind: {} for kind in TYPES}
         self.token: str | None = None
         self.multi_user = False
@@ -92,10 +93,10 @@ class KfpServer:
         self.states: list[str] = []
         self.workflows: list[dict[str, Any]] = []
         self.logs: dict[str, str] = {}
-        self.lost = self.down = 0
+        self.lost = self.down = self.unlisted = 0
         self.accounts: set[str] | None = None
         self.forgetful = self.closed = self.gateway = False
-        self.release = "unknown"  # as servers say that were built without their version
+        self.release = "unknown"  # servers that were built without a version report this
         self.queries: list[dict[str, str]] = []
         self.requests: list[str] = []
         self.authorization: list[str | None] = []
@@ -105,7 +106,7 @@ class KfpServer:
         self._http.server_close()
 
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes, header: str | None) -> Any:
-        """What the server says: a KFP type, or a dictionary."""
+        """Return the response: a KFP type, or a dictionary."""
         self.requests.append(f"{method} {path}")
         self.queries.append(query)
         self.authorization.append(header)
@@ -160,13 +161,16 @@ class KfpServer:
         if path == "/apis/v2beta1/pipelines/upload_version":
             return self._upload(query, body)
         if match := re.fullmatch(r"/apis/v2beta1/pipelines/([\w-]+)/versions", path):
+            if self.unlisted:
+                self.unlisted -= 1
+                return models.V2beta1ListPipelineVersionsResponse()
             return self._list("versions", {**query, "pipeline_id": match[1]})
         if path == "/apis/v2beta1/pipelines" and method == "POST" and self.closed:
             raise RefusalError(403, "User is not authorized to create pipelines")
         return None
 
     def _upload(self, query: dict[str, str], body: bytes) -> Any:
-        """A version of a pipeline, from a form with a file."""
+        """Create a version of a pipeline from a form with a file."""
         self._found("pipelines", query["pipelineid"])
         if self.closed:
             raise RefusalError(400, "Failed to create a pipeline version")
@@ -188,7 +192,7 @@ class KfpServer:
 
     @staticmethod
     def _next(moments: list[Any]) -> Any:
-        """The first of them, which then gives way; the last one stays."""
+        """Remove and return the first item; the last one is kept."""
         if not moments:
             return None
         return moments.pop(0) if len(moments) > 1 else moments[0]
@@ -228,7 +232,7 @@ class KfpServer:
         return made
 
     def _check(self, made: Any) -> None:
-        """What the real server checks before it takes a pipeline."""
+        """Check a pipeline as the real server does."""
         if made.experiment_id not in self.kept["experiments"]:
             raise RefusalError(404, f"Experiment {made.experiment_id} not found")
         spec = self._spec_of(made)
@@ -245,7 +249,7 @@ class KfpServer:
             raise RefusalError(400, f"parameter {missing[0]} is required")
 
     def _spec_of(self, made: Any) -> Any:
-        """The pipeline: sent along, of a version, or of the newest version."""
+        """Return the pipeline: an inline one, that of a version, or that of the newest version."""
         if made.pipeline_spec:
             return made.pipeline_spec["pipeline_spec"]
         reference = made.pipeline_version_reference

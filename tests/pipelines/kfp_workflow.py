@@ -25,7 +25,7 @@ class Task:
         name: key of the task.
         title: what the user interface shows.
         after: names of tasks that it waits for.
-        phase: of the node of the step; None: KFP's driver is at work; empty: it has not begun.
+        phase: of the node of the step; None: KFP's driver is at work; empty: it has not started.
         pods: phase and message of each attempt.
     """
 

@@ -36,7 +36,7 @@ def backbone(run_there: Run) -> str:
 
 
 @pytest.mark.parametrize("format", ["safetensors", "timm"])
-def test_what_is_printed_loads_the_export(
+def test_the_printed_lines_load_the_export(
     format: str, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "an export"
@@ -47,7 +47,7 @@ def test_what_is_printed_loads_the_export(
 
 
 @pytest.mark.parametrize("out", ["features.parquet", "features.npz"])
-def test_what_is_printed_reads_the_features(
+def test_the_printed_lines_read_the_features(
     out: str, backbone: str, finished_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     esvit("embed", "--model", backbone, "--data", finished_run.folder / "images", "--out", tmp_path / out, "--regions")
@@ -59,7 +59,7 @@ def test_what_is_printed_reads_the_features(
     np.testing.assert_allclose(regions.astype(np.float32).mean((1, 2)), view, atol=5e-3)
 
 
-def test_the_checkpoint_of_a_run_is_one_of_the_published_code(
+def test_the_exported_checkpoint_of_a_run_loads_in_the_published_code(
     run_there: Run, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     esvit("export", backbone, "--format", "published", "--out", tmp_path / "a.pth")
@@ -70,7 +70,7 @@ def test_the_checkpoint_of_a_run_is_one_of_the_published_code(
     assert a["epoch"] == 2 and all(name.startswith("module.") for name in a["student"])
 
 
-def test_a_file_of_the_published_code_is_taken_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weights_file_of_the_published_code_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = create_backbone(ModelConfig(arch="deit_tiny"))
     torch.save(
         {"teacher": {f"backbone.{name}": value for name, value in network.state_dict().items()}}, tmp_path / "a.pth"
@@ -80,7 +80,7 @@ def test_a_file_of_the_published_code_is_taken_as_it_is(tmp_path: Path, capsys: 
     assert torch.equal(load_backbone(tmp_path / "a").cls_token, network.cls_token)
 
 
-def test_the_store_of_a_run_is_found_by_its_folder(
+def test_runs_option_selects_the_store(
     run_there: Run, finished_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in VARIABLES:

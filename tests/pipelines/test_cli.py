@@ -54,14 +54,14 @@ def test_version(esvit: Any) -> None:
     assert esvit("--version").stdout == f"esvit {__version__}\n"
 
 
-def test_recipes_are_listed_with_what_they_are() -> None:
+def test_recipes_are_listed_with_a_description() -> None:
     lines = recipe_list().splitlines()
     assert [line.split()[0] for line in lines] == preset_names()
     assert all(len(line.split()) > 4 for line in lines)
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_recipe_that_was_shown_can_be_used(name: str, tmp_path: Path) -> None:
+def test_the_output_of_recipe_show_is_a_valid_recipe(name: str, tmp_path: Path) -> None:
     config = Config.load(name)
     path = tmp_path / "mine.yaml"
     path.write_text(recipe_text(config), encoding="utf-8")

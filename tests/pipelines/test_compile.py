@@ -47,32 +47,32 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     return text, pipeline, platform
 
 
-def test_the_cluster_and_the_machine_have_the_same_steps(compiled: Any) -> None:
+def test_the_local_and_the_compiled_pipeline_have_the_same_steps(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"].values()
     assert {task["taskInfo"]["name"] for task in tasks} == STEPS
     local = step_names(build_pretrain_pipeline(CONFIG))
     assert set(local) == STEPS and local[0] == "prepare data" and local[-2:] == ["report", "promote"]
 
 
-def test_all_data_are_prepared_before_the_long_step(compiled: Any) -> None:
+def test_all_data_are_prepared_before_pretraining(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
     assert {"prepare-data", "prepare-transfer"} <= set(tasks["pretrain"]["dependentTasks"])
 
 
-def test_the_report_waits_for_every_figure_and_the_promotion_for_the_report(compiled: Any) -> None:
+def test_the_report_depends_on_all_evaluations_and_the_promotion_on_the_report(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
     measured = {"knn", "linear-probe", "transfer", "visualize"}
     assert measured <= set(tasks["report"]["dependentTasks"])
     assert "report" in tasks["promote"]["dependentTasks"]
 
 
-def test_measured_steps_do_not_wait_for_each_other_on_a_cluster(compiled: Any) -> None:
+def test_evaluation_steps_run_in_parallel_on_a_cluster(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
     for name in ("transfer", "visualize"):
         assert not {"knn", "linear-probe", "extract-features"} & set(tasks[name]["dependentTasks"])
 
 
-def test_kfp_caches_no_step_since_each_finds_its_own_outputs(compiled: Any) -> None:
+def test_caching_is_off_for_every_step(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
     assert not [name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")]
 
@@ -95,7 +95,7 @@ def test_parameters_have_types_descriptions_and_defaults(compiled: Any) -> None:
     }
 
 
-def test_the_first_step_resolves_the_configuration_and_the_others_get_the_run_s_address_only(compiled: Any) -> None:
+def test_only_the_first_step_gets_the_configuration(compiled: Any) -> None:
     pipeline = compiled[1]
     tasks, components = pipeline["root"]["dag"]["tasks"], pipeline["components"]
     given = tasks["prepare-data"]["inputs"]["parameters"]
@@ -107,9 +107,7 @@ def test_the_first_step_resolves_the_configuration_and_the_others_get_the_run_s_
         assert inputs.keys() <= {"run_uri", "results"}
 
 
-def test_another_recipe_with_the_same_place_makes_the_same_pipeline_but_for_the_defaults(
-    compiled: Any, tmp_path: Path
-) -> None:
+def test_another_recipe_changes_only_the_parameter_defaults(compiled: Any, tmp_path: Path) -> None:
     other = Config.load("imagenet_swin_tiny_w7_view", ["training.epochs=3", "launch.profile_steps=5"])
     compile_pipeline("pretrain", other.model_copy(update={"cluster": CONFIG.cluster}), tmp_path / "other.yaml")
     pipeline, platform = yaml.safe_load_all((tmp_path / "other.yaml").read_text(encoding="utf-8"))
@@ -137,9 +135,7 @@ def test_every_step_gets_the_keys_from_the_named_secret(compiled: Any) -> None:
 
 
 @pytest.mark.parametrize("audience", [None, "https://kubernetes.default.svc"])
-def test_with_web_identity_every_step_has_the_store_s_config_map_and_no_secret(
-    audience: str | None, tmp_path: Path
-) -> None:
+def test_with_web_identity_every_step_uses_the_config_map_and_no_secret(audience: str | None, tmp_path: Path) -> None:
     """Where an audience is named the step shows the token of its account, else what the platform puts into the pod."""
     settings = ["cluster.image=registry.example/esvit:1", "cluster.identity=web-identity"]
     settings += [f"cluster.token_audience={audience}"] * (audience is not None)
@@ -172,7 +168,7 @@ def test_a_setting_without_effect_on_the_identity_is_refused(settings: list[str]
         Config.load("demo", settings)
 
 
-def test_no_key_of_the_environment_gets_into_it(tmp_path: Path) -> None:
+def test_no_key_of_the_environment_is_compiled_in(tmp_path: Path) -> None:
     keys = {"ESVIT_S3_ENDPOINT": "store.example:9000", "ESVIT_S3_ACCESS_KEY": "AKSEEN", "ESVIT_S3_SECRET_KEY": "SKSEEN"}
     path = tmp_path / "pipeline.yaml"
     done = subprocess.run(

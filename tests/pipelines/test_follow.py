@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cli_checks import Call, assert_error, only
 from kfp_server import KfpServer
 from kfp_workflow import Task, failure, handed_over, pod, workflow
-from told import Call, only, told
 
 WAITING = "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."
 RECEIVED = '[KFP Executor 2026-11-28 10:00:01,000 INFO]: Got executor_input:\n{\n    "inputs": {\n    }\n}\n'
@@ -49,7 +49,7 @@ def without_times(lines: list[str]) -> list[str]:
 # How a run goes
 
 
-def test_the_steps_are_shown_as_they_begin_wait_and_end(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_state_changes_of_steps_are_printed(server: KfpServer, call: Call, compiled: Path) -> None:
     server.states = ["PENDING", "RUNNING", "RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"]
     server.workflows = [
         {},
@@ -74,7 +74,7 @@ def test_the_steps_are_shown_as_they_begin_wait_and_end(server: KfpServer, call:
     assert lines[-2] == "succeeded" and lines[-1] == server.url + f"/#/runs/details/{only(server.kept['runs']).run_id}"
 
 
-def test_the_verdict_is_the_last_word(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_the_reason_of_the_promotion_is_printed_last(server: KfpServer, call: Call, compiled: Path) -> None:
     promote = Task("promote", "promote", (), "Succeeded", [("Succeeded", "")])
     server.states, server.workflows = ["SUCCEEDED"], [workflow([promote])]
     server.logs[pod("promote")] = handed_over({}, {"promoted": True, "reason": "36.3 beats 34.9 by 1.4"})
@@ -82,7 +82,7 @@ def test_the_verdict_is_the_last_word(server: KfpServer, call: Call, compiled: P
     assert (code, lines[-2]) == (0, "succeeded: 36.3 beats 34.9 by 1.4")
 
 
-def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_cached_and_retried_steps_are_printed(server: KfpServer, call: Call, compiled: Path) -> None:
     cached = Task("prepare-data", "prepare data", (), "Succeeded")
     lost = ("Failed", "pod deleted")
     server.states = ["RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"]
@@ -96,19 +96,19 @@ def test_a_step_that_was_cached_and_one_that_begins_again(server: KfpServer, cal
     assert without_times(lines[2:-2]) == [
         "prepare data  cached",
         "k-NN          running",
-        "k-NN          attempt 1 ended: pod deleted",
-        "k-NN          running again, attempt 2; the one before ended: pod deleted",
+        "k-NN          attempt 1 failed: pod deleted",
+        "k-NN          running, attempt 2; the previous one failed: pod deleted",
         "k-NN          succeeded after 1:07",
     ]
 
 
-def test_a_failed_run_ends_with_the_last_lines_of_its_step(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_a_failed_run_prints_the_last_lines_of_its_step(server: KfpServer, call: Call, compiled: Path) -> None:
     server.states = ["FAILED"]
     server.workflows = moments(measured("Failed", ("Failed", "Error (exit code 1)")))
     server.logs[pod("knn")] = failure("error: k-NN: --data s3://b/p: no images; name a prefix that has some", 2)
     code, lines, _ = submitted(call, compiled)
     assert code == 1
-    start = lines.index("the last lines of k-NN:")
+    start = lines.index("last lines of k-NN:")
     assert [line.strip() for line in lines[start + 1 : start + 4]] == [
         "step begins",
         "error: k-NN: --data s3://b/p: no images; name a prefix that has some",
@@ -118,22 +118,22 @@ def test_a_failed_run_ends_with_the_last_lines_of_its_step(server: KfpServer, ca
     assert f"runs logs {only(server.kept['runs']).run_id} knn" in lines[-2]
 
 
-def test_the_step_s_own_exit_code_is_the_reason_where_it_says_nothing(
+def test_without_an_error_line_the_reason_is_the_exit_code_of_the_step(
     server: KfpServer, call: Call, compiled: Path
 ) -> None:
     failed_with(server, "main: Error (exit code 1)", RECEIVED + failure("the store does not answer", 75))
     _, lines, _ = submitted(call, compiled)
     assert lines[-3] == "failed: step k-NN: exit code 75"
-    start = lines.index("the last lines of k-NN:")
+    start = lines.index("last lines of k-NN:")
     assert [line.strip() for line in lines[start + 1 : start + 3]] == ["step begins", "the store does not answer"]
 
 
-def test_a_step_whose_pod_is_gone_is_named_all_the_same(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_a_failed_step_without_a_log_is_named(server: KfpServer, call: Call, compiled: Path) -> None:
     server.states = ["FAILED"]
     server.workflows = moments(measured("Failed", ("Error", "pod deleted")))
     code, lines, _ = submitted(call, compiled)
     assert code == 1
-    assert lines[-3:-1] == ["the log of k-NN is gone with its pod", "failed: step k-NN: pod deleted"]
+    assert lines[-3:-1] == ["the log of k-NN was deleted with its pod", "failed: step k-NN: pod deleted"]
 
 
 def test_a_run_without_a_workflow_is_followed_by_its_state(server: KfpServer, call: Call, compiled: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_run_without_a_workflow_is_followed_by_its_state(server: KfpServer, ca
 # A connection that is lost
 
 
-def test_a_lost_connection_does_not_end_it(
+def test_following_survives_a_lost_connection(
     server: KfpServer, call: Call, compiled: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def later(seconds: float) -> None:
@@ -161,16 +161,16 @@ def test_a_lost_connection_does_not_end_it(
     server.workflows = moments(measured("Running", ("Running", "")), measured("Succeeded", ("Succeeded", "")))
     code, lines, error = submitted(call, compiled)
     assert (code, error) == (0, "")
-    lost = [line for line in lines if "lost the server" in line]
-    assert len(lost) == 1 and "the run goes on without it" in lost[0]
-    assert len([line for line in lines if "the server answers again" in line]) == 1
+    lost = [line for line in lines if "no response from the server" in line]
+    assert len(lost) == 1 and "the run is not affected" in lost[0]
+    assert len([line for line in lines if "the server responds again" in line]) == 1
     assert [pause for pause in at_once if pause != 5.0] == [1.0, 2.0, 4.0, 8.0]
 
 
-def test_a_proxy_without_a_server_is_waited_for_but_not_for_ever(
+def test_retries_during_an_outage_are_limited(
     server: KfpServer, call: Call, compiled: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esvit_pipelines.cluster.follow.PATIENCE_SECONDS", 3600)
+    monkeypatch.setattr("esvit_pipelines.cluster.follow.OUTAGE_SECONDS", 3600)
     server.states = ["RUNNING"]
     call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
     run = only(server.kept["runs"])
@@ -185,12 +185,12 @@ def test_a_proxy_without_a_server_is_waited_for_but_not_for_ever(
     assert sum(at_once) >= 3600 and max(at_once) == 30.0
 
 
-def test_a_refusal_is_not_waited_out(server: KfpServer, call: Call, at_once: list[float]) -> None:
-    told(call("runs", "show", "00000000-0000-0000-0000-000000000000", "--wait"), "there is no such thing (404")
+def test_a_refused_request_is_not_retried(server: KfpServer, call: Call, at_once: list[float]) -> None:
+    assert_error(call("runs", "show", "00000000-0000-0000-0000-000000000000", "--wait"), "it does not exist (404")
     assert at_once == []
 
 
-def test_the_token_is_read_anew(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
+def test_the_token_is_read_for_every_request(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
     """Those that Kubernetes puts into a pod are replaced within the hour."""
     from esvit_pipelines.cluster.client import Server, connected
 
@@ -200,11 +200,11 @@ def test_the_token_is_read_anew(server: KfpServer, call: Call, compiled: Path, t
     with connected(Server(server.url, token_file=token)) as connection:
         server.token = "second"
         token.write_text("second")
-        connection.ask("GET", "/apis/v2beta1/healthz")
+        connection.request("GET", "/apis/v2beta1/healthz")
     assert server.authorization[-1] == "Bearer second"
 
 
-def test_ctrl_c_leaves_the_run_and_says_how_to_come_back(
+def test_ctrl_c_leaves_the_run_alone_and_prints_how_to_follow_it_again(
     server: KfpServer, call: Call, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(seconds: float) -> None:
@@ -236,7 +236,7 @@ def failed_with(server: KfpServer, message: str, log: str | None) -> None:
         ("OOMKilled (exit code 137)", failure("Killed", 137)),
     ],
 )
-def test_what_the_cluster_broke_is_submitted_again(
+def test_a_run_that_failed_because_of_the_cluster_is_resubmitted(
     server: KfpServer, call: Call, compiled: Path, message: str, log: str | None
 ) -> None:
     failed_with(server, message, log)
@@ -245,10 +245,10 @@ def test_what_the_cluster_broke_is_submitted_again(
     assert code == 1
     assert [run.display_name for run in runs] == ["mine", "mine (attempt 2)", "mine (attempt 3)"]
     assert len({json.dumps(run.runtime_config.parameters) for run in runs}) == 1
-    assert len([line for line in lines if line.startswith("submitting it again, ")]) == 2
+    assert len([line for line in lines if line.startswith("resubmitting, ")]) == 2
 
 
-def test_it_is_submitted_again_when_the_server_is_back_and_with_the_token_of_then(
+def test_resubmission_waits_for_the_server_and_uses_the_current_token(
     server: KfpServer, call: Call, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = tmp_path / "token"
@@ -267,17 +267,17 @@ def test_it_is_submitted_again_when_the_server_is_back_and_with_the_token_of_the
     monkeypatch.setattr(follow, "print_end", lose)
     code, lines, error = submitted(call, compiled, "--resubmit", "1", "--token-file", str(token))
     assert (code, error) == (1, "") and len(server.kept["runs"]) == 2
-    assert len([line for line in lines if "the server answers again" in line]) == 1
+    assert len([line for line in lines if "the server responds again" in line]) == 1
 
 
-def test_a_mistake_in_the_input_is_not_submitted_again(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_a_run_with_invalid_input_is_not_resubmitted(server: KfpServer, call: Call, compiled: Path) -> None:
     failed_with(server, "Error (exit code 1)", failure("error: k-NN: no labels", 2))
     code, lines, _ = submitted(call, compiled, "--resubmit", "2")
     assert code == 1 and len(server.kept["runs"]) == 1
-    assert lines[-1] == "not submitted again: another attempt would end in the same way"
+    assert lines[-1] == "not resubmitted: another attempt would fail in the same way"
 
 
-def test_what_a_person_terminated_is_not_submitted_again(server: KfpServer, call: Call, compiled: Path) -> None:
+def test_a_terminated_run_is_not_resubmitted(server: KfpServer, call: Call, compiled: Path) -> None:
     server.states = ["FAILED"]
     stopped = measured("Failed", ("Failed", "workflow shutdown with strategy: Terminate"))
     server.workflows = [workflow([PREPARED, stopped], terminated=True)]
@@ -286,8 +286,8 @@ def test_what_a_person_terminated_is_not_submitted_again(server: KfpServer, call
     assert "the run was terminated" in lines
 
 
-def test_submitting_again_needs_somebody_who_waits(server: KfpServer, call: Call, compiled: Path) -> None:
-    told(call("submit", compiled, "--data", "s3://b/p", "--resubmit", "1"), "--resubmit", "--wait")
+def test_resubmit_requires_wait(server: KfpServer, call: Call, compiled: Path) -> None:
+    assert_error(call("submit", compiled, "--data", "s3://b/p", "--resubmit", "1"), "--resubmit", "--wait")
     assert server.requests == []
 
 
@@ -305,15 +305,21 @@ def run(server: KfpServer, call: Call, compiled: Path) -> Any:
     return found
 
 
-def test_a_run_is_shown_with_its_steps(server: KfpServer, call: Call, run: Any) -> None:
+def test_runs_show_prints_the_steps(server: KfpServer, call: Call, run: Any) -> None:
     code, out, error = call("runs", "show", "mine")
     assert (code, error) == (0, "")
     lines = out.splitlines()
-    assert lines[0].startswith("mine: running, ") and lines[1].split() == ["step", "state", "began", "took", "tries"]
+    assert lines[0].startswith("mine: running, ") and lines[1].split() == [
+        "step",
+        "state",
+        "started",
+        "duration",
+        "attempts",
+    ]
     assert lines[2].startswith("prepare data  succeeded") and lines[2].rstrip().endswith("images 800")
     assert lines[3].startswith("k-NN          running")
     shown = json.loads(call("runs", "show", run.run_id[:8], "--json")[1])
-    assert [(step["name"], step["state"], step["figures"]) for step in shown["steps"]] == [
+    assert [(step["name"], step["state"], step["metrics"]) for step in shown["steps"]] == [
         ("prepare-data", "succeeded", {"images": 800.0}),
         ("knn", "running", {}),
     ]
@@ -324,21 +330,21 @@ def test_a_run_is_found_by_its_link(server: KfpServer, call: Call, run: Any) -> 
     assert call("runs", "show", f"{server.url}/#/runs/details/{run.run_id}")[1].startswith("mine: running")
 
 
-def test_a_run_that_is_not_there_or_not_the_only_one(server: KfpServer, call: Call, run: Any, compiled: Path) -> None:
-    told(call("runs", "show", "yours"), "run yours: there is none", "`esvit runs` lists", "`esvit status`")
+def test_a_missing_or_ambiguous_run_is_an_error(server: KfpServer, call: Call, run: Any, compiled: Path) -> None:
+    assert_error(call("runs", "show", "yours"), "run yours: it does not exist", "`esvit runs` lists", "`esvit status`")
     call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
-    told(call("runs", "show", "mine"), "there are 2 of that name", run.run_id)
+    assert_error(call("runs", "show", "mine"), "2 runs match", run.run_id)
 
 
 def test_the_log_of_a_step(server: KfpServer, call: Call, run: Any) -> None:
     assert call("runs", "logs", "mine") == (0, "measuring\n", "")
     assert call("runs", "logs", "mine", "prepare data")[1].startswith("preparing\n")
-    told(call("runs", "logs", "mine", "knm"), "step knm", "did you mean 'knn'")
+    assert_error(call("runs", "logs", "mine", "knm"), "step knm", "did you mean 'knn'")
     del server.logs[pod("knn")]
-    told(call("runs", "logs", "mine"), "step k-NN (running) has no log", "--ui", "KUBECONFIG")
+    assert_error(call("runs", "logs", "mine"), "step k-NN (running) has no log", "--ui", "KUBECONFIG")
 
 
-def test_behind_the_gateway_the_user_interface_has_the_log(server: KfpServer, call: Call, run: Any) -> None:
+def test_behind_the_gateway_the_log_is_read_from_the_user_interface(server: KfpServer, call: Call, run: Any) -> None:
     server.gateway = True
     assert call("runs", "logs", "mine") == (0, "measuring\n", "")
     asked = server.queries[-1]
@@ -356,26 +362,26 @@ def test_a_log_is_followed_until_the_step_ends(
     monkeypatch.setattr("time.sleep", more)
     code, out, error = call("runs", "logs", "mine", "--follow")
     assert (code, out) == (0, "measuring\nmeasured\nmeasured\n")
-    assert "lost the server" in error and "the server answers again" in error
+    assert "no response from the server" in error and "the server responds again" in error
 
 
-def test_a_run_is_terminated_once(server: KfpServer, call: Call, run: Any) -> None:
+def test_only_an_active_run_can_be_terminated(server: KfpServer, call: Call, run: Any) -> None:
     code, out, _ = call("runs", "terminate", "mine")
     assert code == 0 and run.state == "CANCELING"
-    assert out.startswith("terminating mine; ") and f"runs show {run.run_id} --wait" in out
+    assert out.startswith("terminating mine; to follow it:\n") and f"runs show {run.run_id} --wait" in out
     run.state = "FAILED"
-    told(call("runs", "terminate", "mine"), "run mine: it has ended (failed)")
+    assert_error(call("runs", "terminate", "mine"), "run mine: it has already ended (failed)")
 
 
-def test_a_failed_run_is_tried_again_and_followed(server: KfpServer, call: Call, run: Any) -> None:
-    told(call("runs", "retry", "mine"), "run mine: it is running", "only a run that failed")
+def test_only_a_failed_run_can_be_retried(server: KfpServer, call: Call, run: Any) -> None:
+    assert_error(call("runs", "retry", "mine"), "run mine: it is running", "only a failed or canceled run")
     run.state = "FAILED"
     server.workflows = moments(measured("Running", ("Running", "")), measured("Succeeded", ("Succeeded", "")))
     server.states = ["FAILED", "RUNNING", "SUCCEEDED"]
     code, out, _ = call("runs", "retry", "mine", "--wait")
-    assert code == 0 and out.startswith("trying mine again\n") and "succeeded" in out
+    assert code == 0 and out.startswith("retrying mine\n") and "succeeded" in out
     assert f"POST /apis/v2beta1/runs/{run.run_id}:retry" in server.requests
 
 
-def test_an_option_before_the_command_is_not_lost_in_silence(server: KfpServer, call: Call) -> None:
-    told(call("runs", "--host", server.url, "show", "mine"), "--host", "give it after the command")
+def test_an_option_before_the_command_is_an_error(server: KfpServer, call: Call) -> None:
+    assert_error(call("runs", "--host", server.url, "show", "mine"), "--host", "put it after the command")

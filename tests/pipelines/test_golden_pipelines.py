@@ -55,11 +55,11 @@ def executors(name: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return {key: (containers[key]["container"], pods[key]) for key in containers}
 
 
-def test_every_pipeline_can_be_compiled_and_is_here() -> None:
+def test_every_pipeline_has_a_golden_file() -> None:
     assert set(PIPELINES) == FOLDERS == {path.stem for path in GOLDEN.glob("*.yaml")} - {"recipe"}
 
 
-def test_it_is_current(name: str) -> None:
+def test_the_golden_file_is_current(name: str) -> None:
     told = "\n".join(changes(golden(name), pipeline_text(name, Config.load(RECIPE)))[:40])
     assert not told, f"what is compiled now differs from {name}.yaml; if that is meant: make golden\n{told}"
 
@@ -70,7 +70,7 @@ def test_kfp_reads_both_documents(name: str) -> None:
         json_format.ParseDict(pod, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
 
 
-def test_a_person_is_told_what_every_parameter_means(name: str) -> None:
+def test_every_parameter_is_described(name: str) -> None:
     pipeline = next(yaml.safe_load_all(golden(name)))
     parameters = pipeline["root"]["inputDefinitions"]["parameters"]
     assert all(len(p["description"]) > 40 for p in parameters.values())
@@ -78,7 +78,7 @@ def test_a_person_is_told_what_every_parameter_means(name: str) -> None:
     assert pipeline["pipelineInfo"]["displayName"] and pipeline["pipelineInfo"]["description"]
 
 
-def test_every_step_is_tried_again_and_has_bounds_and_room_to_write(name: str) -> None:
+def test_every_step_has_retries_limits_and_writable_volumes(name: str) -> None:
     pipeline = next(yaml.safe_load_all(golden(name)))
     components = pipeline["components"]
     dags = [pipeline["root"]["dag"], *(component["dag"] for component in components.values() if "dag" in component)]
@@ -111,7 +111,7 @@ def test_training_gets_its_node_and_its_shared_memory() -> None:
     assert "accelerator" not in executors("pretrain")["exec-knn"][0]["resources"], "it would not use it"
 
 
-def test_prometheus_finds_the_step_that_trains_and_no_other(name: str) -> None:
+def test_only_the_training_step_is_scraped_by_prometheus(name: str) -> None:
     for key, (container, pod) in executors(name).items():
         environment = {item["name"]: item["value"] for item in container.get("env", [])}
         trains = key == "exec-pretrain"
@@ -123,7 +123,7 @@ def test_prometheus_finds_the_step_that_trains_and_no_other(name: str) -> None:
     assert METRICS_LABEL not in pod["podMetadata"]["labels"]
 
 
-def test_where_nothing_is_new_only_the_look_at_it_runs() -> None:
+def test_without_new_images_only_the_first_step_runs() -> None:
     pipeline = next(yaml.safe_load_all(golden("retrain")))
     look, rest = sorted(pipeline["root"]["dag"]["tasks"].items(), key=lambda item: "triggerPolicy" in item[1])
     assert look[0] == "find-new-data" and "triggerPolicy" not in look[1]
@@ -136,7 +136,7 @@ def test_where_nothing_is_new_only_the_look_at_it_runs() -> None:
     assert look[1]["inputs"]["parameters"]["owner"]["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
 
 
-def test_the_champion_is_compared_before_the_report_and_the_report_is_there_before_it_changes() -> None:
+def test_the_order_is_compare_report_promote() -> None:
     names = step_names(components.load_component_from_text(golden("retrain")))
     assert names[0] == "find new data"
     assert names[-3:] == ["compare with the champion", "report", "promote"]
@@ -159,7 +159,7 @@ def test_a_change_shows_in_the_diff() -> None:
     assert [line.replace("200", "100")[1:] for line in longer] == [longer[0][1:]] * 2  # the default of the recipe
 
 
-def test_no_credential_is_in_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pipeline_contains_no_credentials(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {
         "ESVIT_S3_ENDPOINT": "store.example:9000",
         "ESVIT_S3_ACCESS_KEY": "AKSEEN",
@@ -187,12 +187,12 @@ def test_a_pod_without_accelerators_limits_or_user_is_left_to_the_cluster() -> N
     assert not {"accelerator", "resourceCpuLimit"} & resources.keys()
 
 
-def test_an_unknown_pipeline_names_the_nearest() -> None:
+def test_an_unknown_pipeline_suggests_the_nearest_name() -> None:
     with pytest.raises(UserError, match="pipeline pretain: there is none, did you mean 'pretrain'"):
         build("pretain", Config())
 
 
-def test_the_step_that_starts_a_job_is_small_and_stays_off_the_nodes_of_the_training() -> None:
+def test_the_step_that_starts_a_job_is_small_and_avoids_the_training_nodes() -> None:
     settings = ["launch.scheduler=volcano", "cluster.train.image=registry.example/esvit/trainer:cuda"]
     pipeline, platform = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, settings)))
     container = pipeline["deploymentSpec"]["executors"]["exec-pretrain"]["container"]

@@ -103,29 +103,29 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, micro_recipe: Path, im
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_ctrl_c_stops_the_run_and_says_how_it_goes_on(interrupted: Interrupted) -> None:
+def test_ctrl_c_stops_the_run_and_prints_how_to_resume(interrupted: Interrupted) -> None:
     assert interrupted.code == 130, interrupted.first
     assert "Traceback" not in interrupted.first
     lines = interrupted.first.rstrip().splitlines()
-    assert lines[-2] == "interrupted; the same command goes on from here:"
+    assert lines[-2] == "interrupted; rerun the command to resume:"
     assert shlex.split(lines[-1])[-len(interrupted.arguments) :] == interrupted.arguments
 
 
-def test_it_leaves_nothing_running(interrupted: Interrupted) -> None:
+def test_an_interrupted_run_leaves_no_process(interrupted: Interrupted) -> None:
     assert interrupted.left == []
     assert left_over(interrupted.folder) == []
 
 
-def test_the_same_command_goes_on_from_the_checkpoint(interrupted: Interrupted) -> None:
+def test_the_same_command_resumes_from_the_checkpoint(interrupted: Interrupted) -> None:
     assert interrupted.again.returncode == 0, interrupted.again.stdout + interrupted.again.stderr
-    assert "started before" in interrupted.again.stdout
+    assert "resumed: finished steps are reused" in interrupted.again.stdout
     resumed = re.search(r"resuming from step (\d+) of", interrupted.again.stdout)
     assert resumed and int(resumed[1]) > 0, interrupted.again.stdout
 
 
-def test_what_needs_labels_is_left_out_and_that_is_said(interrupted: Interrupted) -> None:
+def test_evaluations_that_need_labels_are_skipped_with_a_reason(interrupted: Interrupted) -> None:
     said = interrupted.again.stdout
-    assert said.count("left out: ") >= 2 and "not measured" in said and "promoted  no" in said
+    assert said.count("skipped: ") >= 2 and "not measured" in said and "promoted  no" in said
     (here,) = interrupted.folder.glob("out/my-own-one-*")
     assert (here / "backbone" / "model.safetensors").is_file()
     assert "label" in (here / "report.html").read_text(encoding="utf-8")

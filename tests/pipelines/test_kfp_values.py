@@ -41,7 +41,7 @@ def run(store_env: Any) -> Run:
     return made
 
 
-def test_the_rules_are_those_of_the_launcher() -> None:
+def test_the_rules_match_those_of_the_launcher() -> None:
     def output(**metadata: Any) -> str:
         return json.dumps({"artifacts": {"a": {"artifacts": [{"name": "a", "uri": "s3://b/a", "metadata": metadata}]}}})
 
@@ -52,7 +52,7 @@ def test_the_rules_are_those_of_the_launcher() -> None:
     assert kfp_rules.refused(output(value=math.inf)) and kfp_rules.refused('{"unknown": 1}')
 
 
-def test_what_does_not_exist_is_left_out_of_the_metadata_and_other_types_are_errors(tmp_path: Path) -> None:
+def test_missing_values_are_omitted_from_metadata_and_other_types_are_errors(tmp_path: Path) -> None:
     from kfp import dsl
 
     artifact = dsl.Artifact(name="a", uri=str(tmp_path / "a"), metadata={})

@@ -58,7 +58,7 @@ MISTAKES = {
 }
 
 
-def told(done: subprocess.CompletedProcess[str], pattern: str) -> None:
+def assert_error(done: subprocess.CompletedProcess[str], pattern: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and re.search(pattern, line), line
@@ -66,29 +66,29 @@ def told(done: subprocess.CompletedProcess[str], pattern: str) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_it_is_told_in_one_line(name: str, folder: Path, esvit: Any) -> None:
+def test_the_error_is_one_line(name: str, folder: Path, esvit: Any) -> None:
     arguments, pattern = MISTAKES[name]
     out = [] if "--out" in arguments else ["--out", folder / "out"]
-    told(esvit("run", *arguments, *out, cwd=folder), pattern)
+    assert_error(esvit("run", *arguments, *out, cwd=folder), pattern)
     assert not (folder / "out").exists(), "it was noticed before anything was started"
 
 
-def test_images_that_cannot_be_read_end_the_step(folder: Path, tmp_path: Path, esvit: Any, micro_recipe: Path) -> None:
+def test_unreadable_images_end_the_step(folder: Path, tmp_path: Path, esvit: Any, micro_recipe: Path) -> None:
     done = esvit("run", "--data", "garbage", "--recipe", micro_recipe, "--out", tmp_path / "out", cwd=folder)
-    told(done, r"prepare data: .*garbage")
+    assert_error(done, r"prepare data: .*garbage")
     assert "[1/10] prepare data" in done.stdout and "pretrain" not in done.stdout
     (here,) = (tmp_path / "out").glob("micro-*")
     status = " ".join(esvit("status", here.name, "--out", tmp_path / "out").stdout.split())
     assert "prepare data failed on" in status and "garbage" in status and f"the log is {here / 'run.log'}" in status
 
 
-def test_a_store_that_refuses_the_key(folder: Path, tmp_path: Path, esvit: Any) -> None:
+def test_a_rejected_store_key_is_an_error(folder: Path, tmp_path: Path, esvit: Any) -> None:
     server = EmbeddedStore(tmp_path / "server")
     server.start()
     try:
         keys = {**server.environment(), "ESVIT_S3_SECRET_KEY": "not-the-key"}
         done = esvit("run", "--data", "good", "--out", tmp_path / "out", cwd=folder, env=keys)
-        told(done, re.escape(keys["ESVIT_S3_ENDPOINT"].rpartition("//")[2]))
+        assert_error(done, re.escape(keys["ESVIT_S3_ENDPOINT"].rpartition("//")[2]))
         assert "not-the-key" not in done.stdout + done.stderr
     finally:
         server.stop()
@@ -110,24 +110,24 @@ def test_a_store_that_does_not_answer(folder: Path, tmp_path: Path, esvit: Any) 
     assert f"127.0.0.1:{port}" in line
 
 
-def test_a_port_that_is_taken(folder: Path, tmp_path: Path, esvit: Any) -> None:
+def test_a_port_in_use_is_an_error(folder: Path, tmp_path: Path, esvit: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         done = esvit("run", "--data", "good", "--out", tmp_path / "out", cwd=folder, env={"ESVIT_STORE_PORT": port})
-        told(done, port)
+        assert_error(done, port)
 
 
-def test_a_run_that_is_in_progress(tmp_path: Path) -> None:
+def test_a_run_in_progress_is_locked(tmp_path: Path) -> None:
     from esvit_core.errors import UserError
     from esvit_pipelines.local.attempt import in_progress
 
-    with in_progress(tmp_path), pytest.raises(UserError, match="another esvit run is working on it"):
+    with in_progress(tmp_path), pytest.raises(UserError, match="another esvit command is running it"):
         in_progress(tmp_path).__enter__()
 
 
-def test_a_bug_is_one_line_with_the_log(tmp_path: Path, folder: Path) -> None:
+def test_a_crash_is_one_line_that_names_the_log(tmp_path: Path, folder: Path) -> None:
     """A step that fails without a reason of the user's: exit code 1, and where the traceback is."""
     code = (
         "import sys; from pathlib import Path; from esvit_core.config import Config;"
@@ -148,7 +148,7 @@ def test_a_bug_is_one_line_with_the_log(tmp_path: Path, folder: Path) -> None:
         timeout=240,
     )
     assert done.stdout.splitlines()[-1] == (
-        f"prepare data failed: KeyError: 'a bug'; the log has the rest: {tmp_path / 'run.log'}"
+        f"prepare data failed: KeyError: 'a bug'; see the log: {tmp_path / 'run.log'}"
     ), done.stderr
     assert "Traceback" not in done.stdout
     assert "Traceback" in (tmp_path / "run.log").read_text()

@@ -127,37 +127,37 @@ def headers(output: str) -> list[str]:
     return re.findall(r"^\[\d+/\d+\] (.*)$", output, re.MULTILINE)
 
 
-def test_where_nothing_is_new_it_says_so_and_starts_no_step(retrained: Retrained, finished_run: Any) -> None:
+def test_without_new_images_no_step_starts(retrained: Retrained, finished_run: Any) -> None:
     assert retrained.before == f"nothing to do: images has 0 new files since {finished_run.name}\n"
     assert retrained.after == f"nothing to do: images has 0 new files since {retrained.run.name}\n"
 
 
-def test_of_two_at_once_the_second_says_who_has_it(retrained: Retrained) -> None:
+def test_a_concurrent_retraining_names_the_owner(retrained: Retrained) -> None:
     assert retrained.beside.returncode == 2
     assert retrained.beside.stderr == (
-        f"error: run {retrained.run.name}: another esvit run is working on it; wait for it, or stop it with Ctrl-C\n"
+        f"error: run {retrained.run.name}: another esvit command is running it; wait for that command, or stop it with Ctrl-C\n"
     )
     assert re.match(rf"retrain: \S+:{retrained.folder}/out is at {retrained.run.uri} since ", retrained.refused)
 
 
-def test_killed_and_given_again_it_finds_the_finished_steps(retrained: Retrained) -> None:
+def test_a_killed_retraining_reuses_finished_steps(retrained: Retrained) -> None:
     assert retrained.again.startswith("going on: images has 6 new files since ")
     found = retrained.again.partition("extract features")[0]
     assert found.count("already done") == 2 and "already done: found data/manifest.json" in found
     assert headers(retrained.again) == [
         *("find new data", "prepare new data", "prepare transfer sets", "pretrain", "extract features"),
-        *("k-NN", "linear probe", "transfer", "images", "compare with the champion", "report", "promote"),
+        *("k-NN", "linear probe", "transfer", "visualize", "compare with the champion", "report", "promote"),
     ]
     assert headers(retrained.killed) == headers(retrained.again)[:5]
 
 
-def test_only_what_is_new_was_prepared(retrained: Retrained) -> None:
+def test_only_new_images_are_prepared(retrained: Retrained) -> None:
     assert re.search(r"prepare  6/6 images", retrained.killed)
     manifest = Manifest.read(retrained.run.store, retrained.run.at("data"))
     assert manifest.samples == 54 and manifest.base == f"{retrained.champion['run']}/data"
 
 
-def test_it_went_on_from_the_champion(retrained: Retrained) -> None:
+def test_training_starts_from_the_champion(retrained: Retrained) -> None:
     config, asked = retrained.run.config, Config.load(retrained.folder / "micro.yaml")
     assert (config.init.source or "").startswith(f"{retrained.champion['run']}/training/checkpoints/")
     assert config.optimizer.lr == pytest.approx(asked.optimizer.lr / 10) and config.training.epochs == 1

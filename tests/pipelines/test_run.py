@@ -34,13 +34,13 @@ def test_every_step_has_its_header_in_order(finished_run: Any, run_there: Run) -
         "k-NN",
         "linear probe",
         "transfer",
-        "images",
+        "visualize",
         "report",
         "promote",
     ]
 
 
-def test_the_screen_has_progress_and_no_machinery(finished_run: Any) -> None:
+def test_the_screen_shows_progress_and_no_lines_of_kfp(finished_run: Any) -> None:
     assert re.search(r"^  .*images/s|^  .*/s", finished_run.output, re.MULTILINE)
     for noise in ("KFP Executor", "executor_input", "Traceback", "Warning", "Streamed logs", "finished with status"):
         assert noise not in finished_run.output
@@ -48,7 +48,7 @@ def test_the_screen_has_progress_and_no_machinery(finished_run: Any) -> None:
     assert "KFP Executor" in log and "step 3: pretrain" in log and "\x1b" not in log
 
 
-def test_it_ends_with_the_table_and_where_things_are(finished_run: Any, run_there: Run) -> None:
+def test_the_output_ends_with_the_results_and_paths(finished_run: Any, run_there: Run) -> None:
     last = finished_run.output.partition("promote")[2]
     assert "untrained" in last and "5-NN" in last and "%" in last
     assert f"out/{finished_run.name}/report.html" in last
@@ -58,7 +58,7 @@ def test_it_ends_with_the_table_and_where_things_are(finished_run: Any, run_ther
     assert report.lower().startswith("<!doctype html>") and finished_run.name in report
 
 
-def test_the_three_lines_at_the_end_work(finished_run: Any, tmp_path: Path) -> None:
+def test_the_printed_lines_load_the_backbone(finished_run: Any, tmp_path: Path) -> None:
     lines = [line.strip() for line in finished_run.output.partition("Use it:")[2].strip().splitlines()[:3]]
     assert lines[0].startswith("import") and len(lines) == 3
     code = "\n".join([*lines, "print(tuple(features.shape))"])
@@ -66,7 +66,7 @@ def test_the_three_lines_at_the_end_work(finished_run: Any, tmp_path: Path) -> N
     assert done.stdout.strip() == "(1, 32)", done.stderr
 
 
-def test_the_store_holds_what_the_layout_says_and_nothing_else(finished_run: Any, run_there: Run) -> None:
+def test_the_store_contains_exactly_the_documented_layout(finished_run: Any, run_there: Run) -> None:
     keys = [item.uri.removeprefix("s3://esvit/") for item in run_there.store.list("s3://esvit")]
     places = {key.removeprefix(f"runs/{finished_run.name}/").partition("/")[0] for key in keys}
     assert places <= {
@@ -79,7 +79,7 @@ def test_the_store_holds_what_the_layout_says_and_nothing_else(finished_run: Any
         "untrained",
         "features",
         "evaluation",
-        "images",
+        "visualization",
         "report",
         "promotion.json",
         "pointers",
@@ -88,7 +88,7 @@ def test_the_store_holds_what_the_layout_says_and_nothing_else(finished_run: Any
     assert not [key for key in keys if "tmp" in key or key.endswith(".part")]
 
 
-def test_it_left_nothing_running_and_nothing_lying_about(finished_run: Any) -> None:
+def test_a_run_leaves_no_process_and_no_temporary_files(finished_run: Any) -> None:
     ours = [p for p in psutil.process_iter(["cmdline"]) if finished_run.name in " ".join(p.info["cmdline"] or [])]
     assert not ours
     assert sorted(p.name for p in finished_run.here.iterdir()) == [
@@ -102,7 +102,7 @@ def test_it_left_nothing_running_and_nothing_lying_about(finished_run: Any) -> N
     assert sorted(p.name for p in finished_run.out.iterdir()) == [finished_run.name, "store"]
 
 
-def test_what_it_leaves_is_no_image_of_the_folder_that_it_lies_in(finished_run: Any) -> None:
+def test_the_output_folder_is_ignored_as_a_source(finished_run: Any) -> None:
     with open_source(str(finished_run.folder)) as opened:
         names = {entry.name for entry in opened.entries}
     assert "marks.zip" in names and not [name for name in names if name.startswith("out/")]
@@ -130,13 +130,13 @@ def test_no_key_was_on_a_command_line(finished_run: Any) -> None:
     assert not [line for line in finished_run.commands if any(key in line for key in keys_of(finished_run))]
 
 
-def test_the_same_command_again_finds_everything(finished_run: Any, finished_store: EmbeddedStore, esvit: Any) -> None:
+def test_the_same_command_reuses_all_steps(finished_run: Any, finished_store: EmbeddedStore, esvit: Any) -> None:
     start = time.monotonic()
     # Now the store is named, as if it were another machine's.
     again = esvit(*finished_run.arguments, cwd=finished_run.folder, env=finished_store.environment())
     assert again.returncode == 0, again.stderr
     assert time.monotonic() - start < finished_run.seconds / 2
-    assert "started before" in again.stdout
+    assert "resumed: finished steps are reused" in again.stdout
     assert headers(again.stdout) == headers(finished_run.output)
     assert again.stdout.count("already done") >= 8
     assert again.stdout.splitlines()[-4:] == finished_run.output.splitlines()[-4:]
@@ -158,7 +158,7 @@ def test_an_archive_of_another_name_with_the_same_setting_is_another_run(run_the
 
 
 @pytest.mark.parametrize("command", [["store", "ls"], ["store", "status"]])
-def test_the_store_can_be_looked_at(finished_run: Any, finished_store: EmbeddedStore, esvit: Any, command: Any) -> None:
+def test_the_store_can_be_listed(finished_run: Any, finished_store: EmbeddedStore, esvit: Any, command: Any) -> None:
     done = esvit(*command, "--out", finished_run.out)
     assert done.returncode == 0, done.stderr
     expected = f"s3://esvit/runs/{finished_run.name}/backbone/model.safetensors" if "ls" in command else "running at"

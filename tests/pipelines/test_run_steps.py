@@ -17,19 +17,19 @@ from kfp_workflow import BEGAN, RUN, Task, pod, workflow
 
 from esvit_pipelines.cluster.client import Server, connected
 from esvit_pipelines.cluster.run_steps import read_workflow, workflow_of
-from esvit_pipelines.cluster.step_log import parse_log, users_mistake
+from esvit_pipelines.cluster.step_log import is_user_error, parse_log
 
 DONE = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", "")])
 LATER = Task("knn", "k-NN", ("prepare-data",))
 BETWEEN = Task("extract", "extract features", ("prepare-data",), "Running", [("Running", "")])
 
 
-def test_steps_come_in_the_order_in_which_they_begin_and_then_of_their_dependencies() -> None:
+def test_steps_are_ordered_by_start_and_then_by_dependency() -> None:
     found = read_workflow(workflow([Task("a-last", "last", ("knn",)), LATER, DONE]))
     assert [(step.title, step.state) for step in found.steps] == [
         ("prepare data", "succeeded"),
-        ("k-NN", "not begun"),
-        ("last", "not begun"),
+        ("k-NN", "not started"),
+        ("last", "not started"),
     ]
     assert found.steps[0].pod == pod("prepare-data") and found.steps[0].seconds == 67.0
     assert found.namespace == "kubeflow" and not found.terminated
@@ -43,12 +43,12 @@ def test_the_steps_are_the_same_with_and_without_attempts_of_every_node() -> Non
         ("extract", "running", 1),
         ("cached", "cached", 0),
         ("begins", "preparing", 0),
-        ("knn", "not begun", 0),
+        ("knn", "not started", 0),
     ]
     assert [step.state for step in with_attempts.steps] == [step.state for step in without.steps]
 
 
-def test_a_run_whose_steps_could_not_begin_has_a_reason() -> None:
+def test_a_run_without_started_steps_has_a_reason() -> None:
     manifest = workflow([DONE], message="No more retries left")
     driver = next(n for n in manifest["status"]["nodes"].values() if n["name"].endswith(".root-driver(0)"))
     driver.update(phase="Error", message='error looking up service account: serviceaccount "nobody" not found')
@@ -56,7 +56,7 @@ def test_a_run_whose_steps_could_not_begin_has_a_reason() -> None:
     assert found.failed() is None and found.message.endswith('serviceaccount "nobody" not found')
 
 
-def test_a_workflow_whose_nodes_are_packed_is_the_same() -> None:
+def test_compressed_nodes_are_read() -> None:
     plain = workflow([DONE, BETWEEN])
     packed = json.loads(json.dumps(plain))
     nodes = gzip.compress(json.dumps(packed["status"].pop("nodes")).encode())
@@ -93,16 +93,16 @@ def test_without_a_workflow_the_list_of_tasks_is_used(server: KfpServer) -> None
     assert [(step.name, step.state, step.pod) for step in found.steps] == [("knn", "running", None)]
 
 
-def test_the_exit_code_of_the_step_counts_not_that_of_the_launcher() -> None:
+def test_the_exit_code_is_that_of_the_step() -> None:
     log = parse_log(
         "E1128 10:01:05.1 18 launcher_v2.go:449] Component failed to execute successfully: exit status 75\n"
     )
     assert log is not None and log.exit_code == 75
-    assert not users_mistake(log, "Error (exit code 2)")
-    assert users_mistake(None, "Error (exit code 2)") and not users_mistake(None, "pod deleted")
+    assert not is_user_error(log, "Error (exit code 2)")
+    assert is_user_error(None, "Error (exit code 2)") and not is_user_error(None, "pod deleted")
 
 
-def test_figures_are_those_of_the_last_output_and_broken_ones_are_none() -> None:
+def test_an_invalid_executor_output_has_no_metrics() -> None:
     log = parse_log("x\nI1128 10:01:05.1 18 launcher_v2.go:1230] ExecutorOutput: {broken\n")
-    assert log is not None and log.figures == {} and log.outputs == {}
+    assert log is not None and log.metrics == {} and log.outputs == {}
     assert parse_log('{"error_message":"pods \\"a\\" not found","error_details":""}') is None

@@ -53,7 +53,7 @@ step 2"""
     assert lines.last_error == "ValueError: out of cheese"
 
 
-def test_the_line_of_a_users_mistake_is_left_to_the_command_line() -> None:
+def test_error_lines_are_left_to_the_command_line() -> None:
     assert shown("error: prepare data: /x: no images\nnote") == ["note"]
 
 
@@ -78,7 +78,7 @@ class Closed(io.StringIO):
         raise BrokenPipeError
 
 
-def test_a_screen_that_is_gone_does_not_stop_the_run() -> None:
+def test_a_closed_screen_does_not_stop_the_run() -> None:
     log = io.StringIO()
     console = StepConsole(["k-NN"], Closed(), log)
     console.begin("knn")

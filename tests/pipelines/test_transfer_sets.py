@@ -12,7 +12,7 @@ from esvit_core.config import Config
 from esvit_core.runs.run import CONFIG, Run
 
 
-def test_an_interrupted_step_goes_on_with_the_sets_that_are_missing(
+def test_a_repeated_step_prepares_only_the_missing_sets(
     store_env: Any, images: Any, tmp_path: Path, components: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = [{"name": name, "source": str(tmp_path / name)} for name in ("first", "second")]
@@ -31,7 +31,9 @@ def test_an_interrupted_step_goes_on_with_the_sets_that_are_missing(
     assert before and [item.etag for item in store_env.list(run.at("transfer/first"))] == before
 
 
-def test_without_sets_it_says_so(store_env: Any, components: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_transfer_sets_is_reported(
+    store_env: Any, components: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(store_env.uri("runs/a"), store_env, Config())
     store_env.put_bytes(run.at(CONFIG), Config().to_yaml().encode())
     components.directly(prepare_transfer, run_uri=run.uri)

@@ -14,26 +14,27 @@ def find_new_data(
     settings: str = "",
     transfer: str = "",
     cluster: str = "",
-) -> NamedTuple("Outputs", [("run_uri", str), ("nothing", bool), ("told", str)]):
-    """Compare the images of a source with what earlier retrainings have taken, and begin or go on with a retraining.
+) -> NamedTuple("Outputs", [("run_uri", str), ("nothing", bool), ("message", str)]):
+    """Compare the images of a source with those of earlier retrainings, and start or resume a retraining.
 
-    With fewer new images than retrain.min_new_images there is nothing to do: the run is then the last one, which is
-    finished, and every later step finds its work done. Of two at once one goes on; the other ends and says who has it.
+    With fewer new images than retrain.min_new_images there is nothing to do: the run is then the previous one, which is
+    finished, and every later step finds its outputs. Of two concurrent retrainings, one continues; the other one fails
+    with a message that names the owner of the lease.
 
     Args:
-        source: Folder, tar, zip, or s3://bucket/prefix; with one folder a class where there are labels.
+        source: Folder, tar, zip, or s3://bucket/prefix; labelled images lie in one folder per class.
         recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
             {training: {epochs: 50}}.
-        owner: Who asks, such as the id of KFP's run; the same owner may begin again.
-        settings: Changes of the recipe, with commas between, such as retrain.min_new_images=500, seed=1.
-        transfer: Labelled sets to measure on, with commas between, such as digits=s3://my-bucket/digits.
-        cluster: Sections cluster and launch with which the pipeline was compiled, YAML; empty means none.
+        owner: Owner of the lease, such as the id of the KFP run; the same owner can resume the retraining.
+        settings: Overrides of the recipe, separated by commas, such as retrain.min_new_images=500, seed=1.
+        transfer: Labelled sets to evaluate on, separated by commas, such as digits=s3://my-bucket/digits.
+        cluster: Sections cluster and launch that the pipeline was compiled with, as YAML; empty means none.
 
     Returns:
-        found: The counts of new, changed and gone files, and whether there is nothing to do.
-        run_uri: The run to carry out.
+        found: Numbers of new, changed and removed files, and whether there is nothing to do.
+        run_uri: Address of the retraining's run.
         nothing: Whether there is nothing to do.
-        told: What was found, in a sentence.
+        message: The result in one sentence.
     """
     from esvit_core.errors import step
 
@@ -49,8 +50,8 @@ def find_new_data(
         store = ObjectStore.from_env()
         config = resolve(recipe, settings, transfer, cluster, store.get_bytes)
         require_possible(config)
-        seen = find_new(config, source, owner, store)
-        point_to(found, seen.run, **dataclasses.asdict(seen))
-        print(seen.told, flush=True)
+        result = find_new(config, source, owner, store)
+        point_to(found, result.run, **dataclasses.asdict(result))
+        print(result.told, flush=True)
 
-    return (seen.run, seen.nothing, seen.told)
+    return (result.run, result.nothing, result.told)

@@ -15,23 +15,23 @@ def prepare_data(
     run_uri: str = "",
     cluster: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
-    """Start the run and turn a folder, an archive or an S3 prefix of images into shards in the object store.
+    """Create the run, and convert a folder, an archive or an S3 prefix of images to shards in the object store.
 
-    Writes the run's config.yaml, data/manifest.json, data/shards/ and the list of bad files. Repeated with the same
-    source it finds the shards and returns.
+    Writes the run's config.yaml, data/manifest.json, data/shards/ and the list of bad files. A repeated step with the
+    same source finds the shards and returns.
 
     Args:
-        source: Folder, tar, zip, or s3://bucket/prefix; with one folder a class where there are labels.
+        source: Folder, tar, zip, or s3://bucket/prefix; labelled images lie in one folder per class.
         recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
-            {training: {epochs: 50}}; empty means that the run exists.
-        settings: Changes of the recipe, with commas between, such as training.epochs=50, seed=1.
-        transfer: Labelled sets to measure on, with commas between, such as digits=s3://my-bucket/digits.
-        run_uri: Address of the run, s3://bucket/runs/name; empty means that configuration and data determine it.
-        cluster: Sections cluster and launch with which the pipeline was compiled, YAML; empty means none.
+            {training: {epochs: 50}}; empty means that the run at run_uri exists.
+        settings: Overrides of the recipe, separated by commas, such as training.epochs=50, seed=1.
+        transfer: Labelled sets to evaluate on, separated by commas, such as digits=s3://my-bucket/digits.
+        run_uri: Address of the run, s3://bucket/runs/name; empty means derived from configuration and data.
+        cluster: Sections cluster and launch that the pipeline was compiled with, as YAML; empty means none.
 
     Returns:
-        dataset: The shards; its metadata has the counts and the fingerprint.
-        run_uri: Where the run lies.
+        dataset: The shards; the metadata holds the counts and the fingerprint.
+        run_uri: Address of the run.
     """
     from esvit_core.errors import step
 

@@ -5,17 +5,17 @@ from esvit_components.image import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def prepare_new_data(run_uri: str, found: dsl.Input[dsl.Artifact], dataset: dsl.Output[dsl.Dataset]):
-    """Read, check and store the images that are new, and take over the others from earlier data by reference.
+    """Read, check and store the new images, and reuse the shards of earlier data by reference.
 
-    The held-out images of earlier data stay held out; of the new ones the share that data.val_fraction says is held
-    out, by their names. Writes data/ of the run. Repeated it finds the shards and returns.
+    Images that were held out stay held out; of the new ones, the share data.val_fraction is held out, selected by name.
+    Writes data/ of the run. A repeated step finds the shards and returns.
 
     Args:
-        run_uri: The run, s3://bucket/runs/name.
-        found: What is new.
+        run_uri: Address of the run, s3://bucket/runs/name.
+        found: The new images, from the step find new data.
 
     Returns:
-        dataset: The shards, old and new; its metadata has the counts and the fingerprint.
+        dataset: The old and new shards; the metadata holds the counts and the fingerprint.
     """
     from esvit_core.errors import step
 

@@ -5,16 +5,17 @@ from esvit_components.image import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def prepare_transfer(run_uri: str, sets: dsl.Output[dsl.Dataset]):
-    """Turn the labelled sets of the transfer protocol into shards in the object store, one after the other.
+    """Convert the labelled sets of the transfer protocol to shards in the object store, one after the other.
 
     The run's configuration names the sets (evaluation.transfer). Writes transfer/<set>/manifest.json and
-    transfer/<set>/shards/ of the run. A repeated step finds the sets that are complete and goes on with the others.
+    transfer/<set>/shards/ of the run. A repeated step skips complete sets. In a retraining, images that the previous run
+    has prepared with the same settings are reused by reference.
 
     Args:
-        run_uri: The run, s3://bucket/runs/name.
+        run_uri: Address of the run, s3://bucket/runs/name.
 
     Returns:
-        sets: The shards; its metadata has the counts and the fingerprint of each set.
+        sets: The shards; the metadata holds the counts and the fingerprint of each set.
     """
     from esvit_core.errors import step
 
@@ -25,14 +26,14 @@ def prepare_transfer(run_uri: str, sets: dsl.Output[dsl.Dataset]):
         from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
-        # The limit on the number of images is meant for those that the network is trained on.
+        # data.max_images limits the training images only.
         limits = run.config.data.model_copy(update={"max_images": None})
         prepared = {}
-        for wanted in run.config.evaluation.transfer:
-            print(f"{wanted.name}: {wanted.source}", flush=True)
-            base = earlier_set(run, wanted.name, limits)
-            manifest = prepare(wanted.source, run.store, run.at("transfer", wanted.name), limits, base=base)
-            prepared[wanted.name] = manifest.summary()
+        for transfer_set in run.config.evaluation.transfer:
+            print(f"{transfer_set.name}: {transfer_set.source}", flush=True)
+            base = earlier_set(run, transfer_set.name, limits)
+            manifest = prepare(transfer_set.source, run.store, run.at("transfer", transfer_set.name), limits, base=base)
+            prepared[transfer_set.name] = manifest.summary()
         if not prepared:
             print("nothing to do: the run has no transfer sets", flush=True)
         point_to(sets, run.at("transfer"), **prepared)

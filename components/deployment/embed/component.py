@@ -13,21 +13,21 @@ def embed(
     precision: str = "float32",
     max_bad_fraction: float = 0.05,
 ):
-    """Write the view features of images, and their regions' if wanted, as Parquet.
+    """Write the view features of images, and optionally their region features, to a Parquet file.
 
-    They are prepared and computed as in the measured steps. Images that cannot be read are listed beside the file.
-    Repeated with the same backbone, images and settings it finds the features and returns.
+    They are computed as in the evaluation steps. Unreadable images are listed beside the file. A repeated step with the
+    same backbone, images and settings finds the features and returns.
 
     Args:
-        backbone: The backbone, s3://bucket/prefix, or a pointer such as champion.
-        data: The images: s3://bucket/prefix, or a folder, tar or zip that the step can reach.
+        backbone: Backbone at s3://bucket/prefix, or a pointer such as champion.
+        data: Images: s3://bucket/prefix, or a folder, tar or zip that the step can read.
         destination: Folder for features.parquet, s3://bucket/prefix.
-        regions: Write the map of regions too, as float16.
+        regions: Write the region features too, as float16.
         precision: Arithmetic of the network: float32, bfloat16, or auto, which is bfloat16 where it is native.
-        max_bad_fraction: Share of unreadable images that is an error.
+        max_bad_fraction: The step fails if a larger share of the images is unreadable.
 
     Returns:
-        features: The file; the metadata counts the images and the bad ones.
+        features: The file; the metadata holds the numbers of images and of unreadable ones.
     """
     from esvit_core.errors import step
 

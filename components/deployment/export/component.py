@@ -11,20 +11,20 @@ def export(
     exported: dsl.Output[dsl.Model],
     regions: bool = False,
 ):
-    """Write a published backbone for other tools: stock timm, ONNX, torch.export.
+    """Export a published backbone to a format of another tool: timm, ONNX, or torch.export.
 
-    The export is read back by the tool it is for, and its features are compared with the network's on random
-    images. What differs by more than the format allows is not published. Repeated with the same backbone it finds
-    the export and returns.
+    The export is loaded with that tool, and its features are compared with the backbone's on random images. If they
+    differ by more than the format's tolerance, nothing is published. A repeated step with the same backbone finds the
+    export and returns.
 
     Args:
-        backbone: The backbone, s3://bucket/prefix, or a pointer such as champion.
+        backbone: Backbone at s3://bucket/prefix, or a pointer such as champion.
         format: One of safetensors, timm, onnx, torch-export.
         destination: Folder for the export, s3://bucket/prefix.
-        regions: Give the regions as a second output of onnx and torch-export.
+        regions: Add the region features as a second output of onnx and torch-export.
 
     Returns:
-        exported: The file or files; the metadata has the largest differences.
+        exported: The exported files; the metadata holds the largest differences.
     """
     from esvit_core.errors import step
 

@@ -12,21 +12,21 @@ def promote(
     report: dsl.Input[dsl.HTML],
     decision: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("promoted", bool), ("reason", str)]):
-    """Make the backbone the champion if it beats the present one on the chosen metric by the margin.
+    """Make the backbone the champion if its metric exceeds that of the current champion by the margin.
 
-    The champion is a pointer in the object store, changed by conditional put: of two runs at once one wins, and the
-    other compares itself with the winner. Writes promotion.json of the run, whichever way it went. Where the recipe says
-    registry.kind: kubeflow, the champion becomes a version in the Kubeflow Model Registry.
+    The champion is a pointer in the object store, which is changed by a conditional put: of two concurrent runs one wins,
+    and the other is compared with the winner. Writes promotion.json of the run with the decision. If the recipe sets
+    registry.kind to kubeflow, the champion is also registered as a version in the Kubeflow Model Registry.
 
     Args:
-        run_uri: The run, s3://bucket/runs/name.
-        model: The trained teacher.
-        report: The report, which a person can read before the backbone is used.
+        run_uri: Address of the run, s3://bucket/runs/name.
+        model: The backbone of the trained teacher.
+        report: The report of the run, which has to exist before the promotion.
 
     Returns:
-        decision: What was decided, and on which figures.
-        promoted: Whether the backbone is the champion now.
-        reason: Why, in a sentence.
+        decision: The decision, and the metric and value that it is based on.
+        promoted: Whether the backbone is now the champion.
+        reason: The reason in one sentence.
     """
     from esvit_core.errors import step
 
@@ -49,7 +49,7 @@ def promote(
             **{key: decided[key] for key in ("promoted", "reason", "metric", "value")},
         )
         print(decided["reason"], flush=True)
-        if decided["promoted"] and (told := announce(run)):
-            print(told, flush=True)
+        if decided["promoted"] and (message := announce(run)):
+            print(message, flush=True)
 
     return (decided["promoted"], decided["reason"])

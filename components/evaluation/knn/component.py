@@ -26,7 +26,7 @@ def knn(
     from esvit_core.errors import step
 
     with step("k-NN"):
-        from esvit_core.artifacts import figures, log_metrics
+        from esvit_core.artifacts import evaluation_metrics, log_metrics
         from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
@@ -36,6 +36,6 @@ def knn(
 
             evaluate_knn(run.uri, run.store, run.config)
 
-        log_metrics(metrics, figures(run.once("evaluation/knn.json", measure)))
+        log_metrics(metrics, evaluation_metrics(run.once("evaluation/knn.json", measure)))
 
     return (run.at("evaluation/knn.json"),)

@@ -28,7 +28,7 @@ def linear_probe(
     from esvit_core.errors import step
 
     with step("linear probe"):
-        from esvit_core.artifacts import figures, log_metrics, write_preview
+        from esvit_core.artifacts import evaluation_metrics, log_metrics, write_preview
         from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
@@ -39,7 +39,7 @@ def linear_probe(
             evaluate_linear(run.uri, run.store, run.config)
 
         result = run.once("evaluation/linear.json", measure)
-        log_metrics(metrics, figures(result))
+        log_metrics(metrics, evaluation_metrics(result))
         # KFP keeps a confusion matrix among an artifact's metadata, which has to stay small.
         if result.get("confusion") and len(result["classes"]) <= 100:
             confusion.log_confusion_matrix(result["classes"], result["confusion"])

@@ -30,7 +30,7 @@ def transfer(
     from esvit_core.errors import step
 
     with step("transfer"):
-        from esvit_core.artifacts import figures, log_metrics
+        from esvit_core.artifacts import evaluation_metrics, log_metrics
         from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
@@ -42,7 +42,7 @@ def transfer(
 
                 evaluate_transfer(run.uri, run.store, run.config, name)
 
-            log_metrics(metrics, figures(run.once(f"evaluation/transfer-{name}.json", measure)))
+            log_metrics(metrics, evaluation_metrics(run.once(f"evaluation/transfer-{name}.json", measure)))
         log_metrics(metrics, {})
         if not names:
             print("nothing to do: the run has no transfer sets", flush=True)

@@ -5,17 +5,17 @@ from esvit_components.image import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False)
 def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML], metrics: dsl.Output[dsl.Metrics]):
-    """Tell the run in one self-contained HTML file: data, recipe, curves, tables with their baseline, images.
+    """Write the report of a run to one self-contained HTML file: data, recipe, curves, tables with baselines, images.
 
-    Writes report/report.html of the run. What was left out is in it, with the reason.
+    Writes report/report.html of the run. The report lists skipped evaluations with the reason.
 
     Args:
-        run_uri: The run, s3://bucket/runs/name.
-        results: Addresses of the results, from the steps that measured; the report waits for them.
+        run_uri: Address of the run, s3://bucket/runs/name.
+        results: Addresses of the results of the evaluation steps, which the report waits for.
 
     Returns:
-        html: The report, shown by the Kubeflow UI.
-        metrics: Every figure of the run in one place, for the page Compare runs: a run is one column there.
+        html: The report, which the Kubeflow UI displays.
+        metrics: All metrics of the run in one artifact, so that the page Compare runs shows a run as one column.
     """
     from esvit_core.errors import step
 
@@ -27,15 +27,15 @@ def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML], metrics
         from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
-        place = run.at("report/report.html")
-        if run.store.exists(place):
+        address = run.at("report/report.html")
+        if run.store.exists(address):
             print("already done: found report/report.html", flush=True)
-            text = run.store.get_bytes(place).decode()
+            text = run.store.get_bytes(address).decode()
         else:
             from esvit_core.reporting.report import write_report
 
             text = write_report(run.uri, run.store, run.config)
-        # The UI shows what is in the artifact itself, so this one stays where KFP wants it.
+        # The UI displays the content of the artifact itself, so the file is written to KFP's path too.
         Path(html.path).write_text(text, encoding="utf-8")
-        describe(html, uri=place, results=len(results))
+        describe(html, uri=address, results=len(results))
         log_metrics(metrics, figures_of_run(run.uri, run.store))

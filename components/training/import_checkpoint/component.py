@@ -13,22 +13,21 @@ def import_checkpoint(
     arch: str = "",
     recipe: str = "",
 ) -> NamedTuple("Outputs", [("backbone", str), ("checkpoint", str)]):
-    """Bring a checkpoint of the published EsViT, or weights of timm, into the object store.
+    """Import a checkpoint of the published EsViT, or timm weights, into the object store.
 
-    Writes backbone/ and checkpoint/ below the given address: the one for `load_backbone`, the other for `init.source`
-    of a run that goes on with it. Nothing that may be hidden in the file is run. Repeated with the same file it finds
-    both and returns.
+    Writes backbone/ and checkpoint/ below the destination: backbone/ for `load_backbone`, checkpoint/ for `init.source` of
+    a run that starts from it. No code in the file is executed. A repeated step with the same file finds both and returns.
 
     Args:
         file: A .pth or .safetensors file at s3:// or on a volume of the step, or timm:<name>.
-        out: Where to, s3://bucket/prefix.
-        arch: Architecture; empty means found by the names and shapes of the weights.
-        recipe: Name of a recipe, s3:// address of a YAML file, or YAML; its section model comes before arch.
+        out: Destination, s3://bucket/prefix.
+        arch: Architecture; empty means inferred from the names and shapes of the weights.
+        recipe: Name of a recipe, s3:// address of a YAML file, or YAML; its section model takes precedence over arch.
 
     Returns:
-        model: The backbone; its metadata says what was taken.
-        backbone: Where the backbone lies.
-        checkpoint: Where the checkpoint lies.
+        model: The backbone; the metadata lists what was imported.
+        backbone: Address of the backbone.
+        checkpoint: Address of the checkpoint.
     """
     from esvit_core.errors import step
 
@@ -47,6 +46,6 @@ def import_checkpoint(
         imported = import_weights(file, out, store, config, checkpoint=True)
         for line in imported.told:
             print(line, flush=True)
-        point_to(model, imported.backbone, arch=imported.arch, told="; ".join(imported.told))
+        point_to(model, imported.backbone, arch=imported.arch, message="; ".join(imported.told))
 
     return (imported.backbone, imported.checkpoint)

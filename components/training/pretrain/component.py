@@ -12,16 +12,16 @@ def pretrain(
 ):
     """Pre-train a backbone without labels: EsViT's view and region tasks (ICLR 2022).
 
-    Launches one training process per GPU (or core) and waits for them. Checkpoints go to the object store; a step
-    that is repeated goes on from the newest valid one. Writes training/, untrained/ and backbone/ of the run.
+    Launches one training process per GPU (or core) and waits for them. Checkpoints are written to the object store; a
+    repeated step resumes from the newest valid one. Writes training/, untrained/ and backbone/ of the run.
 
     Args:
-        run_uri: The run, s3://bucket/runs/name.
+        run_uri: Address of the run, s3://bucket/runs/name.
         dataset: The shards of the images.
 
     Returns:
-        model: The trained teacher, as safetensors with a description.
-        metrics: Steps, images, seconds, loss.
+        model: The backbone of the trained teacher, as safetensors with a description.
+        metrics: Numbers of steps, images and seconds, and the loss.
     """
     from esvit_core.errors import step
 

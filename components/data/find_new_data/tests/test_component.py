@@ -15,7 +15,7 @@ from esvit_core.runs.run import Run
 
 @pytest.fixture
 def recipe(run_there: Run) -> Iterator[str]:
-    """Of retrainings of which the finished run was the last."""
+    """The recipe of retrainings whose last run is the finished one."""
     values = run_there.config.model_dump(mode="json", exclude_none=True)
     values["promotion"]["pointer"] = "component"
     config = Config.from_mapping(values)
@@ -24,16 +24,14 @@ def recipe(run_there: Run) -> Iterator[str]:
     run_there.store.remove(claim_uri(config))
 
 
-def test_of_the_last_run_s_own_images_nothing_is_new(run_there: Run, recipe: str, components: Any) -> None:
+def test_the_images_of_the_last_run_are_not_new(run_there: Run, recipe: str, components: Any) -> None:
     outputs = components.through_kfp(find_new_data, source="images", recipe=recipe, owner="test")
     assert (outputs["run_uri"], outputs["nothing"]) == (run_there.uri, True)
-    assert outputs["told"].startswith("nothing to do: images has 0 new files")
+    assert outputs["message"].startswith("nothing to do: images has 0 new files")
     assert outputs["found"]["metadata"]["images"] == 48
 
 
-def test_a_source_that_is_not_there_is_told_in_a_line(
-    recipe: str, components: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_source_is_one_error_line(recipe: str, components: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         components.directly(find_new_data, source="nowhere", recipe=recipe, owner="test")
     assert stop.value.code == 2 and "find new data: nowhere: does not exist" in capsys.readouterr().err

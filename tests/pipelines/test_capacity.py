@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_pipelines.cluster.capacity import misfits, size_lines
+from esvit_pipelines.cluster.capacity import capacity_problems, size_lines
 
 NODE = {"cpu": "3920m", "memory": "15Gi", "pods": "110"}
 SIZES = [f"cluster.{role}.{size}" for role in ("train", "evaluate") for size in ("cpu=500m", "memory=2Gi")]
@@ -55,43 +55,43 @@ def node(**labels: str) -> dict[str, Any]:
     return {"metadata": {"name": "n", "labels": labels}, "spec": {}, "status": {"allocatable": NODE}}
 
 
-def told(*settings: str) -> list[str]:
-    return misfits(Config.load("demo", [*SIZES, *settings]), "team")
+def problems(*settings: str) -> list[str]:
+    return capacity_problems(Config.load("demo", [*SIZES, *settings]), "team")
 
 
 def test_the_demo_fits_on_a_node_of_four_cores(answers: dict[str, list[dict[str, Any]]]) -> None:
-    assert told() == []
+    assert problems() == []
 
 
-def test_what_no_node_has_is_told(answers: dict[str, list[dict[str, Any]]]) -> None:
-    (line,) = told("cluster.train.cpu=8", "cluster.train.accelerators=1")
-    assert line.startswith("cluster.train asks for 8 cpu, 2.0 GiB of memory, 1 nvidia.com/gpu in one pod; the largest")
+def test_a_pod_that_fits_on_no_node_is_reported(answers: dict[str, list[dict[str, Any]]]) -> None:
+    (line,) = problems("cluster.train.cpu=8", "cluster.train.accelerators=1")
+    assert line.startswith("cluster.train: one pod requests 8 cpu, 2.0 GiB of memory, 1 nvidia.com/gpu; the largest")
     assert "3.92 cpu, 15.0 GiB of memory, 0 nvidia.com/gpu (cluster lab)" in line
-    (line,) = told("cluster.evaluate.node_selector={pool: gpu}")
+    (line,) = problems("cluster.evaluate.node_selector={pool: gpu}")
     assert line.startswith("cluster.evaluate: no node has the labels {'pool': 'gpu'}")
     answers["nodes"].append(node(pool="gpu"))
-    assert told("cluster.evaluate.node_selector={pool: gpu}") == []
+    assert problems("cluster.evaluate.node_selector={pool: gpu}") == []
 
 
-def test_what_a_limit_range_or_a_quota_does_not_admit_is_told(answers: dict[str, list[dict[str, Any]]]) -> None:
+def test_a_pod_over_a_limit_range_or_a_quota_is_reported(answers: dict[str, list[dict[str, Any]]]) -> None:
     limits = {"limits": [{"type": "Container", "max": {"memory": "3Gi", "cpu": "16"}}]}
     answers["limitranges"] = [{"metadata": {"name": "bounds"}, "spec": limits}]
     hard = {"requests.cpu": "2", "limits.memory": "64Gi", "requests.nvidia.com/gpu": "1", "pods": "5"}
     answers["resourcequotas"] = [{"metadata": {"name": "share"}, "spec": {"hard": hard}}]
-    lines = told("cluster.train.memory=4Gi", "cluster.train.accelerators=2")
+    lines = problems("cluster.train.memory=4Gi", "cluster.train.accelerators=2")
     assert any(
-        line.startswith("cluster.train: 4.0 GiB of memory for one pod; LimitRange team/bounds admits 3.0")
+        line.startswith("cluster.train: one pod needs 4.0 GiB of memory; LimitRange team/bounds allows 3.0")
         for line in lines
     )
-    assert any("2 nvidia.com/gpu for one pod; ResourceQuota team/share admits 1" in line for line in lines)
+    assert any("one pod needs 2 nvidia.com/gpu; ResourceQuota team/share allows 1" in line for line in lines)
 
 
-def test_who_may_not_ask_is_told_nothing(answers: dict[str, list[dict[str, Any]]]) -> None:
+def test_without_permissions_nothing_is_reported(answers: dict[str, list[dict[str, Any]]]) -> None:
     answers.clear()
-    assert told("cluster.train.cpu=99") == []
+    assert problems("cluster.train.cpu=99") == []
 
 
-def test_sizes_are_told_for_people() -> None:
+def test_the_sizes_of_all_pods_are_listed() -> None:
     lines = size_lines(Config.load("demo", [*SIZES, "cluster.train.accelerators=2", "launch.scheduler=volcano"]))
     assert lines[1] == "  train      cpu 500m to 16, memory 2Gi to 2Gi, 2 nvidia.com/gpu"
     assert lines[-1] == "  the step that starts the job cpu 100m to 1, memory 512Mi to 2Gi"

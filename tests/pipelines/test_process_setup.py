@@ -21,7 +21,7 @@ ESVIT = [sys.executable, "-m", "esvit_pipelines"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, images: Any, micro_recipe: Path) -> Path:
     """A folder of images, and the micro recipe with one epoch beside it."""
-    made = tmp_path_factory.mktemp("surroundings")
+    made = tmp_path_factory.mktemp("process-setup")
     images.folder(made / "images", ["a", "b"], 8)
     text = micro_recipe.read_text(encoding="utf-8").replace("epochs: 2, batch_size: 8", "epochs: 1, batch_size: 4")
     (made / "micro.yaml").write_text(text, encoding="utf-8")
@@ -53,7 +53,7 @@ def without_passwd_entry() -> list[str]:
     pytest.fail("no user namespace can be made here, and nothing else gives a user without an entry in /etc/passwd")
 
 
-def test_a_run_without_standard_streams_home_and_name_is_finished(folder: Path) -> None:
+def test_a_run_without_standard_streams_home_and_user_name_finishes(folder: Path) -> None:
     """`esvit run <&- >&-` in a container whose user has a number only."""
     bare = environment()
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
@@ -68,7 +68,7 @@ def test_a_run_without_standard_streams_home_and_name_is_finished(folder: Path) 
     assert left_over(folder) == []
 
 
-def test_a_run_whose_reader_has_left_is_finished_and_says_so_once(folder: Path) -> None:
+def test_a_run_whose_reader_has_exited_finishes_with_one_warning(folder: Path) -> None:
     """`esvit run | head -1`."""
     command = [*ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "unread"]
     process = subprocess.Popen(
@@ -80,13 +80,13 @@ def test_a_run_whose_reader_has_left_is_finished_and_says_so_once(folder: Path) 
     told = process.stderr.read()
     assert process.wait(1500) == 0, told
     assert told.splitlines() == [
-        "warning: standard output cannot be written to (nobody reads it any more); the work goes on without it"
+        "warning: standard output cannot be written to (its reader has exited); the run continues without it"
     ]
     assert list(folder.glob("unread/micro-*/report.html"))
     assert left_over(folder) == []
 
 
-def test_output_that_is_only_shown_ends_silently_with_its_reader() -> None:
+def test_printing_commands_end_silently_with_their_reader() -> None:
     """`esvit recipe show demo | head -1`."""
     process = subprocess.Popen(
         [*ESVIT, "recipe", "show", "demo"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -97,10 +97,10 @@ def test_output_that_is_only_shown_ends_silently_with_its_reader() -> None:
     process.wait(60)
 
 
-def test_a_closed_stream_takes_no_file_s_place(tmp_path: Path) -> None:
+def test_a_closed_stream_does_not_reuse_the_number_of_a_file(tmp_path: Path) -> None:
     script = """
 import os
-from esvit_pipelines.local.surroundings import open_closed_streams
+from esvit_pipelines.local.process_setup import open_closed_streams
 open_closed_streams()
 with open(os.environ["PLACE"], "w") as file:
     os.system("echo from a child process")
@@ -113,7 +113,7 @@ with open(os.environ["PLACE"], "w") as file:
     assert done.returncode == 0 and place.read_bytes() == b""
 
 
-def test_a_run_whose_folder_is_deleted_ends_in_one_line_and_leaves_no_process(folder: Path) -> None:
+def test_a_run_whose_folder_is_deleted_ends_with_one_line_and_no_process(folder: Path) -> None:
     command = [*ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "gone"]
     process = subprocess.Popen(
         [*command, "--set", "training.epochs=100000"],

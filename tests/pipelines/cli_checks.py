@@ -1,4 +1,4 @@
-"""What the tests of the commands about a cluster look at."""
+"""Assertions for the tests of the cluster commands."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def only(kept: dict[str, Any]) -> Any:
     return one
 
 
-def told(result: tuple[int, str, str], *parts: str, expected: int = 2) -> None:
-    """A mistake, or with 75 an outage: one line that has these parts, and the exit code."""
+def assert_error(result: tuple[int, str, str], *parts: str, expected: int = 2) -> None:
+    """Assert that a command failed with one error line that contains ``parts``: code 2 a mistake, 75 an outage."""
     code, out, error = result
     assert code == expected, (out, error)
     (line,) = error.splitlines()

@@ -1,4 +1,4 @@
-"""What a process may lack: standard streams that are open and read, a home, a name of its user."""
+"""Set up what a process may lack: open standard streams, a home folder, a user name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TextIO
 
 
 def open_closed_streams() -> None:
-    """Let standard streams that are closed (``>&-``) lead nowhere.
+    """Open ``/dev/null`` for standard streams that are closed (``>&-``).
 
-    Otherwise the next file that is opened gets the number of the closed one, and whatever child processes print ends
-    in it, such as in a connection with the object store.
+    Otherwise the next file that is opened gets the number of the closed stream, and the output of child processes ends
+    up in it, for example in a connection to the object store.
     """
     for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         try:
@@ -32,18 +32,18 @@ def open_closed_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
 
 
-def require_home() -> None:
-    """Give a user without a home one below the temporary folder, and one without a name the number as a name.
+def ensure_home() -> None:
+    """Set ``HOME`` to a temporary folder if the user has no home, and ``USER`` to the user id if it has no name.
 
-    The number of a container's user often has no entry in ``/etc/passwd``; libraries look for settings at home.
+    A container's user id often has no entry in ``/etc/passwd``, and libraries look for settings in the home folder.
 
     Raises:
-        UserError: the folder cannot be made, or is another user's.
+        UserError: the folder cannot be created, or belongs to another user.
     """
     try:
         Path.home()
     except RuntimeError:
-        from esvit_core.storage.private_folders import private_folder  # brings the client of the store
+        from esvit_core.storage.private_folders import private_folder  # imports the store client, which is slow
 
         os.environ["HOME"] = str(private_folder("home", "HOME"))
     try:
@@ -52,8 +52,8 @@ def require_home() -> None:
         os.environ["USER"] = str(os.geteuid())
 
 
-class _UnreadOutput(io.TextIOBase):
-    """Standard output whose end (``esvit run | head``) is told once and stops nothing."""
+class _UnfailingOutput(io.TextIOBase):
+    """Standard output that warns once when it cannot be written to (``esvit run | head``), and never raises."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -72,43 +72,43 @@ class _UnreadOutput(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        with self._never_failing():
+        with self._ignore_errors():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._never_failing():
+        with self._ignore_errors():
             self._stream.flush()
 
     @contextmanager
-    def _never_failing(self) -> Iterator[None]:
+    def _ignore_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            lead_nowhere(self._stream)
-            reason = "nobody reads it any more" if isinstance(error, BrokenPipeError) else error.strerror
+            redirect_to_null(self._stream)
+            reason = "its reader has exited" if isinstance(error, BrokenPipeError) else error.strerror
             with suppress(OSError):
                 print(
-                    f"warning: standard output cannot be written to ({reason}); the work goes on without it",
+                    f"warning: standard output cannot be written to ({reason}); the run continues without it",
                     file=sys.stderr,
                     flush=True,
                 )
 
 
-def lead_nowhere(stream: TextIO) -> None:
-    """Let a stream that cannot be written to lead nowhere, with what is in its buffer."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, stream.fileno())
-    os.close(nothing)
+def redirect_to_null(stream: TextIO) -> None:
+    """Redirect a stream that cannot be written to, and the contents of its buffer, to ``/dev/null``."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 @contextmanager
-def going_on_unread() -> Iterator[None]:
-    """Let work go on though its standard output cannot be written to any more."""
-    before = sys.stdout
-    sys.stdout = _UnreadOutput(before)
+def survive_closed_stdout() -> Iterator[None]:
+    """Continue the block even if standard output cannot be written to any more."""
+    previous = sys.stdout
+    sys.stdout = _UnfailingOutput(previous)
     try:
         yield
     finally:
         sys.stdout.flush()
-        sys.stdout = before
+        sys.stdout = previous
