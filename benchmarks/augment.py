@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, Config
-from esvit_core.data.ingest.decode import BadImage, to_stored
+from esvit_core.data.ingest.decode import BadImage, to_stored_image
 from esvit_core.data.ingest.layout import is_ignored
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
@@ -109,7 +109,7 @@ def read(source: str, count: int) -> list[bytes]:
                 break
             try:
                 if not is_ignored(entry.name):
-                    encoded.append(to_stored(opened.read(entry), 100, None).data)
+                    encoded.append(to_stored_image(opened.read(entry), 100, None).data)
             except BadImage:
                 continue
     return encoded

@@ -1,1 +1,1 @@
-"""Features of new images by a published backbone, streamed to a file: views, and regions where asked for."""
+"""Compute features of new images with a published backbone, streamed to a file: view features, optionally regions."""

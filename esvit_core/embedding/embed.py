@@ -1,4 +1,4 @@
-"""From images to a file of features, without holding more than a few batches in memory."""
+"""Compute the features of images and write them to a file, with only a few batches in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, ReadProblem, Source
-from esvit_core.data.ingest.decode import BadImage, listed, to_stored
-from esvit_core.data.ingest.layout import arrange, is_ignored
-from esvit_core.data.ingest.prefetch import ahead, reading_threads
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.decode import BadImage, describe_bad_files, to_stored_image
+from esvit_core.data.ingest.layout import detect_layout, is_ignored
+from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import EvalTransform
 from esvit_core.data.shards.reader import decode_image
@@ -34,16 +34,16 @@ from esvit_core.storage.atomic_write import atomic_write, require_absent
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """How features are computed and kept.
+    """How features are computed and stored.
 
     Args:
-        regions: write the map of regions beside the view feature.
-        dtype: of the regions; the view feature is float32.
-        precision: arithmetic of the network. ``float32``, as in the measured steps; ``auto``: bfloat16 where it is
-            native, which is faster and rounds to three digits.
-        batch_size: images at a time.
-        max_bad_fraction: share of bad files that is an error.
-        max_megapixels: images with more are bad files.
+        regions: also write the map of region features.
+        dtype: type of the region features; view features are float32.
+        precision: precision of the network. ``float32``, as in evaluation; ``auto``: bfloat16 if the hardware supports it,
+            which is faster and has three significant digits.
+        batch_size: images per batch.
+        max_bad_fraction: share of bad files above which it is an error.
+        max_megapixels: larger images are bad files.
     """
 
     regions: bool = False
@@ -55,16 +55,16 @@ class EmbedSettings:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """What was written.
+class EmbedResult:
+    """Description of a written feature file.
 
     Attributes:
         path: the file.
-        images: rows in it.
-        width: of the view feature, D.
-        region_map: H, W and D' of the regions; None where they were not asked for.
+        images: number of rows.
+        width: width of the view feature, D.
+        region_map: H, W and D' of the regions; None without regions.
         bad: names and reasons of the files that were left out.
-        precision: arithmetic of the network, with the reason.
+        precision: precision of the network, with the reason.
     """
 
     path: Path
@@ -76,12 +76,12 @@ class Embedded:
 
     @property
     def bad_list(self) -> Path:
-        """Where the bad files are listed, if there are any: a JSON object a line, with ``name`` and ``reason``."""
+        """File that lists the bad files, if there are any: one JSON object per line, with ``name`` and ``reason``."""
         return self.path.with_suffix(".bad.jsonl")
 
     @property
     def usage(self) -> list[str]:
-        """Lines of Python that read the file."""
+        """Python code that reads the file, in lines."""
         path = str(self.path)
         if self.path.suffix == ".npz":
             return ["import numpy", f"features = numpy.load({path!r})  # {', '.join(self._columns)}"]
@@ -101,7 +101,7 @@ class Embedded:
         return ["name", "label", "view", *(["regions"] if self.region_map else [])]
 
     def describe(self) -> str:
-        """The same in a line."""
+        """Describe the file in one line."""
         regions = "" if self.region_map is None else ", regions {} x {} x {}".format(*self.region_map)
         bad = f"; {len(self.bad):,} bad files left out, listed in {self.bad_list}" if self.bad else ""
         return f"{self.images:,} images, view feature {self.width}{regions}, computed in {self.precision}{bad}"
@@ -113,20 +113,20 @@ def embed(
     out: Path,
     settings: EmbedSettings | None = None,
     store: ObjectStore | None = None,
-) -> Embedded:
-    """Write the features of every image of a source, prepared as the measured steps prepare them.
+) -> EmbedResult:
+    """Write the features of every image of a source, prepared in the same way as for evaluation.
 
     Args:
-        backbone: as :func:`esvit_core.weights.backbone.load_backbone` gives it; it runs on the GPU if there is one.
+        backbone: from :func:`esvit_core.weights.backbone.load_backbone`; runs on the GPU if there is one.
         source: folder, tar, zip or ``s3://bucket/prefix``.
-        out: ``.parquet`` or ``.npz``, which appears whole or not at all; see
-            :mod:`~esvit_core.embedding.feature_files`. Files that are no usable images are listed beside it.
+        out: ``.parquet`` or ``.npz``, written atomically; see :mod:`~esvit_core.embedding.feature_files`. Bad files are
+            listed in a file beside it.
         settings: None: view features, computed in float32.
-        store: where an ``s3://`` source lies; None: the one that ``ESVIT_S3_*`` name.
+        store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
 
     Raises:
-        UserError: ``out`` exists or cannot be written, the source does not exist or holds no images, or more of its
-            files are bad than allowed.
+        UserError: ``out`` exists or cannot be written, the source does not exist or contains no images, or it has more bad
+            files than allowed.
     """
     settings = settings or EmbedSettings()
     require_absent(out, SUFFIXES)
@@ -157,26 +157,28 @@ def embed(
                 file.add(rows)
                 count += len(names)
                 progress.update(read)
-            progress.update(len(files) - progress.done)  # bad ones at the end
+            progress.update(len(files) - progress.done)  # bad files at the end
         if rows is None:
-            raise UserError(f"{source}: none of its {len(files):,} files is an image: {listed(bad)}")
+            raise UserError(f"{source}: none of its {len(files):,} files is an image: {describe_bad_files(bad)}")
         region_map = None if rows.regions is None else rows.regions.shape[1:]
-        told = f"{precision.name} ({precision.reason})"
-        done = Embedded(out, count, rows.view.shape[1], region_map, sorted(bad), told)
-        file.close({"source": source, "images": count, "bad": len(bad), "precision": told, "backbone": description})
+        precision_text = f"{precision.name} ({precision.reason})"
+        result = EmbedResult(out, count, rows.view.shape[1], region_map, sorted(bad), precision_text)
+        file.close(
+            {"source": source, "images": count, "bad": len(bad), "precision": precision_text, "backbone": description}
+        )
         if bad:
-            lines = (json.dumps({"name": n, "reason": r}, ensure_ascii=False) + "\n" for n, r in done.bad)
-            done.bad_list.write_text("".join(lines), encoding="utf-8")
-    return done
+            lines = (json.dumps({"name": n, "reason": r}, ensure_ascii=False) + "\n" for n, r in result.bad)
+            result.bad_list.write_text("".join(lines), encoding="utf-8")
+    return result
 
 
 def _labels(files: list[Entry], source: str) -> dict[str, str | None]:
-    layout = arrange([entry.name for entry in files], source, to_train_on=False)
-    return {entry.name: place.label for entry, place in zip(files, layout.places, strict=True)}
+    layout = detect_layout([entry.name for entry in files], source, require_train=False)
+    return {entry.name: assignment.label for entry, assignment in zip(files, layout.assignments, strict=True)}
 
 
 def eval_transform(description: dict[str, Any]) -> EvalTransform:
-    """The transform of the measured steps, as a published backbone's ``backbone.json`` tells it."""
+    """Return the transform for evaluation that a published backbone's ``backbone.json`` describes."""
     return EvalTransform(
         description["eval_resize"], description["eval_crop"], tuple(description["mean"]), tuple(description["std"])
     )
@@ -185,28 +187,28 @@ def eval_transform(description: dict[str, Any]) -> EvalTransform:
 def _prepare(
     opened: Source, description: dict[str, Any], transform: EvalTransform, max_megapixels: float, entry: Entry
 ) -> Tensor:
-    """An image as the network takes it, (3, S, S): through the same steps as a stored one. Runs in several threads."""
+    """Return an image as input for the network, (3, S, S), after the steps of a stored image. Runs in several threads."""
     if entry.problem is not None:
-        raise ReadProblem(entry.problem)
-    stored = to_stored(opened.read(entry), max_megapixels, description.get("store_short_side"))
+        raise FileReadError(entry.problem)
+    stored = to_stored_image(opened.read(entry), max_megapixels, description.get("store_short_side"))
     return transform(decode_image(stored.data))
 
 
 def _batches(
     files: list[Entry], prepare: Callable[[Entry], Tensor], leave_out: Callable[[Entry, str], None], size: int
 ) -> Iterator[tuple[list[str], list[Tensor], int]]:
-    """Names and images, and how many files they are of; the next batch is read while one is worked on."""
+    """Yield names, images, and the number of files read; the next batch is read while one is processed."""
     names: list[str] = []
     images: list[Tensor] = []
     read = 0
     with ThreadPoolExecutor(reading_threads(), thread_name_prefix="embed") as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of malformed files; those that matter are listed
-        for entry, future in ahead(pool, prepare, files, size + reading_threads()):
+        warnings.filterwarnings("ignore", module="PIL")  # about malformed files; bad files are listed
+        for entry, future in prefetch(pool, prepare, files, size + reading_threads()):
             read += 1
             try:
                 images.append(future.result())
                 names.append(entry.name)
-            except (BadImage, ReadProblem) as error:
+            except (BadImage, FileReadError) as error:
                 leave_out(entry, str(error))
             if len(names) == size:
                 yield names, images, read
@@ -219,8 +221,8 @@ def _compute(
     network: nn.Module, images: list[Tensor], device: torch.device, precision: Precision
 ) -> tuple[np.ndarray, ...]:
     with precision.autocast():
-        found = network(torch.stack(images).to(device))
-    return tuple(values.float().cpu().numpy() for values in found)
+        features = network(torch.stack(images).to(device))
+    return tuple(values.float().cpu().numpy() for values in features)
 
 
 def _rows(names: list[str], labels: list[str | None], features: tuple[np.ndarray, ...], dtype: str) -> Rows:
@@ -230,7 +232,7 @@ def _rows(names: list[str], labels: list[str | None], features: tuple[np.ndarray
     for name, *values in zip(names, *(v for v in (view, kept) if v is not None), strict=True):
         if not all(np.isfinite(v).all() for v in values):
             raise UserError(
-                f"{name}: its features are not finite in this arithmetic; take --precision float32 --dtype float32"
+                f"{name}: its features are not finite in this precision; use --precision float32 --dtype float32"
             )
     return Rows(names, labels, view, kept)
 
@@ -239,5 +241,5 @@ def _check_share(source: str, bad: list[tuple[str, str]], files: int, limit: flo
     if len(bad) > limit * files:
         raise UserError(
             f"{source}: {len(bad):,} of {files:,} files are bad so far, more than the allowed {100 * limit:g} %: "
-            f"{listed(bad)}; remove them, or raise --max-bad-fraction"
+            f"{describe_bad_files(bad)}; remove them, or raise --max-bad-fraction"
         )

@@ -1,7 +1,7 @@
-"""The files that features go to, row by row: Parquet, for any number of images, and numpy's npz.
+"""Feature files, written row by row: Parquet for any number of images, or numpy's npz.
 
-Both hold the same columns: ``name`` (path below the source), ``label`` (name of the class; none where there is no
-folder a class), ``view`` (D,) float32, and ``regions`` (H, W, D').
+Both have the same columns: ``name`` (path below the source), ``label`` (name of the class; none if the source has no class
+folders), ``view`` (D,) float32, and ``regions`` (H, W, D').
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import numpy as np
 from esvit_core.errors import UserError
 
 SUFFIXES = (".parquet", ".npz")
-_GROUP_BYTES = 32 * 2**20  # of a row group: what is in memory before it is written
+_GROUP_BYTES = 32 * 2**20  # per row group, which is kept in memory until it is written
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Features of some images.
+    """Features of a batch of images.
 
     Attributes:
         names: paths below the source.
-        labels: names of classes, None where there is none.
+        labels: names of classes; None if there is none.
         view: (B, D) float32.
-        regions: (B, H, W, D') float16 or float32; None where they are not asked for.
+        regions: (B, H, W, D') float16 or float32; None without regions.
     """
 
     names: list[str]
@@ -44,19 +44,19 @@ class Rows:
 
 
 class FeatureFile(Protocol):
-    """A file that is being written."""
+    """Writer of a feature file."""
 
     def add(self, rows: Rows) -> None: ...
 
-    def close(self, facts: dict[str, Any]) -> None:
-        """Finish it; ``facts`` are kept inside under ``esvit``."""
+    def close(self, metadata: dict[str, Any]) -> None:
+        """Finish the file; ``metadata`` is stored in it under ``esvit``."""
 
 
 def open_feature_file(path: Path) -> FeatureFile:
-    """The writer for the name's suffix.
+    """Return the writer for the suffix of a path.
 
     Raises:
-        UserError: the suffix is neither, or pyarrow is missing.
+        UserError: the suffix is unknown, or pyarrow is missing.
     """
     if path.suffix == ".npz":
         return NpzFile(path)
@@ -67,7 +67,8 @@ def open_feature_file(path: Path) -> FeatureFile:
 
 
 def require_pyarrow() -> None:
-    """
+    """Check that pyarrow is installed.
+
     Raises:
         UserError: it is not installed.
     """
@@ -76,32 +77,32 @@ def require_pyarrow() -> None:
 
 
 class ParquetFile:
-    """Parquet by row groups of about 32 MiB; views as fixed-size lists, regions as fixed-shape tensors."""
+    """Writes Parquet in row groups of about 32 MiB; views are fixed-size lists, regions fixed-shape tensors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._waiting: list[Rows] = []
+        self._pending: list[Rows] = []
         self._bytes = 0
         self._writer: Any = None
 
     def add(self, rows: Rows) -> None:
-        self._waiting.append(rows)
+        self._pending.append(rows)
         self._bytes += rows.bytes
         if self._bytes >= _GROUP_BYTES:
             self._write()
 
-    def close(self, facts: dict[str, Any]) -> None:
+    def close(self, metadata: dict[str, Any]) -> None:
         self._write()
-        self._writer.add_key_value_metadata({"esvit": json.dumps(facts)})
+        self._writer.add_key_value_metadata({"esvit": json.dumps(metadata)})
         self._writer.close()
 
     def _write(self) -> None:
-        if not self._waiting:
+        if not self._pending:
             return
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = self._waiting
+        rows = self._pending
         view = np.concatenate([r.view for r in rows])  # (N, D)
         columns: dict[str, Any] = {
             "name": pa.array([name for r in rows for name in r.names], pa.string()),
@@ -121,11 +122,11 @@ class ParquetFile:
                 write_statistics=["name", "label"],
             )
         self._writer.write_table(table, row_group_size=len(table))
-        self._waiting, self._bytes = [], 0
+        self._pending, self._bytes = [], 0
 
 
 class NpzFile:
-    """numpy's archive of arrays. Written through files of raw values; who reads an array has all of it in memory."""
+    """Writes numpy's archive of arrays, through temporary files of raw values. Reading an array needs memory for all of it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -145,8 +146,12 @@ class NpzFile:
                 self._like[column] = values[:0]
             self._raw[column].write(np.ascontiguousarray(values).data)
 
-    def close(self, facts: dict[str, Any]) -> None:
-        texts = {"name": np.array(self._names), "label": np.array(self._labels), "esvit": np.array(json.dumps(facts))}
+    def close(self, metadata: dict[str, Any]) -> None:
+        texts = {
+            "name": np.array(self._names),
+            "label": np.array(self._labels),
+            "esvit": np.array(json.dumps(metadata)),
+        }
         with zipfile.ZipFile(self._path, "w") as archive:
             for column, text in texts.items():
                 with self._member(archive, column, zipfile.ZIP_DEFLATED) as member:

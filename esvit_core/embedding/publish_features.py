@@ -1,4 +1,4 @@
-"""Features in the object store, for steps of a pipeline: complete or absent, and found again."""
+"""Publish features in the object store atomically, so that a repeated pipeline step finds them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def publish_features(
 ) -> dict[str, Any]:
     """Write the features of images to ``features.parquet`` in the object store; see :func:`.embed.embed`.
 
-    Repeated with the same backbone, images and settings it finds what is there and returns.
+    If the same features were published before, they are left unchanged and their manifest is returned.
 
     Args:
         model: ``s3://`` address of the backbone, or a pointer such as ``champion``.
@@ -29,10 +29,10 @@ def publish_features(
         destination: ``s3://`` folder for the file, the list of bad images, and the manifest.
 
     Returns:
-        The manifest, with the number of ``images`` and of ``bad`` files.
+        The manifest, with the numbers of ``images`` and ``bad`` files.
 
     Raises:
-        UserError: as :func:`.embed.embed`; or other features are there.
+        UserError: as :func:`.embed.embed`; or the destination holds other features.
     """
     source = backbone_uri(model, store)
     wanted = {"backbone": source, "fingerprint": source_fingerprint(data, store), "settings": asdict(settings)}
@@ -41,12 +41,12 @@ def publish_features(
             print(f"already done: found {destination}", flush=True)
             return found
         raise UserError(
-            f"{destination}: holds features of {found.get('data')} by {found.get('backbone')}, with other images, "
-            "backbone or settings; name another destination"
+            f"{destination}: already holds features of {found.get('data')} from {found.get('backbone')} with other images, "
+            "backbone or settings; choose another destination"
         )
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        done = embed(load_backbone(source, store), data, Path(folder) / FEATURES, settings, store)
+        result = embed(load_backbone(source, store), data, Path(folder) / FEATURES, settings, store)
         files = {path.name: path for path in Path(folder).iterdir()}
-        print(done.describe(), flush=True)
-        facts = {"data": data, "images": done.images, "width": done.width, "bad": len(done.bad)}
-        return store.publish(destination, files, "features", {**wanted, **facts})
+        print(result.describe(), flush=True)
+        metadata = {"data": data, "images": result.images, "width": result.width, "bad": len(result.bad)}
+        return store.publish(destination, files, "features", {**wanted, **metadata})

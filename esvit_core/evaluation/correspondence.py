@@ -102,7 +102,7 @@ def draw_pair(image: np.ndarray, multicrop: MultiCrop, rng: np.random.Generator,
     """Two global crops that share at least a quarter of their regions; None if none are found or all is blank."""
     best: Pair | None = None
     for _ in range(_DRAWS):
-        a, b = (Crop(*multicrop.geometric(image, rng)) for _ in range(2))
+        a, b = (Crop(*multicrop.geometric_crop(image, rng)) for _ in range(2))
         pair = pair_of(image, a, b, side)
         if best is None or pair.asked.sum() > best.asked.sum():
             best = pair

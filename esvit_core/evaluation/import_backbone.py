@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from esvit_core.config import Config, InitConfig
-from esvit_core.data.shards.manifest import source_fingerprint
+from esvit_core.data.ingest.sources import source_fingerprint
 from esvit_core.models.factory import create_backbone
 from esvit_core.runs.run import MEASURED, Run, open_run, run_id, run_uri, start_run
 from esvit_core.storage import ObjectStore

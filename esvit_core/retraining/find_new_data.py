@@ -8,8 +8,18 @@ from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.data.ingest.incremental import read_listing
-from esvit_core.data.ingest.listing import LISTING, Difference, File, Look, compare, encode, look, recognise_in
-from esvit_core.data.shards.manifest import Manifest, source_fingerprint
+from esvit_core.data.ingest.listing import (
+    LISTING,
+    Difference,
+    File,
+    Scan,
+    compare,
+    encode_listing,
+    hash_touched_files_in,
+    scan_source,
+)
+from esvit_core.data.ingest.sources import source_fingerprint
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.registry.champions import now, pointer_uri
 from esvit_core.registry.lease import Claim, claim_uri, request_of, require_free
@@ -89,12 +99,12 @@ def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> Fou
                 continue  # another was quicker: see who
         champion = store.read_pointer(pointer_uri(config.bucket, config.promotion.pointer))
         known = None if champion is None else champion.value
-        seen = look(source, store)
+        seen = scan_source(source, store)
         if not seen.files:
             raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
         earlier = _of_champion(known, store) if claim is None else _of_claim(claim, decided, store)
         if earlier is not None:
-            seen = replace(seen, files=recognise_in(source, store, earlier.files, seen.files))
+            seen = replace(seen, files=hash_touched_files_in(source, store, earlier.files, seen.files))
             if claim is None and not _is_of_this_source(earlier, seen, config):
                 earlier = None
         difference = compare(earlier.files if earlier else [], seen.files)
@@ -120,10 +130,10 @@ def _of_champion(champion: Mapping[str, Any] | None, store: ObjectStore) -> _Ear
     return None if champion is None else _read(join_uri(str(champion["run"]), "data"), store)
 
 
-def _is_of_this_source(earlier: _Earlier, seen: Look, config: Config) -> bool:
+def _is_of_this_source(earlier: _Earlier, seen: Scan, config: Config) -> bool:
     """Whether most of the earlier data are in the source."""
     difference = compare(earlier.files, seen.files)
-    others = len(difference.gone) + len(difference.changed)
+    others = len(difference.removed) + len(difference.changed)
     return others <= config.retrain.max_gone_fraction * earlier.manifest.samples
 
 
@@ -138,7 +148,7 @@ def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
 
 
 def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, config: Config) -> None:
-    gone, before = len(difference.gone), earlier.manifest.samples
+    gone, before = len(difference.removed), earlier.manifest.samples
     if gone > config.retrain.max_gone_fraction * before:
         raise UserError(
             f"{source}: {gone:,} of the {before:,} images that were taken before are not there any more; name the "
@@ -146,12 +156,12 @@ def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, 
         )
 
 
-def _nothing(source: str, earlier: _Earlier, difference: Difference, seen: Look, config: Config) -> Found:
+def _nothing(source: str, earlier: _Earlier, difference: Difference, seen: Scan, config: Config) -> Found:
     few = ""
     if difference.to_read:
         few = f", fewer than retrain.min_new_images={config.retrain.min_new_images}"
     told = f"nothing to do: {source} has {_counts(difference)} since {name_of_run(earlier.run)}{few}"
-    counts = len(difference.new), len(difference.changed), len(difference.gone)
+    counts = len(difference.new), len(difference.changed), len(difference.removed)
     return Found(earlier.run, True, len(seen.files), *counts, told)
 
 
@@ -161,7 +171,7 @@ def _planned(
     champion: Mapping[str, Any] | None,
     earlier: _Earlier | None,
     difference: Difference,
-    seen: Look,
+    seen: Scan,
     store: ObjectStore,
 ) -> tuple[Run, dict[str, Any]]:
     """The run that the new images make, and what is to be known of it."""
@@ -180,7 +190,7 @@ def _planned(
         "fingerprint": seen.fingerprint,
         "new": len(difference.new),
         "changed": len(difference.changed),
-        "gone": len(difference.gone),
+        "gone": len(difference.removed),
         "champion": champion["run"] if champion else None,
         "time": now(),
         "told": f"{source} has {_counts(difference)} {since}; {run.name} {start}",
@@ -190,7 +200,7 @@ def _planned(
 
 def _begin(run: Run, record: dict[str, Any], files: list[File]) -> None:
     """Write what the run is made of; the configuration last, which says that all is there."""
-    run.store.put_bytes(run.at(SEEN), encode(files))
+    run.store.put_bytes(run.at(SEEN), encode_listing(files))
     run.store.put_if_absent(run.at(RETRAINING), encode_json(record))
     start_run(run.config, record["source"], run.uri, run.store)
 
@@ -211,5 +221,5 @@ def _counts(difference: Difference) -> str:
     new = len(difference.new)
     parts = [f"{new:,} new {'file' if new == 1 else 'files'}"]
     parts += [f"{len(difference.changed):,} changed"] if difference.changed else []
-    parts += [f"{len(difference.gone):,} gone"] if difference.gone else []
+    parts += [f"{len(difference.removed):,} gone"] if difference.removed else []
     return ", ".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.listing import Look, decode
+from esvit_core.data.ingest.listing import Scan, decode_listing
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import MANIFEST, Manifest
 from esvit_core.retraining.find_new_data import SEEN
@@ -24,8 +24,8 @@ def prepare_new(run: Run) -> Manifest:
         print(f"already done: found data/{MANIFEST}", flush=True)
         return Manifest.read(run.store, run.at("data"))
     record = run.store.get_json(run.at(RETRAINING))
-    seen = Look(list(decode(run.store.get_bytes(run.at(SEEN)))), record["fingerprint"])
-    return prepare(record["source"], run.store, run.at("data"), run.config.data, seen=seen, base=record["base"])
+    scan = Scan(list(decode_listing(run.store.get_bytes(run.at(SEEN)))), record["fingerprint"])
+    return prepare(record["source"], run.store, run.at("data"), run.config.data, scan=scan, base=record["base"])
 
 
 def earlier_set(run: Run, name: str, settings: DataConfig) -> str | None:

@@ -83,7 +83,7 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
         config: the resolved configuration. How the run is executed does not count, see
             :data:`esvit_core.config.section.EXECUTION`, nor where the transfer sets and the weights to start from lie;
             what is in them does.
-        fingerprint: of the images, see :func:`esvit_core.data.shards.manifest.source_fingerprint`.
+        fingerprint: of the images, see :func:`esvit_core.data.ingest.sources.source_fingerprint`.
         transfer_fingerprints: the same of the transfer sets, by name.
     """
     prints = transfer_fingerprints or {}
@@ -102,7 +102,7 @@ def identify_run(config: Config, source: str) -> str:
     Raises:
         UserError: one of them does not exist or cannot be read.
     """
-    from esvit_core.data.shards.manifest import source_fingerprint
+    from esvit_core.data.ingest.sources import source_fingerprint
 
     prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
     return run_id(config, source_fingerprint(source), prints)

@@ -1,4 +1,4 @@
-"""The object store: S3 through the ``minio`` package, and a server of its own for one machine."""
+"""Object storage: an S3 client based on the ``minio`` package, and an embedded server for a single machine."""
 
 from __future__ import annotations
 

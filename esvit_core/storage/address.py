@@ -1,4 +1,4 @@
-"""Where the object store is and how to be let in: the ``ESVIT_S3_*`` variables."""
+"""Address and credentials of the object store: the ``ESVIT_S3_*`` variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET_KEY = "ESVIT_S3_SECRET_KEY"
 SECURE = "ESVIT_S3_SECURE"
 REGION = "ESVIT_S3_REGION"
 CA_FILE = "ESVIT_S3_CA_FILE"
-# Set by the embedded store for the processes that use it: where its disk is, so that they see it fill.
+# The embedded store sets this for the processes that use it: its data directory, so that they can check its disk.
 DISK = "ESVIT_S3_DISK"
 VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET_KEY, SECURE, REGION, CA_FILE, DISK, *web_identity.VARIABLES)
 
@@ -27,17 +27,17 @@ _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """An S3 endpoint and the credentials for it: a key, or a token for which there are temporary ones.
+    """An S3 endpoint and its credentials: a key, or a token that is exchanged for temporary credentials.
 
     Args:
         endpoint: ``host:port``.
-        access_key: name of the credentials; empty with ``identity``.
-        secret_key: never shown in a repr, a log, or an error.
-        secure: TLS.
-        region: ``None``: whatever the server says a bucket is in.
+        access_key: name of the key; empty with ``identity``.
+        secret_key: never included in a repr, a log, or an error.
+        secure: whether to use TLS.
+        region: None: the region that the server reports for a bucket.
         ca_file: certificates to trust instead of the system's.
-        directory: where the data are, if the server is this machine's embedded one.
-        identity: instead of a key.
+        directory: data directory, if the server is this machine's embedded one.
+        identity: web identity, used instead of a key.
     """
 
     endpoint: str
@@ -51,7 +51,7 @@ class StoreAddress:
 
     @property
     def url(self) -> str:
-        """The endpoint as people write it."""
+        """The endpoint as a URL."""
         return f"{'https' if self.secure else 'http'}://{self.endpoint}"
 
     @classmethod
@@ -59,10 +59,10 @@ class StoreAddress:
         """Read the ``ESVIT_S3_*`` variables. A key takes precedence over a web identity token.
 
         Args:
-            environment: instead of the process's own.
+            environment: environment to read; None: that of the process.
 
         Raises:
-            UserError: one is missing or malformed; says which and what it should look like.
+            UserError: a variable is missing or malformed.
         """
         values = os.environ if environment is None else environment
         given = {name: values.get(name, "").strip() for name in VARIABLES}
@@ -87,13 +87,13 @@ class StoreAddress:
         token = WebIdentity.from_env(values, address.url, address.region) if len(missing) == 2 else None
         if token is None:
             raise UserError(
-                f"{', '.join(missing)}: not set; expected the key of the store {endpoint} in {ACCESS_KEY} and "
-                f"{SECRET_KEY}, or in {web_identity.TOKEN_FILE} a file with a token for which its STS gives one"
+                f"{', '.join(missing)}: not set; expected the key of the store {endpoint} in {ACCESS_KEY} and {SECRET_KEY}, "
+                f"or in {web_identity.TOKEN_FILE} the path of a token that its STS accepts"
             )
         return replace(address, identity=token)
 
     def environment(self) -> dict[str, str]:
-        """The variables that :meth:`from_env` reads back, for child processes."""
+        """Return the variables from which :meth:`from_env` restores this address, for child processes."""
         values = {
             ENDPOINT: self.endpoint,
             ACCESS_KEY: self.access_key or None,
@@ -133,15 +133,15 @@ def _is_host(text: str) -> bool:
             and not {" ", "@"} & {*text}
             and parts.port != 0
         )
-    except ValueError:  # a port that is not one
+    except ValueError:  # an invalid port
         return False
 
 
 def pod_variables(keys: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a pod is told of the store: the variables that it must have, and those that have defaults.
+    """Return the variables that a pod needs for the store: the required ones, and those with defaults.
 
     Args:
-        keys: it has a key; else a token, for which an STS gives temporary credentials.
+        keys: whether the pod has a key; otherwise it has a token, which an STS exchanges for temporary credentials.
     """
     if keys:
         return (ENDPOINT, ACCESS_KEY, SECRET_KEY), (SECURE, REGION, CA_FILE)

@@ -1,4 +1,4 @@
-"""Files and folders of the user's that appear whole or not at all."""
+"""Write files and folders of the user atomically: complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from esvit_core.errors import UserError
 
 
 def require_absent(out: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Make sure that ``out`` can be made, before the work.
+    """Check that ``out`` can be created, before starting the work.
 
     Args:
         out: file or folder.
-        suffixes: one of which its name must end in; empty: any.
+        suffixes: suffixes of which its name must have one; empty: any.
 
     Raises:
-        UserError: it is there already, has another suffix, or its folder cannot be made.
+        UserError: ``out`` exists, has another suffix, or its folder cannot be created.
     """
     if suffixes and out.suffix not in suffixes:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
     try:
         if out.exists() or out.is_symlink():
-            raise UserError(f"--out {out}: is there already; remove it, or name another place")
+            raise UserError(f"--out {out}: already exists; remove it, or choose another path")
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); name another place") from None
+        raise UserError(f"--out {out}: cannot create its folder ({error.strerror}); choose another path") from None
 
 
 @contextmanager
 def atomic_write(out: Path) -> Iterator[Path]:
-    """A path beside ``out`` to write to, which takes its name if all goes well and vanishes otherwise.
+    """Yield a temporary path beside ``out``, which is renamed to ``out`` on success and removed otherwise.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file or folder cannot be written.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".esvit-", dir=out.parent) as folder:
@@ -44,5 +44,5 @@ def atomic_write(out: Path) -> Iterator[Path]:
             path.rename(out)
     except OSError as error:
         raise UserError(
-            f"--out {out}: cannot be written ({error.strerror or error}); make room, or name another place"
+            f"--out {out}: cannot be written ({error.strerror or error}); free some space, or choose another path"
         ) from None

@@ -1,4 +1,4 @@
-"""One S3 endpoint: the requests that the library makes of it, repeated where that helps, errors told in one line."""
+"""Requests to one S3 endpoint, with retries, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 POOL_SIZE = 16
-# User metadata that says which request made an object: how a repeated request knows its own result again.
+# User metadata that identifies the request that wrote an object, so that a repeated request recognizes its own result.
 WRITER = "x-amz-meta-esvit-writer"
-# Of temporary credentials that the store took before: they have ended, or the store has forgotten them.
-_ENDED = frozenset({"ExpiredToken", "InvalidToken", "InvalidTokenId", "InvalidAccessKeyId"})
-_REFUSALS = _ENDED | {"AccessDenied", "SignatureDoesNotMatch", "AccountProblem"}
+# Error codes for temporary credentials that have expired or that the store has forgotten.
+_EXPIRED_CODES = frozenset({"ExpiredToken", "InvalidToken", "InvalidTokenId", "InvalidAccessKeyId"})
+_REFUSALS = _EXPIRED_CODES | {"AccessDenied", "SignatureDoesNotMatch", "AccountProblem"}
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidLocationConstraint"})
 _NO_ROOM_STATUS = 507  # Insufficient Storage
 _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFound", "NoSuchUpload"})
 
 
 class S3Client(Minio):
-    """``Minio`` with the requests of S3 that its public methods leave out: conditional puts and multipart by parts.
+    """``Minio`` plus S3 requests that its public methods do not offer: conditional puts and explicit multipart uploads.
 
-    The package exposes these as protected methods only; a subclass is the place where they may be used.
+    The package has only protected methods for these requests, which a subclass may use.
     """
 
     def put(self, bucket: str, key: str, data: bytes, headers: dict[str, Any]) -> str:
-        """Put a whole object with exactly these headers and return its ETag.
+        """Put an object with exactly these headers; return its ETag.
 
-        ``Minio.put_object`` turns every header that it does not know, ``If-Match`` among them, into user metadata.
+        ``Minio.put_object`` turns unknown headers, including ``If-Match``, into user metadata.
         """
         return str(self._put_object(bucket, key, data, dict(headers)).etag)
 
     def read(self, bucket: str, key: str, offset: int = 0, length: int | None = None) -> tuple[bytes, str]:
-        """Bytes of an object and its ETag.
+        """Read bytes of an object; return them and its ETag.
 
         Args:
             offset: first byte.
-            length: at most so many; None: to the end. Must not be 0.
+            length: maximum number of bytes; None: to the end. Must not be 0.
 
         Raises:
-            ShortBodyError: the connection ended before the body did, which neither minio nor urllib3 make an error.
+            ShortBodyError: the connection ended before the body, which neither minio nor urllib3 treat as an error.
         """
         response = self.get_object(bucket, key, offset=offset, length=length or 0)
         try:
@@ -77,7 +77,7 @@ class S3Client(Minio):
         return data, str(response.headers.get("ETag", "")).strip('"')
 
     def writer(self, bucket: str, key: str) -> tuple[str | None, str | None]:
-        """ETag and writer's mark of the object as it is now; both None if there is none."""
+        """Return the ETag and the writer's mark of an object; both None if there is none."""
         try:
             found = self.stat_object(bucket, key)
         except S3Error as error:
@@ -90,7 +90,7 @@ class S3Client(Minio):
         """Delete objects, a thousand per request.
 
         Raises:
-            S3Error: of the first that could not be deleted.
+            S3Error: the error of the first object that could not be deleted.
         """
         for error in self.remove_objects(bucket, [DeleteObject(key) for key in keys]):
             raise S3Error(
@@ -121,7 +121,7 @@ class S3Client(Minio):
 
 
 class Connection:
-    """Requests to one endpoint. Safe to share between threads, to fork, and to pickle."""
+    """Makes requests to one endpoint. May be shared between threads, forked, and pickled."""
 
     def __init__(
         self, address: StoreAddress, policy: RetryPolicy | None = None, read_seconds: float = READ_SECONDS
@@ -137,25 +137,25 @@ class Connection:
 
     @property
     def client(self) -> S3Client:
-        """The client of this process: sockets must not be shared with a parent that forked it."""
+        """The client of this process; after a fork, sockets must not be shared with the parent."""
         if self._client is None or self._process != os.getpid():
             self._client, self._process = _connect(self.address, self.read_seconds), os.getpid()
         return self._client
 
     def call(self, what: str, operation: Callable[[S3Client], T], policy: RetryPolicy | None = None) -> T:
-        """Make a request, again if the failure deserves it.
+        """Make a request, and repeat it after transient failures.
 
         Args:
-            what: the ``s3://`` address or the action, for the error's first words.
+            what: ``s3://`` address or action, for error messages.
             operation: the request; must be safe to repeat.
-            policy: instead of the connection's own.
+            policy: overrides the connection's policy.
 
         Raises:
-            NotFound: no such object or bucket.
-            StoreRefused: the key is not accepted, or may not do this.
-            StoreFull: the store has no room left.
-            StoreUnavailable: no answer, or only failures, after all attempts.
-            StoreRejected: the server says anything else.
+            NotFound: the object or bucket does not exist.
+            StoreRefused: the key is not accepted, or lacks the permission.
+            StoreFull: the store has no space left.
+            StoreUnavailable: no attempt succeeded.
+            StoreRejected: the server returned another error.
         """
 
         def attempt() -> T:
@@ -163,26 +163,26 @@ class Connection:
                 try:
                     return operation(self.client)
                 except S3Error as error:
-                    if error.code not in _ENDED or not self.address.identity:
+                    if error.code not in _EXPIRED_CODES or not self.address.identity:
                         raise
                 _credentials(self.address, os.getpid()).forget()
                 return operation(self.client)
             except Exception as error:
                 if is_transient(error):
-                    self.require_room()  # a full disk looks like an internal error from here
+                    self.require_room()  # the server reports a full disk as an internal error
                 raise
 
         try:
             return with_retries(attempt, policy or self.policy)
         except (MinioException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise explain(error, what, self.address) from error
+            raise to_store_error(error, what, self.address) from error
 
     def require_room(self, size: int = 0) -> None:
-        """Make sure that ``size`` more bytes fit, as far as that can be seen from here.
+        """Check that ``size`` more bytes fit, if the server is the embedded one.
 
         Raises:
-            StoreFull: the server is this machine's own and its disk is full.
-            PathError: it is this machine's own and its folder was deleted.
+            StoreFull: the disk of the embedded server is full.
+            PathError: the folder of the embedded server was deleted.
         """
         if self.address.directory is not None:
             disk.require_folder(self.address.directory)
@@ -205,7 +205,7 @@ def _pool(address: StoreAddress, read_seconds: float) -> urllib3.PoolManager:
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
         maxsize=POOL_SIZE,
-        retries=False,  # ours (retry.py) know which failures deserve one
+        retries=False,  # retry.py decides which failures to retry
         cert_reqs="CERT_REQUIRED",
         ca_certs=str(address.ca_file) if address.ca_file else os.environ.get("SSL_CERT_FILE") or certifi.where(),
     )
@@ -213,13 +213,13 @@ def _pool(address: StoreAddress, read_seconds: float) -> urllib3.PoolManager:
 
 @functools.lru_cache(maxsize=16)
 def _credentials(address: StoreAddress, process: int) -> WebIdentityCredentials:
-    """The temporary credentials of this process, the same for all of its connections."""
+    """Return the temporary credentials of this process, shared by all its connections."""
     assert address.identity is not None
     return WebIdentityCredentials(address.identity, _pool(address, READ_SECONDS))
 
 
-def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
-    """The error that tells a person what happened, where, and what to do about it."""
+def to_store_error(error: Exception, what: str, address: StoreAddress) -> StoreError:
+    """Convert an error to one that states what failed, where, and how to fix it."""
     store = f"object store {address.url}"
     if isinstance(error, StsUnavailable):
         return StoreUnavailable(f"{what}: no credentials for the {store}: {error}")
@@ -231,22 +231,22 @@ def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
         if code in _REFUSALS and address.identity:
             return StoreRefused(
                 f"{what}: the {store} refuses the temporary credentials for {address.identity.token_file} ({code}); "
-                f"check what the role {address.identity.role or 'of this token'} may do"
+                f"check the permissions of the role {address.identity.role or 'of this token'}"
             )
         if code in _REFUSALS:
             return StoreRefused(
                 f"{what}: the {store} refuses the key ({code}); "
-                f"check {ACCESS_KEY} and {SECRET_KEY}, and what the key may do"
+                f"check {ACCESS_KEY} and {SECRET_KEY}, and the permissions of the key"
             )
         advice = f"; check {REGION}" if code in _WRONG_REGION else ""
         kind: type[StoreError] = StoreUnavailable if is_transient(error) else StoreRejected
         if getattr(error.response, "status", 0) == _NO_ROOM_STATUS:
             kind, advice = StoreFull, "; free some space there"
-        return kind(f"{what}: the {store} answers {code} ({error.message}){advice}")
+        return kind(f"{what}: the {store} returned {code} ({error.message}){advice}")
     if isinstance(error, (InvalidResponseError, ServerError)):
         status = error._code if isinstance(error, InvalidResponseError) else error.status_code
         return StoreUnavailable(
-            f"{what}: what answers at {address.url} is not a working S3 server (HTTP status {status}); check {ENDPOINT}"
+            f"{what}: {address.url} is not a working S3 server (HTTP status {status}); check {ENDPOINT}"
         )
     if isinstance(error, (urllib3.exceptions.SSLError, ssl.SSLError)):
         return StoreUnavailable(
@@ -254,12 +254,12 @@ def explain(error: Exception, what: str, address: StoreAddress) -> StoreError:
             f"set {CA_FILE} to the server's CA, or {SECURE}=false if it speaks plain HTTP"
         )
     return StoreUnavailable(
-        f"{what}: no answer from the {store} ({_reason(error)}); check {ENDPOINT}, and that it runs"
+        f"{what}: no answer from the {store} ({_reason(error)}); check {ENDPOINT}, and that the server is running"
     )
 
 
 def _reason(error: BaseException) -> str:
-    """What urllib3 says, without the objects that it says it of."""
+    """Return urllib3's message without the representations of its objects."""
     if isinstance(error, urllib3.exceptions.NewConnectionError):
         return str(error).rsplit(": ", 1)[-1]
     if isinstance(error, urllib3.exceptions.HTTPError) and len(error.args) > 1:

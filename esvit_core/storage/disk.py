@@ -1,4 +1,4 @@
-"""Local disks: room is asked for before writing, and every read and write is of all its bytes or an error."""
+"""Local disks: check free space before writing, and read and write completely or raise an error."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from esvit_core.storage.marker import MARKER
 from esvit_core.storage.store_errors import LocalDiskError, PathError, StoreError, StoreFull
 
-# Kept free beside what the embedded server stores: its index and log go on growing, and the parts that other
-# processes have under way are not on the disk yet.
+# Kept free on the disk of the embedded server: its index and log keep growing, and parts that other processes are
+# uploading are not on the disk yet.
 RESERVE_BYTES = 64 * 2**20
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _WRONG_PATH = frozenset(
@@ -26,18 +26,18 @@ _WRONG_PATH = frozenset(
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes that an ordinary user may still write in ``directory`` (or where it is going to be)."""
-    place = directory
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the bytes that an ordinary user may still write in ``directory``, which need not exist yet."""
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def require_room(directory: Path, size: int = 0) -> None:
-    """Make sure that the disk of the embedded store takes ``size`` more bytes.
+    """Check that the disk of the embedded store has space for ``size`` more bytes.
 
     Raises:
-        StoreFull: it does not; names the directory, what is needed and what is free.
+        StoreFull: it has not; the message names the directory and the needed and free space.
     """
     free, needed = free_bytes(directory), size + RESERVE_BYTES
     if free < needed:
@@ -48,39 +48,39 @@ def require_room(directory: Path, size: int = 0) -> None:
 
 
 def require_folder(directory: Path) -> None:
-    """Make sure that the folder of the embedded store is there.
+    """Check that the folder of the embedded store exists.
 
-    Its server has its files open and goes on for a while without them, as if nothing was lost.
+    If it is deleted, its server continues for a while with its open files, as if nothing were lost.
 
     Raises:
-        PathError: it is not.
+        PathError: the folder does not exist.
     """
     if not (directory / MARKER).exists():
         raise PathError(
-            f"{directory}: the folder of the object store was deleted while it was in use, and what it held is lost; "
+            f"{directory}: the folder of the object store was deleted while in use, and its content is lost; "
             "start again"
         )
 
 
 def disk_error_class(error: OSError) -> type[StoreError]:
-    """Whether a failed operation on a file is a full disk, a wrong path, or a disk that fails."""
+    """Return the error class for a failed file operation: full disk, wrong path, or failing disk."""
     if is_full(error):
         return StoreFull
     return PathError if error.errno in _WRONG_PATH else LocalDiskError
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the system says that a disk or a quota is used up."""
+    """Return whether the error means that a disk or a quota is full."""
     return error.errno in _NO_ROOM
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
     """Write all of ``data`` at a position of a file.
 
-    ``os.pwrite`` may write less than it is given, which is how a disk that is nearly full begins to fail.
+    ``os.pwrite`` may write only a part, for example when a disk is nearly full.
 
     Raises:
-        OSError: not all of it could be written.
+        OSError: not all of the data could be written.
     """
     left = memoryview(data)
     while left:
@@ -91,10 +91,10 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def read_at(descriptor: int, length: int, offset: int) -> bytes:
-    """Read ``length`` bytes from a position of a file; fewer only where the file ends before.
+    """Read ``length`` bytes from a position of a file, or fewer if the file ends before.
 
     Raises:
-        OSError: they cannot be read.
+        OSError: the file cannot be read.
     """
     data = os.pread(descriptor, length, offset)
     while 0 < len(data) < length:
@@ -109,16 +109,16 @@ def read_at(descriptor: int, length: int, offset: int) -> bytes:
 def explain_write_errors(
     path: Path, *kinds: type[Exception], otherwise: str = "set TMPDIR to another disk"
 ) -> Iterator[None]:
-    """Report a failure to write a temporary file as one line about that file.
+    """Convert failures to write a temporary file to one-line errors about that file.
 
     Args:
-        path: what is written.
-        kinds: what the library that writes it raises besides ``OSError``.
-        otherwise: what helps besides free space.
+        path: the file.
+        kinds: exceptions of the writing library other than ``OSError``.
+        otherwise: alternative to freeing space, for the message.
 
     Raises:
-        StoreFull: its disk is full.
-        LocalDiskError, PathError: it cannot be written for another reason.
+        StoreFull: the disk is full.
+        LocalDiskError, PathError: the file cannot be written for another reason.
     """
     caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
@@ -133,13 +133,13 @@ def explain_write_errors(
 
 @contextmanager
 def explain_full_temporary_disk(thing: str) -> Iterator[None]:
-    """Report a full disk below the system's temporary folder as one line.
+    """Convert the error of a full temporary disk to a one-line error.
 
     Args:
         thing: what is written there.
 
     Raises:
-        StoreFull: it is full.
+        StoreFull: the disk is full.
     """
     try:
         yield
@@ -147,10 +147,10 @@ def explain_full_temporary_disk(thing: str) -> Iterator[None]:
         if not is_full(error):
             raise
         raise StoreFull(
-            f"{tempfile.gettempdir()}: the disk is full; {thing} needs room there: free some, or set TMPDIR"
+            f"{tempfile.gettempdir()}: the disk is full; {thing} needs space there: free some, or set TMPDIR"
         ) from None
 
 
 def format_mib(size: int) -> str:
-    """A size as people read it."""
+    """Format a size in MiB."""
     return f"{size / 2**20:,.0f} MiB"

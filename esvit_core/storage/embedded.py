@@ -1,4 +1,4 @@
-"""The object store of one machine: a SeaweedFS server per data directory, started when it is needed."""
+"""The embedded object store: one SeaweedFS server per data directory, started on demand."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _STATE = "server.json"
 _LOCK = "server.lock"
 _START_SECONDS = 60.0
 _START_ATTEMPTS = 3
-# The server's own orderly end waits 15 s for streams between its parts that never finish. It keeps nothing in
-# memory that it has acknowledged, so that after a moment for requests under way it may be killed.
+# The server's orderly shutdown waits 15 s for streams between its parts that never finish. It keeps no acknowledged
+# data in memory only, so it may be killed after a short time for pending requests.
 _STOP_SECONDS = 0.5
 _KILL_SECONDS = 30.0
 _POLL_SECONDS = 0.02
@@ -43,13 +43,13 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """A running server.
+    """Status of a running server.
 
     Args:
         pid: its process.
-        address: where it answers, and the credentials for it.
-        directory: where its data are.
-        keep: it runs until it is stopped by hand; otherwise the last session that uses it stops it.
+        address: its address and credentials.
+        directory: its data directory.
+        keep: whether it runs until it is stopped explicitly; otherwise the last session that uses it stops it.
     """
 
     pid: int
@@ -59,10 +59,10 @@ class StoreStatus:
 
 
 class EmbeddedStore:
-    """The object store that keeps its data in ``directory``. One server serves all who ask for it.
+    """The object store with its data in ``directory``. All users of the directory share one server.
 
-    The server belongs to no terminal: Ctrl-C does not reach it, and it outlives the process that started it. It
-    listens on the loopback interface only; its credentials lie in the directory, for the user's eyes alone.
+    The server has its own session: Ctrl-C does not reach it, and it outlives the process that started it. It listens only
+    on the loopback interface; its credentials are stored in the directory, readable only by the user.
 
     Example:
         >>> embedded = EmbeddedStore(Path("esvit-runs/store"))
@@ -71,21 +71,21 @@ class EmbeddedStore:
         True
 
     Args:
-        directory: made if need be.
+        directory: data directory; created if necessary.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory).resolve()  # by whichever name: it is the same server
+        self.directory = Path(directory).resolve()  # every path to the directory means the same server
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, keep: bool = True) -> StoreAddress:
-        """Start the server, or find the one that runs.
+        """Start the server, or find the running one.
 
         Args:
-            keep: let it run until :meth:`stop`; False: the last session that uses it may stop it.
+            keep: keep the server running until :meth:`stop`; False: the last session that uses it may stop it.
 
         Raises:
-            UserError: the directory cannot be used, its disk is full, or the port in ``ESVIT_STORE_PORT`` is taken.
+            UserError: the directory cannot be used, its disk is full, or the port in ``ESVIT_STORE_PORT`` is in use.
         """
         self.make_directory()
         with self._locked():
@@ -97,20 +97,20 @@ class EmbeddedStore:
             return running.address
 
     def stop(self) -> bool:
-        """Stop the server and wait for its end; False if none ran. What it has acknowledged stays."""
+        """Stop the server and wait until it has ended; return False if none ran. Acknowledged data are kept."""
         if not self.directory.is_dir():
-            return self._end_strays()  # somebody has deleted it under its server
+            return self._stop_orphans()  # the directory was deleted while the server ran
         with self._locked():
             running = self.status()
             if running is None:
-                # Where even the notes are gone somebody has deleted the folder under its server, and it was made anew.
-                return False if (self.directory / _STATE).exists() else self._end_strays()
+                # Without a state file, the directory was deleted while its server ran, and was created again.
+                return False if (self.directory / _STATE).exists() else self._stop_orphans()
             self._end(running.pid)
             self._remove_sockets()
             return True
 
     def status(self) -> StoreStatus | None:
-        """The server that runs on this directory, None if none does; it may be about to start or to stop."""
+        """Return the status of the server of this directory; None if none runs. It may be starting or stopping."""
         state, ports = self._read_state(), self._last_ports()
         pid = state.get("pid")
         if ports is None or not isinstance(pid, int) or not self._serves(pid):
@@ -118,24 +118,24 @@ class EmbeddedStore:
         return StoreStatus(pid, self._address(ports.s3), self.directory, bool(state.get("keep")))
 
     def environment(self) -> dict[str, str]:
-        """The ``ESVIT_S3_*`` variables for processes that shall use the running server.
+        """Return the ``ESVIT_S3_*`` variables for processes that use the running server.
 
         Raises:
-            UserError: none runs.
+            UserError: no server is running.
         """
         running = self.status()
         if running is None:
-            raise UserError(f"{self.directory}: no object store runs on this directory; start it first")
+            raise UserError(f"{self.directory}: no object store is running for this directory; start it first")
         return running.address.environment()
 
     def make_directory(self) -> None:
-        """Make the data directory unless it is there.
+        """Create the data directory if necessary.
 
         Raises:
-            UserError: it cannot be used.
+            UserError: the directory cannot be used.
         """
         if problem := weed.path_problem(self.directory):
-            raise PathError(f"{self.directory}: {problem}; name another folder")
+            raise PathError(f"{self.directory}: {problem}; choose another folder")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             mark(self.directory)
@@ -147,10 +147,10 @@ class EmbeddedStore:
 
     def _launch(self, keep: bool) -> StoreAddress:
         require_room(self.directory)
-        self._end_strays()
+        self._stop_orphans()
         self._remove_sockets()
         weed.write_configuration(self.directory)
-        shutil.rmtree(self.directory / weed.MASTER, ignore_errors=True)  # of no use any more, see weed.py
+        shutil.rmtree(self.directory / weed.MASTER, ignore_errors=True)  # stale state, see weed.py
         (self.directory / weed.MASTER).mkdir(mode=0o700)
         reason = ""
         for attempt in range(_START_ATTEMPTS):
@@ -160,22 +160,22 @@ class EmbeddedStore:
             address = self._address(ports.s3)
             try:
                 if self._wait_until_ready(process, address):
-                    self._forget_unfinished(address)
+                    self._abort_unfinished_uploads(address)
                     return address
             except BaseException:  # Ctrl-C, or no answer in time
                 self._end(process.pid)
                 raise
             self._remove_sockets()
-            reason = self._last_words()
+            reason = self._exit_reason()
             require_room(self.directory)
-            # Another program may have taken one of the ports in the meantime: try others.
+            # Another program may have taken one of the ports: try others.
         raise StoreUnavailable(
-            f"{self.directory}: the object store does not start ({reason}); see {self.directory / LOG} for the reason"
+            f"{self.directory}: the object store does not start ({reason}); see {self.directory / LOG} for details"
         )
 
     def _spawn(self, ports: weed.Ports) -> subprocess.Popen[bytes]:
         log = self.directory / LOG
-        if log.exists():  # the last words of the one before
+        if log.exists():  # keep the previous server's log
             log.replace(log.with_suffix(".log.1"))
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -192,9 +192,9 @@ class EmbeddedStore:
             os.close(descriptor)
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], address: StoreAddress) -> bool:
-        """Whether the server came up; False if it ended instead."""
-        # Whatever else listens on the port, and says nothing or the wrong thing, must not hold this up: the server
-        # then ends by itself.
+        """Wait until the server is ready; return False if it exited instead."""
+        # Another program on the port that does not answer, or answers wrongly, must not block this: the server then exits by
+        # itself.
         connection = Connection(address, RetryPolicy(attempts=1), read_seconds=1.0)
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None:
@@ -209,14 +209,14 @@ class EmbeddedStore:
             time.sleep(_POLL_SECONDS)
         return False
 
-    def _forget_unfinished(self, address: StoreAddress) -> None:
-        """Throw away the parts of objects whose writers were killed; who still lives begins the object anew."""
+    def _abort_unfinished_uploads(self, address: StoreAddress) -> None:
+        """Abort the unfinished uploads of killed writers; a writer that still runs starts its upload again."""
         store = ObjectStore(address)
         for bucket in store.buckets():
             store.abort_uploads(f"s3://{bucket}")
 
     def _choose_ports(self, again: bool) -> weed.Ports:
-        """The ports of last time, so that clients find the server again; others where those are taken."""
+        """Return the previous ports, so that clients find the server again, or other ports if they are in use."""
         wanted, last = _wanted_port(), self._last_ports()
         if last is None or again or wanted not in (None, last.s3):
             return weed.free_ports(wanted)
@@ -231,16 +231,16 @@ class EmbeddedStore:
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 if self._process is not None:
-                    self._process.poll()  # our own child: let it not become a zombie
+                    self._process.poll()  # reap our own child
                 if _ended(pid):
                     return
                 time.sleep(_POLL_SECONDS)
-        raise StoreUnavailable(f"{self.directory}: the object store (process {pid}) does not end; end it by hand")
+        raise StoreUnavailable(f"{self.directory}: the object store (process {pid}) does not exit; kill it")
 
-    def _end_strays(self) -> bool:
-        """End a server of this directory of which nothing is written down; whether there was one.
+    def _stop_orphans(self) -> bool:
+        """Stop a server of this directory that has no state file; return whether there was one.
 
-        Its starter was killed meanwhile, or the directory was deleted.
+        The process that started it was killed, or the directory was deleted.
         """
         strays = [pid for pid in psutil.pids() if self._serves(pid)]
         for pid in strays:
@@ -248,9 +248,9 @@ class EmbeddedStore:
         return bool(strays)
 
     def _serves(self, pid: int) -> bool:
-        """Whether that process is the server of this directory, and not another that was given its number."""
+        """Return whether the process is the server of this directory, and not another process with a reused pid."""
         try:
-            # A process that has ended but was not waited for has an empty command line.
+            # A zombie process has an empty command line.
             return weed.data_argument(self.directory) in psutil.Process(pid).cmdline()
         except psutil.Error:
             return False
@@ -266,12 +266,12 @@ class EmbeddedStore:
             directory=self.directory,
         )
 
-    def _last_words(self) -> str:
-        """Why the server ended: its log's last fatal line, else the last one."""
+    def _exit_reason(self) -> str:
+        """Return the reason why the server exited: the last fatal line of its log, or else the last line."""
         text = (self.directory / LOG).read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         fatal = [line.split("] ", 1)[-1] for line in lines if line.startswith("F")]
-        return (fatal or lines or ["it said nothing"])[-1][:300]
+        return (fatal or lines or ["its log is empty"])[-1][:300]
 
     def _remove_sockets(self) -> None:
         ports = self._last_ports()
@@ -280,7 +280,7 @@ class EmbeddedStore:
                 path.unlink()
 
     def _last_ports(self) -> weed.Ports | None:
-        """The ports of the server that runs or ran last."""
+        """Return the ports of the server that is running or ran last."""
         try:
             return weed.Ports(**{name: int(port) for name, port in self._read_state()["ports"].items()})
         except (LookupError, AttributeError, TypeError, ValueError):
@@ -298,7 +298,7 @@ class EmbeddedStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time starts or stops the server."""
+        """Hold the lock for starting or stopping the server."""
         try:
             file = (self.directory / _LOCK).open("w")
         except OSError as error:
@@ -315,10 +315,10 @@ class EmbeddedStore:
 
 
 def _ended(pid: int) -> bool:
-    """Whether the process has ended and let go of its files."""
+    """Return whether the process has ended and closed its files."""
     try:
         process = psutil.Process(pid)
-        # It may still wait for its parent to notice. Its first thread may be there before the others.
+        # A zombie may still have running threads.
         return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
     except psutil.NoSuchProcess:
         return True
@@ -328,16 +328,15 @@ def _unusable(directory: Path, error: OSError) -> StoreError:
     if is_full(error):
         require_room(directory)
     return disk_error_class(error)(
-        f"{directory}: the object store cannot keep its data there ({error.strerror or error}); "
-        "choose a directory that you can write to"
+        f"{directory}: cannot store the object store's data ({error.strerror or error}); choose a writable directory"
     )
 
 
 def _wanted_port() -> int | None:
-    """The port that the user asks for.
+    """Return the port that the user requests.
 
     Raises:
-        UserError: it is not a port, or it is taken.
+        UserError: the value is not a port, or the port is in use.
     """
     text = os.environ.get(PORT_VARIABLE, "").strip()
     if not text:

@@ -1,8 +1,8 @@
-"""Workload identity: temporary credentials of the object store for the token that the platform gives a pod.
+"""Workload identity: exchange the token that the platform gives a pod for temporary credentials of the object store.
 
-Kubernetes writes a signed token into the pod and renews the file. The store's security token service (STS) checks who
-signed it and for whom, and answers with credentials that end after minutes or hours (``AssumeRoleWithWebIdentity``, which
-AWS, MinIO and SeaweedFS speak). No key is stored anywhere.
+Kubernetes writes a signed token into the pod and renews the file. The store's security token service (STS) verifies the
+token and returns credentials that expire after minutes or hours (``AssumeRoleWithWebIdentity``, which AWS, MinIO and
+SeaweedFS support). No key is stored anywhere.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ _EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException"})
 _log = logging.getLogger(__name__)
 
 
-class StsUnavailable(ConnectionError):  # noqa: N818  what it is is in the name
-    """The STS gives no answer, or one that may change if it is asked again."""
+class StsUnavailable(ConnectionError):  # noqa: N818 (the name states the condition)
+    """The STS does not answer, or returns an error that may be transient."""
 
 
 class WebIdentityCredentials(Provider):
-    """Credentials that renew themselves. minio asks for them before every request; safe to share between threads.
+    """Credentials that renew themselves. minio retrieves them before every request; safe to share between threads.
 
-    minio's own provider sends the token in the address, which ends up in logs and in its errors, and drops what the
-    service says. This one sends a form, renews before the end, and keeps what it has while the service is away.
+    minio's own provider sends the token in the URL, where it ends up in logs and error messages, and drops the service's
+    error message. This provider sends a form, renews the credentials before they expire, and keeps them while the service is
+    unavailable.
 
     Args:
         identity: token and service.
-        http: connections with the store's certificates.
+        http: connection pool with the store's certificates.
     """
 
     def __init__(self, identity: WebIdentity, http: urllib3.PoolManager) -> None:
@@ -58,12 +59,12 @@ class WebIdentityCredentials(Provider):
         self._renew_at = self._end = 0.0
 
     def retrieve(self) -> Credentials:
-        """The credentials to sign with.
+        """Return the credentials for signing.
 
         Raises:
-            UserError: the token is not there, or the service refuses it.
-            StoreUnavailable: no TLS connection with the service.
-            StsUnavailable: no answer, and what there was has expired.
+            UserError: there is no token, or the service rejects it.
+            StoreUnavailable: no TLS connection to the service.
+            StsUnavailable: the service is unavailable, and the previous credentials have expired.
         """
         with self._lock:
             now = time.time()
@@ -80,7 +81,7 @@ class WebIdentityCredentials(Provider):
             return self._credentials
 
     def forget(self) -> None:
-        """Ask for new ones next time: the store does not take these any more."""
+        """Drop the credentials, because the store rejects them; the next request gets new ones."""
         with self._lock:
             self._credentials = None
 
@@ -90,7 +91,7 @@ class WebIdentityCredentials(Provider):
 
 
 def _exchange(identity: WebIdentity, http: urllib3.PoolManager) -> tuple[Credentials, float]:
-    """New credentials, and when they end."""
+    """Return new credentials and the time at which they expire."""
     token = _read_token(identity.token_file)
     form = {
         "Action": "AssumeRoleWithWebIdentity",
@@ -107,14 +108,14 @@ def _exchange(identity: WebIdentity, http: urllib3.PoolManager) -> tuple[Credent
             "POST",
             identity.sts,
             body=urlencode(form),
-            # Until the next exchange, in an hour, a connection that is kept open would only be forgotten by firewalls.
+            # The next exchange is an hour away; firewalls would drop a connection that is kept open until then.
             headers={"Content-Type": "application/x-www-form-urlencoded", "Connection": "close"},
             timeout=_TIMEOUT,
             redirect=False,
             retries=False,
         )
     except urllib3.exceptions.SSLError as error:
-        raise StoreUnavailable(f"no TLS connection with the STS {identity.sts} ({error.args[-1]})") from None
+        raise StoreUnavailable(f"no TLS connection to the STS {identity.sts} ({error.args[-1]})") from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise StsUnavailable(f"no answer from the STS {identity.sts} ({type(error).__name__})") from None
     if answer.status != 200:
@@ -124,7 +125,7 @@ def _exchange(identity: WebIdentity, http: urllib3.PoolManager) -> tuple[Credent
         end = datetime.fromisoformat(found["Expiration"]).replace(tzinfo=UTC).timestamp()
         return Credentials(found["AccessKeyId"], found["SecretAccessKey"], found["SessionToken"]), end
     except (ElementTree.ParseError, KeyError, ValueError):
-        raise StsUnavailable(f"what answers at {identity.sts} is no STS; check {STS_ENDPOINT}") from None
+        raise StsUnavailable(f"{identity.sts} is not an STS; check {STS_ENDPOINT}") from None
 
 
 def _read_token(file: Path) -> str:
@@ -132,11 +133,11 @@ def _read_token(file: Path) -> str:
         token = file.read_text(encoding="ascii").strip()
     except FileNotFoundError:
         raise UserError(
-            f"{TOKEN_FILE}={file}: no such file; expected the token that the platform mounts for the pod's account"
+            f"{TOKEN_FILE}={file}: no such file; expected the token that the platform mounts for the pod's service account"
         ) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a text"
-        raise UserError(f"{TOKEN_FILE}={file}: {reason}; expected a token that this process may read") from None
+        reason = getattr(error, "strerror", None) or "not ASCII text"
+        raise UserError(f"{TOKEN_FILE}={file}: {reason}; expected a token that this process can read") from None
     if not token:
         raise UserError(f"{TOKEN_FILE}={file}: the file is empty; expected a token")
     return token
@@ -148,22 +149,22 @@ def _refusal(identity: WebIdentity, token: str, status: int, body: bytes) -> Sts
     except ElementTree.ParseError:
         found = {}
     if "Code" not in found:
-        return StsUnavailable(f"what answers at {identity.sts} is no STS (HTTP status {status}); check {STS_ENDPOINT}")
+        return StsUnavailable(f"{identity.sts} is not an STS (HTTP status {status}); check {STS_ENDPOINT}")
     code = found["Code"]
     message = " ".join(found.get("Message", "").replace(token, "...").split())
-    said = f"{code}: {message}" if message else code
+    answer = f"{code}: {message}" if message else code
     if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
-        return StsUnavailable(f"the STS {identity.sts} answers {said}")
+        return StsUnavailable(f"the STS {identity.sts} returned {answer}")
     what = f"the STS {identity.sts} refuses the web identity token in {identity.token_file}"
     claims = _claims(token)
     if code in _EXPIRED_CODES or claims.get("exp", time.time() + 1) < time.time():
-        return StoreRefused(f"{what}: it has expired ({said}); check that the platform still renews the file")
+        return StoreRefused(f"{what}: it has expired ({answer}); check that the platform still renews the file")
     shown = ", ".join(f"{name} {_one_line(claims[key])}" for key, name in _SHOWN.items() if key in claims)
     role = f", and that the role {identity.role} trusts it" if identity.role else ""
-    return StoreRefused(f"{what} ({said}); check that it accepts {shown or 'this kind of token'}{role}")
+    return StoreRefused(f"{what} ({answer}); check that it accepts {shown or 'this type of token'}{role}")
 
 
-_SHOWN = {"iss": "issuer", "aud": "audience", "sub": "subject"}  # of a token, and no secrets
+_SHOWN = {"iss": "issuer", "aud": "audience", "sub": "subject"}  # claims of a token that are not secret
 
 
 def _one_line(claim: Any) -> str:
@@ -171,7 +172,7 @@ def _one_line(claim: Any) -> str:
 
 
 def _claims(token: str) -> dict[str, Any]:
-    """What the token says, for messages only: the signature is the service's to check."""
+    """Return the claims of the token, for messages only; the service verifies the signature."""
     try:
         middle = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))
@@ -181,6 +182,6 @@ def _claims(token: str) -> dict[str, Any]:
 
 
 def _texts(body: bytes) -> dict[str, str]:
-    """The texts of an XML document by the names of their elements, whatever its namespace."""
+    """Return the texts of an XML document by the names of their elements, without namespaces."""
     root = ElementTree.fromstring(body)
     return {one.tag.rpartition("}")[2]: one.text.strip() for one in root.iter() if one.text and one.text.strip()}

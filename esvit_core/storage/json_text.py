@@ -1,4 +1,4 @@
-"""The JSON text that is stored."""
+"""Encode JSON objects for the store."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON that people can read, keys in the order they were given."""
+    """Encode a value as readable JSON, with keys in insertion order."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Keys for an object store on a cluster, and what its server reads, as Kubernetes secrets."""
+"""Generate keys and server configuration for an object store on a cluster, as Kubernetes secrets."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def new_keys() -> dict[str, Key]:
-    """A new key for the administrator and for each role."""
+    """Generate a key for the administrator and for each role."""
     return {name: Key(secrets.token_hex(10).upper(), secrets.token_urlsafe(30)) for name in (ADMIN, *ROLES)}
 
 
 def secret_values(
     keys: Mapping[str, Key], endpoint: str, bucket: str, sources: Sequence[str] = (), folder: Path = SERVER_FOLDER
 ) -> dict[str, dict[str, str]]:
-    """The content of the secrets: ``admin`` and each role, with ``ESVIT_S3_*``; ``server``, with the server's files.
+    """Return the content of the secrets: ``ESVIT_S3_*`` for ``admin`` and each role, and the server's files for ``server``.
 
     Args:
-        keys: of :func:`new_keys`.
-        endpoint: where the pods reach the server, ``http://host:port``.
-        bucket: of the runs.
+        keys: from :func:`new_keys`.
+        endpoint: URL of the server for the pods, ``http://host:port``.
+        bucket: bucket of the runs.
         sources: other buckets of this server that the steps may read.
-        folder: where the server finds its files.
+        folder: folder in which the server finds its files.
 
     Raises:
-        UserError: something else than a bucket is named; in the identities it could mean more than it says.
+        UserError: a name is not a valid bucket name; in the identities it could grant more than intended.
     """
     for name in (bucket, *sources):
         if not _BUCKET.fullmatch(name):
             raise UserError(f"bucket {name}: expected 3 to 63 of a-z, 0-9, - and .")
-    place = {ENDPOINT: endpoint, SECURE: str(endpoint.startswith("https://")).lower(), REGION: "us-east-1"}
-    values = {name: {**place, ACCESS_KEY: key.access_key, SECRET_KEY: key.secret_key} for name, key in keys.items()}
+    address = {ENDPOINT: endpoint, SECURE: str(endpoint.startswith("https://")).lower(), REGION: "us-east-1"}
+    values = {name: {**address, ACCESS_KEY: key.access_key, SECRET_KEY: key.secret_key} for name, key in keys.items()}
     certificate, private_key = weed.new_certificate()
     values[SERVER] = {
         weed.IDENTITIES: json.dumps(identities(keys, bucket, sources), indent=1),
@@ -58,7 +58,7 @@ def secret_values(
 
 
 def secret_manifests(values: Mapping[str, Mapping[str, str]], namespace: str) -> str:
-    """The secrets for ``kubectl apply -f -``, as YAML; the keys themselves are in it."""
+    """Return the secrets as YAML for ``kubectl apply -f -``; it contains the keys in plain text."""
     labels = {"app.kubernetes.io/name": "esvit", "app.kubernetes.io/component": "object-store"}
 
     def secret(name: str, content: Mapping[str, str]) -> dict[str, Any]:

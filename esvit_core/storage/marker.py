@@ -1,4 +1,4 @@
-"""Folders that this program makes on the user's disk, marked so that it does not take what is in them for images."""
+"""Mark the folders that this program creates, so that it does not use their content as images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 MARKER = ".esvit-folder"
-_TEXT = "esvit made this folder. It takes nothing in it for images to train on.\n"
-# What such folders held before there was a mark: the store's, and a run's.
+_TEXT = "esvit created this folder and does not use its content as training images.\n"
+# Files that identify older, unmarked folders: those of a store, and those of a run.
 _UNMARKED = (frozenset({"identities.json", "security.toml"}), frozenset({"config.yaml", "run.log"}))
 
 
 def mark(folder: Path) -> None:
-    """Leave the mark in a folder.
+    """Mark a folder.
 
     Raises:
-        OSError: it cannot be written to.
+        OSError: the folder is not writable.
     """
     path = folder / MARKER
     if not path.exists():
@@ -23,10 +23,10 @@ def mark(folder: Path) -> None:
 
 
 def is_marked(folder: Path, files: Collection[str]) -> bool:
-    """Whether this program made a folder.
+    """Return whether this program created a folder.
 
     Args:
-        folder: with the mark, or a store or a run that was made before there was a mark.
+        folder: the folder; older stores and runs are recognized without a mark.
         files: names of the files in it.
     """
     if any(names <= {*files} for names in _UNMARKED):

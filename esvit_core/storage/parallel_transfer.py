@@ -1,4 +1,4 @@
-"""Objects to and from files: in parallel parts, checked, and never half there."""
+"""Transfer objects to and from files in parallel parts, verified and atomic."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from esvit_core.storage.uri import SCHEME
 
 T = TypeVar("T")
 
-PART_BYTES = 16 * 2**20  # at most 10,000 parts: objects of up to 156 GiB
+PART_BYTES = 16 * 2**20  # S3 allows 10,000 parts: objects of up to 156 GiB
 PARALLEL = 4
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -37,14 +37,14 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
 
     Raises:
         PathError, LocalDiskError: the file cannot be read.
-        IntegrityError: it is not the one that ``sha256`` describes, or it changes while it is read.
+        IntegrityError: the file's digest is not ``sha256``, or the file changes while it is read.
     """
     headers = {"Content-Type": content_type}
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise IntegrityError(f"{path}: not the file whose SHA-256 is {sha256}; make it again")
+                raise IntegrityError(f"{path}: SHA-256 is not the expected {sha256}; create the file again")
             connection.require_room(size)
             if size <= PART_BYTES:
                 data = _read_part(path, file, 0, size)
@@ -52,7 +52,7 @@ def upload(connection: Connection, bucket: str, key: str, path: Path, content_ty
             else:
                 try:
                     _upload_parts(connection, bucket, key, path, file, size, headers)
-                except NotFound:  # the server was restarted, and threw away what it held of unfinished objects
+                except NotFound:  # the server was restarted and dropped unfinished uploads
                     _upload_parts(connection, bucket, key, path, file, size, headers)
     except OSError as error:
         raise disk_error_class(error)(
@@ -78,24 +78,24 @@ def _upload_parts(
         try:
             client.finish_upload(bucket, key, upload_id, parts)
         except S3Error as error:
-            # The answer to an earlier attempt may have been lost: then the upload is gone and the object is ours.
+            # The response to an earlier attempt may have been lost: then the upload is complete and the object is ours.
             if error.code != "NoSuchUpload" or client.writer(bucket, key)[1] != mark:
                 raise
 
     try:
         parts = _in_parallel(put, range(1, -(-size // PART_BYTES) + 1))
         connection.call(uri, finish)
-    except BaseException:  # Ctrl-C, too, must leave no parts behind
+    except BaseException:  # also Ctrl-C must not leave parts behind
         with contextlib.suppress(Exception):
             connection.call(uri, lambda client: client.abort_upload(bucket, key, upload_id))
         raise
 
 
 def abort_uploads(connection: Connection, bucket: str, prefix: str, before: datetime | None) -> int:
-    """Throw away the parts of uploads that were never finished, and say how many uploads they were.
+    """Abort unfinished uploads and remove their parts; return the number of uploads.
 
     Args:
-        before: only uploads that were begun earlier; None: all.
+        before: only uploads that were started earlier; None: all.
     """
     uri = f"{SCHEME}{bucket}/{prefix}"
     pending = connection.call(uri, lambda client: client.pending_uploads(bucket, prefix))
@@ -110,7 +110,7 @@ def abort_uploads(connection: Connection, bucket: str, prefix: str, before: date
 
 
 def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
-    """Write the object to ``path``, which appears whole or not at all.
+    """Download the object to ``path`` atomically.
 
     Raises:
         NotFound: there is no such object.
@@ -124,11 +124,11 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
     def get(offset: int, file: BinaryIO) -> None:
         data, now = connection.call(uri, lambda client: client.read(bucket, key, offset, PART_BYTES))
         if now != etag:
-            raise IntegrityError(f"{uri}: the object was replaced while it was read; read it again")
+            raise IntegrityError(f"{uri}: the object was replaced while being read; read it again")
         write_at(file.fileno(), data, offset)
 
     try:
-        with _appearing(path) as file:
+        with _atomic_file(path) as file:
             _in_parallel(lambda offset: get(offset, file), range(0, size, PART_BYTES))
     except OSError as error:
         if is_full(error):
@@ -137,8 +137,8 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside ``path`` that takes its name if all goes well and vanishes otherwise."""
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside ``path``, which is renamed to ``path`` on success and removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -151,7 +151,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
-    """Results in order. After a failure nothing new is begun, and what is under way is waited for."""
+    """Return the results in order. After a failure no new item is started, and running ones are waited for."""
     if len(items) == 1:
         return [work(items[0])]
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="store")
@@ -164,5 +164,5 @@ def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
 def _read_part(path: Path, file: BinaryIO, offset: int, length: int) -> bytes:
     data = read_at(file.fileno(), length, offset)
     if len(data) != length:
-        raise IntegrityError(f"{path}: became shorter while it was stored; store a file that does not change")
+        raise IntegrityError(f"{path}: was truncated during the upload; do not modify a file while it is stored")
     return data

@@ -1,9 +1,9 @@
-"""Pointers: the only objects that change, and they change by compare-and-swap.
+"""Pointers: the only mutable objects, changed by compare-and-swap.
 
-The server does the comparing: a put with ``If-None-Match: *`` creates, a put with ``If-Match: <etag>`` replaces, and
-either is refused (412) if the object is not what the writer believes. SeaweedFS 4.48 decides under a lock of the
-path, so that of any number of writers one wins (``tests/storage/test_pointer.py`` holds that); so do AWS and MinIO.
-A server that ignored the headers would still not be made to overwrite blindly, because the writer looks first.
+The server compares: a put with ``If-None-Match: *`` creates an object, a put with ``If-Match: <etag>`` replaces one, and
+the server rejects either (412) if the object is in another state. SeaweedFS 4.48 decides under a lock of the path, so
+exactly one of several concurrent writers succeeds (``tests/storage/test_pointer.py`` tests this); AWS and MinIO behave
+the same. The writer also checks the object first, so a server that ignores the headers does not overwrite it blindly.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from esvit_core.storage.uri import SCHEME
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a pointer said when it was read.
+    """The state of a pointer when it was read.
 
     Args:
-        value: its content.
-        etag: names this state of it.
+        value: content of the pointer.
+        etag: identifies this state.
     """
 
     value: dict[str, Any]
@@ -35,18 +35,18 @@ class Pointer:
 
 
 def put_if_absent(connection: Connection, bucket: str, key: str, data: bytes, content_type: str) -> bool:
-    """Create the object; False if there is one already."""
+    """Create the object; return False if it already exists."""
     return _put_if(connection, bucket, key, data, content_type, None)
 
 
 def swap(connection: Connection, bucket: str, key: str, value: dict[str, Any], expected: Pointer | None) -> bool:
-    """Replace the state ``expected`` by ``value``; False if it is no longer the present one."""
+    """Replace the state ``expected`` by ``value``; return False if the pointer is no longer in that state."""
     etag = None if expected is None else expected.etag
     return _put_if(connection, bucket, key, encode_json(value), "application/json", etag)
 
 
 def read(connection: Connection, bucket: str, key: str) -> Pointer | None:
-    """The pointer's present state, None where it was never set."""
+    """Return the pointer's current state; None if it was never set."""
     uri = f"{SCHEME}{bucket}/{key}"
 
     def get(client: S3Client) -> tuple[bytes, str] | None:
@@ -66,17 +66,17 @@ def read(connection: Connection, bucket: str, key: str) -> Pointer | None:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise IntegrityError(f"{uri}: not a pointer; remove the object if nothing else needs it")
+        raise IntegrityError(f"{uri}: not a pointer; remove the object if it is not needed")
     return Pointer(value, etag)
 
 
 def _put_if(
     connection: Connection, bucket: str, key: str, data: bytes, content_type: str, expected: str | None
 ) -> bool:
-    """Put the object if its ETag is ``expected`` (None: if there is none); False if it is not."""
+    """Put the object if its ETag is ``expected`` (None: if it does not exist); return whether it was put."""
     condition = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
-    # A connection that breaks after the server has stored the object makes the repeated request meet its own
-    # result. The mark tells that apart from another writer's.
+    # If the connection breaks after the server has stored the object, the repeated request finds its own result. The mark
+    # distinguishes it from another writer's.
     mark = uuid.uuid4().hex
     headers = {"Content-Type": content_type, WRITER: mark, **condition}
 

@@ -1,4 +1,4 @@
-"""Folders of this user below the system's temporary one, where anyone may make a folder of any name first."""
+"""Private folders of this user below the system's temporary directory, where anyone may create a folder of any name."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ _WRITABLE_BY_OTHERS = 0o022
 
 
 def private_folder(purpose: str, variable: str) -> Path:
-    """Make or find ``<temporary folder>/esvit-<purpose>-<user id>``, which nobody else can read or write.
+    """Create or find ``<temporary directory>/esvit-<purpose>-<user id>``, which only this user can read or write.
 
     Args:
         purpose: part of its name.
-        variable: environment variable that names another folder, for the error's advice.
+        variable: environment variable for choosing another folder, for the error message.
 
     Raises:
-        UserError: it cannot be made, or what has its name is a link, no folder, another user's, or could be written
-            to by others.
+        UserError: the folder cannot be created, or the path is a link, not a folder, owned by another user, or writable by
+            others.
     """
     path = Path(tempfile.gettempdir()) / f"esvit-{purpose}-{os.geteuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be made ({error.strerror}); set {variable} to a folder that can be written to"
-        ) from None
+        raise UserError(f"{path}: cannot be created ({error.strerror}); set {variable} to a writable folder") from None
     problem = _problem(found)
     if problem:
-        raise UserError(f"{path}: {problem}; expected a folder of yours alone: remove it, or set {variable} to another")
+        raise UserError(f"{path}: {problem}; expected a private folder: remove it, or set {variable} to another one")
     if found.st_mode & _BITS_OF_OTHERS:
         path.chmod(0o700)
     return path
@@ -44,9 +42,9 @@ def _problem(found: os.stat_result) -> str | None:
     if stat.S_ISLNK(found.st_mode):
         return "is a link"
     if not stat.S_ISDIR(found.st_mode):
-        return "is no folder"
+        return "is not a folder"
     if found.st_uid != os.geteuid():
         return f"belongs to another user (user id {found.st_uid})"
     if found.st_mode & _WRITABLE_BY_OTHERS:
-        return "can be written to by other users"
+        return "is writable by other users"
     return None

@@ -1,4 +1,4 @@
-"""Which failures deserve another attempt, and how long to wait before it."""
+"""Retry transient failures with exponential back-off."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 
 T = TypeVar("T")
 
-# Not the shared generator: a request that is repeated must not change the numbers that a seeded program draws.
+# Not the shared generator: a repeated request must not change the random numbers of a seeded program.
 _CHANCE = random.SystemRandom()
 
-# S3's own words for "not now". Everything else that it says with a 4xx status stays true however often one asks.
+# S3's error codes for transient failures. All other 4xx errors are permanent.
 _TRANSIENT_CODES = frozenset(
     {
         "InternalError",
@@ -34,7 +34,7 @@ _TRANSIENT_CODES = frozenset(
         "TooManyRequests",
     }
 )
-# 501: not implemented; 507: no room. Neither passes by waiting.
+# 501: not implemented; 505: version not supported; 507: no space. Retrying does not help.
 _LASTING_STATUSES = frozenset({501, 505, 507})
 _THROTTLING_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"})
 FAILURE_KINDS = ("connection", "timeout", "server", "throttled")
@@ -52,7 +52,7 @@ class RetryPolicy:
     """Exponential back-off with jitter.
 
     Args:
-        attempts: in all, the first included.
+        attempts: total number of attempts, including the first.
         base: upper bound of the first wait, seconds; doubles every time.
         cap: longest wait, seconds.
     """
@@ -63,14 +63,14 @@ class RetryPolicy:
 
     @classmethod
     def lasting(cls, seconds: float) -> Self:
-        """One that gives a server at least so long to come back."""
+        """Return a policy that gives a server at least ``seconds`` to come back."""
         return cls(attempts=cls.attempts + math.ceil(2 * seconds / cls.cap))
 
     def waits(self) -> Iterator[float]:
-        """Seconds to wait before each further attempt.
+        """Yield the seconds to wait before each further attempt.
 
-        Half of each wait is fixed, so that a restarting server gets its time; half is random, so that many clients
-        do not come back at once.
+        Half of each wait is fixed, to give a restarting server time; half is random, so that many clients do not return at the
+        same moment.
         """
         for attempt in range(self.attempts - 1):
             bound = min(self.cap, self.base * 2**attempt)
@@ -78,7 +78,7 @@ class RetryPolicy:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed if it is made again: connection errors, 5xx, throttling."""
+    """Return whether the same request may succeed later: connection errors, 5xx, throttling."""
     if isinstance(error, S3Error):
         status = getattr(error.response, "status", 0) or 0
         return error.code in _TRANSIENT_CODES or (status >= 500 and status not in _LASTING_STATUSES)
@@ -87,12 +87,12 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, ServerError):
         return error.status_code >= 500 and error.status_code not in _LASTING_STATUSES
     if isinstance(error, urllib3.exceptions.SSLError):
-        return False  # a certificate does not become valid by asking again
+        return False  # retrying does not make a certificate valid
     return isinstance(error, (urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError))
 
 
 def failed_requests() -> dict[str, int]:
-    """How many attempts of this process have failed for a reason that may pass, by :data:`FAILURE_KINDS`."""
+    """Return the number of attempts of this process that failed transiently, by :data:`FAILURE_KINDS`."""
     with _failures_lock:
         return {kind: _failures[kind] for kind in FAILURE_KINDS}
 
@@ -102,7 +102,7 @@ def _kind(error: BaseException) -> str:
         return "throttled" if error.code in _THROTTLING_CODES else "server"
     if isinstance(error, (InvalidResponseError, ServerError)):
         return "server"
-    if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; urllib3 1.26 derives it from a timeout
+    if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; a subclass of the timeout in urllib3 1.26
         return "connection"
     return "timeout" if isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError)) else "connection"
 
@@ -118,11 +118,11 @@ def _counted(operation: Callable[[], T]) -> T:
 
 
 def with_retries(operation: Callable[[], T], policy: RetryPolicy) -> T:
-    """Call ``operation`` until it succeeds, fails for good, or the attempts are used up.
+    """Call ``operation`` until it succeeds, fails permanently, or the attempts are used up.
 
     Args:
         operation: must be safe to repeat.
-        policy: how often, and how long to wait in between.
+        policy: number of attempts, and waits between them.
     """
     for wait in policy.waits():
         try:

@@ -1,11 +1,11 @@
-"""Who may do what in the object store: a key per kind of step, and what each key may write.
+"""Roles in the object store: one key per group of steps, and the objects that each key may write.
 
-The table is the one place where this is said. From it come the identities of a SeaweedFS server (``esvit store keys``)
-and the policies of AWS and MinIO (``esvit store policies``).
+This table is the single definition. The identities of a SeaweedFS server (``esvit store keys``) and the policies for AWS
+and MinIO (``esvit store policies``) are generated from it.
 
-What SeaweedFS 4.48 enforces was tried against the server itself (``tests/manifests/test_store_roles.py``): an action
-``Write:bucket/pattern`` covers put, multipart upload, copy to, and delete, and a bulk delete is judged key by key. As
-in the policies of AWS, ``*`` also stands for slashes.
+The behavior of SeaweedFS 4.48 is tested with the server itself (``tests/manifests/test_store_roles.py``): an action
+``Write:bucket/pattern`` covers put, multipart upload, copy to, and delete, and a bulk delete is checked key by key. As in
+the policies of AWS, ``*`` also matches slashes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ ADMIN = "admin"
 
 @dataclass(frozen=True)
 class Role:
-    """A key of the object store.
+    """A role in the object store.
 
     Attributes:
-        purpose: who uses it, in a few words.
-        writes: patterns of the keys that it may make, replace and delete, in the bucket of the runs.
-        deletes: patterns of the keys that it may delete only. SeaweedFS has one action for writing and deleting, so that
-            there the key may write them too; the policies of AWS and MinIO tell the two apart.
+        purpose: users of the role, in a few words.
+        writes: patterns of the keys that the role may create, replace and delete, in the bucket of the runs.
+        deletes: patterns of the keys that the role may only delete. SeaweedFS has one action for writing and deleting, so
+            there the role may write them too; the policies of AWS and MinIO distinguish the two.
     """
 
     purpose: str
@@ -39,7 +39,7 @@ ROLES: Mapping[str, Role] = {
         "steps that turn images into shards",
         (
             *("runs/*/config.yaml", "runs/*/runtime", "runs/*/data/*", "runs/*/transfer/*"),
-            # A retraining begins with a look at what is new, and with a claim that no other one makes it too.
+            # A retraining starts by scanning the source and by claiming the lease.
             *("runs/*/retrain.json", "runs/*/retrain/*", "claims/*"),
         ),
     ),
@@ -48,22 +48,22 @@ ROLES: Mapping[str, Role] = {
         ("runs/*/training/*", "runs/*/journal/*", "runs/*/untrained/*", "runs/*/backbone/*"),
     ),
     "evaluate": Role(
-        "steps that compute and measure features",
+        "steps that compute and evaluate features",
         ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/comparison/*", "runs/*/visualization/*"),
     ),
     "publish": Role(
-        "report, promotion, export, and a backbone that is taken to be measured: what people and other systems go by",
+        "report, promotion, export, and the import of a backbone to evaluate: what people and other systems rely on",
         (
             *("runs/*/report/*", "runs/*/promotion.json", "pointers/*", "exports/*"),
-            # A run that measures a backbone begins with it. Whoever moves the champion could name any backbone anyway.
+            # A run that evaluates a backbone creates it first. Whoever can move the champion can choose any backbone anyway.
             *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/untrained/*"),
             "runs/*/runtime",
-            # Where another run became champion in the meantime it is measured by the step that promotes.
+            # If another run has become champion in the meantime, the promotion step evaluates it.
             "runs/*/comparison/*",
         ),
     ),
     "prune": Role("removal of old runs; it reads the pointers and cannot move them", deletes=("runs/*",)),
-    "read": Role("people and programs that look: `esvit status`, `esvit logs`, `load_backbone`"),
+    "read": Role("people and programs that only read: `esvit status`, `esvit logs`, `load_backbone`"),
 }
 
 
@@ -76,17 +76,17 @@ class Key:
 
 
 def may_write(role: str, key: str) -> bool:
-    """Whether the table lets a role make or replace an object of the bucket of the runs."""
+    """Return whether a role may create or replace an object in the bucket of the runs."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in ROLES[role].writes)
 
 
 def identities(keys: Mapping[str, Key], bucket: str, sources: Sequence[str] = ()) -> dict[str, Any]:
-    """The ``-s3.config`` of a SeaweedFS server.
+    """Return the ``-s3.config`` of a SeaweedFS server.
 
     Args:
-        keys: of the administrator, who makes buckets, and of the roles.
-        bucket: of the runs.
-        sources: other buckets on this server, with images; the steps may read them.
+        keys: keys of the administrator, who creates buckets, and of the roles.
+        bucket: bucket of the runs.
+        sources: other buckets with images on this server, which the steps may read.
     """
 
     def identity(name: str, actions: list[str]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def identities(keys: Mapping[str, Key], bucket: str, sources: Sequence[str] = ()
 
 
 def joint_policy(roles: Sequence[str], bucket: str, sources: Sequence[str] = ()) -> dict[str, Any]:
-    """One policy with what several roles may do: for an account that all of them share."""
+    """Return one policy with the permissions of several roles, for an account that they share."""
     policies = [policy(role, bucket, sources) for role in roles]
     statements: list[dict[str, Any]] = []
     for statement in (one for each in policies for one in each["Statement"]):
@@ -116,7 +116,7 @@ def joint_policy(roles: Sequence[str], bucket: str, sources: Sequence[str] = ())
 
 
 def policy(role: str, bucket: str, sources: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as a policy document of AWS, which MinIO takes too."""
+    """Return the permissions of a role as an AWS policy document, which MinIO accepts too."""
     buckets = [f"arn:aws:s3:::{one}" for one in (bucket, *sources)]
     statements = [
         {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": buckets},

@@ -1,4 +1,4 @@
-"""The object store for the length of a piece of work, wherever it is."""
+"""Open the object store for the duration of a session, whether it is remote or embedded."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SESSIONS = "sessions.lock"
 
 @contextlib.contextmanager
 def open_store(directory: Path | None) -> Iterator[ObjectStore]:
-    """The store that ``ESVIT_S3_ENDPOINT`` names, else the embedded one of ``directory``.
+    """Open the store that ``ESVIT_S3_ENDPOINT`` names, or else the embedded store of ``directory``.
 
-    While the context is open the ``ESVIT_S3_*`` variables lead child processes to the same store. At its end an
-    embedded server is stopped, unless another session still uses it or it was started by hand; a server whose
-    session was killed is found by the next one.
+    While the context is open, the ``ESVIT_S3_*`` variables give child processes access to the same store. At the end an
+    embedded server is stopped, unless another session uses it or it was started explicitly. A server whose session was
+    killed is found by the next session.
 
     Args:
-        directory: data directory of the embedded store; None: there is to be none.
+        directory: data directory of the embedded store; None: no embedded store.
 
     Raises:
-        UserError: no store is named, it cannot be reached, it refuses the key, or the directory cannot be used.
+        UserError: no store is configured, the store cannot be reached or rejects the key, or the directory cannot be used.
     """
     if os.environ.get(ENDPOINT, "").strip():
         store = ObjectStore.from_env()
@@ -46,8 +46,8 @@ def open_store(directory: Path | None) -> Iterator[ObjectStore]:
 def _session(embedded: EmbeddedStore) -> Iterator[StoreAddress]:
     """Keep the server running as long as this or another session lasts.
 
-    Each session holds a shared lock, which the system takes from a process that dies. Who gets the lock for
-    himself alone is the last; a session that begins meanwhile waits until he is done.
+    Each session holds a shared lock, which the system releases if the process dies. A session that gets the exclusive lock
+    at its end is the last one; a session that starts meanwhile waits until the server is stopped.
     """
     embedded.make_directory()
     with (embedded.directory / _SESSIONS).open("w") as lock:
@@ -64,7 +64,7 @@ def _session(embedded: EmbeddedStore) -> Iterator[StoreAddress]:
 
 @contextlib.contextmanager
 def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, and set them back."""
+    """Set environment variables within the context."""
     before = {name: os.environ.get(name) for name in VARIABLES}
     for name in VARIABLES:
         os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""An S3 object store: put, get, list, and what is built on them."""
+"""The client of an S3 object store: put, get, list, and operations built on them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """What a listing says of an object."""
+    """The attributes of an object in a listing."""
 
     uri: str
     size: int
@@ -54,7 +54,7 @@ class ObjectStore:
 
     Args:
         address: endpoint and credentials.
-        policy: how often and after how long failed requests are repeated.
+        policy: how often, and after which waits, failed requests are repeated.
     """
 
     def __init__(self, address: StoreAddress, policy: RetryPolicy | None = None) -> None:
@@ -66,7 +66,7 @@ class ObjectStore:
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str] | None = None) -> ObjectStore:
-        """The store that the ``ESVIT_S3_*`` variables name.
+        """Return the store that the ``ESVIT_S3_*`` variables name.
 
         Raises:
             UserError: a variable is missing or malformed.
@@ -74,31 +74,31 @@ class ObjectStore:
         return cls(StoreAddress.from_env(environment))
 
     def check(self) -> None:
-        """Ask the server for something that only a valid key gets.
+        """Check that the server answers and accepts the key.
 
         Raises:
-            StoreUnavailable: nothing answers, or it is not S3.
+            StoreUnavailable: there is no answer, or the server is not an S3 server.
             StoreRefused: the key is not accepted.
         """
 
-        def knock(client: S3Client) -> None:
+        def list_buckets(client: S3Client) -> None:
             try:
                 client.list_buckets()
             except S3Error as error:
-                if error.code != "AccessDenied":  # the key is good, only not for seeing every bucket
+                if error.code != "AccessDenied":  # the key is valid, but may not list all buckets
                     raise
 
-        self.connection.call("connecting", knock, RetryPolicy(attempts=3))
+        self.connection.call("connecting", list_buckets, RetryPolicy(attempts=3))
 
     def ensure_bucket(self, bucket: str) -> None:
-        """Make the bucket unless it exists."""
+        """Create the bucket if it does not exist."""
 
         def make(client: S3Client) -> None:
             if client.bucket_exists(bucket):
                 return
             try:
                 client.make_bucket(bucket)
-            except S3Error as error:  # another process was quicker
+            except S3Error as error:  # another process created it first
                 if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                     raise
 
@@ -106,27 +106,27 @@ class ObjectStore:
         self.connection.call(f"{SCHEME}{bucket}", make)
 
     def buckets(self) -> tuple[str, ...]:
-        """Names of the buckets that the key may see."""
+        """Return the names of the buckets that the key may list."""
         found = self.connection.call("listing the buckets", lambda client: client.list_buckets())
         return tuple(bucket.name for bucket in found)
 
     def put_bytes(self, uri: str, data: bytes, *, content_type: str | None = None) -> None:
-        """Store ``data`` as the object ``uri``, whole or not at all."""
+        """Store ``data`` as the object ``uri``, atomically."""
         bucket, key = _object(uri)
         headers = {"Content-Type": content_type or _content_type(key)}
         self.connection.require_room(len(data))
         self.connection.call(uri, lambda client: client.put(bucket, key, data, headers))
 
     def get_bytes(self, uri: str) -> bytes:
-        """The whole object.
+        """Return the whole object.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such object.
         """
         return self._read(uri, 0, None)
 
     def open_range(self, uri: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from byte ``offset`` on; fewer where the object ends before.
+        """Return ``length`` bytes starting at ``offset``, or fewer if the object ends before.
 
         Raises:
             NotFound: there is no such object.
@@ -142,11 +142,11 @@ class ObjectStore:
         self.put_bytes(uri, encode_json(value), content_type="application/json")
 
     def get_json(self, uri: str) -> Any:
-        """The value that the object's JSON text stands for.
+        """Return the decoded JSON of an object.
 
         Raises:
             NotFound: there is no such object.
-            IntegrityError: it is not JSON.
+            IntegrityError: the object is not JSON.
         """
         data = self.get_bytes(uri)
         try:
@@ -155,26 +155,26 @@ class ObjectStore:
             raise IntegrityError(f"{uri}: not JSON ({error}); expected an object that this program wrote") from None
 
     def put_file(self, uri: str, path: Path, *, sha256: str | None = None) -> None:
-        """Store a local file as the object ``uri``; large ones go in several parts at a time.
+        """Store a local file as the object ``uri``; large files are uploaded in parallel parts.
 
         Args:
             uri: destination.
             path: the file.
-            sha256: what the file's digest must be, hexadecimal, if known.
+            sha256: expected digest of the file, hexadecimal; None: not checked.
 
         Raises:
-            IntegrityError: the file is not the one that ``sha256`` describes.
+            IntegrityError: the file's digest is not ``sha256``.
         """
         bucket, key = _object(uri)
         parallel_transfer.upload(self.connection, bucket, key, Path(path), _content_type(key), sha256)
 
     def get_file(self, uri: str, path: Path) -> None:
-        """Download the object to ``path``, which appears whole or not at all."""
+        """Download the object to ``path``, atomically."""
         bucket, key = _object(uri)
         parallel_transfer.download(self.connection, bucket, key, Path(path))
 
     def exists(self, uri: str) -> bool:
-        """Whether there is such an object."""
+        """Return whether the object exists."""
         try:
             self.stat(uri)
         except NotFound:
@@ -182,21 +182,21 @@ class ObjectStore:
         return True
 
     def stat(self, uri: str) -> ObjectStat:
-        """Size, ETag and time of an object.
+        """Return the size, ETag and modification time of an object.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such object.
         """
         bucket, key = _object(uri)
         found = self.connection.call(uri, lambda client: client.stat_object(bucket, key))
         return ObjectStat(uri, found.size or 0, (found.etag or "").strip('"'), found.last_modified)
 
     def list(self, prefix_uri: str, recursive: bool = True) -> Iterator[ObjectStat]:
-        """The objects below a prefix, in the order of their keys.
+        """Yield the objects below a prefix, in the order of their keys.
 
         Args:
-            prefix_uri: taken as a folder: ``s3://b/runs/a`` lists ``runs/a/...`` but not ``runs/ab``.
-            recursive: False: one level only; what has objects below it is listed with a slash at its end and size 0.
+            prefix_uri: treated as a folder: ``s3://b/runs/a`` lists ``runs/a/...`` but not ``runs/ab``.
+            recursive: False: only one level; a folder is listed with a trailing slash and size 0.
         """
         bucket, key = split_uri(prefix_uri)
         prefix = f"{key.rstrip('/')}/" if key else ""
@@ -204,28 +204,28 @@ class ObjectStore:
             prefix_uri,
             lambda client: list(client.list_objects(bucket, prefix=prefix, recursive=recursive)),
         )
-        # SeaweedFS lists folder by folder, where "a/b" comes before "a-b"; S3 promises the order of the keys.
+        # SeaweedFS lists folder by folder, with "a/b" before "a-b"; S3 guarantees the order of the keys.
         for item in sorted(found, key=lambda item: item.object_name or ""):
             if item.object_name != prefix:
                 uri = f"{SCHEME}{bucket}/{item.object_name}"
                 yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
 
     def remove(self, uri: str) -> None:
-        """Delete the object; one that does not exist is no error."""
+        """Delete the object if it exists."""
         bucket, key = _object(uri)
         self.connection.call(uri, lambda client: client.remove_object(bucket, key))
 
     def remove_all(self, uris: Sequence[str]) -> None:
-        """Delete objects of one bucket; those that do not exist are no error."""
+        """Delete the objects that exist; all must be in one bucket."""
         if uris:
             bucket = _object(uris[0])[0]
             keys = [_object(uri)[1] for uri in uris]
             self.connection.call(uris[0], lambda client: client.remove_all(bucket, keys))
 
     def remove_prefix(self, uri: str) -> int:
-        """Delete all objects below a prefix, and say how many they were.
+        """Delete all objects below a prefix; return their number.
 
-        Manifests go first, so that no reader takes a half-deleted set for a complete one.
+        Manifests are deleted first, so that no reader takes a partially deleted set for a complete one.
 
         Raises:
             UserError: the prefix is a whole bucket.
@@ -240,39 +240,39 @@ class ObjectStore:
         return len(found)
 
     def abort_uploads(self, uri: str, older_than: timedelta | None = None) -> int:
-        """Throw away the parts that killed processes left of objects below a prefix, and say of how many objects.
+        """Abort the unfinished uploads of killed processes below a prefix; return their number.
 
-        A process that fails or is interrupted cleans up behind itself, and the embedded server forgets unfinished
-        uploads when it starts: this is for a store that is neither.
+        A process that fails or is interrupted aborts its own uploads, and the embedded server drops unfinished uploads when it
+        starts, so this is needed for other servers only.
 
         Args:
             uri: prefix or bucket.
-            older_than: spare those begun later than so long ago; None: spare none.
+            older_than: abort only uploads older than this; None: all.
         """
         bucket, key = split_uri(uri)
         before = None if older_than is None else datetime.now(UTC) - older_than
         return parallel_transfer.abort_uploads(self.connection, bucket, key, before)
 
     def put_if_absent(self, uri: str, data: bytes) -> bool:
-        """Store ``data`` unless the object exists already; of several callers at once exactly one gets True."""
+        """Store ``data`` unless the object exists; exactly one of several concurrent callers gets True."""
         bucket, key = _object(uri)
         return pointer.put_if_absent(self.connection, bucket, key, data, _content_type(key))
 
     def read_pointer(self, uri: str) -> Pointer | None:
-        """The pointer's present value, or None where it was never set."""
+        """Return the pointer's current state; None if it was never set."""
         bucket, key = _object(uri)
         return pointer.read(self.connection, bucket, key)
 
     def swap_pointer(self, uri: str, value: dict[str, Any], expected: Pointer | None) -> bool:
-        """Set the pointer to ``value`` if it still is what ``expected`` says; of several callers at once one wins.
+        """Set the pointer to ``value`` if it is still in the state ``expected``; one of several concurrent callers wins.
 
         Args:
             uri: the pointer.
-            value: what it shall say.
-            expected: what :meth:`read_pointer` returned; None: it must not exist.
+            value: new content.
+            expected: result of :meth:`read_pointer`; None: the pointer must not exist.
 
         Returns:
-            False if someone else changed it in between: read it again and decide anew.
+            False if another caller changed the pointer in between: read it again and decide anew.
         """
         bucket, key = _object(uri)
         return pointer.swap(self.connection, bucket, key, value, expected)
@@ -280,17 +280,17 @@ class ObjectStore:
     def publish(
         self, prefix_uri: str, files: Mapping[str, Path | bytes], kind: str, extra: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Store a set of files that becomes visible at once: the manifest goes last. See :mod:`.publish`."""
+        """Store a set of files and make it visible in one step. See :mod:`esvit_core.storage.publication`."""
         return publication.publish(self, prefix_uri, files, kind, extra)
 
     def read_manifest(self, prefix_uri: str) -> dict[str, Any] | None:
-        """The manifest of a complete set, or None where there is none."""
+        """Return the manifest of a complete set; None if there is none."""
         return publication.read_manifest(self, prefix_uri)
 
     def fetch(
         self, prefix_uri: str, directory: Path, names: Sequence[str] | None = None, verify: bool = True
     ) -> dict[str, Any]:
-        """Download a published set and check it against its manifest. See :mod:`.publish`."""
+        """Download a published set and check it against its manifest. See :mod:`esvit_core.storage.publication`."""
         return publication.fetch(self, prefix_uri, directory, names, verify)
 
     def _read(self, uri: str, offset: int, length: int | None) -> bytes:
@@ -300,7 +300,7 @@ class ObjectStore:
             try:
                 return client.read(bucket, key, offset, length)[0]
             except S3Error as error:
-                if error.code == "InvalidRange":  # begins behind the object's end
+                if error.code == "InvalidRange":  # the offset is beyond the object's end
                     return b""
                 raise
 

@@ -1,10 +1,10 @@
-"""What can go wrong with an object store, in the words of the person who has to put it right.
+"""Errors of the object store, described for the person who has to fix them.
 
-Each is one of two families: an outage (:class:`~esvit_core.errors.InfrastructureError`), which may pass, or a mistake
-(:class:`~esvit_core.errors.UserError`), which stays.
+Each belongs to one of two families: outages (:class:`~esvit_core.errors.InfrastructureError`), which may be transient, and
+mistakes (:class:`~esvit_core.errors.UserError`), which are permanent.
 """
 
-# ruff: noqa: N818  the names say what is the matter; what they derive from says that it is an error
+# ruff: noqa: N818 (the names state the condition; the base class shows that it is an error)
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from esvit_core.errors import EsvitError, InfrastructureError, UserError
 
 
 class StoreError(EsvitError):
-    """The object store did not do what was asked of it. Raise one of the subclasses."""
+    """An operation on the object store failed. Raise one of the subclasses."""
 
 
 class StoreUnavailable(StoreError, InfrastructureError):
-    """Nothing answers at the endpoint, or what answers is not an S3 server in working order."""
+    """The endpoint does not answer, or is not a working S3 server."""
 
 
 class StoreFull(StoreError, InfrastructureError):
-    """The disk of the store, or the one a download goes to, has no room left."""
+    """The disk of the store, or of the local files, is full."""
 
 
 class LocalDiskError(StoreError, InfrastructureError):
-    """This machine's disk failed to read or write a file that goes to the store or comes from it."""
+    """This machine's disk failed to read or write a file."""
 
 
 class PathError(StoreError, UserError):
-    """A file or directory of this machine is not there, or may not be used so."""
+    """A file or directory of this machine does not exist or cannot be used."""
 
 
 class StoreRefused(StoreError, UserError):
-    """The store answers but does not accept the key, or the key may not do this."""
+    """The store rejects the key, or the key lacks the permission."""
 
 
 class StoreRejected(StoreError, UserError):
-    """The store answers, and rejects the request itself: a wrong region, or something that this server cannot do."""
+    """The store rejects the request, for example because of a wrong region or an unsupported operation."""
 
 
 class InvalidAddress(UserError):
-    """It is no ``s3://bucket/key``, or one that no S3 server could hold."""
+    """The address is not ``s3://bucket/key``, or not valid for any S3 server."""
 
 
 class NotFound(StoreError, UserError, KeyError):
-    """There is no such object or bucket."""
+    """The object or bucket does not exist."""
 
 
 class IntegrityError(StoreError, UserError):
-    """An object's bytes are not those that its manifest promises."""
+    """The bytes of an object differ from its manifest."""

@@ -17,17 +17,17 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Split ``s3://bucket/key`` into bucket and key; the key of a bucket itself is empty.
 
     Args:
-        uri: address of an object, of a prefix (with or without a slash at its end), or of a bucket.
+        uri: address of an object, a prefix (with or without a trailing slash), or a bucket.
 
     Raises:
-        InvalidAddress: the address is not of that form, or no S3 server could hold it.
+        InvalidAddress: the address does not have that form, or is not valid for any S3 server.
     """
     if not uri.startswith(SCHEME):
         raise InvalidAddress(f"{uri!r}: expected an object store address; write it as s3://bucket/key")
     bucket, _, key = uri[len(SCHEME) :].partition("/")
     if not _BUCKET.fullmatch(bucket) or _IP_ADDRESS.fullmatch(bucket):
         raise InvalidAddress(
-            f"{uri!r}: {bucket!r} is not a bucket's name; expected 3 to 63 lower-case letters, digits, '.' and '-'"
+            f"{uri!r}: {bucket!r} is not a valid bucket name; expected 3 to 63 lower-case letters, digits, '.' and '-'"
         )
     _check_key(uri, key)
     return bucket, key
@@ -38,7 +38,7 @@ def join_uri(base: str, *parts: str) -> str:
 
     Args:
         base: an ``s3://`` address.
-        parts: names or relative paths; empty ones are left out, one slash at either end is forgiven.
+        parts: names or relative paths; empty parts and leading or trailing slashes are ignored.
 
     Raises:
         InvalidAddress: the result is not a valid address.
@@ -57,7 +57,7 @@ def _check_key(uri: str, key: str) -> None:
         raise InvalidAddress(f"{uri!r}: the key has control characters; rename the object")
     try:
         size = len(key.encode())
-    except UnicodeEncodeError:  # a lone surrogate: a file name that was not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, from a file name that is not UTF-8
         raise InvalidAddress(f"{uri!r}: the key is not valid Unicode; rename the object") from None
     if size > MAX_KEY_BYTES:
         raise InvalidAddress(f"{uri!r}: the key is {size} bytes long; S3 allows {MAX_KEY_BYTES}, choose a shorter one")

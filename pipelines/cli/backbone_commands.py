@@ -56,7 +56,7 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
     Raises:
         UserError: the backbone or the images do not exist, or the file cannot be written.
     """
-    from esvit_core.data.shards.manifest import check_source
+    from esvit_core.data.ingest.sources import check_source
     from esvit_core.embedding.feature_files import SUFFIXES
     from esvit_core.storage.atomic_write import require_absent
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_core.config import Config
-from esvit_core.data.shards.manifest import check_source
+from esvit_core.data.ingest.sources import check_source
 from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.progress_line import format_duration
 from esvit_core.planning.feasibility import require_metric

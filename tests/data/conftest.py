@@ -1,4 +1,4 @@
-"""Images made for the tests."""
+"""Images generated for the tests."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from esvit_core.config import DataConfig
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
 
-# How long an example takes says more about what else the machine does than about the code.
+# No deadline: the duration of an example depends on the other load of the machine.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
 class Make:
-    """Images, files, folders."""
+    """Generates images, files and folders."""
 
     @staticmethod
     def pixels(seed: int = 0, width: int = 24, height: int = 20) -> np.ndarray:
-        """Smooth colours, others for each seed, (height, width, 3) uint8."""
+        """Return smooth colours that depend on the seed, (height, width, 3) uint8."""
         rng = np.random.default_rng(seed)
         small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
         return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
 
     @staticmethod
     def file(image: np.ndarray | Image.Image | int, form: str = "PNG", **options: Any) -> bytes:
-        """An encoded image; a number stands for the smooth colours of that seed."""
+        """Encode an image; a number stands for the smooth colours of that seed."""
         if isinstance(image, int):
             image = Make.pixels(image)
         content = io.BytesIO()
@@ -49,8 +49,8 @@ class Make:
         return place
 
     @staticmethod
-    def labelled(classes: int = 3, each: int = 6) -> dict[str, bytes]:
-        """Names and contents of a labelled set, ``class<i>/<j>.png``."""
+    def labeled(classes: int = 3, each: int = 6) -> dict[str, bytes]:
+        """Return names and contents of a labelled set, ``class<i>/<j>.png``."""
         return {f"class{i}/{j}.png": Make.file(100 * i + j) for i in range(classes) for j in range(each)}
 
 
@@ -62,7 +62,7 @@ def make() -> Make:
 @pytest.fixture
 def folder(tmp_path: Path, make: Make) -> Path:
     """Three classes of six images."""
-    return make.folder(tmp_path / "images", make.labelled())
+    return make.folder(tmp_path / "images", make.labeled())
 
 
 @pytest.fixture

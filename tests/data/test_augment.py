@@ -1,4 +1,4 @@
-"""Multi-crop: geometry and probabilities as the paper has them; a function of seed, epoch and sample."""
+"""Multi-crop augmentation: geometry and probabilities of the paper, as a function of seed, epoch and sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, CropConfig, DeitConfig
 from esvit_core.data.loading import photometric
-from esvit_core.data.loading.augment import EvalTransform, MultiCrop, Normalise, crop_box, resize, sample_rng
+from esvit_core.data.loading.augment import EvalTransform, MultiCrop, Normalize, crop_box, resize, sample_rng
 from esvit_core.data.loading.randomness import seeded
 
 SMALL = AugmentConfig(
@@ -57,7 +57,7 @@ def test_boxes_lie_inside_the_image(width, height, a, b, seed):
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
 
 
-def test_areas_and_ratios_are_spread_as_torchvision_s():
+def test_areas_and_ratios_are_distributed_as_in_torchvision():
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     boxes = np.array([crop_box(500, 375, (0.05, 0.4), rng.random) for _ in range(4000)])
@@ -73,22 +73,22 @@ def test_areas_and_ratios_are_spread_as_torchvision_s():
 
 
 @pytest.mark.parametrize(("width", "height", "box"), [(300, 10, (143, 0, 156, 10)), (9, 400, (0, 194, 9, 206))])
-def test_what_never_fits_gives_the_largest_centerd_box(width, height, box):
+def test_a_crop_that_never_fits_becomes_the_largest_centered_box(width, height, box):
     assert crop_box(width, height, (0.9, 1.0), np.random.default_rng(0).random) == box
 
 
-def test_resizing_is_pil_s_bicubic_within_two_levels(make):
+def test_resizing_matches_pil_bicubic_within_two_levels(make):
     image = make.pixels(3, 203, 151)
     ours = resize(torch.from_numpy(image).permute(2, 0, 1)[None], 48, 64)[0].permute(1, 2, 0).numpy()
     theirs = np.asarray(Image.fromarray(image).resize((64, 48), Image.Resampling.BICUBIC))
     assert np.abs(ours.astype(int) - theirs).max() <= 2
 
 
-def test_geometry_is_told_as_it_was_cut(make):
+def test_the_returned_box_and_flip_match_the_crop(make):
     image, multicrop = make.pixels(1, 120, 90), MultiCrop(SMALL)
     flips = []
     for seed in range(20):
-        crop, (x0, y0, x1, y1), flipped = multicrop.geometric(image, np.random.default_rng(seed))
+        crop, (x0, y0, x1, y1), flipped = multicrop.geometric_crop(image, np.random.default_rng(seed))
         box = tuple(round(v * side) for v, side in zip((x0, y0, x1, y1), (120, 90, 120, 90), strict=True))
         cut = Image.fromarray(image).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
         expected = np.asarray(cut)[:, ::-1] if flipped else np.asarray(cut)
@@ -102,23 +102,23 @@ def test_geometry_is_told_as_it_was_cut(make):
 def test_the_first_crop_of_a_plain_recipe_is_the_geometric_one(make):
     image = make.pixels(2)
     crops = MultiCrop(PLAIN)(image, np.random.default_rng(4))
-    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric(image, np.random.default_rng(4))[0])
+    assert torch.equal(crops[0], MultiCrop(PLAIN).geometric_crop(image, np.random.default_rng(4))[0])
 
 
-def test_probabilities_and_factors_are_those_of_the_recipe(monkeypatch, make):
+def test_probabilities_and_factors_match_the_recipe(monkeypatch, make):
     """Counts over 500 samples of 2 global and 3 local crops, within four standard deviations."""
     calls: list[tuple[str, float]] = []
-    monkeypatch.setattr(photometric, "grey", lambda x: calls.append(("grey", 0)))
-    monkeypatch.setattr(photometric, "blur", lambda x, sigma: calls.append(("blur", sigma)))
+    monkeypatch.setattr(photometric, "grayscale", lambda x: calls.append(("grey", 0)))
+    monkeypatch.setattr(photometric, "gaussian_blur", lambda x, sigma: calls.append(("blur", sigma)))
     monkeypatch.setattr(photometric, "solarize", lambda x: calls.append(("solarize", 0)))
-    names = ("brighten", "contrast", "saturate", "shift_hue")
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
     jitter = tuple((lambda x, f, n=name: calls.append((n, f))) for name in names)
     monkeypatch.setattr("esvit_core.data.loading.augment._JITTER", jitter)
     multicrop, image, orders = MultiCrop(SMALL), make.pixels(), set()
     counts = {name: np.zeros(5) for name in (*names, "grey", "blur", "solarize")}
     factors: dict[str, list[float]] = {name: [] for name in counts}
-    marks: list[int] = []  # normalisation ends a crop
-    monkeypatch.setattr(multicrop, "_normalise", lambda crop: marks.append(len(calls)))
+    marks: list[int] = []  # normalization is the last operation of a crop
+    monkeypatch.setattr(multicrop, "_normalize", lambda crop: marks.append(len(calls)))
     for index in range(500):
         calls.clear()
         marks.clear()
@@ -137,25 +137,30 @@ def _check_counts(counts, factors, orders):
     def near(count: float, probability: float) -> bool:
         return abs(count - 500 * probability) <= 4 * (500 * probability * (1 - probability)) ** 0.5
 
-    assert all(near(c, 0.8) for c in counts["brighten"]) and all(near(c, 0.2) for c in counts["grey"])
+    assert all(near(c, 0.8) for c in counts["adjust_brightness"]) and all(near(c, 0.2) for c in counts["grey"])
     assert all(near(c, p) for c, p in zip(counts["blur"], (1.0, 0.1, 0.5, 0.5, 0.5), strict=True))
     assert all(near(c, p) for c, p in zip(counts["solarize"], (0, 0.2, 0, 0, 0), strict=True))
     assert len(orders) == 24
-    ranges = {"brighten": (0.6, 1.4), "contrast": (0.6, 1.4), "saturate": (0.8, 1.2), "shift_hue": (-0.1, 0.1)}
+    ranges = {
+        "adjust_brightness": (0.6, 1.4),
+        "adjust_contrast": (0.6, 1.4),
+        "adjust_saturation": (0.8, 1.2),
+        "adjust_hue": (-0.1, 0.1),
+    }
     for name, (low, high) in {**ranges, "blur": (0.1, 2.0)}.items():
         assert min(factors[name]) >= low and max(factors[name]) <= high
         assert np.mean(factors[name]) == pytest.approx((low + high) / 2, abs=(high - low) * 0.05)
 
 
-def test_normalisation_is_torchvision_s(make):
+def test_normalization_matches_torchvision(make):
     image = make.pixels()
     theirs = transforms.functional.normalize(transforms.functional.to_tensor(image), SMALL.mean, SMALL.std)
-    ours = Normalise(SMALL.mean, SMALL.std)(torch.from_numpy(image).permute(2, 0, 1).float().contiguous())
+    ours = Normalize(SMALL.mean, SMALL.std)(torch.from_numpy(image).permute(2, 0, 1).float().contiguous())
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 50), (80, 50), (50, 81), (33, 120)])
-def test_evaluation_sees_what_torchvision_would_show(make, width, height):
+def test_the_evaluation_transform_matches_torchvision(make, width, height):
     image = make.pixels(5, width, height)
     reference = transforms.Compose(
         [
@@ -172,13 +177,13 @@ def test_evaluation_sees_what_torchvision_would_show(make, width, height):
 
 def test_a_crop_larger_than_the_image_is_black_around_it(make):
     ours = EvalTransform(16, 24)(make.pixels(5, 40, 40))
-    black = Normalise(SMALL.mean, SMALL.std)(torch.zeros(3, 1, 1))
+    black = Normalize(SMALL.mean, SMALL.std)(torch.zeros(3, 1, 1))
     assert torch.allclose(ours[:, :4], black.expand(3, 4, 24)) and torch.allclose(
         ours[:, :, 20:], black.expand(3, 24, 4)
     )
 
 
-def test_an_image_that_may_not_be_written_to_is_left_alone(make):
+def test_a_read_only_image_is_not_modified(make):
     image = make.pixels()
     image.flags.writeable = False
     before = image.copy()
@@ -193,7 +198,7 @@ def test_images_of_odd_shapes_give_crops(make, width, height):
     assert all(bool(torch.isfinite(c).all()) for c in crops)
 
 
-def test_several_kinds_of_local_crops_follow_each_other(make):
+def test_several_types_of_local_crops_follow_each_other(make):
     kinds = [CropConfig(size=16, number=2, scale=(0.2, 0.4)), CropConfig(size=12, number=1, scale=(0.05, 0.2))]
     multicrop = MultiCrop(PLAIN.model_copy(update={"local_crops": tuple(kinds)}))
     assert multicrop.sizes == [PLAIN.global_crops.size] * 2 + [16, 16, 12]
@@ -239,7 +244,7 @@ class TestDeit:
         assert all(map(torch.equal, first, again))
         assert not any(torch.equal(first[0], other) for other in others)
 
-    def test_posterising_to_no_bits_gives_black(self, make):
+    def test_posterizing_to_zero_bits_gives_black(self, make):
         strong = DeitConfig(rand_augment="rand-m10-n8-inc1", erase=0.0)
         always = SMALL.model_copy(update={"policy": "deit", "deit": strong})
         multicrop, image = MultiCrop(always), make.pixels()

@@ -1,4 +1,4 @@
-"""The cache of shards: bounded, never emptied of what is in use, and in nobody else's folder."""
+"""The cache of shards: limited in size, keeps open shards, and uses a private folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esvit_core.storage import ObjectStore, StoreFull
 
 @pytest.fixture
 def opened(store, prepared, folder, tmp_path):
-    """Open the same data, in several shards of 20 KiB, once more: ``opened() -> ShardDataset``."""
+    """Open the same data, in several shards of 20 KiB, again: ``opened() -> ShardDataset``."""
     prepared(folder, shard_mib=0.02, val_fraction=0.0)
     return lambda: ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
 
@@ -28,7 +28,7 @@ def kept(place: Path) -> list[str]:
 
 
 def limit_to(monkeypatch, dataset: ShardDataset, shards: int) -> int:
-    """Let the cache hold so many shards of the largest size; the limit in bytes."""
+    """Limit the cache to a number of shards of the largest size; return the limit in bytes."""
     limit = shards * max(shard.bytes for shard in dataset.shards)
     monkeypatch.setenv("ESVIT_CACHE_GIB", repr(limit / 2**30))
     return limit
@@ -38,7 +38,7 @@ def first_of_each_shard(dataset: ShardDataset) -> list[int]:
     return [sum(dataset.shard_sizes[:i]) for i in range(len(dataset.shards))]
 
 
-def test_the_cache_stays_below_its_limit_and_drops_what_was_opened_longest_ago(opened, tmp_path, monkeypatch):
+def test_the_cache_stays_below_its_limit_and_evicts_the_least_recently_opened(opened, tmp_path, monkeypatch):
     monkeypatch.setattr("esvit_core.data.shards.cache._IN_USE", 1)
     limit = limit_to(monkeypatch, opened(), 2)
     dataset = opened()
@@ -51,7 +51,7 @@ def test_the_cache_stays_below_its_limit_and_drops_what_was_opened_longest_ago(o
         assert sum(path.stat().st_size for path in tmp_path.glob("cache/*.tar")) <= limit
     del dataset
     oldest = next(name for name in names if name in kept(tmp_path))
-    opened().image(first_of_each_shard(opened())[names.index(oldest)])  # now it is the newest
+    opened().image(first_of_each_shard(opened())[names.index(oldest)])  # now the most recently opened
     opened().image(0)
     assert {oldest, names[0]} <= {*kept(tmp_path)}
 
@@ -83,7 +83,7 @@ def test_a_shard_that_another_process_has_open_stays(opened, tmp_path, monkeypat
     assert names[0] not in kept(tmp_path)
 
 
-def test_what_a_process_needs_at_once_stays_even_beyond_the_limit(opened, tmp_path, monkeypatch):
+def test_open_shards_stay_even_beyond_the_limit(opened, tmp_path, monkeypatch):
     limit_to(monkeypatch, opened(), 1)
     dataset = opened()
     assert len(dataset.shards) <= 8
@@ -95,7 +95,7 @@ def test_what_a_process_needs_at_once_stays_even_beyond_the_limit(opened, tmp_pa
 
 
 class _Counted:
-    """Downloads, counted."""
+    """Count the downloads."""
 
     def __init__(self) -> None:
         self.calls, self._get = 0, ObjectStore.get_file
@@ -108,7 +108,7 @@ class _Counted:
         return get
 
 
-def test_where_the_disk_is_full_what_nobody_uses_makes_room(opened, tmp_path, monkeypatch):
+def test_unused_shards_are_removed_when_the_disk_is_full(opened, tmp_path, monkeypatch):
     before = opened()
     first, second, *_ = first_of_each_shard(before)
     before.image(first)
@@ -124,11 +124,11 @@ def test_where_the_disk_is_full_what_nobody_uses_makes_room(opened, tmp_path, mo
     dataset = opened()
     dataset.image(second)
     assert kept(tmp_path) == [dataset.shards[1].sha256]
-    with pytest.raises(StoreFull, match="disk is full"):  # the one that is there is in use
+    with pytest.raises(StoreFull, match="disk is full"):  # the only cached shard is in use
         dataset.image(first)
 
 
-def test_shards_that_were_not_opened_for_long_are_removed_and_so_are_half_downloads(opened, tmp_path):
+def test_old_shards_and_partial_downloads_are_removed(opened, tmp_path):
     dataset = opened()
     first, second, *_ = first_of_each_shard(dataset)
     expected = dataset.image(first)
@@ -146,7 +146,7 @@ def test_shards_that_were_not_opened_for_long_are_removed_and_so_are_half_downlo
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-1", "nan", "inf"])
-def test_a_limit_that_is_no_size_is_told(opened, monkeypatch, text):
+def test_an_invalid_limit_is_a_user_error(opened, monkeypatch, text):
     monkeypatch.setenv("ESVIT_CACHE_GIB", text)
     with pytest.raises(UserError, match=f"ESVIT_CACHE_GIB={text}: expected a positive number of GiB"):
         opened()
@@ -154,9 +154,7 @@ def test_a_limit_that_is_no_size_is_told(opened, monkeypatch, text):
     assert size_limit() == 3 * 2**29
 
 
-def test_the_cache_is_where_the_user_says_or_beside_the_store_or_in_a_folder_of_the_user_s(
-    store, tmp_path, monkeypatch
-):
+def test_the_default_location_of_the_cache(store, tmp_path, monkeypatch):
     monkeypatch.delenv("ESVIT_CACHE_DIR", raising=False)
     assert default_cache(store) == store.address.directory / "cache"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Every kind of file that a pile of images holds, good and bad."""
+"""Decoding of every type of file that a folder of images may contain, good and bad."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esvit_core.data.ingest.decode import BadImage, plain_rgb, to_stored
+from esvit_core.data.ingest.decode import BadImage, plain_rgb, to_stored_image
 from esvit_core.data.shards.reader import decode_image
 
 
 def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool]:
-    """The image that training sees, and whether it was encoded anew."""
-    found = to_stored(data, 1.0, short_side)
+    """Return the image for training, and whether it was encoded again."""
+    found = to_stored_image(data, 1.0, short_side)
     with Image.open(io.BytesIO(found.data)) as image:
         assert image.format == {"jpg": "JPEG", "png": "PNG"}[found.suffix]
         assert image.mode in ("RGB", "L")
@@ -26,12 +26,12 @@ def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool
 
 def reason(data: bytes, megapixels: float = 1.0) -> str:
     with pytest.raises(BadImage) as error:
-        to_stored(data, megapixels, None)
+        to_stored_image(data, megapixels, None)
     return str(error.value)
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises many pixels; there are none in it."""
+    """Return a PNG of a few bytes whose header declares many pixels that it does not contain."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -44,7 +44,7 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_plain_images_keep_their_bytes(make, form, mode):
     data = make.file(Image.fromarray(make.pixels()).convert(mode), form)
-    found = to_stored(data, 1.0, None)
+    found = to_stored_image(data, 1.0, None)
     assert found.data == data and not found.reencoded
     assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
@@ -60,7 +60,7 @@ def test_other_formats_become_png_or_jpeg(make, form):
 @pytest.mark.parametrize(
     "mode", ["1", "P", "CMYK", "YCbCr", "I", "F", "LA", "RGBA", "PA", "I;16", "La", "RGBa", "HSV", "LAB"]
 )
-def test_every_mode_becomes_rgb_or_grey(make, mode):
+def test_every_mode_becomes_rgb_or_grayscale(make, mode):
     rgb = Image.fromarray(make.pixels())
     steps = {"PA": ("P", "PA"), "I;16": ("I", "I;16"), "La": ("LA", "La"), "RGBa": ("RGBA", "RGBa")}
     image = rgb
@@ -75,7 +75,7 @@ def test_every_mode_becomes_rgb_or_grey(make, mode):
         assert np.abs(np.asarray(plain.convert("RGB")).astype(int) - make.pixels()).mean() < 16  # a palette of 216
 
 
-def test_alpha_lies_over_white(make):
+def test_transparency_is_composited_onto_white(make):
     rgba = np.dstack([make.pixels(), np.full((20, 24), 255, np.uint8)])
     rgba[:5, :, 3], rgba[5:10, :, 3] = 0, 128
     image, _ = stored(make.file(rgba))
@@ -84,7 +84,7 @@ def test_alpha_lies_over_white(make):
     assert np.abs(image[5:10] - half).max() <= 1
 
 
-def test_transparent_colours_of_palettes_and_of_rgb_lie_over_white(make):
+def test_transparent_colors_of_palettes_and_rgb_become_white(make):
     palette = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
     palette.putpalette([0, 0, 0, 255, 0, 0])
     assert (stored(make.file(palette, transparency=0))[0] == 255).all()
@@ -100,14 +100,14 @@ def test_sixteen_bits_lose_their_low_byte(make):
         assert reencoded and np.array_equal(image[..., 0].ravel(), np.arange(256))
 
 
-def test_sixteen_bit_colour_is_stored_as_eight():
+def test_sixteen_bit_color_is_stored_as_eight_bit():
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     line = b"\x00" + struct.pack(">6H", 0x1234, 0x8000, 0xFFFF, 0, 0x00FF, 0x0100)  # Pillow cannot write these
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
     data += chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
-    found = to_stored(data, 1.0, None)
+    found = to_stored_image(data, 1.0, None)
     assert found.reencoded and found.data[24] == 8
     assert decode_image(found.data).tolist() == [[[0x12, 0x80, 0xFF], [0, 0, 1]]]
 
@@ -148,14 +148,14 @@ def test_large_images_are_shrunk_to_the_short_side(make, width, height, size, fo
     assert image.shape[1::-1] == size and reencoded == (width > 30)
 
 
-def test_the_first_frame_of_several_is_taken(make):
+def test_the_first_of_several_frames_is_used(make):
     frames = [Image.fromarray(make.pixels(i)) for i in range(3)]
     for form in ("GIF", "PNG", "WEBP", "TIFF", "MPO"):
         image, reencoded = stored(make.file(frames[0], form, save_all=True, append_images=frames[1:]))
         assert reencoded and np.abs(image.astype(int) - make.pixels(0)).mean() < 12, form
 
 
-def test_what_is_no_image_says_so(make):
+def test_a_file_that_is_not_an_image_is_bad(make):
     assert reason(b"") == "empty file"
     assert reason(b"just text") == "not an image"
     assert reason(b"\x89PNG\r\n\x1a\n") in ("not an image", "truncated (image file is truncated)")
@@ -177,20 +177,20 @@ def test_damaged_files_are_bad(make):
     assert reason(bytes(data)).startswith(("damaged", "truncated"))
 
 
-def test_bombs_are_refused_by_their_header(make):
+def test_decompression_bombs_are_refused_by_their_header(make):
     assert reason(bomb(40_000, 30_000), 100) == "too large (1,200 megapixels)"
     assert reason(bomb(1200, 1000), 1.0) == "too large (1 megapixels)"
-    assert not to_stored(make.file(make.pixels(0, 1000, 1000)), 1.0, None).reencoded
-    # Above Pillow's own limit (179 megapixels), where the user allows it, the pixels are looked for: here are none.
+    assert not to_stored_image(make.file(make.pixels(0, 1000, 1000)), 1.0, None).reencoded
+    # Above Pillow's own limit (179 megapixels), if the user allows it, the pixels are decoded; here there are none.
     assert reason(bomb(20_000, 10_000), 300).startswith(("truncated", "damaged"))
 
 
 def test_pillow_s_own_limit_is_left_as_it_was(make):
     before = Image.MAX_IMAGE_PIXELS
-    to_stored(make.file(0), 1.0, None)
+    to_stored_image(make.file(0), 1.0, None)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_the_same_file_gives_the_same_bytes(make):
     data = make.file(make.pixels(0, 80, 60), "JPEG")
-    assert to_stored(data, 1.0, 30).data == to_stored(data, 1.0, 30).data
+    assert to_stored_image(data, 1.0, 30).data == to_stored_image(data, 1.0, 30).data

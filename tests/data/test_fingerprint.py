@@ -1,4 +1,4 @@
-"""What makes data the same data: names, sizes and content, wherever and however old the files are."""
+"""Fingerprints of sources: names, sizes and content count; location and dates do not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def aged(place: Path, seconds: int) -> Path:
     return place
 
 
-def test_a_copy_with_other_dates_in_another_folder_is_the_same(source: Path, tmp_path: Path) -> None:
+def test_a_copy_with_other_dates_in_another_folder_has_the_same_fingerprint(source: Path, tmp_path: Path) -> None:
     aged(source, 1_000)
     copy = aged(Path(shutil.copytree(source, tmp_path / "mounted elsewhere" / "b")), 2_000)
     assert source_fingerprint(str(copy)) == source_fingerprint(str(source))
@@ -44,7 +44,7 @@ def test_a_copy_with_other_dates_in_another_folder_is_the_same(source: Path, tmp
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "longer", "edited"])
-def test_a_change_of_any_file_is_another(source: Path, change: str) -> None:
+def test_a_change_of_any_file_changes_the_fingerprint(source: Path, change: str) -> None:
     before = source_fingerprint(str(source))
     path = source / "cat/1.png"
     if change == "added":
@@ -59,7 +59,7 @@ def test_a_change_of_any_file_is_another(source: Path, change: str) -> None:
     assert source_fingerprint(str(source)) != before
 
 
-def test_the_same_objects_in_another_bucket_are_the_same(store) -> None:
+def test_the_same_objects_in_another_bucket_have_the_same_fingerprint(store) -> None:
     for place in ("a", "other/b"):
         for name, data in FILES.items():
             store.put_bytes(store.uri(f"{place}/{name}"), data)
@@ -69,7 +69,7 @@ def test_the_same_objects_in_another_bucket_are_the_same(store) -> None:
     assert source_fingerprint(store.uri("a"), store) != first
 
 
-def test_objects_that_were_stored_in_parts_of_another_size_are_the_same(store, tmp_path, monkeypatch) -> None:
+def test_the_part_size_of_an_upload_does_not_change_the_fingerprint(store, tmp_path, monkeypatch) -> None:
     (tmp_path / "large.png").write_bytes(os.urandom(6 * 2**20))
     for place, part in (("a", 5 * 2**20), ("b", 8 * 2**20)):
         monkeypatch.setattr("esvit_core.storage.parallel_transfer.PART_BYTES", part)
@@ -92,7 +92,7 @@ def archived(source: Path, path: Path) -> Path:
 
 @pytest.mark.parametrize("whole", [2**20, 1000])
 @pytest.mark.parametrize("ending", ["zip", "tar"])
-def test_an_archive_is_known_by_its_content_here_and_in_the_store(
+def test_the_fingerprint_of_an_archive_depends_on_its_content_only(
     source: Path, store, tmp_path: Path, monkeypatch, ending: str, whole: int
 ) -> None:
     monkeypatch.setattr(module, "_WHOLE_ARCHIVE", whole)
@@ -109,7 +109,7 @@ def test_an_archive_is_known_by_its_content_here_and_in_the_store(
     assert source_fingerprint(str(copy)) != first
 
 
-def test_of_many_files_a_sample_is_read_and_the_names_and_sizes_of_all_count(tmp_path: Path, make, monkeypatch) -> None:
+def test_of_many_files_a_sample_is_read(tmp_path: Path, make, monkeypatch) -> None:
     monkeypatch.setattr(module, "SAMPLE", 5)
     folder = make.folder(tmp_path / "x", {f"{i:03d}.png": b"0123456789" for i in range(60)})
     before = source_fingerprint(str(folder))
@@ -123,7 +123,7 @@ def test_of_many_files_a_sample_is_read_and_the_names_and_sizes_of_all_count(tmp
     assert seen == 5 and source_fingerprint(str(folder)) == before
 
 
-def test_a_large_file_is_known_by_its_ends(tmp_path: Path, make) -> None:
+def test_only_the_ends_of_a_large_file_are_read(tmp_path: Path, make) -> None:
     data = bytearray(os.urandom(300_000))
     folder = make.folder(tmp_path / "x", {"1.png": bytes(data)})
     before = source_fingerprint(str(folder))
@@ -140,7 +140,7 @@ trees = st.dictionaries(names, st.binary(max_size=6), min_size=1, max_size=5)
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=trees, second=trees, dates=st.lists(st.integers(0, 2**31), min_size=2, max_size=2))
-def test_two_folders_have_the_same_fingerprint_exactly_if_they_hold_the_same(make, first, second, dates) -> None:
+def test_two_folders_have_the_same_fingerprint_exactly_if_their_content_is_the_same(make, first, second, dates) -> None:
     with tempfile.TemporaryDirectory() as place:
         folders = [
             aged(make.folder(Path(place) / name, files), date)
@@ -150,8 +150,8 @@ def test_two_folders_have_the_same_fingerprint_exactly_if_they_hold_the_same(mak
         assert (one == other) is (first == second)
 
 
-def test_a_store_and_runs_within_the_data_are_no_part_of_them(source: Path) -> None:
-    """`esvit run` from the folder of images keeps everything below it, in esvit-runs."""
+def test_stores_and_runs_inside_the_data_are_ignored(source: Path) -> None:
+    """`esvit run` in the folder of images stores everything below it, in esvit-runs."""
     before = source_fingerprint(str(source))
     server = EmbeddedStore(source / "esvit-runs" / "store")
     store = ObjectStore(server.start())
@@ -171,13 +171,13 @@ def test_a_store_and_runs_within_the_data_are_no_part_of_them(source: Path) -> N
 
 
 @pytest.mark.parametrize("files", [{"identities.json", "security.toml"}, {"config.yaml", "run.log"}])
-def test_a_store_or_run_from_before_there_was_a_mark_is_recognised(source: Path, make, files: set[str]) -> None:
+def test_an_unmarked_store_or_run_is_recognized(source: Path, make, files: set[str]) -> None:
     before = source_fingerprint(str(source))
     make.folder(source / "old", dict.fromkeys([*files, "data/1.png"], b"x"))
     assert source_fingerprint(str(source)) == before
 
 
-def test_a_folder_that_only_looks_like_ours_belongs_to_the_data(source: Path, make) -> None:
+def test_a_folder_that_only_resembles_ours_belongs_to_the_data(source: Path, make) -> None:
     before = source_fingerprint(str(source))
     make.folder(source / "esvit-runs", {MARKER: b"mine", "1.png": b"x"})
     assert source_fingerprint(str(source)) != before

@@ -1,4 +1,4 @@
-"""Prepared data that grow with their source: only what is new is read, the rest is taken over."""
+"""Incremental preparation: only new images are read, the others are reused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest import listing
 from esvit_core.data.ingest import prepare as module
-from esvit_core.data.ingest.listing import File, compare, decode, digest_of, encode, look, recognise, recognise_in
+from esvit_core.data.ingest.listing import (
+    File,
+    compare,
+    content_digest,
+    decode_listing,
+    encode_listing,
+    hash_touched_files,
+    hash_touched_files_in,
+    scan_source,
+)
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
@@ -27,12 +36,12 @@ CONFIG = DataConfig(val_fraction=0.3, shard_mib=0.01)
 def grow(store, monkeypatch):
     """Prepare a source on top of earlier data: ``manifest, names of the files that were read = grow(...)``."""
 
-    def run(source, at, base=None, config=CONFIG, seen=None):
+    def run(source, at, base=None, config=CONFIG, scan=None):
         read: list[str] = []
         load = module._load
         monkeypatch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
         base_uri = store.uri(base) if base else None
-        manifest = prepare(str(source), store, store.uri(at), config, seen=seen, base=base_uri)
+        manifest = prepare(str(source), store, store.uri(at), config, scan=scan, base=base_uri)
         monkeypatch.setattr(module, "_load", load)
         return manifest, sorted(read)
 
@@ -40,7 +49,7 @@ def grow(store, monkeypatch):
 
 
 def contents(store, at) -> dict[str, dict[str, tuple[str | None, bytes]]]:
-    """Class and image of everything in prepared data, by split and name."""
+    """Return class and content of every image in prepared data, by split and name."""
     manifest = Manifest.read(store, store.uri(at))
     found: dict[str, dict[str, tuple[str | None, bytes]]] = {}
     for split in manifest.splits:
@@ -56,7 +65,7 @@ def flat(found):
     return {name: entry for split in found.values() for name, entry in split.items()}
 
 
-def test_only_new_images_are_read_and_the_others_are_taken_over_as_they_are(store, grow, folder, make):
+def test_only_new_images_are_read_and_the_others_are_reused(store, grow, folder, make):
     first, read = grow(folder, "one")
     assert len(read) == 18
     make.folder(folder, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(4)})
@@ -67,16 +76,16 @@ def test_only_new_images_are_read_and_the_others_are_taken_over_as_they_are(stor
         assert before[split].items() <= after[split].items()
     assert len(flat(after)) == 30 and second.samples == 30 and second.base == store.uri("one")
     assert second.fingerprint != first.fingerprint
-    # Nothing is stored twice: below the new data lie the new images' shards alone.
+    # Nothing is stored twice: the new data contain only the shards of the new images.
     new = {stat.uri.removeprefix(store.uri("two/")) for stat in store.list(store.uri("two"))}
     assert new == {*second.files, "manifest.json"}
-    old = [shard for split in second.splits.values() for shard in split.shards if shard.is_elsewhere]
+    old = [shard for split in second.splits.values() for shard in split.shards if shard.is_external]
     assert {shard.name for shard in old} == {
         store.uri(f"one/{shard.name}") for split in first.splits.values() for shard in split.shards
     }
 
 
-def test_the_images_and_their_splits_are_those_of_a_preparation_from_nothing(store, grow, folder, make):
+def test_incremental_preparation_gives_the_images_and_splits_of_a_full_one(store, grow, folder, make):
     grow(folder, "one")
     make.folder(folder, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(8)})
     grow(folder, "two", base="one")
@@ -84,7 +93,7 @@ def test_the_images_and_their_splits_are_those_of_a_preparation_from_nothing(sto
     assert contents(store, "two") == contents(store, "anew")
 
 
-def test_an_image_that_is_gone_is_gone_from_the_data(store, grow, folder):
+def test_a_removed_image_is_not_in_the_new_data(store, grow, folder):
     grow(folder, "one")
     gone = ["class0/0.png", "class1/3.png"]
     for name in gone:
@@ -95,7 +104,7 @@ def test_an_image_that_is_gone_is_gone_from_the_data(store, grow, folder):
     assert sum(manifest.splits["train"].per_class) + sum(manifest.splits["val"].per_class) == 16
 
 
-def test_an_image_that_changed_is_read_anew_and_stays_on_its_side(store, grow, folder, make):
+def test_a_changed_image_is_read_again_and_keeps_its_split(store, grow, folder, make):
     grow(folder, "one")
     before = contents(store, "one")
     changed = {split: next(iter(sorted(names))) for split, names in before.items()}
@@ -140,7 +149,7 @@ def test_a_new_copy_of_an_image_that_is_trained_on_is_not_held_out(store, grow, 
     assert not {data for _, data in after["train"].values()} & {data for _, data in after["val"].values()}
 
 
-def test_a_chain_of_three_takes_each_image_from_where_it_was_stored(store, grow, folder, make):
+def test_a_chain_of_three_reads_each_image_from_its_original_shard(store, grow, folder, make):
     grow(folder, "one")
     for step, base in (("two", "one"), ("three", "two")):
         make.folder(
@@ -154,23 +163,23 @@ def test_a_chain_of_three_takes_each_image_from_where_it_was_stored(store, grow,
     assert sum(train.shard_sizes) == len(train)
 
 
-def test_what_comes_after_the_look_waits_for_the_next(store, grow, folder, make):
-    seen = look(str(folder), store)
+def test_files_added_after_the_scan_are_left_for_the_next_preparation(store, grow, folder, make):
+    scan = scan_source(str(folder), store)
     make.folder(folder, {"class0/late.png": make.file(55)})
-    (folder / "class1" / "0.png").write_bytes(make.file(54))  # and this one changes
-    manifest, read = grow(folder, "one", seen=seen)
+    (folder / "class1" / "0.png").write_bytes(make.file(54))  # changed after the scan
+    manifest, read = grow(folder, "one", scan=scan)
     assert "class0/late.png" not in read and "class1/0.png" not in read and manifest.samples == 17
-    assert manifest.source_fingerprint == seen.fingerprint
-    assert grow(folder, "one", seen=seen)[0] == manifest  # done before
-    difference = compare(in_the_listing(store, "one"), look(str(folder), store).files)
-    assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.gone
+    assert manifest.source_fingerprint == scan.fingerprint
+    assert grow(folder, "one", scan=scan)[0] == manifest  # the data exist already
+    difference = compare(in_the_listing(store, "one"), scan_source(str(folder), store).files)
+    assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.removed
 
 
-def test_data_of_an_older_version_without_a_listing_cannot_be_built_on(store, grow, folder):
+def test_data_without_a_listing_cannot_be_a_base(store, grow, folder):
     manifest, _ = grow(folder, "one")
     older = manifest.model_copy(update={"listing": None})
     store.put_json(store.uri("one/manifest.json"), older.model_dump(mode="json"))
-    with pytest.raises(UserError, match="before listings were kept"):
+    with pytest.raises(UserError, match="has no listing"):
         grow(folder, "two", base="one")
 
 
@@ -178,11 +187,11 @@ def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
     config = CONFIG.model_copy(update={"max_images": 9})
     grow(folder, "one", config=config)
     before = in_the_listing(store, "one")
-    assert compare(before, look(str(folder), store).files).to_read == 0
+    assert compare(before, scan_source(str(folder), store).files).to_read == 0
 
 
 def in_the_listing(store, at) -> list[File]:
-    return list(decode(store.get_bytes(store.uri(f"{at}/{Manifest.read(store, store.uri(at)).listing}"))))
+    return list(decode_listing(store.get_bytes(store.uri(f"{at}/{Manifest.read(store, store.uri(at)).listing}"))))
 
 
 def redate(folder: Path, seconds: int) -> None:
@@ -197,16 +206,16 @@ def test_a_copy_of_the_source_with_other_dates_is_not_read_again(store, grow, fo
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     redate(copy, 1_000)
     before = in_the_listing(store, "one")
-    now = look(str(copy), store).files
-    assert compare(before, recognise_in(str(copy), store, before, now)).to_read == 0
+    now = scan_source(str(copy), store).files
+    assert compare(before, hash_touched_files_in(str(copy), store, before, now)).to_read == 0
     make.folder(copy, {"class0/new.png": make.file(77)})
     manifest, read = grow(copy, "two", base="one", config=config)
     assert read == ["class0/new.png"] and manifest.samples == 19 and manifest.bad.count == 1
-    # The new listing has the new dates: the next look reads nothing at all.
-    assert compare(in_the_listing(store, "two"), look(str(copy), store).files).to_read == 0
+    # The new listing has the new dates, so the next scan reads nothing.
+    assert compare(in_the_listing(store, "two"), scan_source(str(copy), store).files).to_read == 0
 
 
-def test_a_file_that_was_edited_without_a_change_of_its_size_is_read_anew(store, grow, folder):
+def test_a_file_edited_without_a_change_of_size_is_read_again(store, grow, folder):
     grow(folder, "one")
     path = folder / "class0" / "0.png"
     data = bytearray(path.read_bytes())
@@ -217,9 +226,7 @@ def test_a_file_that_was_edited_without_a_change_of_its_size_is_read_anew(store,
     assert read == ["class0/0.png"]
 
 
-def test_an_image_that_was_edited_after_it_was_prepared_is_told_where_nothing_else_shows_it(
-    store, grow, tmp_path, make, capsys
-):
+def test_an_edit_that_the_fingerprint_does_not_cover_is_warned_about(store, grow, tmp_path, make, capsys):
     def bitmap(seed, place=None):
         data = bytearray(make.file(make.pixels(seed, 400, 300), "BMP"))
         if place is not None:
@@ -229,11 +236,11 @@ def test_an_image_that_was_edited_after_it_was_prepared_is_told_where_nothing_el
     folder = make.folder(tmp_path / "x", {f"{i}.bmp": bitmap(i) for i in range(6)})
     first, _ = grow(folder, "one")
     assert "warning" not in capsys.readouterr().out
-    (folder / "3.bmp").write_bytes(bitmap(3, place=180_000))  # in the middle: not in its ends
+    (folder / "3.bmp").write_bytes(bitmap(3, place=180_000))  # in the middle of the file, not in its ends
     again, read = grow(folder, "one")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert again == first and not read
-    assert "warning: 1 of the files have other content than when they were prepared" in told and "3.bmp" in told
+    assert "warning: 1 file was edited after being prepared" in output and "3.bmp" in output
     (folder / "3.bmp").write_bytes(bitmap(3))
     redate(folder, 1_000)
     grow(folder, "one")
@@ -246,7 +253,7 @@ files = st.builds(
     name=names,
     size=st.integers(0, 2**40),
     stamp=names,
-    fate=st.sampled_from([None, "train", "val", "test", "bad", "unread", "passed over"]),
+    status=st.sampled_from([None, "train", "val", "test", "bad", "unreadable", "skipped"]),
     digest=st.text("0123456789abcdef", max_size=32),
     reason=st.text(max_size=8),
 )
@@ -254,23 +261,23 @@ listings = st.lists(files, unique_by=lambda file: file.name, max_size=6)
 
 
 @given(listings)
-def test_a_listing_comes_back_as_it_was(listed):
-    assert list(decode(encode(listed))) == listed
-    assert encode(listed) == encode(list(listed))
+def test_a_listing_survives_encoding(listed):
+    assert list(decode_listing(encode_listing(listed))) == listed
+    assert encode_listing(listed) == encode_listing(list(listed))
 
 
 @given(listings, listings)
-def test_every_file_is_new_changed_gone_or_the_same(before, now):
+def test_every_file_is_new_changed_removed_or_the_same(before, now):
     difference = compare(before, now)
     known, there = {file.name: file for file in before}, {file.name for file in now}
     same = {file.name for file in now if file.name in known and known[file.name].is_same(file)}
     assert {*difference.new} | {*difference.changed} | same == there
-    assert {*difference.gone} == {name for name, file in known.items() if file.split} - there
+    assert {*difference.removed} == {name for name, file in known.items() if file.split} - there
     assert compare(now, now).to_read == 0
 
 
-def test_images_of_a_prefix_are_told_by_their_content(store, grow, folder, make, tmp_path: Path):
-    for name, data in make.labelled(each=3).items():
+def test_changes_of_a_prefix_are_detected_by_content(store, grow, folder, make, tmp_path: Path):
+    for name, data in make.labeled(each=3).items():
         store.put_bytes(store.uri(f"in/{name}"), data)
     grow(store.uri("in"), "one")
     store.put_bytes(store.uri("in/class0/0.png"), make.file(0))  # the same again
@@ -278,9 +285,9 @@ def test_images_of_a_prefix_are_told_by_their_content(store, grow, folder, make,
     store.put_bytes(store.uri("in/class0/9.png"), make.file(9))
     store.remove(store.uri("in/class2/2.png"))
     before = in_the_listing(store, "one")
-    difference = compare(before, look(store.uri("in"), store).files)
+    difference = compare(before, scan_source(store.uri("in"), store).files)
     assert difference.new == ["class0/9.png"] and difference.changed == ["class0/1.png"]
-    assert difference.gone == ["class2/2.png"]
+    assert difference.removed == ["class2/2.png"]
     manifest, read = grow(store.uri("in"), "two", base="one")
     assert read == ["class0/1.png", "class0/9.png"] and manifest.samples == 9
     dataset = ShardDataset(store, store.uri("two"), "train", tmp_path / "cache")
@@ -288,7 +295,7 @@ def test_images_of_a_prefix_are_told_by_their_content(store, grow, folder, make,
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar"])
-def test_an_archive_grows_too(store, grow, folder, make, tmp_path: Path, ending):
+def test_an_archive_can_be_prepared_incrementally(store, grow, folder, make, tmp_path: Path, ending):
     def pack(name):
         return shutil.make_archive(str(tmp_path / name), ending, folder)
 
@@ -297,7 +304,7 @@ def test_an_archive_grows_too(store, grow, folder, make, tmp_path: Path, ending)
     changed = folder / "class0" / "0.png"
     size = changed.stat().st_size
     other = next(data for seed in range(600, 700) if len(data := make.file(seed)) <= size)
-    changed.write_bytes(other.ljust(size, b"\0"))  # as many bytes as before
+    changed.write_bytes(other.ljust(size, b"\0"))  # same size
     os.utime(changed, (1e9, 1e9))
     manifest, read = grow(pack("second"), "two", base="one")
     assert read == ["class0/0.png", "class1/new.png"] and manifest.samples == 19
@@ -308,24 +315,24 @@ contents_by_name = st.dictionaries(names, st.binary(min_size=1, max_size=2), max
 
 @given(contents_by_name, contents_by_name, st.integers(1, 4))
 def test_a_file_counts_as_changed_exactly_if_its_content_did_whatever_its_date(before, now, sample):
-    """Unless nearly all dates differ and a sample says that it is a copy, which is how a copy is told without reading it."""
+    """The exception: nearly all dates differ and a sample is unchanged, so the source is taken for a copy."""
 
     def files(contents, stamp, known):
         return [
-            File(name, len(data), stamp, "train" if known else None, digest_of(data) if known else "")
+            File(name, len(data), stamp, "train" if known else None, content_digest(data) if known else "")
             for name, data in contents.items()
         ]
 
     earlier, listed, read = files(before, "old", True), files(now, "new", False), []
     listing._COPY_SAMPLE, kept = sample, listing._COPY_SAMPLE
     try:
-        seen = recognise(earlier, listed, lambda file: (read.append(file.name), now[file.name])[1])
+        seen = hash_touched_files(earlier, listed, lambda file: (read.append(file.name), now[file.name])[1])
     finally:
         listing._COPY_SAMPLE = kept
     difference = compare(earlier, seen)
     changed = {name for name in now if name in before and now[name] != before[name]}
     assert {*difference.new} == now.keys() - before.keys()
-    assert {*difference.gone} == before.keys() - now.keys()
+    assert {*difference.removed} == before.keys() - now.keys()
     assert {*difference.changed} <= changed
     redated = {name for name in now if name in before and len(now[name]) == len(before[name])}
     if {*read} >= redated:

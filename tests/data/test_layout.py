@@ -1,4 +1,4 @@
-"""What folders mean."""
+"""Splits and classes from folder names."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import unicodedata
 
 import pytest
 
-from esvit_core.data.ingest.layout import arrange, is_ignored, is_named_as_image, may_be_image
+from esvit_core.data.ingest.layout import detect_layout, is_ignored, is_named_as_image, may_be_image
 from esvit_core.errors import UserError
 
 
 def where(*names: str) -> list[tuple[str | None, str | None]]:
-    return [(place.split, place.label) for place in arrange(names, "source").places]
+    return [(assignment.split, assignment.label) for assignment in detect_layout(names, "source").assignments]
 
 
 def test_class_folders():
     assert where("cat/1.jpg", "dog/2.jpg") == [(None, "cat"), (None, "dog")]
-    assert arrange(["dog/2.jpg", "cat/1.jpg"], "source").classes == ["cat", "dog"]
+    assert detect_layout(["dog/2.jpg", "cat/1.jpg"], "source").classes == ["cat", "dog"]
 
 
 def test_a_flat_folder_has_no_classes():
@@ -53,44 +53,47 @@ def test_train_may_be_a_class_among_others():
     assert where("car/1.jpg", "train/2.jpg", "bus/3.jpg") == [(None, "car"), (None, "train"), (None, "bus")]
 
 
-def test_one_folder_that_holds_everything_is_looked_through():
+def test_a_single_top_folder_is_ignored():
     assert where("set/v1/cat/1.jpg", "set/v1/dog/2.jpg") == [(None, "cat"), (None, "dog")]
     assert where("set/train/cat/1.jpg", "set/val/cat/2.jpg") == [("train", "cat"), ("val", "cat")]
     assert where("set/1.jpg", "set/2.jpg") == [(None, None)] * 2
 
 
-def test_a_readme_says_nothing_about_the_layout():
+def test_a_readme_does_not_influence_the_layout():
     assert where("README.md", "set/cat/1.jpg", "set/LICENSE.txt", "set/dog/2.jpg")[1::2] == [
         (None, "cat"),
         (None, "dog"),
     ]
-    assert arrange(["notes/a.txt", "cat/1.jpg", "dog/1.jpg"], "source").classes == ["cat", "dog"]
+    assert detect_layout(["notes/a.txt", "cat/1.jpg", "dog/1.jpg"], "source").classes == ["cat", "dog"]
 
 
-def test_names_do_not_depend_on_the_folder_that_holds_everything():
-    keys = [[p.key for p in arrange([f"{top}cat/1.jpg", f"{top}dog/2.jpg"], "s").places] for top in ("", "set/v2/")]
+def test_keys_do_not_depend_on_the_top_folder():
+    keys = [
+        [p.key for p in detect_layout([f"{top}cat/1.jpg", f"{top}dog/2.jpg"], "s").assignments]
+        for top in ("", "set/v2/")
+    ]
     assert keys[0] == keys[1] == ["cat/1.jpg", "dog/2.jpg"]
 
 
 def test_composed_and_decomposed_letters_are_the_same_class():
     names = [unicodedata.normalize(form, "Bäume/1.jpg") for form in ("NFC", "NFD")]
-    assert arrange([*names, "x/2.jpg"], "source").classes == ["Bäume", "x"]
+    assert detect_layout([*names, "x/2.jpg"], "source").classes == ["Bäume", "x"]
 
 
-def test_images_outside_the_split_folders_are_told():
-    places = arrange(["train/a/1.jpg", "val/a/2.jpg", "stray.jpg", "other/3.jpg"], "source").places
-    assert [bool(p.problem) for p in places] == [False, False, True, True]
+def test_images_outside_the_split_folders_have_a_problem():
+    assignments = detect_layout(["train/a/1.jpg", "val/a/2.jpg", "stray.jpg", "other/3.jpg"], "source").assignments
+    assert [bool(p.problem) for p in assignments] == [False, False, True, True]
 
 
-def test_without_train_there_is_nothing_to_train_on():
+def test_split_folders_without_train_are_a_user_error():
     with pytest.raises(UserError, match="no train/"):
-        arrange(["val/a/1.jpg", "test/a/2.jpg"], "source")
+        detect_layout(["val/a/1.jpg", "test/a/2.jpg"], "source")
 
 
 @pytest.mark.parametrize(
     "name", [".DS_Store", "a/.hidden.jpg", "__MACOSX/a/._1.jpg", "a/Thumbs.db", "DESKTOP.INI", ".git/objects/1"]
 )
-def test_what_systems_leave_about_is_ignored(name):
+def test_system_files_are_ignored(name):
     assert is_ignored(name)
 
 

@@ -1,4 +1,4 @@
-"""Batches: the same however they are loaded, shared among ranks, and going on in the middle of an epoch."""
+"""Batches: identical however they are loaded, divided among ranks, and resumable within an epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(workers: int = 0, batch_size: int = 4) -> Config:
 
 @pytest.fixture
 def dataset(store, prepared, folder, tmp_path) -> ShardDataset:
-    """Eighteen images: four batches of four, two left over."""
+    """Eighteen images: four batches of four, and two left over."""
     prepared(folder, shard_mib=0.02, val_fraction=0.0)
     return ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
 
@@ -57,7 +57,7 @@ def test_epochs_differ_and_repeat(dataset):
 
 
 @pytest.mark.parametrize("start", [1, 3, 4])
-def test_an_epoch_goes_on_where_it_stopped(dataset, start):
+def test_an_epoch_resumes_where_it_stopped(dataset, start):
     loader = TrainLoader(dataset, config(), seed=0)
     assert same(list(loader.epoch(2))[start:], loader.epoch(2, start_step=start))
 
@@ -78,7 +78,7 @@ def test_ranks_share_the_batch_of_one(dataset, world):
 
 
 def test_worker_processes_change_nothing(dataset):
-    """Nor does an epoch that is left in the middle, as on a stop."""
+    """An epoch that is abandoned in the middle, as on a stop, changes nothing either."""
     here, there = TrainLoader(dataset, config(), seed=0), TrainLoader(dataset, config(workers=2), seed=0)
     assert same(here.epoch(0), there.epoch(0))
     next(there.epoch(1))
@@ -86,7 +86,7 @@ def test_worker_processes_change_nothing(dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_store_is_told_in_one_line(store, dataset, workers):
+def test_damaged_data_are_a_one_line_error(store, dataset, workers):
     for shard in dataset.shards:
         store.put_bytes(f"{store.uri('data')}/{shard.name}", b"damaged")
     with pytest.raises(IntegrityError, match=r"train-00000\d-[0-9a-f]{16}\.tar: damaged") as error:

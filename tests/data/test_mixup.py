@@ -1,4 +1,4 @@
-"""Mixup and CutMix: timm's, at the published code's place in the step, and a function of seed and step."""
+"""Mixup and CutMix with timm, at the same point of the step as in the published code; a function of seed and step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def published(images: list[torch.Tensor], num_mixup_views: int, **arguments: obj
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("views", [10, 3])
-def test_crops_and_shares_are_the_published_ones(mode, views):
+def test_crops_and_shares_match_the_published_code(mode, views):
     for step in range(6):  # mixup in some, CutMix in others
         ours = mix_crops(crops(), MixupConfig(use=True, crops=views, mode=mode), seed=3, step=step)
         with seeded((3, 2, step)):
@@ -48,7 +48,7 @@ def test_crops_and_shares_are_the_published_ones(mode, views):
             assert all(map(torch.equal, found, expected))
 
 
-def test_the_teacher_sees_mixed_images_unless_told_otherwise():
+def test_the_teacher_sees_mixed_images_unless_clean_teacher_is_set():
     original = crops()
     mixed = mix_crops(crops(), MixupConfig(use=True), seed=0, step=0)
     assert all(map(torch.equal, mixed.teacher, mixed.student[:2]))
@@ -58,7 +58,7 @@ def test_the_teacher_sees_mixed_images_unless_told_otherwise():
     assert all(map(torch.equal, clean.student, mixed.student))
 
 
-def test_shares_say_what_was_mixed():
+def test_shares_describe_the_mix():
     original = crops()
     mixed = mix_crops(crops(), MixupConfig(use=True, cutmix_alpha=0), seed=1, step=5)
     for before, after, share in zip(original, mixed.student, mixed.shares, strict=True):
@@ -66,7 +66,7 @@ def test_shares_say_what_was_mixed():
         torch.testing.assert_close(after, torch.einsum("ij,jchw->ichw", share, before))
 
 
-def test_mixing_is_a_function_of_seed_and_step_and_disturbs_nobody():
+def test_mixing_is_a_function_of_seed_and_step_and_keeps_the_global_random_state():
     config = MixupConfig(use=True)
     np.random.seed(1)
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -82,7 +82,7 @@ def test_mixing_is_a_function_of_seed_and_step_and_disturbs_nobody():
         assert not torch.equal(other.shares[0], first.shares[0])
 
 
-def test_the_last_of_an_odd_number_stays_as_it_is():
+def test_the_last_of_an_odd_number_is_not_mixed():
     original = [crop[:3] for crop in crops()]
     mixed = mix_crops([crop[:3].clone() for crop in crops()], MixupConfig(use=True), seed=1, step=5)
     assert mixed.shares is not None

@@ -1,4 +1,4 @@
-"""Piles of images, with everything that is in them, become shards; or one line says why not."""
+"""Preparation of folders with all types of files: they become shards, or the error is one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from esvit_core.storage import ObjectStore, StoreFull
 
 
 def stored(store, at: str = "data") -> dict[str, dict[str, tuple[int, np.ndarray]]]:
-    """Everything that was stored: label and image by name, by split."""
+    """Return label and image of everything stored, by split and name."""
     manifest = Manifest.read(store, store.uri(at))
     found = {}
     for split in manifest.splits:
@@ -45,9 +45,9 @@ def test_a_labelled_folder(store, prepared, folder, make):
     assert manifest == Manifest.read(store, store.uri("data"))
     assert manifest.classes == ["class0", "class1", "class2"] and manifest.samples == 18
     images = stored(store)
-    assert sorted([*images["train"], *images["val"]]) == sorted(make.labelled())
+    assert sorted([*images["train"], *images["val"]]) == sorted(make.labeled())
     for split, found in images.items():
-        assert manifest.splits[split].labelled and manifest.splits[split].samples == len(found)
+        assert manifest.splits[split].labeled and manifest.splits[split].samples == len(found)
         counts = [sum(label == c for label, _ in found.values()) for c in range(3)]
         assert manifest.splits[split].per_class == counts and min(counts) >= 1
         for name, (label, image) in found.items():
@@ -84,17 +84,17 @@ def archives(place: Path, files: dict[str, bytes]) -> dict[str, Path]:
 
 
 def test_folder_tar_zip_and_prefix_give_the_same_shards(store, prepared, folder, tmp_path, make):
-    for name, data in make.labelled().items():
+    for name, data in make.labeled().items():
         store.put_bytes(store.uri(f"in/{name}"), data)
-    sources = {"folder": folder, "prefix": store.uri("in"), **archives(tmp_path, make.labelled())}
+    sources = {"folder": folder, "prefix": store.uri("in"), **archives(tmp_path, make.labeled())}
     manifests = {kind: prepared(source, at=kind, val_fraction=0.3) for kind, source in sources.items()}
     assert len({m.fingerprint for m in manifests.values()}) == 1
-    # Names as they are in the source are stored too, and the tar's images lie in a folder there.
+    # The names in the source are stored too, and the images of the tar are in a folder.
     alike = [m.splits for kind, m in manifests.items() if kind != "tar"]
     assert alike[0] == alike[1] == alike[2]
 
 
-def test_it_is_done_once(store, prepared, folder, monkeypatch):
+def test_a_repeated_preparation_finds_the_data(store, prepared, folder, monkeypatch):
     first = prepared(folder)
     monkeypatch.setattr(ObjectStore, "put_bytes", _never)
     assert prepared(folder) == first
@@ -106,14 +106,14 @@ def _never(*arguments: object, **named: object) -> None:
 
 def test_other_images_or_settings_do_not_overwrite(prepared, folder, make):
     prepared(folder)
-    with pytest.raises(UserError, match="prepared differently; choose another run"):
+    with pytest.raises(UserError, match="different content or settings; choose another run"):
         prepared(folder, val_fraction=0.2)
     make.folder(folder, {"class0/new.png": make.file(7)})
-    with pytest.raises(UserError, match="which are others"):
+    with pytest.raises(UserError, match="with different content or settings"):
         prepared(folder)
 
 
-def test_what_an_attempt_that_was_killed_has_left_goes_away(store, prepared, folder):
+def test_leftovers_of_a_killed_attempt_are_removed(store, prepared, folder):
     store.put_bytes(store.uri("data/shards/train-000007.tar"), b"half")
     manifest = prepared(folder)
     names = {stat.uri.removeprefix(store.uri("data/")) for stat in store.list(store.uri("data"))}
@@ -129,15 +129,15 @@ def test_splits_of_the_source_are_kept(store, prepared, tmp_path, make):
     assert {n.split("/")[0] for n in stored(store)["val"]} == {"test"}
 
 
-def test_an_unlabelled_pile(store, prepared, tmp_path, make):
+def test_images_without_labels(store, prepared, tmp_path, make):
     manifest = prepared(make.folder(tmp_path / "x", {f"{i}.png": make.file(i) for i in range(12)}))
-    assert manifest.classes == [] and not manifest.splits["train"].labelled
+    assert manifest.classes == [] and not manifest.splits["train"].labeled
     assert {label for split in stored(store).values() for label, _ in split.values()} == {-1}
 
 
 def test_images_without_a_class_beside_classes(store, prepared, folder, make):
     manifest = prepared(make.folder(folder, {"loose.png": make.file(999)}), val_fraction=0.0)
-    assert not manifest.splits["train"].labelled and manifest.splits["train"].per_class == [6, 6, 6]
+    assert not manifest.splits["train"].labeled and manifest.splits["train"].per_class == [6, 6, 6]
     assert stored(store)["train"]["loose.png"][0] == -1
 
 
@@ -149,7 +149,7 @@ def test_an_exact_copy_of_a_training_image_is_not_held_out(store, prepared, tmp_
     assert not contents["train"] & contents.get("val", set())
 
 
-def test_everything_that_a_pile_may_hold(store, prepared, tmp_path, make):
+def test_bad_and_unusual_files_of_a_folder(store, prepared, tmp_path, make):
     good = {f"a/{i}.png": make.file(i) for i in range(10)} | {
         f"b/{i}.jpg": make.file(50 + i, "JPEG") for i in range(10)
     }
@@ -197,7 +197,7 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def test_odd_entries_of_an_archive(store, prepared, tmp_path, make):
+def test_unusual_entries_of_an_archive(store, prepared, tmp_path, make):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, seed in [("a/1.png", 1), ("a/1.png", 2), ("../out.png", 3), ("b/ü.png", 4), ("__MACOSX/1.png", 5)]:
             data = make.file(seed)
@@ -210,7 +210,7 @@ def test_odd_entries_of_an_archive(store, prepared, tmp_path, make):
     assert np.array_equal(stored(store)["train"]["a/1.png"][1], make.pixels(2))
 
 
-def test_too_many_bad_files_are_an_error_that_names_some(store, prepared, folder, make):
+def test_too_many_bad_files_are_an_error_that_lists_some(store, prepared, folder, make):
     make.folder(folder, {f"class0/bad{i}.png": b"x" for i in range(7)})
     with pytest.raises(UserError) as error:
         prepared(folder, max_bad_fraction=0.2)
@@ -220,7 +220,7 @@ def test_too_many_bad_files_are_an_error_that_names_some(store, prepared, folder
     assert prepared(folder, max_bad_fraction=0.3).bad.count == 7
 
 
-def test_a_hopeless_source_is_given_up_early(prepared, tmp_path, make, capsys):
+def test_a_source_of_bad_files_fails_early(prepared, tmp_path, make, capsys):
     folder = make.folder(tmp_path / "x", {f"{i:04d}.jpg": b"x" for i in range(600)} | {"ok.png": make.file(0)})
     with pytest.raises(UserError, match="100 of 601 files are bad"):
         prepared(folder)
@@ -242,7 +242,7 @@ def test_a_missing_folder(prepared, tmp_path):
         prepared(tmp_path / "nowhere")
 
 
-def test_large_images_are_shrunk_where_that_is_asked_for(store, prepared, tmp_path, make):
+def test_large_images_are_shrunk_on_request(store, prepared, tmp_path, make):
     files = {f"{i}.jpg": make.file(make.pixels(i, 160, 120), "JPEG") for i in range(4)}
     manifest = prepared(make.folder(tmp_path / "x", files), store_short_side=30, val_fraction=0.0)
     assert manifest.reencoded == 4
@@ -260,7 +260,7 @@ def test_a_choice_of_images_is_balanced_and_fixed(store, prepared, tmp_path, mak
     assert again.fingerprint == manifest.fingerprint
 
 
-def test_adding_images_moves_no_others(store, prepared, tmp_path, make):
+def test_adding_images_does_not_move_others(store, prepared, tmp_path, make):
     files = {f"{c}/{i}.png": make.file(ord(c) * 50 + i) for c in "ab" for i in range(30)}
     folder = make.folder(tmp_path / "x", files)
     prepared(folder, val_fraction=0.3)
@@ -298,7 +298,7 @@ def test_few_images_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypatc
 
 
 @pytest.mark.parametrize("where", ["put_file", "put_if_absent"])
-def test_a_full_store_is_told_and_leaves_no_manifest(store, prepared, folder, monkeypatch, where):
+def test_a_full_store_is_an_error_and_leaves_no_manifest(store, prepared, folder, monkeypatch, where):
     def full(*arguments: object, **named: object) -> None:
         raise StoreFull("s3://x: the disk of the object store is full")
 
@@ -308,7 +308,7 @@ def test_a_full_store_is_told_and_leaves_no_manifest(store, prepared, folder, mo
     assert not store.exists(store.uri("data/manifest.json"))
 
 
-def test_a_full_local_disk_is_told(prepared, folder, monkeypatch):
+def test_a_full_local_disk_is_an_error(prepared, folder, monkeypatch):
     def full(*arguments: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -317,7 +317,7 @@ def test_a_full_local_disk_is_told(prepared, folder, monkeypatch):
         prepared(folder)
 
 
-def test_progress_and_result_are_told(prepared, folder, make, capsys):
+def test_progress_and_result_are_printed(prepared, folder, make, capsys):
     prepared(make.folder(folder, {"class0/bad.png": b"x"}), max_bad_fraction=0.2)
     said = capsys.readouterr().out
     assert "prepare  19/19 images  100 %" in said

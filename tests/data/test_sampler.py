@@ -1,4 +1,4 @@
-"""The order of an epoch: every sample once, whatever the number of ranks; a function of seed and epoch."""
+"""The order of an epoch: every sample once with any number of ranks; a function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_epoch_is_a_permutation_and_a_pure_function(seed, epoch, sizes, windo
 
 
 @given(seed=st.integers(0, 2**32), sizes=sizes, batch=st.integers(1, 40), world=st.integers(1, 7))
-def test_the_ranks_together_see_the_global_batches(seed, sizes, batch, world):
+def test_the_ranks_together_get_the_global_batches(seed, sizes, batch, world):
     batch = max(batch, world)
     order = epoch_order(seed, 0, sizes)
     ranks = [rank_batches(order, batch, rank, world) for rank in range(world)]
@@ -66,8 +66,8 @@ def test_every_sample_comes_first_about_equally_often():
 
 
 @pytest.mark.parametrize(("batch", "rank", "world"), [(2, 0, 3), (0, 0, 1), (4, 2, 2), (4, -1, 2)])
-def test_what_cannot_be_shared_is_refused(batch, rank, world):
-    with pytest.raises(ValueError, match="cannot be shared"):
+def test_a_batch_smaller_than_the_world_is_refused(batch, rank, world):
+    with pytest.raises(ValueError, match="cannot be divided"):
         rank_batches(np.arange(20), batch, rank, world)
 
 
@@ -76,11 +76,11 @@ def test_what_cannot_be_shared_is_refused(batch, rank, world):
     samples=st.integers(20, 120),
     attempts=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=8),
 )
-def test_an_epoch_that_is_interrupted_sees_every_sample_once_whatever_the_worlds(seed, samples, attempts):
-    """Each attempt has a number of ranks and does a few steps; the last one finishes the epoch."""
+def test_an_interrupted_epoch_sees_every_sample_once_with_any_world_sizes(seed, samples, attempts):
+    """Each attempt has its own number of ranks and makes a few steps; the last one finishes the epoch."""
     batch, step, seen = 10, 0, []
     for world, steps in [*attempts, (1, samples)]:
-        order = epoch_order(seed, 5, [samples // 2, samples - samples // 2])  # anew: there is no state but the step
+        order = epoch_order(seed, 5, [samples // 2, samples - samples // 2])  # recomputed: the only state is the step
         ranks = [rank_batches(order, batch, rank, world)[step : step + steps] for rank in range(world)]
         seen += [number for own in ranks for share in own for number in share.tolist()]
         step += len(ranks[0])

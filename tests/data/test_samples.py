@@ -1,4 +1,4 @@
-"""The sample images: enough, small enough, and what their README says."""
+"""The sample images: sufficient in number, small, and as their README describes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esvit_core.data.ingest.layout import arrange
+from esvit_core.data.ingest.layout import detect_layout
 from esvit_core.data.ingest.sources import open_source
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -23,16 +23,18 @@ def contents(name: str) -> dict[str, bytes]:
         return {entry.name: opened.read(entry) for entry in opened.entries}
 
 
-def test_all_together_are_small():
+def test_the_samples_are_small():
     assert sum(path.stat().st_size for path in SAMPLES.rglob("*") if path.is_file()) < 6 * 2**20
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_every_image_is_whole_and_has_a_class(name):
+def test_every_image_is_intact_and_has_a_class(name):
     files = contents(name)
-    layout = arrange(list(files), name)
-    assert len(layout.classes) == ARCHIVES[name] and all(place.label and not place.problem for place in layout.places)
-    counts = Counter(place.label for place in layout.places)
+    layout = detect_layout(list(files), name)
+    assert len(layout.classes) == ARCHIVES[name] and all(
+        place.label and not place.problem for place in layout.assignments
+    )
+    counts = Counter(place.label for place in layout.assignments)
     assert min(counts.values()) >= 37 and max(counts.values()) <= 200
     for data in files.values():
         image = Image.open(io.BytesIO(data))
@@ -45,7 +47,7 @@ def test_every_image_is_whole_and_has_a_class(name):
         assert all(re.search(rf"\b{label}\s+{count}\b", readme) for label, count in counts.items())
 
 
-def test_there_is_enough_to_train_on_and_the_transfer_set_is_another_task():
+def test_there_are_enough_images_and_the_transfer_set_is_another_task():
     training, other = contents("clipart.zip"), contents("clipart-other.zip")
     assert len(training) >= 1000
     assert not set(training.values()) & set(other.values())

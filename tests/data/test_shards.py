@@ -1,4 +1,4 @@
-"""Shards: deterministic bytes, bounded size, WebDataset's naming, an index that is right."""
+"""Shards: deterministic bytes, limited size, WebDataset's naming, and a correct index."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(directory: Path, samples: list[Sample], max_bytes: int) -> tuple[Shard
 
 @settings(max_examples=40)
 @given(samples=samples, max_bytes=st.sampled_from([10_240, 20_480, 1 << 20]))
-def test_what_goes_in_comes_out_at_the_places_of_the_index(tmp_path_factory, samples, max_bytes):
+def test_samples_are_at_the_positions_of_the_index(tmp_path_factory, samples, max_bytes):
     directory = tmp_path_factory.mktemp("shards")
     writer, kept = write(directory, samples, max_bytes)
     index = np.load(io.BytesIO(writer.index()))
@@ -58,7 +58,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path_factory, samples):
     assert kept == again and first.shards == second.shards and first.index() == second.index()
 
 
-def test_shards_are_bounded_and_only_a_large_sample_exceeds_that(tmp_path):
+def test_only_a_single_large_sample_exceeds_the_size_limit_of_a_shard(tmp_path):
     sizes = [100, 9_000, 40_000, 5, 8_000, 8_000, 8_000]
     writer, kept = write(tmp_path, [Sample(bytes(size), "png", 0, "x") for size in sizes], 20_480)
     assert [shard.samples for shard in writer.shards] == [2, 1, 2, 1, 1]
@@ -66,7 +66,7 @@ def test_shards_are_bounded_and_only_a_large_sample_exceeds_that(tmp_path):
     assert [shard.bytes for shard in writer.shards] == [len(data) for data in kept.values()]
 
 
-def test_a_shard_is_a_plain_tar_in_webdataset_s_naming(tmp_path):
+def test_a_shard_is_a_plain_tar_with_webdataset_names(tmp_path):
     writer, kept = write(tmp_path, [Sample(b"a", "jpg", 7, "x/é.jpg"), Sample(b"b", "png", -1, "y")], 1 << 20)
     with tarfile.open(fileobj=io.BytesIO(kept[writer.shards[0].name])) as tar:
         contents = {m.name: tar.extractfile(m).read() for m in tar}
@@ -80,10 +80,10 @@ def test_a_shard_is_a_plain_tar_in_webdataset_s_naming(tmp_path):
     }
 
 
-def test_a_split_is_labelled_if_every_sample_is(tmp_path):
+def test_a_split_is_labeled_if_every_sample_is(tmp_path):
     def describe(*labels: int):
         return write(tmp_path, [Sample(b"a", "png", label, "x") for label in labels], 1 << 20)[0].describe("i", 3)
 
-    assert describe(0, 2, 2).labelled and describe(0, 2, 2).per_class == [1, 0, 2]
-    assert not describe(0, -1).labelled and describe(0, -1).per_class == [1, 0, 0]
-    assert not describe().labelled and describe().samples == 0
+    assert describe(0, 2, 2).labeled and describe(0, 2, 2).per_class == [1, 0, 2]
+    assert not describe(0, -1).labeled and describe(0, -1).per_class == [1, 0, 0]
+    assert not describe().labeled and describe().samples == 0

@@ -1,4 +1,4 @@
-"""Folders, archives and prefixes: what is in them, and what is wrong with them."""
+"""Folders, archives and prefixes as sources, and their problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_core.data.ingest.archives import ReadProblem
+from esvit_core.data.ingest.archives import FileReadError
 from esvit_core.data.ingest.sources import check_source, open_source, source_fingerprint
 from esvit_core.errors import InfrastructureError, UserError
 
@@ -44,7 +44,7 @@ def contents(source: object, store=None) -> dict[str, bytes]:
 
 
 def problems(source: object) -> dict[str, str]:
-    """What the listing or reading says of each file that is no good."""
+    """Return the problem of each unusable file, from the listing or from reading it."""
     found = {}
     with open_source(str(source)) as opened:
         for entry in opened.entries:
@@ -53,14 +53,14 @@ def problems(source: object) -> dict[str, str]:
                     opened.read(entry)
                 else:
                     found[entry.name] = entry.problem
-            except ReadProblem as error:
+            except FileReadError as error:
                 found[entry.name] = str(error)
     return found
 
 
 @pytest.fixture(params=["folder", *TARS, "zip"])
 def source(request, tmp_path, make) -> Path:
-    """The same files in every form."""
+    """The same files as each type of source."""
     if request.param == "folder":
         return make.folder(tmp_path / "folder", FILES)
     path = tmp_path / f"files.{request.param}"
@@ -71,12 +71,12 @@ def source(request, tmp_path, make) -> Path:
     )
 
 
-def test_all_forms_hold_the_same(source):
+def test_all_types_of_sources_contain_the_same_images(source):
     assert contents(source) == FILES
     check_source(str(source))
 
 
-def test_a_prefix_holds_the_same(store):
+def test_a_prefix_contains_the_same_images(store):
     for name, data in FILES.items():
         store.put_bytes(store.uri(f"in/{name}"), data)
     store.put_bytes(store.uri("inside/9.png"), b"of another prefix")
@@ -100,7 +100,7 @@ def test_check_and_fingerprint_of_a_prefix_use_the_store_of_the_environment(stor
     assert source_fingerprint(uri) != first
 
 
-def test_the_last_of_several_entries_of_one_name_counts(tmp_path):
+def test_the_last_of_several_entries_with_one_name_is_used(tmp_path):
     members = [("a/1.png", b"old"), ("a/2.png", b"x"), ("./a/1.png", b"new")]
     for path in (
         tar_of(tmp_path / "a.tar", members),
@@ -112,7 +112,7 @@ def test_the_last_of_several_entries_of_one_name_counts(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png"])
-def test_paths_that_lead_out_are_refused_and_nothing_is_written(tmp_path, name):
+def test_paths_outside_the_archive_are_refused_and_nothing_is_written(tmp_path, name):
     for path in (tar_of(tmp_path / "a.tar", [(name, b"x")]), zip_of(tmp_path / "a.zip", [(name, b"x")])):
         assert list(problems(path).values()) == ["a path that leads out of the archive"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.zip"]
@@ -139,7 +139,7 @@ def test_links_in_a_tar_are_followed_inside_it(tmp_path):
     assert contents(tar_of(tmp_path / "a.tar", members)) == {"a/1.png": b"one", "b/2.png": b"one", "c.png": b"one"}
 
 
-def test_links_to_elsewhere_and_devices_are_told(tmp_path):
+def test_links_to_the_outside_and_devices_have_a_problem(tmp_path):
     device = tarfile.TarInfo("tty.png")
     device.type = tarfile.CHRTYPE
     members = [(link("out.png", "/etc/passwd"), b""), (link("me.png", "me.png"), b""), (device, b""), ("1.png", b"one")]
@@ -150,10 +150,10 @@ def test_links_to_elsewhere_and_devices_are_told(tmp_path):
     }
 
 
-def test_odd_things_in_a_folder_are_told(tmp_path, make):
+def test_unusual_files_in_a_folder_have_a_problem(tmp_path, make):
     folder = make.folder(tmp_path / "x", {"1.png": b"one", "sub/2.png": b"two", "long" + "g" * 240 + ".png": b"three"})
     (folder / "gone.png").symlink_to("nowhere")
-    os.mkfifo(folder / "pipe.png")  # to open it would wait for ever
+    os.mkfifo(folder / "pipe.png")  # opening it would block forever
     Path(os.fsdecode(os.fsencode(str(folder)) + b"/bad\xff.png")).write_bytes(b"four")
     (folder / "sub" / "round").symlink_to(folder)
     (folder / "other.png").symlink_to("1.png")
@@ -162,8 +162,8 @@ def test_odd_things_in_a_folder_are_told(tmp_path, make):
     assert found["other.png"] == b"one" and found["bad\ufffd.png"] == b"four" and len(found) == 5
 
 
-def test_what_may_not_be_read_is_told(tmp_path, make, monkeypatch):
-    """Permissions do not hold for root, as whom tests may run: the system's refusal is put in its place."""
+def test_unreadable_files_and_folders_have_a_problem(tmp_path, make, monkeypatch):
+    """Permissions do not apply to root, who may run the tests, so the refusal is simulated."""
     folder = make.folder(tmp_path / "x", {"1.png": b"one", "2.png": b"two", "closed/3.png": b"three"})
     read, scan = Path.read_bytes, os.scandir
 
@@ -174,20 +174,20 @@ def test_what_may_not_be_read_is_told(tmp_path, make, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path).endswith("closed") else scan(path))
     assert problems(folder) == {
         "2.png": "cannot be read (Permission denied)",
-        "closed": "folder cannot be read (Permission denied)",
+        "closed": "unreadable folder (Permission denied)",
     }
     with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
         check_source(str(folder / "closed"))
 
 
-def test_encrypted_and_damaged_entries_of_a_zip_are_told(tmp_path):
+def test_encrypted_and_damaged_entries_of_a_zip_have_a_problem(tmp_path):
     path = zip_of(tmp_path / "a.zip", [("1.png", b"one" * 50), ("2.png", b"two"), ("3.png", b"three")])
     data = bytearray(path.read_bytes())
-    data[data.index(b"oneone")] ^= 1  # its checksum is no longer right
+    data[data.index(b"oneone")] ^= 1  # invalidates its checksum
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         place = archive.start_dir
     second = data.index(b"PK\x01\x02", place + 4)
-    data[second + 8] |= 1  # the flag of encryption
+    data[second + 8] |= 1  # the encryption flag
     path.write_bytes(data)
     found = problems(path)
     assert found["2.png"] == "encrypted" and found["1.png"].startswith("damaged in the archive") and len(found) == 2
@@ -200,32 +200,32 @@ def test_a_truncated_archive_is_an_error(tmp_path, kind, share):
     path = tar_of(tmp_path / f"a.{kind}", members, TARS[kind])
     size = int(path.stat().st_size * share) if kind != "tar" else int(9 * (512 + 3072) * share)
     os.truncate(path, size)
-    with pytest.raises(UserError, match=r"a\.\S+: a damaged archive"), open_source(str(path)):
+    with pytest.raises(UserError, match=r"a\.\S+: damaged archive"), open_source(str(path)):
         pass
 
 
 def test_a_tar_cut_between_two_files_is_an_error(tmp_path):
     path = tar_of(tmp_path / "a.tar", [(f"{i}.png", bytes(512)) for i in range(4)])
     os.truncate(path, 2 * 1024)
-    with pytest.raises(UserError, match="no end mark"), open_source(str(path)):
+    with pytest.raises(UserError, match="end marker is missing"), open_source(str(path)):
         pass
 
 
 def test_a_truncated_zip_is_an_error(tmp_path):
     path = zip_of(tmp_path / "a.zip", [*FILES.items()])
     os.truncate(path, path.stat().st_size - 30)
-    with pytest.raises(UserError, match="a damaged archive"):
+    with pytest.raises(UserError, match="damaged archive"):
         check_source(str(path))
 
 
 @pytest.mark.parametrize("use", [check_source, source_fingerprint])
-def test_what_does_not_exist_is_one_line(tmp_path, use):
+def test_a_missing_source_is_a_one_line_error(tmp_path, use):
     with pytest.raises(UserError, match=r"nowhere: does not exist; expected a folder, a tar") as error:
         use(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
 
 
-def test_what_is_neither_folder_nor_archive(tmp_path, make):
+def test_a_source_that_is_neither_folder_nor_archive(tmp_path, make):
     path = tmp_path / "photo.jpg"
     path.write_bytes(make.file(0, "JPEG"))
     with pytest.raises(UserError, match="neither a folder nor an archive"):
@@ -244,16 +244,16 @@ def test_a_source_without_images(tmp_path, make, files):
             check_source(str(path))
 
 
-def test_images_without_a_suffix_are_given_a_chance(tmp_path, make):
+def test_files_without_a_suffix_may_be_images(tmp_path, make):
     check_source(str(make.folder(tmp_path / "x", {"0123abcd": make.file(0)})))
 
 
-def test_no_room_to_decompress_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_during_decompression_is_an_infrastructure_error(tmp_path, monkeypatch):
     path = tar_of(tmp_path / "a.tar.gz", [*FILES.items()], "w:gz")
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("esvit_core.data.ingest.archives.shutil.copyfileobj", full)
-    with pytest.raises(InfrastructureError, match="no room to decompress it"), open_source(str(path)):
+    with pytest.raises(InfrastructureError, match="to decompress it"), open_source(str(path)):
         pass

@@ -1,4 +1,4 @@
-"""Which images are taken and held out: by their names, evenly, and without moving others."""
+"""The choice of images and splits: by name, evenly distributed, and stable when images are added."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esvit_core.data.ingest.split import choose, fate, hold_out, in_order
+from esvit_core.data.ingest.split import choose_images, hash_fraction, hold_out, storage_order
 
 names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=60, unique=True)
 
@@ -16,29 +16,29 @@ def held_names(keys: list[str], labels: list[str | None], fraction: float) -> se
     return {keys[i] for i in hold_out(keys, labels, fraction)}
 
 
-def test_a_fate_is_even_and_its_purposes_are_independent():
-    first = [fate("a", str(i)) for i in range(4000)]
-    second = [fate("b", str(i)) for i in range(4000)]
+def test_hash_fractions_are_even_and_independent_between_purposes():
+    first = [hash_fraction("a", str(i)) for i in range(4000)]
+    second = [hash_fraction("b", str(i)) for i in range(4000)]
     assert abs(sum(x < 0.1 for x in first) - 400) < 80
     assert abs(sum(x < 0.5 and y < 0.5 for x, y in zip(first, second, strict=True)) - 1000) < 150
 
 
 @given(names, st.integers(1, 60))
-def test_adding_images_moves_at_most_the_one_that_a_small_class_was_forced_to_give(keys, cut):
+def test_adding_images_moves_at_most_the_one_that_a_small_class_had_to_hold_out(keys, cut):
     before, after = keys[:cut], keys
     labels: list[str | None] = ["x"] * len(keys)
     moved = {k for k in before if (k in held_names(before, labels[:cut], 0.3)) != (k in held_names(after, labels, 0.3))}
     assert len(moved) <= 1
 
 
-def test_adding_images_to_classes_of_usual_size_moves_none():
+def test_adding_images_to_large_classes_moves_none():
     keys = [f"{label}/{i}" for label in "abc" for i in range(60)]
     more = [*keys, *(f"{label}/new{i}" for label in "abcd" for i in range(30))]
     before = held_names(keys, [k[0] for k in keys], 0.2)
     assert before == held_names(more, [k[0] for k in more], 0.2) & set(keys)
 
 
-def test_every_class_of_two_or_more_is_on_both_sides():
+def test_every_class_of_two_or_more_has_images_in_both_splits():
     keys = [f"{label}/{i}" for label in range(50) for i in range(2 + label % 5)]
     labels: list[str | None] = [k.split("/")[0] for k in keys]
     held = hold_out(keys, labels, 0.1)
@@ -50,21 +50,21 @@ def test_a_single_image_is_trained_on():
     assert hold_out(["one"], ["x"], 0.9) == set()
 
 
-def test_the_share_is_about_the_one_asked_for_in_every_class():
+def test_the_share_is_about_the_requested_one_in_every_class():
     keys = [f"{label}/{i}" for label in range(4) for i in range(500)]
     held = Counter(keys[i].split("/")[0] for i in hold_out(keys, [k.split("/")[0] for k in keys], 0.2))
     assert all(abs(count - 100) < 40 for count in held.values())  # 4.5 standard deviations
 
 
-def test_nothing_is_held_out_on_request():
+def test_a_fraction_of_zero_holds_out_nothing():
     assert hold_out(["a", "b"], [None, None], 0) == set()
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 100))
-def test_chosen_classes_are_as_equal_as_they_can_be(sizes, count):
+def test_chosen_classes_are_as_balanced_as_possible(sizes, count):
     keys = [f"{label}/{i}" for label, size in enumerate(sizes) for i in range(size)]
     groups = [("", k.split("/")[0]) for k in keys]
-    taken = Counter(groups[i][1] for i in choose(keys, groups, count))
+    taken = Counter(groups[i][1] for i in choose_images(keys, groups, count))
     assert sum(taken.values()) == min(count, len(keys))
     level = max(taken.values())
     for label, size in enumerate(sizes):
@@ -74,7 +74,7 @@ def test_chosen_classes_are_as_equal_as_they_can_be(sizes, count):
 def test_splits_keep_their_proportions():
     keys = [str(i) for i in range(600)]
     groups = [("train" if i < 500 else "val", str(i % 10)) for i in range(600)]
-    taken = Counter(groups[i][0] for i in choose(keys, groups, 60))
+    taken = Counter(groups[i][0] for i in choose_images(keys, groups, 60))
     assert taken == {"train": 50, "val": 10}
 
 
@@ -82,7 +82,9 @@ def test_splits_keep_their_proportions():
 def test_order_and_choice_do_not_depend_on_the_order_of_listing(keys):
     backwards = keys[::-1]
     groups = [("", "")] * len(keys)
-    assert [keys[i] for i in in_order(keys, range(len(keys)))] == [
-        backwards[i] for i in in_order(backwards, range(len(keys)))
+    assert [keys[i] for i in storage_order(keys, range(len(keys)))] == [
+        backwards[i] for i in storage_order(backwards, range(len(keys)))
     ]
-    assert {keys[i] for i in choose(keys, groups, 5)} == {backwards[i] for i in choose(backwards, groups, 5)}
+    assert {keys[i] for i in choose_images(keys, groups, 5)} == {
+        backwards[i] for i in choose_images(backwards, groups, 5)
+    }

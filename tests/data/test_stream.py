@@ -1,4 +1,4 @@
-"""Samples out of shards: right, checked, and shared between processes."""
+"""Samples from shards: correct, verified, and shared between processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dataset(store, prepared, folder, tmp_path) -> ShardDataset:
 def test_samples_are_the_images_of_the_folder(dataset, make):
     assert len(dataset) == 18 and len(dataset.shards) > 2 and sum(dataset.shard_sizes) == 18
     names = [dataset.name(i) for i in range(18)]
-    assert sorted(names) == sorted(make.labelled())
+    assert sorted(names) == sorted(make.labeled())
     for i, name in enumerate(names):
         number = int(name[5]) * 100 + int(name[7])
         assert np.array_equal(dataset.image(i), make.pixels(number))
@@ -35,7 +35,7 @@ def test_samples_are_the_images_of_the_folder(dataset, make):
         dataset.image(18)
 
 
-def test_jpeg_is_decoded_as_pillow_decodes_it(store, prepared, make, tmp_path):
+def test_jpeg_is_decoded_as_by_pillow(store, prepared, make, tmp_path):
     for mode in ("RGB", "L"):
         folder = make.folder(tmp_path / mode, {"1.jpg": make.file(make.pixels(1, 200, 150), "JPEG")})
         prepared(folder, at=mode, val_fraction=0.0)
@@ -51,7 +51,7 @@ def test_nothing_is_downloaded_before_it_is_needed(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
-def test_a_damaged_cache_is_found_out_and_fetched_again(store, dataset, tmp_path, damage):
+def test_a_damaged_cache_is_detected_and_downloaded_again(store, dataset, tmp_path, damage):
     before = [dataset.image(i) for i in range(18)]
     for path in (tmp_path / "cache").glob("*.tar"):
         data = bytearray(path.read_bytes())
@@ -78,20 +78,20 @@ def test_a_damaged_index_is_an_error(store, dataset):
         ShardDataset(store, store.uri("data"), "train")
 
 
-def test_absent_data_and_splits_are_told(store, dataset):
+def test_missing_data_and_splits_are_errors(store, dataset):
     with pytest.raises(NotFound, match="no prepared data"):
         ShardDataset(store, store.uri("elsewhere"), "train")
     with pytest.raises(UserError, match="no split 'val'; the data has train"):
         ShardDataset(store, store.uri("data"), "val")
 
 
-def test_a_manifest_of_something_else_is_told(store):
+def test_a_manifest_of_another_kind_is_an_error(store):
     store.put_json(store.uri("data/manifest.json"), {"format": "esvit-features/1"})
     with pytest.raises(UserError, match="not a manifest of prepared data"):
         Manifest.read(store, store.uri("data"))
 
 
-def test_a_cache_that_cannot_be_written_to_is_told(store, prepared, folder, tmp_path):
+def test_a_cache_that_is_not_writable_is_an_error(store, prepared, folder, tmp_path):
     prepared(folder)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="ESVIT_CACHE_DIR"):
@@ -105,7 +105,7 @@ def _read_all(dataset: ShardDataset, barrier, results) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_share_a_cache(store, dataset, tmp_path, method):
-    """Two at once on an empty cache, forked with it in use or started afresh."""
+    """Two concurrent processes with an empty cache, forked while it is in use or started afresh."""
     if method == "fork":
         dataset.image(0)
     context = multiprocessing.get_context(method)
@@ -147,10 +147,10 @@ def test_a_pickled_dataset_reads(dataset):
     assert np.array_equal(copy.image(5), dataset.image(5))
 
 
-def test_a_shard_cut_short_while_it_is_read_is_blamed_on_the_cache(dataset, tmp_path):
+def test_a_shard_truncated_while_read_is_an_error_about_the_cache(dataset, tmp_path):
     dataset.encoded(0)
     for path in (tmp_path / "cache").glob("*.tar"):
         with path.open("r+b") as file:
             file.truncate(600)
-    with pytest.raises(IntegrityError, match=r"cache/[0-9a-f]{64}\.tar: became shorter .*ESVIT_CACHE_DIR"):
+    with pytest.raises(IntegrityError, match=r"cache/[0-9a-f]{64}\.tar: was truncated .*ESVIT_CACHE_DIR"):
         dataset.encoded(dataset.shard_sizes[0] - 1)

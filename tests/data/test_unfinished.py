@@ -1,4 +1,4 @@
-"""Preparations that run at once, and preparations that were killed: nothing that was finished is lost."""
+"""Concurrent and killed preparations: nothing that was finished is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = DataConfig(val_fraction=0.3, shard_mib=0.01, max_bad_fraction=0.5)
 
 @pytest.fixture
 def source(folder, make) -> Path:
-    """Three classes of six images, and two files that are none."""
+    """Three classes of six images, and two files that are not images."""
     return make.folder(folder, {"class0/bad.png": b"no image", "class2/bad.png": b"nor this"})
 
 
@@ -48,7 +48,7 @@ def names_below(store, at: str) -> set[str]:
 
 
 def require_whole(store, at: str, tmp_path: Path) -> Manifest:
-    """All that the manifest names is there and right, and nothing else is."""
+    """Check that exactly the objects of the manifest exist, and that they are valid."""
     manifest = Manifest.read(store, store.uri(at))
     assert names_below(store, at) == {*manifest.files, "manifest.json"}
     store.fetch(store.uri(at), tmp_path / f"all of {at}")
@@ -59,7 +59,7 @@ def require_whole(store, at: str, tmp_path: Path) -> Manifest:
 
 
 def while_reading(monkeypatch, what) -> None:
-    """Do something once, when the preparation that begins next reads its first file."""
+    """Call ``what`` once, when the next preparation reads its first file."""
     load, begun = module._load, threading.Lock()
 
     def loads(*arguments):
@@ -70,9 +70,7 @@ def while_reading(monkeypatch, what) -> None:
     monkeypatch.setattr(module, "_load", loads)
 
 
-def test_data_that_another_preparation_has_finished_outlive_an_interrupted_one(
-    store, source, run, tmp_path, monkeypatch
-):
+def test_data_finished_by_another_preparation_survive_an_interrupted_one(store, source, run, tmp_path, monkeypatch):
     def finish_another_and_be_interrupted() -> None:
         run("data")
         raise KeyboardInterrupt
@@ -84,7 +82,7 @@ def test_data_that_another_preparation_has_finished_outlive_an_interrupted_one(
     assert require_whole(store, "data", tmp_path).samples == 18
 
 
-def test_of_two_preparations_at_once_the_second_takes_the_data_of_the_first(
+def test_the_second_of_two_concurrent_preparations_adopts_the_data_of_the_first(
     store, source, run, tmp_path, monkeypatch, capsys
 ):
     first: list[Manifest] = []
@@ -92,16 +90,16 @@ def test_of_two_preparations_at_once_the_second_takes_the_data_of_the_first(
         while_reading(patch, lambda: first.append(run("data")[0]))
         second = prepare(str(source), store, store.uri("data"), CONFIG)
     assert second == first[0] == require_whole(store, "data", tmp_path)
-    assert "another preparation of the same content was finished first" in capsys.readouterr().out
+    assert "another preparation of the same content finished first" in capsys.readouterr().out
 
 
-def test_a_preparation_of_other_content_at_once_is_refused_and_damages_nothing(
+def test_a_concurrent_preparation_of_other_content_is_refused_and_damages_nothing(
     store, source, run, make, tmp_path, monkeypatch
 ):
     other = make.folder(tmp_path / "other", {f"{i}.png": make.file(500 + i) for i in range(9)})
     with monkeypatch.context() as patch:
         while_reading(patch, lambda: run("data"))
-        with pytest.raises(UserError, match="which are others"):
+        with pytest.raises(UserError, match="with different content or settings"):
             prepare(str(other), store, store.uri("data"), CONFIG)
     assert require_whole(store, "data", tmp_path).samples == 18
 
@@ -110,7 +108,7 @@ def _prepare(store, source, at, results) -> None:
     results.put(prepare(str(source), store, store.uri(at), CONFIG).model_dump(mode="json"))
 
 
-def test_processes_that_prepare_the_same_at_once_agree(store, source, tmp_path):
+def test_processes_that_prepare_the_same_concurrently_agree(store, source, tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=_prepare, args=(store, source, "data", results)) for _ in range(3)]
@@ -123,7 +121,7 @@ def test_processes_that_prepare_the_same_at_once_agree(store, source, tmp_path):
 
 
 def kill_at_put(store, source: Path, at: str, number: int, base: str | None = None) -> int:
-    """Prepare in a process that is killed at its n-th put; its exit code."""
+    """Prepare in a process that is killed at its n-th put; return its exit code."""
 
     def child() -> None:
         puts = 0
@@ -149,11 +147,11 @@ def kill_at_put(store, source: Path, at: str, number: int, base: str | None = No
 
 
 def recorded(store, at: str) -> int:
-    """Shards whose record has arrived."""
+    """Return the number of shards with a stored record."""
     return sum(name.startswith("unfinished/") for name in names_below(store, at))
 
 
-def test_a_killed_preparation_is_gone_on_with_wherever_it_was_killed(store, source, run, tmp_path):
+def test_a_preparation_resumes_wherever_it_was_killed(store, source, run, tmp_path):
     undisturbed, all_files = run("undisturbed")
     shards = [shard for split in undisturbed.splits.values() for shard in split.shards]
     assert len(shards) >= 5 and len(all_files) == 20
@@ -165,12 +163,12 @@ def test_a_killed_preparation_is_gone_on_with_wherever_it_was_killed(store, sour
         kept = recorded(store, at)
         manifest, read = run(at)
         assert manifest == undisturbed and names_below(store, at) == {*manifest.files, "manifest.json"}
-        # Only the files of shards that had not arrived are read again.
+        # Only the files of shards that were not stored are read again.
         assert len(read) <= 20 - kept and (kept < len(shards) or read == [])
     require_whole(store, "killed6", tmp_path)
 
 
-def test_what_has_arrived_is_not_stored_again(store, source, run, monkeypatch):
+def test_stored_shards_are_not_stored_again(store, source, run, monkeypatch):
     assert kill_at_put(store, source, "data", 6) == -signal.SIGKILL
     arrived = {name for name in names_below(store, "data") if name.startswith("shards/")}
     assert len(arrived) >= 2
@@ -184,7 +182,7 @@ def test_what_has_arrived_is_not_stored_again(store, source, run, monkeypatch):
     assert len(stored) + len(arrived) == sum(len(split.shards) for split in manifest.splits.values())
 
 
-def test_data_that_grow_are_gone_on_with(store, source, run, make, tmp_path):
+def test_an_incremental_preparation_resumes(store, source, run, make, tmp_path):
     run("one")
     make.folder(source, {f"class{i}/new{j}.png": make.file(900 + 10 * i + j) for i in range(3) for j in range(6)})
     undisturbed, all_new = run("undisturbed", base="one")
@@ -194,21 +192,21 @@ def test_data_that_grow_are_gone_on_with(store, source, run, make, tmp_path):
     assert manifest == undisturbed and 0 < len(read) < 18
 
 
-def test_an_image_that_was_edited_in_between_is_read_anew(store, source, run, make, monkeypatch, capsys):
-    monkeypatch.setattr(fingerprint, "SAMPLE", 0)  # of a large source most files are not in the sample
+def test_an_image_edited_in_between_is_read_again(store, source, run, make, monkeypatch, capsys):
+    monkeypatch.setattr(fingerprint, "SAMPLE", 0)  # in a large source, most files are not in the sample
     assert kill_at_put(store, source, "data", 6) == -signal.SIGKILL
     for path in source.rglob("*.png"):
         data = bytearray(path.read_bytes())
-        data[-1] ^= 1  # the same image, and another file
+        data[-1] ^= 1  # the same image in a different file
         path.write_bytes(data)
         os.utime(path, (1_000, 1_000))
     manifest, read = run("data")
-    assert len(read) >= 20 and "begins anew" in capsys.readouterr().out
+    assert len(read) >= 20 and "starting over" in capsys.readouterr().out
     fresh, _ = run("fresh")
     assert manifest.splits == fresh.splits
 
 
-def test_dates_alone_do_not_make_it_begin_anew(store, source, run):
+def test_changed_dates_alone_do_not_start_over(store, source, run):
     assert kill_at_put(store, source, "data", 6) == -signal.SIGKILL
     for path in source.rglob("*.png"):
         os.utime(path, (1_000, 1_000))
@@ -216,7 +214,7 @@ def test_dates_alone_do_not_make_it_begin_anew(store, source, run):
 
 
 @pytest.mark.parametrize("change", ["settings", "content"])
-def test_what_was_left_of_something_else_is_not_used_and_goes_away(store, source, run, make, tmp_path, change):
+def test_leftovers_of_other_content_are_not_used_and_are_removed(store, source, run, make, tmp_path, change):
     assert kill_at_put(store, source, "data", 6) == -signal.SIGKILL
     config = CONFIG
     if change == "settings":
@@ -239,15 +237,15 @@ def test_a_damaged_record_or_a_missing_shard_is_done_again(store, source, run, d
     assert run("data")[0] == run("undisturbed")[0]
 
 
-def test_shards_that_are_removed_meanwhile_are_no_silent_hole(store, source, monkeypatch):
-    keep = module._manifest
+def test_shards_removed_meanwhile_are_an_error(store, source, monkeypatch):
+    build = module.build_manifest
 
-    def pruned(job, source_print):
-        made = keep(job, source_print)
+    def pruned(job, fingerprint):
+        made = build(job, fingerprint)
         store.remove(store.uri(f"data/{made.splits['train'].shards[0].name}"))
         return made
 
-    monkeypatch.setattr(module, "_manifest", pruned)
-    with pytest.raises(InfrastructureError, match="was removed while the data were prepared"):
+    monkeypatch.setattr(module, "build_manifest", pruned)
+    with pytest.raises(InfrastructureError, match="removed while the data were being prepared"):
         prepare(str(source), store, store.uri("data"), CONFIG)
     assert not store.exists(store.uri("data/manifest.json"))

@@ -1,4 +1,4 @@
-"""Worker processes that die, hang, or find no shared memory end the training with the reason."""
+"""Worker processes that die, hang, or lack shared memory end the training with the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Images:
-    """Sixteen batches; a worker that comes to image ``index`` does what ``happens`` says."""
+    """Sixteen batches; a worker that loads image ``index`` does what ``happens`` says."""
 
     shard_sizes = (1024,)
 
@@ -75,8 +75,8 @@ def test_a_worker_that_is_killed_ends_the_training_with_the_reason(number: signa
     assert children() == before
 
 
-def test_the_death_is_told_while_the_batch_is_waited_for_and_not_in_the_middle_of_a_step(tmp_path: Path) -> None:
-    """torch raises it in whatever the training does at that moment."""
+def test_the_death_of_a_worker_is_raised_while_waiting_and_not_during_a_step(tmp_path: Path) -> None:
+    """torch would raise it wherever the training happens to be."""
     in_a_step = tmp_path / "in-a-step"
 
     def happens() -> None:
@@ -103,9 +103,9 @@ def workers_have_died() -> bool:
     "happens", [lambda: time.sleep(3600), lambda: os.kill(os.getpid(), signal.SIGSTOP)], ids=["waits", "is stopped"]
 )
 def test_a_worker_that_hangs_ends_the_training(happens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "SILENCE_SECONDS", 3)
+    monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 3)
     before = children()
-    with pytest.raises(InfrastructureError, match=r"no batch for .* one of them hangs; training.workers: 0"):
+    with pytest.raises(InfrastructureError, match=r"no batch for .* a worker hangs; set training.workers to 0"):
         list(loader(Images(500, happens)).epoch(0))
     assert children() == before
 
@@ -144,23 +144,22 @@ except UserError as error:
     ],
     ids=["while training", "before"],
 )
-def test_too_little_shared_memory_ends_in_one_line(call: str, expected: str) -> None:
-    """In a mount namespace of its own, with a /dev/shm of 1 MiB."""
+def test_too_little_shared_memory_is_a_one_line_error(call: str, expected: str) -> None:
+    """Run in a separate mount namespace with a /dev/shm of 1 MiB."""
     script = SMALL_MEMORY.format(root=str(ROOT), here=str(Path(__file__).parent), call=call)
     mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout, done.stderr
-    assert "/dev/shm larger (cluster.train.shared_memory; in Docker --shm-size)" in done.stdout
+    assert "enlarge /dev/shm (cluster.train.shared_memory; in Docker --shm-size)" in done.stdout
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_what_the_workers_need_is_said_where_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_needed_shared_memory_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "free_shared_memory", lambda: 5 * 4 * BATCH_BYTES)
-    line = loader(Images()).check_shared_memory(processes=4)  # of each 2 workers x 2 batches ahead, and one in use
+    line = loader(Images()).check_shared_memory(processes=4)  # each: 2 workers x 2 prefetched batches, and one in use
     assert (
-        line
-        == "data loading: 2 workers per process keep up to 37.5 MiB in shared memory; 37.5 MiB are free in /dev/shm"
+        line == "data loading: 2 workers per process use up to 37.5 MiB of shared memory; 37.5 MiB are free in /dev/shm"
     )
     with pytest.raises(UserError, match=r"training\.workers 2"):
         loader(Images()).check_shared_memory(processes=5)

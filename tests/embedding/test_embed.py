@@ -1,4 +1,4 @@
-"""Features of new images are those of the measured steps, and the file is whole or not there."""
+"""Features of new images equal those of the evaluation, and the file is written atomically."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def backbone() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, images: Any) -> Path:
-    """Eleven images in two classes; one is a grey JPEG, one is turned on its side by its EXIF entry."""
+    """Eleven images in two classes; one is a gray JPEG, one is rotated by its EXIF entry."""
     made: Path = images.folder(tmp_path_factory.mktemp("new") / "images", ["a", "b"], 5)
     turned = Image.open(made / "a" / "0-000.png").resize((50, 40))
     turned.save(
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, images: Any) -> Path:
     return made
 
 
-def test_they_are_those_of_the_measured_steps(backbone: Any, folder: Path, tmp_path: Path, store: Any) -> None:
+def test_features_match_those_of_the_evaluation(backbone: Any, folder: Path, tmp_path: Path, store: Any) -> None:
     from esvit_core.data.ingest.prepare import prepare
     from esvit_core.data.shards.reader import ShardDataset
     from esvit_core.evaluation.features import features_of
@@ -106,7 +106,9 @@ def table_facts(path: Path) -> bytes:
     return pq.ParquetFile(path).metadata.metadata[b"esvit"]
 
 
-def test_what_is_in_memory_does_not_grow(backbone: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(
+    backbone: Any, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """A row group is written as soon as it is full, here after every second batch."""
     monkeypatch.setattr(feature_files, "_GROUP_BYTES", 2 * 2 * 16 * 4)
     embed(backbone, str(folder), tmp_path / "f.parquet", EmbedSettings(batch_size=2))
@@ -143,14 +145,14 @@ def test_bad_images_are_counted_and_listed(backbone: Any, images: Any, tmp_path:
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".esvit-*"))
 
 
-def test_mistakes_are_told(backbone: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_mistakes_are_user_errors(backbone: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "there.npz").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.txt").write_text("x")
     for source, out, settings, told in [
         (folder, "f.csv", {}, r"ends in \.parquet or \.npz"),
-        (folder, "there.npz", {}, "is there already"),
+        (folder, "there.npz", {}, "already exists"),
         (tmp_path / "nowhere", "f.npz", {}, "does not exist"),
         (tmp_path / "empty", "f.npz", {}, "no images in it"),
         (tmp_path / "none", "f.npz", {"max_bad_fraction": 1.0}, "none of its 1 files is an image"),
@@ -172,7 +174,7 @@ def test_features_that_are_not_finite_are_refused(
     assert embedding._rows(["a"], [None], huge, "float32").regions is not None
 
 
-def test_bfloat16_is_near(backbone: Any, folder: Path, tmp_path: Path) -> None:
+def test_bfloat16_features_are_close(backbone: Any, folder: Path, tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         embed(backbone, str(folder), tmp_path / f"{precision}.npz", EmbedSettings(precision=precision))  # type: ignore[arg-type]
     exact, near = (np.load(tmp_path / f"{name}.npz")["view"] for name in ("float32", "bfloat16"))

@@ -165,9 +165,9 @@ def test_mistakes_are_told_before_any_work(described: Any, tmp_path: Path) -> No
     (tmp_path / "there.onnx").touch()
     for format, out, told in [
         ("onxx", "a", "unknown; expected one of safetensors, timm, onnx, torch-export"),
-        ("onnx", "there.onnx", "is there already"),
+        ("onnx", "there.onnx", "already exists"),
         ("onnx", "a.pt2", "expected a name that ends in .onnx"),
-        ("onnx", "there.onnx/a.onnx", "its folder cannot be made"),
+        ("onnx", "there.onnx/a.onnx", "cannot create its folder"),
     ]:
         with pytest.raises(UserError, match=told):
             export_backbone(backbone, format, tmp_path / out)

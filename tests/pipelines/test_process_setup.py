@@ -131,5 +131,5 @@ def test_a_run_whose_folder_is_deleted_ends_with_one_line_and_no_process(folder:
     output, told = process.communicate(timeout=900)
     assert process.returncode not in (0, None), output
     (line,) = told.splitlines()
-    assert line.startswith("error: ") and "was deleted while it was in use" in line, told
+    assert line.startswith("error: ") and "was deleted while in use" in line, told
     assert left_over(folder) == []

@@ -1,4 +1,4 @@
-"""Servers that misbehave: one that cuts connections in front of the real one, and one that reads from a script."""
+"""Misbehaving servers: a proxy that cuts connections to the real server, and a server with scripted responses."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import pytest
 from esvit_core.storage import ObjectStore, StoreAddress
 from esvit_core.storage.retry import RetryPolicy
 
-# Many attempts, no patience: what is tested is which failures are repeated, not the waiting.
+# Several attempts with short waits: the tests are about which failures are retried, not about waiting.
 QUICK = RetryPolicy(attempts=4, base=0.01, cap=0.02)
 
 
 class CuttingProxy:
-    """A TCP proxy that ends connections as it is told; otherwise it passes everything on.
+    """A TCP proxy that closes connections according to a plan, and otherwise forwards everything.
 
-    ``plan`` holds what is to happen to the next connections, one after the other:
+    ``plan`` holds the actions for the next connections, in order:
 
-    - a number: it ends after so many bytes of the server's answers;
-    - a method, such as ``"PUT"``: it ends when the server answers such a request, and nothing of the answer arrives;
-    - ``"refuse"``: it ends at once.
+    - a number: close after that many bytes of the server's responses;
+    - a method, such as ``"PUT"``: close when the server responds to such a request, and drop the response;
+    - ``"refuse"``: close immediately.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
@@ -44,16 +44,16 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                fate = self.plan.pop(0) if self.plan else "pass"
-                if fate == "refuse":
+                action = self.plan.pop(0) if self.plan else "pass"
+                if action == "refuse":
                     self.cuts += 1
                     client.close()
                     continue
-                threading.Thread(target=self._serve, args=(client, fate), daemon=True).start()
+                threading.Thread(target=self._serve, args=(client, action), daemon=True).start()
 
-    def _serve(self, client: socket.socket, fate: int | str) -> None:
-        left = fate if isinstance(fate, int) else float("inf")
-        asked = ""
+    def _serve(self, client: socket.socket, action: int | str) -> None:
+        left = action if isinstance(action, int) else float("inf")
+        method_seen = ""
         with client, socket.create_connection(self.target) as server, contextlib.suppress(OSError):
             while True:
                 for source in select.select([client, server], [], [])[0]:
@@ -62,11 +62,11 @@ class CuttingProxy:
                         return
                     if source is client:
                         method = data.partition(b" ")[0].decode(errors="replace")
-                        asked = method if method in ("GET", "HEAD", "PUT", "POST", "DELETE") else asked
+                        method_seen = method if method in ("GET", "HEAD", "PUT", "POST", "DELETE") else method_seen
                         server.sendall(data)
-                    elif asked == fate or len(data) > left:
+                    elif method_seen == action or len(data) > left:
                         self.cuts += 1
-                        client.sendall(b"" if asked == fate else data[: int(left)])
+                        client.sendall(b"" if method_seen == action else data[: int(left)])
                         return
                     else:
                         left -= len(data)
@@ -75,7 +75,7 @@ class CuttingProxy:
 
 @pytest.fixture
 def cutting_proxy() -> Iterator[Callable[[int], CuttingProxy]]:
-    """Put a proxy in front of a port of this machine: ``cutting_proxy(9000)``."""
+    """Start a proxy for a port of this machine: ``cutting_proxy(9000)``."""
     with contextlib.ExitStack() as stack:
 
         def start(port: int) -> CuttingProxy:
@@ -96,12 +96,12 @@ def proxy(store) -> Iterator[CuttingProxy]:
 
 @pytest.fixture
 def through_proxy(store, proxy: CuttingProxy) -> ObjectStore:
-    """The test's store, seen through the proxy."""
+    """The test's store, accessed through the proxy."""
     return ObjectStore(dataclasses.replace(store.address, endpoint=f"127.0.0.1:{proxy.port}"), QUICK)
 
 
 class ScriptedServer(http.server.ThreadingHTTPServer):
-    """An S3 server that gives the answers it was told to give, one after the other, the last one for ever."""
+    """An S3 server that returns scripted responses in order, and repeats the last one forever."""
 
     daemon_threads = True
 

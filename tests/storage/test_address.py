@@ -42,7 +42,7 @@ def test_endpoints(endpoint: str, secure: str, url: str) -> None:
         ({"ESVIT_S3_CA_FILE": "/no/such/file.pem"}, "no such file"),
     ],
 )
-def test_what_is_missing_or_malformed_is_named(values: dict[str, str], said: str) -> None:
+def test_missing_and_malformed_variables_are_named(values: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         StoreAddress.from_env({"ESVIT_S3_ENDPOINT": "store:9000", **KEYS, **values})
     assert "hush" not in str(caught.value)

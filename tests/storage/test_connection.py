@@ -1,4 +1,4 @@
-"""Which answers are asked for again, and how failures are told; the server reads from a script."""
+"""Retries and error messages, with scripted responses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from esvit_core.storage.retry import RetryPolicy, failed_requests
         (409, "OperationAborted"),
     ],
 )
-def test_what_passes_is_asked_for_again(scripted, answer: tuple[int, str]) -> None:
+def test_transient_failures_are_retried(scripted, answer: tuple[int, str]) -> None:
     server = scripted(answer, answer, (200, ""))
     server.store().put_bytes("s3://bucket/key", b"data")
     assert server.requests == ["PUT /bucket/key"] * 3
@@ -55,7 +55,7 @@ def test_what_passes_is_asked_for_again(scripted, answer: tuple[int, str]) -> No
         ((404, ""), StoreUnavailable),
     ],
 )
-def test_what_stays_true_is_not_asked_for_again(scripted, answer: tuple[int, str], error: type[StoreError]) -> None:
+def test_permanent_failures_are_not_retried(scripted, answer: tuple[int, str], error: type[StoreError]) -> None:
     server = scripted(answer)
     with pytest.raises(error) as caught:
         server.store().get_bytes("s3://bucket/key")
@@ -63,14 +63,14 @@ def test_what_stays_true_is_not_asked_for_again(scripted, answer: tuple[int, str
     assert "s3://bucket/key" in str(caught.value) and "nobody-sees" not in str(caught.value)
 
 
-def test_attempts_end(scripted) -> None:
+def test_retries_are_limited(scripted) -> None:
     server = scripted((503, "SlowDown"))
     with pytest.raises(StoreError, match="SlowDown"):
         server.store().get_bytes("s3://bucket/key")
     assert len(server.requests) == 4
 
 
-def test_failures_that_may_pass_are_counted_by_kind(scripted) -> None:
+def test_transient_failures_are_counted_by_kind(scripted) -> None:
     before = failed_requests()
     server = scripted((503, "SlowDown"), (500, "InternalError"), (404, "NoSuchKey"))
     with pytest.raises(NotFound):
@@ -84,13 +84,13 @@ def test_failures_that_may_pass_are_counted_by_kind(scripted) -> None:
     assert counted == {"throttled": 1, "server": 1, "connection": 2, "timeout": 0}
 
 
-def test_a_key_that_may_not_see_the_buckets_is_still_a_key(scripted) -> None:
+def test_a_key_that_may_not_list_buckets_is_accepted(scripted) -> None:
     scripted((403, "AccessDenied")).store().check()
     with pytest.raises(StoreRefused, match="refuses the key"):
         scripted((403, "SignatureDoesNotMatch")).store().check()
 
 
-def test_waits_double_up_to_a_cap_and_are_not_all_the_same() -> None:
+def test_waits_double_up_to_a_cap_and_have_jitter() -> None:
     policy = RetryPolicy(attempts=8, base=0.1, cap=2.0)
     bounds = [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     for _ in range(50):
@@ -98,7 +98,7 @@ def test_waits_double_up_to_a_cap_and_are_not_all_the_same() -> None:
     assert len({next(policy.waits()) for _ in range(10)}) > 1
 
 
-def test_waiting_does_not_disturb_a_seeded_program(scripted) -> None:
+def test_retries_do_not_change_seeded_random_numbers(scripted) -> None:
     random.seed(7)
     expected = random.random()
     random.seed(7)
@@ -106,12 +106,12 @@ def test_waiting_does_not_disturb_a_seeded_program(scripted) -> None:
     assert random.random() == expected
 
 
-def test_a_web_server_is_not_taken_for_a_store(scripted) -> None:
+def test_a_web_server_is_not_accepted_as_a_store(scripted) -> None:
     with pytest.raises(StoreUnavailable, match="not a working S3 server"):
         scripted((404, "")).store().check()
 
 
-def test_nobody_at_the_endpoint_is_said_soon_and_in_one_line() -> None:
+def test_an_unreachable_endpoint_fails_soon_with_one_line() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -127,7 +127,7 @@ def test_tls_to_a_plain_server_names_the_setting(store) -> None:
         ObjectStore(address).check()
 
 
-def test_a_server_with_a_certificate_of_its_own_is_trusted_by_name_of_the_file(scripted, tmp_path: Path) -> None:
+def test_a_private_certificate_is_trusted_through_the_ca_file(scripted, tmp_path: Path) -> None:
     weed.write_configuration(tmp_path)  # makes a certificate for the loopback address
     server = scripted((200, ""))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

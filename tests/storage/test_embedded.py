@@ -1,4 +1,4 @@
-"""The life of the embedded server. One server serves most of these tests; each leaves it running."""
+"""The life cycle of the embedded server. Most of these tests share one server and leave it running."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def kill(status: StoreStatus) -> None:
         psutil.wait_procs([psutil.Process(status.pid)], timeout=5)
 
 
-def test_a_second_start_finds_the_first(server: EmbeddedStore, running: StoreStatus, tmp_path: Path) -> None:
+def test_a_second_start_finds_the_running_server(server: EmbeddedStore, running: StoreStatus, tmp_path: Path) -> None:
     by_another_name = tmp_path / "link"
     by_another_name.symlink_to(server.directory)
     other = EmbeddedStore(by_another_name)
@@ -76,8 +76,8 @@ def test_it_listens_on_the_loopback_interface_only(running: StoreStatus) -> None
     assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
 
 
-def test_no_door_is_open_without_the_key(server: EmbeddedStore, running: StoreStatus) -> None:
-    """Not the filer, which holds the names, nor the volume server, which holds the bytes."""
+def test_no_interface_is_open_without_the_key(server: EmbeddedStore, running: StoreStatus) -> None:
+    """Neither the filer, which holds the names, nor the volume server, which holds the bytes, is accessible."""
     ObjectStore(running.address).put_bytes("s3://bucket/secret", b"hush")
     ports = json.loads((server.directory / "server.json").read_text())["ports"]
     for port, path in (
@@ -91,11 +91,11 @@ def test_no_door_is_open_without_the_key(server: EmbeddedStore, running: StoreSt
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5)
         assert caught.value.code in (401, 403, 404)
-    for role in ("s3", "master", "volume", "filer"):  # gRPC: who speaks without a certificate hears nothing
+    for role in ("s3", "master", "volume", "filer"):  # gRPC does not answer without a certificate
         with socket.create_connection(("127.0.0.1", ports[f"{role}_grpc"]), timeout=5) as plain:
             plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
             with contextlib.suppress(ConnectionError):
-                assert plain.recv(1000)[:1] != b"\0"  # a SETTINGS frame would begin so
+                assert plain.recv(1000)[:1] != b"\0"  # the first byte of a SETTINGS frame
 
 
 def test_interrupting_the_terminal_does_not_reach_it(tmp_path: Path, server: EmbeddedStore) -> None:
@@ -125,8 +125,8 @@ def test_interrupting_the_terminal_does_not_reach_it(tmp_path: Path, server: Emb
         starter.wait()
 
 
-def test_what_was_acknowledged_survives_a_killed_server(server: EmbeddedStore, running: StoreStatus) -> None:
-    """A client in the middle of its work goes on by itself once the server is back, on the same port."""
+def test_acknowledged_data_survive_a_killed_server(server: EmbeddedStore, running: StoreStatus) -> None:
+    """A client continues by itself once the server is back on the same port."""
     store = ObjectStore(running.address)
     acknowledged: list[int] = []
     stop = threading.Event()
@@ -160,11 +160,11 @@ def test_stopping_keeps_the_data_and_leaves_nothing_running(server: EmbeddedStor
     ports = json.loads((server.directory / "server.json").read_text())["ports"]
     sockets = weed.sockets(weed.Ports(**ports))
     assert any(path.exists() for path in sockets)
-    assert EmbeddedStore(server.directory).stop()  # not by the one that started it
+    assert EmbeddedStore(server.directory).stop()  # by another instance
     assert not server.stop()
     assert server.status() is None
     assert not [path for path in sockets if path.exists()]
-    with pytest.raises(UserError, match="no object store runs on this directory"):
+    with pytest.raises(UserError, match="no object store is running for this directory"):
         server.environment()
     address = server.start()
     assert address == running.address
@@ -172,7 +172,7 @@ def test_stopping_keeps_the_data_and_leaves_nothing_running(server: EmbeddedStor
     assert not store.connection.client.pending_uploads("bucket", "")
 
 
-def test_notes_that_are_damaged_or_out_of_date_are_not_believed(server: EmbeddedStore, running: StoreStatus) -> None:
+def test_damaged_or_stale_state_files_are_ignored(server: EmbeddedStore, running: StoreStatus) -> None:
     ObjectStore(running.address).put_bytes("s3://bucket/kept", b"data")
     notes = server.directory / "server.json"
     of_another = notes.read_text().replace(str(running.pid), str(os.getpid()), 1)
@@ -180,7 +180,7 @@ def test_notes_that_are_damaged_or_out_of_date_are_not_believed(server: Embedded
         notes.write_text(text)
         assert server.status() is None
         assert not server.stop()
-    # The server that really runs is found out and replaced: two on one directory there must not be.
+    # The running server is found and replaced: there must not be two on one directory.
     address = server.start()
     status = server.status()
     assert status is not None and status.pid not in (running.pid, os.getpid())
@@ -188,7 +188,7 @@ def test_notes_that_are_damaged_or_out_of_date_are_not_believed(server: Embedded
     assert ObjectStore(address).get_bytes("s3://bucket/kept") == b"data"
 
 
-def test_starts_at_the_same_time_make_one_server(tmp_path: Path) -> None:
+def test_concurrent_starts_share_one_server(tmp_path: Path) -> None:
     script = (
         "import sys; from esvit_core.storage.embedded import *; e = EmbeddedStore(sys.argv[1]);"
         "print(e.start().endpoint, e.status().pid)"
@@ -206,12 +206,12 @@ def test_starts_at_the_same_time_make_one_server(tmp_path: Path) -> None:
         assert EmbeddedStore(tmp_path / "store").stop()
 
 
-def test_the_port_of_choice_is_used(
+def test_the_requested_port_is_used(
     server: EmbeddedStore, running: StoreStatus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = weed.free_ports().s3
     monkeypatch.setenv("ESVIT_STORE_PORT", str(port))
-    assert server.start() == running.address  # one that runs is found wherever it is
+    assert server.start() == running.address  # a running server is found
     server.stop()
     assert server.start().endpoint == f"127.0.0.1:{port}"
     with pytest.raises(UserError, match=rf"ESVIT_STORE_PORT={port}: in use by another program; choose another"):
@@ -219,7 +219,7 @@ def test_the_port_of_choice_is_used(
 
 
 @pytest.mark.parametrize("text", ["http", "0", "-1", "65536", "9000.0"])
-def test_what_is_no_port_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_invalid_port_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("ESVIT_STORE_PORT", text)
     with pytest.raises(UserError, match=f"ESVIT_STORE_PORT={text}: expected a port"):
         EmbeddedStore(tmp_path / "store").start()
@@ -241,16 +241,16 @@ def test_a_port_taken_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch
             assert server.stop()
 
 
-def test_a_directory_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "store"):
-        with pytest.raises(StoreError, match=r"file.*: the object store cannot keep its data there"):
+        with pytest.raises(StoreError, match=r"file.*: cannot store the object store's data"):
             EmbeddedStore(place).start()
     assert EmbeddedStore(tmp_path / "absent").status() is None
     assert not EmbeddedStore(tmp_path / "absent").stop()
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_start_has_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weed, "command", lambda directory, ports: [sys.executable, "-c", "exit('no luck today')"])
     with pytest.raises(StoreError, match=r"does not start \(no luck today\); see .*server\.log"):
         EmbeddedStore(tmp_path / "store").start()
@@ -259,7 +259,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
         EmbeddedStore(tmp_path / "store").start()
 
 
-def test_settings_from_elsewhere_do_not_leak_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_do_not_affect_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("WEED_JWT_SIGNING_KEY", "x")
     monkeypatch.setenv("ESVIT_S3_SECRET_KEY", "x")
@@ -267,7 +267,7 @@ def test_settings_from_elsewhere_do_not_leak_in(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("name", "problem"), [("a,b", "has a comma"), (os.fsdecode(b"a\xff"), "is not UTF-8")])
-def test_a_path_that_the_server_cannot_take_is_one_line(tmp_path: Path, name: str, problem: str) -> None:
-    with pytest.raises(UserError, match=f"{problem}.*name another folder"):
+def test_an_unsupported_path_is_a_one_line_error(tmp_path: Path, name: str, problem: str) -> None:
+    with pytest.raises(UserError, match=f"{problem}.*choose another folder"):
         EmbeddedStore(tmp_path / name).start()
     assert not list(tmp_path.iterdir())

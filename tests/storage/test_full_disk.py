@@ -26,7 +26,7 @@ SIZE = 120 * MIB
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A disk of 120 MiB: a real one where this process may mount one, else this one with a limit to it."""
+    """A disk of 120 MiB: a real one if this process may mount it, otherwise this disk with a simulated limit."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = (
@@ -55,9 +55,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         subprocess.run(["umount", place], check=True)
 
 
-def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored(
-    small_disk: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_a_one_line_error_and_stored_data_are_kept(small_disk: Path, tmp_path: Path) -> None:
     embedded = EmbeddedStore(small_disk / "store")
     store = ObjectStore(embedded.start())
     store.ensure_bucket("bucket")
@@ -103,13 +101,11 @@ def test_a_disk_that_fills_is_one_line_at_once_and_costs_nothing_that_was_stored
     assert [store.get_bytes(f"s3://bucket/{number}") == data for number in range(stored)] == [True] * stored
 
 
-def test_a_server_that_fails_for_want_of_room_is_not_asked_again(
-    scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All that the server says is that it has an internal error."""
+def test_failures_of_a_full_server_are_not_retried(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server only reports an internal error."""
     server = scripted((500, "InternalError"))
-    looks = iter([1000 * MIB, 5 * MIB])  # before the put, and after it failed
-    monkeypatch.setattr(disk, "free_bytes", lambda directory: next(looks))
+    checks = iter([1000 * MIB, 5 * MIB])  # before the put, and after it failed
+    monkeypatch.setattr(disk, "free_bytes", lambda directory: next(checks))
     mark(tmp_path)
     store = ObjectStore(dataclasses.replace(server.store().address, directory=tmp_path))
     with pytest.raises(StoreFull, match="64 MiB needed, 5 MiB free"):
@@ -117,7 +113,7 @@ def test_a_server_that_fails_for_want_of_room_is_not_asked_again(
     assert server.requests == ["PUT /bucket/object"]
 
 
-def test_a_download_to_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_download_to_a_full_disk_is_a_one_line_error_and_leaves_nothing(
     store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(*_: object) -> int:
@@ -132,15 +128,13 @@ def test_a_download_to_a_full_disk_is_one_line_and_leaves_nothing(
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads and writes by position transfer at most 1,000 bytes, as the system may do at any time."""
+    """Positional reads and writes transfer at most 1,000 bytes, as the system may do at any time."""
     pread, pwrite = os.pread, os.pwrite
     monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 1000), offset))
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:1000], offset))
 
 
-def test_a_transfer_is_whole_where_the_system_reads_and_writes_less_than_it_is_asked_to(
-    store, small_pieces: None, tmp_path: Path
-) -> None:
+def test_transfers_are_complete_despite_short_reads_and_writes(store, small_pieces: None, tmp_path: Path) -> None:
     original = tmp_path / "original"
     original.write_bytes(os.urandom(17 * MIB // 1000))
     store.put_file(store.uri("object"), original)
@@ -151,7 +145,7 @@ def test_a_transfer_is_whole_where_the_system_reads_and_writes_less_than_it_is_a
 def test_a_disk_that_becomes_full_during_a_download_is_an_error_and_leaves_nothing(
     store, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first write that does not fit is cut short; only the next one is refused."""
+    """The first write that does not fit is shortened; only the next one fails."""
     pwrite, size = os.pwrite, 3 * MIB
 
     def write(descriptor: int, data: bytes, offset: int) -> int:
@@ -160,7 +154,7 @@ def test_a_disk_that_becomes_full_during_a_download_is_an_error_and_leaves_nothi
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(descriptor, data[:room], offset)
 
-    if os.path.ismount(small_disk):  # a real disk cuts and refuses by itself
+    if os.path.ismount(small_disk):  # a real disk needs no simulation
         (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - size))
     else:
         monkeypatch.setattr(os, "pwrite", write)
@@ -170,7 +164,7 @@ def test_a_disk_that_becomes_full_during_a_download_is_an_error_and_leaves_nothi
     assert {path.name for path in small_disk.iterdir()} <= {"others"}
 
 
-def test_features_that_do_not_fit_on_the_temporary_disk_are_one_line(small_disk: Path) -> None:
+def test_features_that_do_not_fit_on_the_temporary_disk_are_a_one_line_error(small_disk: Path) -> None:
     import numpy as np
 
     from esvit_core.evaluation.features import Features, _save
@@ -184,10 +178,10 @@ def test_features_that_do_not_fit_on_the_temporary_disk_are_one_line(small_disk:
 
 
 @pytest.mark.parametrize("short_by", [2048, 200 * 1024])
-def test_an_archive_that_does_not_fit_decompressed_is_no_damaged_archive(
+def test_an_archive_that_does_not_fit_decompressed_is_not_reported_as_damaged(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_by: int
 ) -> None:
-    """Even where only what is left in the buffer at the end does not fit."""
+    """This also holds if only the last part of the buffer does not fit."""
     from esvit_core.data.ingest.sources import open_source
 
     if not os.path.ismount(small_disk):
@@ -199,5 +193,5 @@ def test_an_archive_that_does_not_fit_decompressed_is_no_damaged_archive(
     needed = 103 * tarfile.RECORDSIZE  # 6 KiB more than a MiB, in which pieces it is written
     (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - needed + short_by))
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    with pytest.raises(InfrastructureError, match="no room to decompress it"), open_source(str(tmp_path / "x.tar.gz")):
+    with pytest.raises(InfrastructureError, match="to decompress it"), open_source(str(tmp_path / "x.tar.gz")):
         pass

@@ -1,4 +1,4 @@
-"""Temporary credentials for a token, from the real token service of the real server."""
+"""Temporary credentials for a token, from the real server's security token service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esvit_core.storage.connection import _credentials
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.roles import policy
 
-SESSION = 8  # seconds that the server's temporary credentials live
+SESSION = 8  # lifetime of the server's temporary credentials, seconds
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def sts(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 @pytest.fixture
 def token(issuer: Issuer, tmp_path: Path) -> Path:
-    """The file in which the platform leaves the token."""
+    """The file into which the platform writes the token."""
     path = tmp_path / "token"
     path.write_text(issuer.token())
     return path
@@ -54,7 +54,7 @@ def token(issuer: Issuer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def connect(sts: StsServer, token: Path) -> Callable[..., ObjectStore]:
-    """A client that has no key: ``connect()``, ``connect(ESVIT_S3_STS_ENDPOINT=...)``."""
+    """A client without a key: ``connect()``, ``connect(ESVIT_S3_STS_ENDPOINT=...)``."""
 
     def connect(**more: str) -> ObjectStore:
         names = {"ESVIT_S3_WEB_IDENTITY_TOKEN_FILE": str(token), "ESVIT_S3_ROLE_ARN": ROLE}
@@ -72,7 +72,7 @@ def access_key(store: ObjectStore) -> str:
     return _credentials(store.address, os.getpid()).retrieve().access_key
 
 
-def test_a_token_lets_in_as_far_as_its_role_does(connect: Callable[..., ObjectStore]) -> None:
+def test_a_token_has_the_permissions_of_its_role(connect: Callable[..., ObjectStore]) -> None:
     store = connect()
     assert read(store) == b"the champion"
     store.put_bytes("s3://runs/runs/a/training/latest", b"x")
@@ -87,7 +87,7 @@ def test_credentials_are_renewed_while_a_client_is_used(
     store = connect()
     assert read(store) == b"the champion"
     first = _credentials(store.address, os.getpid()).retrieve()
-    token.write_text(issuer.token())  # as the kubelet does before the old one ends
+    token.write_text(issuer.token())  # as the kubelet does before the old token expires
     old = Minio(
         sts.url.removeprefix("http://"), first.access_key, first.secret_key, first.session_token, False, "us-east-1"
     )
@@ -104,10 +104,10 @@ def test_credentials_are_renewed_while_a_client_is_used(
     assert access_key(store) != first.access_key
 
 
-def test_credentials_that_the_store_no_longer_takes_are_replaced(
+def test_credentials_that_the_store_no_longer_accepts_are_replaced(
     connect: Callable[..., ObjectStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "RENEW_BEFORE_SECONDS", -3600.0)  # the client believes that they live on
+    monkeypatch.setattr(identity, "RENEW_BEFORE_SECONDS", -3600.0)  # the client does not notice that they expire
     store = connect()
     first = access_key(store)
     time.sleep(SESSION + 2)
@@ -116,14 +116,14 @@ def test_credentials_that_the_store_no_longer_takes_are_replaced(
     assert access_key(store) != first
 
 
-def test_an_sts_that_is_away_hurts_only_when_the_credentials_have_ended(
+def test_an_unavailable_sts_matters_only_after_the_credentials_have_expired(
     connect: Callable[..., ObjectStore],
     sts: StsServer,
     cutting_proxy: Callable[[int], Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(identity, "RENEW_BEFORE_SECONDS", 3600.0)  # a quarter of their life before the end
+    monkeypatch.setattr(identity, "RENEW_BEFORE_SECONDS", 3600.0)  # capped at a quarter of their lifetime
     monkeypatch.setattr(identity, "RETRY_SECONDS", 0.1)
     proxy = cutting_proxy(sts.ports.s3)
     store = connect(ESVIT_S3_STS_ENDPOINT=f"http://127.0.0.1:{proxy.port}")
@@ -134,7 +134,7 @@ def test_an_sts_that_is_away_hurts_only_when_the_credentials_have_ended(
         while time.monotonic() < deadline:
             read(store)
             time.sleep(0.2)
-    assert "not renewed yet" in caplog.text  # told while there was time
+    assert "not renewed yet" in caplog.text  # warned before they expired
     assert isinstance(caught.value, InfrastructureError) and "\n" not in str(caught.value)
     proxy.plan = []
     assert read(store) == b"the champion"
@@ -152,7 +152,7 @@ def test_an_sts_that_is_away_hurts_only_when_the_credentials_have_ended(
     ],
     ids=["audience", "expired", "signature", "no-jwt", "empty", "missing"],
 )
-def test_a_token_that_is_not_accepted_is_a_mistake_told_in_one_line(
+def test_a_rejected_token_is_a_one_line_user_error(
     connect: Callable[..., ObjectStore],
     issuer: Issuer,
     token: Path,
@@ -171,8 +171,8 @@ def test_a_token_that_is_not_accepted_is_a_mistake_told_in_one_line(
     assert not text or not text.strip() or text == "no token" or text not in message
 
 
-def test_what_is_no_sts_is_told(connect: Callable[..., ObjectStore], issuer: Issuer) -> None:
-    with pytest.raises(StoreUnavailable, match=r"what answers at http://127.* is no STS \(HTTP status 501\)"):
+def test_a_server_that_is_not_an_sts_is_reported(connect: Callable[..., ObjectStore], issuer: Issuer) -> None:
+    with pytest.raises(StoreUnavailable, match=r"http://127.* is not an STS \(HTTP status 501\)"):
         read(connect(ESVIT_S3_STS_ENDPOINT=issuer.url))
     with pytest.raises(StoreUnavailable, match=r"no credentials for the object store .*no answer from the STS"):
         read(connect(ESVIT_S3_STS_ENDPOINT="http://127.0.0.1:9"))
@@ -216,7 +216,7 @@ def test_a_key_takes_precedence_over_a_token() -> None:
         ({"ESVIT_S3_ACCESS_KEY": "half"}, "^ESVIT_S3_SECRET_KEY: not set"),
     ],
 )
-def test_what_is_malformed_is_named(values: dict[str, str], said: str) -> None:
+def test_malformed_values_are_named(values: dict[str, str], said: str) -> None:
     given = {"ESVIT_S3_ENDPOINT": "store:9000", "ESVIT_S3_WEB_IDENTITY_TOKEN_FILE": "/var/run/token", **values}
     with pytest.raises(UserError, match=said):
         StoreAddress.from_env(given)

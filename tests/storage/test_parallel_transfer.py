@@ -13,7 +13,7 @@ MIB = 2**20
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Parts of the least size that S3 allows, so that a file of many parts is small."""
+    """Use the smallest part size that S3 allows, so that a file of many parts is small."""
     monkeypatch.setattr(parallel_transfer, "PART_BYTES", 5 * MIB)
     return 5 * MIB
 
@@ -23,7 +23,7 @@ def pending(store) -> list[object]:
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * MIB, 5 * MIB + 1, 13 * MIB + 7])
-def test_files_of_any_number_of_parts_come_back(store, tmp_path: Path, small_parts: int, size: int) -> None:
+def test_files_of_any_number_of_parts_survive_a_round_trip(store, tmp_path: Path, small_parts: int, size: int) -> None:
     source, copy = tmp_path / "source", tmp_path / "deep" / "copy"
     source.write_bytes(os.urandom(size))
     store.put_file(store.uri("file.bin"), source, sha256=parallel_transfer.sha256_of(source))
@@ -54,7 +54,7 @@ def test_a_download_survives_cut_connections(store, through_proxy, proxy, tmp_pa
 
 
 @pytest.mark.parametrize("cut", [0, 100, 200_000])
-def test_a_body_that_ends_early_is_never_taken_for_the_whole(store, through_proxy, proxy, cut: int) -> None:
+def test_a_truncated_body_is_never_accepted(store, through_proxy, proxy, cut: int) -> None:
     data = os.urandom(500_000)
     store.put_bytes(store.uri("object"), data)
     proxy.plan = [cut, cut]
@@ -62,7 +62,7 @@ def test_a_body_that_ends_early_is_never_taken_for_the_whole(store, through_prox
     assert proxy.cuts == 2
 
 
-def test_a_store_that_stays_away_is_one_line_and_leaves_nothing(store, through_proxy, proxy, tmp_path: Path) -> None:
+def test_a_permanent_outage_is_a_one_line_error_and_leaves_nothing(store, through_proxy, proxy, tmp_path: Path) -> None:
     store.put_bytes(store.uri("object"), os.urandom(500_000))
     proxy.plan = [100_000] * 20
     with pytest.raises(StoreUnavailable, match=r"object: no answer from the object store .*check ESVIT_S3_ENDPOINT"):
@@ -92,7 +92,7 @@ def test_an_upload_that_fails_leaves_no_parts(
     assert not store.exists(store.uri("file.bin"))
 
 
-def test_an_upload_whose_parts_were_forgotten_begins_anew(
+def test_an_upload_whose_parts_were_dropped_starts_again(
     store, tmp_path: Path, small_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"
@@ -111,10 +111,10 @@ def test_an_upload_whose_parts_were_forgotten_begins_anew(
     assert not pending(store)
 
 
-def test_an_upload_whose_answer_was_lost_is_known_to_be_done(
+def test_an_upload_whose_response_was_lost_is_recognized_as_complete(
     store, tmp_path: Path, small_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is not mistaken for an older object of the same size."""
+    """An older object of the same size is not mistaken for the result."""
     source, old = tmp_path / "source", tmp_path / "old"
     old.write_bytes(os.urandom(6 * MIB))
     source.write_bytes(os.urandom(6 * MIB))
@@ -144,7 +144,7 @@ def test_an_upload_whose_answer_was_lost_is_known_to_be_done(
     assert store.get_bytes(store.uri("file.bin")) == old.read_bytes()
 
 
-def test_unfinished_uploads_are_found_by_place_and_age(store) -> None:
+def test_unfinished_uploads_are_found_by_prefix_and_age(store) -> None:
     from datetime import timedelta
 
     client = store.connection.client
@@ -168,7 +168,7 @@ def test_a_replaced_object_is_not_mixed_with_the_new_one(
         return read(self, *arguments)
 
     monkeypatch.setattr(client, "read", replace_then_read)
-    with pytest.raises(IntegrityError, match="replaced while it was read"):
+    with pytest.raises(IntegrityError, match="replaced while being read"):
         store.get_file(store.uri("object"), tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == []
 

@@ -10,7 +10,7 @@ from esvit_core.storage import IntegrityError, ObjectStore
 
 
 def race(writers: int, attempt: Callable[[int], bool]) -> list[int]:
-    """Let all writers go at the same moment and return those that won."""
+    """Start all writers at the same moment and return those that won."""
     line = threading.Barrier(writers)
 
     def run(writer: int) -> bool:
@@ -32,7 +32,7 @@ def test_a_pointer_is_swapped_only_from_what_was_read(store) -> None:
     assert store.read_pointer(uri).value == {"run": 2}
 
 
-def test_a_pointer_that_is_gone_is_not_swapped(store) -> None:
+def test_a_removed_pointer_is_not_swapped(store) -> None:
     uri = store.uri("pointers/champion")
     store.swap_pointer(uri, {"run": 1}, None)
     first = store.read_pointer(uri)
@@ -41,7 +41,7 @@ def test_a_pointer_that_is_gone_is_not_swapped(store) -> None:
     assert store.read_pointer(uri) is None
 
 
-def test_of_many_swaps_at_once_one_wins(store) -> None:
+def test_one_of_many_concurrent_swaps_wins(store) -> None:
     stores = [ObjectStore(store.address) for _ in range(3)]
     for number in range(4):
         uri = store.uri(f"pointers/{number}")
@@ -69,8 +69,8 @@ def test_no_increment_is_lost(store) -> None:
     assert store.read_pointer(uri).value == {"n": 40}
 
 
-def test_the_server_itself_refuses_what_does_not_match(store) -> None:
-    """The look before the put is no more than that: the condition holds without it."""
+def test_the_server_itself_rejects_a_failed_condition(store) -> None:
+    """The condition holds even without the client's check before the put."""
     from minio.error import S3Error
 
     client = store.connection.client
@@ -93,7 +93,7 @@ def test_put_if_absent_puts_once(store) -> None:
     assert store.get_bytes(uri) == str(won[0]).encode()
 
 
-def test_a_swap_whose_answer_was_lost_is_known_to_have_won(store, through_proxy, proxy) -> None:
+def test_a_swap_whose_response_was_lost_is_recognized_as_successful(store, through_proxy, proxy) -> None:
     uri = store.uri("pointers/champion")
     proxy.plan = ["PUT"]
     assert through_proxy.swap_pointer(uri, {"run": 1}, None)
@@ -107,7 +107,7 @@ def test_a_swap_whose_answer_was_lost_is_known_to_have_won(store, through_proxy,
     assert not fresh.swap_pointer(uri, {"run": 3}, state)
 
 
-def test_what_is_no_pointer_is_said_so(store) -> None:
+def test_an_object_that_is_not_a_pointer_is_an_error(store) -> None:
     for data in (b"not json", b"[1]"):
         store.put_bytes(store.uri("pointer"), data)
         with pytest.raises(IntegrityError, match="not a pointer"):

@@ -1,4 +1,4 @@
-"""Folders with predictable names below /tmp: this user's alone, or refused."""
+"""Folders with predictable names below /tmp: private, or refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder() -> Path:
     return private_folder("things", "ESVIT_THINGS_DIR")
 
 
-def test_it_is_made_for_the_user_alone_whatever_the_umask(temporary: Path) -> None:
+def test_the_folder_is_private_with_any_umask(temporary: Path) -> None:
     before = os.umask(0)
     try:
         assert folder() == temporary / NAME
@@ -36,14 +36,14 @@ def test_it_is_made_for_the_user_alone_whatever_the_umask(temporary: Path) -> No
     assert folder().stat().st_mode & 0o777 == 0o700
 
 
-def test_one_that_others_can_read_is_closed_to_them(temporary: Path) -> None:
+def test_a_folder_readable_by_others_is_made_private(temporary: Path) -> None:
     (temporary / NAME).mkdir()
     (temporary / NAME).chmod(0o755)
     assert folder().stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("what", ["link", "file", "another user's", "open to others"])
-def test_what_others_may_have_put_there_is_refused(temporary: Path, what: str) -> None:
+def test_folders_that_others_may_have_created_are_refused(temporary: Path, what: str) -> None:
     place = temporary / NAME
     if what == "link":
         (temporary / "elsewhere").mkdir(mode=0o700)
@@ -59,15 +59,15 @@ def test_what_others_may_have_put_there_is_refused(temporary: Path, what: str) -
             os.chown(place, 12345, 12345)
     words = {
         "link": "a link",
-        "file": "(no folder|cannot be made)",
+        "file": "(not a folder|cannot be created)",
         "another user's": "another user",
-        "open to others": "written to by other",
+        "open to others": "writable by other",
     }
     with pytest.raises(UserError, match=rf"{NAME}: .*{words[what]}.*ESVIT_THINGS_DIR"):
         folder()
 
 
-def test_what_waits_for_a_store_elsewhere_waits_in_such_a_folder(
+def test_pending_uploads_to_a_remote_store_are_in_a_private_folder(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ESVIT_PENDING_DIR", raising=False)

@@ -26,7 +26,7 @@ def test_a_set_is_published_and_fetched(store, files, tmp_path: Path) -> None:
     assert (tmp_path / "out/model.bin").read_bytes() == b"w" * 1000
 
 
-def test_only_what_is_asked_for_is_fetched(store, files, tmp_path: Path) -> None:
+def test_only_requested_files_are_fetched(store, files, tmp_path: Path) -> None:
     store.publish(store.uri("set"), files, "backbone")
     store.fetch(store.uri("set"), tmp_path / "out", ["empty"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["empty"]
@@ -34,7 +34,7 @@ def test_only_what_is_asked_for_is_fetched(store, files, tmp_path: Path) -> None
         store.fetch(store.uri("set"), tmp_path / "out", ["other"])
 
 
-def test_what_is_already_right_is_not_fetched_again(store, files, tmp_path: Path) -> None:
+def test_valid_files_are_not_fetched_again(store, files, tmp_path: Path) -> None:
     store.publish(store.uri("set"), files, "backbone")
     store.fetch(store.uri("set"), tmp_path / "out")
     before = (tmp_path / "out/model.bin").stat().st_ino
@@ -62,7 +62,7 @@ class _Killed(BaseException):
 def test_a_writer_killed_in_between_leaves_no_set(
     store, files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
-    """Whatever number of objects was written, the set is absent, and the next writer completes it."""
+    """With any number of objects written, the set is absent, and the next writer completes it."""
     client = type(store.connection.client)
     put, done = client.put, []
 
@@ -137,7 +137,7 @@ def test_sizes_are_checked_even_without_digests(store, files, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"format": "x"}', '{"format": "x", "files": {"a": {"bytes": "1"}}}', '{"format": 1}', "{"]
 )
-def test_a_manifest_that_is_none_is_said_so(store, tmp_path: Path, text: str) -> None:
+def test_an_invalid_manifest_is_an_error(store, tmp_path: Path, text: str) -> None:
     store.put_bytes(store.uri("set/manifest.json"), text.encode())
     with pytest.raises(UserError, match=r"set/manifest\.json: not"):
         store.fetch(store.uri("set"), tmp_path)
@@ -153,7 +153,9 @@ def test_a_manifest_cannot_write_outside_the_directory(store, tmp_path: Path, na
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_set_is_published_through_a_bad_line(store, through_proxy: ObjectStore, proxy, files, tmp_path: Path) -> None:
+def test_a_set_is_published_over_an_unreliable_connection(
+    store, through_proxy: ObjectStore, proxy, files, tmp_path: Path
+) -> None:
     proxy.plan = ["PUT", "refuse", 0]
     manifest = through_proxy.publish(store.uri("set"), files, "backbone")
     assert proxy.cuts == 3
@@ -166,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_named_before_anything_is_written(store, t
     assert not list(store.list(store.uri("set")))
 
 
-def test_a_set_that_appears_while_another_is_published_is_not_replaced(store, files, monkeypatch) -> None:
+def test_a_set_published_concurrently_is_not_replaced(store, files, monkeypatch) -> None:
     put = ObjectStore.put_if_absent
 
     def overtaken(self, uri, data):
@@ -180,7 +182,7 @@ def test_a_set_that_appears_while_another_is_published_is_not_replaced(store, fi
     assert store.read_manifest(store.uri("set"))["step"] == 8
 
 
-def test_of_two_that_publish_the_same_both_have_it(store, files, tmp_path: Path, monkeypatch) -> None:
+def test_two_concurrent_publications_of_the_same_set_both_succeed(store, files, tmp_path: Path, monkeypatch) -> None:
     put = ObjectStore.put_if_absent
 
     def overtaken(self, uri, data):

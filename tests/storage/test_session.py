@@ -26,7 +26,7 @@ def no_store_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_sessions_share_a_server_and_one_started_by_hand_outlives_them(
+def test_sessions_share_a_server_and_one_started_explicitly_outlives_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ESVIT_S3_REGION", "mars")
@@ -34,11 +34,11 @@ def test_sessions_share_a_server_and_one_started_by_hand_outlives_them(
     with open_store(tmp_path) as first:
         assert os.environ["ESVIT_S3_ENDPOINT"] == first.address.endpoint
         assert os.environ["ESVIT_S3_REGION"] == "us-east-1"
-        del os.environ["ESVIT_S3_ENDPOINT"]  # as another terminal would
+        del os.environ["ESVIT_S3_ENDPOINT"]  # as in another terminal
         with open_store(tmp_path) as second:
             assert second.address == first.address
         status = embedded.status()
-        assert status is not None and not status.keep  # not stopped: the first session goes on
+        assert status is not None and not status.keep  # not stopped: the first session is still open
         first.check()
         embedded.start()
     assert {name: os.environ.get(name) for name in VARIABLES} == {**dict.fromkeys(VARIABLES), "ESVIT_S3_REGION": "mars"}
@@ -73,7 +73,7 @@ with open_store(Path(sys.argv[1])) as store:
     assert EmbeddedStore(tmp_path).status() is None
 
 
-def test_a_named_store_is_used_and_asked_first(store_env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_store_is_used_and_checked(store_env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path / "unused") as opened:
         assert opened.address.endpoint == store_env.address.endpoint
     assert not (tmp_path / "unused").exists()
@@ -82,13 +82,13 @@ def test_a_named_store_is_used_and_asked_first(store_env, tmp_path: Path, monkey
         pass
 
 
-def test_no_store_at_all_is_said_so() -> None:
+def test_a_missing_store_is_a_user_error() -> None:
     with pytest.raises(UserError, match="ESVIT_S3_ENDPOINT: not set"), open_store(None):
         pass
 
 
 @pytest.mark.parametrize("remade", [False, True])
-def test_a_folder_that_is_deleted_under_its_server_is_told_at_the_next_write_and_the_server_ends(
+def test_a_deleted_store_folder_is_an_error_at_the_next_write_and_the_server_is_stopped(
     tmp_path: Path, remade: bool
 ) -> None:
     place = tmp_path / "store"
@@ -101,13 +101,11 @@ def test_a_folder_that_is_deleted_under_its_server_is_told_at_the_next_write_and
         if remade:  # as the cache of shards does
             (place / "cache").mkdir(parents=True)
         for write in (store.put_bytes, box.put):
-            with pytest.raises(
-                PathError, match="store: the folder of the object store was deleted while it was in use"
-            ):
+            with pytest.raises(PathError, match="store: the folder of the object store was deleted while in use"):
                 write("s3://bucket/x", b"1")
     assert not serving(argument)
 
 
 def serving(argument: str) -> list[int]:
-    """Servers with an argument."""
+    """Return the servers with an argument."""
     return [process.pid for process in psutil.process_iter(["cmdline"]) if argument in (process.info["cmdline"] or [])]

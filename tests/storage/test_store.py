@@ -12,7 +12,7 @@ from esvit_core.storage import NotFound, ObjectStore, StoreError
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
-def test_an_object_comes_back_as_it_went(store, data: bytes) -> None:
+def test_an_object_survives_a_round_trip(store, data: bytes) -> None:
     store.put_bytes(store.uri("a/object"), data)
     assert store.get_bytes(store.uri("a/object")) == data
     assert store.stat(store.uri("a/object")).size == len(data)
@@ -21,7 +21,7 @@ def test_an_object_comes_back_as_it_went(store, data: bytes) -> None:
 @pytest.mark.parametrize(
     "name", ["sp ace", "a+b", "per%25cent", "q?x=1", "hash#x", "über-日本", "a:b;c&d=e", "[x]{y}", ".hidden"]
 )
-def test_odd_names_are_kept(store, name: str) -> None:
+def test_unusual_names_are_kept(store, name: str) -> None:
     store.put_bytes(store.uri(f"odd/{name}"), name.encode())
     assert store.get_bytes(store.uri(f"odd/{name}")) == name.encode()
     assert [item.uri for item in store.list(store.uri("odd"))] == [store.uri(f"odd/{name}")]
@@ -35,7 +35,7 @@ def test_ranges_end_where_the_object_ends(store) -> None:
     assert store.open_range(uri, 10, 1) == store.open_range(uri, 99, 1) == store.open_range(uri, 2, 0) == b""
 
 
-def test_json_keeps_its_order_and_its_letters(store) -> None:
+def test_json_keeps_its_order_and_characters(store) -> None:
     value = {"b": [1, 2.5, None], "a": {"ü": True}}
     store.put_json(store.uri("value.json"), value)
     assert store.get_json(store.uri("value.json")) == value
@@ -45,7 +45,7 @@ def test_json_keeps_its_order_and_its_letters(store) -> None:
         store.get_json(store.uri("value.json"))
 
 
-def test_what_is_not_there_is_said_so(store) -> None:
+def test_a_missing_object_is_an_error(store) -> None:
     assert not store.exists(store.uri("absent"))
     with pytest.raises(NotFound, match=r"absent: no such object"):
         store.get_bytes(store.uri("absent"))
@@ -56,7 +56,7 @@ def test_what_is_not_there_is_said_so(store) -> None:
     store.remove(store.uri("absent"))
 
 
-def test_a_folder_is_no_object(store) -> None:
+def test_a_folder_is_not_an_object(store) -> None:
     store.put_bytes(store.uri("folder/object"), b"")
     assert not store.exists(store.uri("folder"))
     for uri in (store.uri("folder/"), f"s3://{store.bucket}"):
@@ -64,7 +64,7 @@ def test_a_folder_is_no_object(store) -> None:
             store.put_bytes(uri, b"")
 
 
-def test_a_name_too_long_for_the_server_is_one_line(store) -> None:
+def test_a_name_too_long_for_the_server_is_a_one_line_error(store) -> None:
     with pytest.raises(StoreError, match="xxx"):
         store.put_bytes(store.uri("x" * 300), b"")
 
@@ -93,7 +93,7 @@ def test_listings_of_several_pages_are_complete(store, monkeypatch: pytest.Monke
     assert not list(store.list(f"s3://{store.bucket}"))
 
 
-def test_removing_a_prefix_spares_its_neighbours(store) -> None:
+def test_removing_a_prefix_keeps_its_neighbors(store) -> None:
     for name in ("a/manifest.json", "a/b", "ab", "b/a"):
         store.put_bytes(store.uri(name), b"")
     assert store.remove_prefix(store.uri("a")) == 2
@@ -103,12 +103,12 @@ def test_removing_a_prefix_spares_its_neighbours(store) -> None:
         store.remove_prefix(f"s3://{store.bucket}")
 
 
-def test_buckets_are_made_once_even_by_many(store) -> None:
+def test_concurrent_callers_create_a_bucket_once(store) -> None:
     bucket = f"{store.bucket}-shared"
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: store.ensure_bucket(bucket), range(8)))
     assert bucket in store.buckets()
-    with pytest.raises(UserError, match="not a bucket's name"):
+    with pytest.raises(UserError, match="not a valid bucket name"):
         store.ensure_bucket("Not_A_Bucket")
 
 

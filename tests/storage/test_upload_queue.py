@@ -1,4 +1,4 @@
-"""What is on its way to a store that comes and goes."""
+"""The upload queue, with a store that is temporarily unavailable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sent(queue: UploadQueue, name: str, content: bytes) -> None:
     )
 
 
-def test_things_arrive_and_leave_nothing_behind(store: Any, tmp_path: Path) -> None:
+def test_uploads_leave_nothing_behind(store: Any, tmp_path: Path) -> None:
     queue = UploadQueue(store, store.uri("a"), directory=tmp_path)
     queue.put("log/one piece.txt", b"1")
     sent(queue, "set", b"2")
@@ -39,7 +39,7 @@ def test_things_arrive_and_leave_nothing_behind(store: Any, tmp_path: Path) -> N
     assert not tmp_path.exists()
 
 
-def test_while_the_store_is_silent_objects_and_the_newest_set_wait(store: Any, proxy: Any, through_proxy: Any) -> None:
+def test_objects_and_the_newest_set_wait_during_an_outage(store: Any, proxy: Any, through_proxy: Any) -> None:
     lines: list[str] = []
     queue = UploadQueue(through_proxy, store.uri("a"), log=lines.append)
     proxy.plan += ["refuse"] * 40
@@ -48,28 +48,28 @@ def test_while_the_store_is_silent_objects_and_the_newest_set_wait(store: Any, p
     for name in ("old", "newer", "newest"):
         sent(queue, name, name.encode())
     queue.put("2", b"2")
-    assert time.monotonic() - start < 1  # nobody was kept waiting
+    assert time.monotonic() - start < 1  # the caller did not wait
     assert list(queue.pending_sets()) == ["newest"]
     assert queue.close(60)
     assert [stat.uri.rpartition("/")[2] for stat in store.list(store.uri("a"))] == ["1", "2", "newest"]
     assert "uploads wait in" in lines[0] and "answers again after" in lines[1] and len(lines) == 2
 
 
-def test_what_a_killed_process_left_is_sent_by_the_next(store: Any, scripted: Any, tmp_path: Path) -> None:
+def test_the_next_process_uploads_what_a_killed_one_left(store: Any, scripted: Any, tmp_path: Path) -> None:
     silent = scripted((503, "SlowDown")).store()
     queue = UploadQueue(silent, store.uri("a"), directory=tmp_path, log=lambda line: None)
     queue.put("1", b"1")
     sent(queue, "set", b"2")
     assert not queue.wait(0.2)
-    queue.begin_set("half")  # and dies
+    queue.begin_set("half")  # the process dies here
     following = UploadQueue(store, store.uri("a"), directory=tmp_path)
     assert following.close(30)
     assert store.get_bytes(store.uri("a/1")) == b"1"
-    assert list(following.pending_sets()) == ["set"]  # who knows what it is says whether it is still wanted
+    assert list(following.pending_sets()) == ["set"]  # the caller decides whether it is still wanted
     assert not list((tmp_path / "sets").glob(".*"))
 
 
-def test_silence_beyond_the_grace_is_an_error_and_everything_stays(scripted: Any, tmp_path: Path) -> None:
+def test_an_outage_beyond_the_grace_period_is_an_error_and_keeps_the_files(scripted: Any, tmp_path: Path) -> None:
     queue = UploadQueue(scripted((503, "SlowDown")).store(), "s3://bucket/a", 0.3, tmp_path, log=lambda line: None)
     sent(queue, "set", b"2")
     with pytest.raises(StoreUnavailable, match=r"longer than the grace period of .* rerun the same command"):
@@ -86,7 +86,7 @@ def test_a_refusal_is_an_error_at_once(scripted: Any, tmp_path: Path) -> None:
         queue.wait(30)
 
 
-def test_where_things_wait(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_location_of_pending_files(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = store.uri("runs/a")
     assert pending_folder(store, run).parent == store.address.directory / "pending"
     assert pending_folder(store, run) != pending_folder(store, store.uri("other/a"))
@@ -97,7 +97,7 @@ def test_where_things_wait(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
         UploadQueue(store, run, directory=tmp_path / "file")
 
 
-def test_small_objects_overtake_a_set_that_is_being_sent_if_they_must(store: Any, tmp_path: Path) -> None:
+def test_flushed_objects_overtake_a_set_that_is_being_uploaded(store: Any, tmp_path: Path) -> None:
     queue, sending, go_on = UploadQueue(store, store.uri("a"), directory=tmp_path), threading.Event(), threading.Event()
 
     def deliver(folder: Path) -> None:

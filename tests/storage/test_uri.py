@@ -18,20 +18,20 @@ paths = st.lists(names, min_size=1, max_size=6)
 
 
 @given(buckets, paths)
-def test_what_is_joined_is_split_again(bucket: str, parts: list[str]) -> None:
+def test_a_joined_address_is_split_again(bucket: str, parts: list[str]) -> None:
     uri = join_uri(f"s3://{bucket}", *parts)
     assert split_uri(uri) == (bucket, "/".join(parts))
 
 
 @given(buckets, paths, st.integers(0, 6))
-def test_it_does_not_matter_where_the_path_is_cut(bucket: str, parts: list[str], cut: int) -> None:
+def test_joining_is_associative(bucket: str, parts: list[str], cut: int) -> None:
     whole = join_uri(f"s3://{bucket}", "/".join(parts))
     assert join_uri(join_uri(f"s3://{bucket}/", *parts[:cut]), *parts[cut:]) == whole
     assert join_uri(f"s3://{bucket}", *(f"/{part}/" for part in parts)) == whole
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_an_address_or_a_mistake_that_is_explained(text: str) -> None:
+def test_any_text_is_an_address_or_an_explained_error(text: str) -> None:
     for uri in (text, f"s3://{text}", f"s3://bucket/{text}"):
         try:
             bucket, key = split_uri(uri)
@@ -80,6 +80,6 @@ def test_addresses(uri: str, bucket: str, key: str) -> None:
         "s3://esvit/" + "ä" * 513,
     ],
 )
-def test_what_no_store_could_hold_is_refused(uri: str) -> None:
+def test_addresses_that_no_store_supports_are_refused(uri: str) -> None:
     with pytest.raises(UserError):
         split_uri(uri)

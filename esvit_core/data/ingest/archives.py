@@ -1,4 +1,4 @@
-"""Tars and zips as sources of images."""
+"""Tar and zip archives as sources of images."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _COMPRESSIONS: dict[bytes, Callable[[Path], BinaryIO]] = {
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-class ReadProblem(Exception):  # noqa: N818 (of one file, and no error of the source)
-    """Why one file of a source cannot be read, in a few words."""
+class FileReadError(Exception):
+    """One file of a source cannot be read; the message gives the reason in a few words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Entry:
 
     Attributes:
         name: path below the source, with ``/``.
-        size: bytes.
-        stamp: changes when the content does, as far as a listing tells.
-        handle: by which the source finds it.
-        problem: why it cannot be an image; None: it may be one.
+        size: in bytes.
+        stamp: changes with the content, as far as a listing can show.
+        handle: the source's own reference to the file.
+        problem: why the file cannot be an image; None: it may be one.
     """
 
     name: str
@@ -59,24 +59,24 @@ class Source(Protocol):
 
     Attributes:
         entries: the files.
-        duplicates: entries that are not among them because a later one has the same name.
+        duplicates: number of entries that were replaced by a later one with the same name.
     """
 
     entries: list[Entry]
     duplicates: int
 
     def read(self, entry: Entry) -> bytes:
-        """The file's content.
+        """Return the content of a file.
 
         Raises:
-            ReadProblem: it cannot be read; others can.
-            UserError: nothing can be read any more.
+            FileReadError: this file cannot be read; others may be readable.
+            UserError: the source cannot be read any more.
         """
         ...
 
 
 class TarSource:
-    """The files of a tar; a compressed one is decompressed to a temporary file first, to be read in any order."""
+    """The files of a tar. A compressed tar is first decompressed to a temporary file, for random access."""
 
     def __init__(self, source: str, path: Path) -> None:
         self._lock = threading.Lock()
@@ -87,7 +87,7 @@ class TarSource:
             self._require_end(source)
         except DAMAGE as error:
             self._file.close()
-            raise damaged(source, error) from None
+            raise damaged_archive(source, error) from None
         except EsvitError:
             self._file.close()
             raise
@@ -96,27 +96,27 @@ class TarSource:
     def read(self, entry: Entry) -> bytes:
         assert isinstance(entry.handle, tarfile.TarInfo)
         try:
-            with self._lock:  # one position for all
+            with self._lock:  # all readers share one file position
                 file = self._tar.extractfile(entry.handle)
                 if file is None:
-                    raise ReadProblem("not a regular file")
+                    raise FileReadError("not a regular file")
                 return file.read()
         except KeyError:
-            raise ReadProblem("a link to nothing") from None
+            raise FileReadError("a link to nothing") from None
         except RecursionError:
-            raise ReadProblem("a link to itself") from None
+            raise FileReadError("a link to itself") from None
         except DAMAGE as error:
-            raise ReadProblem(f"damaged in the archive ({error})") from None
+            raise FileReadError(f"damaged in the archive ({error})") from None
 
     def close(self) -> None:
         self._tar.close()
         self._file.close()
 
     def _require_end(self, source: str) -> None:
-        # tarfile takes half a header for the end: files would be missing without a word.
+        # tarfile treats a truncated header as the end of the archive: files would be missing silently.
         self._file.seek(self._tar.offset)
         if self._file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise damaged(source, "it has no end mark, so files may be missing")
+            raise damaged_archive(source, "its end marker is missing, so files may be missing")
 
 
 class ZipSource:
@@ -126,7 +126,7 @@ class ZipSource:
         try:
             self._zip = zipfile.ZipFile(path)
         except DAMAGE as error:
-            raise damaged(source, error) from None
+            raise damaged_archive(source, error) from None
         self.entries, self.duplicates = keep_last(_zip_entry(i) for i in self._zip.infolist() if not i.is_dir())
 
     def read(self, entry: Entry) -> bytes:
@@ -134,42 +134,42 @@ class ZipSource:
         try:
             return self._zip.read(entry.handle)
         except (NotImplementedError, RuntimeError, *DAMAGE) as error:
-            raise ReadProblem(f"damaged in the archive ({error})") from None
+            raise FileReadError(f"damaged in the archive ({error})") from None
 
     def close(self) -> None:
         self._zip.close()
 
 
-def kind_of(path: Path) -> Literal["tar", "zip"] | None:
-    """What kind of archive a file is, by its content."""
+def archive_type(path: Path) -> Literal["tar", "zip"] | None:
+    """Return the type of an archive from its content; None if the file is not an archive."""
     if tarfile.is_tarfile(path):
         return "tar"
     if zipfile.is_zipfile(path):
         return "zip"
-    # A tar that is damaged behind its compression is a damaged tar, not something else.
+    # The name decides about a damaged archive, so that it is reported as damaged.
     name = path.name.lower()
     if name.endswith(SUFFIXES):
         return "zip" if name.endswith(".zip") else "tar"
     return None
 
 
-def damaged(source: str, why: object) -> EsvitError:
-    """The error of an archive that cannot be used at all."""
+def damaged_archive(source: str, why: object) -> EsvitError:
+    """Return the error for an archive that cannot be used at all."""
     if isinstance(why, OSError) and why.errno in _NO_ROOM:
         return InfrastructureError(
-            f"{source}: no room to decompress it in {tempfile.gettempdir()}; "
-            "free some space there, set TMPDIR, or unpack it yourself and give the folder"
+            f"{source}: not enough space in {tempfile.gettempdir()} to decompress it; "
+            "free some space there, set TMPDIR, or unpack it yourself and pass the folder"
         )
-    return UserError(f"{source}: a damaged archive ({why}); copy or make it again, or give the folder itself")
+    return UserError(f"{source}: damaged archive ({why}); copy or create it again, or pass the unpacked folder")
 
 
 def readable_name(name: str) -> str:
-    """A name that can be written as UTF-8: bytes that are not are replaced."""
+    """Return a name that can be encoded as UTF-8, with invalid bytes replaced."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def keep_last(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
-    """Of entries with the same name the last, which unpacking would leave; and how many others there were."""
+    """Keep the last of several entries with the same name, as unpacking does; also return the number of the others."""
     named: dict[str, Entry] = {}
     count = 0
     for entry in entries:
@@ -186,7 +186,7 @@ def _tar_entry(member: tarfile.TarInfo) -> Entry:
 
 
 def _zip_entry(info: zipfile.ZipInfo) -> Entry:
-    # Some tools on Windows write backslashes although the format forbids them.
+    # Some tools on Windows write backslashes, although the format forbids them.
     entry = _with_safe_name(Entry(info.filename.replace("\\", "/"), info.file_size, f"{info.CRC:08x}", info))
     if entry.problem is None and info.flag_bits & 1:
         return replace(entry, problem="encrypted")
@@ -201,19 +201,19 @@ def _with_safe_name(entry: Entry) -> Entry:
 
 
 def _plain_tar(source: str, path: Path) -> BinaryIO:
-    """The tar itself, opened; decompressed where need be."""
+    """Open a tar, decompressed if necessary."""
     with path.open("rb") as file:
         head = file.read(6)
     opener = next((o for magic, o in _COMPRESSIONS.items() if head.startswith(magic)), None)
     if opener is None:
         return path.open("rb")
-    plain = tempfile.TemporaryFile(prefix="esvit-")  # noqa: SIM115 (has no name: nothing to clean up)
+    plain = tempfile.TemporaryFile(prefix="esvit-")  # noqa: SIM115 (unnamed, so there is nothing to clean up)
     try:
         with opener(path) as compressed:
             shutil.copyfileobj(compressed, plain, 2**20)
-        plain.seek(0)  # writes what is still in the buffer
+        plain.seek(0)  # flushes the buffer
     except DAMAGE as error:
-        with contextlib.suppress(OSError):  # closing tries that once more
+        with contextlib.suppress(OSError):  # closing tries to flush again
             plain.close()
-        raise damaged(source, error) from None
+        raise damaged_archive(source, error) from None
     return plain

@@ -1,41 +1,43 @@
-"""Which files of a source are what they were when it was looked at, or prepared, before."""
+"""Decide which files of a source are unchanged since an earlier scan or preparation."""
 
 from __future__ import annotations
 
 from esvit_core.data.ingest.archives import Entry, Source
 from esvit_core.data.ingest.incremental import Base, read_listing
-from esvit_core.data.ingest.listing import File, Look, reader, recognise
+from esvit_core.data.ingest.listing import File, Scan, content_reader, hash_touched_files
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.storage import ObjectStore
 
 
-def as_seen(opened: Source, seen: Look | None) -> list[Entry]:
-    """The files of a source, without those that have come or changed since it was looked at."""
-    if seen is None:
+def scanned_entries(opened: Source, scan: Scan | None) -> list[Entry]:
+    """Return the files of a source without those that were added or changed after the scan."""
+    if scan is None:
         return opened.entries
-    looked = {file.name: file for file in seen.files}
-    return [e for e in opened.entries if e.name in looked and looked[e.name].is_same(e)]
+    scanned = {file.name: file for file in scan.files}
+    return [e for e in opened.entries if e.name in scanned and scanned[e.name].is_same(e)]
 
 
-def recognised(earlier: Base, entries: list[Entry], seen: Look | None, opened: Source) -> list[File]:
-    """The files of a source, with digests where only those tell whether the earlier data still hold them."""
-    looked = {file.name: file for file in seen.files} if seen else {}
-    now = [looked.get(entry.name) or File(entry.name, entry.size, entry.stamp) for entry in entries]
-    return recognise(earlier.files.values(), now, reader(opened))
+def hash_touched_entries(base: Base, entries: list[Entry], scan: Scan | None, opened: Source) -> list[File]:
+    """Return the files of a source, with digests where only those show whether the earlier data are still valid."""
+    scanned = {file.name: file for file in scan.files} if scan else {}
+    now = [scanned.get(entry.name) or File(entry.name, entry.size, entry.stamp) for entry in entries]
+    return hash_touched_files(base.files.values(), now, content_reader(opened))
 
 
 def warn_of_edits(store: ObjectStore, destination: str, present: Manifest, opened: Source) -> None:
-    """Tell of files that were edited after they were prepared, where the fingerprint of the source cannot show it."""
+    """Warn about files that were edited after they were prepared and that the source's fingerprint does not cover."""
     if present.listing is None:
         return
     before = {file.name: file for file in read_listing(store, destination, present)}
-    now = recognise(before.values(), [File(e.name, e.size, e.stamp) for e in opened.entries], reader(opened))
+    now = hash_touched_files(
+        before.values(), [File(e.name, e.size, e.stamp) for e in opened.entries], content_reader(opened)
+    )
     edited = [file.name for file in now if file.digest and not before[file.name].is_same(file)]
     if edited:
         others = f" and {len(edited) - 3:,} more" if len(edited) > 3 else ""
+        count = "1 file was" if len(edited) == 1 else f"{len(edited):,} files were"
         print(
-            f"warning: {len(edited):,} of the files have other content than when they were prepared, under the same "
-            f"name and of the same size: {', '.join(edited[:3])}{others}; what was prepared is kept. Rename them to "
-            "prepare them anew",
+            f"warning: {count} edited after being prepared, without a change of name or size: "
+            f"{', '.join(edited[:3])}{others}; the prepared images are kept. Rename the files to prepare them again",
             flush=True,
         )

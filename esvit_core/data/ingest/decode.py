@@ -1,4 +1,4 @@
-"""From a file's bytes to an image that training can rely on: 8 bit, RGB or grey, upright, whole."""
+"""Normalize image files for training: fully decodable, 8-bit RGB or grayscale, upright."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What of Pillow's formats is read. Some of the others run programs (EPS) or fetch what they name.
+# Pillow's formats that are accepted. Some of the others run programs (EPS) or fetch files that they name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 _LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF"})
 _JPEG_QUALITY = 95
-_ORIENTATION = 0x0112  # of EXIF; 1: upright
+_ORIENTATION = 0x0112  # EXIF tag; 1: upright
 _UPRIGHT = (None, 0, 1)
-# Pillow raises anything on malformed files.
+# Exceptions that Pillow raises on malformed files.
 _MALFORMED = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError)
-_SHOWN = 5  # bad files named in an error
+_SHOWN = 5  # bad files named in an error message
 _open_lock = threading.Lock()
 
 
-class BadImage(Exception):  # noqa: N818 (of one file, and no error of ours)
-    """Why a file is not a usable image, in a few words."""
+class BadImage(Exception):  # noqa: N818 (describes one file, not a failure of the program)
+    """A file is not a usable image; the message gives the reason in a few words."""
 
 
-def listed(bad: Iterable[tuple[str, str]]) -> str:
-    """Names and reasons of bad files for a message: the first by name, and how many more there are."""
+def describe_bad_files(bad: Iterable[tuple[str, str]]) -> str:
+    """Describe bad files in a message: names and reasons of the first ones, and the number of the others."""
     named = sorted(bad)
     shown = ", ".join(f"{name[-80:]} ({reason})" for name, reason in named[:_SHOWN])
     return shown + (f" and {len(named) - _SHOWN:,} more" if len(named) > _SHOWN else "")
 
 
-def kind_of(reason: str) -> str:
-    """A reason without what is particular to the file, to be counted."""
+def reason_category(reason: str) -> str:
+    """Return a reason without its details, for counting."""
     return reason.partition(" (")[0].partition(" of ")[0]
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it is stored.
+    """An encoded image for storage.
 
     Attributes:
-        data: encoded.
+        data: the encoded image.
         suffix: ``jpg`` or ``png``.
-        reencoded: whether these are other bytes than the file's.
+        reencoded: whether the bytes differ from the file's.
     """
 
     data: bytes
@@ -55,20 +55,20 @@ class StoredImage:
     reencoded: bool
 
 
-def to_stored(data: bytes, max_megapixels: float, short_side: int | None) -> StoredImage:
-    """Check a file by decoding it, and bring it into the form that is stored.
+def to_stored_image(data: bytes, max_megapixels: float, short_side: int | None) -> StoredImage:
+    """Check a file by decoding it, and convert it to the form that is stored.
 
-    A JPEG or PNG that is plain already (8 bit, RGB or grey, opaque, upright, not too large) keeps its bytes. Others
-    are made so: alpha is laid over white, 16 bit become 8, and of several frames the first is taken. What came from a
-    lossy format is stored as JPEG (quality 95, colour at full resolution), all else as PNG.
+    JPEG and PNG files that are 8-bit, RGB or grayscale, opaque, upright and not too large keep their bytes. Other images are
+    converted: transparency is composited onto white, 16 bits are reduced to 8, and the first of several frames is used.
+    Images from lossy formats are stored as JPEG (quality 95, no chroma subsampling), all others as PNG.
 
     Args:
-        data: of the file.
-        max_megapixels: more pixels than this are refused before any is decoded.
-        short_side: images whose shorter side is longer are shrunk to it, pixels; None: none is.
+        data: content of the file.
+        max_megapixels: larger images are rejected before any pixel is decoded.
+        short_side: images whose shorter side is longer are shrunk to it, in pixels; None: images are not shrunk.
 
     Raises:
-        BadImage: it is empty, no image, too large, truncated, or damaged.
+        BadImage: the file is empty, not an image, too large, truncated, or damaged.
     """
     if not data:
         raise BadImage("empty file")
@@ -81,15 +81,15 @@ def to_stored(data: bytes, max_megapixels: float, short_side: int | None) -> Sto
         fits = short_side is None or min(width, height) <= short_side
         if fits and _is_plain(image, data) and _decodes(image, data):
             return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False)
-    with _opened(data) as image:  # decoding has used up the first one
+    with _opened(data) as image:  # decoding has consumed the first one
         return _reencode(image, short_side)
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB or grey, 8 bit: alpha over white, deep ones scaled down.
+    """Convert an image to 8-bit RGB or grayscale: transparency onto white, deeper values scaled down.
 
     Args:
-        image: of any of Pillow's modes.
+        image: an image in any of Pillow's modes.
     """
     if image.mode in ("RGB", "L"):
         if "transparency" not in image.info:
@@ -111,7 +111,7 @@ def plain_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its header read; what Pillow raises on malformed files while it is open is a BadImage."""
+    """Open an image and read its header; Pillow's exceptions on malformed files become BadImage."""
     try:
         with _open(data) as image:
             yield image
@@ -125,7 +125,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _open(data: bytes) -> Image.Image:
-    # Pillow's own limit on pixels is a global: ours, which the user chooses, is applied once the size is known.
+    # Pillow's limit on pixels is global; the user's limit is applied once the size is known.
     with _open_lock:
         Image.init()
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -142,12 +142,12 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         return False
     if image.format == "JPEG":
         return True
-    bit_depth = data[24]  # Pillow shows 16 bit RGB as 8
+    bit_depth = data[24]  # Pillow reports 16-bit RGB as 8-bit
     return bit_depth == 8 and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
 
 
 def _decodes(image: Image.Image, data: bytes) -> bool:
-    """Whether the decoder that training uses reads these bytes to the end without complaint."""
+    """Return whether the decoder used in training reads these bytes to the end without an error."""
     if image.format == "JPEG":
         try:
             simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
@@ -161,7 +161,7 @@ def _decodes(image: Image.Image, data: bytes) -> bool:
 def _reencode(image: Image.Image, short_side: int | None) -> StoredImage:
     lossy = image.format in _LOSSY
     if short_side is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
-        # Decode at a half, quarter or eighth where that is still twice as large as what is wanted.
+        # Decode at 1/2, 1/4 or 1/8 of the size if that is still at least twice the wanted size.
         image.draft(None, (2 * short_side, 2 * short_side))
     image.load()
     upright = ImageOps.exif_transpose(image)
@@ -174,17 +174,16 @@ def _reencode(image: Image.Image, short_side: int | None) -> StoredImage:
     if lossy:
         plain.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
         return StoredImage(file.getvalue(), "jpg", True)
-    plain.info.clear()  # colour profiles and comments
+    plain.info.clear()  # color profiles and comments
     plain.save(file, "PNG")
     return StoredImage(file.getvalue(), "png", True)
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Grey values of 16 or 32 bit as 8 bit.
+    """Convert gray values of 16 or 32 bits to 8 bits.
 
-    16 bit integers lose their low byte, whatever range an image uses, so that brightness stays comparable between
-    images. Floating point and 32 bit values have no agreed range: 0..1 and 0..255 are taken as such, others are
-    stretched.
+    16-bit integers lose their low byte, whatever range an image uses, so that brightness stays comparable between images.
+    Floating-point and 32-bit values have no agreed range: 0..1 and 0..255 are used as such, other ranges are stretched.
     """
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return (values >> 8).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""What makes a source the same source: the names, sizes and content of its files; never their dates or their folder.
+"""Fingerprints of sources: names, sizes and content of the files, independent of dates and location.
 
-The content of a million images cannot be read before a run starts, so it is read as far as it is cheap. Preparation
-reads all of it, and the manifest of the prepared data has the digest of all of it. What an edit looks like that a
-fingerprint cannot see, and how it is noticed nevertheless: ``docs/data.md``.
+Reading the content of a million images before a run starts would take too long, so only a cheap part of it is read.
+Preparation reads everything, and the manifest of the prepared data contains a digest of everything. ``docs/data.md``
+explains which edits a fingerprint cannot show and how they are detected nevertheless.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from esvit_core.data.ingest.archives import Entry, ReadProblem
+from esvit_core.data.ingest.archives import Entry, FileReadError
 from esvit_core.data.ingest.layout import is_ignored
 from esvit_core.data.ingest.prefetch import reading_threads
 
-SAMPLE = 4096  # files of a source whose content is looked at
-_WHOLE_FILE = 128 * 2**10  # a larger one is known by its ends
+SAMPLE = 4096  # files of a source whose content is read
+_WHOLE_FILE = 128 * 2**10  # only the two ends of a larger file are read
 _END = _WHOLE_FILE // 2
-_WHOLE_ARCHIVE = 64 * 2**20  # a larger one is known by pieces of it
+_WHOLE_ARCHIVE = 64 * 2**20  # only pieces of a larger archive are read
 _PIECE, _PIECES = 2**16, 256
 _SMALLEST_PART = 5 * 2**20
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 def listing_fingerprint(entries: Iterable[Entry], read: Callable[[Entry, int, int], bytes]) -> str:
-    """The fingerprint of files that are listed one by one.
+    """Return the fingerprint of files that are listed individually.
 
     Args:
-        entries: all of them, in any order; those that no one means as images do not count.
-        read: gives so many bytes of a file from an offset on; raises ReadProblem.
+        entries: all files, in any order; ignored ones do not count.
+        read: returns ``length`` bytes of a file from ``offset``; raises FileReadError.
 
     Returns:
         64 hexadecimal digits.
@@ -51,11 +51,11 @@ def listing_fingerprint(entries: Iterable[Entry], read: Callable[[Entry, int, in
 
 
 def archive_fingerprint(size: int, read: Callable[[int, int], bytes]) -> str:
-    """The fingerprint of an archive: of all its bytes, or, of a large one, of its ends and of pieces between.
+    """Return the fingerprint of an archive: of all its bytes, or of evenly spaced pieces of a large one.
 
     Args:
         size: in bytes.
-        read: gives so many bytes from an offset on.
+        read: returns ``length`` bytes from ``offset``.
 
     Returns:
         64 hexadecimal digits.
@@ -66,17 +66,17 @@ def archive_fingerprint(size: int, read: Callable[[int, int], bytes]) -> str:
             digest.update(read(offset, min(16 * 2**20, size - offset)))
         return digest.hexdigest()
     with ThreadPoolExecutor(reading_threads(), thread_name_prefix="fingerprint") as pool:
-        places = [i * (size - _PIECE) // (_PIECES - 1) for i in range(_PIECES)]
-        for piece in pool.map(lambda place: read(place, _PIECE), places):
+        offsets = [i * (size - _PIECE) // (_PIECES - 1) for i in range(_PIECES)]
+        for piece in pool.map(lambda offset: read(offset, _PIECE), offsets):
             digest.update(piece)
     return digest.hexdigest()
 
 
 def _known_content(entry: Entry) -> str:
-    """The digest of a file's content where the listing has one: the ETag of an object that was stored in one piece.
+    """Return the digest of a file's content if the listing has one: the ETag of an object stored in one piece.
 
-    The ETag of an object that was stored in several parts depends on their size. Which objects are, every tool decides
-    by itself, so the ETag counts only below the smallest part that S3 allows.
+    The ETag of an object stored in several parts depends on their sizes. Each tool decides by itself when it uses parts, so
+    the ETag is used only below the smallest part size that S3 allows.
     """
     return entry.stamp if entry.size < _SMALLEST_PART and _MD5.fullmatch(entry.stamp) else ""
 
@@ -87,7 +87,7 @@ def _content(entry: Entry, read: Callable[[Entry, int, int], bytes]) -> str:
             data = read(entry, 0, entry.size)
         else:
             data = read(entry, 0, _END) + read(entry, entry.size - _END, _END)
-    except ReadProblem:
+    except FileReadError:
         return "unreadable"
     return hashlib.sha256(data).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Images that were prepared before: taken over by reference, shard and place in it, not read again."""
+"""Incremental preparation: reuse the images of earlier data by reference to their shards, without reading them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from esvit_core.data.ingest.layout import SplitName
-from esvit_core.data.ingest.listing import File, decode
+from esvit_core.data.ingest.listing import File, decode_listing
 from esvit_core.data.shards.format import read_index
 from esvit_core.data.shards.manifest import Manifest, Shard
 from esvit_core.errors import UserError
@@ -19,12 +19,12 @@ from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
 @dataclass(frozen=True)
 class Base:
-    """Prepared data that others build on.
+    """Earlier prepared data that a new preparation builds on.
 
     Attributes:
-        prefix: folder of its manifest.
-        manifest: of it.
-        files: all of its source, by name.
+        prefix: folder of the manifest.
+        manifest: the manifest of the data.
+        files: all files of their source, by name.
         rows: index of every split, see :data:`esvit_core.data.shards.format.INDEX_DTYPE`.
     """
 
@@ -35,25 +35,27 @@ class Base:
 
     @classmethod
     def read(cls, store: ObjectStore, prefix: str) -> Self:
-        """The prepared data at ``prefix``.
+        """Read the prepared data at ``prefix``.
 
         Raises:
-            NotFound: no data were prepared there.
-            UserError: they were prepared by a version that kept no listing, or are damaged.
+            NotFound: there are no prepared data at ``prefix``.
+            UserError: the data have no listing, because an older version prepared them, or are damaged.
         """
         manifest = Manifest.read(store, prefix)
         files = read_listing(store, prefix, manifest)
         rows = {split: read_index(store, prefix, entry.index, manifest) for split, entry in manifest.splits.items()}
         for split, index in rows.items():
-            if sum(file.fate == split for file in files) != len(index):
-                raise IntegrityError(f"{prefix}: the listing of {split} is not the index's; prepare the data again")
+            if sum(file.status == split for file in files) != len(index):
+                raise IntegrityError(
+                    f"{prefix}: the listing of {split} does not match the index; prepare the data again"
+                )
         return cls(prefix, manifest, {file.name: file for file in files}, rows)
 
-    def at_present(self, now: Iterable[File]) -> Base:
-        """The same with the stamps that its files have now, where their content is what it was.
+    def with_current_stamps(self, now: Iterable[File]) -> Base:
+        """Return the data with the current stamps of the files whose content is unchanged.
 
         Args:
-            now: the files of the source, as :func:`esvit_core.data.ingest.listing.recognise` gives them.
+            now: files of the source, from :func:`esvit_core.data.ingest.listing.hash_touched_files`.
         """
         files = dict(self.files)
         for file in now:
@@ -62,21 +64,21 @@ class Base:
                 files[file.name] = replace(before, stamp=file.stamp)
         return replace(self, files=files)
 
-    def carried(self, split: SplitName, labels: Mapping[str, int]) -> Carried:
-        """What of a split is taken over.
+    def reused(self, split: SplitName, labels: Mapping[str, int]) -> ReusedImages:
+        """Return the images of a split to reuse.
 
         Args:
-            split: one of the manifest's.
-            labels: the class, as it is now, of each image that is taken over, by name.
+            split: one of the manifest's splits.
+            labels: current class of each image to reuse, by name.
         """
-        stored = [file for file in self.files.values() if file.fate == split]
+        stored = [file for file in self.files.values() if file.status == split]
         keep = np.array([file.name in labels for file in stored], dtype=bool)
         rows = self.rows[split][keep].copy()
         files = [file for file, kept in zip(stored, keep, strict=True) if kept]
         rows["label"] = [labels[file.name] for file in files]
         used, rows["shard"], counts = np.unique(rows["shard"], return_inverse=True, return_counts=True)
         shards = [self.manifest.splits[split].shards[number] for number in used]
-        return Carried(
+        return ReusedImages(
             [
                 shard.model_copy(update={"name": shard.address(self.prefix), "samples": int(count)})
                 for shard, count in zip(shards, counts, strict=True)
@@ -87,12 +89,12 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """Images of a split that are taken over.
+class ReusedImages:
+    """Reused images of a split.
 
     Attributes:
-        shards: that hold them, under their full addresses; ``samples`` counts those taken over.
-        rows: of the index.
+        shards: shards that contain them, with full addresses; ``samples`` counts the reused images only.
+        rows: their rows of the index.
         files: in the order of the rows.
     """
 
@@ -102,15 +104,17 @@ class Carried:
 
 
 def read_listing(store: ObjectStore, prefix: str, manifest: Manifest) -> list[File]:
-    """The files of the source of prepared data, those of a split in the order of its index.
+    """Read the listing of prepared data; the files of a split are in the order of its index.
 
     Raises:
-        UserError: the data were prepared by a version that kept none.
+        UserError: the data have no listing, because an older version prepared them.
     """
     if manifest.listing is None:
-        raise UserError(f"{prefix}: prepared before listings were kept; prepare the data again, in another run")
+        raise UserError(
+            f"{prefix}: has no listing (prepared by an older version); prepare the data again in another run"
+        )
     uri = join_uri(prefix, manifest.listing)
     data = store.get_bytes(uri)
     if hashlib.sha256(data).hexdigest() != manifest.files[manifest.listing].sha256:
-        raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
-    return list(decode(data))
+        raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
+    return list(decode_listing(data))

@@ -1,4 +1,4 @@
-"""What becomes of each file of a source, as far as its name and the earlier data tell: decided before any is read."""
+"""Plan a preparation: decide what happens to each file from its name and the earlier data, before any is read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry
 from esvit_core.data.ingest.incremental import Base
-from esvit_core.data.ingest.layout import Layout, SplitName, arrange, is_ignored, may_be_image
-from esvit_core.data.ingest.split import choose, hold_out, in_order
+from esvit_core.data.ingest.layout import Layout, SplitName, detect_layout, is_ignored, may_be_image
+from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
 from esvit_core.errors import UserError
 
-_BYTES_PER_PIXEL = 8  # 16 bit RGBA: no sensible file is much larger than its pixels
+_BYTES_PER_PIXEL = 8  # 16-bit RGBA; image files are rarely much larger than their pixels
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that may be an image, and where it belongs if it is one."""
+    """A file that may be an image, with the split and label for it."""
 
     entry: Entry
     split: SplitName
@@ -24,17 +24,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be read, and what is known before anything is.
+class IngestPlan:
+    """The files to read, and what is known about the others.
 
     Attributes:
-        candidates: in the order of storage.
-        labels: classes of the images that are taken over from earlier data, by name.
-        bad: names and reasons.
-        classes: names.
-        files: all of the source, the ignored ones excepted, by name.
-        ignored, not_chosen: files that are passed over.
-        divided: the splits are ours, not the source's.
+        candidates: files to read, in the order of storage.
+        labels: classes of the images that are reused from earlier data, by name.
+        bad: names and reasons of files that cannot be images.
+        classes: names of the classes.
+        files: all files of the source except ignored ones.
+        ignored, not_chosen: numbers of files that are left out.
+        splits_assigned: whether this program assigned the splits, because the source has no folders for them.
     """
 
     candidates: list[Candidate]
@@ -44,58 +44,58 @@ class Plan:
     files: list[Entry]
     ignored: int
     not_chosen: int
-    divided: bool
+    splits_assigned: bool
 
 
-def plan(entries: list[Entry], source: str, config: DataConfig, base: Base | None = None) -> Plan:
-    """Decide what becomes of every file of a source.
+def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Base | None = None) -> IngestPlan:
+    """Decide what happens to every file of a source.
 
     Args:
         entries: the files.
-        source: for the error's first words.
-        config: the data section of the configuration.
-        base: earlier data of the source, whose images are taken over; None: there are none.
+        source: for error messages.
+        config: the ``data`` section of the configuration.
+        base: earlier data of the source, whose images are reused; None: there are none.
 
     Raises:
-        UserError: there are no images, or none to train on.
+        UserError: the source contains no images, or none to train on.
     """
     files = [entry for entry in entries if not is_ignored(entry.name)]
     if not files:
         raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
     largest = config.max_megapixels * 1e6 * _BYTES_PER_PIXEL
     bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
-    sound = [entry for entry in files if entry.problem is None]
-    layout = arrange([entry.name for entry in sound], source)
+    readable = [entry for entry in files if entry.problem is None]
+    layout = detect_layout([entry.name for entry in readable], source)
     likely: list[int] = []
     rest: list[int] = []
-    for number, (entry, place) in enumerate(zip(sound, layout.places, strict=True)):
-        problem = place.problem or (f"file of {entry.size:,} bytes" if entry.size > largest else None)
+    for number, (entry, assignment) in enumerate(zip(readable, layout.assignments, strict=True)):
+        problem = assignment.problem or (f"file of {entry.size:,} bytes" if entry.size > largest else None)
         if problem:
             bad.append((entry.name, problem))
         else:
             (likely if may_be_image(entry.name) else rest).append(number)
     chosen = _chosen(likely, layout, config.max_images)
-    divided = all(layout.places[i].split is None for i in chosen)
-    held = _held_out(chosen, layout, config.val_fraction) if divided else set()
+    splits_assigned = all(layout.assignments[i].split is None for i in chosen)
+    held = _held_out(chosen, layout, config.val_fraction) if splits_assigned else set()
     names = _classes(layout, base)
     classes: dict[str | None, int] = {name: number for number, name in enumerate(names)}
     labels: dict[str, int] = {}
     candidates = []
-    for i in in_order([place.key for place in layout.places], [*chosen, *rest]):
-        entry, split = sound[i], layout.places[i].split or "train"
-        label = classes.get(layout.places[i].label, -1)
+    for i in storage_order([assignment.key for assignment in layout.assignments], [*chosen, *rest]):
+        entry, split = readable[i], layout.assignments[i].split or "train"
+        label = classes.get(layout.assignments[i].label, -1)
         before = base.files.get(entry.name) if base else None
         stored = before.split if before else None
-        if before is not None and before.fate == "bad" and before.is_same(entry):
+        if before is not None and before.status == "bad" and before.is_same(entry):
             bad.append((entry.name, before.reason))
         elif before is not None and stored and before.is_same(entry):
             labels[entry.name] = label
-        elif stored:  # changed: what was trained on is never held out
+        elif stored:  # changed; an image that was trained on must not be held out later
             candidates.append(Candidate(entry, stored, label))
         else:
             candidates.append(Candidate(entry, "val" if i in held else split, label))
-    candidates.sort(key=lambda c: c.split)  # "train" comes before "val": see _settle
-    return Plan(
+    candidates.sort(key=lambda c: c.split)  # "train" before "val", so that copies follow the training images
+    return IngestPlan(
         candidates=candidates,
         labels=labels,
         bad=bad,
@@ -103,12 +103,12 @@ def plan(entries: list[Entry], source: str, config: DataConfig, base: Base | Non
         files=files,
         ignored=len(entries) - len(files),
         not_chosen=len(likely) - len(chosen),
-        divided=divided,
+        splits_assigned=splits_assigned,
     )
 
 
 def _classes(layout: Layout, base: Base | None) -> list[str]:
-    """The classes: those of earlier data keep their numbers, for these are in its shards."""
+    """Return the names of the classes; classes of earlier data keep their numbers, which are stored in its shards."""
     known = base.manifest.classes if base else []
     return [*known, *(name for name in layout.classes if name not in known)]
 
@@ -116,12 +116,14 @@ def _classes(layout: Layout, base: Base | None) -> list[str]:
 def _chosen(likely: list[int], layout: Layout, count: int | None) -> list[int]:
     if count is None:
         return likely
-    places = [layout.places[i] for i in likely]
-    groups = [(place.split or "", place.label or "") for place in places]
-    return [likely[i] for i in choose([place.key for place in places], groups, count)]
+    assignments = [layout.assignments[i] for i in likely]
+    groups = [(assignment.split or "", assignment.label or "") for assignment in assignments]
+    return [likely[i] for i in choose_images([assignment.key for assignment in assignments], groups, count)]
 
 
 def _held_out(chosen: list[int], layout: Layout, fraction: float) -> set[int]:
-    places = [layout.places[i] for i in chosen]
-    held = hold_out([place.key for place in places], [place.label for place in places], fraction)
+    assignments = [layout.assignments[i] for i in chosen]
+    held = hold_out(
+        [assignment.key for assignment in assignments], [assignment.label for assignment in assignments], fraction
+    )
     return {chosen[i] for i in held}

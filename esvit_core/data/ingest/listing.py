@@ -1,4 +1,4 @@
-"""What a source held and what became of it, a line a file, beside the shards: so that the next look sees what is new."""
+"""The listing: one line per file of a source with its status, stored beside the shards to detect changes later."""
 
 from __future__ import annotations
 
@@ -11,82 +11,82 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from esvit_core.data.ingest.archives import Entry, ReadProblem, Source
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source
 from esvit_core.data.ingest.layout import SplitName, is_ignored
-from esvit_core.data.ingest.prefetch import ahead, reading_threads
+from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.sources import open_source, source_fingerprint
 from esvit_core.storage import ObjectStore
 
 LISTING = "images.jsonl.gz"
-# Where nearly all files have other dates the source is a copy: then so many of them are read to make sure.
+# If the dates of nearly all files differ, the source is a copy; reading this many of them is enough to make sure.
 _COPY_SAMPLE, _COPY_SHARE = 1000, 0.9
-Fate = Literal["train", "val", "test", "bad", "unread", "passed over"]
+FileStatus = Literal["train", "val", "test", "bad", "unreadable", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of a source.
+    """A file of a source and its status in the prepared data.
 
     Attributes:
         name: path below the source.
-        size: bytes.
-        stamp: changes when the content does, as far as a listing tells.
-        fate: the split it was stored in; ``bad``: no image; ``unread``: it could not be read; ``passed over``: not
-            chosen, or outside the folders that are used; None: not yet decided.
-        digest: of its content, 32 hexadecimal digits; empty where it was not read.
+        size: in bytes.
+        stamp: changes with the content, as far as a listing can show.
+        status: the split in which the image is stored; ``bad``: not an image; ``unreadable``: could not be read;
+            ``skipped``: not chosen, or outside the folders that are used; None: not decided yet.
+        digest: of the content, 32 hexadecimal digits; empty if the file was not read.
         reason: why it was not stored.
     """
 
     name: str
     size: int
     stamp: str
-    fate: Fate | None = None
+    status: FileStatus | None = None
     digest: str = ""
     reason: str = ""
 
     @property
     def split(self) -> SplitName | None:
-        """The split it was stored in; None where it was not."""
-        return self.fate if self.fate in ("train", "val", "test") else None
+        """The split in which the image is stored; None if it is not stored."""
+        return self.status if self.status in ("train", "val", "test") else None
 
     def is_same(self, entry: Entry | File) -> bool:
-        """Whether its content is still what it was: by its size and stamp, or by its digest where the stamp differs.
+        """Return whether the content is unchanged, by size and stamp, or by digest where the stamp differs.
 
-        A file that was passed over was so for its name: its dates say nothing.
+        A file that was skipped was skipped because of its name, so its stamp is irrelevant.
         """
         if self.size != entry.size:
             return False
-        if self.stamp == entry.stamp or self.fate == "passed over":
+        if self.stamp == entry.stamp or self.status == "skipped":
             return True
         return isinstance(entry, File) and bool(self.digest) and self.digest == entry.digest
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What has happened to a source since it was looked at before; names.
+    """Changes of a source since an earlier listing; names of files.
 
     Attributes:
-        new: were not there.
-        changed: have another size or stamp; they count as new.
-        gone: were stored, and are not there any more.
+        new: not in the earlier listing.
+        changed: different size or stamp; they count as new.
+        removed: stored earlier, no longer in the source.
     """
 
     new: list[str]
     changed: list[str]
-    gone: list[str]
+    removed: list[str]
 
     @property
     def to_read(self) -> int:
-        """Files that have to be read."""
+        """Number of files that have to be read."""
         return len(self.new) + len(self.changed)
 
 
 @dataclass(frozen=True)
-class Look:
-    """A source as it was looked at.
+class Scan:
+    """The files of a source at the time it was scanned.
 
     Attributes:
-        files: in the order of their names, without those that no one means as images.
+        files: in the order of their names, without ignored ones.
         fingerprint: see :func:`esvit_core.data.ingest.sources.source_fingerprint`.
     """
 
@@ -94,28 +94,29 @@ class Look:
     fingerprint: str
 
 
-def look(source: str, store: ObjectStore) -> Look:
-    """List a source.
+def scan_source(source: str, store: ObjectStore) -> Scan:
+    """List the files of a source.
 
     Raises:
-        UserError: it does not exist or cannot be read.
+        UserError: the source does not exist or cannot be read.
     """
     with open_source(source, store) as opened:
         entries = sorted(opened.entries, key=lambda entry: entry.name)
         files = [File(e.name, e.size, e.stamp) for e in entries if not is_ignored(e.name)]
-        return Look(files, source_fingerprint(source, store, opened))
+        return Scan(files, source_fingerprint(source, store, opened))
 
 
-def recognise(before: Iterable[File], now: list[File], read: Callable[[File], bytes]) -> list[File]:
-    """``now`` with the digests of those files that differ from before in nothing but their stamp.
+def hash_touched_files(before: Iterable[File], now: list[File], read: Callable[[File], bytes]) -> list[File]:
+    """Return ``now`` with digests added to the files that differ from ``before`` only in their stamp.
 
-    They are read, for a copied file has another date and an edited one may have the same size. Of a source that was
-    copied as a whole, so that nearly all dates differ, a sample is read; if that is unchanged, so are the others.
+    These files are read, because a copied file has a different date and an edited file may have the same size. If nearly
+    all dates differ, the source is probably a copy: a sample is read, and if it is unchanged the other files are taken as
+    unchanged.
 
     Args:
-        before: the files as they were, with their digests.
-        now: the files as they are listed.
-        read: gives a file's content; raises ReadProblem.
+        before: files of the earlier listing, with digests.
+        now: files as listed now.
+        read: returns a file's content; raises FileReadError.
     """
     known = {file.name: file for file in before if file.digest}
     redated = [f for f in now if not f.digest and (b := known.get(f.name)) and b.size == f.size and b.stamp != f.stamp]
@@ -123,10 +124,10 @@ def recognise(before: Iterable[File], now: list[File], read: Callable[[File], by
         return now
     redated.sort(key=lambda file: (zlib.crc32(file.name.encode("utf-8", "surrogatepass")), file.name))
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(reading_threads(), thread_name_prefix="recognise") as pool:
+    with ThreadPoolExecutor(reading_threads(), thread_name_prefix="hash") as pool:
 
         def read_all(files: list[File]) -> None:
-            for file, result in ahead(pool, lambda file: _digest(file, read), files, 4 * reading_threads()):
+            for file, result in prefetch(pool, lambda file: _digest(file, read), files, 4 * reading_threads()):
                 digests[file.name] = result.result()
 
         read_all(redated[:_COPY_SAMPLE])
@@ -138,57 +139,57 @@ def recognise(before: Iterable[File], now: list[File], read: Callable[[File], by
     return [replace(file, digest=digests[file.name]) if file.name in digests else file for file in now]
 
 
-def recognise_in(source: str, store: ObjectStore, before: Iterable[File], now: list[File]) -> list[File]:
-    """:func:`recognise` for a source that is not open."""
+def hash_touched_files_in(source: str, store: ObjectStore, before: Iterable[File], now: list[File]) -> list[File]:
+    """Like :func:`hash_touched_files`, for a source that is not open."""
     known = {file.name: (file.size, file.stamp) for file in before}
     if all(known.get(file.name, (-1, ""))[0] != file.size or known[file.name][1] == file.stamp for file in now):
         return now
     with open_source(source, store) as opened:
-        return recognise(before, now, reader(opened))
+        return hash_touched_files(before, now, content_reader(opened))
 
 
-def reader(opened: Source) -> Callable[[File], bytes]:
-    """A function that gives the content of the files of an open source."""
+def content_reader(opened: Source) -> Callable[[File], bytes]:
+    """Return a function that returns the content of a file of an open source."""
     entries = {entry.name: entry for entry in opened.entries}
 
     def read(file: File) -> bytes:
         if file.name not in entries:
-            raise ReadProblem("vanished")
+            raise FileReadError("vanished")
         return opened.read(entries[file.name])
 
     return read
 
 
-def digest_of(data: bytes) -> str:
-    """The digest of a file's content, 32 hexadecimal digits."""
+def content_digest(data: bytes) -> str:
+    """Return the digest of a file's content, 32 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _digest(file: File, read: Callable[[File], bytes]) -> str:
     try:
-        return digest_of(read(file))
-    except ReadProblem:
+        return content_digest(read(file))
+    except FileReadError:
         return ""
 
 
 def compare(before: Iterable[File], now: Iterable[File]) -> Difference:
-    """What is new, changed, and gone."""
+    """Compare two listings of a source."""
     known = {file.name: file for file in before}
     there = {file.name: file for file in now}
     return Difference(
         new=[name for name in there if name not in known],
         changed=[name for name, file in there.items() if name in known and not known[name].is_same(file)],
-        gone=[name for name, file in known.items() if file.split and name not in there],
+        removed=[name for name, file in known.items() if file.split and name not in there],
     )
 
 
-def encode(files: Iterable[File]) -> bytes:
-    """The listing as an object's content; the same files give the same bytes."""
+def encode_listing(files: Iterable[File]) -> bytes:
+    """Encode a listing as an object's content; the same files give the same bytes."""
     lines = ("".join((json.dumps({k: v for k, v in asdict(f).items() if v not in (None, "")}), "\n")) for f in files)
     return gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0)
 
 
-def decode(data: bytes) -> Iterator[File]:
-    """The files of an encoded listing."""
+def decode_listing(data: bytes) -> Iterator[File]:
+    """Decode the files of a listing."""
     for line in gzip.decompress(data).decode().splitlines():
         yield File(**{"stamp": "", **json.loads(line)})

@@ -1,4 +1,4 @@
-"""Work on many items in threads, a few ahead of who takes the results, in order."""
+"""Process items in threads, a limited number ahead of the consumer, and return the results in order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
+def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], count: int
 ) -> Iterator[tuple[Item, Future[Result]]]:
-    """The items with their results to be, in order; at most ``count`` are worked on before they are asked for."""
+    """Yield each item with the future of its result, in order; at most ``count`` items are processed ahead."""
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -30,5 +30,5 @@ def ahead(
 
 
 def reading_threads() -> int:
-    """How many threads read and decode images: one a core, up to 8."""
+    """Return the number of threads that read and decode images: one per core, at most 8."""
     return max(1, min(8, len(os.sched_getaffinity(0))))

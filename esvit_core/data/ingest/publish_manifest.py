@@ -1,4 +1,4 @@
-"""The last step of a preparation: its manifest appears, or that of another one of the same content is taken."""
+"""Publish a preparation's manifest, or adopt that of another preparation of the same content."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from esvit_core.storage import NotFound, ObjectStore, StoreError, join_uri
 
 
 def find_data(store: ObjectStore, destination: str, fingerprint: str, settings: dict[str, object]) -> Manifest | None:
-    """The data that were prepared before at a place; None where there are none.
+    """Return the manifest of the prepared data at ``destination``; None if there is none.
 
     Args:
-        fingerprint: of the source of the data that are wanted.
-        settings: the data section of their configuration.
+        fingerprint: fingerprint of the expected data's source.
+        settings: the ``data`` section of the expected data's configuration.
 
     Raises:
-        UserError: there are other data.
+        UserError: the destination holds other data.
     """
     try:
         present = Manifest.read(store, destination)
@@ -27,35 +27,35 @@ def find_data(store: ObjectStore, destination: str, fingerprint: str, settings: 
     if (present.source_fingerprint, present.settings) == (fingerprint, settings):
         return present
     raise UserError(
-        f"{destination}: holds the images of {present.source}, which are others or were prepared differently; "
+        f"{destination}: already holds images of {present.source} with different content or settings; "
         "choose another run"
     )
 
 
 def objects_below(store: ObjectStore, destination: str) -> dict[str, int]:
-    """Sizes of the objects below a folder, by name."""
+    """Return the sizes of the objects below a folder, by name."""
     start = len(join_uri(destination)) + 1
     return {stat.uri[start:]: stat.size for stat in store.list(destination)}
 
 
 def publish_data(store: ObjectStore, destination: str, manifest: Manifest, written: Collection[str]) -> Manifest:
-    """Let prepared data appear, unless those of another preparation have appeared first; then take these.
+    """Publish prepared data, or adopt the data of another preparation that was published first.
 
-    What no manifest needs is removed: by the one whose manifest it is, all that others have left; by one that came
-    too late, what it has written itself.
+    Objects that no manifest needs are removed: by the preparation that published its manifest, everything that others left
+    behind; by a preparation that came second, the objects it stored itself.
 
     Args:
-        store: where the data are.
+        store: store of the data.
         destination: folder of the data.
-        manifest: that names what was stored.
-        written: names of the objects that this preparation has stored.
+        manifest: describes the stored objects.
+        written: names of the objects that this preparation stored.
 
     Returns:
-        The manifest that is there now.
+        The manifest that is now published.
 
     Raises:
-        InfrastructureError: an object that the manifest names is not there.
-        UserError: data of another content appeared first.
+        InfrastructureError: an object that the manifest names is missing.
+        UserError: data of different content were published first.
     """
     there = objects_below(store, destination)
     if MANIFEST in there:
@@ -63,7 +63,7 @@ def publish_data(store: ObjectStore, destination: str, manifest: Manifest, writt
     for name, file in manifest.files.items():
         if there.get(name) != file.bytes:
             raise InfrastructureError(
-                f"{join_uri(destination, name)}: was removed while the data were prepared; prepare them again"
+                f"{join_uri(destination, name)}: removed while the data were being prepared; prepare them again"
             )
     if not manifest.publish(store, destination):
         return _adopt(store, destination, manifest, written)
@@ -75,11 +75,11 @@ def _adopt(store: ObjectStore, destination: str, manifest: Manifest, written: Co
     present = Manifest.read(store, destination)
     _remove(store, destination, {*written} - present.files.keys())
     find_data(store, destination, manifest.source_fingerprint, manifest.settings)
-    print("prepare: another preparation of the same content was finished first; its data are taken", flush=True)
+    print("prepare: another preparation of the same content finished first; using its data", flush=True)
     return present
 
 
 def _remove(store: ObjectStore, destination: str, names: Collection[str]) -> None:
-    """Remove objects that nothing needs; where that fails they stay until the run is removed."""
+    """Remove objects that no manifest needs; if that fails they stay until the run is removed."""
     with contextlib.suppress(StoreError):
         store.remove_all([join_uri(destination, name) for name in sorted(names)])

@@ -1,5 +1,6 @@
-"""Where images come from: a folder, a tar, a zip, or a prefix in an object store. They are listed first, then read
-one at a time and in any order; nothing is ever unpacked to where an archive's names say.
+"""Sources of images: a folder, a tar, a zip, or a prefix in an object store.
+
+The files are listed first, then read one at a time in any order. Archives are never unpacked to the paths they contain.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from esvit_core.data.ingest import archives
 from esvit_core.data.ingest import fingerprint as fingerprints
-from esvit_core.data.ingest.archives import Entry, ReadProblem, Source, TarSource, ZipSource
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source, TarSource, ZipSource
 from esvit_core.data.ingest.layout import is_ignored, may_be_image
 from esvit_core.errors import UserError
 from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
@@ -27,7 +28,7 @@ _EXPECTED = "expected a folder, a tar (.gz, .bz2, .xz), a zip, or s3://bucket/pr
 
 
 class FolderSource:
-    """The files below a folder, links followed."""
+    """The files below a folder; links are followed."""
 
     def __init__(self, path: Path) -> None:
         self.duplicates = 0
@@ -37,7 +38,7 @@ class FolderSource:
         try:
             return Path(str(entry.handle)).read_bytes()
         except OSError as error:
-            raise ReadProblem(f"cannot be read ({error.strerror})") from None
+            raise FileReadError(f"cannot be read ({error.strerror})") from None
 
     def fingerprint(self) -> str:
         return fingerprints.listing_fingerprint(self.entries, self._read_piece)
@@ -48,7 +49,7 @@ class FolderSource:
             with Path(str(entry.handle)).open("rb") as file:
                 return read_at(file.fileno(), length, offset)
         except OSError as error:
-            raise ReadProblem(f"cannot be read ({error.strerror})") from None
+            raise FileReadError(f"cannot be read ({error.strerror})") from None
 
 
 class PrefixSource:
@@ -61,16 +62,16 @@ class PrefixSource:
         self.entries = [
             Entry(found.uri[start:], found.size, found.etag, handle=found.uri)
             for found in store.list(uri)
-            if not found.uri.endswith("/")  # made by tools that want S3 to have folders
+            if not found.uri.endswith("/")  # folder markers that some tools create
         ]
 
     def read(self, entry: Entry) -> bytes:
         try:
             return self._store.get_bytes(str(entry.handle))
         except (NotFound, StoreRefused) as error:
-            raise ReadProblem("vanished" if isinstance(error, NotFound) else "the key may not read it") from None
+            raise FileReadError("vanished" if isinstance(error, NotFound) else "access denied") from None
         except InvalidAddress:
-            raise ReadProblem("its key is not a valid one") from None
+            raise FileReadError("its key is not valid") from None
 
     def fingerprint(self) -> str:
         return fingerprints.listing_fingerprint(self.entries, self._read_piece)
@@ -79,7 +80,7 @@ class PrefixSource:
         try:
             return self._store.open_range(str(entry.handle), offset, length)
         except (NotFound, StoreRefused):
-            raise ReadProblem("cannot be read") from None
+            raise FileReadError("cannot be read") from None
 
 
 @contextlib.contextmanager
@@ -88,10 +89,10 @@ def open_source(source: str, store: ObjectStore | None = None) -> Iterator[Sourc
 
     Args:
         source: folder, tar, zip, ``s3://bucket/prefix``, or ``s3://bucket/key`` of a tar or zip.
-        store: where ``s3://`` lies; None: the one that ``ESVIT_S3_*`` name.
+        store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
 
     Raises:
-        UserError: it does not exist, cannot be read, is damaged as a whole, or is something else.
+        UserError: the source does not exist, cannot be read, is damaged, or is of another type.
     """
     if source.startswith(SCHEME):
         store = store or ObjectStore.from_env()
@@ -112,19 +113,19 @@ def open_source(source: str, store: ObjectStore | None = None) -> Iterator[Sourc
 
 
 def is_listed(source: str, store: ObjectStore | None = None) -> bool:
-    """Whether a source is a folder or a prefix, and no archive."""
+    """Return whether a source is a folder or a prefix, not an archive."""
     if source.startswith(SCHEME):
         return not _is_archive_object(store or ObjectStore.from_env(), source)
     return _is_folder(source)
 
 
 def check_source(source: str) -> None:
-    """Find the common mistakes without reading images.
+    """Check a source for common mistakes without reading images.
 
     Raises:
-        UserError: the source does not exist, cannot be read, is neither folder nor archive, or holds no images.
+        UserError: the source does not exist, cannot be read, is neither folder nor archive, or contains no images.
     """
-    with _glance(source) as names:
+    with _iterate_names(source) as names:
         for name in names:
             if not is_ignored(name) and may_be_image(name):
                 return
@@ -132,20 +133,20 @@ def check_source(source: str) -> None:
 
 
 def source_fingerprint(source: str, store: ObjectStore | None = None, opened: Source | None = None) -> str:
-    """A digest of what is in a source: the same wherever it lies, until something is added, removed or changed.
+    """Return a fingerprint of the content of a source, independent of its location.
 
-    See :mod:`esvit_core.data.ingest.fingerprint` for what is looked at.
+    See :mod:`esvit_core.data.ingest.fingerprint` for what is read.
 
     Args:
         source: as for :func:`open_source`.
-        store: where ``s3://`` lies; None: the one that ``ESVIT_S3_*`` name.
-        opened: the source, where it is open already: it is not listed again.
+        store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
+        opened: the source if it is already open, to avoid listing it again.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        UserError: it does not exist or cannot be read.
+        UserError: the source does not exist or cannot be read.
     """
     if isinstance(opened, FolderSource | PrefixSource):
         return opened.fingerprint()
@@ -166,33 +167,33 @@ def source_fingerprint(source: str, store: ObjectStore | None = None, opened: So
 
 
 def _walk(root: Path) -> Iterator[Entry]:
-    """All files below ``root`` in the order of their names; a folder that cannot be read is one with a problem.
+    """Yield all files below ``root`` in the order of their names; an unreadable folder is yielded with a problem.
 
-    Folders that this program has made are left out.
+    Folders that this program created are left out.
     """
     try:
         os.scandir(root).close()
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); {_EXPECTED} that may be read") from None
     problems: list[OSError] = []
-    seen: set[tuple[int, int]] = set()  # a link to a folder above would lead round for ever
+    visited: set[tuple[int, int]] = set()  # a link to a parent folder would loop forever
     for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
         here = Path(folder).stat()
-        if (here.st_dev, here.st_ino) in seen:
+        if (here.st_dev, here.st_ino) in visited:
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
-        if is_marked(Path(folder), files):  # the store, the runs: the user's images are elsewhere
+        visited.add((here.st_dev, here.st_ino))
+        if is_marked(Path(folder), files):  # a store or run folder of this program
             folders.clear()
             continue
         folders.sort()
         for file in sorted(files):
-            path = os.path.join(folder, file)  # noqa: PTH118 (a million Path objects are slow)
+            path = os.path.join(folder, file)  # noqa: PTH118 (Path objects are slow for a million files)
             yield _file_entry(path, os.path.relpath(path, root))
     for problem in problems:
         path = str(problem.filename)
         name = archives.readable_name(os.path.relpath(path, root))
-        yield Entry(name, 0, "", path, f"folder cannot be read ({problem.strerror})")
+        yield Entry(name, 0, "", path, f"unreadable folder ({problem.strerror})")
 
 
 def _file_entry(path: str, name: str) -> Entry:
@@ -208,13 +209,13 @@ def _file_entry(path: str, name: str) -> Entry:
 
 
 def _is_folder(source: str) -> bool:
-    return os.path.isdir(source)  # noqa: PTH112 (Path.is_dir raises where a folder above may not be read)
+    return os.path.isdir(source)  # noqa: PTH112 (Path.is_dir raises if a parent folder is not accessible)
 
 
 def _require_file(source: str) -> None:
     path = Path(source)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block forever
             raise UserError(f"{source}: neither a folder nor a regular file; {_EXPECTED}")
         with path.open("rb"):
             pass
@@ -226,7 +227,7 @@ def _require_file(source: str) -> None:
 
 @contextlib.contextmanager
 def _open_archive(source: str, path: Path) -> Iterator[Source]:
-    kind = archives.kind_of(path)
+    kind = archives.archive_type(path)
     if kind is None:
         raise UserError(f"{source}: neither a folder nor an archive; {_EXPECTED}")
     with contextlib.closing(TarSource(source, path) if kind == "tar" else ZipSource(source, path)) as opened:
@@ -234,20 +235,20 @@ def _open_archive(source: str, path: Path) -> Iterator[Source]:
 
 
 @contextlib.contextmanager
-def _glance(source: str) -> Iterator[Iterator[str]]:
-    """The names in a source, as far as they are asked for."""
+def _iterate_names(source: str) -> Iterator[Iterator[str]]:
+    """Iterate over the names in a source, reading no more of it than necessary."""
     path = Path(source)
     if source.startswith(SCHEME) or _is_folder(source):
         with open_source(source) if source.startswith(SCHEME) else contextlib.nullcontext() as opened:
             yield (entry.name for entry in (opened.entries if opened else _walk(path)))
         return
     _require_file(source)
-    if archives.kind_of(path) == "tar":
+    if archives.archive_type(path) == "tar":
         try:
-            with tarfile.open(path, "r:*") as tar:  # unlike TarSource it stops where the first image is
+            with tarfile.open(path, "r:*") as tar:  # unlike TarSource, this stops at the first image
                 yield (member.name.removeprefix("./") for member in tar if not member.isdir())
         except archives.DAMAGE as error:
-            raise archives.damaged(source, error) from None
+            raise archives.damaged_archive(source, error) from None
         return
     with _open_archive(source, path) as opened:
         yield iter([entry.name for entry in opened.entries])

@@ -1,4 +1,4 @@
-"""Which images are taken and which are held out: by their names alone, the same on every machine and every day."""
+"""Choose images and assign splits by hashes of their names, identically on every machine."""
 
 from __future__ import annotations
 
@@ -7,68 +7,67 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 
-def fate(purpose: str, key: str) -> float:
-    """A number from 0 to 1 that a name has for a purpose: evenly spread, and never another one."""
+def hash_fraction(purpose: str, key: str) -> float:
+    """Map a name to a fixed, evenly distributed number in [0, 1), independently for each purpose."""
     digest = hashlib.sha256(f"{purpose}\0{key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def choose(keys: Sequence[str], groups: Sequence[tuple[str, str]], count: int) -> list[int]:
-    """Take ``count`` images: splits keep their proportions, the classes of a split become as equal as they can.
+def choose_images(keys: Sequence[str], groups: Sequence[tuple[str, str]], count: int) -> list[int]:
+    """Choose ``count`` images so that splits keep their proportions and the classes of a split are balanced.
 
     Args:
         keys: names of the images.
-        groups: split and class of each.
-        count: how many are wanted.
+        groups: split and class of each image.
+        count: number of images to choose.
 
     Returns:
-        Their places in ``keys``, ascending; all where there are not more than ``count``.
+        Indices into ``keys``, ascending; all of them if there are at most ``count``.
     """
     if len(keys) <= count:
         return list(range(len(keys)))
     members: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for place, (split, label) in enumerate(groups):
-        members[split][label].append(place)
-    per_split = _in_proportion({s: sum(map(len, c.values())) for s, c in members.items()}, count)
+    for index, (split, label) in enumerate(groups):
+        members[split][label].append(index)
+    per_split = _proportional_quotas({s: sum(map(len, c.values())) for s, c in members.items()}, count)
     taken: list[int] = []
     for split, classes in members.items():
-        quotas = _levelled({label: len(places) for label, places in classes.items()}, per_split[split])
-        for label, places in classes.items():
-            taken += sorted(places, key=lambda i: (fate("choose", keys[i]), keys[i]))[: quotas[label]]
+        quotas = _equal_quotas({label: len(indices) for label, indices in classes.items()}, per_split[split])
+        for label, indices in classes.items():
+            taken += sorted(indices, key=lambda i: (hash_fraction("choose", keys[i]), keys[i]))[: quotas[label]]
     return sorted(taken)
 
 
 def hold_out(keys: Sequence[str], labels: Sequence[str | None], fraction: float) -> set[int]:
-    """Choose the images to measure on, of each class about the same share.
+    """Choose the images to hold out for evaluation, about the same share of each class.
 
-    An image is held out if its own number says so; that others are added or removed changes nothing. Only where that
-    would leave a class of two or more without any, or with nothing but held-out images, its one that came closest
-    changes sides.
+    Each image is held out according to the hash of its name, so adding or removing other images does not affect it. If a
+    class of two or more images would have none on one side, its closest image changes sides.
 
     Args:
         keys: names of the images.
-        labels: class of each, None where it has none.
+        labels: class of each image; None if it has none.
         fraction: share to hold out.
 
     Returns:
-        Their places in ``keys``.
+        Indices into ``keys``.
     """
     if not fraction:
         return set()
     classes: dict[str | None, list[tuple[float, str, int]]] = defaultdict(list)
-    for place, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        classes[label].append((fate("hold out", key), key, place))
+    for index, (key, label) in enumerate(zip(keys, labels, strict=True)):
+        classes[label].append((hash_fraction("hold out", key), key, index))
     held: set[int] = set()
     for members in classes.values():
         members.sort()
         count = sum(number < fraction for number, _, _ in members)
         count = min(max(count, 1), len(members) - 1)
-        held |= {place for _, _, place in members[:count]}
+        held |= {index for _, _, index in members[:count]}
     return held
 
 
-def _in_proportion(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Share ``count`` among groups by their sizes, largest remainders first."""
+def _proportional_quotas(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Divide ``count`` among groups in proportion to their sizes, by the largest-remainder method."""
     total = sum(sizes.values())
     exact = {name: count * size / total for name, size in sizes.items()}
     shares = {name: int(share) for name, share in exact.items()}
@@ -78,22 +77,22 @@ def _in_proportion(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     return shares
 
 
-def _levelled(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Share ``count`` among classes as equally as their sizes allow; what remains goes by the order of names."""
+def _equal_quotas(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Divide ``count`` among classes as equally as their sizes allow; the rest goes in the order of size and name."""
     quotas: dict[str, int] = {}
     left = count
     waiting = sorted(sizes, key=lambda name: (sizes[name], name))
-    for place, name in enumerate(waiting):
-        quotas[name] = min(sizes[name], left // (len(waiting) - place))
+    for index, name in enumerate(waiting):
+        quotas[name] = min(sizes[name], left // (len(waiting) - index))
         left -= quotas[name]
     return quotas
 
 
-def in_order(keys: Sequence[str], places: Iterable[int]) -> list[int]:
-    """The order in which images are stored, one without meaning: neighbours have nothing in common.
+def storage_order(keys: Sequence[str], indices: Iterable[int]) -> list[int]:
+    """Return the order of storage: pseudo-random, so that neighbors have nothing in common.
 
     Args:
         keys: names of all images.
-        places: of those that are stored, in ``keys``.
+        indices: indices into ``keys`` of the images to store.
     """
-    return sorted(places, key=lambda i: (fate("order", keys[i]), keys[i]))
+    return sorted(indices, key=lambda i: (hash_fraction("order", keys[i]), keys[i]))

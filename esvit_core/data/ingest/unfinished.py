@@ -1,8 +1,8 @@
-"""What an unfinished preparation has left in the store, and how the next one goes on with it.
+"""Records of an unfinished preparation, from which the next one resumes.
 
-Beside each shard that has arrived lies a record of what is in it and of the files that were found bad before it. A
-preparation of the same content with the same settings does not read those files again. Objects are named by their
-content, so that any number of preparations may write below one folder at once: none replaces what another has stored.
+Beside each stored shard there is a record of its samples and of the files that were found bad before it. A preparation of
+the same content with the same settings does not read those files again. Objects are named by their content, so any number
+of preparations may write below one folder concurrently without overwriting each other's objects.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, zlib.error)
 
 
 class StaleProgressError(Exception):
-    """What an unfinished preparation has left is not what this one would make: it has to begin anew."""
+    """The records of an unfinished preparation do not match this one, which has to start over."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a file.
+class FileResult:
+    """The result of preparing a file.
 
     Attributes:
-        file: with its fate.
-        number: its place in its split; -1 where it was not stored.
+        file: the file with its status.
+        number: number of the image in its split; -1 if it was not stored.
         stored: SHA-256 of the stored bytes.
-        reencoded: whether these are other bytes than the file's.
-        row: of the index, without the number of the shard.
-        ends: the shard, where the file is its last one.
+        reencoded: whether the stored bytes differ from the file's.
+        row: row of the index, without the number of the shard.
+        completed_shard: the shard, if this file is its last one.
     """
 
     file: File
@@ -51,31 +51,31 @@ class Outcome:
     stored: str = ""
     reencoded: bool = False
     row: tuple[int, ...] = ()
-    ends: Shard | None = None
+    completed_shard: Shard | None = None
 
-    def at(self, entry: Entry) -> File:
-        """The file with the date that it has now."""
+    def with_stamp_of(self, entry: Entry) -> File:
+        """Return the file with its current stamp."""
         return replace(self.file, stamp=entry.stamp)
 
 
 @dataclass(frozen=True)
-class Record:
-    """A shard that has arrived.
+class ShardRecord:
+    """Record of a stored shard.
 
     Attributes:
-        split: that it belongs to.
+        split: split of the shard.
         shard: name, size and digest.
-        samples: in their order.
-        bad: files that were left out since the record before.
+        samples: results of its files, in order.
+        bad: files that were left out since the previous record.
     """
 
     split: SplitName
     shard: Shard
-    samples: list[Outcome]
+    samples: list[FileResult]
     bad: list[File]
 
     def encode(self) -> bytes:
-        """The record as an object's content."""
+        """Encode the record as an object's content."""
         samples = [[asdict(o.file), o.number, o.stored, o.reencoded, o.row] for o in self.samples]
         values = {
             "split": self.split,
@@ -86,73 +86,77 @@ class Record:
         return gzip.compress(json.dumps(values).encode(), compresslevel=6, mtime=0)
 
     @classmethod
-    def decode(cls, data: bytes) -> Record:
-        """The record of an object's content."""
+    def decode(cls, data: bytes) -> ShardRecord:
+        """Decode a record.
+
+        Raises:
+            ValueError: the record contradicts its shard.
+        """
         values: dict[str, Any] = json.loads(gzip.decompress(data))
         shard = Shard.model_validate(values["shard"])
         samples = [
-            Outcome(File(**file), int(number), str(stored), bool(reencoded), tuple(map(int, row)))
+            FileResult(File(**file), int(number), str(stored), bool(reencoded), tuple(map(int, row)))
             for file, number, stored, reencoded, row in values["samples"]
         ]
-        samples[-1] = replace(samples[-1], ends=shard)
+        samples[-1] = replace(samples[-1], completed_shard=shard)
         if shard.samples != len(samples):
-            raise ValueError("the samples of a record are not its shard's")
+            raise ValueError("the record's number of samples differs from the shard's")
         return cls(values["split"], shard, samples, [File(**file) for file in values["bad"]])
 
 
-class Unfinished:
-    """The records of preparations of one content with one choice of settings.
+class UnfinishedPreparation:
+    """The records of all preparations of the same content with the same settings.
 
     Args:
-        store: where they are.
+        store: store of the data.
         destination: folder of the data.
-        fingerprint: of the source.
-        config: the data section of the configuration.
-        base: folder of the earlier data that are built on.
+        fingerprint: fingerprint of the source.
+        config: the ``data`` section of the configuration.
+        base: folder of the earlier data that the preparation builds on.
     """
 
     def __init__(
         self, store: ObjectStore, destination: str, fingerprint: str, config: DataConfig, base: str | None
     ) -> None:
-        made_of = json.dumps([_VERSION, fingerprint, config.identity_values(), base], sort_keys=True)
+        key = json.dumps([_VERSION, fingerprint, config.identity_values(), base], sort_keys=True)
         self._store = store
-        self._place = join_uri(destination, UNFINISHED, hashlib.sha256(made_of.encode()).hexdigest()[:16])
-        self._folder = self._place.removeprefix(destination.rstrip("/")).strip("/")
+        self._uri = join_uri(destination, UNFINISHED, hashlib.sha256(key.encode()).hexdigest()[:16])
+        self._folder = self._uri.removeprefix(destination.rstrip("/")).strip("/")
 
-    def keep(self, record: Record) -> str:
-        """Store a record, after its shard; its name below the destination."""
+    def save(self, record: ShardRecord) -> str:
+        """Store a record, after its shard; return its name below the destination."""
         name = f"{record.split}-{record.samples[0].number:09d}.json.gz"
-        self._store.put_bytes(join_uri(self._place, name), record.encode())
+        self._store.put_bytes(join_uri(self._uri, name), record.encode())
         return f"{self._folder}/{name}"
 
-    def read(self, begins: Mapping[str, int], there: Mapping[str, int]) -> dict[str, Outcome]:
-        """What is known of the files of the source, by name.
+    def read(self, first_numbers: Mapping[str, int], existing: Mapping[str, int]) -> dict[str, FileResult]:
+        """Return the recorded results of files, by name.
 
         Args:
-            begins: the first number of each split that is not taken over from earlier data.
-            there: sizes of the objects below the destination, by name.
+            first_numbers: number of the first image of each split that is not reused from earlier data.
+            existing: sizes of the objects below the destination, by name.
         """
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="records") as pool:
-            records = list(pool.map(self._read, [stat.uri for stat in self._store.list(self._place)]))
-        known: dict[str, Outcome] = {}
-        following = dict(begins)
+            records = list(pool.map(self._read, [stat.uri for stat in self._store.list(self._uri)]))
+        known: dict[str, FileResult] = {}
+        next_number = dict(first_numbers)
         for record in sorted(filter(None, records), key=lambda r: (r.split, r.samples[0].number)):
-            known |= {file.name: Outcome(file) for file in record.bad}
-            # Where one is missing the samples after it would be stored under other numbers.
-            is_next = record.samples[0].number == following.get(record.split, 0)
-            if is_next and there.get(record.shard.name) == record.shard.bytes:
+            known |= {file.name: FileResult(file) for file in record.bad}
+            # If a record is missing, the samples after it would be stored under other numbers.
+            is_next = record.samples[0].number == next_number.get(record.split, 0)
+            if is_next and existing.get(record.shard.name) == record.shard.bytes:
                 known |= {outcome.file.name: outcome for outcome in record.samples}
-                following[record.split] = record.samples[-1].number + 1
+                next_number[record.split] = record.samples[-1].number + 1
         return known
 
-    def _read(self, uri: str) -> Record | None:
+    def _read(self, uri: str) -> ShardRecord | None:
         data = self._store.get_bytes(uri)
         try:
-            return Record.decode(data)
+            return ShardRecord.decode(data)
         except _DAMAGE:
             return None
 
 
-def shards_in(outcomes: Iterable[Outcome]) -> int:
-    """How many shards they fill."""
-    return sum(outcome.ends is not None for outcome in outcomes)
+def shards_in(outcomes: Iterable[FileResult]) -> int:
+    """Return the number of shards that the files complete."""
+    return sum(outcome.completed_shard is not None for outcome in outcomes)

@@ -1,4 +1,4 @@
-"""Batches of crops for training, the same ones for the same seed however they are loaded."""
+"""Batches of crops for training; the same seed gives the same batches, however they are loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_shar
 from esvit_core.data.loading.workers import Crops, WorkerBatches, shared_memory_line
 
 
-class Images(Protocol):
-    """What is trained on; :class:`esvit_core.data.shards.reader.ShardDataset` is one."""
+class ImageDataset(Protocol):
+    """A dataset to train on, such as :class:`esvit_core.data.shards.reader.ShardDataset`."""
 
     @property
     def shard_sizes(self) -> list[int]: ...
@@ -26,17 +26,17 @@ class Images(Protocol):
     def image(self, index: int) -> np.ndarray: ...
 
 
-_Key = tuple[int, np.ndarray]  # the epoch, and the numbers of a batch's samples
+_Key = tuple[int, np.ndarray]  # epoch, and numbers of a batch's samples
 
 
 @dataclass
 class Batch:
-    """What one rank sees in one step.
+    """The batch of one rank in one step.
 
     Attributes:
-        crops: global crops, then local ones, each (B, 3, S, S) float32; B is this rank's share of the batch.
+        crops: global crops, then local crops, each (B, 3, S, S) float32; B is this rank's share of the batch.
         indices: numbers of the samples, (B,).
-        wait_seconds: how long the training waited for this batch.
+        wait_seconds: time that the training waited for this batch.
     """
 
     crops: list[torch.Tensor]
@@ -44,7 +44,7 @@ class Batch:
     wait_seconds: float
 
     def split(self, number: int) -> list[Batch]:
-        """In so many micro-batches, whose sizes differ by one at most and whose crops are views of these."""
+        """Split into ``number`` micro-batches whose sizes differ by at most one; their crops are views of this batch's."""
         if number == 1:
             return [self]
         crops = zip(*(crop.tensor_split(number) for crop in self.crops), strict=True)
@@ -53,55 +53,55 @@ class Batch:
 
 
 class TrainLoader:
-    """Augmented batches of one rank.
+    """Loads the augmented batches of one rank.
 
-    What a sample looks like is a function of seed, epoch and number; which samples make a step is one of seed and
-    epoch. So a run that goes on in the middle of an epoch sees exactly what it would have seen, and the number of
+    A sample's crops are a function of seed, epoch and number; the samples of a step are a function of seed and epoch.
+    Therefore a run that resumes in the middle of an epoch gets exactly the batches it would have got, and the number of
     worker processes changes nothing.
 
     Args:
-        dataset: the training split.
-        config: of the run.
-        seed: of order and augmentation.
+        dataset: training split.
+        config: configuration of the run.
+        seed: seed of order and augmentation.
         rank, world: this process among those that share the batches.
     """
 
-    def __init__(self, dataset: Images, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, dataset: ImageDataset, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
         self.dataset = dataset
         self._batch_size, self._workers = config.training.batch_size, config.training.workers
         self._seed, self._rank, self._world = seed, rank, world
         self._batches = _Batches(dataset, MultiCrop(config.augment), seed)
-        self._patience = 60 * config.training.store_grace_minutes
-        self._in_workers: WorkerBatches | None = None
+        self._store_grace = 60 * config.training.store_grace_minutes
+        self._worker_batches: WorkerBatches | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.dataset) // self._batch_size
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch.
+        """Yield the batches of an epoch.
 
         Args:
             epoch: from 0.
-            start_step: steps of the epoch to leave out because they were done before.
+            start_step: number of steps to skip because they were done before.
         """
         order = epoch_order(self._seed, epoch, self.dataset.shard_sizes)
         batches = rank_batches(order, self._batch_size, self._rank, self._world)[start_step:]
         keys = [(epoch, indices) for indices in batches]
-        loaded = self._from_workers(keys) if self._workers else self._here(keys)
+        loaded = self._load_in_workers(keys) if self._workers else self._load_in_process(keys)
         for indices in batches:
             start = time.perf_counter()
             crops = next(loaded)
             yield Batch(crops, indices, time.perf_counter() - start)
 
     def check_shared_memory(self, processes: int) -> str:
-        """Compare the shared memory that the workers need with what there is, in one line; "" without workers.
+        """Compare the shared memory that the workers need with what is free, as one line; "" without workers.
 
         Args:
-            processes: training processes of this machine.
+            processes: training processes on this machine.
 
         Raises:
-            UserError: there is too little.
+            UserError: there is too little shared memory.
         """
         if not self._workers:
             return ""
@@ -109,20 +109,20 @@ class TrainLoader:
         batch_bytes = (share.stop - share.start) * self._batches.bytes_per_sample
         return shared_memory_line(self._workers, batch_bytes, processes)
 
-    def _here(self, keys: Sequence[_Key]) -> Iterator[Crops]:
-        # No thread: on a CPU it would take its time from the network's, and both would wait for the interpreter.
+    def _load_in_process(self, keys: Sequence[_Key]) -> Iterator[Crops]:
+        # No thread: on a CPU it would take time from the network, and both would wait for the GIL.
         return (self._batches[key] for key in keys)
 
-    def _from_workers(self, keys: Sequence[_Key]) -> Iterator[Crops]:
-        if self._in_workers is None:
-            self._in_workers = WorkerBatches(self._batches, self._workers, self._patience)
-        return self._in_workers.load(keys)
+    def _load_in_workers(self, keys: Sequence[_Key]) -> Iterator[Crops]:
+        if self._worker_batches is None:
+            self._worker_batches = WorkerBatches(self._batches, self._workers, self._store_grace)
+        return self._worker_batches.load(keys)
 
 
 class _Batches(Dataset[Crops]):
     """Batches of crops, by epoch and numbers of the samples."""
 
-    def __init__(self, dataset: Images, multicrop: MultiCrop, seed: int) -> None:
+    def __init__(self, dataset: ImageDataset, multicrop: MultiCrop, seed: int) -> None:
         self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
 
     @property

@@ -1,8 +1,8 @@
-"""Colour jitter, grey, blur and solarisation: what torchvision does to PIL images, on float arrays.
+"""Color jitter, grayscale, blur and solarization: torchvision's operations on PIL images, on float arrays.
 
-All work in place on ``x``, (3, H, W) float32 with values 0 to 255, and keep it in that range. PIL rounds to whole levels
-after every operation; here nothing is rounded, so results differ from PIL's by about a level per operation (the tests
-state how much). The gain is speed: PIL takes most of an augmentation's time for hue and blur.
+All functions work in place on ``x``, (3, H, W) float32 with values 0 to 255, and keep it in that range. PIL rounds to
+whole levels after every operation; nothing is rounded here, so results differ from PIL's by about one level per operation
+(the tests state how much). The reason is speed: with PIL, hue and blur take most of the time of an augmentation.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ import math
 
 import numpy as np
 
-# The weights of PIL's conversion to grey (ITU-R 601-2), in its 16 bit fixed point.
-_GREY = np.array([19595, 38470, 7471], dtype=np.float32) / np.float32(65536)
-_CENTRES = np.array([3, 2, 4], dtype=np.float32)[:, None]  # hues about which the strength of each primary is symmetric
+# Weights of PIL's conversion to grayscale (ITU-R 601-2), in its 16-bit fixed point.
+_LUMA_WEIGHTS = np.array([19595, 38470, 7471], dtype=np.float32) / np.float32(65536)
+_CENTERS = np.array([3, 2, 4], dtype=np.float32)[:, None]  # hues around which each primary's intensity is symmetric
 _BLUR_PASSES = 3
 SOLARIZE_THRESHOLD = 128
 
 
-def brighten(x: np.ndarray, factor: float) -> None:
-    """Blend with black: 0 gives black, 1 the image."""
+def adjust_brightness(x: np.ndarray, factor: float) -> None:
+    """Blend with black: factor 0 gives black, 1 the image."""
     x *= np.float32(factor)
     _clip_if_stretched(x, factor)
 
 
-def contrast(x: np.ndarray, factor: float) -> None:
-    """Blend with the mean grey of the image: 0 gives grey, 1 the image."""
-    mean = int(float(_grey(x).mean()) + 0.5)  # whole, as in PIL
+def adjust_contrast(x: np.ndarray, factor: float) -> None:
+    """Blend with the mean gray value of the image: factor 0 gives uniform gray, 1 the image."""
+    mean = int(float(_luma(x).mean()) + 0.5)  # an integer, as in PIL
     x *= np.float32(factor)
     x += np.float32((1 - factor) * mean)
     _clip_if_stretched(x, factor)
 
 
-def saturate(x: np.ndarray, factor: float) -> None:
-    """Blend with the image in grey: 0 gives grey, 1 the image."""
-    luma = _grey(x)
+def adjust_saturation(x: np.ndarray, factor: float) -> None:
+    """Blend with the grayscale image: factor 0 gives grayscale, 1 the image."""
+    luma = _luma(x)
     luma *= np.float32(1 - factor)
     x *= np.float32(factor)
     x += luma
     _clip_if_stretched(x, factor)
 
 
-def shift_hue(x: np.ndarray, shift: float) -> None:
-    """Turn the hue by ``shift`` of the full circle; value and saturation stay.
+def adjust_hue(x: np.ndarray, shift: float) -> None:
+    """Shift the hue by ``shift`` of the full circle; value and saturation stay the same.
 
-    The hue is a place on a circle of six sixths: red at 0, green at 2, blue at 4. The strength of each primary is a
-    trapezium along it, between the least and the greatest channel of the colour.
+    The hue is a position on a circle of six sixths: red at 0, green at 2, blue at 4. The intensity of each primary is a
+    trapezoid along the circle, between the smallest and the largest channel of the color.
     """
     flat = x.reshape(3, -1)
     red, green, blue = flat
@@ -56,8 +56,8 @@ def shift_hue(x: np.ndarray, shift: float) -> None:
     np.minimum(least, blue, out=least)
     chroma = greatest - least
 
-    # Each pixel takes the formula of its greatest channel. Masks are multiplied, which is many times faster than
-    # numpy's selection by a mask.
+    # Each pixel uses the formula of its largest channel. Multiplying by masks is many times faster than numpy's
+    # selection by a mask.
     is_red = greatest == red
     is_green = greatest == green
     is_green &= ~is_red
@@ -71,7 +71,7 @@ def shift_hue(x: np.ndarray, shift: float) -> None:
     turns *= np.float32(6)
     hue -= turns  # 0 to 6
 
-    np.subtract(hue, _CENTRES, out=flat)
+    np.subtract(hue, _CENTERS, out=flat)
     np.abs(flat, out=flat)
     flat[0] -= 1
     np.subtract(np.float32(2), flat[1:], out=flat[1:])
@@ -80,16 +80,16 @@ def shift_hue(x: np.ndarray, shift: float) -> None:
     flat += least
 
 
-def grey(x: np.ndarray) -> None:
-    """Give all channels the luma."""
-    x[:] = _grey(x)
+def grayscale(x: np.ndarray) -> None:
+    """Set all channels to the luma."""
+    x[:] = _luma(x)
 
 
-def blur(x: np.ndarray, sigma: float) -> None:
-    """Gaussian blur as PIL computes it: three box blurs with fractional edges each way, borders repeated.
+def gaussian_blur(x: np.ndarray, sigma: float) -> None:
+    """Gaussian blur as PIL computes it: three box blurs with fractional edges per direction, with borders repeated.
 
-    A box adds its neighbours to each pixel: in one long row of all pixels these are a fixed distance away, 1 along
-    the lines and the length of a line across them. A margin, filled anew for each box, keeps lines apart.
+    A box blur adds neighbors to each pixel. In one row of all pixels the neighbors are a fixed distance away: 1 within a
+    line, and the length of a line across lines. A margin, filled before each box blur, separates the lines.
 
     Args:
         x: the image.
@@ -107,27 +107,27 @@ def blur(x: np.ndarray, sigma: float) -> None:
             lines[:margin] = lines[margin]
             lines[-margin:] = lines[-margin - 1]
             _add_neighbours(row, reach, distance, ratio)
-    # The weights are applied once, to the sum of all six.
+    # The weights of all six box blurs are applied once, to the sum.
     np.multiply(padded[:, margin:-margin, margin:-margin], np.float32(inner ** (2 * _BLUR_PASSES)), out=x)
 
 
 def solarize(x: np.ndarray) -> None:
-    """Invert what is as bright as the threshold or brighter."""
+    """Invert values at or above the threshold."""
     bright = x >= SOLARIZE_THRESHOLD
     x -= bright * (2 * x - np.float32(255))
 
 
-def _grey(x: np.ndarray) -> np.ndarray:
-    return np.matmul(_GREY, x.reshape(3, -1)).reshape(x.shape[1:])  # (H, W)
+def _luma(x: np.ndarray) -> np.ndarray:
+    return np.matmul(_LUMA_WEIGHTS, x.reshape(3, -1)).reshape(x.shape[1:])  # (H, W)
 
 
 def _clip_if_stretched(x: np.ndarray, factor: float) -> None:
-    if factor > 1:  # below, a blend lies between two values that are in range
+    if factor > 1:  # otherwise the blend lies between two values in range
         np.clip(x, 0, 255, out=x)
 
 
 def _sixths(a: np.ndarray, b: np.ndarray, per_chroma: np.ndarray, start: float, mask: np.ndarray) -> np.ndarray:
-    """The hue ``start + (a - b) / chroma`` where ``mask`` is true, 0 elsewhere."""
+    """Return the hue ``start + (a - b) / chroma`` where ``mask`` is true, 0 elsewhere."""
     hue = a - b
     hue *= per_chroma
     hue += np.float32(start)
@@ -137,7 +137,7 @@ def _sixths(a: np.ndarray, b: np.ndarray, per_chroma: np.ndarray, start: float, 
 
 @functools.lru_cache(maxsize=256)
 def _box(sigma: float) -> tuple[int, float, float]:
-    """Whole pixels to either side of a box's center, their weight, and that of the fractional pixel beyond.
+    """Return the whole pixels on either side of a box's center, their weight, and the weight of the fractional pixel beyond.
 
     Source: "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering", Gwosdek et al., 2011.
     """
@@ -149,7 +149,7 @@ def _box(sigma: float) -> tuple[int, float, float]:
 
 
 def _add_neighbours(row: np.ndarray, reach: int, distance: int, ratio: np.float32) -> None:
-    """Add to each value those up to ``reach`` steps away, and ``ratio`` times those one step further."""
+    """Add to each value its neighbors up to ``reach`` steps away, and ``ratio`` times those one step further."""
     size, around = len(row), (reach + 1) * distance
 
     def at(steps: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The augmentation of DeiT, timm's: RandAugment and random erasing (Touvron et al., 2021), as `augment.policy: deit`."""
+"""DeiT's augmentation as implemented in timm: RandAugment and random erasing (Touvron et al., 2021)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from esvit_core.config import AugmentConfig, CropConfig
 
 
 def deit_transform(config: AugmentConfig, kind: CropConfig) -> Callable[[Image.Image], Tensor]:
-    """Random resized crop, flip, RandAugment, normalisation and random erasing of one kind of crop.
+    """Build the transform of one type of crop: random resized crop, flip, RandAugment, normalization and random erasing.
 
-    timm draws from global random states: see :func:`esvit_core.data.loading.randomness.seeded`. Its colour jitter is off
-    beside RandAugment, as it is in the published code, which asks for both.
+    timm draws from global random states; see :func:`esvit_core.data.loading.randomness.seeded`. timm disables color jitter
+    when RandAugment is used, as in the published code, which requests both.
 
     Args:
         config: the ``augment`` section.
         kind: size and scale of the crop.
 
     Returns:
-        From an image to (3, S, S) float32.
+        A function from an image to (3, S, S) float32.
     """
     deit = config.deit
     transform: Any = create_transform(
@@ -48,5 +48,5 @@ def deit_transform(config: AugmentConfig, kind: CropConfig) -> Callable[[Image.I
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which asks for 0 bits now and then: new versions of Pillow refuse that, the older ones gave black."""
+    """Posterize like timm. timm sometimes asks for 0 bits, which new versions of Pillow refuse; older ones returned black."""
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,4 +1,4 @@
-"""Random numbers of libraries that draw them from global states."""
+"""Seed libraries that draw random numbers from global states."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 @contextmanager
 def seeded(key: Sequence[int]) -> Iterator[None]:
-    """Make what is drawn from Python's, numpy's and torch's (CPU) global states a function of ``key``.
+    """Seed the global random states of Python, numpy and torch (CPU) from ``key`` within the context.
 
-    Afterwards the states are what they were before, so that nobody else's numbers change.
+    The previous states are restored afterwards, so other code's random numbers do not change.
     """
     words = np.random.SeedSequence(key).generate_state(6)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""In which order a training run sees its samples: pure functions of the seed, so that nothing has to be saved."""
+"""Order of the training samples: pure functions of the seed, so no state has to be saved."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_ORDER_STREAM = 0  # keeps these random numbers apart from those of the augmentation, which has the same seed
+_ORDER_STREAM = 0  # separates these random numbers from those of the augmentation, which uses the same seed
 
 
 def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int = 8) -> np.ndarray:
-    """The order of an epoch: shards shuffled, then samples shuffled within windows of shards.
+    """Return the order of an epoch: shards are shuffled, then samples within windows of shards.
 
-    Only the shards of one window are needed at a time, so reading stays sequential on data that is larger than a
-    disk cache. Samples lie in the shards in an order without meaning already (see :mod:`esvit_core.data.ingest.prepare`).
+    Only the shards of one window are needed at a time, so reading stays sequential for data larger than the disk cache.
+    Samples are already stored in pseudo-random order (see :mod:`esvit_core.data.ingest.prepare`).
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         epoch: from 0.
-        shard_sizes: samples in each shard.
-        window: shards whose samples are mixed.
+        shard_sizes: number of samples in each shard.
+        window: number of shards whose samples are mixed.
 
     Returns:
         Every sample's number exactly once, (sum of the sizes,) int64.
@@ -37,30 +37,30 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int =
 
 
 def rank_share(batch_size: int, rank: int, world: int) -> slice:
-    """The places in the global batch that a rank takes; the shares differ by one at most.
+    """Return the part of the global batch that a rank takes; the parts differ in size by at most one.
 
     Args:
-        batch_size: of all ranks together, at least one for each.
+        batch_size: size of the global batch, at least one sample per rank.
         rank: from 0.
         world: number of ranks.
     """
     if not 0 <= rank < world <= batch_size:
-        raise ValueError(f"batch of {batch_size} cannot be shared by rank {rank} of {world}")
+        raise ValueError(f"a batch of {batch_size} cannot be divided: rank {rank} of {world}")
     return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
 
 
 def rank_batches(order: np.ndarray, batch_size: int, rank: int, world: int) -> list[np.ndarray]:
-    """The samples of one rank, step by step.
+    """Return the samples of one rank for each step.
 
-    The global batch of a step is the same whatever the number of ranks; each takes its contiguous part. Samples that
-    do not fill a last batch are left out of the epoch.
+    The global batch of a step does not depend on the number of ranks; each rank takes its contiguous part. Samples that do
+    not fill a last batch are left out of the epoch.
 
     Args:
-        order: of the epoch, from :func:`epoch_order`.
+        order: order of the epoch, from :func:`epoch_order`.
         batch_size, rank, world: see :func:`rank_share`.
 
     Returns:
-        One array (share of the rank,) a step.
+        One array (share of the rank,) per step.
     """
     share = rank_share(batch_size, rank, world)
     steps = len(order) // batch_size

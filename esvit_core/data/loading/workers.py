@@ -1,8 +1,9 @@
-"""Worker processes that load batches, and what ends a training when one of them dies, falls silent, or lacks memory.
+"""Worker processes that load batches, and errors that end the training when a worker dies, hangs, or lacks memory.
 
-A batch travels from a worker to the training process in shared memory, which on Linux is the file system /dev/shm: 64 MiB in
-a container unless it asks for more. PyTorch's ``DataLoader`` shares a batch in a thread of the worker, whose failure nobody
-hears of: the training process would wait for ever. Here the worker itself shares the batch, and its failure is an item.
+A batch travels from a worker to the training process in shared memory, on Linux the file system /dev/shm, which has 64 MiB
+in a container by default. PyTorch's ``DataLoader`` moves a batch to shared memory in a thread of the worker. A failure
+there is not reported, and the training process would wait forever. Here the worker itself moves the batch, and sends its
+error in place of the batch.
 """
 
 from __future__ import annotations
@@ -27,46 +28,44 @@ from esvit_core.errors import InfrastructureError, UserError
 
 Crops = list[torch.Tensor]
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCH = 2  # batches that each worker prepares ahead
-SILENCE_SECONDS = 1200  # without a batch, beyond the patience with the store: a worker hangs
-MORE_MEMORY = (
-    "set training.workers to 0 or lower it, or make /dev/shm larger (cluster.train.shared_memory; in Docker --shm-size)"
-)
+PREFETCH_FACTOR = 2  # batches that each worker prepares in advance
+TIMEOUT_SECONDS = 1200  # without a batch, in addition to the grace period of the store
+SHARED_MEMORY_HELP = "lower training.workers (0 disables workers), or enlarge /dev/shm (cluster.train.shared_memory; in Docker --shm-size)"
 
 
 class WorkerBatches:
-    """Batches from worker processes, which outlive an epoch.
+    """Loads batches in worker processes, which are kept between epochs.
 
     Args:
         batches: loads the batch of a key.
         workers: number of processes.
-        patience: seconds that a worker may wait for the object store.
+        store_grace: seconds that a worker may wait for the object store.
     """
 
-    def __init__(self, batches: Dataset[Crops], workers: int, patience: float) -> None:
+    def __init__(self, batches: Dataset[Crops], workers: int, store_grace: float) -> None:
         self._keys = _Keys()
-        self._limit = SILENCE_SECONDS + patience
+        self._limit = TIMEOUT_SECONDS + store_grace
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._waiting = False
         self._loader: DataLoader[Any] = DataLoader(
             _Shared(batches),
             sampler=self._keys,
-            batch_size=None,  # an item is a whole batch already
+            batch_size=None,  # an item is already a whole batch
             num_workers=workers,
-            prefetch_factor=PREFETCH,
+            prefetch_factor=PREFETCH_FACTOR,
             persistent_workers=True,
             pin_memory=torch.cuda.is_available(),
             timeout=self._limit,
-            worker_init_fn=_leave_signals_alone,
+            worker_init_fn=_reset_signal_handlers,
         )
 
     def load(self, keys: Sequence[Any]) -> Iterator[Crops]:
-        """The batches of the keys, in their order.
+        """Yield the batches of the keys, in order.
 
         Raises:
-            UserError: shared memory is too small.
+            UserError: there is too little shared memory.
             InfrastructureError: a worker died, or none has answered for a long time.
-            Exception: what a worker raised.
+            Exception: the exception that a worker raised.
         """
         self._keys.keys = keys
         loaded = self._wait(self._start)
@@ -77,7 +76,7 @@ class WorkerBatches:
             yield item
 
     def _start(self) -> Iterator[Any]:
-        """Start the workers, or have them begin with the present keys."""
+        """Start the workers, or let the running ones begin with the current keys."""
         if self._processes:
             return iter(self._loader)
         others = set(multiprocessing.active_children())
@@ -85,40 +84,40 @@ class WorkerBatches:
         loaded = iter(self._loader)
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
         if threading.current_thread() is threading.main_thread():
-            # torch's handler raises the death of a worker wherever the training is at that moment.
-            signal.signal(signal.SIGCHLD, functools.partial(self._child_ended, handler))
+            # torch's handler would raise an error wherever the training happens to be when a worker dies.
+            signal.signal(signal.SIGCHLD, functools.partial(self._handle_child_exit, handler))
         return loaded
 
-    def _child_ended(self, other: Any, number: int, frame: FrameType | None) -> None:
+    def _handle_child_exit(self, other: Any, number: int, frame: FrameType | None) -> None:
         if callable(other):
             other(number, frame)
-        if self._waiting and self._dead():
+        if self._waiting and self._exited():
             raise _WorkerDiedError
 
-    def _dead(self) -> list[multiprocessing.process.BaseProcess]:
+    def _exited(self) -> list[multiprocessing.process.BaseProcess]:
         return [process for process in self._processes if process.exitcode is not None]
 
     def _wait(self, answer: Callable[[], Any]) -> Any:
-        """What ``answer`` returns, which waits for the workers."""
+        """Return the result of ``answer``, which waits for the workers."""
         start = time.monotonic()
         self._waiting = True
         try:
-            if self._dead():
+            if self._exited():
                 raise _WorkerDiedError
             return answer()
-        except RuntimeError:  # ours or torch's
-            dead, seconds = self._dead(), time.monotonic() - start
+        except RuntimeError:  # from our signal handler or from torch
+            dead, seconds = self._exited(), time.monotonic() - start
             if not dead and seconds < self._limit:
                 raise
-            message = _death(dead[0]) if dead else _silence(seconds)
+            message = _exit_message(dead[0]) if dead else _timeout_message(seconds)
             self._waiting = False
-            self._end()
+            self._kill_workers()
             raise InfrastructureError(message) from None
         finally:
             self._waiting = False
 
-    def _end(self) -> None:
-        """End every worker, also one that hangs: at its exit, a process waits for those it has started."""
+    def _kill_workers(self) -> None:
+        """Kill all workers, including hanging ones: otherwise this process would wait for them when it exits."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -126,11 +125,11 @@ class WorkerBatches:
 
 
 class _WorkerDiedError(RuntimeError):
-    """A worker has ended; the others may wait for what it has."""
+    """A worker has exited; the others may wait for its data."""
 
 
 class _Shared(Dataset[Any]):
-    """In a worker: the batches in shared memory, and errors as items, which the training process raises."""
+    """In a worker: puts batches into shared memory, and returns exceptions as items for the training process to raise."""
 
     def __init__(self, batches: Dataset[Crops]) -> None:
         self._batches = batches
@@ -139,20 +138,20 @@ class _Shared(Dataset[Any]):
         try:
             crops = self._batches[key]
         except Exception as error:
-            return _sendable(error)
+            return _picklable(error)
         try:
             return [crop.share_memory_() for crop in crops]
         except (RuntimeError, OSError) as error:
             reason = str(error).partition("\n")[0]
             size = sum(crop.nbytes for crop in crops)
             return UserError(
-                f"training.workers: no shared memory for a batch of {_bytes(size)} "
-                f"({_bytes(free_shared_memory() or 0)} free in {SHARED_MEMORY}; {reason}): {MORE_MEMORY}"
+                f"training.workers: no shared memory for a batch of {_format_bytes(size)} "
+                f"({_format_bytes(free_shared_memory() or 0)} free in {SHARED_MEMORY}; {reason}): {SHARED_MEMORY_HELP}"
             )
 
 
 class _Keys(Sampler[Any]):
-    """The batches of the present epoch."""
+    """The keys of the current epoch's batches."""
 
     def __init__(self) -> None:
         self.keys: Sequence[Any] = ()
@@ -165,34 +164,34 @@ class _Keys(Sampler[Any]):
 
 
 def shared_memory_line(workers: int, batch_bytes: int, processes: int) -> str:
-    """Compare the shared memory that the workers of a machine need with what there is, in one line.
+    """Compare the shared memory that the workers of a machine need with what is free, as one line.
 
     Args:
-        workers: of each training process.
-        batch_bytes: of a training process's batch of crops.
-        processes: training processes of this machine.
+        workers: number of workers of each training process.
+        batch_bytes: size of a training process's batch of crops.
+        processes: training processes on this machine.
 
     Raises:
-        UserError: there is too little.
+        UserError: there is too little shared memory.
     """
-    # What the workers have prepared, and the batch that is being used while the next one is taken.
-    needed = processes * (workers * PREFETCH + 1) * batch_bytes
+    # The prepared batches, and the one in use while the next is taken.
+    needed = processes * (workers * PREFETCH_FACTOR + 1) * batch_bytes
     free = free_shared_memory()
     if free is None:
-        return f"data loading: {workers} workers per process keep up to {_bytes(needed)} in shared memory"
+        return f"data loading: {workers} workers per process use up to {_format_bytes(needed)} of shared memory"
     if needed > free:
         raise UserError(
-            f"training.workers {workers}: the batches that the workers prepare need {_bytes(needed)} of shared memory, "
-            f"and {_bytes(free)} are free in {SHARED_MEMORY}: {MORE_MEMORY}"
+            f"training.workers {workers}: the batches that the workers prepare need {_format_bytes(needed)} of shared memory, "
+            f"and {_format_bytes(free)} are free in {SHARED_MEMORY}: {SHARED_MEMORY_HELP}"
         )
     return (
-        f"data loading: {workers} workers per process keep up to {_bytes(needed)} in shared memory; "
-        f"{_bytes(free)} are free in {SHARED_MEMORY}"
+        f"data loading: {workers} workers per process use up to {_format_bytes(needed)} of shared memory; "
+        f"{_format_bytes(free)} are free in {SHARED_MEMORY}"
     )
 
 
 def free_shared_memory() -> int | None:
-    """Free bytes of the file system that holds shared memory; None: this system has no such file system."""
+    """Return the free bytes of the file system for shared memory; None if this system has none."""
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -200,13 +199,13 @@ def free_shared_memory() -> int | None:
     return found.f_bavail * found.f_frsize
 
 
-def _leave_signals_alone(worker: int) -> None:
-    """In a worker: the training process decides what a signal means; the handlers that were copied from it go."""
+def _reset_signal_handlers(worker: int) -> None:
+    """In a worker: drop the copied signal handlers, because the training process decides how to react to signals."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _sendable(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -214,27 +213,29 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _death(process: multiprocessing.process.BaseProcess) -> str:
+def _exit_message(process: multiprocessing.process.BaseProcess) -> str:
     code = process.exitcode or 0
     if code >= 0:
-        return f"data loading: worker process {process.pid} ended with exit code {code}; the log has its last words"
+        return f"data loading: worker process {process.pid} exited with code {code}; see the log for its last output"
     name = signal.Signals(-code).name
     if -code == signal.SIGBUS:
-        return f"data loading: worker process {process.pid} was killed by SIGBUS (/dev/shm is full?): {MORE_MEMORY}"
+        return (
+            f"data loading: worker process {process.pid} was killed by SIGBUS (/dev/shm is full?): {SHARED_MEMORY_HELP}"
+        )
     if -code == signal.SIGKILL:
         name += " (out of memory?)"
     return (
-        f"data loading: worker process {process.pid} was killed by {name}: lower training.workers (0: no worker "
-        "processes), or give the training more memory"
+        f"data loading: worker process {process.pid} was killed by {name}: lower training.workers (0 disables workers), "
+        "or give the training more memory"
     )
 
 
-def _silence(seconds: float) -> str:
+def _timeout_message(seconds: float) -> str:
     return (
-        f"data loading: no batch for {seconds / 60:.0f} minutes, though every worker process is alive: one of them hangs; "
-        "training.workers: 0 loads in the training process itself"
+        f"data loading: no batch for {seconds / 60:.0f} minutes although every worker process is alive: a worker hangs; "
+        "set training.workers to 0 to load in the training process"
     )
 
 
-def _bytes(number: float) -> str:
+def _format_bytes(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

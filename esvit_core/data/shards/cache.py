@@ -1,4 +1,4 @@
-"""Shards on this machine's disk: downloaded once, checked, shared by its processes, and bounded in size."""
+"""Cache of shards on this machine's disk: downloaded once, verified, shared by processes, and limited in size."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from esvit_core.storage.private_folders import private_folder
 
 CACHE_VARIABLE = "ESVIT_CACHE_DIR"
 LIMIT_VARIABLE = "ESVIT_CACHE_GIB"
-_SHARE_OF_DISK = 0.5  # of the room that the cache has and could have, where no limit is set
-_OPEN_FILES = 64  # a data set may have thousands of shards, a process about a thousand files
+_SHARE_OF_DISK = 0.5  # of the space that is free or used by the cache, if no limit is set
+_OPEN_FILES = 64  # a dataset may have thousands of shards, but a process only about a thousand open files
 _IN_USE = 8  # shards that training mixes at a time, see esvit_core.data.loading.sampler
 DAY = 86_400.0
-_KEPT_DAYS = 30.0  # that a shard stays in the cache after it was opened last
+_KEPT_DAYS = 30.0  # after which an unused shard is removed
 
 
 def default_cache(store: ObjectStore) -> Path:
-    """Where shards are kept on this machine.
+    """Return the folder of the cache on this machine.
 
-    ``ESVIT_CACHE_DIR`` if it is set; beside the data of the embedded store where that is in use; else a folder of
-    this user's below the system's temporary one.
+    It is ``ESVIT_CACHE_DIR`` if that is set, beside the data of the embedded store where that is in use, and otherwise a
+    folder of this user below the system's temporary directory.
 
     Raises:
-        UserError: that folder cannot be made, or is not this user's alone.
+        UserError: the folder cannot be created, or other users have access to it.
     """
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
@@ -46,10 +46,10 @@ def default_cache(store: ObjectStore) -> Path:
 
 
 def size_limit() -> int | None:
-    """The limit that ``ESVIT_CACHE_GIB`` sets, bytes; None: it is not set.
+    """Return the limit that ``ESVIT_CACHE_GIB`` sets, in bytes; None if it is not set.
 
     Raises:
-        UserError: it is no positive number.
+        UserError: its value is not a positive number.
     """
     text = os.environ.get(LIMIT_VARIABLE, "").strip()
     if not text:
@@ -64,18 +64,18 @@ def size_limit() -> int | None:
 
 
 class ShardCache:
-    """Shards on this machine, named by their content, so that whoever needs the same one finds it.
+    """Cache of shards, named by their content, so that all users of a shard share one file.
 
-    Where a download would exceed the size limit, the shards that were opened the longest time ago go first. One that
-    a process has open is locked and stays, so the limit can be exceeded by what is in use at once. May be used from
-    several threads, forked, and pickled.
+    If a download would exceed the size limit, the least recently opened shards are removed first. A shard that a process has
+    open is locked and stays, so shards in use can exceed the limit. A cache may be used from several threads, forked, and
+    pickled.
 
     Args:
-        store: where the shards come from.
-        directory: where they are kept; made if need be.
+        store: source of the shards.
+        directory: folder of the cache; created if necessary.
 
     Raises:
-        UserError: the size limit is no number.
+        UserError: the size limit is not a number.
     """
 
     def __init__(self, store: ObjectStore, directory: Path) -> None:
@@ -95,11 +95,11 @@ class ShardCache:
                 os.close(descriptor)
 
     def read(self, uri: str, shard: Shard, offset: int, length: int) -> bytes:
-        """``length`` bytes of the shard from ``offset`` on.
+        """Return ``length`` bytes of the shard, starting at ``offset``.
 
         Raises:
-            IntegrityError: the stored shard is not the manifest's.
-            StoreFull: the cache's disk is full of other things.
+            IntegrityError: the stored shard differs from the manifest.
+            StoreFull: the cache's disk is full of other files.
             UserError: the cache cannot be used.
         """
         with self._lock:
@@ -107,12 +107,12 @@ class ShardCache:
             if descriptor is None:
                 descriptor = self._add(uri, shard)
             self._open.move_to_end(shard.sha256)
-            # By position: neither a fork nor a thread can disturb it.
+            # Reading at a position is not affected by forks and threads, which share the file offset.
             data = read_at(descriptor, length, offset)
         if len(data) != length:
             raise IntegrityError(
-                f"{self._directory / shard.sha256}.tar: became shorter while it was in use; leave the cache alone, or "
-                f"set {CACHE_VARIABLE} to another directory"
+                f"{self._directory / shard.sha256}.tar: was truncated while in use; do not modify the cache, or set "
+                f"{CACHE_VARIABLE} to another directory"
             )
         return data
 
@@ -120,56 +120,56 @@ class ShardCache:
         path = self._directory / f"{shard.sha256}.tar"
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with _alone(path):
+            with _locked(path):
                 with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)  # the time of the last opening decides what goes first
-                if not _is_right(path, shard):
+                    os.utime(path)  # the least recently opened shard is removed first
+                if not _is_valid(path, shard):
                     self._download(uri, shard, path)
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)  # it is in use as long as it is open
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # marks the shard as in use while it is open
         except OSError as error:
             raise UserError(
-                f"{self._directory}: shards cannot be kept there ({error.strerror or error}); "
-                f"set {CACHE_VARIABLE} to a directory that can be written to"
+                f"{self._directory}: cannot store shards ({error.strerror or error}); "
+                f"set {CACHE_VARIABLE} to a writable directory"
             ) from None
         self._open[shard.sha256] = descriptor
         self._close_all_but(_OPEN_FILES)
         return descriptor
 
     def _download(self, uri: str, shard: Shard, path: Path) -> None:
-        path.unlink(missing_ok=True)  # if it is there it is damaged
+        path.unlink(missing_ok=True)  # an existing file is damaged
         self._make_room(shard.bytes)
         try:
-            self._store.get_file(uri, path)  # appears whole or not at all
+            self._store.get_file(uri, path)  # atomic
         except StoreFull:
             if not self._make_room(shard.bytes, everything=True):
                 raise
             self._store.get_file(uri, path)
-        if not _is_right(path, shard):
+        if not _is_valid(path, shard):
             path.unlink(missing_ok=True)
-            raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
+            raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
 
     def _make_room(self, needed: int, everything: bool = False) -> bool:
-        """Remove shards that were not opened for long, and as many more as the limit asks for; whether any went.
+        """Remove unused shards, and as many others as the limit requires; return whether anything was removed.
 
         Args:
-            needed: bytes of the one that is to come.
-            everything: remove all that nobody has open.
+            needed: size of the shard to download, bytes.
+            everything: remove all shards that are not open.
         """
-        kept = sorted(_kept(self._directory))
-        held = sum(one.bytes for one in kept)
+        cached = sorted(_cached_shards(self._directory))
+        used = sum(shard.bytes for shard in cached)
         limit = self._limit
         if limit is None:
-            limit = int(_SHARE_OF_DISK * (held + free_bytes(self._directory)))
-        over = 0 if everything else held + needed - limit
+            limit = int(_SHARE_OF_DISK * (used + free_bytes(self._directory)))
+        over = 0 if everything else used + needed - limit
         if everything or over > 0:
             self._close_all_but(_IN_USE)
         oldest = time.time() - _KEPT_DAYS * DAY
-        gone = _remove_unfinished(self._directory)
-        for one in kept:
-            if (everything or gone < over or one.opened < oldest) and _removed(one.path):
-                gone += one.bytes
-        return gone > 0
+        freed = _remove_unfinished(self._directory)
+        for shard in cached:
+            if (everything or freed < over or shard.opened < oldest) and _try_remove(shard.path):
+                freed += shard.bytes
+        return freed > 0
 
     def _close_all_but(self, count: int) -> None:
         while len(self._open) > count:
@@ -177,23 +177,23 @@ class ShardCache:
 
 
 @dataclass(frozen=True, order=True)
-class _Kept:
-    """A shard in the cache: when it was opened last (seconds since 1970), where it is, its size."""
+class _CachedShard:
+    """A shard in the cache: time of its last opening (seconds since 1970), path, size in bytes."""
 
     opened: float
     path: Path
     bytes: int
 
 
-def _kept(directory: Path) -> Iterator[_Kept]:
+def _cached_shards(directory: Path) -> Iterator[_CachedShard]:
     for path in directory.glob("*.tar"):
-        with contextlib.suppress(OSError):  # another process may be quicker
+        with contextlib.suppress(OSError):  # another process may remove it first
             found = path.stat()
-            yield _Kept(found.st_mtime, path, found.st_size)
+            yield _CachedShard(found.st_mtime, path, found.st_size)
 
 
 def _remove_unfinished(directory: Path) -> int:
-    """Remove what killed downloads have left, and say how many bytes that was."""
+    """Remove the files of killed downloads; return their size in bytes."""
     freed = 0
     for path in directory.glob(".*.part"):
         with contextlib.suppress(OSError):
@@ -204,10 +204,10 @@ def _remove_unfinished(directory: Path) -> int:
     return freed
 
 
-def _removed(path: Path) -> bool:
-    """Remove a shard unless a process reads it, or is about to; whether it was removed."""
-    # BlockingIOError of either lock: it is in use.
-    with contextlib.suppress(OSError), _alone(path, wait=False), path.open("rb") as file:
+def _try_remove(path: Path) -> bool:
+    """Remove a shard unless a process uses it or is about to; return whether it was removed."""
+    # A BlockingIOError from either lock means that the shard is in use.
+    with contextlib.suppress(OSError), _locked(path, wait=False), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
         return True
@@ -215,18 +215,18 @@ def _removed(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(path: Path, wait: bool = True) -> Iterator[None]:
-    """One process at a time looks at a shard, and downloads or removes it.
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a shard, which one process at a time checks, downloads or removes.
 
     Raises:
-        BlockingIOError: another does, and this one is not to wait.
+        BlockingIOError: another process holds the lock and ``wait`` is false.
     """
     with path.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
-def _is_right(path: Path, shard: Shard) -> bool:
+def _is_valid(path: Path, shard: Shard) -> bool:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != shard.bytes:

@@ -1,8 +1,8 @@
-"""Shards: tars of samples in WebDataset's naming, and the index that says where in them each image lies.
+"""Shards: tar files of samples in WebDataset's naming, and an index with the position of each image in them.
 
-A sample is ``<key>.jpg`` or ``<key>.png``, ``<key>.cls`` (the label, only where there is one) and ``<key>.json``
-(``{"name": where it came from}``); the key is the sample's number, nine digits. The bytes of a shard depend on its
-samples alone.
+A sample consists of ``<key>.jpg`` or ``<key>.png``, ``<key>.cls`` (the label, if there is one) and ``<key>.json``
+(``{"name": path in the source}``); the key is the sample's number with nine digits. The bytes of a shard depend only on
+its samples.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from esvit_core.data.shards.manifest import Manifest, Shard, Split, named_by_content
+from esvit_core.data.shards.manifest import Manifest, Shard, Split, content_addressed_name
 from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
-# One row a sample. Offsets are those of a file's content in its shard.
+# One row per sample. Offsets are those of a file's content in its shard.
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<i4"),
@@ -36,13 +36,13 @@ _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 @dataclass(frozen=True)
 class Sample:
-    """An image ready to be stored.
+    """An image to store.
 
     Attributes:
         data: the encoded image.
         suffix: ``jpg`` or ``png``.
-        label: its class, -1 for none.
-        name: where it came from.
+        label: its class; -1 for none.
+        name: path in the source.
     """
 
     data: bytes
@@ -52,14 +52,14 @@ class Sample:
 
 
 class ShardWriter:
-    """Writes the samples of one split, a shard at a time.
+    """Writes the samples of one split, one shard at a time.
 
     Args:
         split: first part of the shards' names.
-        directory: local; holds one shard at a time.
-        max_bytes: upper bound of a shard; a sample larger than that gets a shard of its own.
-        keep: called with each finished shard and its file, which is deleted afterwards.
-        shards, rows: samples of earlier data, which go before those that are added.
+        directory: local folder; holds one shard at a time.
+        max_bytes: upper bound of a shard's size; a larger sample gets a shard of its own.
+        on_shard: called with each finished shard and its file, which is deleted afterwards.
+        shards, rows: samples of earlier data, which precede the added ones.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class ShardWriter:
         split: str,
         directory: Path,
         max_bytes: int,
-        keep: Callable[[Shard, Path], None],
+        on_shard: Callable[[Shard, Path], None],
         shards: Sequence[Shard] = (),
         rows: Iterable[tuple[int, ...]] = (),
     ) -> None:
         self.split = split
         self.shards = list(shards)
-        self._directory, self._max_bytes, self._keep = directory, max_bytes, keep
+        self._directory, self._max_bytes, self._on_shard = directory, max_bytes, on_shard
         self._rows = list(rows)
         self._tar: tarfile.TarFile | None = None
         self._in_shard = 0
@@ -89,30 +89,30 @@ class ShardWriter:
         if self._tar is not None and _padded(self._tar.offset + needed + 2 * _BLOCK, _RECORD) > self._max_bytes:
             self._finish_shard()
         tar = self._tar or self._begin_shard()
-        places = {}
+        positions = {}
         for name, data in files:
-            places[name.rpartition(".")[2]] = (tar.offset + _BLOCK, len(data))
-            entry = tarfile.TarInfo(name)  # time, owner and group 0
+            positions[name.rpartition(".")[2]] = (tar.offset + _BLOCK, len(data))
+            entry = tarfile.TarInfo(name)  # time, owner and group are 0
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-        self._rows.append((len(self.shards), sample.label, *places[sample.suffix], *places["json"]))
+        self._rows.append((len(self.shards), sample.label, *positions[sample.suffix], *positions["json"]))
         self._in_shard += 1
         return number
 
     @property
     def last_row(self) -> tuple[int, ...]:
-        """Of the index, for the sample that was added last; without the number of its shard."""
+        """Row of the index for the last added sample, without the number of its shard."""
         return self._rows[-1][1:]
 
     def restore(self, row: tuple[int, ...], ends: Shard | None) -> None:
-        """Append a sample whose shard was finished before.
+        """Append a sample of a shard that was finished earlier.
 
         Args:
-            row: its :attr:`last_row`.
-            ends: the shard, where the sample is its last one.
+            row: the sample's :attr:`last_row`.
+            completed_shard: the shard, if this sample is its last one.
 
         Raises:
-            ValueError: samples were added before it whose shard is not finished.
+            ValueError: samples of an unfinished shard were added before.
         """
         if self._tar is not None:
             raise ValueError("a finished shard cannot follow one that is being written")
@@ -126,22 +126,22 @@ class ShardWriter:
             self._finish_shard()
 
     def index(self) -> bytes:
-        """The index as the content of a ``.npy`` file."""
+        """Return the index as the content of a ``.npy`` file."""
         file = io.BytesIO()
         np.save(file, np.array(self._rows, dtype=INDEX_DTYPE))
         return file.getvalue()
 
     def describe(self, index: str, classes: int) -> Split:
-        """The manifest's entry of the split.
+        """Return the manifest's entry for the split.
 
         Args:
-            index: name of the object that holds the index.
+            index: name of the object that contains the index.
             classes: number of classes.
         """
         labels = np.array([row[1] for row in self._rows], dtype=np.int64)
         return Split(
             samples=len(labels),
-            labelled=bool(len(labels)) and bool((labels >= 0).all()),
+            labeled=bool(len(labels)) and bool((labels >= 0).all()),
             shards=self.shards,
             index=index,
             per_class=np.bincount(labels[labels >= 0], minlength=classes).tolist(),
@@ -158,24 +158,24 @@ class ShardWriter:
         self._tar = None
         with self._path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = named_by_content(f"shards/{self._path.name}", digest)
+        name = content_addressed_name(f"shards/{self._path.name}", digest)
         shard = Shard(name=name, samples=self._in_shard, bytes=self._path.stat().st_size, sha256=digest)
         self.shards.append(shard)
         self._in_shard = 0
-        self._keep(shard, self._path)
+        self._on_shard(shard, self._path)
         self._path.unlink()
 
 
 def read_index(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
-    """The index ``name`` of the prepared data at ``prefix``, compared with the manifest.
+    """Read the index ``name`` of the prepared data at ``prefix`` and check it against the manifest.
 
     Raises:
-        IntegrityError: it is not the manifest's, or no index.
+        IntegrityError: the object differs from the manifest, or is not an index.
     """
     uri = join_uri(prefix, name)
     data = store.get_bytes(uri)
     if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-        raise IntegrityError(f"{uri}: damaged, its SHA-256 is not the manifest's; prepare the data again")
+        raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
     index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     if index.dtype != INDEX_DTYPE:
         raise IntegrityError(f"{uri}: not an index of shards; prepare the data again")

@@ -1,4 +1,4 @@
-"""What prepared data consists of: the manifest that is written last and read first."""
+"""The manifest of prepared data, which is written last and read first."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esvit_core.data.ingest.sources import check_source, source_fingerprint
 from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, join_uri
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.uri import SCHEME
 
-__all__ = ["MANIFEST", "BadFiles", "Manifest", "Shard", "Split", "check_source", "source_fingerprint"]
-
 MANIFEST = "manifest.json"
 FORMAT: Literal["esvit-data/1"] = "esvit-data/1"
 
 
-def named_by_content(name: str, sha256: str) -> str:
-    """``index/train-0123456789abcdef.npy`` of ``index/train.npy``: an object's name with the digest of its content."""
+def content_addressed_name(name: str, sha256: str) -> str:
+    """Add the digest of an object's content to its name: ``index/train.npy`` -> ``index/train-0123456789abcdef.npy``."""
     folder, slash, last = name.rpartition("/")
     stem, dot, suffixes = last.partition(".")
     return f"{folder}{slash}{stem}-{sha256[:16]}{dot}{suffixes}"
@@ -40,48 +37,49 @@ class Shard(StoredFile):
     """A tar of samples.
 
     Attributes:
-        name: relative to the manifest's folder, or the whole ``s3://`` address of a shard of earlier data.
-        samples: images of it that belong to the data; one that is gone from the source may still lie in the tar.
+        name: relative to the manifest's folder, or the full ``s3://`` address of a shard of earlier data.
+        samples: number of its images that belong to the data; the tar may contain others, which were removed from the
+            source.
     """
 
     name: str
     samples: int = Field(gt=0)
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether it belongs to other data, which have to stay as long as these."""
+    def is_external(self) -> bool:
+        """Whether it belongs to other data, which must be kept as long as these."""
         return self.name.startswith(SCHEME)
 
     def address(self, prefix: str) -> str:
-        """Where it lies, ``prefix`` being the manifest's folder."""
-        return self.name if self.is_elsewhere else join_uri(prefix, self.name)
+        """Return its full address; ``prefix`` is the manifest's folder."""
+        return self.name if self.is_external else join_uri(prefix, self.name)
 
 
 class Split(_Part):
-    """The images of one split in the order of their numbers.
+    """The images of one split, in the order of their numbers.
 
     Attributes:
         samples: number of images.
-        labelled: whether every image has a class.
-        shards: where they are.
-        index: object that says where in the shards each image lies (see :mod:`esvit_core.data.shards.format`).
-        per_class: images of each class, in the order of ``Manifest.classes``.
+        labeled: whether every image has a class.
+        shards: the shards that contain the images.
+        index: object with the position of each image in the shards (see :mod:`esvit_core.data.shards.format`).
+        per_class: number of images of each class, in the order of ``Manifest.classes``.
     """
 
     samples: int = Field(ge=0)
-    labelled: bool
+    labeled: bool
     shards: list[Shard]
     index: str
     per_class: list[int]
 
 
 class BadFiles(_Part):
-    """Files of the source that were left out.
+    """Files of the source that are not usable images.
 
     Attributes:
-        count: how many.
-        reasons: how many for which reason.
-        list: object with a JSON line for each, ``name`` and ``reason``.
+        count: number of files.
+        reasons: number of files for each reason.
+        list: object with one JSON line per file, ``name`` and ``reason``.
     """
 
     count: int = Field(ge=0)
@@ -93,26 +91,27 @@ class Manifest(_Part):
     """Prepared data.
 
     Attributes:
-        format: of this file.
-        source: where the images came from, as the user wrote it.
-        source_fingerprint: of the source's listing when it was read, see :func:`source_fingerprint`.
-        fingerprint: of the content: SHA-256 over split, class, number and stored bytes of every image; of those that
-            are taken over, the bytes in which they were found.
-        settings: the data section of the configuration that it was made with, as far as it determines the result.
-        classes: names; a label is a place in this list. Empty where there are no labels.
-        splits: ``train``, ``val`` and, where the source has all three, ``test``.
-        bytes: of all shards together, those of earlier data too.
-        considered: files that could have been images.
-        bad: those that were left out.
-        ignored: files passed over as no one's images (``.DS_Store``, ``Thumbs.db``, ...).
-        duplicates: entries of an archive that a later one of the same name replaces.
-        copies: images that are byte for byte the same as another one; they are kept.
-        not_chosen: left out because of ``data.max_images``.
-        reencoded: images stored in another form than they were found in (turned, shrunk, made RGB, ...).
-        files: every object below the manifest's folder. Their names contain digests of their content: preparations that
-            are under way at once replace nothing of each other.
-        listing: the one that lists the files of the source, see :mod:`esvit_core.data.ingest.listing`; None: there is none.
-        base: folder of the earlier data that these build on; None: they stand alone.
+        format: format of this file.
+        source: source of the images, as the user wrote it.
+        source_fingerprint: fingerprint of the source when it was read, see
+            :func:`esvit_core.data.ingest.sources.source_fingerprint`.
+        fingerprint: fingerprint of the content: SHA-256 over split, class, number and stored bytes of every image; for
+            reused images, over the bytes of the original files.
+        settings: the ``data`` section of the configuration, as far as it determines the result.
+        classes: names of the classes; a label is an index into this list. Empty if there are no labels.
+        splits: ``train``, ``val`` and, if the source has all three, ``test``.
+        bytes: size of all shards, including those of earlier data.
+        considered: number of files that could have been images.
+        bad: files that are not usable images.
+        ignored: number of files that are never images (``.DS_Store``, ``Thumbs.db``, ...).
+        duplicates: number of archive entries that a later entry of the same name replaces.
+        copies: number of images that are byte-for-byte identical to another one; they are kept.
+        not_chosen: number of images left out because of ``data.max_images``.
+        reencoded: number of images stored in a form other than the original (rotated, shrunk, converted to RGB, ...).
+        files: every object below the manifest's folder. Names contain digests of the content, so concurrent preparations do
+            not overwrite each other's objects.
+        listing: object that lists the files of the source, see :mod:`esvit_core.data.ingest.listing`; None: there is none.
+        base: folder of the earlier data that these build on; None: there are none.
     """
 
     format: Literal["esvit-data/1"] = FORMAT
@@ -136,22 +135,22 @@ class Manifest(_Part):
 
     @property
     def samples(self) -> int:
-        """Images of all splits together."""
+        """Number of images in all splits."""
         return sum(split.samples for split in self.splits.values())
 
     @classmethod
     def read(cls, store: ObjectStore, prefix: str) -> Self:
-        """The manifest of the prepared data at ``prefix``.
+        """Read the manifest of the prepared data at ``prefix``.
 
         Raises:
-            NotFound: no data were prepared there.
-            UserError: what is there is not a manifest of prepared data.
+            NotFound: there are no prepared data at ``prefix``.
+            UserError: the object is not a manifest of prepared data.
         """
         uri = join_uri(prefix, MANIFEST)
         try:
             values = store.get_json(uri)
         except NotFound:
-            raise NotFound(f"{prefix}: no prepared data is there; run the step prepare_data first") from None
+            raise NotFound(f"{prefix}: no prepared data here; run the step prepare_data first") from None
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -162,11 +161,11 @@ class Manifest(_Part):
             ) from None
 
     def publish(self, store: ObjectStore, prefix: str) -> bool:
-        """Store the manifest, after everything that it names; False if there is one already."""
+        """Store the manifest, after all objects that it names; return False if there is already one."""
         return store.put_if_absent(join_uri(prefix, MANIFEST), encode_json(self.model_dump(mode="json")))
 
     def describe(self) -> str:
-        """The data in one line."""
+        """Describe the data in one line."""
         splits = ", ".join(f"{split.samples:,} {name}" for name, split in self.splits.items())
         classes = f" in {len(self.classes):,} classes" if self.classes else ", no labels"
         parts = [f"{self.samples:,} images{classes} ({splits}), {self.bytes / 2**20:,.1f} MiB"]
@@ -177,7 +176,7 @@ class Manifest(_Part):
         return "; ".join(parts)
 
     def summary(self) -> dict[str, Any]:
-        """The figures that stand for the data in an artifact's metadata."""
+        """Return the figures for an artifact's metadata."""
         return {
             "images": self.samples,
             **{name: split.samples for name, split in self.splits.items()},

@@ -1,4 +1,4 @@
-"""Samples out of shards, through a cache on this machine."""
+"""Read samples from shards, through a cache on this machine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from esvit_core.storage import IntegrityError, ObjectStore
 class ShardDataset:
     """The images of one split, by number.
 
-    A shard is downloaded when one of its samples is asked for first, checked against the manifest's SHA-256, and kept
-    in a cache that all processes of a machine share. May be used from several threads, forked, and pickled.
+    A shard is downloaded when one of its samples is first requested, verified against the manifest's SHA-256, and kept in a
+    cache that all processes on the machine share. A dataset may be used from several threads, forked, and pickled.
 
     Args:
-        store: where the data are.
+        store: store of the data.
         prefix: folder of the data's manifest.
         split: ``train``, ``val`` or ``test``.
-        cache: local directory for shards; None: see :func:`default_cache`.
+        cache: local folder for shards; None: see :func:`default_cache`.
 
     Raises:
-        NotFound: no data were prepared there.
+        NotFound: there are no prepared data at ``prefix``.
         UserError: there is no such split.
     """
 
@@ -45,7 +45,7 @@ class ShardDataset:
         self.shards = splits[split].shards
         index = read_index(store, prefix, splits[split].index, manifest)
         if len(index) != splits[split].samples:
-            raise IntegrityError(f"{prefix}: the index of {split} is not the manifest's; prepare the data again")
+            raise IntegrityError(f"{prefix}: the index of {split} does not match the manifest; prepare the data again")
         self.labels: np.ndarray = index["label"].astype(np.int64)
         self._index = index
         self._files = ShardCache(store, cache or default_cache(store))
@@ -55,16 +55,16 @@ class ShardDataset:
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Samples in each shard."""
+        """Number of samples in each shard."""
         return [shard.samples for shard in self.shards]
 
     def encoded(self, index: int) -> bytes:
-        """The stored JPEG or PNG."""
+        """Return the stored JPEG or PNG."""
         row = self._row(index)
         return self._read(row["shard"], row["offset"], row["bytes"])
 
     def image(self, index: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8."""
+        """Return the decoded image, (H, W, 3) uint8."""
         data = self.encoded(index)
         try:
             return decode_image(data)
@@ -75,11 +75,11 @@ class ShardDataset:
             ) from None
 
     def label(self, index: int) -> int:
-        """Its class, -1 where it has none."""
+        """Return the class of an image; -1 if it has none."""
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Where it came from: its path in the source."""
+        """Return the path of an image in its source."""
         row = self._row(index)
         return str(json.loads(self._read(row["shard"], row["info_offset"], row["info_bytes"]))["name"])
 
@@ -97,7 +97,7 @@ def decode_image(data: bytes) -> np.ndarray:
     """Decode a stored image, (H, W, 3) uint8.
 
     Raises:
-        OSError, ValueError: it is not an image.
+        OSError, ValueError: the bytes are not an image.
     """
     if data[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
