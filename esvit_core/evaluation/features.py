@@ -27,11 +27,9 @@ from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import MODELS
-from esvit_core.kernels.choose import choose_fastest_
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import explain_write_errors
-from esvit_core.weights.backbone import load_backbone
 
 SPLITS = ("train", "val")
 # Where the run keeps each model.
@@ -89,6 +87,8 @@ def compute_features(
             the processor.
     """
     devices = devices or _devices()
+    from esvit_core.kernels.choose import choose_fastest_  # imports timm, which reading features does without
+
     choose_fastest_(backbone, getattr(torch, precision), devices[0])
     copies = [(backbone if not i else copy.deepcopy(backbone)).to(device) for i, device in enumerate(devices)]
 
@@ -186,6 +186,8 @@ def nothing() -> Features:
 
 def load_model(run_uri: str, model: str, store: ObjectStore) -> nn.Module:
     """The run's backbone, ``trained`` or ``untrained``."""
+    from esvit_core.weights.backbone import load_backbone  # imports timm
+
     return load_backbone(join_uri(run_uri, _PLACES[model]), store)
 
 

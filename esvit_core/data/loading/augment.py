@@ -13,7 +13,6 @@ from torch import Tensor
 
 from esvit_core.config import AugmentConfig, CropConfig
 from esvit_core.data.loading import photometric
-from esvit_core.data.loading.randaugment import deit_transform
 from esvit_core.data.loading.randomness import seeded
 
 Box = tuple[int, int, int, int]
@@ -46,7 +45,11 @@ class MultiCrop:
         self.config = config
         self._kinds = [kind for kind in (config.global_crops, *config.local_kinds) for _ in range(kind.number)]
         self._normalize = Normalize(config.mean, config.std)
-        self._deit = [deit_transform(config, kind) for kind in self._kinds] if config.policy == "deit" else None
+        self._deit: list[Callable[[Image.Image], Tensor]] | None = None
+        if config.policy == "deit":
+            from esvit_core.data.loading.randaugment import deit_transform  # imports timm, which takes seconds
+
+            self._deit = [deit_transform(config, kind) for kind in self._kinds]
 
     @property
     def sizes(self) -> list[int]:
