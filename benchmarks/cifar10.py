@@ -35,7 +35,7 @@ from esvit_core.runs.run import identify_run, run_uri
 from esvit_core.runs.training_summary import read_summary
 from esvit_core.storage import join_uri
 from esvit_core.storage.session import open_store
-from esvit_core.weights.weight_source import with_source_pinned
+from esvit_core.weights.weight_source import pin_source
 
 RECIPE, RECIPE_NAME = Path(__file__).with_suffix(".yaml"), "cifar10-micro"
 PER_CLASS = 500
@@ -130,12 +130,12 @@ def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
     figures = {
         model: {key: value for result in results.values() if result for key, value in result["results"][model].items()}
         | {"correspondence": drawn["figures"]["correspondence"][model]}
-        for model in ("trained", "untrained")
+        for model in ("trained", "baseline")
     }
     return {
         **wanted,
         "trained": {key: round(figures["trained"][key], 2) for key in MEASURES},
-        "baseline": {key: round(figures["untrained"][key], 2) for key in MEASURES},
+        "baseline": {key: round(figures["baseline"][key], 2) for key in MEASURES},
         "steps": summary.steps,
         "train_seconds": summary.seconds,
         "wall_seconds": round(time.monotonic() - start, 1),
@@ -152,7 +152,7 @@ def run_pipeline(data: Path, recipe: str, task: str, seed: int, settings: Sequen
     command = ["-m", "esvit_pipelines", "run", "--recipe", recipe, "--data", str(data), "--out", str(work)]
     subprocess.run([sys.executable, *command, *arguments], check=True)
     with open_store(work / "store") as store:
-        config = with_source_pinned(Config.load(recipe, chosen), store)
+        config = pin_source(Config.load(recipe, chosen), store)
     return run_uri(config.bucket, identify_run(config, str(data)))
 
 

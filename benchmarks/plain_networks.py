@@ -127,7 +127,7 @@ class PlainSparseAttention(longformer.SparseAttention):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         B, N, C = x.shape
         G, w, heads, d = self.global_tokens, self.window_size, self.num_heads, C // self.num_heads
-        windows = self._neighbours()
+        windows = self._neighbor_windows()
         q = (self.scale * self.query(x[:, G:])).view(B, N - G, heads, d).transpose(1, 2).contiguous()
         k, v = self.kv(x).view(B, N, 2, heads, d).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
         k_global, v_global = (t[:, :, :G].reshape(B * heads, G, d) for t in (k, v))

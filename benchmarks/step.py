@@ -46,7 +46,7 @@ from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.optim.schedules import Schedules, ScheduleValues
-from esvit_core.training.state import assemble, recompute_blocks_
+from esvit_core.training.state import apply_activation_checkpointing_, assemble
 from esvit_core.training.step_timer import PARTS, StepClock
 
 MIB = 2**20
@@ -66,8 +66,8 @@ class OurStep:
         training = config.training.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
         config = config.model_copy(update={"training": training})
         self.parts = assemble(config, World(0, 1, device, None), cast(TrainLoader, SameBatch()))
-        if config.launch.recompute:
-            recompute_blocks_(self.parts.student, config.model.arch)
+        if config.launch.activation_checkpointing:
+            apply_activation_checkpointing_(self.parts.student, config.model.arch)
         self.student, self.teacher = self.parts.student, self.parts.teacher
         self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
 
@@ -97,7 +97,7 @@ def config_of(options: argparse.Namespace) -> Config:
             "objective": {"region": not options.view_only},
             "optimizer": {"freeze_last_layer_epochs": 0},
             "training": {"batch_size": options.batch, "epochs": 100},
-            "launch": {"recompute": options.recompute},
+            "launch": {"activation_checkpointing": options.activation_checkpointing},
         }
     )
 
@@ -315,7 +315,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--view-only", action="store_true")
-    parser.add_argument("--recompute", action="store_true", help="run ours with launch.recompute")
+    parser.add_argument(
+        "--activation-checkpointing", action="store_true", help="run ours with launch.activation_checkpointing"
+    )
     parser.add_argument(
         "--reference", type=Path, help="checkout of the published code to compare with, instead of the plain step"
     )

@@ -196,7 +196,9 @@ def test_quantities_are_those_of_kubernetes(text: str, size: int) -> None:
 def test_a_setting_without_effect_is_refused(overrides: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         Config.load("demo", overrides)
-    assert Config.load("demo", ["launch.recompute=true", "launch.nodes=1"]).launch.recompute
+    assert Config.load(
+        "demo", ["launch.activation_checkpointing=true", "launch.nodes=1"]
+    ).launch.activation_checkpointing
 
 
 def test_a_step_ends_with_one_line_and_exit_code_2(

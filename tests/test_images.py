@@ -18,7 +18,7 @@ def test_the_build_context_has_the_sources_and_no_wheels(tmp_path: Path) -> None
     for name in (
         "constraints.txt",
         "esvit_core/config/__init__.py",
-        "esvit_core/kernels/rows.c",
+        "esvit_core/kernels/fused_softmax.c",
         "esvit_core/kernels/esvit-x86-64-v4-0.so",
         "components/tests/test_x.py",
         "images/build",
@@ -34,7 +34,7 @@ def test_the_build_context_has_the_sources_and_no_wheels(tmp_path: Path) -> None
     assert sent == {
         "constraints.txt",
         "esvit_core/config/__init__.py",
-        "esvit_core/kernels/rows.c",
+        "esvit_core/kernels/fused_softmax.c",
         "images/build",
         "images/trainer/Dockerfile",
     }

@@ -44,7 +44,7 @@ def test_the_architecture_is_found_by_the_weights(tiny, tmp_path):
     whole = {**to_timm("deit_tiny", tiny), "head.weight": torch.zeros(3, 192), "head.bias": torch.zeros(3)}
     safetensors.torch.save_file(whole, tmp_path / "timm.safetensors")
     imported = import_weights(str(tmp_path / "timm.safetensors"), str(tmp_path / "a"))
-    assert imported.arch == "deit_tiny" and "passed over: head.bias, head.weight" in imported.told
+    assert imported.arch == "deit_tiny" and "ignored: head.bias, head.weight" in imported.messages
     assert same(load_backbone(tmp_path / "a" / "backbone").state_dict(), tiny)
 
     payload = {
@@ -57,7 +57,7 @@ def test_the_architecture_is_found_by_the_weights(tiny, tmp_path):
     description: Any = load_backbone(tmp_path / "b" / "backbone").backbone_config
     assert (imported.arch, description["recipe"]) == ("deit_tiny", "imported")
     assert description["imported"]["kind"] == "state dict (teacher)" and len(description["imported"]["sha256"]) == 64
-    assert "trained for 7 epochs" in imported.told
+    assert "trained for 7 epochs" in imported.messages
 
 
 def small_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
@@ -101,26 +101,26 @@ def test_a_checkpoint_in_the_store_holds_what_the_file_held(store_env, tmp_path)
     assert same(snapshot.centers, states["objective"])
 
 
-def test_what_goes_wrong_is_said(tiny, tmp_path):
+def test_errors_are_reported(tiny, tmp_path):
     path = str(tmp_path / "weights.pth")
     torch.save({name: value for name, value in tiny.items() if "blocks.11" not in name}, path)
-    with pytest.raises(UserError, match="those of no architecture of ours at its own size; name it with --arch"):
+    with pytest.raises(UserError, match="match no known architecture at its default size; use --arch"):
         import_weights(path, str(tmp_path / "a"))
     with pytest.raises(UserError, match=r"do not fit model.arch deit_tiny; missing: blocks\.11\.\* \(12\)\."):
         import_weights(path, str(tmp_path / "a"), config=Config.from_mapping({"model": {"arch": "deit_tiny"}}))
     torch.save(tiny, path)
-    with pytest.raises(UserError, match=r"do not fit model.arch swin; .*They are those of deit_tiny\."):
+    with pytest.raises(UserError, match=r"do not fit model.arch swin; .*They fit deit_tiny\."):
         import_weights(path, str(tmp_path / "a"), config=Config.from_mapping(SMALL))
-    with pytest.raises(UserError, match="a checkpoint goes into the store only"):
+    with pytest.raises(UserError, match="a checkpoint can only be written to the object store"):
         import_weights(path, str(tmp_path / "a"), checkpoint=True)
-    with pytest.raises(UserError, match="there is no student in it"):
+    with pytest.raises(UserError, match="it contains one network, no student"):
         import_weights(path, str(tmp_path / "a"), network="student")
     import_weights(path, str(tmp_path / "a"))
-    with pytest.raises(UserError, match="backbone is there already"):
+    with pytest.raises(UserError, match="backbone already exists"):
         import_weights(path, str(tmp_path / "a"))
 
 
-def test_the_command_says_what_it_took(tiny, tmp_path):
+def test_the_command_lists_what_it_imported(tiny, tmp_path):
     torch.save({"module.backbone." + name: value for name, value in tiny.items()}, tmp_path / "weights.pth")
     done = CliRunner().invoke(app, ["import", str(tmp_path / "weights.pth"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
@@ -128,7 +128,7 @@ def test_the_command_says_what_it_took(tiny, tmp_path):
     assert f"esvit_core.load_backbone('{tmp_path}/out/backbone')" in done.stdout
 
 
-def test_options_that_do_not_go_together_are_said(tmp_path):
+def test_conflicting_options_are_reported(tmp_path):
     for options, said in (
         (("deit_tiny", "demo", ()), "give one of the two"),
         ((None, None, ("model.depths=[1]",)), "give --recipe too"),

@@ -91,11 +91,15 @@ def test_a_network_that_draws_in_its_forward_pass_is_counted() -> None:
     assert demand.flops > 1e11 and demand.image_bytes > 1e8
 
 
-def test_recomputed_blocks_keep_less_and_compute_more() -> None:
-    kept, recomputed = (count_demand(micro(launch={"recompute": r}), torch.bfloat16) for r in (False, True))
-    assert recomputed.image_bytes < 0.7 * kept.image_bytes
-    assert kept.flops < recomputed.flops < 4 / 3 * kept.flops
-    assert recomputed.bytes(recomputed.most_images(1e9)) <= 1e9 < recomputed.bytes(recomputed.most_images(1e9) + 1)
+def test_activation_checkpointing_keeps_less_and_computes_more() -> None:
+    kept, checkpointed = (
+        count_demand(micro(launch={"activation_checkpointing": r}), torch.bfloat16) for r in (False, True)
+    )
+    assert checkpointed.image_bytes < 0.7 * kept.image_bytes
+    assert kept.flops < checkpointed.flops < 4 / 3 * kept.flops
+    assert (
+        checkpointed.bytes(checkpointed.most_images(1e9)) <= 1e9 < checkpointed.bytes(checkpointed.most_images(1e9) + 1)
+    )
 
 
 def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +122,9 @@ def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPat
     most = int(setting.split("=")[1].split(":")[0])
     again = plan_run(micro(training={"max_images_per_process": most, "precision": "bfloat16"}), "a100", 1, images=100)
     assert again.fits and again.at_once == most
-    assert any("launch.recompute=true" in line for line in said) and any(line.startswith("--gpus ") for line in said)
+    assert any("launch.activation_checkpointing=true" in line for line in said) and any(
+        line.startswith("--gpus ") for line in said
+    )
 
 
 @pytest.mark.parametrize(("gpus", "images", "told"), [(1, 15, "--images 15"), (17, 100, "--gpus 17")])

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from esvit_core import torch_private
 from esvit_core.kernels.onednn_linear import linear
 from esvit_core.models.heads import Prototypes
-from esvit_core.models.layers.activation_checkpointing import without_keeping
+from esvit_core.models.layers.activation_checkpointing import checkpoint_activation
 from esvit_core.training.optim.optimizer import clip_gradients_, update_teacher_
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def test_what_is_recomputed_has_the_same_gradients(way: str) -> None:
         calls.append(t)
         return torch.nn.functional.gelu(t)
 
-    without_keeping(function, x, layer).sum().backward()
+    checkpoint_activation(function, x, layer).sum().backward()
     assert len(calls) == (2 if way == "private" else 1)
     plain = x.detach().clone().requires_grad_()
     layer(torch.nn.functional.gelu(plain)).sum().backward()

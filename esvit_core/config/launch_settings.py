@@ -14,7 +14,7 @@ from esvit_core.config.kubernetes_names import EnvironmentName, LabelName, Label
 from esvit_core.config.section import Section
 
 _CREDENTIAL = re.compile(r"^ESVIT_S3_|(^|_)(KEY|SECRET|TOKEN|PASSWORD)(_|$)", re.IGNORECASE)
-_EVERYWHERE = {"scheduler", "recompute", "profile_steps"}
+_EVERYWHERE = {"scheduler", "activation_checkpointing", "profile_steps"}
 _VOLCANO_ONLY = {"ttl_minutes"}
 
 
@@ -53,7 +53,7 @@ class LaunchConfig(Section):
         description="Time that the job may wait for room, since it was created or last ran, before the step gives up; "
         "null: any.",
     )
-    recompute: bool = Field(
+    activation_checkpointing: bool = Field(
         False,
         description="Compute each block of the student once more in the backward pass instead of keeping what is in it: "
         "less memory, a third more time, the same numbers.",

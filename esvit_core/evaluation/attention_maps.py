@@ -8,11 +8,11 @@ from torch import nn
 
 
 def shows_attention(backbone: nn.Module, images: torch.Tensor) -> bool:
-    """Whether :func:`attention_maps` shows attention: a ResNet has none, its map is the strength of its regions.
+    """Return whether :func:`attention_maps` shows attention; a ResNet has none, so its map shows the norms of its regions.
 
     Args:
-        backbone: in eval mode, where it is.
-        images: network input, (B, 3, S, S); the first is tried.
+        backbone: in eval mode; it stays on its device.
+        images: network input, (B, 3, S, S); only the first is used.
     """
     with torch.inference_mode():
         try:
@@ -23,17 +23,17 @@ def shows_attention(backbone: nn.Module, images: torch.Tensor) -> bool:
 
 
 def attention_maps(backbone: nn.Module, images: torch.Tensor) -> np.ndarray:
-    """How much attention each region receives in the last block, scaled to 0..1 per head.
+    """Compute how much attention each region receives in the last block, scaled to 0..1 per head.
 
     Args:
-        backbone: in eval mode, where it is.
+        backbone: in eval mode; it stays on its device.
         images: network input, (B, 3, S, S).
 
     Returns:
-        (B, heads, h, w); one head where the map is the strength of regions.
+        (B, heads, h, w); one head if the map shows the norms of the regions.
 
     Raises:
-        ValueError: the backbone gives neither.
+        ValueError: the backbone provides neither.
     """
     device = next(backbone.parameters()).device
     with torch.inference_mode():
@@ -42,6 +42,6 @@ def attention_maps(backbone: nn.Module, images: torch.Tensor) -> np.ndarray:
 
 
 def scale_maps(maps: np.ndarray) -> np.ndarray:
-    """Each map of (..., h, w) stretched to 0..1; a flat one becomes 0."""
+    """Scale each map of (..., h, w) to 0..1; a constant map becomes 0."""
     low, high = maps.min((-2, -1), keepdims=True), maps.max((-2, -1), keepdims=True)
     return (maps - low) / np.maximum(high - low, 1e-12)

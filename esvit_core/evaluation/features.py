@@ -1,6 +1,6 @@
-"""Frozen features of the trained and of the untrained backbone.
+"""Frozen features of the trained backbone and of the baseline.
 
-The untrained one, the same network at step 0, is the baseline of every figure.
+The baseline is the same network at step 0; every figure is compared with it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import explain_write_errors
 
 SPLITS = ("train", "val")
-# Where the run keeps each model.
-_PLACES = {"trained": "backbone", "untrained": "untrained"}
+# Prefix of each model in the run.
+_PREFIXES = {"trained": "backbone", "baseline": "baseline"}
 
 
 class Images(Protocol):
-    """What features are computed of; :class:`esvit_core.data.shards.reader.ShardDataset` is one."""
+    """Dataset of labeled images, such as :class:`esvit_core.data.shards.reader.ShardDataset`."""
 
     labels: np.ndarray
 
@@ -47,12 +47,12 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images in the order of the data set.
+    """Features of N images in the order of the dataset.
 
     Attributes:
-        view: the view feature, (N, D) float32.
-        blocks: the linear-probe feature, averages of the last blocks concatenated, (N, D') float32.
-        labels: classes from 0, -1 for an image without one, (N,) int64.
+        view: view features, (N, D) float32.
+        blocks: linear-probe features, the concatenated averages of the last blocks, (N, D') float32.
+        labels: classes from 0, -1 for an unlabeled image, (N,) int64.
     """
 
     view: np.ndarray
@@ -74,27 +74,29 @@ def compute_features(
     label: str = "features",
     devices: Sequence[torch.device] | None = None,
 ) -> Features:
-    """Features of every image, in order.
+    """Compute the features of every image, in order.
 
     Args:
         backbone: in eval mode.
-        transform: from an image (H, W, 3) uint8 to the network's input (3, S, S).
-        blocks: number of last blocks of the linear-probe feature.
-        precision: ``bfloat16`` runs the network under autocast; all else in float32, the default also where
-            training used bfloat16, for its rounding reorders the neighbours of small networks.
+        dataset: images and labels.
+        transform: maps an image (H, W, 3) uint8 to the network's input (3, S, S).
+        batch_size: images per batch.
+        blocks: number of last blocks in the linear-probe feature.
+        precision: ``bfloat16`` runs the network under autocast, ``float32`` does not. float32 is the default even after
+            training in bfloat16, whose rounding reorders the neighbors of small networks.
         label: first word of the progress lines.
-        devices: that take the batches in turn, each with a copy of the backbone; None: all GPUs of this machine, else
-            the processor.
+        devices: devices that process the batches in turn, each with a copy of the backbone; None: all GPUs of this
+            machine, or the CPU.
     """
     devices = devices or _devices()
-    from esvit_core.kernels.choose import choose_fastest_  # imports timm, which reading features does without
+    from esvit_core.kernels.choose import select_kernels_  # imports timm, which reading features does not need
 
-    choose_fastest_(backbone, getattr(torch, precision), devices[0])
+    select_kernels_(backbone, getattr(torch, precision), devices[0])
     copies = [(backbone if not i else copy.deepcopy(backbone)).to(device) for i, device in enumerate(devices)]
 
     def compute(number: int, batch: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         device, network = devices[number % len(devices)], copies[number % len(devices)]
-        with torch.inference_mode(), _arithmetic(device, precision):  # of this thread
+        with torch.inference_mode(), _autocast(device, precision):  # set per thread
             x = batch.to(device, non_blocking=True)  # (B, 3, S, S)
             view, block = network.view_and_last_blocks(x, blocks)  # type: ignore[operator]  # (B, D), (B, D')
             return view.float().cpu().numpy(), block.float().cpu().numpy()
@@ -115,19 +117,19 @@ def compute_features(
 
 
 def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
-    """Write ``features/<trained|untrained>-<train|val>.safetensors`` and their manifest below the run.
+    """Write ``features/<trained|baseline>-<train|val>.safetensors`` and their manifest into the run.
 
-    Returns what is there when it is complete already.
+    If the output is already complete, it is returned unchanged.
 
     Returns:
-        The manifest; its ``samples`` counts the images of each split.
+        The manifest; its ``samples`` holds the number of images in each split.
 
     Raises:
         UserError: the run has no prepared data or no exported backbone.
     """
     prefix = join_uri(run_uri, "features")
-    if (found := store.read_manifest(prefix)) is not None:
-        return found
+    if (existing := store.read_manifest(prefix)) is not None:
+        return existing
     datasets = split_datasets(store, join_uri(run_uri, "data"))
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         files = {}
@@ -143,7 +145,7 @@ def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[s
 
 
 def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str) -> Features:
-    """:func:`compute_features` with the transform, batch and arithmetic of the configuration."""
+    """Call :func:`compute_features` with the transform, batch size and precision of the configuration."""
     return compute_features(
         backbone,
         dataset,
@@ -156,14 +158,14 @@ def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str
 
 
 def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> Features:
-    """Features that :func:`extract_features` wrote; none where the data has no such split.
+    """Load features that :func:`extract_features` wrote; empty if the data has no such split.
 
     Args:
-        model: ``trained`` or ``untrained``.
+        model: ``trained`` or ``baseline``.
         split: ``train`` or ``val``.
 
     Raises:
-        UserError: they are not there yet.
+        UserError: the features have not been extracted.
     """
     prefix = join_uri(run_uri, "features")
     manifest = store.read_manifest(prefix)
@@ -171,28 +173,28 @@ def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> F
         raise UserError(f"features of {run_uri}: not extracted yet; run the step extract_features first")
     name = f"{model}-{split}.safetensors"
     if name not in manifest["files"]:
-        return nothing()
+        return empty_features()
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         store.fetch(prefix, Path(folder), names=[name])
         arrays = load_file(Path(folder) / name)
     return Features(**{key: arrays[key] for key in ("view", "blocks", "labels")})
 
 
-def nothing() -> Features:
-    """The features of no images."""
+def empty_features() -> Features:
+    """Return the features of an empty dataset."""
     empty = np.zeros((0, 0), np.float32)
     return Features(empty, empty, np.zeros(0, np.int64))
 
 
 def load_model(run_uri: str, model: str, store: ObjectStore) -> nn.Module:
-    """The run's backbone, ``trained`` or ``untrained``."""
+    """Load the run's backbone, ``trained`` or ``baseline``."""
     from esvit_core.weights.backbone import load_backbone  # imports timm
 
-    return load_backbone(join_uri(run_uri, _PLACES[model]), store)
+    return load_backbone(join_uri(run_uri, _PREFIXES[model]), store)
 
 
 def split_datasets(store: ObjectStore, data: str) -> dict[str, ShardDataset]:
-    """The splits of prepared data that hold images."""
+    """Open the non-empty splits of prepared data."""
     manifest = Manifest.read(store, data)
     return {
         split: ShardDataset(store, data, split)
@@ -202,7 +204,7 @@ def split_datasets(store: ObjectStore, data: str) -> dict[str, ShardDataset]:
 
 
 def eval_transform(config: Config) -> EvalTransform:
-    """The transform of the measured steps: resize, center crop, normalise (EsViT, section 4)."""
+    """Return the transform for evaluation: resize, center crop, normalize (EsViT, section 4)."""
     return EvalTransform(
         config.evaluation.resize, config.evaluation.crop, mean=config.augment.mean, std=config.augment.std
     )
@@ -213,24 +215,24 @@ def _devices() -> list[torch.device]:
 
 
 def _in_turn(
-    compute: Callable[[int, torch.Tensor], tuple[np.ndarray, np.ndarray]], batches: Iterator[torch.Tensor], many: int
+    compute: Callable[[int, torch.Tensor], tuple[np.ndarray, np.ndarray]], batches: Iterator[torch.Tensor], workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Results in the order of the batches, ``many`` of which are under way at a time."""
-    if many == 1:
+    """Yield results in the order of the batches, with ``workers`` batches in flight."""
+    if workers == 1:
         yield from (compute(0, batch) for batch in batches)
         return
-    with ThreadPoolExecutor(max_workers=many) as pool:
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         pending = deque[Future[tuple[np.ndarray, np.ndarray]]]()
         for number, batch in enumerate(batches):
             pending.append(pool.submit(compute, number, batch))
-            if len(pending) > many:
+            if len(pending) > workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+def _autocast(device: torch.device, precision: str) -> Iterator[None]:
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
 
@@ -238,18 +240,18 @@ def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
 def _batches(
     dataset: Images, transform: Callable[[np.ndarray], torch.Tensor], batch_size: int
 ) -> Iterator[torch.Tensor]:
-    """Batches in order; the next one is decoded while the network works on this one."""
+    """Yield batches in order; the next batch is decoded while the network processes the current one."""
 
     def load(start: int) -> torch.Tensor:
         stop = min(start + batch_size, len(dataset))
         return torch.stack([transform(dataset.image(i)) for i in range(start, stop)])
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = None
+        upcoming = None
         for start in range(0, len(dataset), batch_size):
-            ready = coming.result() if coming else load(start)
+            ready = upcoming.result() if upcoming else load(start)
             following = start + batch_size
-            coming = pool.submit(load, following) if following < len(dataset) else None
+            upcoming = pool.submit(load, following) if following < len(dataset) else None
             yield ready
 
 

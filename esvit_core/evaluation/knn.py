@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (EsViT, section 4; Wu et al., 2018)."""
+"""Weighted k-nearest-neighbor classification on frozen features (EsViT, section 4; Wu et al., 2018)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from esvit_core.config import Config
 from esvit_core.evaluation.labels import Task, run_task
-from esvit_core.evaluation.results import Result, left_out, measured, once
+from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.storage import ObjectStore
 
-# Values of a chunk of similarities or of votes: 16 M float32 are 64 MB.
+# Values per chunk of similarities or votes: 16 M float32 take 64 MB.
 _CHUNK_VALUES = 1 << 24
 
 Array = np.ndarray | torch.Tensor
@@ -27,18 +27,18 @@ def weighted_knn(
     k: int,
     temperature: float = 0.07,
 ) -> tuple[float, float]:
-    """Accuracy of classifying each test feature by its ``k`` nearest training features.
+    """Compute the accuracy of classifying each test feature by its ``k`` nearest training features.
 
     Args:
-        train: features of the bank, (N, D); they are normalised here.
-        train_labels: their classes, (N,), from 0.
+        train: features of the bank, (N, D); the function normalizes them.
+        train_labels: classes of the bank, (N,), from 0.
         test: features to classify, (M, D).
-        test_labels: their true classes, (M,).
-        k: number of neighbours; the whole bank if that is smaller.
-        temperature: of the votes, ``exp(cosine / temperature)``.
+        test_labels: true classes, (M,).
+        k: number of neighbors; at most the size of the bank.
+        temperature: temperature of the votes ``exp(cosine / temperature)``.
 
     Returns:
-        Top-1 and top-5 accuracy, percent (top-C with fewer than five classes C).
+        Top-1 and top-5 accuracy in percent (top-C if there are C < 5 classes).
 
     Raises:
         ValueError: the bank or the test set is empty.
@@ -57,46 +57,47 @@ def rank_classes(
     temperature: float,
     classes: int,
 ) -> dict[int, torch.Tensor]:
-    """The five classes with the most votes for each test feature, for several numbers of neighbours at once.
+    """Rank the five classes with the most votes for each test feature, for several ``k`` at once.
 
-    Classes without a vote follow by number, so that with a small ``k`` top-5 counts them, as the published figure does.
+    Classes without votes follow in numerical order, so that top-5 with a small ``k`` includes them, as in the published
+    code.
 
     Returns:
-        for each ``k`` the classes, most votes first, (M, min(5, classes)).
+        For each ``k`` the classes, most votes first, (M, min(5, classes)).
     """
     bank, queries, labels = _normalised(train), _normalised(test), _labels(train_labels)
     if not len(bank) or not len(queries):
-        raise ValueError(f"k-NN needs features on both sides, got {len(bank)} and {len(queries)}")
+        raise ValueError(f"k-NN needs at least one training and one test feature, got {len(bank)} and {len(queries)}")
     rows = max(1, _CHUNK_VALUES // max(len(bank), classes))
-    found: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    rankings: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
     for part in queries.split(rows):
         nearest = (part @ bank.T).topk(min(max(ks), len(bank)))  # (M', k)
-        # The common factor exp(-largest cosine / temperature) changes no rank and keeps a low temperature finite.
+        # The common factor exp(-largest cosine / temperature) changes no rank and avoids overflow at low temperatures.
         weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()  # (M', k)
-        neighbours = labels[nearest.indices]  # (M', k)
+        neighbor_labels = labels[nearest.indices]  # (M', k)
         for k in ks:
-            votes = torch.zeros(len(part), classes).scatter_add_(1, neighbours[:, :k], weights[:, :k])  # (M', C)
-            found[k].append(votes.argsort(dim=1, descending=True, stable=True)[:, :5])
-    return {k: torch.cat(parts) for k, parts in found.items()}
+            votes = torch.zeros(len(part), classes).scatter_add_(1, neighbor_labels[:, :k], weights[:, :k])  # (M', C)
+            rankings[k].append(votes.argsort(dim=1, descending=True, stable=True)[:, :5])
+    return {k: torch.cat(parts) for k, parts in rankings.items()}
 
 
 def ranking_accuracy(ranking: torch.Tensor, test_labels: Array) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy, percent, of the classes (M, <= 5) against the true ones (M,)."""
+    """Return top-1 and top-5 accuracy in percent of ranked classes (M, <= 5) for true classes (M,)."""
     hits = ranking == _labels(test_labels)[:, None]
     return int(hits[:, 0].sum()) * 100 / len(hits), int(hits.any(1).sum()) * 100 / len(hits)
 
 
 def evaluate_knn(run_uri: str, store: ObjectStore, config: Config) -> Result:
-    """Weighted k-NN of both backbones' view features, for every ``k`` of the configuration.
+    """Evaluate weighted k-NN on the view features of both backbones, for every ``k`` of the configuration.
 
-    The training images are the bank, the held-out ones are classified. Written once to
-    ``evaluation/knn.json``: top-1 under ``results``, top-5 under ``top5``.
+    The training images form the bank, and the held-out images are classified. The result is written once to
+    ``evaluation/knn.json``: top-1 in ``results``, top-5 in ``top5``.
     """
-    return once(store, run_uri, "knn", lambda: measure_knn(run_task(run_uri, store), config))
+    return measure_once(store, run_uri, "knn", lambda: measure_knn(run_task(run_uri, store), config))
 
 
 def measure_knn(task: Task | str, config: Config) -> Result:
-    """The result of the task, for every model in it."""
+    """Measure the task for every model in it."""
     ks, temperature = config.evaluation.knn_k, config.evaluation.knn_temperature
     headline = f"knn/{20 if 20 in ks else ks[0]}" if ks else "knn"
     if not ks:
@@ -111,7 +112,7 @@ def measure_knn(task: Task | str, config: Config) -> Result:
         top1[model] = {key: first for key, (first, _) in figures.items()}
         top5[model] = {key: round(fifth, 4) for key, (_, fifth) in figures.items()}
     bank = len(next(iter(task.splits.values()))[0])
-    notes = [f"knn/{k}: there are only {bank:,} training images, so all of them vote" for k in ks if k > bank]
+    notes = [f"knn/{k}: there are only {bank:,} training images, all of which vote" for k in ks if k > bank]
     return measured(headline, top1, task.classes, notes=notes + task.notes, top5=top5)
 
 

@@ -1,4 +1,4 @@
-"""Which labels there are to measure with, and what the reader of a figure has to know of them."""
+"""Labels for evaluation: build classification tasks and describe their limits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Task:
     """A classification that can be measured.
 
     Attributes:
-        splits: labelled features of each of :data:`MODELS`, to train on and to measure on.
-        classes: a name for each class.
-        notes: what the reader of a figure has to know.
+        splits: labeled features of each of :data:`MODELS`, for training and for testing.
+        classes: names of the classes.
+        notes: limits of the figures that a reader must know.
     """
 
     splits: dict[str, Splits]
@@ -31,7 +31,7 @@ class Task:
 
 
 def run_task(run_uri: str, store: ObjectStore) -> Task | str:
-    """The classification of the run's own images, or why there is none."""
+    """Return the classification task of the run's own images, or the reason why there is none."""
     manifest = Manifest.read(store, join_uri(run_uri, "data"))
     return task_of(
         {m: (load_features(store, run_uri, m, "train"), load_features(store, run_uri, m, "val")) for m in MODELS},
@@ -40,43 +40,43 @@ def run_task(run_uri: str, store: ObjectStore) -> Task | str:
 
 
 def task_of(splits: Mapping[str, Splits], classes: Sequence[str]) -> Task | str:
-    """A task of the features of both models, or why there is none."""
+    """Build a task from the features of both models, or return the reason why there is none."""
     train, val = next(iter(splits.values()))
-    if reason := why_not(train.labels, val.labels):
+    if reason := missing_labels(train.labels, val.labels):
         return reason
     names = class_names(classes, train.labels, val.labels)
     return Task(
-        {model: (_labelled(a), _labelled(b)) for model, (a, b) in splits.items()},
+        {model: (_labeled(a), _labeled(b)) for model, (a, b) in splits.items()},
         names,
         label_notes(train.labels, val.labels, names),
     )
 
 
-def _labelled(features: Features) -> Features:
+def _labeled(features: Features) -> Features:
     keep = features.labels >= 0
     if keep.all():
         return features
     return Features(features.view[keep], features.blocks[keep], features.labels[keep])
 
 
-def why_not(train_labels: np.ndarray, val_labels: np.ndarray) -> str | None:
-    """Why nothing can be measured with these labels (classes from 0, -1: none); None if it can."""
+def missing_labels(train_labels: np.ndarray, val_labels: np.ndarray) -> str | None:
+    """Return the reason why these labels (classes from 0, -1: none) cannot be used; None if they can."""
     if not len(train_labels):
         return "there are no training images"
     known = train_labels[train_labels >= 0]
     if not len(known):
-        return "the images have no labels; put each class into a folder of its own to measure this"
+        return "the images have no labels; put the images of each class into a folder of their own to measure this"
     if len(np.unique(known)) < 2:
-        return "the training images are all of one class; a classifier needs two"
+        return "all training images belong to one class; a classifier needs two"
     if not len(val_labels):
-        return "no images are held out; give a val folder or set data.val_fraction above 0"
+        return "no images are held out; add a val folder or set data.val_fraction above 0"
     if not (val_labels >= 0).any():
         return "the held-out images have no labels"
     return None
 
 
 def label_notes(train_labels: np.ndarray, val_labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """What limits a figure: classes without images on one side, a single image of a class, images without one."""
+    """Describe the limits of a figure: classes without training or test images, single-image classes, unlabeled images."""
     train = np.bincount(train_labels[train_labels >= 0], minlength=len(classes))
     val = np.bincount(val_labels[val_labels >= 0], minlength=len(classes))
     notes = [
@@ -84,15 +84,15 @@ def label_notes(train_labels: np.ndarray, val_labels: np.ndarray, classes: Seque
         _note(classes, (train == 0) & (val > 0), "without training images, so always wrong"),
         _note(classes, train == 1, "with a single training image"),
     ]
-    unlabelled = int((train_labels < 0).sum() + (val_labels < 0).sum())
-    if unlabelled:
-        noun = "image" if unlabelled == 1 else "images"
-        notes.append(f"{unlabelled:,} {noun} without a label not used")
+    unlabeled = int((train_labels < 0).sum() + (val_labels < 0).sum())
+    if unlabeled:
+        noun = "image" if unlabeled == 1 else "images"
+        notes.append(f"{unlabeled:,} {noun} without a label not used")
     return [note for note in notes if note]
 
 
 def class_names(classes: Sequence[str], *labels: np.ndarray) -> list[str]:
-    """A name for every class that occurs, by number where the manifest has none."""
+    """Return a name for every class; a class that the manifest does not name gets its number."""
     count = max([len(classes), *(int(part.max(initial=-1)) + 1 for part in labels)])
     return [*classes, *(str(number) for number in range(len(classes), count))]
 

@@ -1,7 +1,7 @@
 """Linear probe: a linear classifier on frozen features (EsViT, section 4; ``eval_linear.py`` of the published code).
 
-Differs from the published protocol in one thing: it trains on features of the evaluation transform, computed once,
-where the published code draws a new random crop and flip of every image in every epoch.
+It differs from the published protocol in one point: it trains on features of the evaluation transform, computed once,
+whereas the published code draws a new random crop and flip of every image in every epoch.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import nn
 
 from esvit_core.config import Config, LinearConfig
 from esvit_core.evaluation.labels import Task, run_task
-from esvit_core.evaluation.results import Result, left_out, measured, once
+from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore
 
-_REFERENCE_BATCH = 256  # the learning rate of the configuration is for this many images
-_CONFUSION_CLASSES = 100  # a larger table serves nobody
-_VALUES_WORTH_THREADS = 1 << 20  # of a batch
+_REFERENCE_BATCH = 256  # batch size that the configured learning rate refers to
+_CONFUSION_CLASSES = 100  # maximum number of classes of a confusion matrix
+_MIN_VALUES_FOR_THREADS = 1 << 20  # of a batch
 
 
 @dataclass(frozen=True)
 class ProbeOutcome:
-    """What a probe reached.
+    """Outcome of a probe.
 
     Attributes:
         last: accuracy after the last epoch, percent.
-        best: of the best epoch, chosen on the same test images: the figure that the published code prints.
-        best_epoch: that epoch, from 1.
-        top5: accuracy after the last epoch of the five most likely classes, percent.
+        best: accuracy of the best epoch, chosen on the same test images, percent; the published code prints it.
+        best_epoch: the best epoch, from 1.
+        top5: top-5 accuracy after the last epoch, percent.
         predictions: class of each test image after the last epoch, (M,).
     """
 
@@ -57,13 +57,14 @@ def linear_probe(
 ) -> ProbeOutcome:
     """Train a linear classifier with SGD (momentum 0.9, no weight decay, cosine schedule to 0 by epoch).
 
-    The learning rate is ``config.lr * batch / 256``; features are used as they are, not standardised.
+    The learning rate is ``config.lr * batch / 256``; features are not standardized.
 
     Args:
         train, test: features, (N, D) and (M, D) float32.
         train_labels, test_labels: classes from 0, (N,) and (M,).
         classes: number of classes C.
-        seed: of the weights (normal, 0.01) and of the order of the images; the outcome depends on nothing else.
+        config: batch size, learning rate and epochs.
+        seed: seed of the weights (normal, 0.01) and of the order of the images; there is no other randomness.
         label: first word of the progress lines.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,22 +98,22 @@ def linear_probe(
 
 
 def evaluate_linear(run_uri: str, store: ObjectStore, config: Config) -> Result:
-    """Linear probe of both backbones on the averages of their last blocks.
+    """Evaluate a linear probe of both backbones on the averages of their last blocks.
 
-    Written once to ``evaluation/linear.json``: ``linear`` is the accuracy after the last epoch, which no choice on the
-    test images has touched; ``linear/best`` that of the best epoch, the published code's figure. ``confusion``
-    counts the trained backbone's predictions (rows: true class, columns: predicted).
+    The result is written once to ``evaluation/linear.json``: ``linear`` is the accuracy after the last epoch, which does
+    not depend on the test images; ``linear/best`` is that of the best epoch, the figure of the published code.
+    ``confusion`` counts the predictions of the trained backbone (rows: true class, columns: predicted).
     """
-    return once(store, run_uri, "linear", lambda: measure_linear(run_task(run_uri, store), config))
+    return measure_once(store, run_uri, "linear", lambda: measure_linear(run_task(run_uri, store), config))
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:
-    """How often each class (rows) was taken for each (columns), (C, C)."""
+    """Count the predictions (columns) of each true class (rows), (C, C)."""
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes).tolist()
 
 
 def measure_linear(task: Task | str, config: Config) -> Result:
-    """The result of the task, for every model in it."""
+    """Measure the task for every model in it."""
     if isinstance(task, str):
         return left_out("linear", task)
     classes = len(task.classes)
@@ -146,14 +147,14 @@ def measure_linear(task: Task | str, config: Config) -> Result:
 
 @contextlib.contextmanager
 def _threads_for(values: int) -> Iterator[None]:
-    """One thread for steps on few values: there the threads of a busy machine mostly wait for each other."""
+    """Use one thread for steps on few values, in which the threads of a busy machine mostly wait for each other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if values < _VALUES_WORTH_THREADS else before)
+    torch.set_num_threads(1 if values < _MIN_VALUES_FOR_THREADS else before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _percent(right: torch.Tensor) -> float:
-    return int(right.sum()) * 100 / len(right)
+def _percent(correct: torch.Tensor) -> float:
+    return int(correct.sum()) * 100 / len(correct)

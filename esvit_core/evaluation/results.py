@@ -1,10 +1,10 @@
-"""The result of an evaluation: one JSON object below the run, written once.
+"""Result of an evaluation: one JSON object of the run, written once.
 
     {"name": "knn", "status": "measured", "reason": null, "headline": "knn/20", "unit": "%",
-     "results": {"trained": {"knn/20": 34.9}, "untrained": {"knn/20": 30.7}},
+     "results": {"trained": {"knn/20": 34.9}, "baseline": {"knn/20": 30.7}},
      "classes": ["cat", ...], "notes": [...], "seconds": 1.2, ...}
 
-What cannot be measured has the status ``left_out`` and the reason.
+What cannot be measured has the status ``left_out`` and a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.store_errors import NotFound
 
-MODELS = ("trained", "untrained")
+MODELS = ("trained", "baseline")
 Result = dict[str, Any]
 
 
@@ -26,20 +26,20 @@ def result_uri(run_uri: str, name: str) -> str:
 
 
 def read_result(store: ObjectStore, run_uri: str, name: str) -> Result | None:
-    """The result of the evaluation ``name`` (``knn``, ``linear``, ``transfer-<set>``); None before it is there."""
+    """Read the result of the evaluation ``name`` (``knn``, ``linear``, ``transfer-<set>``); None if it does not exist."""
     try:
         return store.get_json(result_uri(run_uri, name))
     except NotFound:
         return None
 
 
-def once(store: ObjectStore, run_uri: str, name: str, measure: Callable[[], Result]) -> Result:
-    """The result that is there, or else the one that ``measure`` gives, written.
+def measure_once(store: ObjectStore, run_uri: str, name: str, measure: Callable[[], Result]) -> Result:
+    """Return the existing result, or measure and write it.
 
-    Of two attempts at once the first result stays, and both return it.
+    If two attempts run concurrently, the first result is kept and both return it.
     """
-    if (found := read_result(store, run_uri, name)) is not None:
-        return found
+    if (existing := read_result(store, run_uri, name)) is not None:
+        return existing
     start = time.monotonic()
     result: Result = {"name": name} | measure()
     result["seconds"] = round(time.monotonic() - start, 2)
@@ -50,7 +50,7 @@ def once(store: ObjectStore, run_uri: str, name: str, measure: Callable[[], Resu
 
 
 def measured(headline: str, results: dict[str, dict[str, float]], classes: Sequence[str], **more: Any) -> Result:
-    """A result with figures, percent, for each of :data:`MODELS`."""
+    """Create a result with figures in percent for each of :data:`MODELS`."""
     return {
         "status": "measured",
         "reason": None,
@@ -63,7 +63,7 @@ def measured(headline: str, results: dict[str, dict[str, float]], classes: Seque
 
 
 def left_out(headline: str, reason: str) -> Result:
-    """A result that says why there are no figures."""
+    """Create a result that states why there are no figures."""
     return {
         "status": "left_out",
         "reason": reason,

@@ -1,7 +1,7 @@
-"""Transfer to a labelled set: L2-regularised logistic regression on frozen features (EsViT, section 4.2; the linear
+"""Transfer to a labeled dataset: L2-regularized logistic regression on frozen features (EsViT, section 4.2; the linear
 probe of CLIP: Radford et al., 2021, appendix A.3).
 
-The strength lambda is the weight of ``|w|^2 / 2`` against the sum of the losses, scikit-learn's ``1 / C``.
+Lambda is the weight of ``|w|^2 / 2`` relative to the sum of the losses, scikit-learn's ``1 / C``.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from esvit_core.config import Config, TransferSet
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
-from esvit_core.evaluation.labels import Splits, Task, task_of, why_not
-from esvit_core.evaluation.results import MODELS, Result, left_out, measured, once
+from esvit_core.evaluation.labels import Splits, Task, missing_labels, task_of
+from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import Progress
 from esvit_core.storage import ObjectStore, join_uri
 
 Metric = Literal["accuracy", "mean_per_class"]
 
 _LOWEST_EXPONENT, _DECADES, _STEPS_PER_DECADE = -6, 12, 8
-#: The strengths that the search can choose: 96 logarithmic steps over 1e-6 ... 1e6.
+#: Values of lambda that the search can choose: 96 logarithmic steps over 1e-6 ... 1e6.
 LAMBDAS = 10.0 ** (_LOWEST_EXPONENT + np.arange(_DECADES * _STEPS_PER_DECADE + 1) / _STEPS_PER_DECADE)
 _FIRST_SPACING = 2 * _STEPS_PER_DECADE  # 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6
-_VALIDATION_SHARE = 0.2
+_VALIDATION_FRACTION = 0.2
 _MAX_ITERATIONS = 1000
 _DEFAULT_LAMBDA = 1.0
-# Matrix products of fewer values than this are faster on one core: on two busy ones the threads wait for each other,
-# measured fifty times as long for 1,400 x 128 features.
-_VALUES_WORTH_THREADS = 1 << 23
+# Matrix products with fewer values are faster on one thread: on two busy cores the threads wait for each other,
+# which took fifty times as long for 1,400 x 128 features.
+_MIN_VALUES_FOR_THREADS = 1 << 23
 
 
 @dataclass(frozen=True)
 class TransferOutcome:
-    """What the regression reached.
+    """Outcome of the regression.
 
     Attributes:
-        figure: the set's metric on the test images, percent.
-        strength: the lambda that was chosen.
-        validation: the metric on the validation split for every lambda tried.
-        converged: whether L-BFGS ended before its iterations did, in the last fit.
-        searched: False where no image could be spared for validation, so that lambda is 1.
+        figure: metric on the test images, percent.
+        strength: chosen lambda.
+        validation: metric on the validation split for every lambda that was tried.
+        converged: whether the final fit converged before the iteration limit.
+        searched: False if there were too few images for a validation split, so that lambda is 1.
     """
 
     figure: float
@@ -60,16 +60,16 @@ class TransferOutcome:
 
 
 def search_lambda(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """Parametric binary search of the regularisation strength.
+    """Search the regularization strength by parametric binary search.
 
-    Starts with 1e-6, 1e-4, ..., 1e6 and halves the interval around the peak until there are eight steps per decade.
-    Of equal scores the stronger regularisation counts as the peak.
+    The search starts with 1e-6, 1e-4, ..., 1e6 and halves the interval around the peak until it has eight steps per
+    decade. Among equal scores the strongest regularization is the peak.
 
     Args:
-        score: of a strength, on the validation split; higher is better.
+        score: score of a lambda on the validation split; higher is better.
 
     Returns:
-        The best strength, and the score of every strength tried.
+        The best lambda, and the score of every lambda that was tried.
     """
     scores: dict[int, float] = {}
 
@@ -96,13 +96,13 @@ def logistic_transfer(
     seed: int = 0,
     label: str = "transfer",
 ) -> TransferOutcome:
-    """Find lambda on a validation split of the training set, refit on the whole of it, measure on the test set.
+    """Choose lambda on a validation split, refit on the whole training set, and measure on the test set.
 
     Args:
         train, test: features, (N, D) and (M, D).
         train_labels, test_labels: classes, (N,) and (M,).
-        metric: also what the search looks at.
-        seed: of the validation split: a fifth of every class, but never its last image.
+        metric: metric of the search and of the result.
+        seed: seed of the validation split, see :func:`validation_split`.
         label: first word of the progress lines.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
@@ -116,7 +116,7 @@ def logistic_transfer(
     strength = _DEFAULT_LAMBDA
     scores: dict[float, float] = {}
     if held_out.any():
-        with Progress(None, unit="strengths of the regularisation", label=label) as progress:
+        with Progress(None, unit="regularization strengths", label=label) as progress:
 
             def score(candidate: float) -> float:
                 value = metric_of(metric, wanted, _fit(fit, fit_labels, candidate).predict(validation))
@@ -130,38 +130,38 @@ def logistic_transfer(
 
 
 def validation_split(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Which training images are for validation: a fifth of every class, but never its last image; (N,) bool."""
+    """Choose a fifth of every class for validation, but never the last image of a class; (N,) bool."""
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)
     for value in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == value))
-        count = min(max(1, round(len(members) * _VALIDATION_SHARE)), len(members) - 1)
+        count = min(max(1, round(len(members) * _VALIDATION_FRACTION)), len(members) - 1)
         chosen[members[:count]] = True
     return chosen
 
 
 def metric_of(metric: Metric, truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Accuracy, or the mean over the classes that occur of the accuracy in each; percent."""
-    right = truth == predicted
+    """Compute accuracy, or mean accuracy over the classes that occur; percent."""
+    correct = truth == predicted
     if metric == "accuracy":
-        return int(right.sum()) * 100 / len(right)
-    _, place, count = np.unique(truth, return_inverse=True, return_counts=True)
-    return float((np.bincount(place, weights=right) / count).mean() * 100)
+        return int(correct.sum()) * 100 / len(correct)
+    _, index, count = np.unique(truth, return_inverse=True, return_counts=True)
+    return float((np.bincount(index, weights=correct) / count).mean() * 100)
 
 
 def evaluate_transfer(run_uri: str, store: ObjectStore, config: Config, set_name: str) -> Result:
-    """Transfer of both backbones' view features to one set, prepared at ``transfer/<set>`` below the run.
+    """Evaluate the transfer of both backbones' view features to a dataset prepared at ``transfer/<set>`` of the run.
 
-    Written once to ``evaluation/transfer-<set>.json``, with the ``metric`` and the ``lambda`` of each model.
+    The result is written once to ``evaluation/transfer-<set>.json``, with the ``metric`` and the ``lambda`` of each model.
 
     Raises:
-        UserError: the configuration has no set of that name.
+        UserError: the configuration has no dataset of that name.
     """
     chosen = next((s for s in config.evaluation.transfer if s.name == set_name), None)
     if chosen is None:
         names = ", ".join(s.name for s in config.evaluation.transfer) or "none"
         raise UserError(f"transfer set {set_name}: not in evaluation.transfer; the configuration has {names}")
-    return once(
+    return measure_once(
         store,
         run_uri,
         f"transfer-{set_name}",
@@ -170,7 +170,7 @@ def evaluate_transfer(run_uri: str, store: ObjectStore, config: Config, set_name
 
 
 def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
-    """The result of the task, for every model in it."""
+    """Measure the task for every model in it."""
     key = f"transfer/{chosen.name}"
     if isinstance(task, str):
         return left_out(key, task) | {"metric": chosen.metric}
@@ -188,7 +188,7 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     }
     notes = list(task.notes)
     if not all(o.searched for o in outcomes.values()):
-        notes.append("every class has a single training image, so lambda could not be searched and is 1")
+        notes.append("every class has a single training image, so lambda was not searched and is 1")
     notes += [
         f"{model}: L-BFGS stopped after {_MAX_ITERATIONS:,} iterations"
         for model, o in outcomes.items()
@@ -208,11 +208,11 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
 def transfer_task(
     run_uri: str, store: ObjectStore, config: Config, set_name: str, networks: Mapping[str, nn.Module] | None = None
 ) -> Task | str:
-    """The classification of a set by the features of ``networks`` (None: the run's own), or why there is none."""
+    """Return the task of a dataset with the features of ``networks`` (None: the run's), or the reason why there is none."""
     prefix = join_uri(run_uri, "transfer", set_name)
     datasets = split_datasets(store, prefix)
     labels = [datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS]
-    if reason := why_not(*labels):
+    if reason := missing_labels(*labels):
         return reason
     splits: dict[str, Splits] = {}
     for model in networks or MODELS:
@@ -229,8 +229,8 @@ def transfer_task(
 
 def _fit(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
     model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=_MAX_ITERATIONS)
-    threads = 1 if x.size < _VALUES_WORTH_THREADS else None
+    threads = 1 if x.size < _MIN_VALUES_FOR_THREADS else None
     with warnings.catch_warnings(), threadpool_limits(threads):
-        # Weak regularisation of separable features has no finite optimum to converge to; the last fit is checked.
+        # With weak regularization separable features have no finite optimum; the convergence of the final fit is checked.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(x, labels)

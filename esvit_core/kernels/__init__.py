@@ -1,8 +1,9 @@
-"""Fused CPU kernels in C: ``rows.c`` and ``windows.h``.
+"""Fused CPU kernels in C, ``fused_softmax.c`` and ``window_attention.h``, compiled on first use.
 
-An installation may bring them compiled, for the levels x86-64-v3 and x86-64-v4 (``build.py``; the container images do).
-Elsewhere they are compiled for this very processor when a process first asks, if there is a C compiler. Without either,
-torch computes the same to the rounding of float32, so a training is repeated bit for bit on machines with the same kernels.
+An installation may include them precompiled for the levels x86-64-v3 and x86-64-v4 (``build.py``); the container images
+do. Otherwise they are compiled for the local CPU on first use, if there is a C compiler. Without a compiler torch
+computes the same up to float32 rounding; a training is therefore reproducible bit for bit between machines that use the
+same kernels.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from esvit_core.kernels.build import LEVELS, SOURCES, compile_kernels, file_name
 logger = logging.getLogger(__name__)
 
 
-class Windows(ctypes.Structure):
-    """``given`` of ``windows.h``."""
+class WindowAttentionArgs(ctypes.Structure):
+    """``struct args`` of ``window_attention.h``."""
 
     _fields_ = (
         ("qkv", ctypes.c_void_p),
-        ("half", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("fill", "index", "bias", "mask")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("L", "windows", "heads", "N")),
@@ -39,32 +40,47 @@ class Windows(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none for this processor and no C compiler can make them."""
-    found = _load_prebuilt(SOURCES, _cpu_flags()) or _compile()
-    if found is None:
+    """Return the compiled kernels; None if there are none for this CPU and no C compiler can build them."""
+    loaded = _load_prebuilt(SOURCES, _cpu_flags()) or _compile()
+    if loaded is None:
         return None
     pointer, size, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    found.sharpen.argtypes = [pointer, flag, size, pointer, real, pointer, size, pointer]
-    found.compare.argtypes = [pointer, size, flag, size, real, pointer, pointer, size, pointer, pointer, pointer]
-    given = ctypes.POINTER(Windows)
-    for attend, backward in ((found.attend_32, found.attend_backward_32), (found.attend_64, found.attend_backward_64)):
-        attend.argtypes = [given, size, size, pointer, pointer]
-        backward.argtypes = [given, size, size, pointer, pointer, pointer, pointer, pointer]
-    return found
+    loaded.teacher_softmax.argtypes = [pointer, flag, size, pointer, real, pointer, size, pointer]
+    loaded.soft_cross_entropy.argtypes = [
+        pointer,
+        size,
+        flag,
+        size,
+        real,
+        pointer,
+        pointer,
+        size,
+        pointer,
+        pointer,
+        pointer,
+    ]
+    args = ctypes.POINTER(WindowAttentionArgs)
+    for attend, backward in (
+        (loaded.attend_32, loaded.attend_backward_32),
+        (loaded.attend_64, loaded.attend_backward_64),
+    ):
+        attend.argtypes = [args, size, size, pointer, pointer]
+        backward.argtypes = [args, size, size, pointer, pointer, pointer, pointer, pointer]
+    return loaded
 
 
 def _load_prebuilt(folder: Path, cpu_flags: frozenset[str]) -> ctypes.CDLL | None:
-    """The library in a folder for the widest level that a processor with these features has."""
-    for level, needed in LEVELS.items():
+    """Load the library in ``folder`` for the highest level that a CPU with these features supports."""
+    for level, required in LEVELS.items():
         path = folder / file_name(level)
-        if needed <= cpu_flags and path.exists():
+        if required <= cpu_flags and path.exists():
             logger.info("CPU kernels: %s", path)
             return ctypes.CDLL(str(path))
     return None
 
 
 def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What Linux says the processor can do; nothing where it is not Linux on x86."""
+    """Return the CPU features that Linux reports; empty on other systems than Linux on x86."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -73,29 +89,32 @@ def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def _compile() -> ctypes.CDLL | None:
-    """The kernels, compiled for this processor; None without a compiler that can."""
+    """Compile and load the kernels for this CPU; None if there is no working compiler."""
     compiler = find_compiler()
     if not compiler:
         return None
     try:
-        with tempfile.TemporaryDirectory() as folder:  # a second; what is kept would have to be trusted later
+        with tempfile.TemporaryDirectory() as folder:  # takes a second; a cached file would have to be trusted
             binary = Path(folder) / "esvit.so"
             compile_kernels(compiler, "native", binary)
             return ctypes.CDLL(str(binary))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        logger.info("CPU kernels: torch computes instead: %s did not compile them: %s", compiler, said.decode().strip())
+        output = getattr(error, "stderr", b"") or str(error).encode()
+        logger.info(
+            "CPU kernels: %s failed to compile them, torch computes instead: %s", compiler, output.decode().strip()
+        )
         return None
 
 
 def call(name: str, jobs: Iterable[tuple[Any, ...]]) -> None:
-    """Call a function of the library with the arguments of each job, as many at a time as torch has threads.
+    """Call a function of the library once per job, on as many threads as torch uses.
 
     Args:
-        jobs: tensors in place of pointers.
+        name: name of the function.
+        jobs: arguments of each call, with tensors in place of pointers.
 
     Raises:
-        MemoryError: a job could not have the memory it works in.
+        MemoryError: a job could not allocate its working memory.
     """
     function = getattr(library(), name)
 
@@ -104,9 +123,9 @@ def call(name: str, jobs: Iterable[tuple[Any, ...]]) -> None:
 
     threads = torch.get_num_threads()
     if any(map(run, jobs) if threads == 1 else _threads(threads).map(run, jobs)):
-        raise MemoryError(f"no memory for {name}")
+        raise MemoryError(f"{name}: out of memory")
 
 
 @functools.cache
 def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, thread_name_prefix="compiled")
+    return ThreadPoolExecutor(number, thread_name_prefix="c_kernel")

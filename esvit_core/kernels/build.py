@@ -1,9 +1,9 @@
-"""Compile the C kernels ahead of time, for a machine without a compiler: one library for each level of x86-64.
+"""Compile the C kernels ahead of time for machines without a compiler: one library per x86-64 level.
 
     python3 esvit_core/kernels/build.py [FOLDER]
 
-The default folder is this one, where :func:`esvit_core.kernels.library` looks for them. The images' build calls this
-file before anything is installed, so it imports nothing but the standard library.
+The default folder is that of this file, where :func:`esvit_core.kernels.library` looks for them. The build of the
+container images runs this file before anything is installed, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Loops over a row as wide as the processor allows; no -ffast-math, which changes how the whole process rounds.
+# Vectorize loops; no -ffast-math, which changes the rounding of the whole process.
 FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-# The x86-64 psABI's levels, the widest first, and what /proc/cpuinfo calls the features that each adds.
+# Levels of the x86-64 psABI, highest first, with their features as named in /proc/cpuinfo.
 V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
 LEVELS = {
     "x86-64-v4": V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
@@ -29,7 +29,7 @@ SOURCES = Path(__file__).parent
 
 
 def find_compiler() -> str | None:
-    """The C compiler: ``CC``, or the first of cc, gcc and clang on the path."""
+    """Return the C compiler: ``CC``, or the first of cc, gcc and clang on the path."""
     return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -37,13 +37,13 @@ def compile_kernels(compiler: str, march: str, output: Path) -> None:
     """Compile the kernels into a shared library.
 
     Args:
-        compiler: a command, with its own options perhaps.
-        march: the processor, as the compiler's ``-march`` names it.
-        output: the library.
+        compiler: command, possibly with options.
+        march: value of the compiler's ``-march``.
+        output: path of the library.
 
     Raises:
         OSError: the compiler cannot be started.
-        subprocess.CalledProcessError: it refused; ``stderr`` has its output.
+        subprocess.CalledProcessError: the compilation failed; ``stderr`` holds the compiler's output.
     """
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
     command = [*shlex.split(compiler), f"-march={march}", *FLAGS, *sources, "-o", str(output), "-lm"]
@@ -51,26 +51,26 @@ def compile_kernels(compiler: str, march: str, output: Path) -> None:
 
 
 def file_name(level: str) -> str:
-    """Name of the library for a level: it has the hash of the sources, so that one of other sources is not loaded."""
+    """Return the file name of a level's library; a hash of the sources prevents loading a library of other sources."""
     content = b"".join(path.read_bytes() for path in sorted((*SOURCES.glob("*.c"), *SOURCES.glob("*.h"))))
     return f"esvit-{level}-{hashlib.sha256(content).hexdigest()[:12]}.so"
 
 
 def main(folder: Path) -> int:
-    """Compile the library of every level, on x86-64; other machines have none yet."""
+    """Compile the library of every level; only x86-64 is supported."""
     if platform.machine() != "x86_64":
-        print(f"{platform.machine()}: no kernels are compiled ahead of time for it")
+        print(f"{platform.machine()}: kernels can only be precompiled for x86-64")
         return 0
     compiler = find_compiler()
     if compiler is None:
-        print("error: no C compiler: install gcc and libc6-dev, or name one in CC", file=sys.stderr)
+        print("error: no C compiler; install gcc and libc6-dev, or set CC", file=sys.stderr)
         return 2
     for level in LEVELS:
         try:
             compile_kernels(compiler, level, folder / file_name(level))
         except (OSError, subprocess.CalledProcessError) as error:
-            said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
-            print(f"error: {compiler} does not compile the kernels for {level}: {said}", file=sys.stderr)
+            output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
+            print(f"error: {compiler} failed to compile the kernels for {level}: {output}", file=sys.stderr)
             return 2
         print(folder / file_name(level))
     return 0

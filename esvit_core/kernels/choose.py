@@ -1,7 +1,7 @@
-"""Forms of a network's layers that compute the same and are the fastest where it runs.
+"""Select the fastest implementations of a network's layers for its device.
 
-A network that was only built computes in torch's own operations, as published bit for bit in float32 where ours can; one
-that is trained, or used for features, in these.
+A newly created network uses plain torch operations, which match the published code bit for bit in float32 where
+possible. Training and feature extraction select faster kernels that compute the same formulas.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.layers.windows import WindowAttention
 
 
-def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Have the layers of ``network`` compute in the fastest form.
+def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Select the fastest kernels for the layers of ``network``, in place.
 
     Args:
-        network: any; the attention layers of timm say by ``fused_attn`` how they compute.
-        dtype: of its arithmetic.
-        device: where it is.
+        network: any network; the attention layers of timm are controlled by their ``fused_attn``.
+        dtype: precision of the network.
+        device: device of the network.
     """
     if device.type != "cpu":
         return
@@ -29,20 +29,20 @@ def choose_fastest_(network: nn.Module, dtype: torch.dtype, device: torch.device
         _replace_linear_layers_(network)
     for module in network.modules():
         if isinstance(module, WindowAttention | cvt.Attention):
-            module.compiled = True
+            module.use_c_kernel = True
         if isinstance(module, cvt.FeedForward):
-            module.folded = True
+            module.fold_activation = True
         if isinstance(module, StochasticDepth):
-            module.sparing = True
+            module.skip_dropped = True
         if dtype == torch.float32 and isinstance(module, cvt.PointwiseConv):
-            module.product = linear
+            module.linear = linear
         if dtype == torch.bfloat16 and isinstance(getattr(module, "fused_attn", None), bool):
-            setattr(module, "fused_attn", False)  # noqa: B010  mypy takes attributes of modules for tensors
+            setattr(module, "fused_attn", False)  # noqa: B010  mypy assumes that attributes of modules are tensors
 
 
 def _replace_linear_layers_(network: nn.Module) -> None:
-    """Put a :class:`Linear` with the same parameters in the place of every ``nn.Linear`` below ``network``."""
-    replaced: dict[nn.Module, Linear] = {}  # one that has several places stays one
+    """Replace every ``nn.Linear`` in ``network`` by a :class:`Linear` with the same parameters."""
+    replaced: dict[nn.Module, Linear] = {}  # a shared layer stays shared
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

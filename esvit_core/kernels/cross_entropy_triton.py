@@ -1,8 +1,8 @@
-"""The matched cross-entropy on a GPU: one kernel forward, one backward, nothing of (rows x K) but the gradient.
+"""Matched cross-entropy on a GPU: one forward and one backward kernel; the only (rows x K) tensor is the gradient.
 
-Forward, each student row is read once: its log-sum-exp online, its product with the matched teacher rows beside it.
-Only the log-sum-exp is kept. Backward, the gradient is written as it is computed, the factor from outside read on the
-device. The formula is in :mod:`esvit_core.losses.cross_entropy`; ``tests/losses/test_cross_entropy_triton.py`` runs the
+The forward kernel reads each student row once and computes its log-sum-exp online together with its product with the
+matched teacher rows. Only the log-sum-exp is saved. The backward kernel computes and writes the gradient, and reads the
+outer gradient on the device. The formula is in :mod:`esvit_core.losses.cross_entropy`; ``tests/losses/test_cross_entropy_triton.py`` runs the
 kernels in Triton's interpreter on a CPU.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # columns a program works on at a time
+BLOCK = 4096  # columns that a program processes at a time
 
 
 @triton.jit
@@ -36,15 +36,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         largest = new_largest
         for q in tl.static_range(Q):
             match = tl.load(matches + row * Q + q)
-            known = inside & (match >= 0)
-            p = tl.load(teacher + match * K + columns, mask=known, other=0.0)
+            valid = inside & (match >= 0)
+            p = tl.load(teacher + match * K + columns, mask=valid, other=0.0)
             score += tl.sum(p * tl.where(inside, s, 0.0), 0)
     matched = tl.zeros((), tl.float32)
     for q in tl.static_range(Q):
         matched += (tl.load(matches + row * Q + q) >= 0).to(tl.float32)
-    found = largest + tl.log(total)
-    tl.store(lse + row, found)
-    tl.store(loss + row, tl.load(weights + row) * (matched * found - score))
+    log_sum = largest + tl.log(total)
+    tl.store(lse + row, log_sum)
+    tl.store(loss + row, tl.load(weights + row) * (matched * log_sum - score))
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 class MatchedCrossEntropyTriton(torch.autograd.Function):
-    """Arguments as :func:`~esvit_core.losses.cross_entropy.matched_cross_entropy`; the teacher in float32."""
+    """Arguments as in :func:`~esvit_core.losses.cross_entropy.matched_cross_entropy`; the teacher is float32."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ class MatchedCrossEntropyTriton(torch.autograd.Function):
 
 
 def _table(matches: Sequence[Tensor]) -> Tensor:
-    """The groups' matches in one table (R, Q), -1 where a row has fewer than the others."""
+    """Collect the groups' matches in one table (R, Q), padded with -1."""
     Q = max(group.shape[1] for group in matches)
     return torch.cat([torch.nn.functional.pad(group, (0, Q - group.shape[1]), value=-1) for group in matches])
 

@@ -1,6 +1,6 @@
 """The two passes over rows of K values that the objective of many prototypes consists of.
 
-On a processor with a C compiler ``rows.c`` of :mod:`esvit_core.kernels` makes them: a row stays in the cache from its
+On a processor with a C compiler ``fused_softmax.c`` of :mod:`esvit_core.kernels` makes them: a row stays in the cache from its
 first reading to the writing of its gradient. Elsewhere torch makes them, a few operations a pass.
 """
 
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esvit_core.kernels import call, library
-from esvit_core.losses.cross_entropy import rows_per_chunk, softmax_and_log_sum, teacher_distribution
+from esvit_core.kernels.chunked_softmax import rows_per_chunk, softmax_and_log_sum, teacher_distribution
 
 _ROWS_PER_CALL = 8  # of one thread: its call costs little beside them, and threads end at nearly the same time
 
 _Job = tuple[Tensor | float | None, ...]  # the arguments of a call
 
 
-def sharpen(logits: Tensor, rows: Tensor, center: Tensor, temp: float, out: Tensor) -> None:
+def teacher_softmax(logits: Tensor, rows: Tensor, center: Tensor, temp: float, out: Tensor) -> None:
     """Centered, sharpened distributions of some of the teacher's rows.
 
     Args:
@@ -34,14 +34,14 @@ def sharpen(logits: Tensor, rows: Tensor, center: Tensor, temp: float, out: Tens
         given: _Job = (logits, logits.dtype == torch.bfloat16, logits.shape[1], center, 1 / temp)
         chunks = zip(rows.split(_ROWS_PER_CALL), out.split(_ROWS_PER_CALL), strict=True)
         jobs: list[_Job] = [(*given, chunk, len(chunk), part) for chunk, part in chunks]
-        call("sharpen", jobs)
+        call("teacher_softmax", jobs)
         return
     step = rows_per_chunk(logits)
     for chunk, part in zip(rows.split(step), out.split(step), strict=True):
         teacher_distribution(logits[chunk], center, temp, part)
 
 
-def compare(
+def soft_cross_entropy(
     logits: Tensor,
     places: Sequence[slice],
     matches: Sequence[Tensor],
@@ -69,7 +69,7 @@ def compare(
         for rows, matched in _chunks(places, matches, _ROWS_PER_CALL):
             written = values[rows], None if out is None else out[rows]
             jobs.append((logits[rows], len(matched), *given, matched, matched.shape[1], scale[rows], *written))
-        call("compare", jobs)
+        call("soft_cross_entropy", jobs)
         return
     for rows, matched in _chunks(places, matches, rows_per_chunk(logits)):
         z = logits[rows].to(targets.dtype) * (1 / temp)  # (r, K)
@@ -94,7 +94,7 @@ def _chunks(places: Sequence[slice], matches: Sequence[Tensor], step: int) -> It
 
 
 def _compiled_fits(logits: Tensor, *others: Tensor) -> bool:
-    """Whether ``rows.c`` computes with these: on a processor, in float32, the logits in bfloat16 perhaps."""
+    """Whether ``fused_softmax.c`` computes with these: on a processor, in float32, the logits in bfloat16 perhaps."""
     return (
         logits.device.type == "cpu"
         and logits.dtype in (torch.float32, torch.bfloat16)

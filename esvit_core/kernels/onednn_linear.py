@@ -1,7 +1,8 @@
-"""Linear layers in float32 on a processor: oneDNN's products in place of BLAS's where it is the faster of the two.
+"""Float32 linear layers on a CPU: oneDNN's matrix product where it is faster than BLAS.
 
-torch leaves products in float32 to the BLAS it was built with, MKL in the wheels for x86. On an AMD processor oneDNN is 1.1 to
-1.7 times as fast, but for the gradient of the weight, a product over the rows. ``benchmarks/linear.py`` measures it.
+torch computes float32 products with the BLAS it was built with, MKL in the wheels for x86. On an AMD CPU oneDNN is 1.1
+to 1.7 times as fast, except for the gradient of the weight, a product over the rows. ``benchmarks/linear.py`` measures
+this.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from esvit_core.torch_private import has_onednn_linear, onednn_linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``.
+    """Compute ``x @ weight.T + bias``.
 
     Args:
         x: (..., D).
-        weight: (K, D), in any order of memory.
+        weight: (K, D), in any memory layout.
         bias: (K,).
 
     Returns:
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_onednn_faster(*tensors: Tensor) -> bool:
-    """Whether these are to be multiplied by oneDNN rather than by what torch takes."""
+    """Return whether oneDNN should multiply these tensors instead of torch's default."""
     return (
         _AVAILABLE
         and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
@@ -62,11 +63,11 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` in the faster of the two ways."""
+    """``nn.Linear`` with the faster matrix product."""
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Linear:
-        """A layer that has the parameters of another one, not copies of them."""
+        """Create a layer that shares the parameters of another layer."""
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         made.weight, made.bias = layer.weight, layer.bias
         return made.train(layer.training)

@@ -1,4 +1,4 @@
-"""Window attention in C (``esvit_core/kernels/windows.h``): the windows are never laid out, the weights never kept."""
+"""Window attention in C (``window_attention.h``): windows are not copied, and attention weights are not saved."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.kernels import Windows, call, library
+from esvit_core.kernels import WindowAttentionArgs, call, library
 
-HEADS = (32, 64)  # widths of a head
-FEWEST, MOST = 33, 64  # places of a window; with fewer, torch is as fast
+HEAD_WIDTHS = (32, 64)
+MIN_TOKENS, MAX_TOKENS = 33, 64  # per window; with fewer tokens torch is as fast
 
 
-def fits(qkv: Tensor, heads: int, places: int) -> bool:
-    """Whether the compiled form computes with these.
+def supports(qkv: Tensor, heads: int, window_tokens: int) -> bool:
+    """Return whether the C kernel supports these arguments.
 
     Args:
         qkv: (B, L, 3C).
-        heads: their number.
-        places: of a window.
+        heads: number of heads.
+        window_tokens: positions N per window, padding included.
     """
     return (
         type(qkv) is Tensor
         and qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
-        and qkv.shape[2] in [3 * heads * width for width in HEADS]
-        and FEWEST <= places <= MOST
+        and qkv.shape[2] in [3 * heads * width for width in HEAD_WIDTHS]
+        and MIN_TOKENS <= window_tokens <= MAX_TOKENS
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and library() is not None
@@ -44,16 +44,16 @@ def attend_in_windows(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """``softmax(scale q k^T + bias + mask) v`` of each window and head.
+    """Compute ``softmax(scale q k^T + bias + mask) v`` for each window and head.
 
     Args:
         qkv: queries, keys and values of the tokens, (B, L, 3C), float32 or bfloat16.
-        heads: their number.
-        fill: those of a place of padding, (3C,); None: zeros.
-        index: token at each place of the windows, -1 where there is padding, (windows, N). Each token has one place.
-        bias: (heads, N, N); None: there is none.
-        mask: (windows, N, N), without a gradient; None: there is none.
-        scale: of the products.
+        heads: number of heads.
+        fill: query, key and value of padding, (3C,); None: zeros.
+        index: token at each position of the windows, -1 for padding, (windows, N). Each token has one position.
+        bias: (heads, N, N); None: no bias.
+        mask: (windows, N, N), without gradient; None: no mask.
+        scale: factor of the products.
 
     Returns:
         (B, L, C), in the dtype of ``qkv``.
@@ -76,15 +76,15 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         qkv, fill = qkv.contiguous(), qkv.new_zeros(qkv.shape[2]) if fill is None else fill
         fill = fill.float().contiguous()
-        bias, mask = (None if matrices is None else _widened(matrices) for matrices in (bias, mask))
+        bias, mask = (None if matrices is None else _pad_to_max(matrices) for matrices in (bias, mask))
         B, L, C3 = qkv.shape
         out = qkv.new_empty(B, L, C3 // 3)
         sums = torch.empty(B, len(index), heads, index.shape[1])
         ctx.save_for_backward(qkv, fill, index, bias, mask, sums)
         ctx.scale = scale
-        given = _describe(qkv, heads, fill, index, bias, mask, scale)
+        args = _kernel_args(qkv, heads, fill, index, bias, mask, scale)
         name = f"attend_{C3 // (3 * heads)}"
-        call(name, [(given, first, last, out, sums) for first, last in _shares(B * len(index))])
+        call(name, [(args, first, last, out, sums) for first, last in _shares(B * len(index))])
         return out
 
     @staticmethod
@@ -95,11 +95,11 @@ class _Attention(torch.autograd.Function):
         shares = _shares(len(qkv) * len(index))
         of_qkv = torch.empty_like(qkv)
         of_fill = torch.zeros(len(shares), len(fill))
-        of_bias = None if bias is None else torch.zeros(len(shares), heads, N, MOST)
-        given = _describe(qkv, heads, fill, index, bias, mask, ctx.scale)
+        of_bias = None if bias is None else torch.zeros(len(shares), heads, N, MAX_TOKENS)
+        args = _kernel_args(qkv, heads, fill, index, bias, mask, ctx.scale)
         parts = zip(shares, of_fill, [None] * len(shares) if of_bias is None else of_bias, strict=True)
         name = f"attend_backward_{qkv.shape[2] // (3 * heads)}"
-        call(name, [(given, *share, gradient, sums, of_qkv, *added) for share, *added in parts])
+        call(name, [(args, *share, gradient, sums, of_qkv, *added) for share, *added in parts])
         return (
             of_qkv,
             None,
@@ -111,22 +111,22 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def _widened(matrices: Tensor) -> Tensor:
-    """(..., N, N) to (..., N, MOST)."""
-    return F.pad(matrices.float(), (0, MOST - matrices.shape[-1])).contiguous()
+def _pad_to_max(matrices: Tensor) -> Tensor:
+    """Pad (..., N, N) to (..., N, MAX_TOKENS)."""
+    return F.pad(matrices.float(), (0, MAX_TOKENS - matrices.shape[-1])).contiguous()
 
 
-def _describe(
+def _kernel_args(
     qkv: Tensor, heads: int, fill: Tensor, index: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Windows:
+) -> WindowAttentionArgs:
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (fill, index, bias, mask))
-    return Windows(
+    return WindowAttentionArgs(
         qkv.data_ptr(), qkv.dtype == torch.bfloat16, *pointers, scale, qkv.shape[1], len(index), heads, index.shape[1]
     )
 
 
 def _shares(windows: int) -> list[tuple[int, int]]:
-    """First and last window of each thread: as many shares as threads, for sums that are always the same."""
+    """Return first and last window of each thread; one share per thread makes the sums reproducible."""
     threads = min(torch.get_num_threads(), windows)
     ends = [windows * i // threads for i in range(threads + 1)]
     return list(itertools.pairwise(ends))

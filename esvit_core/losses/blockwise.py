@@ -3,7 +3,7 @@
 The regions of an image are compared with each other only. So the teacher's distributions of a few images are made,
 of the rows that match one of the student's, compared with the student's logits of the same images, and forgotten;
 the softmax serves loss and gradient at once. Where the logits are themselves a product
-(:class:`~esvit_core.models.lazy_logits.PrototypeLogits`) they are made and forgotten likewise, and their gradient,
+(:class:`~esvit_core.models.lazy_logits.LazyLogits`) they are made and forgotten likewise, and their gradient,
 before it is, goes into those of embeddings and prototypes.
 
 The formula is in :mod:`esvit_core.losses.cross_entropy`; with ``t`` the mean of the teacher rows matched to row ``r``,
@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esvit_core.kernels.fused_softmax import compare, sharpen
+from esvit_core.kernels.fused_softmax import soft_cross_entropy, teacher_softmax
 from esvit_core.kernels.onednn_linear import linear
-from esvit_core.losses.cross_entropy import rows_per_chunk
-from esvit_core.models.lazy_logits import WEIGHT_ROWS, PrototypeLogits
+from esvit_core.models.lazy_logits import WEIGHT_ROWS, LazyLogits
 
-Logits = Tensor | PrototypeLogits
+Logits = Tensor | LazyLogits
 
 # Rows of the student that are worked off at a time, at least those of one image.
 _ROWS_OF_TENSORS = 256
+_TEACHER_ROWS = 256  # rows of lazy teacher logits per product: the product of fewer takes as long
 ROWS_OF_PRODUCTS = 512  # each time the prototypes are read and their whole gradient is added to
 
 
@@ -53,15 +53,14 @@ class Teacher:
         """Of the given rows, (their number, K)."""
         out = self.center.new_empty(len(rows), self.center.shape[1])
         if isinstance(self.logits, Tensor):
-            sharpen(self.logits, rows, self.center, self.temp, out)
+            teacher_softmax(self.logits, rows, self.center, self.temp, out)
             return out
-        step = rows_per_chunk(self.logits)
-        for chunk, part in zip(rows.split(step), out.split(step), strict=True):
-            sharpen(self.logits[chunk], torch.arange(len(chunk)), self.center, self.temp, part)
+        for chunk, part in zip(rows.split(_TEACHER_ROWS), out.split(_TEACHER_ROWS), strict=True):
+            teacher_softmax(self.logits[chunk], torch.arange(len(chunk)), self.center, self.temp, part)
         return out
 
 
-def cross_entropy_by_image(
+def blockwise_cross_entropy(
     student: Logits, teacher: Teacher, matches: Sequence[Tensor], weights: Tensor, student_temp: float, images: int
 ) -> Tensor:
     """Weighted sum of the cross-entropies of all matched rows.
@@ -79,7 +78,7 @@ def cross_entropy_by_image(
     """
     of_crops = weights.split([len(group) for group in matches])
     factors = torch.cat([group.shape[1] * part for group, part in zip(matches, of_crops, strict=True)])
-    if isinstance(student, PrototypeLogits):
+    if isinstance(student, LazyLogits):
         blocks = list(_blocks(matches, images, ROWS_OF_PRODUCTS))
         return _OfProducts.apply(student.embeddings, student.weight, teacher, blocks, factors, student_temp)
     blocks = list(_blocks(matches, images, _ROWS_OF_TENSORS))
@@ -138,7 +137,7 @@ class _OfTensors(torch.autograd.Function):
         values, scale = torch.empty_like(factors), factors / student_temp
         for block in blocks:
             targets = teacher.distributions(block.teacher)
-            compare(student, block.student, block.matches, targets, student_temp, scale, values, gradient)
+            soft_cross_entropy(student, block.student, block.matches, targets, student_temp, scale, values, gradient)
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return factors.dot(values)
 
@@ -170,7 +169,9 @@ class _OfProducts(torch.autograd.Function):
             own = torch.cat([embeddings[rows] for rows in block.student])  # (r, D)
             factor = torch.cat([factors[rows] for rows in block.student])  # (r,)
             tile, values = linear(own, prototypes), torch.empty_like(factor)  # (r, K): the logits, then their gradient
-            compare(tile, block.places, block.matches, targets, student_temp, factor / student_temp, values, tile)
+            soft_cross_entropy(
+                tile, block.places, block.matches, targets, student_temp, factor / student_temp, values, tile
+            )
             loss += factor.dot(values)
             if wanted:
                 if of_weight.dtype == tile.dtype:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esvit_core.collectives import collective
-from esvit_core.models.lazy_logits import PrototypeLogits
+from esvit_core.models.lazy_logits import LazyLogits
 
 
 class Center(nn.Module):
@@ -31,14 +31,14 @@ class Center(nn.Module):
         self._noted: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
-    def update(self, teacher_logits: Tensor | PrototypeLogits, last: bool = True) -> None:
+    def update(self, teacher_logits: Tensor | LazyLogits, last: bool = True) -> None:
         """Take in the logits of this process.
 
         Args:
             teacher_logits: (rows, K).
             last: these complete the batch; False: they are added to those of the next call, and the center stays.
         """
-        if isinstance(teacher_logits, PrototypeLogits):
+        if isinstance(teacher_logits, LazyLogits):
             total = teacher_logits.sum(self.value.dtype)
         else:
             total = teacher_logits.sum(0, keepdim=True, dtype=self.value.dtype)

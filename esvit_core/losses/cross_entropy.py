@@ -23,10 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.models.lazy_logits import PrototypeLogits
-
-# Values of a chunk: 2 MB of float32 on a processor, so that it stays in the cache; on a GPU enough to fill it.
-_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 25}
+from esvit_core.kernels.chunked_softmax import rows_per_chunk, softmax_and_log_sum
 
 
 def matched_cross_entropy(
@@ -91,31 +88,6 @@ class _MatchedCrossEntropy(torch.autograd.Function):
         if outer.is_cuda or outer != 1:  # a GPU is not asked for the value: that would wait for it
             gradient = gradient * outer
         return gradient, *(None for _ in ctx.needs_input_grad[1:])
-
-
-def teacher_distribution(logits: Tensor, center: Tensor, temp: float, out: Tensor | None = None) -> Tensor:
-    """Centered, sharpened distribution over the prototypes, (rows, K), in float32 at least, without gradient."""
-    step = rows_per_chunk(logits)
-    out = torch.empty(logits.shape, dtype=center.dtype, device=logits.device) if out is None else out
-    for chunk, rows in zip(out.split(step), logits.detach().split(step), strict=True):
-        torch.softmax((rows - center).mul_(1 / temp), -1, out=chunk)
-    return out
-
-
-def softmax_and_log_sum(z: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax (r, K) of logits (r, K) and their logsumexp (r,), for the price of the first.
-
-    The second follows from the first at the largest logit, where ``z = logsumexp + log p``.
-    """
-    p = torch.softmax(z, -1, out=out)
-    return p, z.amax(-1) - p.amax(-1).log()
-
-
-def rows_per_chunk(logits: Tensor | PrototypeLogits) -> int:
-    """How many rows of ``logits`` (rows, K) to work off at a time."""
-    if isinstance(logits, PrototypeLogits):
-        return 256  # the product of fewer takes as long
-    return max(1, _CHUNK_VALUES.get(logits.device.type, 1 << 25) // logits.shape[1])
 
 
 def _chunks(matches: Sequence[Tensor], student: Tensor) -> Iterator[tuple[slice, Tensor]]:

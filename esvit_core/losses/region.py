@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_image
-from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
-from esvit_core.models.lazy_logits import PrototypeLogits, are_many
+from esvit_core.kernels.chunked_softmax import teacher_distribution
+from esvit_core.losses.blockwise import Logits, Teacher, blockwise_cross_entropy
+from esvit_core.losses.cross_entropy import matched_cross_entropy
+from esvit_core.models.lazy_logits import LazyLogits, are_many
 
 
 def match_regions(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -60,9 +61,9 @@ def region_loss(
     pairs = 2 * (len(student_regions) - 1)
     matches = match_crops(student_features, teacher_features, student_regions, teacher_regions)
     weights = torch.cat([center.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
-    if isinstance(student_logits, PrototypeLogits) or are_many(student_logits, student_logits.shape[1]):
+    if isinstance(student_logits, LazyLogits) or are_many(student_logits, student_logits.shape[1]):
         teacher = Teacher(teacher_logits, center, teacher_temp)
-        return cross_entropy_by_image(student_logits, teacher, matches, weights, student_temp, B)
+        return blockwise_cross_entropy(student_logits, teacher, matches, weights, student_temp, B)
     assert isinstance(teacher_logits, Tensor)
     targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2 * B * T, K)
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.losses.blockwise import Logits, Teacher, cross_entropy_by_image
-from esvit_core.losses.cross_entropy import matched_cross_entropy, teacher_distribution
-from esvit_core.models.lazy_logits import PrototypeLogits, are_many
+from esvit_core.kernels.chunked_softmax import teacher_distribution
+from esvit_core.losses.blockwise import Logits, Teacher, blockwise_cross_entropy
+from esvit_core.losses.cross_entropy import matched_cross_entropy
+from esvit_core.models.lazy_logits import LazyLogits, are_many
 
 
 def view_loss(
@@ -43,8 +44,7 @@ def view_loss(
     pairs = 2 * (n_crops - 1)
     if mix is not None:
         student_logits, teacher_logits = (
-            logits.dense() if isinstance(logits, PrototypeLogits) else logits
-            for logits in (student_logits, teacher_logits)
+            logits.dense() if isinstance(logits, LazyLogits) else logits for logits in (student_logits, teacher_logits)
         )
         targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2B, K)
         return _mixed_loss(student_logits, targets, student_temp, mix) * (weight / (pairs * B))
@@ -52,10 +52,10 @@ def view_loss(
     first, second = own[:, None], own[:, None] + B  # rows of the teacher's two crops
     matches = [second, first, torch.cat((first, second), 1).repeat(n_crops - 2, 1)]
     weights = center.new_full((n_crops * B,), weight / (pairs * B))
-    if isinstance(student_logits, PrototypeLogits) or are_many(student_logits, student_logits.shape[1]):
+    if isinstance(student_logits, LazyLogits) or are_many(student_logits, student_logits.shape[1]):
         matches[2:] = matches[2].split(B) if n_crops > 2 else []
         teacher = Teacher(teacher_logits, center, teacher_temp)
-        return cross_entropy_by_image(student_logits, teacher, matches, weights, student_temp, B)
+        return blockwise_cross_entropy(student_logits, teacher, matches, weights, student_temp, B)
     assert isinstance(teacher_logits, Tensor)
     targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2B, K)
     return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)

@@ -1,20 +1,20 @@
 """CvT with windows, as the published EsViT code has it (Wu et al., 2021; microsoft/esvit).
 
-What the published network does, and one would not guess:
+The published network differs from the paper:
 
-* Attention logits are scaled by the width of the stage, not of a head.
-* Queries, keys and values come from a 3 x 3 depth-wise convolution with batch norm, over the map already padded to
-  whole windows; the window shrinks to the map where the map is smaller. No mask hides the padding.
+* Attention logits are scaled by the width of the stage, not by that of a head.
+* Queries, keys and values come from a 3 x 3 depth-wise convolution with batch norm over the map, which is padded to
+  whole windows first. The window shrinks to a smaller map. No mask hides the padding.
 * Layer norms use eps 1e-5 and the activation is QuickGELU.
 
-Maps are (B, H, W, C) throughout: 1 x 1 convolutions are linear layers, and the depth-wise ones see channels-last
-memory. Their weights keep the published shapes.
+All maps are (B, H, W, C): 1 x 1 convolutions are computed as linear layers, and depth-wise convolutions get
+channels-last memory. The weights keep the published shapes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, QuickGELU, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.kernels import window_attention
@@ -30,25 +29,26 @@ from esvit_core.kernels.window_attention import attend_in_windows
 from esvit_core.models.layers.attention import attend
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.layers.windows import window_layout
+from esvit_core.models.staged_backbone import StagedBackbone
 from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1 x 1 convolution on (B, H, W, C).
+    """1 x 1 convolution on maps (B, H, W, C).
 
     Attributes:
-        product: how it is computed: set by :mod:`esvit_core.kernels.choose`.
+        linear: function that computes it; :mod:`esvit_core.kernels.choose` sets it.
     """
 
-    product: Callable[..., Tensor] = staticmethod(F.linear)
+    linear: Callable[..., Tensor] = staticmethod(F.linear)
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
         super().__init__(in_dim, out_dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight.flatten(1), self.bias)
+        return self.linear(x, self.weight.flatten(1), self.bias)
 
 
 class DepthWiseConv(nn.Module):
@@ -68,10 +68,10 @@ class Attention(nn.Module):
     """Multi-head attention within windows.
 
     Attributes:
-        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.choose`.
+        use_c_kernel: use the C kernel for shapes it supports; :mod:`esvit_core.kernels.choose` sets it.
     """
 
-    compiled = False
+    use_c_kernel = False
 
     def __init__(self, dim: int, num_heads: int, window_size: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -85,17 +85,17 @@ class Attention(nn.Module):
         return min(self.window_size, *x.shape[1:3])
 
     def _qkv(self, x: Tensor, w: int) -> Tensor:
-        """Queries, keys and values of the map and what it is padded with to whole windows, (B, H', W', 3C)."""
+        """Return queries, keys and values of the map, padded to whole windows, (B, H', W', 3C)."""
         return self.qkv(F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % w)))
 
     def _windows(self, qkv: Tensor, w: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, each (B, rows, columns, heads, window ** 2, C / heads)."""
+        """Partition into queries, keys and values, each (B, rows, columns, heads, window ** 2, C / heads)."""
         qkv = qkv.unflatten(1, (-1, w)).unflatten(3, (-1, w)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)
         return q, k, v
 
     def _map(self, windows: Tensor, height: int, width: int, w: int) -> Tensor:
-        """(B, rows, columns, heads, window ** 2, C / heads) -> (B, height, width, C)."""
+        """Merge windows: (B, rows, columns, heads, window ** 2, C / heads) -> (B, height, width, C)."""
         x = windows.unflatten(4, (w, w)).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, w, columns, w, heads, d)
         return x.flatten(5).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
@@ -104,22 +104,25 @@ class Attention(nn.Module):
         w = self._window(x)
         qkv = self._qkv(x, w)
         tokens = qkv.flatten(1, 2)
-        if self.compiled and window_attention.fits(tokens, self.num_heads, w * w):
-            places = window_layout(qkv.shape[1], qkv.shape[2], w, 0, x.device).places
-            out = attend_in_windows(tokens, self.num_heads, None, places, None, None, self.scale)
+        if self.use_c_kernel and window_attention.supports(tokens, self.num_heads, w * w):
+            index = window_layout(qkv.shape[1], qkv.shape[2], w, 0, x.device).token_index
+            out = attend_in_windows(tokens, self.num_heads, None, index, None, None, self.scale)
             return self.proj_out(out.unflatten(1, qkv.shape[1:3])[:, :H, :W])
         q, k, v = self._windows(qkv, w)
         out = attend(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), None, self.scale)
         return self.proj_out(self._map(out.view(q.shape), H, W, w))
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention itself, (B, rows, columns, heads, N, N)."""
+        """Return the attention weights, (B, rows, columns, heads, N, N)."""
         w = self._window(x)
         q, k, _ = self._windows(self._qkv(x, w), w)
         return (q @ k.mT * self.scale).softmax(-1)
 
     def received(self, x: Tensor) -> Tensor:
-        """Attention that each place receives, averaged over the real queries of its window, (B, heads, H, W)."""
+        """Return the attention that each position receives, averaged over its window's queries, (B, heads, H, W).
+
+        Queries in the padding do not count.
+        """
         w = self._window(x)
         real = F.pad(x.new_ones(x.shape[1:3]), (0, -x.shape[2] % w, 0, -x.shape[1] % w))
         real = real.unflatten(0, (-1, w)).unflatten(2, (-1, w)).transpose(1, 2).flatten(2)  # (rows, columns, N)
@@ -129,13 +132,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with a QuickGELU between.
+    """Two layers with a QuickGELU between them.
 
     Attributes:
-        folded: whether its factor goes into the layers: set by :mod:`esvit_core.kernels.choose`.
+        fold_activation: fold QuickGELU's factor into the layers; :mod:`esvit_core.kernels.choose` sets it.
     """
 
-    folded = False
+    fold_activation = False
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -143,16 +146,16 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(PointwiseConv(dim, hidden), QuickGELU(), PointwiseConv(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.folded:
+        if not self.fold_activation:
             return self.net(x)
         # x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one pass over the wide map instead of three
         first, _, second = cast(tuple[PointwiseConv, nn.Module, PointwiseConv], self.net)
-        x = F.silu(first.product(x, 1.702 * first.weight.flatten(1), 1.702 * cast(Tensor, first.bias)))
-        return second.product(x, second.weight.flatten(1) / 1.702, second.bias)
+        x = F.silu(first.linear(x, 1.702 * first.weight.flatten(1), 1.702 * cast(Tensor, first.bias)))
+        return second.linear(x, second.weight.flatten(1) / 1.702, second.bias)
 
 
 class PreNorm(nn.Module):
-    """A layer norm before a function."""
+    """Apply a layer norm, then a module."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -164,7 +167,7 @@ class PreNorm(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of a stage; each is attention, MLP, stochastic depth."""
+    """The blocks of a stage: attention and MLP with stochastic depth."""
 
     def __init__(
         self,
@@ -181,7 +184,7 @@ class Transformer(nn.Module):
                 [
                     PreNorm(dim, Attention(dim, num_heads, window_size, qkv_bias)),
                     PreNorm(dim, FeedForward(dim, mlp_ratio)),
-                    DropPath(drop),  # not to be spared the images it drops: batch norms see all of them
+                    DropPath(drop),  # does not skip dropped images: the batch norms need all of them
                     StochasticDepth(drop),
                 ]
             )
@@ -195,7 +198,7 @@ class Transformer(nn.Module):
         return stochastic_depth(x, feed_forward)
 
     def forward_blocks(self, x: Tensor) -> list[Tensor]:
-        """The output of every block, each (B, H, W, C)."""
+        """Return the output of every block, each (B, H, W, C)."""
         outputs = []
         for i in range(len(self.layers)):
             x = checkpoint(functools.partial(self.block, i), x) if self.grad_checkpointing else self.block(i, x)
@@ -206,7 +209,7 @@ class Transformer(nn.Module):
         return self.forward_blocks(x)[-1]
 
     def before_last_attention(self, x: Tensor) -> tuple[Attention, Tensor]:
-        """The last block's attention and what it sees."""
+        """Return the attention module of the last block and its input."""
         for i in range(len(self.layers) - 1):
             x = self.block(i, x)
         last = cast(PreNorm, cast(nn.ModuleList, self.layers[-1])[0])
@@ -214,7 +217,7 @@ class Transformer(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """Overlapping patches: a strided convolution and a norm; (B, C, H, W) images or (B, H, W, C) maps come in."""
+    """Embed overlapping patches of images (B, C, H, W) or maps (B, H, W, C) with a strided convolution and a norm."""
 
     def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, padding: int, first: bool) -> None:
         super().__init__()
@@ -227,28 +230,26 @@ class ConvEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class CvT(nn.Module):
+class CvT(StagedBackbone):
     """Convolutional vision transformer with window attention.
 
     Args:
-        img_size: accepted for the interface; the network fits every resolution.
+        img_size: accepted for the interface; the network takes any resolution.
         in_chans: channels of an image.
-        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
+        num_classes: outputs of the classifier; 0: no classifier, the forward pass returns the view feature.
+        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another pooling of timm, or ``""`` for none.
         dims: width of each stage.
-        depths: blocks of each stage.
+        depths: number of blocks in each stage.
         num_heads: attention heads of each stage.
         window_size: side of a window, tokens.
-        mlp_ratio: hidden width of the MLPs over their width.
-        qkv_bias: bias in the layers of queries, keys and values.
+        mlp_ratio: ratio of the hidden width of the MLPs to their input width.
+        qkv_bias: add a bias to queries, keys and values.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, or heads that do not divide a width.
+        ValueError: the lists differ in length, or a number of heads does not divide a width.
     """
-
-    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -285,7 +286,7 @@ class CvT(nn.Module):
             embed = ConvEmbed(in_chans, dim, 7, 4, 2, True) if i == 0 else ConvEmbed(dims[i - 1], dim, 3, 2, 1, False)
             blocks = Transformer(dim, num_heads[i], window_size, mlp_ratio, qkv_bias, drops[i].tolist())
             setattr(self, f"stage{i}", nn.Sequential(embed, blocks))
-        self.norm: nn.Module = LayerNorm(dims[-1])
+        self.norm = LayerNorm(dims[-1])
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
         self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
@@ -304,11 +305,6 @@ class CvT(nn.Module):
     # timm's interface
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are to be spared beside biases and norms: none."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         last = (r"^norm", (99999,))
         fine = [(r"^stage(\d+)\.1\.layers\.(\d+)", None), (r"^stage(\d+)\.0", (-1,)), last]
@@ -319,97 +315,23 @@ class CvT(nn.Module):
         for _, blocks in self._stages():
             blocks.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
-
     def forward_features(self, x: Tensor) -> Tensor:
-        """Regions after the last norm, (B, H, W, D)."""
+        """Return the regions after the last norm, (B, H, W, D)."""
         for embed, blocks in self._stages():
             x = blocks(embed(x))
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """View feature (B, D), or class logits, of regions (B, H, W, D)."""
-        return self.head(x, pre_logits)
+    def run_stages(self, x: Tensor, stages: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        for embed, transformer in self._stages()[:stages]:
+            blocks = transformer.forward_blocks(embed(x))
+            x = blocks[-1]
+            yield blocks, x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Outputs of the stages, as in timm's models.
-
-        Returns:
-            The maps of the chosen stages (B, C, H, W); before them, unless ``intermediates_only``, the regions.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt}: expected NCHW or NHWC")
-        chosen, last = feature_take_indices(self.num_stages, indices)
-        maps = []
-        for i, (embed, blocks) in enumerate(self._stages()[: last + 1 if stop_early else None]):
-            x = blocks(embed(x))
-            if i in chosen:
-                y = self.norm(x) if norm and i == self.num_stages - 1 else x
-                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return maps
-        return (self.norm(x) if i == self.num_stages - 1 else x), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the chosen stages do not need, as in timm's models.
-
-        Returns:
-            The chosen stages, counted from the first.
-        """
-        chosen, last = feature_take_indices(self.num_stages, indices)
-        shortened = last < self.num_stages - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        for i in range(last + 1, self.num_stages):
+    def keep_stages(self, stages: int) -> None:
+        for i in range(stages, self.num_stages):
             delattr(self, f"stage{i}")
-        self.num_stages = last + 1
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return chosen
 
     # EsViT's interface
-
-    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """View features (B, D) and regions (B, N, D)."""
-        regions = self.forward_features(x).flatten(1, 2)  # (B, N, D)
-        return regions.mean(1), regions
-
-    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
-        """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
-        return self.view_and_last_blocks(x, n)[1]
-
-    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
-        outputs = []
-        for i, (embed, blocks) in enumerate(self._stages()):
-            found = blocks.forward_blocks(embed(x))
-            outputs += [self.norm(y) if i == self.num_stages - 1 else y for y in found]
-            x = found[-1]
-        return self.forward_head(outputs[-1]), torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)
 
     def _before_last_attention(self, x: Tensor) -> tuple[Attention, Tensor]:
         *stages, (last_embed, last_blocks) = self._stages()
@@ -418,12 +340,12 @@ class CvT(nn.Module):
         return last_blocks.before_last_attention(last_embed(x))
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, (B * windows, heads, N, N)."""
+        """Return the attention of the last block, (B * windows, heads, N, N)."""
         attention, x = self._before_last_attention(x)
         return attention.weights(x).flatten(0, 2)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Attention that each region receives, averaged over the queries of its window, (B, heads, H, W)."""
+        """Return the attention that each region receives, averaged over the queries of its window, (B, heads, H, W)."""
         attention, x = self._before_last_attention(x)
         return attention.received(x)
 

@@ -1,4 +1,4 @@
-"""Backbones by name, from the configuration of a run."""
+"""Create backbones by name from the configuration of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import timm
 from torch import nn
 
-# These register their architectures with timm.
+# Importing these modules registers their architectures with timm.
 import esvit_core.models.cvt
 import esvit_core.models.resnet
 import esvit_core.models.swin
@@ -21,7 +21,7 @@ _TIMM = "timm:"
 # Name in a recipe -> name in timm's registry.
 _ARCHITECTURES = {
     "swin": "esvit_swin",
-    "vil": "esvit_vil_2262",  # whose stages the recipe gives
+    "vil": "esvit_vil_2262",  # the recipe gives its stages
     **{
         f"swin_{size}_w{window}": f"esvit_swin_{size}_window{window}"
         for size in ("tiny", "small", "base", "large")
@@ -35,29 +35,30 @@ _ARCHITECTURES = {
         )
     },
 }
-# Key in a recipe -> argument of the network, where they differ.
+# Key in a recipe -> argument of the network, where the two differ.
 _ARGUMENTS = {"stages": "arch"}
 
 
 def architecture_names() -> list[str]:
-    """The names that ``model.arch`` takes, beside ``timm:<name>`` for a network of timm."""
+    """Return the names that ``model.arch`` accepts, besides ``timm:<name>`` for a network of timm."""
     return sorted(_ARCHITECTURES)
 
 
 def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path: float | None = None) -> nn.Module:
-    """Make the backbone of a recipe, with fresh weights.
+    """Create the backbone of a recipe with randomly initialized weights.
 
     Args:
-        config: the ``model`` section; keys that are None take what the architecture has.
-        img_size: side the network is built for, pixels; ``config.img_size`` comes first; 224 where neither is given.
-        drop_path: stochastic depth instead of ``config.drop_path``.
+        config: the ``model`` section; a key that is None takes the architecture's default.
+        img_size: side of the images that the network is built for, pixels; ``config.img_size`` takes precedence;
+            224 if neither is given.
+        drop_path: stochastic depth rate; overrides ``config.drop_path``.
 
     Returns:
         A module with timm's interface (``forward_features``, ``forward_head``, ``num_features`` ...) and EsViT's
         (``views_and_regions``, ``last_blocks``, ``view_and_last_blocks``, ``last_attention``, ``attention_map``).
 
     Raises:
-        UserError: no architecture of that name, or sizes that do not go together.
+        UserError: there is no architecture of that name, or the sizes are incompatible.
     """
     from_timm = config.arch.startswith(_TIMM)
     if not from_timm and config.arch not in _ARCHITECTURES:
@@ -81,6 +82,6 @@ def create_backbone(config: ModelConfig, img_size: int | None = None, drop_path:
     except TypeError as error:
         argument = str(error).rpartition("unexpected keyword argument ")[2].strip("'")
         key = next((key for key, name in _ARGUMENTS.items() if name == argument), argument)
-        raise UserError(f"model.{key}: {config.arch} has no such setting; leave the key out") from None
+        raise UserError(f"model.{key}: {config.arch} has no such setting; remove the key") from None
     except ValueError as error:
         raise UserError(f"model {config.arch}: {error}; change the recipe's `model` section") from None

@@ -1,4 +1,4 @@
-"""The projection head: backbone features to prototype logits (EsViT, section 3; Caron et al., 2021)."""
+"""Projection head: map backbone features to prototype logits (EsViT, section 3; Caron et al., 2021)."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from esvit_core.models.lazy_logits import WEIGHT_ROWS, PrototypeLogits, are_many
+from esvit_core.models.lazy_logits import WEIGHT_ROWS, LazyLogits, are_many
 from esvit_core.torch_private import weight_norm
 
 
 class Prototypes(nn.Module):
-    """Linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``."""
+    """Linear layer without bias whose weight rows are ``weight_g * weight_v / |weight_v|``."""
 
     def __init__(self, in_dim: int, out_dim: int, norm_last_layer: bool = False) -> None:
         super().__init__()
-        # Names and initial values of the published layer, torch's weight_norm around a Linear.
+        # Same names and initial values as the published layer, torch's weight_norm around a Linear.
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
 
     def weight(self) -> Tensor:
-        """The prototypes, (K, in_dim)."""
+        """Return the prototypes, (K, in_dim)."""
         return weight_norm(self.weight_v, self.weight_g)
 
-    def forward(self, x: Tensor) -> Tensor | PrototypeLogits:
-        """Embeddings (rows, in_dim) to logits (rows, K)."""
+    def forward(self, x: Tensor) -> Tensor | LazyLogits:
+        """Map embeddings (rows, in_dim) to logits (rows, K)."""
         if not are_many(x, len(self.weight_v)):
             return F.linear(x, self.weight())
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        # With a gradient the weight stays wide, for the gradients of many rows are added up in it.
-        trained = torch.is_grad_enabled() and self.weight_v.requires_grad
-        return PrototypeLogits(x.to(dtype), self.weight() if trained else self._narrow_weight(dtype))
+        # With a gradient the weight keeps its dtype, because the gradients of many rows are summed in it.
+        needs_grad = torch.is_grad_enabled() and self.weight_v.requires_grad
+        return LazyLogits(x.to(dtype), self.weight() if needs_grad else self._cast_weight(dtype))
 
     @torch.no_grad()
-    def _narrow_weight(self, dtype: torch.dtype) -> Tensor:
-        """The prototypes in ``dtype``, without a copy in float32 of all of them."""
+    def _cast_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the prototypes in ``dtype`` without a float32 copy of all of them."""
         out = torch.empty_like(self.weight_v, dtype=dtype)
         for part, v, g in zip(*(t.split(WEIGHT_ROWS) for t in (out, self.weight_v, self.weight_g)), strict=True):
             part.copy_(weight_norm(v, g))
@@ -43,15 +43,15 @@ class Prototypes(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Three-layer MLP, L2 normalisation, and the prototypes.
+    """Three-layer MLP, L2 normalization, and the prototypes.
 
     Args:
         in_dim: width of the features.
         out_dim: number of prototypes K.
         hidden_dim: width of the two hidden layers.
-        bottleneck_dim: width of the normalised features.
-        norm_last_layer: keep the prototypes' norms at one.
-        batch_norm: batch norm after the hidden layers.
+        bottleneck_dim: width of the normalized features.
+        norm_last_layer: fix the norms of the prototypes at one.
+        batch_norm: add a batch norm after each hidden layer.
     """
 
     def __init__(
@@ -77,6 +77,6 @@ class ProjectionHead(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor | PrototypeLogits:
-        """Features (rows, in_dim) to logits (rows, K); those of many prototypes as a product to be computed later."""
+    def forward(self, x: Tensor) -> Tensor | LazyLogits:
+        """Map features (rows, in_dim) to logits (rows, K); with many prototypes the logits are lazy."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))

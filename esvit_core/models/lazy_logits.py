@@ -18,7 +18,7 @@ FEWEST_PROTOTYPES = 16384  # from this K on, on a processor; with fewer the logi
 
 
 @dataclass(frozen=True, eq=False)
-class PrototypeLogits:
+class LazyLogits:
     """The product ``embeddings @ weight.T`` (rows, K), in place of a tensor.
 
     Attributes:
@@ -48,9 +48,9 @@ class PrototypeLogits:
         """The logits of some rows."""
         return linear(self.embeddings[rows], self.weight.to(self.dtype))
 
-    def converted(self) -> PrototypeLogits:
+    def converted(self) -> LazyLogits:
         """The same, with the prototypes in the dtype of the products: what takes longer than the product of few rows."""
-        return PrototypeLogits(self.embeddings, self.weight.detach().to(self.dtype))
+        return LazyLogits(self.embeddings, self.weight.detach().to(self.dtype))
 
     def sum(self, dtype: torch.dtype) -> Tensor:
         """Sum over the rows, (1, K): the product of the sum."""

@@ -1,4 +1,4 @@
-"""Student and teacher: a backbone with its heads, fed with crops of several sizes (EsViT, section 3)."""
+"""Student and teacher: a backbone with its heads that takes crops of several sizes (EsViT, section 3)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from esvit_core.config import Config
 from esvit_core.models.factory import create_backbone
 from esvit_core.models.heads import ProjectionHead
-from esvit_core.models.lazy_logits import PrototypeLogits
+from esvit_core.models.lazy_logits import LazyLogits
 from esvit_core.models.timm_backbone import TimmBackbone
 
 
 class NetworkOutput(NamedTuple):
-    """What a network says of V crops of B images; rows: crop by crop, image by image, region by region."""
+    """Output for V crops of B images; rows are ordered by crop, then image, then region."""
 
-    view_logits: Tensor | PrototypeLogits  # (V * B, K)
-    region_logits: Tensor | PrototypeLogits | None  # (sum of B * N, K)
+    view_logits: Tensor | LazyLogits  # (V * B, K)
+    region_logits: Tensor | LazyLogits | None  # (sum of B * N, K)
     region_features: Tensor | None  # (sum of B * N, D)
-    regions_per_crop: list[int]  # N of each crop
+    regions_per_crop: list[int]  # N for each crop
     view_features: Tensor | None = None  # (V * B, D)
 
 
@@ -35,7 +35,7 @@ class MultiCropNetwork(nn.Module):
         self.head_dense = head_dense
 
     def forward(self, crops: list[Tensor]) -> NetworkOutput:
-        """Crops (B, 3, S, S), neighbours of equal size in one pass, to logits and features."""
+        """Map crops (B, 3, S, S) to logits and features; consecutive crops of equal size share one pass."""
         views, regions, counts = [], [], []
         for _, same_size in groupby(crops, key=lambda crop: crop.shape[-2:]):
             group = list(same_size)
@@ -52,16 +52,16 @@ class MultiCropNetwork(nn.Module):
 
 
 def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:
-    """A backbone with the heads of the recipe.
+    """Build a backbone with the heads of the recipe.
 
     Raises:
-        UserError: no such backbone, or one of timm that does not take the recipe's crops.
+        UserError: there is no such backbone, or a timm backbone does not accept the crop sizes of the recipe.
     """
     backbone: Any = create_backbone(config.model, config.augment.global_crops.size, drop_path)
     if isinstance(backbone, TimmBackbone):
         kinds = (config.augment.global_crops, *config.augment.local_kinds)
         backbone.check_sizes(sorted({kind.size for kind in kinds if kind.number}))
-    # Some networks of timm widen the view feature beyond the regions'.
+    # In some timm networks the view feature is wider than the region features.
     widths = [backbone.num_features, getattr(backbone, "num_region_features", backbone.num_features)]
     heads = [
         ProjectionHead(
@@ -78,10 +78,10 @@ def build_network(config: Config, drop_path: float | None = None) -> MultiCropNe
 
 
 def build_student_teacher(config: Config) -> tuple[MultiCropNetwork, MultiCropNetwork]:
-    """Student and teacher with equal weights, drawn from ``config.seed``.
+    """Build student and teacher with equal weights, drawn from ``config.seed``.
 
-    The teacher takes no gradient and has no stochastic depth. It stays in training mode, as published: that
-    matters to batch norms and to ViL's random neighbours. torch's random state is left as it was.
+    The teacher has no gradients and no stochastic depth. As published, it stays in training mode, which matters
+    for batch norms and for ViL's random neighbors. The global random state of torch does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

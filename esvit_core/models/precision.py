@@ -1,4 +1,4 @@
-"""The arithmetic of the networks: bfloat16 where it is computed natively, else float32."""
+"""Precision of the networks: bfloat16 where the hardware supports it natively, otherwise float32."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16
 
 @dataclass(frozen=True)
 class Precision:
-    """How the networks compute; the loss and the weights are always float32.
+    """Precision of the networks; the loss and the weights are always float32.
 
     Attributes:
-        dtype: of matrix products and convolutions.
-        reason: why, in a few words.
+        dtype: dtype of matrix products and convolutions.
+        reason: why this dtype was chosen, in a few words.
     """
 
     dtype: torch.dtype
@@ -30,14 +30,14 @@ class Precision:
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Around the forward passes of the networks."""
+        """Return the context manager for the forward passes of the networks."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
-    """What ``training.precision`` means on this machine.
+    """Resolve ``training.precision`` on this machine.
 
     Args:
         requested: ``auto``, ``float32`` or ``bfloat16``.
@@ -50,7 +50,7 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
 
 
 def _native_bfloat16(device: torch.device) -> str:
-    """What computes bfloat16 here; empty when nothing does."""
+    """Return the name of the hardware that computes bfloat16 natively, or an empty string."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device) if torch.cuda.is_bf16_supported(including_emulation=False) else ""
     try:

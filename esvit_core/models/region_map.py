@@ -1,4 +1,4 @@
-"""View feature and regions of square images, the regions as a map: what leaves this project as features."""
+"""View features and region maps of square images, as exported and embedded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def view_and_region_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The view features (B, D) and the regions (B, H, W, D') of images (B, 3, S, S).
+    """Return the view features (B, D) and the region map (B, H, W, D') of images (B, 3, S, S).
 
     Raises:
-        ValueError: the images are not square, or the network's map is not.
+        ValueError: the images or the region map are not square.
     """
     view, regions = backbone.views_and_regions(images)  # (B, D), (B, N, D')
     count = regions.shape[1]
@@ -23,7 +23,7 @@ def view_and_region_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeatureNetwork(nn.Module):
-    """A backbone whose forward pass gives the view features (B, D) and, if wanted, the regions (B, H, W, D')."""
+    """A backbone whose forward pass returns the view features (B, D) and, optionally, the regions (B, H, W, D')."""
 
     def __init__(self, backbone: nn.Module, regions: bool) -> None:
         super().__init__()
@@ -31,5 +31,5 @@ class FeatureNetwork(nn.Module):
         self.regions = regions
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Of normalised images (B, 3, S, S)."""
+        """Map normalized images (B, 3, S, S) to features."""
         return view_and_region_map(self.backbone, pixels) if self.regions else (self.backbone(pixels),)

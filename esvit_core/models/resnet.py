@@ -1,6 +1,6 @@
 """ResNets as torchvision defines them (He et al., 2016), with the regions of their last feature map.
 
-timm's network, whose weights carry torchvision's names and whose numerics are the same, started like torchvision's.
+The network is timm's, which has torchvision's weight names and numerics; its initialization is torchvision's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from esvit_core.models.timm_entrypoints import default_cfg, register
 
 
 class ResNet(TimmResNet):
-    """Residual network; regions are the places of the last feature map, the view feature is their mean.
+    """Residual network; regions are the positions of the last feature map, the view feature is their mean.
 
     Args:
-        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        img_size: accepted for the interface; the network fits every resolution.
+        num_classes: outputs of the classifier; 0: no classifier, the forward pass returns the view feature.
+        img_size: accepted for the interface; the network takes any resolution.
         drop_path_rate: accepted for the interface; the published ResNet has no stochastic depth.
-        kwargs: as timm's ``ResNet``.
+        kwargs: arguments of timm's ``ResNet``.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class ResNet(TimmResNet):
         super().__init__(num_classes=num_classes, zero_init_last=False, **kwargs)
 
     def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """View features (B, D) and regions (B, N, D)."""
+        """Return view features (B, D) and regions (B, N, D)."""
         regions = self.forward_features(x).flatten(2).mT  # (B, N, D)
         return regions.mean(1), regions
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
-        """The linear-probe feature: averages of the last ``n`` residual blocks, concatenated, (B, D')."""
+        """Return the linear-probe feature: the averages of the last ``n`` residual blocks, concatenated, (B, D')."""
         return self.view_and_last_blocks(x, n)[1]
 
     def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
+        """Return the view feature (B, D) of :meth:`forward` and the linear-probe feature (B, D') in one pass."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         outputs = []
         for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -55,19 +55,19 @@ class ResNet(TimmResNet):
         return self.forward_head(x), torch.cat([y.mean((2, 3)) for y in outputs[-n:]], -1)
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """There is none.
+        """Not available: a ResNet has no attention.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("a ResNet has no attention; attention_map gives the strength of its regions")
+        raise ValueError("a ResNet has no attention; attention_map returns the norms of its regions")
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """In place of attention the norm of each region's feature, (B, 1, H, W)."""
+        """Return the norm of each region's feature in place of attention, (B, 1, H, W)."""
         return self.forward_features(x).norm(dim=1, keepdim=True)
 
 
-# torchvision's, which the published code takes by name.
+# The networks of torchvision, which the published code creates by name.
 _NETWORKS: dict[str, dict[str, Any]] = {
     "esvit_resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
     "esvit_resnet34": {"block": BasicBlock, "layers": (3, 4, 6, 3)},

@@ -1,21 +1,21 @@
 """Swin transformer with the numerics of the published EsViT code (Liu et al., 2021; microsoft/esvit).
 
-What the published network does, and stock implementations do not:
+The published network differs from stock implementations:
 
 * Layer norms use eps 1e-6, and patch merging is the last step of a stage.
-* A map that is not a multiple of the window is padded after the first norm; no mask hides the padding, so every
-  query also sees its tokens, whose query, key and value are the bias of the ``qkv`` layer.
-* Window and shift of a stage follow from the resolution it was *built* for and hold for every other resolution: a
+* A map that is not a multiple of the window size is padded after the first norm. No mask hides the padding, so every
+  query also attends to padding tokens, whose query, key and value are the bias of the ``qkv`` layer.
+* The window and shift of a stage depend on the resolution it was *built* for and apply to every other resolution: a
   stage built for 14 x 14 still shifts on the 6 x 6 map of a local crop.
 * Odd maps are padded in patch merging.
 
-Maps are (B, H, W, C) throughout.
+All maps are (B, H, W, C).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,19 +23,19 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from esvit_core.models.layers.activation_checkpointing import without_keeping
+from esvit_core.models.layers.activation_checkpointing import checkpoint_activation
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.layers.windows import WindowAttention
+from esvit_core.models.staged_backbone import StagedBackbone
 from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP, each with a norm before and a residual connection around."""
+    """Window attention and MLP, each with a pre-norm and a residual connection."""
 
     def __init__(
         self, dim: int, num_heads: int, window_size: int, shift_size: int, mlp_ratio: float, qkv_bias: bool, drop: float
@@ -51,15 +51,15 @@ class SwinBlock(nn.Module):
         return self.drop_path(self.drop_path(x, self._attention), self._mlp)
 
     def _attention(self, x: Tensor) -> Tensor:
-        return without_keeping(self.norm1, x, self.attn)
+        return checkpoint_activation(self.norm1, x, self.attn)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        h = without_keeping(self.norm2, x, self.mlp.fc1)
-        return without_keeping(self.mlp.act, h, self.mlp.fc2)
+        h = checkpoint_activation(self.norm2, x, self.mlp.fc1)
+        return checkpoint_activation(self.mlp.act, h, self.mlp.fc2)
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token of twice the width."""
+    """Merge four neighboring tokens into one of twice the width."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ class PatchMerging(nn.Module):
 
 
 def window_and_shift(resolution: tuple[int, int], window_size: int, block: int) -> tuple[int, int]:
-    """Window and shift of a stage's block, by the resolution that the stage is built for."""
-    if min(resolution) <= window_size:  # the whole map in one window: no shift
+    """Return window and shift of a block for the resolution that its stage is built for."""
+    if min(resolution) <= window_size:  # one window covers the whole map: no shift
         return min(resolution), 0
     return window_size, window_size // 2 * (block % 2)
 
 
 class SwinStage(nn.Module):
-    """Blocks of one resolution, then patch merging."""
+    """Blocks at one resolution, followed by patch merging."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class SwinStage(nn.Module):
         self.grad_checkpointing = False
 
     def forward_blocks(self, x: Tensor) -> list[Tensor]:
-        """The output of every block, each (B, H, W, C)."""
+        """Return the output of every block, each (B, H, W, C)."""
         outputs = []
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
@@ -120,7 +120,7 @@ class SwinStage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through a convolution and a norm."""
+    """Embed non-overlapping patches with a convolution and a norm."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -131,29 +131,27 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(StagedBackbone):
     """Swin transformer of any depth and width.
 
     Args:
-        img_size: side (or height and width) of the images it is built for, pixels; others can be fed.
+        img_size: side (or height and width) of the images that the network is built for, pixels; it accepts other sizes.
         patch_size: side of a patch, pixels.
         in_chans: channels of an image.
-        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
+        num_classes: outputs of the classifier; 0: no classifier, the forward pass returns the view feature.
+        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another pooling of timm, or ``""`` for none.
         embed_dim: width of the first stage; each stage doubles it.
-        depths: blocks of each stage.
+        depths: number of blocks in each stage.
         num_heads: attention heads of each stage.
         window_size: side of a window, tokens.
-        mlp_ratio: hidden width of the MLPs over their width.
-        qkv_bias: bias in the layers of queries, keys and values.
+        mlp_ratio: ratio of the hidden width of the MLPs to their input width.
+        qkv_bias: add a bias to queries, keys and values.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: the image is too small for the stages, or heads do not divide a width.
+        ValueError: the image is too small for the stages, or a number of heads does not divide a width.
     """
-
-    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -172,9 +170,11 @@ class SwinTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        stages = len(depths)
+        self.num_stages = stages = len(depths)
         if len(num_heads) != stages:
-            raise ValueError(f"depths and num_heads need one entry a stage, got {tuple(depths)} and {tuple(num_heads)}")
+            raise ValueError(
+                f"depths and num_heads need one entry per stage, got {tuple(depths)} and {tuple(num_heads)}"
+            )
         if any(embed_dim * 2**i % heads for i, heads in enumerate(num_heads)):
             raise ValueError(f"num_heads {tuple(num_heads)} do not divide the widths of embed_dim {embed_dim}")
         self.patch_size = patch_size
@@ -204,7 +204,7 @@ class SwinTransformer(nn.Module):
             )
             for i in range(stages)
         )
-        self.norm: nn.Module = LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
         self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
@@ -217,7 +217,7 @@ class SwinTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _resolutions(self, img_size: int | tuple[int, int], stages: int) -> list[tuple[int, int]]:
-        """Height and width of each stage's map, tokens."""
+        """Return height and width of each stage's map, in tokens."""
         height, width = (side // self.patch_size for side in to_2tuple(img_size))
         if min(height, width) >> (stages - 1) < 1:
             raise ValueError(f"img_size {img_size} is too small for {stages} stages of patch_size {self.patch_size}")
@@ -227,11 +227,6 @@ class SwinTransformer(nn.Module):
         return cast(list[SwinStage], list(self.layers))
 
     # timm's interface
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are to be spared beside biases and norms: none, the published recipe decays the tables."""
-        return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -244,19 +239,8 @@ class SwinTransformer(nn.Module):
         for stage in self._stages():
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
-
     def set_input_size(self, img_size: int | tuple[int, int], window_size: int | None = None) -> None:
-        """Give windows, shifts and bias tables the sizes of a network that is built for ``img_size`` pixels."""
+        """Resize windows, shifts and bias tables to those of a network that is built for ``img_size`` pixels."""
         resolutions = self._resolutions(img_size, len(self.layers))
         self.window_size = window_size or self.window_size
         for stage, resolution in zip(self._stages(), resolutions, strict=True):
@@ -264,88 +248,24 @@ class SwinTransformer(nn.Module):
                 block.attn.set_window(*window_and_shift(resolution, self.window_size, i))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Regions after the last norm, (B, H, W, D)."""
+        """Return the regions after the last norm, (B, H, W, D)."""
         x = self.patch_embed(x)
         for stage in self.layers:
             x = stage(x)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """View feature (B, D), or class logits, of regions (B, H, W, D)."""
-        return self.head(x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Outputs of the stages before patch merging, as in timm's models.
-
-        Returns:
-            The maps of the chosen stages (B, C, H, W); before them, unless ``intermediates_only``, the regions.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt}: expected NCHW or NHWC")
-        chosen, last = feature_take_indices(len(self.layers), indices)
-        maps = []
+    def run_stages(self, x: Tensor, stages: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         x = self.patch_embed(x)
-        for i, stage in enumerate(self._stages()[: last + 1 if stop_early else None]):
-            x = stage.forward_blocks(x)[-1]
-            if i in chosen:
-                y = self.norm(x) if norm and i == len(self.layers) - 1 else x
-                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
-            x = stage.merge(x)
-        if intermediates_only:
-            return maps
-        return (self.norm(x) if i == len(self.layers) - 1 else x), maps
+        for stage in self._stages()[:stages]:
+            blocks = stage.forward_blocks(x)
+            x = stage.merge(blocks[-1])
+            yield blocks, x
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the chosen stages do not need, as in timm's models.
-
-        Returns:
-            The chosen stages, counted from the first.
-        """
-        chosen, last = feature_take_indices(len(self.layers), indices)
-        shortened = last < len(self.layers) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.layers = self.layers[: last + 1]
-            self._stages()[-1].downsample = None
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return chosen
+    def keep_stages(self, stages: int) -> None:
+        self.layers = self.layers[:stages]
+        self._stages()[-1].downsample = None
 
     # EsViT's interface
-
-    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """View features (B, D) and regions (B, N, D)."""
-        regions = self.forward_features(x).flatten(1, 2)  # (B, N, D)
-        return regions.mean(1), regions
-
-    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
-        """The linear-probe feature: averages of the last ``n`` blocks, concatenated; only the last stage is normed."""
-        return self.view_and_last_blocks(x, n)[1]
-
-    def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
-        outputs = []
-        x = self.patch_embed(x)
-        for i, stage in enumerate(self._stages()):
-            blocks = stage.forward_blocks(x)
-            outputs += [self.norm(y) if i == len(self.layers) - 1 else y for y in blocks]
-            x = stage.merge(blocks[-1])
-        return self.forward_head(outputs[-1]), torch.cat([y.mean((1, 2)) for y in outputs[-n:]], -1)
 
     def _before_last_attention(self, x: Tensor) -> tuple[WindowAttention, Tensor]:
         x = self.patch_embed(x)
@@ -358,12 +278,12 @@ class SwinTransformer(nn.Module):
         return last.attn, last.norm1(x)
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, (B * windows, heads, N, N)."""
+        """Return the attention of the last block, (B * windows, heads, N, N)."""
         attention, x = self._before_last_attention(x)
         return attention.weights(x).flatten(0, 1)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Attention that each region receives, averaged over the queries of its window, (B, heads, H, W)."""
+        """Return the attention that each region receives, averaged over the queries of its window, (B, heads, H, W)."""
         attention, x = self._before_last_attention(x)
         layout = attention.layout(x)
         weights = attention.weights(x)  # (B, windows, heads, N, N)

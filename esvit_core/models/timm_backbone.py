@@ -1,4 +1,4 @@
-"""Any backbone of timm that gives a feature map, behind EsViT's interface (``arch: timm:convnext_tiny``)."""
+"""Wrap any timm backbone that returns a feature map in EsViT's interface (``arch: timm:convnext_tiny``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from esvit_core.errors import UserError
 
-# What lets a network take crops of other sizes than its own is an option with another name in each family.
+# The options that let a network accept other image sizes have different names in each family.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True, "dynamic_img_pad": True},
     {"dynamic_img_size": True},
@@ -20,20 +20,20 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"strict_img_size": False},
     {},
 )
-# How timm's networks refuse a size; not every one asks, some fail at the first shape that does not fit.
-_REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
+# Errors that timm's networks raise for an unsupported size; some check it, others fail at the first mismatched shape.
+_SIZE_ERRORS = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
 class TimmBackbone(nn.Module):
-    """A network of timm: regions from ``forward_features`` whatever their layout, the view from ``forward_head``.
+    """A timm network: ``forward_features`` returns the regions in any layout, ``forward_head`` the view feature.
 
     Args:
-        name: as for ``timm.create_model``.
-        img_size: side the network is built for, pixels; networks that fit every resolution ignore it.
+        name: name for ``timm.create_model``.
+        img_size: side of the images that the network is built for, pixels; ignored by networks that take any size.
         kwargs: further arguments of the network.
 
     Raises:
-        ValueError: timm has no such network, or it gives no feature map.
+        ValueError: timm has no such network, or the network returns no feature map.
     """
 
     def __init__(self, name: str, img_size: int = 224, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ class TimmBackbone(nn.Module):
         features, view = self._try(img_size)
         self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
         if not _has_regions(features, self.prefix_tokens) or view.ndim != 2:
-            raise ValueError("gives no feature map; expected a network with regions")
+            raise ValueError("it returns no feature map; expected a network with regions")
         self.layout = _layout(features, int(self.model.num_features), getattr(self.model, "output_fmt", None))
         self.num_features = self.head_hidden_size = view.shape[-1]
         self.num_region_features = features.shape[1 if self.layout == "NCHW" else -1]
@@ -51,7 +51,7 @@ class TimmBackbone(nn.Module):
 
     @torch.no_grad()
     def _try(self, size: int) -> tuple[Any, Any]:
-        """What the network gives for an image of ``size`` pixels, and its view feature."""
+        """Return the features and the view feature of an image of ``size`` pixels."""
         training = self.model.training
         features = self.eval().forward_features(torch.zeros(1, self.model.in_chans, size, size))
         view = self.model.forward_head(features, pre_logits=True) if isinstance(features, Tensor) else None
@@ -59,51 +59,51 @@ class TimmBackbone(nn.Module):
         return features, view
 
     def check_sizes(self, sizes: Iterable[int]) -> None:
-        """Try crops of ``sizes`` pixels, so that a recipe is refused before its first step.
+        """Try crops of ``sizes`` pixels, so that an unsupported recipe fails before its first step.
 
         Raises:
-            UserError: the network does not take one of them.
+            UserError: the network does not accept one of the sizes.
         """
         for size in sizes:
             self._try(size)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Regions, in the network's own layout.
+        """Return the regions in the layout of the network.
 
         Raises:
-            UserError: the network does not take images of this size.
+            UserError: the network does not accept images of this size.
         """
         try:
             return self.model.forward_features(x)
-        except _REFUSALS as error:
-            if isinstance(error, torch.OutOfMemoryError) or not self._refuses(x):
+        except _SIZE_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError) or not self._rejects_size(x):
                 raise
             size = " x ".join(str(side) for side in x.shape[2:])
             why = f" ({error})" if str(error) else ""
             raise UserError(
-                f"timm:{self.name}: does not take crops of {size} px{why}; change the crop sizes or the network"
+                f"timm:{self.name}: does not accept crops of {size} px{why}; change the crop sizes or the network"
             ) from None
 
-    def _refuses(self, x: Tensor) -> bool:
-        """Whether it is the size of ``x`` that the network fails at: it does not fail at its own."""
-        given, own = tuple(x.shape[2:]), (self.img_size, self.img_size)
-        return self._fails(x, given) and (given == own or not self._fails(x, own))
+    def _rejects_size(self, x: Tensor) -> bool:
+        """Return whether the size of ``x`` is the cause of the failure: the network works at its own size."""
+        size, own = tuple(x.shape[2:]), (self.img_size, self.img_size)
+        return self._fails(x, size) and (size == own or not self._fails(x, own))
 
     @torch.no_grad()
     def _fails(self, like: Tensor, size: tuple[int, ...]) -> bool:
-        """Whether the network fails with one blank image of ``size``."""
+        """Return whether the network fails on one blank image of ``size``."""
         training = self.training
         try:
             self.eval()
             self.model.forward_features(like.new_zeros(1, like.shape[1], *size))
-        except _REFUSALS:
+        except _SIZE_ERRORS:
             return True
         finally:
             self.train(training)
         return False
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """View feature (B, D), or class logits, of ``forward_features``."""
+        """Return the view feature (B, D), or class logits, of the output of ``forward_features``."""
         return self.model.forward_head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,67 +126,69 @@ class TimmBackbone(nn.Module):
         return {f"model.{name}" for name in names}
 
     def _regions(self, features: Tensor) -> Tensor:
-        """(B, N, D) without prefix tokens."""
+        """Return the regions as (B, N, D), without prefix tokens."""
         if self.layout == "NCHW":
             return features.flatten(2).mT
         return features.flatten(1, 2) if self.layout == "NHWC" else features[:, self.prefix_tokens :]
 
     def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """View features (B, D) and regions (B, N, D')."""
+        """Return view features (B, D) and regions (B, N, D')."""
         features = self.forward_features(x)
         return self.forward_head(features, pre_logits=True), self._regions(features)
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
-        """The linear-probe feature: averages of the last ``n`` feature maps timm gives, concatenated, (B, D')."""
+        """Return the linear-probe feature: the averages of timm's last ``n`` feature maps, concatenated, (B, D')."""
         try:
             maps = self.model.forward_intermediates(x, indices=None, intermediates_only=True)[-n:]
-        except AttributeError:  # a network without intermediates
+        except AttributeError:  # the network has no forward_intermediates
             return self._regions(self.forward_features(x)).mean(1)
         return torch.cat([y.mean((2, 3)) for y in maps], -1)
 
     def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """View feature (B, D) and linear-probe feature (B, D'), in two passes: timm's maps need not lead to the view."""
+        """Return view feature (B, D) and linear-probe feature (B, D').
+
+        This takes two passes, because timm's feature maps need not lead to the view feature.
+        """
         return self(x), self.last_blocks(x, n)
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """Not given by timm's networks.
+        """Not available for timm's networks.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("a network of timm does not show its attention; attention_map gives the strength of regions")
+        raise ValueError("a timm network does not return its attention; attention_map returns the norms of its regions")
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """In place of attention the norm of each region's feature, (B, 1, H, W)."""
+        """Return the norm of each region's feature in place of attention, (B, 1, H, W)."""
         features = self.forward_features(x)
-        strength = self._regions(features).norm(dim=-1)  # (B, N)
+        norms = self._regions(features).norm(dim=-1)  # (B, N)
         if self.layout == "NCHW":
-            return strength.unflatten(1, features.shape[2:])[:, None]
+            return norms.unflatten(1, features.shape[2:])[:, None]
         if self.layout == "NHWC":
-            return strength.unflatten(1, features.shape[1:3])[:, None]
-        height = max(1, round((strength.shape[1] * x.shape[2] / x.shape[3]) ** 0.5))
-        return strength.unflatten(1, (height, -1))[:, None]
+            return norms.unflatten(1, features.shape[1:3])[:, None]
+        height = max(1, round((norms.shape[1] * x.shape[2] / x.shape[3]) ** 0.5))
+        return norms.unflatten(1, (height, -1))[:, None]
 
 
-def _create(name: str, img_size: int, given: dict[str, Any]) -> Any:
+def _create(name: str, img_size: int, arguments: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name}; `timm.list_models()` lists them")
-    refused: Exception | None = None
-    without_drop = {key: value for key, value in given.items() if key != "drop_path_rate"}
-    for values in (given, without_drop):  # nor has each family stochastic depth
+    failure: Exception | None = None
+    without_drop = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+    for values in (arguments, without_drop):  # some families have no stochastic depth
         for options in (*({"img_size": img_size, **options} for options in _ANY_SIZE), *_ANY_SIZE):
-            arguments: dict[str, Any] = {"num_classes": 0, **options, **values}
             try:
-                return timm.create_model(name, **arguments)
-            except TypeError as error:  # an option this family does not have
-                refused = error
-            except _REFUSALS as error:  # a size
-                refused = refused or error
-    raise ValueError(str(refused))
+                return timm.create_model(name, **{"num_classes": 0, **options, **values})
+            except TypeError as error:  # the family does not have this option
+                failure = error
+            except _SIZE_ERRORS as error:
+                failure = failure or error
+    raise ValueError(str(failure))
 
 
 def _has_regions(features: Any, prefix_tokens: int) -> bool:
-    """Whether the features of a square image are a map, or the tokens of one behind others."""
+    """Return whether the features of a square image are a map, or prefix tokens followed by the tokens of a map."""
     if not isinstance(features, Tensor):
         return False
     tokens = features.shape[1] - prefix_tokens

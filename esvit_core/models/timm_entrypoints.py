@@ -1,4 +1,4 @@
-"""How our networks enter timm's registry: the same few lines for each architecture file."""
+"""Register the networks with timm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of a network's input, as EsViT evaluates: resize to 256, center crop of 224 pixels."""
+    """Return timm's description of a network's input for EsViT's evaluation: resize to 256, center crop of 224 pixels."""
     return {
         "url": "",
         "num_classes": 0,
@@ -30,21 +30,21 @@ def default_cfg(**changes: Any) -> dict[str, Any]:
 
 
 def register(module: str, network: Callable[..., nn.Module], name: str, **defaults: Any) -> None:
-    """Make ``timm.create_model(name)`` build ``network`` with ``defaults`` and what the caller gives.
+    """Make ``timm.create_model(name)`` build ``network`` with ``defaults`` and the caller's arguments.
 
     Args:
-        module: name of the architecture's module, whose ``default_cfgs`` describe ``name``.
-        network: the class.
+        module: module of the architecture; its ``default_cfgs`` describe ``name``.
+        network: class of the network.
         name: name in the registry.
         defaults: keyword arguments of the class.
     """
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         values = {**defaults, **kwargs}
-        # Taps of features_only: every stage, or the last three blocks where there are no stages.
+        # Outputs of features_only: every stage, or the last three blocks of a network without stages.
         stages = len(values["arch"].split("_") if "arch" in values else values.get("depths", ()))
-        taps = values.pop("out_indices", tuple(range(stages)) or 3)
-        feature_cfg = {"feature_cls": "getter", "out_indices": taps}
+        out_indices = values.pop("out_indices", tuple(range(stages)) or 3)
+        feature_cfg = {"feature_cls": "getter", "out_indices": out_indices}
         return build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **values)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

@@ -1,7 +1,8 @@
 """Vision Longformer with the numerics of the published EsViT code (Zhang et al., 2021; microsoft/esvit).
 
-Stages of alternating attention and MLP blocks behind a patch embedding; the early stages attend sparsely, the late
-ones fully (:mod:`esvit_core.models.layers.longformer`). The global token of a stage is dropped before the next.
+Each stage is a patch embedding followed by alternating attention and MLP blocks. Early stages use sparse attention,
+late stages full attention (:mod:`esvit_core.models.layers.longformer`). The global tokens of a stage are dropped before
+the next one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from esvit_core.models.layers.longformer import FullAttention, SparseAttention
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
+from esvit_core.models.staged_backbone import StagedBackbone
 from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 class AttnBlock(nn.Module):
-    """Attention with a norm before and a residual connection around."""
+    """Attention with a pre-norm and a residual connection."""
 
     def __init__(self, dim: int, attention: FullAttention | SparseAttention, drop: float) -> None:
         super().__init__()
@@ -41,7 +43,7 @@ class AttnBlock(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """MLP with a norm before and a residual connection around."""
+    """MLP with a pre-norm and a residual connection."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop: float) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class MlpBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, a norm, the global tokens of the stage, and absolute positions of a ``grid``."""
+    """Embed non-overlapping patches with a norm; add the stage's global tokens and the absolute positions of a ``grid``."""
 
     cls_token: nn.Parameter | None
 
@@ -76,7 +78,7 @@ class PatchEmbed(nn.Module):
                 trunc_normal_(embed, std=0.02)
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """Absolute positions, (1, G + height * width, D)."""
+        """Return the absolute positions, (1, G + height * width, D)."""
         assert self.grid is not None
         rows, columns = self.grid
         x = self.x_pos_embed[:, :, None].expand(-1, -1, columns, -1)
@@ -84,7 +86,7 @@ class PatchEmbed(nn.Module):
         positions = torch.cat((x, y), -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
         tokens = self.cls_pos_embed.shape[1] + height * width
         if tokens != rows * columns:
-            # As published, where the global token counts among the tokens that a side's length is derived from.
+            # As published: the side length is derived from a token count that includes the global token.
             scale = math.sqrt(tokens / (rows * columns))
             square = rows == columns and height == width and int(rows * scale) == height
             size: dict[str, Any] = {"scale_factor": scale} if square else {"size": (height, width)}
@@ -118,13 +120,13 @@ class StageSpec:
 
 
 def parse_architecture(text: str) -> list[StageSpec]:
-    """Read a published architecture string: stages joined by ``_``, each a list of letters with numbers.
+    """Parse a published architecture string: stages joined by ``_``, each a list of letters with numbers.
 
     Letters: heads h, width d, blocks n, sparse s, global tokens g, patch p, window f, absolute positions a. As
-    published, no stage behind one with full attention (``s0``) is sparse, whatever it says.
+    published, every stage after one with full attention (``s0``) has full attention, too.
 
     Raises:
-        ValueError: not such a string, or pooled keys (``r1``), which no EsViT network has.
+        ValueError: the string cannot be parsed, or it asks for pooled keys (``r1``), which no EsViT network has.
     """
     defaults = {"l": 1, "h": 3, "d": 192, "n": 1, "s": 1, "g": 1, "p": 2, "f": 7, "a": 1, "r": 0}
     stages: list[StageSpec] = []
@@ -132,10 +134,12 @@ def parse_architecture(text: str) -> list[StageSpec]:
         items = [re.fullmatch(r"([a-z])(\d+)", item) for item in part.split(",")]
         given = {item[1]: int(item[2]) for item in items if item}
         if None in items or not given.keys() <= defaults.keys():
-            raise ValueError(f"stage {i + 1}, {part!r}, of {text!r}: expected letters with numbers, as l1,h3,d96,n2")
+            raise ValueError(
+                f"stage {i + 1}, {part!r}, of {text!r}: expected letters with numbers such as l1,h3,d96,n2"
+            )
         values = defaults | given
         if values["r"]:
-            raise ValueError(f"stage {i + 1} of {text}: expected r0, no pooled keys")
+            raise ValueError(f"stage {i + 1} of {text}: expected r0 (pooled keys are not supported)")
         stages.append(
             StageSpec(
                 heads=values["h"],
@@ -151,27 +155,25 @@ def parse_architecture(text: str) -> list[StageSpec]:
     return stages
 
 
-class VisionLongformer(nn.Module):
+class VisionLongformer(StagedBackbone):
     """Multi-stage Vision Longformer.
 
     Args:
         arch: published architecture string, see :func:`parse_architecture`.
-        img_size: side (or height and width) of the images it is built for, pixels; others can be fed.
+        img_size: side (or height and width) of the images that the network is built for, pixels; it accepts other sizes.
         in_chans: channels of an image.
-        num_classes: outputs of the classifier; 0: none, the forward pass gives the view feature.
-        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another of timm's, or ``""`` for none.
-        mlp_ratio: hidden width of the MLPs over their width.
-        qkv_bias: bias in the layers of queries, keys and values.
-        mode: of the sparse attention, see :mod:`esvit_core.models.layers.longformer`.
-        share_weights: global tokens attend with the weights of the others (published: ``SHARE_W``).
+        num_classes: outputs of the classifier; 0: no classifier, the forward pass returns the view feature.
+        global_pool: pooling of :meth:`forward_head`: ``"avg"``, another pooling of timm, or ``""`` for none.
+        mlp_ratio: ratio of the hidden width of the MLPs to their input width.
+        qkv_bias: add a bias to queries, keys and values.
+        mode: mode of the sparse attention, see :mod:`esvit_core.models.layers.longformer`.
+        share_weights: global tokens use the attention weights of the local tokens (published: ``SHARE_W``).
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: the image is too small for the stages, or the architecture is not one of these.
+        ValueError: the image is too small for the stages, or the architecture string is invalid.
     """
-
-    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -190,8 +192,9 @@ class VisionLongformer(nn.Module):
         super().__init__()
         self.specs = specs = parse_architecture(arch)
         if specs[-1].global_tokens:
-            raise ValueError(f"{arch}: expected g0 in the last stage, whose regions are averaged")
+            raise ValueError(f"{arch}: expected g0 in the last stage, because its regions are averaged")
         self.mode = mode
+        self.num_stages = len(specs)
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.depths = tuple(spec.blocks for spec in specs)
@@ -218,7 +221,7 @@ class VisionLongformer(nn.Module):
             setattr(self, f"layer{i + 1}", nn.ModuleList(layers))
             self.feature_info.append({"num_chs": spec.dim, "reduction": reduction, "module": f"layer{i + 1}"})
             in_chans = spec.dim
-        self.norm: nn.Module = LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
         self.head_hidden_size = self.head.num_features
         self.apply(self._init_weights)
@@ -231,7 +234,7 @@ class VisionLongformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_mode(self, mode: int) -> None:
-        """Change the mode of the sparse attention."""
+        """Set the mode of the sparse attention."""
         for module in self.modules():
             if isinstance(module, SparseAttention):
                 module.mode = mode
@@ -244,7 +247,7 @@ class VisionLongformer(nn.Module):
         return cast(list[tuple[AttnBlock, MlpBlock]], list(zip(layers[1::2], layers[2::2], strict=True)))
 
     def _forward_stage(self, stage: int, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The tokens (B, G + N, C) after each block, and the last map (B, C, H, W)."""
+        """Return the tokens (B, G + N, C) after each block, and the last map (B, C, H, W)."""
         tokens, height, width = self._embed(stage, x)
         outputs = []
         for attention, mlp in self._pairs(stage):
@@ -259,11 +262,6 @@ class VisionLongformer(nn.Module):
     # timm's interface
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are to be spared beside biases and norms: none."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^layer1\.0", "blocks": [(blocks, None), (r"^norm", (99999,))]}
@@ -272,97 +270,32 @@ class VisionLongformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
-
     def forward_features(self, x: Tensor) -> Tensor:
-        """Regions after the last norm, (B, H, W, D)."""
+        """Return the regions after the last norm, (B, H, W, D)."""
         for stage in range(len(self.specs)):
             _, x = self._forward_stage(stage, x)
         return self.norm(x.permute(0, 2, 3, 1))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """View feature (B, D), or class logits, of regions (B, H, W, D)."""
-        return self.head(x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Outputs of the stages without global tokens, as in timm's models.
-
-        Returns:
-            The maps of the chosen stages (B, C, H, W); before them, unless ``intermediates_only``, the regions.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt}: expected NCHW or NHWC")
-        final = len(self.specs) - 1
-        chosen, last = feature_take_indices(final + 1, indices)
-        maps = []
-        for stage in range(last + 1 if stop_early else final + 1):
+    def run_stages(self, x: Tensor, stages: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Run the stages; each yields the map of its last block only, without global tokens."""
+        for stage in range(stages):
             _, x = self._forward_stage(stage, x)
-            if stage in chosen:
-                y = x.permute(0, 2, 3, 1)
-                y = self.norm(y) if norm and stage == final else y
-                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return maps
-        x = x.permute(0, 2, 3, 1)
-        return (self.norm(x) if stage == final else x), maps
+            y = x.permute(0, 2, 3, 1)
+            yield [y], y
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the chosen stages do not need, as in timm's models.
-
-        Returns:
-            The chosen stages, counted from the first.
-        """
-        chosen, last = feature_take_indices(len(self.specs), indices)
-        shortened = last < len(self.specs) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        for i in range(last + 1, len(self.specs)):
+    def keep_stages(self, stages: int) -> None:
+        for i in range(stages, self.num_stages):
             delattr(self, f"layer{i + 1}")
-        self.specs = self.specs[: last + 1]
-        if shortened:
-            self.num_features = self.specs[-1].dim
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return chosen
+        self.specs = self.specs[:stages]
 
     # EsViT's interface
 
-    def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """View features (B, D) and regions (B, N, D)."""
-        regions = self.forward_features(x).flatten(1, 2)  # (B, N, D)
-        return regions.mean(1), regions
-
-    def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
-        """The linear-probe feature of the last ``n`` blocks: first global token, or the average where there is none.
-
-        Only the last stage is normed.
-        """
-        return self.view_and_last_blocks(x, n)[1]
-
     def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
+        """Return the view feature (B, D) of :meth:`forward` and the linear-probe feature (B, D') in one pass.
+
+        The linear-probe feature concatenates the first global token of the last ``n`` blocks; blocks without global
+        tokens contribute the average of their regions.
+        """
         outputs = []
         for stage, spec in enumerate(self.specs):
             tokens, x = self._forward_stage(stage, x)
@@ -372,7 +305,7 @@ class VisionLongformer(nn.Module):
         return self.forward_head(self.norm(x.permute(0, 2, 3, 1))), torch.cat(outputs[-n:], -1)
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, which must be a full one, (B, heads, N, N)."""
+        """Return the attention of the last block, which must have full attention, (B, heads, N, N)."""
         return self._last_attention(x)[0]
 
     def _last_attention(self, x: Tensor) -> tuple[Tensor, int, int]:
@@ -384,21 +317,21 @@ class VisionLongformer(nn.Module):
         for attention, mlp in pairs:
             tokens = mlp(attention(tokens, height, width))
         if not isinstance(last.attn, FullAttention):
-            raise ValueError("attention is only given for networks whose last stage has full attention (s0)")
+            raise ValueError("attention is only available for networks whose last stage has full attention (s0)")
         return last.attn.weights(last.norm(tokens), height, width), height, width
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Attention that each region receives, averaged over all queries, (B, heads, H, W)."""
+        """Return the attention that each region receives, averaged over all queries, (B, heads, H, W)."""
         weights, height, width = self._last_attention(x)
         return weights.mean(-2).unflatten(-1, (height, width))
 
 
 def switch_mode_(backbone: nn.Module, mode_switch: float, epoch: int, epochs: int) -> None:
-    """Set the mode that a Vision Longformer has in an epoch of its training; other networks are left alone.
+    """Set the attention mode of a Vision Longformer for an epoch; other networks do not change.
 
-    Random neighbours (a mode above 0) end after the share ``mode_switch`` of the epochs, as in
-    microsoft/vision-longformer. EsViT's published code carries the setting (``VIL_MODE_SWITCH``) and never reads it:
-    there every epoch has the mode it began with, here a ``mode_switch`` of 1.
+    Random neighbors (a mode above 0) end after the fraction ``mode_switch`` of the epochs, as in
+    microsoft/vision-longformer. EsViT's published code has the setting (``VIL_MODE_SWITCH``) but never reads it: every
+    epoch has the initial mode, which corresponds to a ``mode_switch`` of 1 here.
     """
     if isinstance(backbone, VisionLongformer) and backbone.mode > 0:
         backbone.set_mode(0 if epoch >= mode_switch * epochs else backbone.mode)
@@ -409,7 +342,7 @@ _NETWORKS: dict[str, dict[str, Any]] = {
         "arch": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
         "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
     },
-    # The published vil_small/base.yaml, with absolute positions.
+    # The published vil_small/base.yaml, which has absolute positions.
     "esvit_vil_1281": {
         "arch": "l1,h3,d96,n1,s1,g1,p4,f7_l2,h3,d192,n2,s1,g1,p2,f7_l3,h6,d384,n8,s0,g1,p2,f7_"
         "l4,h12,d768,n1,s0,g0,p2,f7",

@@ -1,10 +1,10 @@
 """Plain vision transformers with the numerics of the published EsViT code (Dosovitskiy et al., 2021; DINO).
 
-timm's network with its interface, names and layers; what the published one does otherwise:
+The network is timm's, with its interface, names and layers. The published network differs in this:
 
-* Layer norms use eps 1e-6, the class token starts from a truncated normal like every other weight.
-* For another resolution the position embedding is resized bicubically without antialiasing.
-* Images whose side is not a multiple of the patch lose the rest at the right and at the bottom.
+* Layer norms use eps 1e-6, and the class token is initialized from a truncated normal like all other weights.
+* For other resolutions the position embedding is resized bicubically without antialiasing.
+* Images whose side is not a multiple of the patch size are cropped at the right and at the bottom.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from esvit_core.models.timm_entrypoints import default_cfg, register
 
 
 class CroppingPatchEmbed(PatchEmbed):
-    """Patches of whatever fits."""
+    """Patch embedding that crops images to whole patches."""
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (side // patch * patch for side, patch in zip(x.shape[-2:], self.patch_size, strict=True))
@@ -35,7 +35,7 @@ class VisionTransformer(TimmVisionTransformer):
     """Vision transformer; regions are the patch tokens, the view feature is the class token.
 
     Args:
-        kwargs: as timm's ``VisionTransformer``; without pooling options: the class token is the view.
+        kwargs: arguments of timm's ``VisionTransformer``, except pooling: the view feature is always the class token.
     """
 
     patch_embed: PatchEmbed
@@ -53,7 +53,7 @@ class VisionTransformer(TimmVisionTransformer):
         trunc_normal_(self.cls_token, std=0.02)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Class token and position embedding onto patches (B, H, W, C)."""
+        """Add class token and position embedding to patches (B, H, W, C)."""
         B, H, W, _ = x.shape
         x = torch.cat((self.cls_token.expand(B, -1, -1), x.flatten(1, 2)), 1)  # (B, 1 + N, C)
         return self.pos_drop(x + self._positions(H, W))
@@ -68,16 +68,16 @@ class VisionTransformer(TimmVisionTransformer):
         return torch.cat((cls, patches.flatten(2).mT), 1)  # (1, 1 + N, C)
 
     def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """View features (B, D) and regions (B, N, D)."""
+        """Return view features (B, D) and regions (B, N, D)."""
         tokens = self.forward_features(x)
         return tokens[:, 0], tokens[:, 1:]
 
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
-        """The linear-probe feature: normed class tokens of the last ``n`` blocks and the mean of the last patches."""
+        """Return the linear-probe feature: normed class tokens of the last ``n`` blocks and the mean of the last patches."""
         return self.view_and_last_blocks(x, n)[1]  # (B, (n + 1) * D)
 
     def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """View feature (B, D), as of :meth:`forward`, and linear-probe feature (B, D') in one pass."""
+        """Return the view feature (B, D) of :meth:`forward` and the linear-probe feature (B, D') in one pass."""
         last: Any
         tokens: Any
         last, tokens = self.forward_intermediates(x, n, return_prefix_tokens=True, norm=True, output_fmt="NLC")
@@ -85,7 +85,7 @@ class VisionTransformer(TimmVisionTransformer):
         return self.forward_head(last), blocks
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, (B, heads, 1 + N, 1 + N)."""
+        """Return the attention of the last block, (B, heads, 1 + N, 1 + N)."""
         *blocks, last = self.blocks
         x = self._pos_embed(self.patch_embed(x))
         for block in blocks:
@@ -97,7 +97,7 @@ class VisionTransformer(TimmVisionTransformer):
         return (q * attention.scale @ k.mT).softmax(-1)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Attention that the class token pays to each region, (B, heads, H, W)."""
+        """Return the attention of the class token to each region, (B, heads, H, W)."""
         height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         return self.last_attention(x)[:, :, 0, 1:].unflatten(-1, (height, width))
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_core.config import Config
 from esvit_core.losses.blockwise import ROWS_OF_PRODUCTS
-from esvit_core.models.lazy_logits import PrototypeLogits
+from esvit_core.models.lazy_logits import LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput, build_network
 
 # float32: the student, its gradient, the two averages of AdamW, the teacher.
@@ -58,7 +58,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     """Count a step of ``config``.
 
     Args:
-        config: of the run; ``launch.recompute`` counts too.
+        config: of the run; ``launch.activation_checkpointing`` counts too.
         dtype: of the networks' arithmetic.
         device_type: ``cpu`` makes the logits of many prototypes where they are compared; a GPU stores them. The
             attention's weights are counted in either case, though a GPU's kernels do not keep them: there the memory
@@ -73,9 +73,9 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         sizes = [kind.size for kind in kinds for _ in range(kind.number)]
         forward = _count(lambda: student(_crops(2, sizes)))
         teacher = _count(lambda: student(_crops(2, sizes[:2])))
-        recompute = config.launch.recompute
-        again = _count(lambda: [student.backbone(crop) for crop in _crops(2, sizes)]) if recompute else 0.0
-        student.backbone.set_grad_checkpointing(recompute)
+        checkpointing = config.launch.activation_checkpointing
+        again = _count(lambda: [student.backbone(crop) for crop in _crops(2, sizes)]) if checkpointing else 0.0
+        student.backbone.set_grad_checkpointing(checkpointing)
         kept = [_kept(student, _crops(n, sizes), dtype) for n in (2, 4)]
         output: NetworkOutput = student(_crops(2, sizes))
     parameters = sum(p.numel() for p in student.parameters())
@@ -168,7 +168,7 @@ def _rows(config: Config, output: NetworkOutput) -> tuple[int, int]:
 
 def _product_flops(config: Config, output: NetworkOutput) -> float:
     """Operations of the prototypes' products where the networks leave them to the objective."""
-    if not isinstance(output.view_logits, PrototypeLogits):
+    if not isinstance(output.view_logits, LazyLogits):
         return 0.0
     student, teacher = _rows(config, output)
     return 2.0 * config.head.out_dim * config.head.bottleneck_dim * (3 * student + teacher)
@@ -180,9 +180,9 @@ def _objective_bytes(
     """Bytes of the logits, their gradients and the teacher's distributions: whatever the batch, and for each image."""
     student, teacher = _rows(config, output)
     K, width = config.head.out_dim, dtype.itemsize
-    if device_type == "cpu" and isinstance(output.view_logits, PrototypeLogits):
+    if device_type == "cpu" and isinstance(output.view_logits, LazyLogits):
         # Of a few images at a time; and the gradient of a head's prototypes, with a product to be added to it.
         few = max(1, ROWS_OF_PRODUCTS // student)
         return (few * (student * width + teacher * 4) + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
-    dense = not isinstance(output.view_logits, PrototypeLogits)  # then the student's logits are counted already
+    dense = not isinstance(output.view_logits, LazyLogits)  # then the student's logits are counted already
     return 0.0, (student * width * (1 if dense else 2) + teacher * (width + 4)) * float(K)

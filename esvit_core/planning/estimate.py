@@ -161,13 +161,15 @@ def advice(config: Config, plan: Plan) -> list[str]:
         found.append(
             f"--set training.max_images_per_process={-(-plan.images_per_process // parts)}: the same batch in {parts} parts"
         )
-    if not config.launch.recompute:
-        launch = config.launch.model_copy(update={"recompute": True})
+    if not config.launch.activation_checkpointing:
+        launch = config.launch.model_copy(update={"activation_checkpointing": True})
         kind = "cpu" if plan.on_cpu else "cuda"
         less = count_demand(config.model_copy(update={"launch": launch}), plan.dtype, kind)
         amount = processes * less.bytes(plan.at_once) / 1e9
         fits = "fits" if 1e9 * amount <= room else "not enough alone"
-        found.append(f"--set launch.recompute=true: {amount:.1f} GB, {fits}; a third more time, the same numbers")
+        found.append(
+            f"--set launch.activation_checkpointing=true: {amount:.1f} GB, {fits}; a third more time, the same numbers"
+        )
     if most >= 1 and not plan.on_cpu:
         found.append(f"--gpus {plan.devices * math.ceil(plan.images_per_process / most)}")
     if not most:

@@ -31,7 +31,7 @@ from esvit_core.runs.environment import BEFORE_TORCH, device_memory
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed.processes import join_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import assemble, make_deterministic, recompute_blocks_
+from esvit_core.training.state import apply_activation_checkpointing_, assemble, make_deterministic
 
 WARM_UP = 2
 MOST_FLOPS = 6e11  # of a step, and of all steps with one number of images where they are small: seconds of a core
@@ -157,8 +157,8 @@ def main(recipe: str, steps: str, *sizes: str) -> None:
             Noise(small, (WARM_UP + int(steps)) * batch_size), small, small.seed, world.rank, world.size
         )
         parts = assemble(small, world, loader)
-        if config.launch.recompute:
-            recompute_blocks_(parts.student, config.model.arch)
+        if config.launch.activation_checkpointing:
+            apply_activation_checkpointing_(parts.student, config.model.arch)
         times, start = [], time.perf_counter()
         for batch in loader.epoch(0):
             training_step(parts, batch, parts.schedule_values())

@@ -49,7 +49,7 @@ def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) 
 def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, champion: dict[str, Any]) -> Comparison:
     """Measure a champion on the run's images, with every evaluation that the run itself has.
 
-    A run that started from this champion has its figures already, as those of the untrained network, which is the same.
+    A run that started from this champion has its figures already, as its baseline, which is the same network.
     Written once.
 
     Args:
@@ -69,7 +69,7 @@ def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, cham
         how = "it could not be measured"
         reason = f"its backbone is not at {champion['backbone']} any more"
         results = {name: left_out(result["headline"], reason) for name, result in own.items()}
-    elif weights == _weights(store, join_uri(run_uri, "untrained")):
+    elif weights == _weights(store, join_uri(run_uri, "baseline")):
         how = "the run started from it"
         results = {name: _of_the_start(result) for name, result in own.items()}
     else:
@@ -95,7 +95,7 @@ def _weights(store: ObjectStore, backbone: str) -> str | None:
 
 def _of_the_start(result: Result) -> Result:
     results = result["results"]
-    return {**result, "results": {CHAMPION: results["untrained"]} if results else {}}
+    return {**result, "results": {CHAMPION: results["baseline"]} if results else {}}
 
 
 def _measure(
@@ -103,7 +103,7 @@ def _measure(
 ) -> dict[str, Result]:
     # Here, for most retrainings started from the champion and need none of it.
     from esvit_core.data.shards.manifest import Manifest
-    from esvit_core.evaluation.features import SPLITS, features_of, nothing, split_datasets
+    from esvit_core.evaluation.features import SPLITS, empty_features, features_of, split_datasets
     from esvit_core.evaluation.knn import measure_knn
     from esvit_core.evaluation.labels import Task, task_of
     from esvit_core.evaluation.linear_probe import measure_linear
@@ -118,7 +118,7 @@ def _measure(
         train, val = (
             features_of(network, datasets[split], config, label=f"features of the champion, {split}")
             if split in datasets
-            else nothing()
+            else empty_features()
             for split in SPLITS
         )
         task: Task | str = task_of({CHAMPION: (train, val)}, Manifest.read(store, data).classes)

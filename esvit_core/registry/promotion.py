@@ -33,7 +33,7 @@ class Figure:
 
     Attributes:
         value: of the trained backbone, percent.
-        baseline: of the untrained one.
+        baseline: of the network before training.
         task: digest of the classes measured: figures of different tasks do not compare.
     """
 
@@ -45,7 +45,7 @@ class Figure:
 def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     """Make the run's backbone the champion if it beats the present one, and record the reason either way.
 
-    The first champion has to beat its own untrained baseline. Called again for the same run it returns the decision
+    The first champion has to beat its own baseline. Called again for the same run it returns the decision
     that was taken; an attempt that died between the change and the record is recognised in the pointer.
 
     Returns:
@@ -93,7 +93,7 @@ def metric_figure(store: ObjectStore, run_uri: str, metric: str) -> Figure | str
     result = read_result(store, run_uri, name)
     if result is None:
         return f"{metric} was not measured: the run has no result {name}"
-    return _figure(result, metric, "trained", "untrained")
+    return _figure(result, metric, "trained", "baseline")
 
 
 def beats(value: float, champion: float, margin: float) -> bool:
@@ -154,10 +154,10 @@ def _verdict(
 ) -> tuple[bool, str]:
     metric, margin = config.promotion.metric, config.promotion.margin
     if present is None:
-        told = f"{metric} {figure.value:.2f} against {figure.baseline:.2f} untrained"
+        told = f"{metric} {figure.value:.2f} against {figure.baseline:.2f} of the baseline"
         if figure.value > figure.baseline:
             return True, f"first champion: {told}"
-        return False, f"no better than the untrained backbone: {told}"
+        return False, f"no better than the baseline: {told}"
     champion = _champion_figure(run_uri, present, store, metric)
     if isinstance(champion, str):
         return False, f"cannot be compared with the champion {present.value['run']}: {champion}"

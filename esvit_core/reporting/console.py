@@ -15,7 +15,7 @@ __all__ = ["read_results", "results_table", "summarise"]
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """The figures of a run beside those of the same network untrained.
+    """The figures of a run next to those of its baseline, the same network before training.
 
     Args:
         results: as :func:`read_results` lists them.
@@ -25,7 +25,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("measure")
-    for name in ("trained", "untrained", "difference"):
+    for name in ("trained", "baseline", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     left_out = []
     for row in summarise(results):
@@ -35,7 +35,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             Text(row.label, style="bold" if row.headline else ""),
             _figure(row.trained, row.unit, "bold" if row.headline else ""),
-            _figure(row.untrained, row.unit),
+            _figure(row.baseline, row.unit),
             Text(points(row.difference), style=_tone(row)),
         )
     for row in left_out:

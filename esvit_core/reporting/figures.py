@@ -25,11 +25,11 @@ def figures_of_run(run_uri: str, store: ObjectStore) -> dict[str, float | None]:
     """
     figures: dict[str, float | None] = {}
     for row in summarise(read_results(store, run_uri)):
-        figures |= {row.key: row.trained, f"{row.key} (baseline)": row.untrained}
+        figures |= {row.key: row.trained, f"{row.key} (baseline)": row.baseline}
     with contextlib.suppress(NotFound):
         drawn = store.get_json(join_uri(run_uri, "visualization", "visualization.json"))
         for name, values in drawn["figures"].items():
-            figures |= {name: values["trained"], f"{name} (baseline)": values["untrained"]}
+            figures |= {name: values["trained"], f"{name} (baseline)": values["baseline"]}
     if (training := read_summary(store, run_uri)) is not None:
         figures |= {name: getattr(training, name) for name in _TRAINING}
     return figures

@@ -1,4 +1,4 @@
-"""What was measured, trained beside untrained: the rows that the report and the command line show."""
+"""What was measured, the trained network next to the baseline: rows for the report and the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Row:
     Attributes:
         key: ``knn/20``, ``linear``, ``transfer/<set>``, ...
         label: the same in words.
-        trained, untrained: percent; None where it was not measured.
+        trained, baseline: percent; None where it was not measured.
         top5: of the trained backbone, percent.
         reason: why there are no figures; empty where there are.
         headline: the figure that stands for its evaluation.
@@ -34,7 +34,7 @@ class Row:
     key: str
     label: str
     trained: float | None
-    untrained: float | None
+    baseline: float | None
     top5: float | None = None
     reason: str = ""
     headline: bool = False
@@ -42,10 +42,10 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Trained less untrained, percentage points."""
-        if self.trained is None or self.untrained is None:
+        """Trained less baseline, percentage points."""
+        if self.trained is None or self.baseline is None:
             return None
-        return self.trained - self.untrained
+        return self.trained - self.baseline
 
 
 def read_results(store: ObjectStore, run_uri: str, config: Config | None = None) -> list[Result]:
@@ -66,7 +66,7 @@ def read_results(store: ObjectStore, run_uri: str, config: Config | None = None)
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The rows of the table of results: every figure of every evaluation, trained and untrained."""
+    """The rows of the table of results: every figure of every evaluation, of the trained network and the baseline."""
     rows: list[Row] = []
     for result in sorted(results, key=_place):
         headline = str(result.get("headline") or result.get("name"))
@@ -76,10 +76,10 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[Row]:
             reason = str(result.get("reason") or "no reason was given")
             rows.append(Row(headline, label_of(headline), None, None, reason=reason, headline=True, unit=unit))
             continue
-        untrained = result["results"].get("untrained", {})
+        baseline = result["results"].get("baseline", {})
         top5 = result.get("top5", {}).get("trained", {})
         rows += [
-            Row(key, label_of(key), value, untrained.get(key), top5.get(key), headline=key == headline, unit=unit)
+            Row(key, label_of(key), value, baseline.get(key), top5.get(key), headline=key == headline, unit=unit)
             for key, value in trained.items()
         ]
     return rows

@@ -35,7 +35,7 @@ class Tile:
 
     Attributes:
         label: what it is.
-        value, baseline: percent, of the trained and the untrained backbone; None where not measured.
+        value, baseline: percent, of the trained backbone and the baseline; None where not measured.
         note: below it.
         tone: of the difference.
         unit: of the numbers.
@@ -61,15 +61,15 @@ def judge(facts: Facts) -> Verdict:
     """The verdict on a run."""
     rows = [row for row in summarise(facts.results) if row.difference is not None]
     chosen = _decisive(rows, facts)
-    if chosen is None or chosen.trained is None or chosen.untrained is None or chosen.difference is None:
+    if chosen is None or chosen.trained is None or chosen.baseline is None or chosen.difference is None:
         return _unmeasured(facts)
-    before, after = (f"{percent(v)}{NO_BREAK}{chosen.unit}" for v in (chosen.untrained, chosen.trained))
+    before, after = (f"{percent(v)}{NO_BREAK}{chosen.unit}" for v in (chosen.baseline, chosen.trained))
     label = _capital(chosen.label)
     if abs(chosen.difference) < _SAME:
-        verdict = Verdict("plain", f"Pre-training made no difference: {chosen.label} is {after}, as untrained.")
+        verdict = Verdict("plain", f"Pre-training made no difference: {chosen.label} is {after}, like the baseline.")
     elif _may_be_chance(chosen, facts):
         moved = "rose" if chosen.difference > 0 else "fell"
-        verdict = Verdict("plain", f"{label} {moved} from {before} untrained to {after}, which may be chance.")
+        verdict = Verdict("plain", f"{label} {moved} from {before} (baseline) to {after}, which may be chance.")
     elif chosen.difference > 0:
         change = f"by {points(chosen.difference).lstrip('+')} points"
         verdict = Verdict("good", f"Pre-training helped: {label} rose from {before} to {after}, {change}.")
@@ -108,7 +108,7 @@ def tiles(facts: Facts) -> list[Tile]:
             Tile(
                 label=_capital(row.label),
                 value=row.trained,
-                baseline=row.untrained,
+                baseline=row.baseline,
                 note=f"{_capital(row.reason)}." if row.reason else "",
                 tone=_tone(row.difference),
                 unit=row.unit,
@@ -118,8 +118,8 @@ def tiles(facts: Facts) -> list[Tile]:
     share = (facts.images.value or {}).get("figures", {}).get("correspondence")
     if share:
         chance = f"By chance {percent(share['chance'])} %." if "chance" in share else ""
-        tone = _tone(share["trained"] - share["untrained"])
-        found.append(Tile("Correspondence", share["trained"], share["untrained"], chance, tone))
+        tone = _tone(share["trained"] - share["baseline"])
+        found.append(Tile("Correspondence", share["trained"], share["baseline"], chance, tone))
     return found
 
 
@@ -150,7 +150,7 @@ def _unmeasured(facts: Facts) -> Verdict:
     if share:
         details.append(
             f"What needs no labels: {percent(share['trained'])} % of the regions find their true match in another crop, "
-            f"{percent(share['untrained'])} % untrained."
+            f"{percent(share['baseline'])} % with the baseline."
         )
     return Verdict("plain", "A backbone was trained; how good its features are could not be measured.", details)
 
@@ -162,15 +162,15 @@ def _tally(rows: Sequence[Row]) -> list[str]:
     better = sum(d >= _SAME for d in differences)
     worse = sum(d <= -_SAME for d in differences)
     return [
-        f"Better than the same network untrained in {better} of {len(differences)} figures"
+        f"Better than the baseline in {better} of {len(differences)} figures"
         + (f", worse in {worse}." if worse else ".")
     ]
 
 
 def _start(facts: Facts) -> list[str]:
-    """What "untrained" means in a run that did not start from drawn weights."""
+    """What "baseline" means in a run that did not start from drawn weights."""
     start = start_of(facts.config)
-    return [f"Untrained means as this run started: {start}."] if start else []
+    return [f"The baseline is the network as this run started: {start}."] if start else []
 
 
 def _certainty(row: Row, facts: Facts) -> list[str]:

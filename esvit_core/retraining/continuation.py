@@ -15,7 +15,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.store_errors import NotFound
-from esvit_core.weights.weight_source import NoWeights, find, with_source_pinned
+from esvit_core.weights.weight_source import WeightsNotFound, find, pin_source
 
 _ONLY_IN_TRAINING = {"drop_path", "mode", "mode_switch"}  # the same network with another of these
 
@@ -32,7 +32,7 @@ def continued(config: Config, champion: Mapping[str, Any] | None, store: ObjectS
         UserError: the champion is another network, or its weights are gone.
     """
     if champion is None or config.init.source is not None:
-        return with_source_pinned(config, store)
+        return pin_source(config, store)
     _require_same_network(config, champion, store)
     init, with_heads = _start(config, champion, store)
     share = config.retrain.epochs_scale
@@ -56,14 +56,14 @@ def continued(config: Config, champion: Mapping[str, Any] | None, store: ObjectS
             "training": config.training.model_copy(update={"epochs": epochs}),
         }
     )
-    return with_source_pinned(made, store)
+    return pin_source(made, store)
 
 
 def _start(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> tuple[dict[str, Any], bool]:
     """Where the weights are: the last checkpoint, which has the heads too, or else the published backbone alone."""
     try:
         source, _ = find(champion["run"], "heads", config.bucket, store)
-    except NoWeights:
+    except WeightsNotFound:
         return {"source": champion["backbone"], "take": "backbone"}, False
     return {"source": source, "take": "heads"}, True
 

@@ -16,7 +16,7 @@ from esvit_core.config import Config, TransferSet
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.store_errors import NotFound
-from esvit_core.weights.weight_source import with_source_pinned
+from esvit_core.weights.weight_source import pin_source
 
 CONFIG = "config.yaml"
 RUNTIME = "runtime"  # a pointer: how the latest start of the run wants it executed
@@ -132,7 +132,7 @@ def start_run(
         UserError: the run exists and has another configuration.
     """
     store = store or ObjectStore.from_env()
-    config = with_source_pinned(config, store)
+    config = pin_source(config, store)
     uri = (uri or run_uri(config.bucket, identify_run(config, source))).rstrip("/")
     store.ensure_bucket(uri.removeprefix("s3://").partition("/")[0])
     if check is not None and not store.exists(join_uri(uri, CONFIG)):

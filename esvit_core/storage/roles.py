@@ -45,7 +45,7 @@ ROLES: Mapping[str, Role] = {
     ),
     "train": Role(
         "pre-training, and the training pods that it starts",
-        ("runs/*/training/*", "runs/*/journal/*", "runs/*/untrained/*", "runs/*/backbone/*"),
+        ("runs/*/training/*", "runs/*/journal/*", "runs/*/baseline/*", "runs/*/backbone/*"),
     ),
     "evaluate": Role(
         "steps that compute and evaluate features",
@@ -56,7 +56,7 @@ ROLES: Mapping[str, Role] = {
         (
             *("runs/*/report/*", "runs/*/promotion.json", "pointers/*", "exports/*"),
             # A run that evaluates a backbone creates it first. Whoever can move the champion can choose any backbone anyway.
-            *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/untrained/*"),
+            *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/baseline/*"),
             "runs/*/runtime",
             # If another run has become champion in the meantime, the promotion step evaluates it.
             "runs/*/comparison/*",

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esvit_core.kernels.chunked_softmax import rows_per_chunk, softmax_and_log_sum
 from esvit_core.losses.blockwise import Logits
-from esvit_core.losses.cross_entropy import rows_per_chunk, softmax_and_log_sum
 from esvit_core.losses.objective import Objective
 from esvit_core.losses.region import match_crops
-from esvit_core.models.lazy_logits import PrototypeLogits
+from esvit_core.models.lazy_logits import LazyLogits
 from esvit_core.models.multicrop import NetworkOutput
 
 SAMPLED_ROWS = 256  # of one process's views or regions: the mean of these tells enough, of all of them costs a step
@@ -187,7 +187,7 @@ def _task(
     mean, chosen = torch.zeros_like(center[0]), torch.zeros_like(center[0])
     entropy, divergence = center.new_zeros(1), center.new_zeros(1)
     stride = _stride(len(match), regions)
-    if isinstance(student_logits, PrototypeLogits):
+    if isinstance(student_logits, LazyLogits):
         student_logits = student_logits.converted()
     for rows in _blocks(len(match), regions, len(mean), match.device):
         teacher = teacher_logits[rows]  # once: they may be a product, which takes as long as all the rest

@@ -20,11 +20,11 @@ from esvit_core.models.multicrop import MultiCropNetwork
 from esvit_core.runs.run import Run, open_run
 from esvit_core.storage import ObjectStore
 from esvit_core.training.state import Parts
-from esvit_core.weights.fit import fitting
-from esvit_core.weights.optimizer_state import optimized_names, renumbered
+from esvit_core.weights.fit import fit_weights
+from esvit_core.weights.optimizer_state import optimized_names, renumber_state
 from esvit_core.weights.read_file import from_timm_registry, read_file
 from esvit_core.weights.snapshot import Snapshot, Weights
-from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, with_source_pinned
+from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source
 
 RECORD = "training/initial.json"
 
@@ -37,7 +37,7 @@ def starting_states(run: Run, parts: Parts) -> dict[str, Any] | None:
     Raises:
         UserError: the source cannot be read, or does not fit.
     """
-    init = with_source_pinned(run.config, run.store).init  # and that is still there
+    init = pin_source(run.config, run.store).init  # and that is still there
     if init.source is None:
         return None
     snapshot = read_source(init, run.config, run.store)
@@ -49,7 +49,7 @@ def starting_states(run: Run, parts: Parts) -> dict[str, Any] | None:
         "take": init.take,
         "taken": taken,
         "anew": anew,
-        "passed_over": list(snapshot.passed_over),
+        "passed_over": list(snapshot.ignored),
         "step": states["position"]["step"],
     }
     run.store.put_json(run.at(RECORD), record)
@@ -157,7 +157,7 @@ def _continue(states: dict[str, Any], snapshot: Snapshot, parts: Parts, taken: l
     optimizer = None
     if snapshot.optimizer is not None and snapshot.student is not None:
         there = optimized_names(snapshot.student, parts.student)
-        optimizer = renumbered(snapshot.optimizer, there, optimized_names(states["student"], parts.student))
+        optimizer = renumber_state(snapshot.optimizer, there, optimized_names(states["student"], parts.student))
     if optimizer is not None and _kind(optimizer) != _kind(states["optimizer"]):
         optimizer = None
     if optimizer is not None:
@@ -197,4 +197,4 @@ def _with(network: MultiCropNetwork, weights: Weights, snapshot: Snapshot, confi
         if name.startswith(f"{part}.") and not any(there.startswith(f"{part}.") for there in weights)
     }
     into = f"model.arch {config.model.arch} with head.out_dim {config.head.out_dim}"
-    return fitting(network, {**weights, **drawn}, snapshot.origin, into)
+    return fit_weights(network, {**weights, **drawn}, snapshot.origin, into)

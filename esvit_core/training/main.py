@@ -30,7 +30,7 @@ from esvit_core.training.loop import train
 from esvit_core.training.metrics_logger import Watch
 from esvit_core.training.nonfinite import NONFINITE, RollBack
 from esvit_core.training.profiler import PROFILE, Profile
-from esvit_core.training.state import Parts, build_parts, make_deterministic, recompute_blocks_
+from esvit_core.training.state import Parts, apply_activation_checkpointing_, build_parts, make_deterministic
 from esvit_core.weights.backbone import save_backbone
 
 
@@ -58,8 +58,8 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
     parts = build_parts(run, world)
     if (line := parts.loader.check_shared_memory(round(world.node_share * world.size))) and world.first:
         print(f"train: {line}", flush=True)
-    if launch.recompute:
-        recompute_blocks_(parts.student, run.config.model.arch)
+    if launch.activation_checkpointing:
+        apply_activation_checkpointing_(parts.student, run.config.model.arch)
     pace = CheckpointPace(run.config.training.checkpoint_minutes, leads=world.first)
     metrics = _metrics(run, parts, pace) if world.first_of_node else None
     uploads = _open_uploads(run, patience) if world.first else None
@@ -88,7 +88,7 @@ def carry_out(run_uri: str, stop: StopRequest) -> int:
 def resume(run: Run, parts: Parts, checkpoints: Checkpointer | None) -> None:
     """Take over the newest valid checkpoint; where there is none, the weights that the run starts from.
 
-    Those, as they were drawn or taken over, are published as the untrained network.
+    Those, as they were drawn or taken over, are published as the baseline.
 
     Args:
         run: the run.
@@ -116,7 +116,7 @@ def resume(run: Run, parts: Parts, checkpoints: Checkpointer | None) -> None:
     else:
         if run.config.training.on_nonfinite == "rollback":
             checkpoints.save(0, parts.stateful)  # to have something to go back to
-        save_backbone(run.store, run.at("untrained"), parts.teacher.backbone, run.config, {"run": run.uri, "step": 0})
+        save_backbone(run.store, run.at("baseline"), parts.teacher.backbone, run.config, {"run": run.uri, "step": 0})
     _introduce(parts)
 
 

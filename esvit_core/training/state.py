@@ -15,7 +15,7 @@ from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.data.loading.sampler import rank_share
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision
@@ -138,7 +138,7 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
     objective.to(world.device)
     precision = choose_precision(config.training.precision, world.device)
     for network in (student, teacher):
-        choose_fastest_(network, precision.dtype, world.device)
+        select_kernels_(network, precision.dtype, world.device)
     optimizer, position = build_optimizer(student, config), Position()
     networks = [student, teacher, objective]
     return Parts(
@@ -160,7 +160,7 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
     )
 
 
-def recompute_blocks_(student: MultiCropNetwork, arch: str) -> None:
+def apply_activation_checkpointing_(student: MultiCropNetwork, arch: str) -> None:
     """Have the student keep a block's input only, and compute the block once more in the backward pass.
 
     Raises:
@@ -168,7 +168,7 @@ def recompute_blocks_(student: MultiCropNetwork, arch: str) -> None:
     """
     if any(isinstance(module, BATCH_NORMS) for module in student.backbone.modules()):
         raise UserError(
-            f"launch.recompute: {arch} has batch norms, which would count every batch twice; "
+            f"launch.activation_checkpointing: {arch} has batch norms, which would count every batch twice; "
             "to save memory lower training.max_images_per_process"
         )
     student.backbone.set_grad_checkpointing(True)

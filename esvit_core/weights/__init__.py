@@ -1,1 +1,1 @@
-"""Weights from elsewhere: files that the published code, timm or another run wrote, and how they go into a network."""
+"""Load, save and import weights, from the published code, timm or another run."""

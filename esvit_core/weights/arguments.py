@@ -1,4 +1,4 @@
-"""Options of the published code's command line and settings here: the only place that knows both."""
+"""Mapping between command-line options of the published code and settings of this project."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from esvit_core.config import AugmentConfig, Config
 
-# Option -> setting, where the values are the same.
+# Option -> setting, for options with the same values.
 _SAME = {
     "out_dim": "head.out_dim",
     "norm_last_layer": "head.norm_last_layer",
@@ -45,7 +45,7 @@ _SAME = {
 
 
 def published_arguments(config: Config) -> dict[str, Any]:
-    """The command line with which the published code would do the run; the global batch on one device."""
+    """Return the published code's command line for the run, with the global batch on one device."""
     values = config.model_dump(mode="python")
     return {
         "arch": config.model.arch.rpartition("_w")[0] if config.model.arch.startswith("swin_") else config.model.arch,
@@ -62,15 +62,15 @@ def published_arguments(config: Config) -> dict[str, Any]:
 
 
 def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a published command line names, as a nested mapping; what it does not name is left out."""
+    """Return the settings that a published command line contains, as a nested mapping."""
     settings: dict[str, Any] = {}
     for option, setting in _SAME.items():
         if option in arguments:
             *sections, leaf = setting.split(".")
-            place = settings
+            target = settings
             for section in sections:
-                place = place.setdefault(section, {})
-            place[leaf] = arguments[option]
+                target = target.setdefault(section, {})
+            target[leaf] = arguments[option]
     if "aug_opt" in arguments:
         settings.setdefault("augment", {}).update(_crop_settings(arguments))
     batch, processes = arguments.get("batch_size_per_gpu"), arguments.get("world_size")
@@ -80,7 +80,7 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _crop_arguments(augment: AugmentConfig) -> dict[str, Any]:
-    """The published code has one scale for local crops of all sizes: the first kind's."""
+    """Return the crop options; the published code has one scale for all local crops, here that of the first kind."""
     kinds = augment.local_kinds
     return {
         "aug_opt": f"{augment.policy}_aug",
@@ -100,7 +100,7 @@ def _crop_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
         )
     ]
     settings: dict[str, Any] = {"policy": policy, "global_crops": {}}
-    if policy == "dino":  # the published `deit_aug` does not look at the scales
+    if policy == "dino":  # the published `deit_aug` ignores the scales
         settings["global_crops"] = {"scale": tuple(arguments.get("global_crops_scale", (0.4, 1.0)))}
         for kind in kinds:
             kind["scale"] = tuple(arguments.get("local_crops_scale", (0.05, 0.4)))
@@ -109,7 +109,7 @@ def _crop_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cfg(arch: str) -> str:
-    """The published code's file with the sizes of the network; none for plain ViTs and ResNets."""
+    """Return the published configuration file of the network; empty for plain ViTs and ResNets."""
     name, _, window = arch.rpartition("_w")
     if name.startswith("swin"):
         return f"experiments/imagenet/swin/{name}_patch4_window{window}_224.yaml"

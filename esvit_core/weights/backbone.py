@@ -1,4 +1,4 @@
-"""Publish a backbone and load it back: safetensors plus a small JSON.
+"""Publish and load backbones: safetensors plus a small JSON description.
 
 from esvit_core import load_backbone
 backbone = load_backbone("champion")          # or "s3://bucket/prefix", or a folder
@@ -38,13 +38,13 @@ _POINTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 def save_backbone(
     store: ObjectStore, prefix_uri: str, backbone: nn.Module, config: Config, extra: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Publish a backbone below ``prefix_uri``: ``model.safetensors``, ``backbone.json``, manifest last.
+    """Publish a backbone at ``prefix_uri``: ``model.safetensors``, ``backbone.json``, and the manifest last.
 
-    Repeated with the same weights it finds what is there and returns.
+    A repeated call with the same weights finds the published backbone and returns.
 
     Args:
-        backbone: as made by :func:`esvit_core.models.factory.create_backbone` from ``config``.
-        extra: further entries of ``backbone.json``, such as the run and the step.
+        backbone: network created by :func:`esvit_core.models.factory.create_backbone` from ``config``.
+        extra: additional entries of ``backbone.json``, such as the run and the step.
 
     Returns:
         The manifest.
@@ -57,9 +57,10 @@ def write_backbone(folder: Path, backbone: nn.Module, description: dict[str, Any
     """Write the same files into a local folder.
 
     Args:
-        folder: made if need be.
-        description: the content of ``backbone.json``, such as :func:`describe_backbone` gives or a loaded backbone has
-            in ``backbone_config``; what it says of the weights is replaced.
+        folder: created if it does not exist.
+        backbone: the network.
+        description: content of ``backbone.json``, from :func:`describe_backbone` or a loaded backbone's
+            ``backbone_config``; its entry ``weights`` is replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in _files(backbone, description).items():
@@ -67,15 +68,15 @@ def write_backbone(folder: Path, backbone: nn.Module, description: dict[str, Any
 
 
 def _files(backbone: nn.Module, description: dict[str, Any]) -> dict[str, bytes]:
-    # The file needs each tensor by itself: contiguous, on the CPU, sharing no memory with another.
+    # safetensors needs contiguous CPU tensors that share no memory.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in backbone.state_dict().items()}
     weights = safetensors.torch.save(state, metadata={"format": BACKBONE_FORMAT})
-    told = {"file": WEIGHTS, "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-    return {WEIGHTS: weights, DESCRIPTION: (json.dumps(description | {"weights": told}, indent=1) + "\n").encode()}
+    entry = {"file": WEIGHTS, "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    return {WEIGHTS: weights, DESCRIPTION: (json.dumps(description | {"weights": entry}, indent=1) + "\n").encode()}
 
 
 def describe_backbone(backbone: nn.Module, config: Config) -> dict[str, Any]:
-    """What ``backbone.json`` says of the network and of the images it expects."""
+    """Describe the network and its preprocessing, for ``backbone.json``."""
     return {
         "format": BACKBONE_FORMAT,
         "arch": config.model.arch,
@@ -94,21 +95,21 @@ def describe_backbone(backbone: nn.Module, config: Config) -> dict[str, Any]:
 
 
 def load_backbone(where: str | Path, store: ObjectStore | None = None) -> nn.Module:
-    """Load a published backbone as an ordinary timm-style module in eval mode.
+    """Load a published backbone as a timm-style module in eval mode.
 
     Args:
-        where: ``s3://bucket/prefix``; a folder; or the name of a pointer such as ``"champion"``, looked up in the
-            bucket ``ESVIT_BUCKET`` (default ``esvit``).
-        store: the object store; by default the one that ``ESVIT_S3_*`` name, or else the one whose data
-            ``ESVIT_STORE_DIR`` holds.
+        where: ``s3://bucket/prefix``; a folder; or the name of a pointer such as ``"champion"`` in the bucket
+            ``ESVIT_BUCKET`` (default ``esvit``).
+        store: object store; default: the store named by ``ESVIT_S3_*``, or the one with its data in
+            ``ESVIT_STORE_DIR``.
 
     Returns:
-        A module with ``forward_features``, ``forward_head`` and ``num_features``; ``module(x)`` gives the view
-        feature (B, num_features); ``module.backbone_config`` is the content of ``backbone.json``, which also says
-        how to prepare images (``eval_resize``, ``eval_crop``, ``mean``, ``std``).
+        A module with ``forward_features``, ``forward_head`` and ``num_features``; ``module(x)`` returns the view feature
+        (B, num_features); ``module.backbone_config`` is the content of ``backbone.json``, which includes the
+        preprocessing (``eval_resize``, ``eval_crop``, ``mean``, ``std``).
 
     Raises:
-        UserError: no such pointer, prefix or folder; a damaged file (by SHA-256); an unknown format.
+        UserError: the pointer, prefix or folder does not exist, the file is damaged (SHA-256), or the format is unknown.
     """
     text = str(where)
     if isinstance(where, Path) or Path(text).is_dir():
@@ -121,7 +122,7 @@ def load_backbone(where: str | Path, store: ObjectStore | None = None) -> nn.Mod
         uri = backbone_uri(text, opened)
         if opened.read_manifest(uri) is None:
             raise UserError(
-                f"backbone {uri}: nothing complete is published there; expected {DESCRIPTION} and {WEIGHTS}"
+                f"backbone {uri}: no complete backbone is published there; expected {DESCRIPTION} and {WEIGHTS}"
             )
         opened.fetch(uri, Path(folder))
         return _load_directory(Path(folder), uri)
@@ -137,14 +138,14 @@ def _load_directory(folder: Path, shown: str) -> nn.Module:
         ) from None
     if hashlib.sha256(weights).hexdigest() != description["weights"]["sha256"]:
         raise UserError(f"backbone {shown}: {WEIGHTS} is damaged (its SHA-256 differs); fetch or publish it again")
-    # Outside torch's inference and autograd modes of the caller the module has to be an ordinary trainable one.
+    # The module must be trainable even if the caller is in inference mode.
     with torch.inference_mode(False):
         try:
             model = ModelConfig.model_validate(description["model"])
         except ValidationError as error:
             reason = error.errors()[0]
             raise UserError(
-                f"backbone {shown}: its architecture is not one this version knows ({reason['loc']}: {reason['msg']})"
+                f"backbone {shown}: this version does not know its architecture ({reason['loc']}: {reason['msg']})"
             ) from None
         backbone = create_backbone(model, img_size=description["img_size"], drop_path=0.0)
         try:
@@ -156,10 +157,10 @@ def _load_directory(folder: Path, shown: str) -> nn.Module:
 
 
 def read_description(folder: Path, shown: str | None = None) -> dict[str, Any]:
-    """The content of a published backbone's ``backbone.json``.
+    """Read the ``backbone.json`` of a published backbone.
 
     Raises:
-        UserError: there is none, or its format is not one this version reads.
+        UserError: it does not exist, or this version does not support its format.
     """
     shown = shown or str(folder)
     try:
@@ -167,7 +168,7 @@ def read_description(folder: Path, shown: str | None = None) -> dict[str, Any]:
         found = description.get("format")
     except FileNotFoundError:
         raise UserError(
-            f"backbone {shown}: no {DESCRIPTION} in it; expected a folder with a published backbone"
+            f"backbone {shown}: it contains no {DESCRIPTION}; expected a folder with a published backbone"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"backbone {shown}: {DESCRIPTION} cannot be read ({error}); copy or publish it again") from None
@@ -180,13 +181,14 @@ def read_description(folder: Path, shown: str | None = None) -> dict[str, Any]:
 
 
 def backbone_uri(name: str, store: ObjectStore) -> str:
-    """The address of a published backbone.
+    """Return the address of a published backbone.
 
     Args:
         name: the address itself, or a pointer in the bucket ``ESVIT_BUCKET``.
+        store: object store.
 
     Raises:
-        UserError: no such pointer, or it names no backbone.
+        UserError: there is no such pointer, or it does not name a backbone.
     """
     if name.startswith("s3://"):
         return name.rstrip("/")
@@ -196,10 +198,10 @@ def backbone_uri(name: str, store: ObjectStore) -> str:
     if pointer is None:
         raise UserError(
             f"backbone {name}: no such pointer ({uri}), and no folder of that name; "
-            "promote a run first, or name another bucket in ESVIT_BUCKET"
+            "promote a run first, or set ESVIT_BUCKET to another bucket"
         )
     if not isinstance(pointer.value.get("backbone"), str):
-        raise UserError(f"backbone {name}: the pointer {uri} names no backbone; promote a run again")
+        raise UserError(f"backbone {name}: the pointer {uri} does not name a backbone; promote a run again")
     return pointer.value["backbone"]
 
 
@@ -211,7 +213,7 @@ def _store_for(where: str, store: ObjectStore | None) -> Iterator[ObjectStore]:
     directory = os.environ.get("ESVIT_STORE_DIR")
     if not os.environ.get("ESVIT_S3_ENDPOINT") and not directory:
         raise UserError(
-            f"backbone {where}: no object store is named; set ESVIT_S3_ENDPOINT and its keys, "
+            f"backbone {where}: no object store is configured; set ESVIT_S3_ENDPOINT and its keys, "
             "or ESVIT_STORE_DIR to the store folder of a run on this machine"
         )
     if directory and not os.environ.get("ESVIT_S3_ENDPOINT") and not Path(directory).is_dir():

@@ -1,15 +1,14 @@
-"""Checkpoints of the published code (microsoft/esvit): a file each, written by ``torch.save``.
+"""Checkpoints of the published code (microsoft/esvit), files written by ``torch.save``.
 
     student      state of the network in DistributedDataParallel: every name begins with ``module.``
-    teacher      the same without it, but for networks with batch norms, whose teacher is wrapped too
+    teacher      the same without the prefix, except for networks with batch norms, whose teacher is wrapped, too
     optimizer    state of torch's optimizer; groups: regularized, not regularized
-    epoch        epochs done
+    epoch        completed epochs
     args         the command line, an ``argparse.Namespace``
     dino_loss    the centers, ``center`` and, with the region task, ``center_grid``
-    fp16_scaler  state of torch's gradient scaler, where half precision was used
+    fp16_scaler  state of torch's gradient scaler, if half precision was used
 
-Its relatives are read too: files with the teacher alone, with one network below ``model`` or ``state_dict``, and a
-plain state dict.
+Related files are supported, too: the teacher alone, one network in ``model`` or ``state_dict``, and a plain state dict.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from esvit_core.weights.pickled import load_pickled
 from esvit_core.weights.published_names import from_published, to_published
 from esvit_core.weights.snapshot import Snapshot, Weights
 
-CENTRES = {"center": "center_view.value", "center_grid": "center_region.value"}
+CENTERS = {"center": "center_view.value", "center_grid": "center_region.value"}
 _NETWORKS = ("teacher", "model", "state_dict")
-_OF_A_TRAINING = ("student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler")
-# What else stands beside a network: classifiers, of supervised training and of the linear probe.
+_TRAINING_KEYS = ("student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler")
+# Classifiers of supervised training and of the linear probe, which are ignored.
 _CLASSIFIERS = (
     "head.weight",
     "head.bias",
@@ -46,32 +45,32 @@ _CLASSIFIERS = (
 
 
 def read_published_checkpoint(path: Path) -> Snapshot:
-    """Read a checkpoint of the published code, or one of its relatives.
+    """Read a checkpoint of the published code, or a related file.
 
     Raises:
-        UserError: see :func:`~esvit_core.weights.pickled.load_pickled`; or there is no network in it.
+        UserError: see :func:`~esvit_core.weights.pickled.load_pickled`; or the file contains no network.
     """
     return from_payload(load_pickled(path), str(path))
 
 
 def from_payload(payload: Any, origin: str) -> Snapshot:
-    """What a file holds that has been read already.
+    """Convert the content of a checkpoint file.
 
     Raises:
-        UserError: there is no network in it.
+        UserError: it contains no network.
     """
     if not isinstance(payload, Mapping):
-        raise UserError(f"checkpoint {origin}: it holds a {type(payload).__name__}, expected the states of networks")
+        raise UserError(f"checkpoint {origin}: it contains a {type(payload).__name__}; expected states of networks")
     if not any(name in payload for name in ("student", *_NETWORKS)):
-        teacher, passed_over = _network(payload, origin, "the file")
-        return Snapshot(origin, "state dict", teacher, passed_over=passed_over)
-    student, passed_over = _network(payload["student"], origin, "student") if "student" in payload else (None, ())
-    found = next((name for name in _NETWORKS if name in payload), None)
-    teacher, other = _network(payload[found], origin, found) if found else (student or {}, ())
+        teacher, ignored = _network(payload, origin, "the file")
+        return Snapshot(origin, "state dict", teacher, ignored=ignored)
+    student, ignored = _network(payload["student"], origin, "student") if "student" in payload else (None, ())
+    key = next((name for name in _NETWORKS if name in payload), None)
+    teacher, other = _network(payload[key], origin, key) if key else (student or {}, ())
     scaler, optimizer, epoch = payload.get("fp16_scaler"), payload.get("optimizer"), payload.get("epoch")
     return Snapshot(
         origin,
-        "published checkpoint" if student else f"state dict ({found})",
+        "published checkpoint" if student else f"state dict ({key})",
         teacher,
         student,
         _centers(payload.get("dino_loss", {}), origin),
@@ -79,28 +78,28 @@ def from_payload(payload: Any, origin: str) -> Snapshot:
         float(epoch) if isinstance(epoch, int | float) else None,
         _arguments(payload.get("args")),
         dict(scaler) if isinstance(scaler, Mapping) else None,
-        (*passed_over, *(name for name in other if name not in passed_over), *_unknown(payload, found)),
+        (*ignored, *(name for name in other if name not in ignored), *_unknown(payload, key)),
     )
 
 
 def write_published_checkpoint(
     path: Path, states: Mapping[str, Any], config: Config, epoch: int, scaler: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a checkpoint that the published code goes on with.
+    """Write a checkpoint from which the published code can resume.
 
     Args:
-        path: the file.
-        states: of a checkpoint of ours: ``student``, ``teacher``, ``objective`` and ``optimizer``.
-        config: of the run.
-        epoch: epochs done.
-        scaler: state of a gradient scaler, where there is one.
+        path: file to write.
+        states: states of a checkpoint: ``student``, ``teacher``, ``objective`` and ``optimizer``.
+        config: configuration of the run.
+        epoch: completed epochs.
+        scaler: state of a gradient scaler, if there is one.
 
     Raises:
         UserError: the file cannot be written.
     """
     student = to_published(states["student"])
     batch_norms = any(name.endswith("running_mean") for name in student)
-    here = {ours: theirs for theirs, ours in CENTRES.items()}
+    here = {ours: theirs for theirs, ours in CENTERS.items()}
     payload = {
         "student": {f"module.{name}": value for name, value in student.items()},
         "teacher": {
@@ -116,29 +115,31 @@ def write_published_checkpoint(
     try:
         torch.save(payload, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path}: cannot be written ({error}); name another place, or make room") from None
+        raise UserError(
+            f"checkpoint {path}: cannot be written ({error}); choose another path, or free disk space"
+        ) from None
 
 
 def _network(state: Any, origin: str, where: str) -> tuple[Weights, tuple[str, ...]]:
-    """A network's entries under our names, and what was passed over."""
+    """Return the entries of a network under this project's names, and the ignored names."""
     if not isinstance(state, Mapping) or not state:
-        raise UserError(f"checkpoint {origin}: {where} is no state of a network; expected names and tensors")
+        raise UserError(f"checkpoint {origin}: {where} is not the state of a network; expected names and tensors")
     named = {str(name).removeprefix("module."): value for name, value in state.items()}
     wrong = [name for name, value in named.items() if not _is_plain(value)]
     if wrong:
         raise UserError(
-            f"checkpoint {origin}: {where} is no state of a network, {', '.join(wrong[:3])} are no tensors; "
-            "expected student, teacher, model, state_dict, or a state dict by itself"
+            f"checkpoint {origin}: {where} is not the state of a network: {', '.join(wrong[:3])} are not tensors; "
+            "expected student, teacher, model, state_dict, or a plain state dict"
         )
     bare = {name: name.removeprefix("backbone.").removeprefix("backbone.") for name in named}
-    passed_over = tuple(name for name in named if bare[name].startswith(_CLASSIFIERS))
-    kept = {name: value for name, value in named.items() if name not in passed_over}
+    ignored = tuple(name for name in named if bare[name].startswith(_CLASSIFIERS))
+    kept = {name: value for name, value in named.items() if name not in ignored}
     if not kept:
         raise UserError(
-            f"checkpoint {origin}: {where} holds a classifier only ({', '.join(passed_over)}); "
+            f"checkpoint {origin}: {where} contains only a classifier ({', '.join(ignored)}); "
             "expected the backbone it was trained on"
         )
-    return from_published(kept), passed_over
+    return from_published(kept), ignored
 
 
 def _is_plain(value: Any) -> bool:
@@ -146,14 +147,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _centers(state: Any, origin: str) -> Weights:
-    if not isinstance(state, Mapping) or not all(name in CENTRES and _is_plain(v) for name, v in state.items()):
-        raise UserError(f"checkpoint {origin}: dino_loss holds {state!r:.80}; expected {' and '.join(CENTRES)}")
-    return {CENTRES[name]: value for name, value in state.items()}
+    if not isinstance(state, Mapping) or not all(name in CENTERS and _is_plain(v) for name, v in state.items()):
+        raise UserError(f"checkpoint {origin}: dino_loss contains {state!r:.80}; expected {' and '.join(CENTERS)}")
+    return {CENTERS[name]: value for name, value in state.items()}
 
 
 def _arguments(namespace: Any) -> dict[str, Any]:
     return dict(vars(namespace)) if isinstance(namespace, argparse.Namespace) else {}
 
 
-def _unknown(payload: Mapping[str, Any], found: str | None) -> list[str]:
-    return [str(name) for name in payload if name not in (*_OF_A_TRAINING, found)]
+def _unknown(payload: Mapping[str, Any], key: str | None) -> list[str]:
+    return [str(name) for name in payload if name not in (*_TRAINING_KEYS, key)]

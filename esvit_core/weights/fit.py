@@ -1,4 +1,4 @@
-"""Put weights from elsewhere into a network, all of them or none, and say what does not fit."""
+"""Match imported weights to a network and report mismatches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esvit_core.models.factory import architecture_names, create_backbone
 from esvit_core.weights.snapshot import Weights, part_of
 from esvit_core.weights.timm_names import COMPUTED, from_timm
 
-# A name that only this family's weights have, so that not all networks must be built to find theirs.
+# A weight name of each family, so that not all networks have to be built to recognize an architecture.
 _FAMILIES = {
     "swin": "layers.0.blocks.",
     "cvt": "stage0.",
@@ -27,55 +27,59 @@ _FAMILIES = {
 _BLOCK = re.compile(r"^(.*\.\d+)\.")
 
 
-def fitting(network: nn.Module, weights: Mapping[str, Tensor], origin: str, into: str) -> Weights:
-    """The whole state of ``network`` with ``weights`` in it; the network itself is left as it is.
+def fit_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: str, into: str) -> Weights:
+    """Return the state of ``network`` with ``weights`` in it; the network itself does not change.
 
-    What a network computes when it is built may be missing.
+    Buffers that a network computes on construction may be missing.
 
     Args:
-        network: that shall take them.
-        weights: under its names.
-        origin: where they are from, for the message.
-        into: what the network is, for the message, with the setting that decides it.
+        network: target network.
+        weights: weights under the names of the network.
+        origin: source of the weights, for messages.
+        into: description of the network and the setting that selects it, for messages.
 
     Raises:
-        UserError: names are missing or left over, or shapes differ; all of them are listed.
+        UserError: names are missing or unexpected, or shapes differ; the message lists all of them.
     """
     own = network.state_dict()
     computed = {name for name in (*own, *weights) if name.rpartition(".")[2] in COMPUTED}
     missing = [name for name in own if name not in weights and name not in computed]
-    left_over = [name for name in weights if name not in own and name not in computed]
+    unexpected = [name for name in weights if name not in own and name not in computed]
     shapes = [
-        f"{name} {_shape(weights[name])} there, {_shape(own[name])} here"
+        f"{name} {_shape(weights[name])} in the file, {_shape(own[name])} in the network"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
-    if missing or left_over or shapes:
-        lists = (("missing", condensed(missing)), ("left over", condensed(left_over)), ("of another shape", shapes))
-        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
-        arch = recognise(part_of(weights, "backbone") or weights)
-        theirs = f" They are those of {arch}." if arch else ""
-        raise UserError(f"weights {origin}: they do not fit {into}; {told}.{theirs}")
+    if missing or unexpected or shapes:
+        lists = (
+            ("missing", group_by_block(missing)),
+            ("unexpected", group_by_block(unexpected)),
+            ("different shape", shapes),
+        )
+        mismatches = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
+        arch = recognize_architecture(part_of(weights, "backbone") or weights)
+        theirs = f" They fit {arch}." if arch else ""
+        raise UserError(f"weights {origin}: they do not fit {into}; {mismatches}.{theirs}")
     return {**own, **{name: value for name, value in weights.items() if name in own}}
 
 
-def condensed(names: Iterable[str]) -> list[str]:
-    """The names, those of one block as one: ``layers.2.blocks.6.* (13)``."""
+def group_by_block(names: Iterable[str]) -> list[str]:
+    """Group the names of each block into one entry such as ``layers.2.blocks.6.* (13)``."""
     blocks: dict[str, list[str]] = {}
     for name in names:
-        found = _BLOCK.match(name)
-        blocks.setdefault(found[1] if found else name, []).append(name)
+        match = _BLOCK.match(name)
+        blocks.setdefault(match[1] if match else name, []).append(name)
     return [group[0] if len(group) == 1 else f"{block}.* ({len(group)})" for block, group in blocks.items()]
 
 
-def recognise(weights: Mapping[str, Tensor]) -> str | None:
-    """The architecture of ours whose backbone has exactly these names and shapes; None where there is none.
+def recognize_architecture(weights: Mapping[str, Tensor]) -> str | None:
+    """Return the architecture whose backbone has exactly these names and shapes, or None.
 
     Args:
-        weights: of a backbone, under its own names or timm's.
+        weights: weights of a backbone, under this project's names or timm's.
     """
-    families = [family for family, name in _FAMILIES.items() if any(there.startswith(name) for there in weights)]
-    # A family's bare name takes every size, and none says which.
+    families = [family for family, name in _FAMILIES.items() if any(key.startswith(name) for key in weights)]
+    # The bare name of a family does not determine the sizes.
     named = [arch for arch in architecture_names() if arch not in _FAMILIES]
     candidates = [arch for arch in named if arch.startswith(tuple(families))]
     return next((arch for arch in candidates if _own_shapes(arch) == _shapes(from_timm(arch, weights))), None)

@@ -1,4 +1,4 @@
-"""Bring a published checkpoint, or weights of timm, into the format that everything here reads."""
+"""Import a published checkpoint or timm weights into this project's format."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from esvit_core.storage.disk import explain_write_errors
 from esvit_core.storage.parallel_transfer import sha256_of
 from esvit_core.weights.arguments import settings_of
 from esvit_core.weights.backbone import describe_backbone, save_backbone, write_backbone
-from esvit_core.weights.fit import fitting, recognise
-from esvit_core.weights.read_file import adapted, from_timm_registry, load_file
+from esvit_core.weights.fit import fit_weights, recognize_architecture
+from esvit_core.weights.read_file import from_timm_registry, load_file, to_snapshot
 from esvit_core.weights.snapshot import Snapshot, part_of
 from esvit_core.weights.weight_source import TIMM
 
@@ -29,19 +29,19 @@ NETWORKS = ("teacher", "student")
 
 @dataclass(frozen=True)
 class Imported:
-    """What was brought in.
+    """Imported weights.
 
     Attributes:
-        backbone: where it is, a folder or an ``s3://`` prefix.
-        checkpoint: where a checkpoint to continue from is; None where none was asked for.
-        arch: the architecture.
-        told: what was taken and what was not, a line each.
+        backbone: location of the backbone, a folder or an ``s3://`` prefix.
+        checkpoint: address of a checkpoint to continue from; None if none was requested.
+        arch: architecture.
+        messages: what was imported and what was ignored, one line each.
     """
 
     backbone: str
     checkpoint: str | None
     arch: str
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 def import_weights(
@@ -55,27 +55,26 @@ def import_weights(
     """Read weights and publish the backbone; :func:`esvit_core.load_backbone` loads it.
 
     Args:
-        file: a ``.pth`` or ``.safetensors`` file, here or at ``s3://``, or ``timm:<name>``.
-        out: folder, or ``s3://bucket/prefix``: the backbone goes below ``backbone/`` in it, the checkpoint below
-            ``checkpoint/``.
-        store: needed where one of the two is at ``s3://``.
-        config: its ``model`` section names the architecture; None: found by names and shapes, with the recipe as far
-            as the file's own command line tells it.
-        network: whose backbone, ``teacher`` or ``student``.
-        checkpoint: write one, too, for ``init.source`` of a run; into the store only.
+        file: a local or ``s3://`` ``.pth`` or ``.safetensors`` file, or ``timm:<name>``.
+        out: folder or ``s3://bucket/prefix``; the backbone goes to its ``backbone/``, the checkpoint to ``checkpoint/``.
+        store: object store; required if ``file`` or ``out`` is at ``s3://``.
+        config: configuration whose ``model`` section names the architecture; None: recognize the architecture by names
+            and shapes, and take the settings of the command line stored in the file.
+        network: network whose backbone is imported, ``teacher`` or ``student``.
+        checkpoint: also write a checkpoint for ``init.source`` of a run; only supported in the object store.
 
     Raises:
-        UserError: the file cannot be read or is refused, no architecture of ours or not the named one fits, or
-            there is something else already where it is to go.
+        UserError: the file cannot be read or is unsafe, the weights fit no architecture or not the named one, or the
+            destination already holds something else.
     """
     if checkpoint and not out.startswith("s3://"):
         raise UserError(
-            f"--out {out}: a checkpoint goes into the store only; from a file a run starts as it is (init.source)"
+            f"--out {out}: a checkpoint can only be written to the object store; to start a run from a file, set init.source to the file"
         )
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         snapshot, sha256 = _read(file, "swin" if config is None else config.model.arch, store, Path(folder))
         config = config or _configuration(snapshot)
-        backbone, told = _backbone(snapshot, config, network)
+        backbone, messages = _backbone(snapshot, config, network)
         extra = {"imported": {"from": file, "sha256": sha256, "kind": snapshot.kind, "network": network}}
         where = join_uri(out, "backbone") if out.startswith("s3://") else str(Path(out) / "backbone")
         if store is not None and out.startswith("s3://"):
@@ -83,11 +82,11 @@ def import_weights(
             save_backbone(store, where, backbone, config, extra)
         else:
             _write(Path(where), backbone, describe_backbone(backbone, config) | extra)
-        kept = None
+        checkpoint_uri = None
         if checkpoint and store is not None:
-            kept = join_uri(out, "checkpoint")
-            _publish_checkpoint(snapshot, sha256, kept, store, Path(folder))
-    return Imported(where, kept, config.model.arch, told)
+            checkpoint_uri = join_uri(out, "checkpoint")
+            _publish_checkpoint(snapshot, sha256, checkpoint_uri, store, Path(folder))
+    return Imported(where, checkpoint_uri, config.model.arch, messages)
 
 
 def _read(file: str, arch: str, store: ObjectStore | None, folder: Path) -> tuple[Snapshot, str | None]:
@@ -96,22 +95,22 @@ def _read(file: str, arch: str, store: ObjectStore | None, folder: Path) -> tupl
     path = Path(file)
     if file.startswith("s3://"):
         if store is None:
-            raise UserError(f"weights {file}: no object store is named; set ESVIT_S3_ENDPOINT or ESVIT_STORE_DIR")
+            raise UserError(f"weights {file}: no object store is configured; set ESVIT_S3_ENDPOINT or ESVIT_STORE_DIR")
         path = folder / file.rpartition("/")[2]
         try:
             store.get_file(file, path)
         except NotFound:
             raise UserError(f"weights {file}: there is no such object") from None
-    return adapted(load_file(path), arch, file), sha256_of(path)
+    return to_snapshot(load_file(path), arch, file), sha256_of(path)
 
 
 def _configuration(snapshot: Snapshot) -> Config:
-    """The recipe as far as the file tells it: the architecture from names and shapes, the rest from its command line."""
-    arch = recognise(part_of(snapshot.teacher, "backbone"))
+    """Derive the configuration: the architecture from names and shapes, the rest from the file's command line."""
+    arch = recognize_architecture(part_of(snapshot.teacher, "backbone"))
     if arch is None:
         raise UserError(
-            f"weights {snapshot.origin}: their names and shapes are those of no architecture of ours at its own size; "
-            "name it with --arch to see what does not fit, or give the sizes with --recipe"
+            f"weights {snapshot.origin}: their names and shapes match no known architecture at its default size; "
+            "use --arch to see what does not fit, or --recipe to set the sizes"
         )
     settings: dict[str, Any] = settings_of(snapshot.arguments)
     if (prototypes := snapshot.teacher.get("head.last_layer.weight_v")) is not None:
@@ -122,28 +121,28 @@ def _configuration(snapshot: Snapshot) -> Config:
 
 
 def _backbone(snapshot: Snapshot, config: Config, network: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """The backbone with the weights in it, and what is to be said."""
+    """Return the backbone with the weights, and messages for the user."""
     weights = snapshot.teacher if network == "teacher" else snapshot.student
     if weights is None:
-        raise UserError(f"weights {snapshot.origin}: there is no student in it, only one network; leave --network out")
+        raise UserError(f"weights {snapshot.origin}: it contains one network, no student; remove --network")
     backbone = create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)
     own = part_of(weights, "backbone")
-    backbone.load_state_dict(fitting(backbone, own, snapshot.origin, f"model.arch {config.model.arch}"))
+    backbone.load_state_dict(fit_weights(backbone, own, snapshot.origin, f"model.arch {config.model.arch}"))
     which = network if snapshot.student is not None else "only network"
-    told = [f"{snapshot.kind}, {config.model.arch}: the {which}'s backbone, {len(own)} entries"]
+    messages = [f"{snapshot.kind}, {config.model.arch}: the {which}'s backbone, {len(own)} entries"]
     if snapshot.epoch is not None:
-        told.append(f"trained for {snapshot.epoch:g} epochs")
-    here = {"head": "the view head", "head_dense": "the region head"}
-    if heads := [words for part, words in here.items() if snapshot.has(part)]:
-        told.append(f"no part of a backbone: {' and '.join(heads)}")
-    if snapshot.passed_over:
-        told.append(f"passed over: {', '.join(snapshot.passed_over)}")
-    return backbone, tuple(told)
+        messages.append(f"trained for {snapshot.epoch:g} epochs")
+    head_names = {"head": "the view head", "head_dense": "the region head"}
+    if heads := [name for part, name in head_names.items() if snapshot.has(part)]:
+        messages.append(f"not part of a backbone: {' and '.join(heads)}")
+    if snapshot.ignored:
+        messages.append(f"ignored: {', '.join(snapshot.ignored)}")
+    return backbone, tuple(messages)
 
 
 def _write(folder: Path, backbone: nn.Module, description: Mapping[str, Any]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder.parent}: {folder.name} is there already; name a new folder")
+        raise UserError(f"--out {folder.parent}: {folder.name} already exists; choose a new folder")
     try:
         write_backbone(folder, backbone, dict(description))
     except OSError as error:
@@ -151,9 +150,9 @@ def _write(folder: Path, backbone: nn.Module, description: Mapping[str, Any]) ->
 
 
 def _publish_checkpoint(snapshot: Snapshot, sha256: str | None, uri: str, store: ObjectStore, folder: Path) -> None:
-    """The states that there are, named as :mod:`esvit_core.training.checkpoint` does."""
-    present = store.read_manifest(uri)
-    if present is not None and sha256 is not None and present.get("sha256") == sha256:
+    """Publish the available states under the names of :mod:`esvit_core.training.checkpoint`."""
+    existing = store.read_manifest(uri)
+    if existing is not None and sha256 is not None and existing.get("sha256") == sha256:
         return
     states = {
         "teacher": snapshot.teacher,

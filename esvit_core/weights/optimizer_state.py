@@ -1,7 +1,7 @@
-"""An optimizer's state by the names of the parameters.
+"""Transfer an optimizer's state by parameter names.
 
-torch numbers parameters by their place in the groups: first those that decay, then biases and one-dimensional ones,
-each in the order of the network's definition. The numbers change with the heads; names do not.
+torch numbers parameters by their position in the groups: first those with weight decay, then biases and one-dimensional
+ones, each in the order of the network's definition. The numbers change with the heads; the names do not.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ Groups = list[list[str]]
 
 
 def optimized_names(order: Iterable[str], network: nn.Module) -> Groups:
-    """Names of the parameters of each group, as torch numbers them.
+    """Return the parameter names of each group in torch's order.
 
     Args:
-        order: names of a state of ``network``, in the order in which it was defined there.
-        network: says which of them take a gradient. Of a weight that two modules share it counts the first name.
+        order: names of a state of ``network`` in their original order.
+        network: determines which of them are trainable; a shared weight counts under its first name.
     """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     names = [name for name in order if name in parameters]
-    spared = {name for name in names if name.endswith(".bias") or parameters[name].ndim == 1}
-    return [[name for name in names if name not in spared], [name for name in names if name in spared]]
+    no_decay = {name for name in names if name.endswith(".bias") or parameters[name].ndim == 1}
+    return [[name for name in names if name not in no_decay], [name for name in names if name in no_decay]]
 
 
-def renumbered(state: Mapping[str, Any], there: Groups, here: Groups) -> dict[str, Any] | None:
-    """An optimizer's ``state_dict()`` for the same parameters in another order.
+def renumber_state(state: Mapping[str, Any], there: Groups, here: Groups) -> dict[str, Any] | None:
+    """Renumber an optimizer's ``state_dict()`` for the same parameters in another order.
 
-    Parameters that have had no step, such as the frozen prototypes in the first epoch, have no state.
+    Parameters without a step so far, such as the frozen prototypes in the first epoch, have no state.
 
     Args:
         state: a ``state_dict()``.
         there: names of its parameters.
-        here: names of the parameters that shall take it over.
+        here: names of the parameters in the new order.
 
     Returns:
-        The state; None where it is not one of ``there``, or where the two have not the same parameters.
+        The state; None if it does not match ``there``, or if the parameters differ.
     """
     groups = state.get("param_groups")
     if not isinstance(groups, list) or [len(group["params"]) for group in groups] != [len(names) for names in there]:

@@ -1,8 +1,8 @@
-"""Names of weights in the published checkpoints (microsoft/esvit) and here: the only place that knows both.
+"""Mapping between weight names of the published checkpoints (microsoft/esvit) and of this project.
 
-Inside backbones and heads our names *are* the published ones. What differs is where the backbone sits: published
-transformers hold its weights at the top, beside ``head`` and ``head_dense``; published ResNets hold them below
-``backbone.backbone``; and training wraps the student in ``module``.
+Inside backbones and heads the names are equal. The prefix of the backbone differs: published transformers have its
+weights at the top level, next to ``head`` and ``head_dense``; published ResNets have them in ``backbone.backbone``; and
+training wraps the student in ``module``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _RESNET_ONLY = "backbone.conv1.weight"
 
 
 def from_published(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Entries of a published network under the names of :class:`~esvit_core.models.multicrop.MultiCropNetwork`."""
+    """Rename the entries of a published network to the names of :class:`~esvit_core.models.multicrop.MultiCropNetwork`."""
     renamed = {}
     for name, value in state.items():
         name = name.removeprefix("module.").removeprefix("backbone.").removeprefix("backbone.")
@@ -26,7 +26,7 @@ def from_published(state: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def to_published(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Entries of a :class:`~esvit_core.models.multicrop.MultiCropNetwork` under the published names."""
+    """Rename the entries of a :class:`~esvit_core.models.multicrop.MultiCropNetwork` to the published names."""
     prefix = "backbone.backbone." if _RESNET_ONLY in state else ""
     return {
         name if name.startswith(_HEADS) else prefix + name.removeprefix("backbone."): value

@@ -1,4 +1,4 @@
-"""Weights from a file, whoever wrote it, under the names of a network of ours."""
+"""Read weights from files of any supported origin, under this project's names."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _TIMM = "timm:"
 
 
 def read_file(path: Path, arch: str) -> Snapshot:
-    """Read a checkpoint of the published code, a state dict of ours or of timm, or a ``.safetensors`` file.
+    """Read a published checkpoint, a state dict of this project or timm, or a ``.safetensors`` file.
 
     Args:
-        path: the file.
-        arch: as in ``model.arch``; names of a stock timm network become those of this one.
+        path: file to read.
+        arch: value of ``model.arch``; names of a stock timm network are converted to those of this architecture.
 
     Raises:
-        UserError: no such file, no weights in it, damaged, or refused.
+        UserError: the file does not exist, contains no weights, is damaged, or is unsafe.
     """
-    return adapted(load_file(path), arch, str(path))
+    return to_snapshot(load_file(path), arch, str(path))
 
 
 def load_file(path: Path) -> Any:
-    """What is in the file, read safely; see :func:`~esvit_core.weights.pickled.load_pickled`."""
+    """Load the content of the file safely; see :func:`~esvit_core.weights.pickled.load_pickled`."""
     if path.suffix != ".safetensors":
         return load_pickled(path)
     try:
@@ -41,13 +41,13 @@ def load_file(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"checkpoint {path}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path}: damaged, or no safetensors ({error}); copy it again") from None
+        raise UserError(f"checkpoint {path}: damaged, or not safetensors ({error}); copy it again") from None
 
 
-def adapted(payload: Any, arch: str, origin: str) -> Snapshot:
-    """What :func:`load_file` read, as a snapshot with the names of ``arch``."""
+def to_snapshot(payload: Any, arch: str, origin: str) -> Snapshot:
+    """Convert the output of :func:`load_file` to a snapshot with the names of ``arch``."""
     if arch.startswith(_TIMM) and isinstance(payload, dict) and not _is_ours(payload):
-        plain = from_payload(payload.get("model", payload.get("state_dict", payload)), origin)  # checked, renamed
+        plain = from_payload(payload.get("model", payload.get("state_dict", payload)), origin)  # checks and renames
         weights = {name.removeprefix("backbone."): value for name, value in plain.teacher.items()}
         return Snapshot(origin, "weights of timm", _below_backbone(from_timm(arch, weights)))
     snapshot = from_payload(payload, origin)
@@ -57,23 +57,23 @@ def adapted(payload: Any, arch: str, origin: str) -> Snapshot:
 
 
 def from_timm_registry(name: str, arch: str) -> Snapshot:
-    """The weights that timm's registry has for a network, fetched or found in its cache.
+    """Load the weights of a network from timm's registry or cache.
 
     Args:
-        name: as for ``timm.create_model``, such as ``swin_tiny_patch4_window7_224.ms_in1k``.
-        arch: as in ``model.arch``.
+        name: name for ``timm.create_model``, such as ``swin_tiny_patch4_window7_224.ms_in1k``.
+        arch: value of ``model.arch``.
 
     Raises:
-        UserError: timm has no such network, no weights for it, or they cannot be fetched.
+        UserError: timm has no such network or no weights for it, or they cannot be downloaded.
     """
     if not timm.is_model(name):
         raise UserError(f"timm:{name}: timm has no such network; `timm.list_models()` lists them")
     try:
         weights = timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # of the network, of the cache, of timm: no common one
+    except Exception as error:  # network, cache and timm errors have no common base class
         raise UserError(
-            f"timm:{name}: its weights cannot be had ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "where there is no network give the file itself, a .pth or .safetensors"
+            f"timm:{name}: its weights cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r}); "
+            "without network access use a .pth or .safetensors file"
         ) from None
     return Snapshot(f"timm:{name}", "weights of timm", _below_backbone(from_timm(arch, weights)))
 
@@ -83,5 +83,5 @@ def _below_backbone(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_ours(payload: dict[str, Any]) -> bool:
-    """A training's checkpoint, or a backbone of ours around a timm network."""
+    """Return whether this is a checkpoint of a training, or a backbone of this project that wraps a timm network."""
     return "student" in payload or "teacher" in payload or any(str(name).startswith("model.") for name in payload)

@@ -1,4 +1,4 @@
-"""What a file holds of a training, under our names."""
+"""Content of a weight file, under this project's names."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Teacher, student and what belongs to them, as far as they are there.
+    """Teacher, student and training state, as far as a file contains them.
 
     Attributes:
-        origin: what was read, for messages.
-        kind: in words, such as ``published checkpoint``.
-        teacher: entries of a :class:`~esvit_core.models.multicrop.MultiCropNetwork`; the only network where there is
-            one only, and then perhaps without heads.
-        student: the same; None where there is none.
+        origin: source of the weights, for messages.
+        kind: kind of file, such as ``published checkpoint``.
+        teacher: entries of a :class:`~esvit_core.models.multicrop.MultiCropNetwork`; if the file contains one network, it
+            is this one, possibly without heads.
+        student: likewise; None if there is none.
         centers: entries of :class:`~esvit_core.losses.objective.Objective`.
-        optimizer: its ``state_dict()``; parameters are numbered in the order of ``student``.
-        epoch: epochs done; None where nobody knows.
-        arguments: the command line of the published code, by option.
-        scaler: state of the published code's gradient scaler. Training here needs none.
-        passed_over: entries that are no part of a training, by name.
+        optimizer: ``state_dict()`` of the optimizer; parameters are numbered in the order of ``student``.
+        epoch: completed epochs; None if unknown.
+        arguments: command line of the published code, by option.
+        scaler: state of the published code's gradient scaler, which this project does not use.
+        ignored: names of entries that are not part of a training.
     """
 
     origin: str
@@ -38,13 +38,13 @@ class Snapshot:
     epoch: float | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
-    passed_over: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def has(self, part: str) -> bool:
-        """Whether the teacher has the part: ``backbone``, ``head`` or ``head_dense``."""
+        """Return whether the teacher has the part ``backbone``, ``head`` or ``head_dense``."""
         return any(name.startswith(f"{part}.") for name in self.teacher)
 
 
 def part_of(weights: Mapping[str, Tensor], part: str) -> Weights:
-    """The entries of a part, under its own names."""
+    """Return the entries of a part, without the prefix."""
     return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}

@@ -1,15 +1,14 @@
-"""Names of weights in stock timm networks and here: the only place that knows both.
+"""Mapping between weight names of stock timm networks and of this project.
 
-timm's ViT, DeiT and ResNet carry our names. timm's Swin differs in three things:
+The names of timm's ViT, DeiT and ResNet are equal. timm's Swin differs in three points:
 
-* Patch merging is the first step of the next stage (``layers.1.downsample``), here the last of the one before
-  (``layers.0.downsample``). Files of the Swin authors, which timm reads too, have it where it is here.
-* The tables of relative positions (``relative_position_index``) and the masks of shifted windows are computed, not
-  kept.
-* Its layer norms use eps 1e-5, ours (the published EsViT's) 1e-6. Weights know nothing of it: a stock network gives
-  our features only when it is built with :func:`stock_network`'s arguments.
+* Patch merging is the first step of the next stage (``layers.1.downsample``); here it is the last step of the previous
+  stage (``layers.0.downsample``), as in the files of the Swin authors, which timm also reads.
+* The relative position indices (``relative_position_index``) and the masks of shifted windows are computed, not saved.
+* Its layer norms use eps 1e-5, whereas the published EsViT uses 1e-6. Weight files do not contain eps: a stock network
+  computes the same features only if it is built with the arguments of :func:`stock_network`.
 
-A classifier is no part of a backbone: it is dropped on the way here, and there is none on the way back.
+A classifier is not part of a backbone: it is dropped on import, and exports have none.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from esvit_core.errors import UserError
 
 Value = TypeVar("Value")
 
-# What every network computes when it is built, and some files keep all the same.
+# Buffers that every network computes on construction but some files contain.
 COMPUTED = ("relative_position_index", "attn_mask")
 _TIMM = "timm:"
 _MERGING = re.compile(r"^layers\.(\d+)\.downsample\.")
@@ -40,13 +39,13 @@ _STOCK = {
 
 
 def stock_network(arch: str) -> tuple[str, dict[str, Any]]:
-    """The network of stock timm that computes what ``arch`` computes at 224 pixels.
+    """Return the stock timm network that computes the same as ``arch`` at 224 pixels.
 
     Args:
-        arch: as in ``model.arch``: one of the Swin, DeiT, ViT and ResNet architectures, or ``timm:<name>``.
+        arch: value of ``model.arch``: a Swin, DeiT, ViT or ResNet architecture, or ``timm:<name>``.
 
     Returns:
-        The name and the keyword arguments for ``timm.create_model``; among them the layer norms' eps.
+        The name and the keyword arguments for ``timm.create_model``, including the eps of the layer norms.
 
     Raises:
         UserError: timm has no such network (CvT and ViL).
@@ -54,33 +53,33 @@ def stock_network(arch: str) -> tuple[str, dict[str, Any]]:
     if arch.startswith(_TIMM):
         return arch.removeprefix(_TIMM), {}
     if arch in _STOCK:
-        return _STOCK[arch], {}  # timm's ViT has eps 1e-6 too
+        return _STOCK[arch], {}  # timm's ViT also has eps 1e-6
     if found := re.fullmatch(r"swin_(tiny|small|base|large)_w(7|14)", arch):
         arguments: dict[str, Any] = {"norm_layer": functools.partial(nn.LayerNorm, eps=1e-6)}
         if found[2] != "7":
             arguments["window_size"] = int(found[2])
         return f"swin_{found[1]}_patch4_window7_224", arguments
     raise UserError(
-        f"model.arch {arch}: stock timm has no network like it; it has those of {', '.join(_STOCK)}, "
+        f"model.arch {arch}: stock timm has no equivalent network; it has equivalents of {', '.join(_STOCK)}, "
         "swin_{tiny,small,base,large}_w{7,14}"
     )
 
 
 def from_timm(arch: str, state: Mapping[str, Value]) -> dict[str, Value]:
-    """Entries of a timm network under the names of our backbone ``arch``; classifier and computed buffers dropped.
+    """Rename the entries of a timm network to the names of the backbone ``arch``; drop classifier and computed buffers.
 
-    ``relative_position_index`` of a Swin is therefore missing: the network that takes the weights has its own.
+    ``relative_position_index`` of a Swin is therefore missing: the target network has its own.
     """
     kept = _weights_of_the_backbone(state, _classifiers(arch))
     if arch.startswith(_TIMM):
         return {f"model.{name}": value for name, value in kept.items()}
-    if "layers.0.downsample.reduction.weight" in kept:  # the Swin authors' own files
+    if "layers.0.downsample.reduction.weight" in kept:  # files of the Swin authors
         return kept
     return {_moved(name, -1): value for name, value in kept.items()}
 
 
 def to_timm(arch: str, state: Mapping[str, Value]) -> dict[str, Value]:
-    """Entries of our backbone ``arch`` under timm's names; loads into :func:`stock_network` without a classifier."""
+    """Rename the entries of the backbone ``arch`` to timm's names, for :func:`stock_network` without a classifier."""
     if arch.startswith(_TIMM):
         state = {name.removeprefix("model."): value for name, value in state.items()}
         return _weights_of_the_backbone(state, _classifiers(arch))
@@ -88,7 +87,7 @@ def to_timm(arch: str, state: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _classifiers(arch: str) -> tuple[str, ...]:
-    """How the names of a network's classifiers begin."""
+    """Return the name prefixes of a network's classifiers."""
     if not arch.startswith(_TIMM):
         return _CLASSIFIERS
     description = timm.get_pretrained_cfg(arch.removeprefix(_TIMM))

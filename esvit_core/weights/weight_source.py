@@ -1,8 +1,8 @@
-"""Where the weights that a run starts from are, found once and held fast by their SHA-256.
+"""Resolve the source of a run's initial weights once, and pin it by SHA-256.
 
-A pointer such as ``champion`` moves, a run in progress writes further checkpoints, a file is replaced. So the source
-is looked up when a run is started, and its configuration names what was found: ``init.source`` becomes an address
-that does not move, ``init.sha256`` says what is there.
+A pointer such as ``champion`` moves, a run in progress writes further checkpoints, and files are replaced. Therefore the
+source is resolved when a run is started: ``init.source`` becomes a fixed address, ``init.sha256`` the digest of its
+content.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 _EXPECTED = "expected a pointer such as champion, s3://bucket/runs/<id>, a .pth or .safetensors file, or timm:<name>"
 
 
-def with_source_pinned(config: Config, store: ObjectStore) -> Config:
-    """The configuration with the source of its weights looked up; without a source it is returned as it is.
+def pin_source(config: Config, store: ObjectStore) -> Config:
+    """Return the configuration with a resolved source of weights; without a source it does not change.
 
     Raises:
-        UserError: nothing is there, or something else than when the run was started.
+        UserError: the source does not exist, or it has changed since the run was started.
     """
     if config.init.source is None:
         return config
@@ -40,33 +40,34 @@ def with_source_pinned(config: Config, store: ObjectStore) -> Config:
     if config.init.sha256 not in (None, sha256):
         raise UserError(
             f"init.source {source}: it has changed since the run was started (SHA-256 {sha256} instead of "
-            f"{config.init.sha256}); start another run without init.sha256, or bring the old weights back"
+            f"{config.init.sha256}); start another run without init.sha256, or restore the old weights"
         )
     return config.model_copy(update={"init": config.init.model_copy(update={"source": source, "sha256": sha256})})
 
 
-class NoWeights(UserError):  # noqa: N818
-    """There are no weights at the place that a setting names."""
+class WeightsNotFound(UserError):  # noqa: N818
+    """The source that a setting names contains no weights."""
 
 
 def find(
     source: str, take: str, bucket: str, store: ObjectStore, setting: str = "init.source"
 ) -> tuple[str, str | None]:
-    """The address of the weights and the SHA-256 of what is there.
+    """Resolve the address of weights and the SHA-256 of their content.
 
     Args:
-        source: as in ``init.source``.
-        take: as in ``init.take``; of a run ``backbone`` takes the published one, the others its newest checkpoint.
-        bucket: of the pointers.
-        store: the object store.
-        setting: what errors call the source.
+        source: value of ``init.source``.
+        take: value of ``init.take``; from a run, ``backbone`` takes the published backbone, other values the newest
+            checkpoint.
+        bucket: bucket of the pointers.
+        store: object store.
+        setting: name of the source in error messages.
 
     Returns:
-        A file, a folder, an ``s3://`` address of a file, of a backbone or of a checkpoint, or ``timm:<name>``, which
-        alone has no digest: timm's registry says what is in it.
+        A file, a folder, an ``s3://`` address of a file, backbone or checkpoint, or ``timm:<name>``, which has no digest
+        because timm's registry defines its content.
 
     Raises:
-        NoWeights: nothing is there.
+        WeightsNotFound: the source does not exist.
     """
     if source.startswith(TIMM):
         return source, None
@@ -78,16 +79,16 @@ def find(
     if path.is_file():
         return str(path.resolve()), sha256_of(path)
     if not _POINTER.fullmatch(source):
-        raise NoWeights(f"{setting} {source}: no such file or folder; {_EXPECTED}")
+        raise WeightsNotFound(f"{setting} {source}: no such file or folder; {_EXPECTED}")
     uri = join_uri(f"s3://{bucket}", "pointers", source)
     pointer = store.read_pointer(uri)
     if pointer is None or not isinstance(pointer.value.get("backbone"), str):
-        raise NoWeights(f"{setting} {source}: no such file, and no pointer {uri}; {_EXPECTED}")
+        raise WeightsNotFound(f"{setting} {source}: no such file, and no pointer {uri}; {_EXPECTED}")
     return _in_the_store(pointer.value["backbone"], take, store, setting)
 
 
 def kind_of(uri: str, store: ObjectStore) -> str | None:
-    """Format of the complete set at ``uri``: a backbone's or a checkpoint's; None where there is none."""
+    """Return the format of the complete publication at ``uri``, backbone or checkpoint; None if there is none."""
     manifest = store.read_manifest(uri)
     return None if manifest is None else manifest["format"]
 
@@ -97,7 +98,9 @@ def _in_the_store(uri: str, take: str, store: ObjectStore, setting: str) -> tupl
         return uri, _digest_of_object(uri, store, setting)
     if (manifest := store.read_manifest(uri)) is not None:
         if manifest["format"] not in (BACKBONE, CHECKPOINT):
-            raise NoWeights(f"{setting} {uri}: it holds {manifest['format']}, expected a backbone or a checkpoint")
+            raise WeightsNotFound(
+                f"{setting} {uri}: it contains {manifest['format']}; expected a backbone or a checkpoint"
+            )
         return uri, _digest_of(manifest)
     backbone = join_uri(uri, "backbone")
     if take == "backbone" and (manifest := store.read_manifest(backbone)) is not None:
@@ -107,7 +110,9 @@ def _in_the_store(uri: str, take: str, store: ObjectStore, setting: str) -> tupl
     for step in sorted((step for step in steps if step.isdigit()), key=int, reverse=True):
         if (manifest := store.read_manifest(join_uri(root, step))) is not None:
             return join_uri(root, step), _digest_of(manifest)
-    raise NoWeights(f"{setting} {uri}: neither a run with a complete checkpoint nor a published backbone is there")
+    raise WeightsNotFound(
+        f"{setting} {uri}: there is neither a run with a complete checkpoint nor a published backbone"
+    )
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
@@ -118,8 +123,8 @@ def _digest_of_folder(path: Path, setting: str) -> str:
     try:
         return sha256_of(path / "model.safetensors")
     except OSError:
-        raise NoWeights(
-            f"{setting} {path}: no model.safetensors in it; expected a folder with a published backbone, or a file"
+        raise WeightsNotFound(
+            f"{setting} {path}: it contains no model.safetensors; expected a folder with a published backbone, or a file"
         ) from None
 
 
@@ -129,5 +134,5 @@ def _digest_of_object(uri: str, store: ObjectStore, setting: str) -> str:
         try:
             store.get_file(uri, path)
         except NotFound:
-            raise NoWeights(f"{setting} {uri}: there is no such object") from None
+            raise WeightsNotFound(f"{setting} {uri}: there is no such object") from None
         return sha256_of(path)

@@ -39,7 +39,7 @@ def export(model: str, format: str, out: Path, regions: bool, runs: Path) -> Non
     require_absent(out)
     with _store_for(runs, model) as store:
         done = _published(model, out, store) if format == PUBLISHED else _exported(model, format, out, regions, store)
-    print(f"{done.path}  {done.bytes / 2**20:,.1f} MiB\n{done.told}\n\nUse it:")
+    print(f"{done.path}  {done.bytes / 2**20:,.1f} MiB\n{done.summary}\n\nUse it:")
     for line in done.usage:
         print(f"    {line}")
 
@@ -112,7 +112,7 @@ def _load(model: str, store: ObjectStore | None) -> nn.Module:
 
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         imported = import_weights(model, folder)
-        print("\n".join(imported.told), flush=True)
+        print("\n".join(imported.messages), flush=True)
         return load_backbone(imported.backbone)
 
 

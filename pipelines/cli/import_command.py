@@ -40,7 +40,7 @@ def import_file(
 
         network = "student" if student else "teacher"
         imported = import_weights(file, out, store, config, network, checkpoint)
-    for line in imported.told:
+    for line in imported.messages:
         print(line)
     print(f"backbone    {imported.backbone}")
     if imported.checkpoint:

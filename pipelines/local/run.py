@@ -25,7 +25,7 @@ from esvit_core.storage.marker import mark
 from esvit_core.storage.session import open_store
 from esvit_core.storage.store_errors import NotFound
 from esvit_core.storage.weed import path_problem
-from esvit_core.weights.weight_source import with_source_pinned
+from esvit_core.weights.weight_source import pin_source
 from esvit_pipelines.cli.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 from esvit_pipelines.local.attempt import in_progress, run_attempt
 
@@ -44,7 +44,7 @@ def run(settings: Settings) -> None:
     config = resolve(settings)
     require_metric(config)
     with open_run_store(settings, config) as store:
-        config = with_source_pinned(config, store)
+        config = pin_source(config, store)
         name = identify_run(config, settings.data)
         current = Run(run_uri(config.bucket, name), store, config)
         print_default_recipe(settings)

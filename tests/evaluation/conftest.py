@@ -82,7 +82,7 @@ def make_run(bucket, tmp_path_factory):
         for set_name, paint_set in dict(transfer).items():
             source = str(paint_set(tmp_path_factory.mktemp(f"{name}-{set_name}")))
             prepare(source, bucket, f"{run}/transfer/{set_name}", CONFIG.data, seed=0)
-        for seed, place in enumerate(("backbone", "untrained")):
+        for seed, place in enumerate(("backbone", "baseline")):
             torch.manual_seed(seed)
             network = create_backbone(CONFIG.model, img_size=32).eval()
             save_backbone(bucket, f"{run}/{place}", network, CONFIG, {"run": run, "step": 1 - seed})

@@ -25,7 +25,7 @@ def crowned(store):
         for name in names:
             run = store.uri(f"runs/{name}")
             value = 50.0 + ord(name)
-            figures = {"trained": {"knn/20": value}, "untrained": {"knn/20": 40.0}}
+            figures = {"trained": {"knn/20": value}, "baseline": {"knn/20": 40.0}}
             store.put_json(result_uri(run, "knn"), {"name": "knn"} | measured("knn/20", figures, ["ant", "bee"]))
             store.publish(f"{run}/backbone", {"model.safetensors": name.encode()}, "backbone")
             assert promote(run, store, Config())["promoted"]

@@ -45,11 +45,11 @@ def test_another_network_is_measured_as_the_run_s_own_is(challenger, bucket, con
 
 def test_the_network_that_the_run_started_from_has_its_figures_already(challenger, bucket, config, monkeypatch):
     monkeypatch.setattr("esvit_core.weights.backbone.load_backbone", None)
-    start = champion("start", f"{challenger}/untrained")
+    start = champion("start", f"{challenger}/baseline")
     found = compare_with_champion(challenger, bucket, config, start)
     assert found["how"] == "the run started from it"
     assert {name: found["results"][name]["results"]["champion"] for name in NAMES} == figures(
-        bucket, challenger, "untrained"
+        bucket, challenger, "baseline"
     )
     assert read_comparison(challenger, bucket, start) == compare_with_champion(challenger, bucket, config, start)
 

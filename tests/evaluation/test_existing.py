@@ -33,7 +33,7 @@ def trained(store_env: Any, micro_recipe: Path, images: Any, tmp_path: Path) -> 
 def arguments(trained: Run, tmp_path: Path) -> dict[str, Any]:
     """A configuration of another architecture: the backbone's own counts."""
     other = trained.config.model_copy(update={"model": ModelConfig(arch="swin_tiny_w7")})
-    return {"source": str(tmp_path / "images"), "asked": other}
+    return {"source": str(tmp_path / "images"), "config": other}
 
 
 def network(config: Config) -> torch.nn.Module:
@@ -49,14 +49,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: Any) -> None:
-    arguments["asked"] = arguments["asked"].model_copy(update={"seed": 3})
+    arguments["config"] = arguments["config"].model_copy(update={"seed": 3})
     run = import_backbone(trained.uri, **arguments)
     assert run.uri.startswith(f"s3://{trained.config.bucket}/runs/evaluate-micro-")
     assert run.config.model == trained.config.model.model_copy(update={"img_size": 32})
     assert (run.config.seed, run.config.evaluation.crop, run.config.init.source) == (3, 32, None)
     assert same(weights(run, "backbone"), weights(trained, "backbone"))
-    assert not same(weights(run, "untrained"), weights(trained, "backbone"))
-    assert run.store.get_json(run.at("untrained/backbone.json"))["step"] == 0
+    assert not same(weights(run, "baseline"), weights(trained, "backbone"))
+    assert run.store.get_json(run.at("baseline/backbone.json"))["step"] == 0
     assert run.store.get_json(run.at("measured.json"))["backbone"] == trained.at("backbone")
     assert import_backbone(trained.uri, **arguments).uri == run.uri
     facts = read_facts(run.uri, run.store, run.config)
@@ -82,7 +82,7 @@ def test_a_file_is_measured(trained: Run, arguments: Any, tmp_path: Path, monkey
     import timm
 
     # It tries one network after the other, which is tested with the import and takes its time.
-    monkeypatch.setattr("esvit_core.weights.import_checkpoint.recognise", lambda state: "deit_tiny")
+    monkeypatch.setattr("esvit_core.weights.import_checkpoint.recognize_architecture", lambda state: "deit_tiny")
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
     run = import_backbone(str(tmp_path / "weights.pth"), **arguments)
     assert run.config.model.arch == "deit_tiny" and run.config.augment.global_crops.size == 224

@@ -89,6 +89,6 @@ def test_lengths_of_features_do_not_matter():
     assert weighted_knn(scaled, labels, 7 * test, truth, 5) == weighted_knn(train, labels, test, truth, 5)
 
 
-def test_nothing_to_vote_is_said():
+def test_nothing_to_vote_is_reported():
     with pytest.raises(ValueError, match="0 and 3"):
         weighted_knn(np.zeros((0, 2)), np.zeros(0, int), np.ones((3, 2)), np.zeros(3, int), 1)

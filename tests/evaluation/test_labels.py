@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from esvit_core.evaluation.labels import class_names, label_notes, why_not
+from esvit_core.evaluation.labels import class_names, label_notes, missing_labels
 
 NONE = np.full(4, -1)
 
 
 def test_labels_on_both_sides_can_be_measured():
-    assert why_not(np.array([0, 1]), np.array([1])) is None
+    assert missing_labels(np.array([0, 1]), np.array([1])) is None
 
 
 def test_each_gap_has_its_reason():
     two, one = np.array([0, 1, 1]), np.array([2, 2])
-    assert "no labels" in why_not(NONE, NONE)
-    assert "all of one class" in why_not(one, two)
-    assert "no images are held out" in why_not(two, np.zeros(0, int))
-    assert "held-out images have no labels" in why_not(two, NONE)
-    assert "no training images" in why_not(np.zeros(0, int), two)
+    assert "no labels" in missing_labels(NONE, NONE)
+    assert "belong to one class" in missing_labels(one, two)
+    assert "no images are held out" in missing_labels(two, np.zeros(0, int))
+    assert "held-out images have no labels" in missing_labels(two, NONE)
+    assert "no training images" in missing_labels(np.zeros(0, int), two)
 
 
 def test_classes_missing_on_one_side_are_named():

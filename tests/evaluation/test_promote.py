@@ -23,7 +23,7 @@ def make_run(store):
     def make(name, value=50.0, baseline=40.0, result=None, classes=CLASSES, backbone=True):
         run = store.uri(f"runs/{name}")
         if result is None:
-            result = measured("knn/20", {"trained": {"knn/20": value}, "untrained": {"knn/20": baseline}}, classes)
+            result = measured("knn/20", {"trained": {"knn/20": value}, "baseline": {"knn/20": baseline}}, classes)
         store.put_json(result_uri(run, "knn"), {"name": "knn"} | result)
         if backbone:
             store.publish(f"{run}/backbone", {"model.safetensors": name.encode()}, "backbone")
@@ -45,7 +45,7 @@ def test_the_first_run_wins_if_it_beats_its_own_baseline(store, make_run):
     run = make_run("a", 50, 40)
     decision = promote(run, store, CONFIG)
     assert decision["promoted"] and decision["champion"] is None
-    assert "first champion" in decision["reason"] and "40.00 untrained" in decision["reason"]
+    assert "first champion" in decision["reason"] and "40.00 of the baseline" in decision["reason"]
     assert champion(store) | {"run": run, "backbone": f"{run}/backbone", "value": 50.0} == champion(store)
     assert store.get_json(f"{run}/promotion.json") == decision
 
@@ -53,7 +53,7 @@ def test_the_first_run_wins_if_it_beats_its_own_baseline(store, make_run):
 def test_the_first_run_is_refused_where_training_did_not_help(store, make_run):
     decision = promote(make_run("a", 40, 40), store, CONFIG)
     assert not decision["promoted"]
-    assert "no better than the untrained backbone" in decision["reason"]
+    assert "no better than the baseline" in decision["reason"]
     assert champion(store) is None
 
 
@@ -123,9 +123,9 @@ def test_other_classes_do_not_compare(store, make_run):
 def test_another_metric_is_looked_up_in_the_champion_s_run(store, make_run):
     both = {"knn/20": 50.0, "knn/10": 60.0}
     base = {"knn/20": 40.0, "knn/10": 40.0}
-    promote(make_run("a", result=measured("knn/20", {"trained": both, "untrained": base}, CLASSES)), store, CONFIG)
+    promote(make_run("a", result=measured("knn/20", {"trained": both, "baseline": base}, CLASSES)), store, CONFIG)
     higher = {"knn/20": 10.0, "knn/10": 61.0}
-    run = make_run("b", result=measured("knn/20", {"trained": higher, "untrained": base}, CLASSES))
+    run = make_run("b", result=measured("knn/20", {"trained": higher, "baseline": base}, CLASSES))
     decision = promote(run, store, Config.from_mapping({"promotion": {"metric": "knn/10"}}))
     assert decision["promoted"] and "61.00 against 60.00" in decision["reason"]
 
@@ -189,7 +189,7 @@ def test_the_loser_of_a_race_is_compared_again_and_says_so(store, make_run, monk
     assert champion(store)["run"] == quick
 
 
-def test_a_pointer_that_never_rests_is_told(store, make_run, monkeypatch):
+def test_a_pointer_that_never_rests_is_reported(store, make_run, monkeypatch):
     monkeypatch.setattr(store, "swap_pointer", lambda *args: False)
     with pytest.raises(UserError, match="run the step again"):
         promote(make_run("a"), store, CONFIG)
@@ -208,7 +208,7 @@ def test_foresight_tells_the_decision_and_changes_nothing(store, make_run):
 def transfers(store, run, **values):
     """Give a run results on transfer sets, and the configuration that names them."""
     for name, value in values.items():
-        figures = {model: {f"transfer/{name}": value} for model in ("trained", "untrained")}
+        figures = {model: {f"transfer/{name}": value} for model in ("trained", "baseline")}
         result = measured(f"transfer/{name}", figures, CLASSES)
         store.put_json(result_uri(run, f"transfer-{name}"), {"name": f"transfer-{name}"} | result)
     sets = [{"name": name, "source": "unused"} for name in values]

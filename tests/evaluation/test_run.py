@@ -26,7 +26,7 @@ from esvit_core.evaluation.visualize import visualize
 from esvit_core.registry.promotion import promote
 from esvit_core.weights.backbone import load_backbone
 
-MODELS = ("trained", "untrained")
+MODELS = ("trained", "baseline")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def objects(bucket, uri) -> dict:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_features_are_those_of_the_backbone(measured_run, bucket, model, tmp_path, config):
-    place = {"trained": "backbone", "untrained": "untrained"}[model]
+    place = {"trained": "backbone", "baseline": "baseline"}[model]
     backbone = load_backbone(f"{measured_run}/{place}", bucket)
     dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
     features = load_features(bucket, measured_run, model, "val")
@@ -161,7 +161,7 @@ def test_transfer_to_an_unlabelled_set_is_left_out(measured_run, bucket, config)
     assert "no labels" in result["reason"]
 
 
-def test_transfer_to_an_unknown_set_is_told(measured_run, bucket, config):
+def test_transfer_to_an_unknown_set_is_reported(measured_run, bucket, config):
     with pytest.raises(UserError, match=r"transfer set stripe: not in evaluation.transfer; .* stripes, plain"):
         evaluate_transfer(measured_run, bucket, config, "stripe")
 

@@ -46,7 +46,7 @@ def test_onnx_runs_with_any_number_of_images(arch: str, described: Any, tmp_path
         torch.testing.assert_close((view, regions), ours, atol=1e-4, rtol=1e-4)
 
 
-def test_onnx_tells_how_to_prepare_images(described: Any, tmp_path: Path) -> None:
+def test_onnx_contains_the_preprocessing(described: Any, tmp_path: Path) -> None:
     import onnx
 
     done = export_backbone(described("resnet50"), "onnx", tmp_path / "net.onnx")
@@ -117,7 +117,7 @@ def test_the_code_in_the_file_loads_it(described: Any, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("arch", "sizes"), [("deit_small", {"embed_dim": 24, "patch_size": 8}), ("timm:resnet10t", {})]
 )
-def test_other_networks_load_in_stock_timm_without_a_word(
+def test_other_networks_load_in_stock_timm_without_warnings(
     arch: str, sizes: dict[str, int], described: Any, tmp_path: Path
 ) -> None:
     backbone = described(arch, 64, **sizes)
@@ -127,18 +127,18 @@ def test_other_networks_load_in_stock_timm_without_a_word(
 
 
 @pytest.mark.parametrize("arch", ["cvt_tiny", "vil_2262"])
-def test_networks_that_timm_does_not_have_are_told(arch: str, described: Any, tmp_path: Path) -> None:
+def test_networks_that_timm_does_not_have_are_reported(arch: str, described: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"format timm: model\.arch {arch}: .*safetensors, onnx and torch-export take every network"
+        UserError, match=rf"format timm: model\.arch {arch}: .*safetensors, onnx and torch-export support every network"
     ):
         export_backbone(described(arch), "timm", tmp_path / "net")
     assert not list(tmp_path.iterdir())
 
 
-def test_another_result_than_ours_is_refused(described: Any, tmp_path: Path) -> None:
+def test_a_differing_result_is_refused(described: Any, tmp_path: Path) -> None:
     # Maps of 9 and 5 tokens are no whole number of windows: timm shifts before it pads, EsViT pads before it shifts.
     backbone = described("swin", 36, depths=(2, 2))
-    with pytest.raises(UserError, match=r"stock timm: largest difference .*\(allowed 0\.001\); nothing was left"):
+    with pytest.raises(UserError, match=r"stock timm: largest difference .*\(allowed 0\.001\); nothing was written"):
         export_backbone(backbone, "timm", tmp_path / "net")
     assert not list(tmp_path.iterdir())
 
@@ -160,7 +160,7 @@ def test_nan_is_refused(described: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_told_before_any_work(described: Any, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_any_work(described: Any, tmp_path: Path) -> None:
     backbone = nn.Identity()
     (tmp_path / "there.onnx").touch()
     for format, out, told in [

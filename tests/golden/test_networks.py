@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from esvit_core.config import ModelConfig
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models import MultiCropNetwork, ProjectionHead, create_backbone
 from esvit_core.weights.published_names import from_published, to_published
 
@@ -33,7 +33,7 @@ def test_outputs_equal_the_published_ones(golden, forward_arch, form, record):
     expected = golden.arrays(forward_arch)
     network = golden.network(forward_arch)
     if form == "fastest":
-        choose_fastest_(network, torch.float32, torch.device("cpu"))
+        select_kernels_(network, torch.float32, torch.device("cpu"))
     crops = golden.crops()
     out = network(crops)
     views = [network.backbone(torch.cat(crops[i : i + 2])) for i in (0, 2)]

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esvit_core.config import ObjectiveConfig
-from esvit_core.losses import Objective, cross_entropy, region_loss, view_loss
+from esvit_core.kernels import chunked_softmax
+from esvit_core.losses import Objective, region_loss, view_loss
 from esvit_core.losses.reference import plain_region_loss, plain_view_loss
 from esvit_core.losses.region import match_regions
 from esvit_core.models import NetworkOutput, lazy_logits
@@ -119,7 +120,7 @@ def test_images_mixed_with_nothing_have_the_plain_loss():
 
 @pytest.mark.parametrize("chunk", [1, 20, 1 << 19])
 def test_chunking_does_not_show(monkeypatch, chunk):
-    monkeypatch.setitem(cross_entropy._CHUNK_VALUES, "cpu", chunk)
+    monkeypatch.setitem(chunked_softmax.CHUNK_VALUES, "cpu", chunk)
     size = {"B": 2, "K": 10, "teacher": 4, "local": [3, 1], "seed": 0}
     assert_same(region_loss, plain_region_loss, region_inputs(size, torch.float64))
 

@@ -43,7 +43,7 @@ OBJECTS = (
     "runs/a/training/checkpoints/00000010/manifest.json",
     "runs/a/training/latest",
     "runs/a/journal/20261125T000000-started.json",
-    "runs/a/untrained/manifest.json",
+    "runs/a/baseline/manifest.json",
     "runs/a/backbone/manifest.json",
     "runs/a/features/trained-train.safetensors",
     "runs/a/evaluation/knn.json",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models.layers.attention import attend
 
 CPU = torch.device("cpu")
@@ -49,8 +49,8 @@ def test_networks_of_timm_leave_the_fused_form_in_bfloat16_on_a_processor() -> N
     images = torch.randn(2, 3, 32, 32)
     fused = network(images)
     for dtype, device in ((torch.float32, CPU), (torch.bfloat16, torch.device("cuda"))):
-        choose_fastest_(network, dtype, device)
+        select_kernels_(network, dtype, device)
         assert all(block.attn.fused_attn for block in network.blocks)
-    choose_fastest_(network, torch.bfloat16, CPU)
+    select_kernels_(network, torch.bfloat16, CPU)
     assert not any(block.attn.fused_attn for block in network.blocks)
     torch.testing.assert_close(network(images), fused)

@@ -6,15 +6,15 @@ import copy
 
 import torch
 
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models import cvt
 
 
 def test_the_factor_of_quick_gelu_goes_into_the_layers() -> None:
     plain = cvt.FeedForward(6, 2.0).double()
     folded = copy.deepcopy(plain)
-    choose_fastest_(folded, torch.float64, torch.device("cpu"))
-    assert folded.folded and not plain.folded
+    select_kernels_(folded, torch.float64, torch.device("cpu"))
+    assert folded.fold_activation and not plain.fold_activation
     x, outer = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
     for module in (plain, folded):
         module(x).backward(outer)

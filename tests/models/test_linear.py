@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esvit_core.kernels import onednn_linear as module
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.kernels.onednn_linear import Linear, linear
 from esvit_core.models.cvt import PointwiseConv
 
@@ -56,9 +56,9 @@ def test_it_is_taken_in_float32_on_a_processor_alone(monkeypatch: pytest.MonkeyP
     x = torch.randn(3, 4)
     expected = network(x)
     for dtype, device in ((torch.bfloat16, CPU), (torch.float32, torch.device("cuda"))):
-        choose_fastest_(network, dtype, device)
+        select_kernels_(network, dtype, device)
         assert type(network[0]) is nn.Linear
-    choose_fastest_(network, torch.float32, CPU)
+    select_kernels_(network, torch.float32, CPU)
     assert type(network[0]) is Linear
     torch.testing.assert_close(network(x), expected)
     assert taken == [torch.float32] * 2
@@ -93,7 +93,7 @@ def test_it_is_exported_as_an_ordinary_layer() -> None:
 def test_pointwise_convolutions_are_linear_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     convolution, x = PointwiseConv(6, 5), torch.randn(2, 3, 3, 6)
     expected = convolution(x)
-    choose_fastest_(convolution, torch.float32, CPU)
+    select_kernels_(convolution, torch.float32, CPU)
     taken: list[torch.Size] = []
     product = module.onednn_linear
     monkeypatch.setattr(module, "onednn_linear", lambda x, *rest: taken.append(x.shape) or product(x, *rest))

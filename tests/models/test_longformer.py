@@ -60,7 +60,7 @@ def test_training_in_mode_1_sees_one_random_neighbour():
     drawn = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        (own, neighbour) = layer._neighbours()
+        (own, neighbour) = layer._neighbor_windows()
         assert own == OWN and neighbour != OWN
         drawn.add(neighbour)
         torch.manual_seed(seed)

@@ -117,7 +117,7 @@ def test_published_names_go_both_ways(arch, wrapped):
         ({"arch": "timm:convnext_tinny"}, "timm has no network convnext_tinny"),
         ({"arch": "swin", "embed_dim": 7, "num_heads": (2, 2, 2, 2)}, "do not divide"),
         ({"arch": "swin", "img_size": 16}, "too small"),
-        ({"arch": "swin", "depths": (2, 2)}, "one entry a stage"),
+        ({"arch": "swin", "depths": (2, 2)}, "one entry per stage"),
         ({"arch": "cvt_tiny", "embed_dim": 32}, "model.embed_dim: cvt_tiny has no such setting"),
         ({"arch": "deit_tiny", "window_size": 4}, "model.window_size: deit_tiny has no such setting"),
         ({"arch": "timm:resnet10t", "depths": (1, 1)}, "unexpected keyword argument 'depths'"),
@@ -183,10 +183,10 @@ def test_any_network_of_timm_trains_a_step(arch, sizes, layout):
 @pytest.mark.parametrize(
     ("arch", "local", "said"),
     [
-        ("convit_tiny", 96, "does not take crops of 96 x 96 px .*Input height"),  # which asks
-        ("csatv2", 50, "does not take crops of 50 x 50 px .*invalid for input"),  # which fails at a shape
-        ("coat_tiny", 96, "gives no feature map"),  # but a list
-        ("pit_ti_224", 128, "gives no feature map"),  # but the class token
+        ("convit_tiny", 96, "does not accept crops of 96 x 96 px .*Input height"),  # which asks
+        ("csatv2", 50, "does not accept crops of 50 x 50 px .*invalid for input"),  # which fails at a shape
+        ("coat_tiny", 96, "returns no feature map"),  # but a list
+        ("pit_ti_224", 128, "returns no feature map"),  # but the class token
     ],
 )
 def test_a_recipe_is_refused_whose_crops_a_network_of_timm_does_not_take(arch, local, said):

@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 
 
@@ -29,7 +29,7 @@ def run(drop: float, seed: int, ours: bool, training: bool = True) -> tuple[Bran
     torch.manual_seed(seed)
     if ours:
         depth = StochasticDepth(drop).train(training)
-        choose_fastest_(depth, torch.float32, torch.device("cpu"))
+        select_kernels_(depth, torch.float32, torch.device("cpu"))
         out = depth(x, branch)
     else:
         out = x + DropPath(drop).train(training)(branch(x))

@@ -89,6 +89,6 @@ def test_any_other_network_of_timm_loses_its_classifier_only():
 
 
 @pytest.mark.parametrize("arch", ["cvt_tiny", "vil_2262"])
-def test_what_timm_does_not_have_is_said(arch):
-    with pytest.raises(UserError, match=f"{arch}: stock timm has no network like it; .*swin"):
+def test_what_timm_does_not_have_is_reported(arch):
+    with pytest.raises(UserError, match=f"{arch}: stock timm has no equivalent network; .*swin"):
         stock_network(arch)

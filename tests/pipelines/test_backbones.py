@@ -85,7 +85,7 @@ def test_runs_option_selects_the_store(
 ) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    esvit("export", run_there.at("untrained"), "--format", "safetensors", "--out", tmp_path / "b", "--runs", "out")
+    esvit("export", run_there.at("baseline"), "--format", "safetensors", "--out", tmp_path / "b", "--runs", "out")
     assert (tmp_path / "b" / "model.safetensors").is_file()
 
 

@@ -82,7 +82,7 @@ def test_an_evaluation_that_was_left_out(component: Any, run: Run, components: A
 def test_transfer_sets_that_were_left_out_and_measured(run: Run, components: Any) -> None:
     (result,), artifacts = components.directly(transfer, run_uri=run.uri)
     assert result == run.at("evaluation") and artifacts["metrics"].metadata == {}
-    figures = {"trained": {"transfer/marks": 61.5}, "untrained": {"transfer/marks": math.nan}}
+    figures = {"trained": {"transfer/marks": 61.5}, "baseline": {"transfer/marks": math.nan}}
     result = {"name": "transfer-marks", **measured("transfer/marks", figures, ["a", "b"])}
     run.store.put_json(run.at("evaluation/transfer-marks.json"), result)
     _, artifacts = components.directly(transfer, run_uri=run.uri)
@@ -91,7 +91,7 @@ def test_transfer_sets_that_were_left_out_and_measured(run: Run, components: Any
 
 @pytest.mark.parametrize(("component", "name"), [(knn, "knn"), (linear_probe, "linear")])
 def test_an_evaluation_with_a_figure_that_is_not_a_number(component: Any, name: str, run: Run, components: Any) -> None:
-    figures = {"trained": {name: 31.0}, "untrained": {name: math.nan}}
+    figures = {"trained": {name: 31.0}, "baseline": {name: math.nan}}
     result = measured(name, figures, ["a", "b"], confusion=[[1, 0], [0, 1]])
     run.store.put_json(run.at(f"evaluation/{name}.json"), {"name": name, **result})
     _, artifacts = components.directly(component, run_uri=run.uri)

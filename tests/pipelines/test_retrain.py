@@ -170,7 +170,7 @@ def test_champion_and_challenger_are_measured_on_the_same_images(retrained: Retr
     decision = store.get_json(run.at("promotion.json"))
     assert compared["how"] == "the run started from it"
     own = store.get_json(run.at("evaluation/knn.json"))["results"]
-    assert decision["figures"]["knn/5"] == {"run": own["trained"]["knn/5"], "champion": own["untrained"]["knn/5"]}
+    assert decision["figures"]["knn/5"] == {"run": own["trained"]["knn/5"], "champion": own["baseline"]["knn/5"]}
     assert f"promoted  {'yes' if decision['promoted'] else 'no'}, {decision['reason']}" in retrained.again
     assert (store.read_pointer(POINTER).value["run"] == run.uri) is decision["promoted"]
     assert f"champion {retrained.champion['run'].rpartition('/')[2]} (the run started from it): " in retrained.again

@@ -50,7 +50,7 @@ def test_the_screen_shows_progress_and_no_lines_of_kfp(finished_run: Any) -> Non
 
 def test_the_output_ends_with_the_results_and_paths(finished_run: Any, run_there: Run) -> None:
     last = finished_run.output.partition("promote")[2]
-    assert "untrained" in last and "5-NN" in last and "%" in last
+    assert "baseline" in last and "5-NN" in last and "%" in last
     assert f"out/{finished_run.name}/report.html" in last
     decision = run_there.store.get_json(run_there.at("promotion.json"))
     assert ("promoted  yes" if decision["promoted"] else "promoted  no") in last
@@ -76,7 +76,7 @@ def test_the_store_contains_exactly_the_documented_layout(finished_run: Any, run
         "transfer",
         "training",
         "backbone",
-        "untrained",
+        "baseline",
         "features",
         "evaluation",
         "visualization",

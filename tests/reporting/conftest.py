@@ -39,9 +39,9 @@ CONFIG = Config.from_mapping(
         },
     }
 )
-KNN = {"trained": {"knn/10": 36.125, "knn/20": 34.9375}, "untrained": {"knn/10": 31.0, "knn/20": 30.6875}}
-LINEAR = {"trained": {"linear": 41.25, "linear/best": 43.0}, "untrained": {"linear": 36.5, "linear/best": 36.75}}
-DIGITS = {"trained": {"transfer/digits": 88.5}, "untrained": {"transfer/digits": 91.0}}
+KNN = {"trained": {"knn/10": 36.125, "knn/20": 34.9375}, "baseline": {"knn/10": 31.0, "knn/20": 30.6875}}
+LINEAR = {"trained": {"linear": 41.25, "linear/best": 43.0}, "baseline": {"linear": 36.5, "linear/best": 36.75}}
+DIGITS = {"trained": {"transfer/digits": 88.5}, "baseline": {"transfer/digits": 91.0}}
 
 
 def write_images(folder: Path, classes: list[str], count: int = PER_CLASS) -> Path:
@@ -134,11 +134,11 @@ def write_results(store, run: str, classes: list[str]) -> None:
     counts = np.full((len(classes), len(classes)), 1) + 3 * np.eye(len(classes), dtype=int)
     results = {
         "knn": measured(
-            "knn/20", KNN, classes, notes=[NOTE], top5={"trained": {"knn/10": 80.0, "knn/20": 81.5}, "untrained": {}}
+            "knn/20", KNN, classes, notes=[NOTE], top5={"trained": {"knn/10": 80.0, "knn/20": 81.5}, "baseline": {}}
         ),
         "linear": measured("linear", LINEAR, classes, notes=[NOTE], confusion=counts.tolist()),
         "transfer-digits": measured("transfer/digits", DIGITS, ["0", "1"], samples={"train": 900, "val": 400})
-        | {"lambda": {"trained": 0.75, "untrained": 1.0}, "metric": "accuracy"},
+        | {"lambda": {"trained": 0.75, "baseline": 1.0}, "metric": "accuracy"},
     }
     for name, result in results.items():
         if not classes and not name.startswith("transfer"):
@@ -151,7 +151,7 @@ def write_drawings(store, run: str) -> None:
     Image.new("RGBA", (600, 300), (40, 90, 200, 128)).save(image, format="PNG")
     index = {
         "images": [{"file": "correspondence.png", "title": "Correspondence", "caption": "Lines join <regions>."}],
-        "figures": {"correspondence": {"trained": 52.5, "untrained": 31.25, "chance": 12.5}},
+        "figures": {"correspondence": {"trained": 52.5, "baseline": 31.25, "chance": 12.5}},
         "left_out": [{"what": "attention", "reason": "resnet50 has no attention"}],
     }
     files = {"correspondence.png": image.getvalue(), "visualization.json": json.dumps(index).encode()}
@@ -165,7 +165,7 @@ class Run:
     uri: str
     config: Config
     classes: list[str]
-    figures: dict[str, tuple[float, float]]  # of each key: trained, untrained
+    figures: dict[str, tuple[float, float]]  # of each key: trained, baseline
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def write_run(
     if drawings:
         write_drawings(store, uri)
     parts = (KNN, LINEAR, DIGITS)
-    figures = {key: (part["trained"][key], part["untrained"][key]) for part in parts for key in part["trained"]}
+    figures = {key: (part["trained"][key], part["baseline"][key]) for part in parts for key in part["trained"]}
     return Run(uri, CONFIG, classes, figures if results else {})
 
 

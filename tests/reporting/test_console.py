@@ -11,11 +11,11 @@ from esvit_core.reporting.console import read_results, results_table
 from esvit_core.reporting.result_table import percent, points, summarise, typeset
 
 LINEAR = {"name": "linear"} | measured(
-    "linear", {"trained": {"linear": 41.25}, "untrained": {"linear": 36.5}}, ["ant", "bee"]
+    "linear", {"trained": {"linear": 41.25}, "baseline": {"linear": 36.5}}, ["ant", "bee"]
 )
 KNN = {"name": "knn"} | measured(
     "knn/20",
-    {"trained": {"knn/10": 30.0, "knn/20": 29.0}, "untrained": {"knn/10": 30.02, "knn/20": 31.0}},
+    {"trained": {"knn/10": 30.0, "knn/20": 29.0}, "baseline": {"knn/10": 30.02, "knn/20": 31.0}},
     ["ant", "bee"],
 )
 MISSING = {"name": "transfer-a"} | left_out("transfer/a", "no labels [bold]at all[/bold]")
@@ -35,11 +35,11 @@ def test_rows_are_in_the_order_of_the_protocols_with_their_difference():
     assert rows[3].difference is None and rows[3].reason == MISSING["reason"]
 
 
-def test_the_table_shows_trained_beside_untrained():
+def test_the_table_shows_trained_next_to_baseline():
     text = printed([LINEAR, KNN])
     line = next(line for line in text.splitlines() if "linear probe" in line)
     assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.8"]
-    assert "29.0 %      31.0 %         -2.0" in text
+    assert "29.0 %     31.0 %         -2.0" in text
     assert "0.0" in next(line for line in text.splitlines() if "10-NN" in line)
 
 

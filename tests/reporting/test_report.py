@@ -100,9 +100,9 @@ def test_the_numbers_shown_are_the_results(finished_run, page):
         "transfer to digits": "transfer/digits",
     }
     for label, key in labels.items():
-        trained, untrained = finished_run.figures[key]
-        difference = f"{trained - untrained:+.1f}".replace("-", "\N{MINUS SIGN}")
-        assert page.row(label)[1:4] == [f"{trained:.1f}", f"{untrained:.1f}", difference]
+        trained, baseline = finished_run.figures[key]
+        difference = f"{trained - baseline:+.1f}".replace("-", "\N{MINUS SIGN}")
+        assert page.row(label)[1:4] == [f"{trained:.1f}", f"{baseline:.1f}", difference]
     assert page.row("20-NN")[4] == "81.5"
 
 
@@ -110,7 +110,7 @@ def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
     run = make_run()
     store.put_json(
         result_uri(run.uri, "knn"),
-        {"name": "knn"} | measured("knn/20", {"trained": {"knn/20": 80.0}, "untrained": {"knn/20": 30.0}}, run.classes),
+        {"name": "knn"} | measured("knn/20", {"trained": {"knn/20": 80.0}, "baseline": {"knn/20": 30.0}}, run.classes),
     )
     text = said(written(run))
     assert "Pre-training helped: 20-NN rose from 30.0 % to 80.0 %, by 50.0 points." in text
@@ -122,8 +122,8 @@ def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
 
 def test_a_difference_within_chance_is_called_so(page):
     text = said(page)
-    assert "20-NN rose from 30.7 % untrained to 34.9 %, which may be chance." in text
-    assert "Better than the same network untrained in 4 of 5 figures, worse in 1." in text
+    assert "20-NN rose from 30.7 % (baseline) to 34.9 %, which may be chance." in text
+    assert "Better than the baseline in 4 of 5 figures, worse in 1." in text
 
 
 def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_store):
@@ -133,16 +133,16 @@ def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_stor
     facts = read_facts(finished_run.uri, shared_store, config)
     rows = {fact.name: (fact.value, fact.published) for fact in recipe_rows(facts)}
     assert rows["weights at the start"] == (told, "drawn from the seed")
-    assert f"Untrained means as this run started: {told}." in judge(facts).details
+    assert f"The baseline is the network as this run started: {told}." in judge(facts).details
 
 
 def test_a_loss_is_not_hidden(make_run, store, written):
     run = make_run(results=False)
-    worse = measured("knn/20", {"trained": {"knn/20": 30.0}, "untrained": {"knn/20": 60.0}}, run.classes)
+    worse = measured("knn/20", {"trained": {"knn/20": 30.0}, "baseline": {"knn/20": 60.0}}, run.classes)
     store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | worse)
     text = said(written(run))
     assert "Pre-training did not help: 20-NN fell from 60.0 % to 30.0 %, by 30.0 points." in text
-    assert "Not up for promotion." in text and "no better than the untrained backbone" in text.lower()
+    assert "Not up for promotion." in text and "no better than the baseline" in text.lower()
 
 
 def test_the_report_is_stored_and_small(finished_run, finished_html, shared_store):
@@ -249,7 +249,7 @@ def test_without_any_measure_the_verdict_says_so(make_run, store, written):
     store.remove_prefix(f"{run.uri}/evaluation")
     text = said(written(run))
     assert "A backbone was trained; how good its features are could not be measured." in text
-    assert "52.5 % of the regions find their true match in another crop, 31.2 % untrained" in text
+    assert "52.5 % of the regions find their true match in another crop, 31.2 % with the baseline" in text
 
 
 def test_a_run_without_a_training_log(make_run, store, written):
@@ -293,14 +293,14 @@ def test_a_store_that_does_not_answer_is_an_error_not_an_empty_report(config):
 
 def test_the_promotion_is_foreseen(page):
     text = said(page)
-    assert "Up for promotion to champion. First champion: knn/20 34.94 against 30.69 untrained." in text
+    assert "Up for promotion to champion. First champion: knn/20 34.94 against 30.69 of the baseline." in text
     assert "the promote step, which follows it, decides" in text
 
 
 def test_a_decision_that_was_taken_is_told_and_so_is_an_evaluation_of_another_kind(make_run, store, written):
     run = make_run(drawings=False)
     promote(run.uri, store, run.config)
-    other = measured("robustness", {"trained": {"robustness": 12.5}, "untrained": {"robustness": 10.0}}, [])
+    other = measured("robustness", {"trained": {"robustness": 12.5}, "baseline": {"robustness": 10.0}}, [])
     store.put_json(result_uri(run.uri, "robustness"), {"name": "robustness"} | other)
     page = written(run)
     assert "Promoted: it is the champion now. First champion" in said(page)

@@ -24,7 +24,7 @@ from esvit_core.training.state import Parts, build_parts
 from esvit_core.weights.backbone import load_backbone, save_backbone
 from esvit_core.weights.esvit_checkpoint import write_published_checkpoint
 from esvit_core.weights.timm_names import to_timm
-from esvit_core.weights.weight_source import with_source_pinned
+from esvit_core.weights.weight_source import pin_source
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
@@ -173,8 +173,8 @@ def test_what_does_not_fit_is_listed_in_one_error(micro_run, source, tmp_path):
         )
     said = str(caught.value)
     assert "missing: backbone.layers.0.blocks.1.* (13)" in said
-    assert "head.last_layer.weight_v 64x16 there, 32x16 here" in said and "head.out_dim 32" in said
-    with pytest.raises(UserError, match=r"left over: .*backbone\.layers\.1\.blocks\.0\.\*"):
+    assert "head.last_layer.weight_v 64x16 in the file, 32x16 in the network" in said and "head.out_dim 32" in said
+    with pytest.raises(UserError, match=r"unexpected: .*backbone\.layers\.1\.blocks\.0\.\*"):
         started(micro_run, "c", init={"source": str(path)}, model={"depths": (1,), "num_heads": (1,)})
 
 
@@ -196,24 +196,24 @@ def test_its_own_checkpoint_comes_before_the_source(micro_run, source, stop_afte
     assert carry_out(made.uri, stop_after(3)) == STOPPED_EXIT_CODE
     path.unlink()
     assert carry_out(made.uri, StopRequest()) == 0
-    untrained = load_backbone(f"{made.uri}/untrained", made.store)
-    assert same(untrained.state_dict(), {n.removeprefix("backbone."): v for n, v in there["teacher"].items()})
+    baseline = load_backbone(f"{made.uri}/baseline", made.store)
+    assert same(baseline.state_dict(), {n.removeprefix("backbone."): v for n, v in there["teacher"].items()})
 
 
 def test_the_same_weights_elsewhere_make_the_same_run(store_env, images, tmp_path):
     weights = tmp_path / "a.pth"
     torch.save({"a": torch.zeros(1)}, weights)
     values = {"bucket": store_env.bucket, "init": {"source": str(weights)}}
-    config = with_source_pinned(Config.from_mapping(values), store_env)
+    config = pin_source(Config.from_mapping(values), store_env)
     assert config.init.source == str(weights) and config.init.sha256
     moved = weights.rename(tmp_path / "b.pth")
-    there = with_source_pinned(Config.from_mapping({**values, "init": {"source": str(moved)}}), store_env)
+    there = pin_source(Config.from_mapping({**values, "init": {"source": str(moved)}}), store_env)
     assert run_id(there, "x") == run_id(config, "x")
     torch.save({"a": torch.ones(1)}, moved)
-    other = with_source_pinned(Config.from_mapping({**values, "init": {"source": str(moved)}}), store_env)
+    other = pin_source(Config.from_mapping({**values, "init": {"source": str(moved)}}), store_env)
     assert run_id(other, "x") != run_id(config, "x")
     with pytest.raises(UserError, match="has changed since the run was started"):
-        with_source_pinned(there, store_env)
+        pin_source(there, store_env)
 
 
 def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_run):
@@ -240,5 +240,5 @@ def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_
 def test_a_source_that_is_not_there_is_said(source, said, micro_run, store_env):
     with pytest.raises(UserError, match=said):
         run = micro_run("a", init={"source": source.format(bucket=store_env.bucket)})
-        with_source_pinned(run.config, store_env)
+        pin_source(run.config, store_env)
         started(micro_run, "b", init={"source": source})

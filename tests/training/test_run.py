@@ -21,7 +21,7 @@ from esvit_core.runs.training_summary import read_summary
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.main import carry_out
-from esvit_core.training.state import build_parts, recompute_blocks_
+from esvit_core.training.state import apply_activation_checkpointing_, build_parts
 from esvit_core.training.step_timer import PARTS
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
@@ -68,9 +68,9 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert {f"{figure}_{task}" for figure in figures for task in ("view", "region")} <= set(lines[0])
     assert lines[-1]["loss"] == pytest.approx((lines[-1]["loss_view"] + lines[-1]["loss_region"]) / 2, rel=1e-4)
 
-    untrained, trained = (run.store.get_json(f"{run.uri}/{which}/backbone.json") for which in ("untrained", "backbone"))
-    assert (untrained["step"], trained["step"]) == (0, 12)
-    assert untrained["weights"]["sha256"] != trained["weights"]["sha256"]
+    baseline, trained = (run.store.get_json(f"{run.uri}/{which}/backbone.json") for which in ("baseline", "backbone"))
+    assert (baseline["step"], trained["step"]) == (0, 12)
+    assert baseline["weights"]["sha256"] != trained["weights"]["sha256"]
 
     before = {stat.uri: stat.etag for stat in run.store.list(run.uri)}
     assert not [uri for uri in before if "tmp" in uri]
@@ -79,10 +79,10 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert {stat.uri: stat.etag for stat in run.store.list(run.uri)} == before
 
 
-def test_a_profile_has_the_parts_the_operators_and_a_trace_and_like_recomputed_blocks_changes_no_number(
+def test_a_profile_has_parts_operators_and_a_trace_and_with_activation_checkpointing_changes_no_number(
     micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = micro_run("profiled", launch={"profile_steps": 2, "recompute": True}, training={"epochs": 2})
+    run = micro_run("profiled", launch={"profile_steps": 2, "activation_checkpointing": True}, training={"epochs": 2})
     assert train(run) == 0
     assert f"{run.uri}/profile" in capsys.readouterr().out
     summary = run.store.get_json(f"{run.uri}/profile/summary.json")
@@ -101,8 +101,8 @@ def test_a_profile_has_the_parts_the_operators_and_a_trace_and_like_recomputed_b
 
 def test_batch_norms_are_not_computed_twice() -> None:
     config = Config.from_mapping({"model": {"arch": "cvt_tiny"}, "head": {"out_dim": 8, "hidden_dim": 8}})
-    with pytest.raises(UserError, match=r"launch.recompute: cvt_tiny has batch norms"):
-        recompute_blocks_(build_network(config), "cvt_tiny")
+    with pytest.raises(UserError, match=r"launch.activation_checkpointing: cvt_tiny has batch norms"):
+        apply_activation_checkpointing_(build_network(config), "cvt_tiny")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ SECTIONS = {"augment", "mixup", "head", "objective", "optimizer"}
     + [Config.from_mapping(values) for values in OPTIONS.values()],
     ids=[*(name for name in preset_names() if name != "demo"), *OPTIONS],
 )
-def test_a_command_line_gives_the_recipe_back(config: Config) -> None:
+def test_a_command_line_round_trips_to_the_recipe(config: Config) -> None:
     again = Config.from_mapping(settings_of(published_arguments(config)))
     assert again.model_dump(include=SECTIONS) == config.model_dump(include=SECTIONS)
     for key in ("epochs", "batch_size"):

@@ -45,7 +45,7 @@ def harmful(mark: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", harmful(Path("x")))
-def test_whatever_it_asks_for_is_refused_and_not_done(name, new_format, tmp_path):
+def test_calls_in_a_pickle_are_refused_and_not_executed(name, new_format, tmp_path):
     mark, path = tmp_path / "mark", tmp_path / "bad.pth"
     payload = {"student": {"a": torch.zeros(2)}, "args": harmful(mark)[name]}
     torch.save(payload, path, _use_new_zipfile_serialization=new_format)
@@ -54,8 +54,8 @@ def test_whatever_it_asks_for_is_refused_and_not_done(name, new_format, tmp_path
     assert not mark.exists()
     assert str(path) in str(caught.value)
     if not name.startswith("numpy number"):
-        assert "refused, for reading it would call" in str(caught.value)
-        assert "nothing of it was run" in str(caught.value)
+        assert "refused, because reading it would call" in str(caught.value)
+        assert "nothing was executed" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [np.float64(0.25), np.float32(-2), np.int64(7), np.int32(-7), np.bool_(True)])
@@ -88,13 +88,13 @@ def broken(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["half", "another zip", "torchscript", "empty", "text", "image"])
-def test_what_is_no_whole_checkpoint_is_said_in_one_line(kind, tmp_path):
+def test_an_invalid_checkpoint_is_one_line(kind, tmp_path):
     path = tmp_path / "odd.pth"
     path.write_bytes(broken(kind))
     with pytest.raises(UserError) as caught:
         load_pickled(path)
     expected = (
-        "damaged, or no checkpoint" if kind in ("half", "another zip", "torchscript") else "no file that torch wrote"
+        "damaged, or not a checkpoint" if kind in ("half", "another zip", "torchscript") else "not a file of torch.save"
     )
     assert expected in str(caught.value) and str(path) in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -110,7 +110,7 @@ def test_a_file_cut_anywhere_is_an_error_of_the_users(tmp_path):
             load_pickled(tmp_path / "cut.pth")
 
 
-def test_a_missing_file_and_a_folder_are_said(tmp_path):
+def test_a_missing_file_and_a_folder_are_reported(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(UserError, match="no such file"):
             load_pickled(path)

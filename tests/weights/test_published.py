@@ -13,8 +13,8 @@ from esvit_core.losses.objective import Objective
 from esvit_core.models.multicrop import build_network
 from esvit_core.training.optim.optimizer import build_optimizer
 from esvit_core.weights.esvit_checkpoint import read_published_checkpoint, write_published_checkpoint
-from esvit_core.weights.fit import fitting
-from esvit_core.weights.optimizer_state import optimized_names, renumbered
+from esvit_core.weights.fit import fit_weights
+from esvit_core.weights.optimizer_state import optimized_names, renumber_state
 from esvit_core.weights.snapshot import part_of
 
 ONLY_ARCH = {"patch_size": None, "embed_dim": None, "depths": None, "num_heads": None, "window_size": None}
@@ -42,11 +42,11 @@ def through_a_run(path: Path, config: Any, network: Any = build_network) -> dict
     networks = {"student": network(config), "teacher": network(config)}
     assert snapshot.student is not None and snapshot.optimizer is not None
     for name, weights in (("student", snapshot.student), ("teacher", snapshot.teacher)):
-        networks[name].load_state_dict(fitting(networks[name], weights, str(path), "the network"))
+        networks[name].load_state_dict(fit_weights(networks[name], weights, str(path), "the network"))
     optimizer = build_optimizer(networks["student"], config)
     there = optimized_names(snapshot.student, networks["student"])
     here = optimized_names(networks["student"].state_dict(), networks["student"])
-    optimizer.load_state_dict(renumbered(snapshot.optimizer, there, here))
+    optimizer.load_state_dict(renumber_state(snapshot.optimizer, there, here))
     objective = Objective(config.objective, config.head.out_dim)
     objective.load_state_dict(snapshot.centers)
     stateful = {**networks, "optimizer": optimizer, "objective": objective}
@@ -96,19 +96,19 @@ def test_state_of_parameters_in_another_order_finds_its_parameter(settings, publ
     student = build_network(config)
     here = optimized_names(student.state_dict(), student)
     there = [list(reversed(group)) for group in here]
-    turned = renumbered(snapshot.optimizer, there, here)
+    turned = renumber_state(snapshot.optimizer, there, here)
     number = {name: i for i, name in enumerate(name for group in here for name in group)}
     was = {name: i for i, name in enumerate(name for group in there for name in group)}
     for name, i in number.items():
         assert turned["state"][i] == snapshot.optimizer["state"][was[name]]
 
 
-def test_state_of_another_set_of_parameters_is_not_taken(settings, published_file):
+def test_state_of_other_parameters_is_rejected(settings, published_file):
     snapshot = read_published_checkpoint(published_file(settings(objective={"region": False})))
     student = build_network(settings())
     here = optimized_names(student.state_dict(), student)
     there = optimized_names(snapshot.student, student)
-    assert renumbered(snapshot.optimizer, there, here) is None
+    assert renumber_state(snapshot.optimizer, there, here) is None
 
 
 def test_numpys_numbers_and_the_command_line_are_read(settings, published_file):
@@ -129,43 +129,43 @@ def test_a_file_with_one_network_is_read(where, prefix, settings, tmp_path):
     assert snapshot.student is None and snapshot.optimizer is None
 
 
-def test_a_students_file_stands_for_the_teacher_too(settings, published_file):
+def test_a_file_with_only_a_student_also_serves_as_teacher(settings, published_file):
     snapshot = read_published_checkpoint(published_file(settings(), teacher=None))
     assert snapshot.teacher is snapshot.student
 
 
-def test_classifiers_and_other_entries_are_passed_over_and_told(settings, published_file):
+def test_classifiers_and_other_entries_are_ignored_and_listed(settings, published_file):
     state = dict(build_network(settings()).backbone.state_dict())
     state |= {"head.weight": torch.zeros(3, 4), "module.linear.bias": torch.zeros(3)}
     snapshot = read_published_checkpoint(published_file(settings(), teacher=state, best_acc=77.0))
-    assert snapshot.passed_over == ("head.weight", "linear.bias", "best_acc")
+    assert snapshot.ignored == ("head.weight", "linear.bias", "best_acc")
 
 
-def test_a_linear_probe_by_itself_is_told_apart(tmp_path):
+def test_a_file_with_only_a_linear_probe_is_refused(tmp_path):
     probe = {"module.linear.weight": torch.zeros(3, 4), "module.linear.bias": torch.zeros(3)}
     torch.save({"epoch": 99, "state_dict": probe, "optimizer": {}, "best_acc": 77.0}, tmp_path / "linear.pth")
-    with pytest.raises(UserError, match="state_dict holds a classifier only"):
+    with pytest.raises(UserError, match="state_dict contains only a classifier"):
         read_published_checkpoint(tmp_path / "linear.pth")
 
 
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
-        ([1, 2], "it holds a list"),
-        (torch.zeros(3), "it holds a Tensor"),
-        ({"teacher": 3}, "teacher is no state of a network"),
-        ({"epoch": 3, "figures": "x"}, "epoch, figures are no tensors"),
-        ({"teacher": {"a": torch.zeros(2).to_sparse()}}, "teacher is no state of a network"),
-        ({"teacher": {"a": torch.zeros(1)}, "dino_loss": {"center": 3}}, "dino_loss holds"),
+        ([1, 2], "it contains a list"),
+        (torch.zeros(3), "it contains a Tensor"),
+        ({"teacher": 3}, "teacher is not the state of a network"),
+        ({"epoch": 3, "figures": "x"}, "epoch, figures are not tensors"),
+        ({"teacher": {"a": torch.zeros(2).to_sparse()}}, "teacher is not the state of a network"),
+        ({"teacher": {"a": torch.zeros(1)}, "dino_loss": {"center": 3}}, "dino_loss contains"),
     ],
 )
-def test_what_is_no_checkpoint_is_said(payload, said, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_reported(payload, said, tmp_path):
     torch.save(payload, tmp_path / "odd.pth")
     with pytest.raises(UserError, match=said):
         read_published_checkpoint(tmp_path / "odd.pth")
 
 
-def test_it_says_where_it_cannot_write(settings, published_file, tmp_path):
+def test_an_unwritable_path_is_named(settings, published_file, tmp_path):
     states = through_a_run(published_file(settings()), settings())
     with pytest.raises(UserError, match=r"nowhere.*cannot be written"):
         write_published_checkpoint(tmp_path / "nowhere" / "a.pth", states, settings(), epoch=1)

@@ -14,7 +14,7 @@ def compare_champion(
     """Measure the present champion on the run's own images, so that it and its challenger compare.
 
     The figures with which a champion was promoted are of the held-out images of then. Where the run started from
-    the champion they are those of the untrained network, and nothing is computed.
+    the champion they are the run's baseline, and nothing is computed.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.

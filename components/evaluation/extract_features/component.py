@@ -10,7 +10,7 @@ def extract_features(
     model: dsl.Input[dsl.Model],
     features: dsl.Output[dsl.Dataset],
 ):
-    """Compute the features of all images, by the trained network and by the same network untrained.
+    """Compute the features of all images, by the trained network and by the baseline, the same network before training.
 
     Writes features/ of the run: per network and split one safetensors file with the view feature, the features of
     the last blocks, and the labels.

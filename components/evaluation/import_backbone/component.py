@@ -18,7 +18,7 @@ def import_backbone(
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
     """Start a run that measures a backbone which exists, instead of training one.
 
-    Writes the run's config.yaml, backbone/, untrained/ (the same network as drawn from the seed) and measured.json.
+    Writes the run's config.yaml, backbone/, baseline/ (the same network as drawn from the seed) and measured.json.
     The architecture and the size of the images are the backbone's. Repeated with the same arguments it finds the
     run and returns.
 

@@ -44,7 +44,7 @@ def visualize(
         drawn = run.store.get_json(run.at("visualization/visualization.json"))
         figures = {}
         for figure, values in drawn["figures"].items():
-            figures |= {figure: values["trained"], f"{figure} (baseline)": values["untrained"]}
+            figures |= {figure: values["trained"], f"{figure} (baseline)": values["baseline"]}
         log_metrics(metrics, figures)
         point_to(drawings, run.at("visualization"), images=len(drawn["images"]))
 

@@ -44,8 +44,8 @@ def import_checkpoint(
         elif arch:
             config = Config.from_mapping({"recipe": "imported", "model": {"arch": arch}})
         imported = import_weights(file, out, store, config, checkpoint=True)
-        for line in imported.told:
+        for line in imported.messages:
             print(line, flush=True)
-        point_to(model, imported.backbone, arch=imported.arch, message="; ".join(imported.told))
+        point_to(model, imported.backbone, arch=imported.arch, message="; ".join(imported.messages))
 
     return (imported.backbone, imported.checkpoint)

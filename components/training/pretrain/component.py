@@ -13,7 +13,7 @@ def pretrain(
     """Pre-train a backbone without labels: EsViT's view and region tasks (ICLR 2022).
 
     Launches one training process per GPU (or core) and waits for them. Checkpoints are written to the object store; a
-    repeated step resumes from the newest valid one. Writes training/, untrained/ and backbone/ of the run.
+    repeated step resumes from the newest valid one. Writes training/, baseline/ and backbone/ of the run.
 
     Args:
         run_uri: Address of the run, s3://bucket/runs/name.

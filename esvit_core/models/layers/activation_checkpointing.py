@@ -1,7 +1,7 @@
-"""Cheap intermediates that the backward pass computes again instead of keeping them.
+"""Selective activation checkpointing: recompute cheap activations in the backward pass instead of saving them.
 
-A layer norm or a GELU is a hundredth of the linear layer behind it, but its output is what that layer keeps for its
-backward pass: in Swin a third of all that is kept. Recomputed, the values are the same bit for bit.
+A layer norm or a GELU costs a hundredth of the linear layer that follows it, but that layer saves its output for the
+backward pass: a third of all saved activations in Swin. The recomputed values are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from esvit_core.torch_private import hooks_on_saved_tensors, storage_key
 
 
-def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
-    """``then(function(x))``, where the backward pass of ``then`` computes ``function(x)`` once more.
+def checkpoint_activation(function: Callable[[Tensor], Tensor], x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute ``then(function(x))``; the backward pass of ``then`` recomputes ``function(x)``.
 
     Args:
-        function: of ``x`` alone, and always the same: a norm, an activation. It must keep ``x`` for its own backward
-            pass, or ``x`` must be kept anyway, for else nothing is gained.
-        x: its argument.
-        then: a layer, or several.
+        function: deterministic function of ``x`` alone, such as a norm or an activation. Memory is only saved if ``x``
+            itself is saved for the backward pass, by ``function`` or by another layer.
+        x: argument of ``function``.
+        then: one or more layers.
     """
     y = function(x)
-    # Under hooks that are set already, those of a block that is recomputed as a whole, nothing is kept anyway.
+    # If hooks are set already, the whole block is checkpointed and saves nothing.
     if not y.requires_grad or torch.compiler.is_compiling() or hooks_on_saved_tensors():
         return then(y)
     storage, size = storage_key(y), y.numel()
-    # `detach`: what is packed must not lead back to the graph that holds it.
+    # `detach`: the packed value must not reference the graph that holds it.
     argument = x.detach()
 
-    def pack(kept: Tensor) -> Any:
-        # The same values in the same order: the output itself, or a contiguous view of it as rows.
-        if storage_key(kept) == storage and kept.numel() == size and kept.is_contiguous():
-            return kept.shape
-        return kept
+    def pack(saved: Tensor) -> Any:
+        # The same values in the same order: y itself, or a contiguous view of it as rows.
+        if storage_key(saved) == storage and saved.numel() == size and saved.is_contiguous():
+            return saved.shape
+        return saved
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):

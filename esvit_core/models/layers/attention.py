@@ -1,8 +1,8 @@
-"""Attention in the form that is fastest where it runs.
+"""Attention in the fastest implementation for the device.
 
-torch's fused kernels are for GPUs; on a processor they keep up with the plain formula in float32 without a bias only.
-In bfloat16 they take three to seven times as long, most of it in the backward pass, and a bias that is learned makes
-torch leave them for a form in float32. ``benchmarks/attention.py`` measures it.
+torch's fused kernels target GPUs. On a CPU they match the plain formula only in float32 without a bias: in bfloat16
+they take three to seven times as long, mostly in the backward pass, and with a learned bias torch falls back to a
+float32 implementation. ``benchmarks/attention.py`` measures this.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
         q: (..., N, d).
         k: (..., M, d).
         v: (..., M, d).
-        bias: in the dtype of ``q``, for every (..., N, M) or to be repeated; None: there is none.
-        scale: of the products.
+        bias: broadcastable to (..., N, M), in the dtype of ``q``; None: no bias.
+        scale: factor of the products.
 
     Returns:
         (..., N, d).
@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The plain formula, whatever is faster; arguments as of :func:`attend`."""
+    """Compute the plain formula on every device; arguments as in :func:`attend`."""
     logits = q * scale @ k.mT
     if bias is not None:
         logits.add_(bias)

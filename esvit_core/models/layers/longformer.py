@@ -1,14 +1,15 @@
-"""The two kinds of attention of Vision Longformer, as published.
+"""Sparse and full attention of Vision Longformer, as published.
 
-* Sparse: a token sees its own window, the eight windows around it, and the global token; the global token sees all.
-  The map is padded to whole windows, and padding is masked. ``mode`` 1 is the published training: each call sees,
-  besides its own window, one randomly drawn neighbour; in eval mode all eight. Mode 0: always all; -1: none.
-  Weights of the global token's attention are those of the local one (``SHARE_W``) and carry both names; loaded last,
-  the global names win. With ``share_weights=False`` they are their own.
-* Full, with relative position biases that are resized bicubically, as an image of tokens by tokens, for a
-  resolution other than the one built for.
+* Sparse: a token attends to its own window, to the eight windows around it, and to the global tokens; a global token
+  attends to all tokens. The map is padded to whole windows, and the padding is masked. ``mode`` 1 is that of the
+  published training: each call attends to one random neighbor window besides its own, and in eval mode to all eight.
+  Mode 0 always uses all eight, mode -1 none. The global tokens use the weights of the local attention (``SHARE_W``),
+  which then have two names in a state dict; the global names are loaded last and win. With ``share_weights=False``
+  they have separate weights.
+* Full, with relative position biases. For a resolution other than that of construction the biases are resized
+  bicubically, as an image of tokens by tokens.
 
-Networks with absolute positions (``a1``) have no relative ones: ``relative=False``.
+Networks with absolute positions (``a1``) have no relative biases: ``relative=False``.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ from torch import Tensor, nn
 from esvit_core.models.layers.attention import attend
 from esvit_core.torch_private import draw_below, outside_modes
 
-# Offsets of the nine windows a window sees, row by row; the fifth is the window itself.
+# Offsets of the nine windows that a window attends to, row by row; the fifth is the window itself.
 OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
 OWN = 4
 
 
 @functools.lru_cache(maxsize=256)
 def _window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
-    """-inf where a window would see padding or beyond the map, (windows, 9, 1, window ** 2)."""
-    # numpy, so that no default device of the caller reaches the cache.
+    """Return -inf for padding and for positions outside the map, (windows, 9, 1, window ** 2)."""
+    # numpy, so that the caller's default device does not affect the cache.
     rows, columns = -(-height // window), -(-width // window)
     grid = np.zeros((rows * window, columns * window), dtype=bool)
     grid[:height, :width] = True
-    inside = np.zeros((rows + 2, columns + 2, window, window), dtype=bool)  # a border of windows around
+    inside = np.zeros((rows + 2, columns + 2, window, window), dtype=bool)  # with a border of windows
     inside[1:-1, 1:-1] = grid.reshape(rows, window, columns, window).swapaxes(1, 2)
-    seen = np.stack([inside[1 + r : 1 + r + rows, 1 + c : 1 + c + columns] for r, c in OFFSETS], 2)
-    mask = np.where(seen, 0, -np.inf).astype(np.float32).reshape(rows * columns, 9, 1, window**2)
+    valid = np.stack([inside[1 + r : 1 + r + rows, 1 + c : 1 + c + columns] for r, c in OFFSETS], 2)
+    mask = np.where(valid, 0, -np.inf).astype(np.float32).reshape(rows * columns, 9, 1, window**2)
     with torch.inference_mode(False):
         return torch.from_numpy(mask).to(device)
 
 
 def window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
-    """The mask of a map, computed once per resolution and device."""
-    if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
+    """Return the mask of a map, which is computed once per resolution and device."""
+    if torch.compiler.is_compiling():  # a trace's tensors must not outlive it
         return _window_mask.__wrapped__(height, width, window, device)
-    return outside_modes(_window_mask, height, width, window, device)  # a fake tensor must not, either
+    return outside_modes(_window_mask, height, width, window, device)  # nor must fake tensors
 
 
 def _coordinates(rows: range, columns: range) -> Tensor:
@@ -57,13 +58,13 @@ def _coordinates(rows: range, columns: range) -> Tensor:
 
 
 def _position_index(queries: Tensor, keys: Tensor, reach: int) -> Tensor:
-    """Row of the bias table for each query and key, (N, M); differences lie within ``reach``."""
+    """Return the row of the bias table for each query and key, (N, M); differences lie within ``reach``."""
     row, column = queries[:, :, None] - keys[:, None] + reach
     return row * (2 * reach + 1) + column
 
 
 class GlobalBias(nn.Module):
-    """Mixin: biases between the global tokens and the rest."""
+    """Mixin: biases between the global tokens and the others."""
 
     g2l_relative_position_bias: nn.Parameter
     g2g_relative_position_bias: nn.Parameter
@@ -76,12 +77,12 @@ class GlobalBias(nn.Module):
             trunc_normal_(self.g2g_relative_position_bias, std=0.02)
 
     def _from_global(self, tokens: int) -> Tensor:
-        """Bias of the global queries, (heads, G, G + tokens)."""
+        """Return the bias of the global queries, (heads, G, G + tokens)."""
         to_local = self.g2l_relative_position_bias[0][..., None].expand(-1, -1, tokens)
         return torch.cat((self.g2g_relative_position_bias, to_local), -1)
 
     def _to_global(self, tokens: int) -> Tensor:
-        """Bias of local queries towards the global keys, (heads, tokens, G)."""
+        """Return the bias of local queries for global keys, (heads, tokens, G)."""
         return self.g2l_relative_position_bias[1][:, None].expand(-1, tokens, -1)
 
 
@@ -114,8 +115,8 @@ class FullAttention(GlobalBias):
         )
         trunc_normal_(self.local_relative_position_bias_table, std=0.02)
         self._make_global_bias(num_heads, global_tokens)
-        places = _coordinates(range(height), range(width))
-        row, column = places[:, :, None] - places[:, None]
+        positions = _coordinates(range(height), range(width))
+        row, column = positions[:, :, None] - positions[:, None]
         self.register_buffer("relative_position_index", (row + height - 1) * (2 * width - 1) + column + width - 1)
 
     def _bias(self, tokens: int) -> Tensor | None:
@@ -145,14 +146,14 @@ class FullAttention(GlobalBias):
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The attention itself, (B, heads, G + N, G + N)."""
+        """Return the attention weights, (B, heads, G + N, G + N)."""
         q, k, _ = self._qkv(x)
         logits, bias = q * self.scale @ k.mT, self._bias(height * width)
         return (logits if bias is None else logits + bias).softmax(-1)
 
 
 class SparseAttention(GlobalBias):
-    """Attention within a window, to its neighbours, and to and from the global tokens."""
+    """Attention within a window, to its neighbors, and to and from the global tokens."""
 
     relative_position_index: Tensor
 
@@ -193,8 +194,8 @@ class SparseAttention(GlobalBias):
         keys = [_coordinates(range(r * w, r * w + w), range(c * w, c * w + w)) for r, c in OFFSETS]
         self.register_buffer("relative_position_index", _position_index(own, torch.cat(keys, 1), 2 * w - 1))
 
-    def _neighbours(self) -> list[int]:
-        """The windows of this call, its own first, as places in OFFSETS; drawn anew in training with mode 1."""
+    def _neighbor_windows(self) -> list[int]:
+        """Return the windows of this call as indices into OFFSETS, its own first; mode 1 draws one at random in training."""
         if self.mode == -1:
             return [OWN]
         if self.mode > 0 and self.training:
@@ -203,14 +204,14 @@ class SparseAttention(GlobalBias):
         return [OWN, *(i for i in range(9) if i != OWN)]
 
     def _bias(self, windows: list[int], mask: Tensor) -> Tensor:
-        """Position bias and mask, (windows, heads, w ** 2, G + keys)."""
+        """Return position bias plus mask, (windows, heads, w ** 2, G + keys)."""
         w2 = self.window_size**2
-        hidden = mask[:, windows].transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
+        masked = mask[:, windows].transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
         if not self.relative:
-            return F.pad(hidden, (self.global_tokens, 0))
+            return F.pad(masked, (self.global_tokens, 0))
         index = self.relative_position_index.view(w2, 9, w2)[:, windows].flatten(1)  # (w2, keys)
         bias = self.local_relative_position_bias_table[index.view(-1)].view(w2, index.shape[1], -1)
-        bias = bias.permute(2, 0, 1) + hidden  # (windows, heads, w2, keys)
+        bias = bias.permute(2, 0, 1) + masked  # (windows, heads, w2, keys)
         if self.global_tokens:
             to_global = self._to_global(w2).expand(len(bias), -1, -1, -1)
             bias = torch.cat((to_global, bias), -1)
@@ -228,10 +229,10 @@ class SparseAttention(GlobalBias):
         return torch.cat((from_global, self.proj(out)), 1)
 
     def _local(self, q: Tensor, kv: Tensor, height: int, width: int) -> Tensor:
-        """(B, N, C) and (B, G + N, 2C) -> (B, N, C)."""
+        """Attend from the local tokens: (B, N, C) and (B, G + N, 2C) -> (B, N, C)."""
         B, _, C = q.shape
         G, w, heads = self.global_tokens, self.window_size, self.num_heads
-        windows = self._neighbours()
+        windows = self._neighbor_windows()
         q = self._partition(q, height, width)  # (B, rows, columns, w2, C)
         local = self._partition(kv[:, G:], height, width)  # (B, rows, columns, w2, 2C)
         rows, columns = q.shape[1:3]
@@ -248,13 +249,13 @@ class SparseAttention(GlobalBias):
         return out[:, :height, :width].flatten(1, 2)
 
     def _partition(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(B, N, C) -> (B, rows, columns, w ** 2, C), padded with zeros."""
+        """Partition into windows padded with zeros: (B, N, C) -> (B, rows, columns, w ** 2, C)."""
         w = self.window_size
         x = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % w, 0, -height % w))
         return x.unflatten(1, (-1, w)).unflatten(3, (-1, w)).transpose(2, 3).flatten(3, 4)
 
     def _global(self, q: Tensor, kv: Tensor) -> Tensor:
-        """(B, G, C) and (B, G + N, 2C) -> (B, G, C)."""
+        """Attend from the global tokens: (B, G, C) and (B, G + N, 2C) -> (B, G, C)."""
         heads = self.num_heads
         q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, G, d)
         k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, G + N, d)

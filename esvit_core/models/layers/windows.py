@@ -1,6 +1,7 @@
-"""Attention within (shifted) windows of a map: where each token lies, which pairs a shift separates.
+"""Attention within (shifted) windows of a map.
 
-Layouts are computed once per resolution and device; they are no part of a network's state.
+A layout holds the position of each token and the mask of a shift. It is computed once per resolution and device and is
+not part of a network's state.
 """
 
 from __future__ import annotations
@@ -20,40 +21,40 @@ from esvit_core.kernels.window_attention import attend_in_windows
 from esvit_core.models.layers.attention import attend
 from esvit_core.torch_private import outside_modes
 
-MASKED = -100.0  # as published: not minus infinity
+MASKED = -100.0  # as published, not minus infinity
 
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """How the tokens of a map lie in its (shifted) windows."""
+    """Arrangement of the tokens of a map in its (shifted) windows."""
 
-    places: Tensor  # (windows, N) token at each place of the windows, -1 where there is padding
-    index: Tensor  # (windows * N,) the same, any token where there is padding
-    inverse: Tensor  # (tokens,) place of each token
-    padding: Tensor | None  # (P,) places of padding; None: there is none
+    token_index: Tensor  # (windows, N) token at each position of the windows, -1 for padding
+    index: Tensor  # (windows * N,) the same with an arbitrary token for padding
+    inverse: Tensor  # (tokens,) position of each token
+    padding: Tensor | None  # (P,) positions of padding; None: no padding
     mask: Tensor | None  # (windows, 1, N, N) added to the logits of shifted windows
     windows: int
 
 
 def window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    """The layout of a map, computed once per resolution and device."""
-    if torch.compiler.is_compiling():  # tensors of a trace must not outlive it
+    """Return the layout of a map, which is computed once per resolution and device."""
+    if torch.compiler.is_compiling():  # a trace's tensors must not outlive it
         return _window_layout.__wrapped__(height, width, window, shift, device)
-    return outside_modes(_window_layout, height, width, window, shift, device)  # a fake tensor must not, either
+    return outside_modes(_window_layout, height, width, window, shift, device)  # nor must fake tensors
 
 
 @functools.lru_cache(maxsize=256)
 def _window_layout(height: int, width: int, window: int, shift: int, device: torch.device) -> WindowLayout:
-    # numpy, so that no default device of the caller reaches the cache.
+    # numpy, so that the caller's default device does not affect the cache.
     tokens = height * width
-    places = np.arange(tokens).reshape(height, width)
-    places = np.pad(places, ((0, -height % window), (0, -width % window)), constant_values=tokens)  # (Hp, Wp)
-    index = _partition(np.roll(places, (-shift, -shift), (0, 1)), window)  # (windows, N)
+    grid = np.arange(tokens).reshape(height, width)
+    grid = np.pad(grid, ((0, -height % window), (0, -width % window)), constant_values=tokens)  # (Hp, Wp)
+    index = _partition(np.roll(grid, (-shift, -shift), (0, 1)), window)  # (windows, N)
     inverse = index.ravel().argsort(kind="stable")[:tokens]
     padding = (index.ravel() == tokens).nonzero()[0]
     mask = None
     if shift > 0:
-        part = np.zeros_like(places)
+        part = np.zeros_like(grid)
         slices = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
         for i, rows in enumerate(slices):
             for j, columns in enumerate(slices):
@@ -62,7 +63,7 @@ def _window_layout(height: int, width: int, window: int, shift: int, device: tor
         mask = np.where(part[:, None, :, None] == part[:, None, None, :], 0, MASKED).astype(np.float32)
     with torch.inference_mode(False):
         return WindowLayout(
-            places=torch.from_numpy(np.where(index == tokens, -1, index)).to(device),
+            token_index=torch.from_numpy(np.where(index == tokens, -1, index)).to(device),
             index=torch.from_numpy(index.ravel().clip(max=tokens - 1)).to(device),
             inverse=torch.from_numpy(inverse).to(device),
             padding=torch.from_numpy(padding).to(device) if len(padding) else None,
@@ -79,9 +80,9 @@ def _partition(grid: np.ndarray, window: int) -> np.ndarray:
 
 
 class ToWindows(torch.autograd.Function):
-    """Tokens (B, L, C) to the places of the windows (B, windows * N, C), ``fill`` (C,) where there is padding.
+    """Arrange tokens (B, L, C) in windows (B, windows * N, C); padding gets ``fill`` (C,).
 
-    Each token has one place, so the gradient is a look-up as well, and not the scattered sum of an index's gradient.
+    Each token has exactly one position, so the gradient is a lookup, too, rather than a scattered sum.
     """
 
     @staticmethod
@@ -103,7 +104,7 @@ class ToWindows(torch.autograd.Function):
 
 
 class FromWindows(torch.autograd.Function):
-    """The places of the windows (B, windows * N, C) back to tokens (B, L, C)."""
+    """Arrange windows (B, windows * N, C) as tokens (B, L, C)."""
 
     @staticmethod
     def forward(ctx: Any, windows: Tensor, layout: WindowLayout) -> Tensor:
@@ -120,9 +121,9 @@ class FromWindows(torch.autograd.Function):
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention of (B, windows, heads, N, d) with a bias (windows or 1, heads, N, N), by the fused kernel of a GPU.
+    """Compute attention of (B, windows, heads, N, d) with a bias (windows or 1, heads, N, N) in the GPU's fused kernel.
 
-    With windows and heads in one axis the bias is not copied for each image.
+    Windows and heads share one axis, so that the bias is not copied for each image.
     """
     shape = q.shape
     bias = bias.expand(shape[1], -1, -1, -1).flatten(0, 1)[None]  # (1, windows * heads, N, N)
@@ -134,11 +135,11 @@ class WindowAttention(nn.Module):
     """Multi-head attention within (shifted) windows with a relative position bias.
 
     Attributes:
-        compiled: whether to compute in the compiled form where there is one: set by :mod:`esvit_core.kernels.choose`.
+        use_c_kernel: use the C kernel for shapes it supports; :mod:`esvit_core.kernels.choose` sets it.
     """
 
     relative_position_index: Tensor
-    compiled = False
+    use_c_kernel = False
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class WindowAttention(nn.Module):
 
     @staticmethod
     def _position_index(window: int) -> Tensor:
-        """Row of the bias table for each pair of places in a window, (N, N)."""
+        """Return the row of the bias table for each pair of positions in a window, (N, N)."""
         rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         rows, columns = rows.flatten(), columns.flatten()
         rows = rows[:, None] - rows[None] + window - 1
@@ -163,7 +164,7 @@ class WindowAttention(nn.Module):
         return rows * (2 * window - 1) + columns
 
     def set_window(self, window_size: int, shift_size: int) -> None:
-        """Other windows; the table of biases is resized bicubically."""
+        """Change window and shift; the bias table is resized bicubically."""
         self.shift_size = shift_size
         if window_size == self.window_size:
             return
@@ -178,20 +179,20 @@ class WindowAttention(nn.Module):
         return window_layout(x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
 
     def _bias(self) -> Tensor:
-        """Relative position bias, (heads, N, N)."""
+        """Return the relative position bias, (heads, N, N)."""
         size = self.window_size**2
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        return bias.view(size, size, -1).permute(2, 0, 1).contiguous()  # to add it is slow else
+        return bias.view(size, size, -1).permute(2, 0, 1).contiguous()  # adding it is slow otherwise
 
     def _masked_bias(self, layout: WindowLayout) -> Tensor:
-        """The same plus the mask, (windows or 1, heads, N, N)."""
+        """Return the bias plus the mask, (windows or 1, heads, N, N)."""
         bias = self._bias()[None]
         return bias if layout.mask is None else bias + layout.mask
 
     def _in_windows(self, qkv: Tensor, layout: WindowLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values of the windows, each (B, windows, heads, N, C / heads), of those of the tokens (B, L, 3C)."""
+        """Arrange the tokens' ``qkv`` (B, L, 3C) as queries, keys and values, each (B, windows, heads, N, C / heads)."""
         B, C = qkv.shape[0], qkv.shape[2] // 3
-        # A token of padding is zero before this layer, hence the layer's bias after it.
+        # A padding token is zero before the qkv layer, so it equals the layer's bias after it.
         bias = self.qkv.bias if self.qkv.bias is not None else qkv.new_zeros(3 * C)
         qkv = ToWindows.apply(qkv, bias, layout)  # (B, windows * N, 3C)
         qkv = qkv.view(B, layout.windows, -1, 3, self.num_heads, C // self.num_heads)
@@ -202,9 +203,11 @@ class WindowAttention(nn.Module):
         B, H, W, C = x.shape
         layout = self.layout(x)
         qkv = self.qkv(x).flatten(1, 2)  # (B, L, 3C)
-        if self.compiled and window_attention.fits(qkv, self.num_heads, self.window_size**2):
+        if self.use_c_kernel and window_attention.supports(qkv, self.num_heads, self.window_size**2):
             mask = None if layout.mask is None else layout.mask[:, 0]
-            out = attend_in_windows(qkv, self.num_heads, self.qkv.bias, layout.places, self._bias(), mask, self.scale)
+            out = attend_in_windows(
+                qkv, self.num_heads, self.qkv.bias, layout.token_index, self._bias(), mask, self.scale
+            )
             return self.proj(out).view(B, H, W, C)
         q, k, v = self._in_windows(qkv, layout)
         bias = self._masked_bias(layout).to(q.dtype)
@@ -213,7 +216,7 @@ class WindowAttention(nn.Module):
         return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention itself, (B, windows, heads, N, N)."""
+        """Return the attention weights, (B, windows, heads, N, N)."""
         layout = self.layout(x)
         q, k, _ = self._in_windows(self.qkv(x).flatten(1, 2), layout)
         return (q * self.scale @ k.mT + self._masked_bias(layout)).softmax(-1)

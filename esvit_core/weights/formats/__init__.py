@@ -1,1 +1,1 @@
-"""Backbones in the formats of other tools, a file per format; each export is compared with the network it came from."""
+"""Export backbones to other formats, one file per format; each export is verified against the original network."""

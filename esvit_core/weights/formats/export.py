@@ -1,4 +1,4 @@
-"""Write a backbone for other tools, and compare what they make of it with the network itself."""
+"""Export a backbone for other tools, and verify their features against the original network."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Reader = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a backbone.
+    """An export format.
 
     Attributes:
-        write: of the backbone, its description, and whether regions are wanted, to a path.
-        read: what was written, by the tool it is for, as a function of images.
-        bound: largest difference of any feature that is allowed. 0: every bit.
-        scaled: the bound grows with the largest feature where that is above 1, since other arithmetic than PyTorch's
-            rounds relative to it (networks that do not end in a norm have features of tens or hundreds).
-        suffix: of the file; empty: it is a folder.
-        reader: the tool, in words.
-        usage: of the path and the description, the lines of Python that load it.
+        write: writes the backbone with its description, optionally with regions, to a path.
+        read: loads the export with its target tool and returns it as a function of images.
+        bound: largest allowed difference of any feature; 0: equal bit for bit.
+        scaled: multiply the bound by the largest feature if it exceeds 1, because the rounding errors of other runtimes
+            are relative to it (networks without a final norm have features of tens or hundreds).
+        suffix: suffix of the file; empty: the export is a folder.
+        reader: name of the target tool.
+        usage: returns the lines of Python that load the export, from the path and the description.
     """
 
     write: Callable[[nn.Module, Path, dict[str, Any], bool], None]
@@ -51,42 +51,42 @@ FORMATS = {
         ("torch-export", exported_program, 1e-4, True, ".pt2", "torch.export.load"),
     )
 }
-_COUNTS = (1, 3)  # images at a time: neither is the number a network is traced with
+_BATCH_SIZES = (1, 3)  # neither is the batch size that a network is traced with
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far it is from the network it came from.
+    """A finished export and its differences from the original network.
 
     Attributes:
         path: file or folder.
-        bytes: its size.
-        told: the differences, in a line.
-        usage: lines of Python that load it.
+        bytes: size in bytes.
+        summary: the differences in one line.
+        usage: lines of Python that load the export.
         view: largest difference of a view feature.
-        regions: largest difference of a region feature; None where the format was asked for none.
+        regions: largest difference of a region feature; None without regions.
     """
 
     path: Path
     bytes: int
-    told: str
+    summary: str
     usage: list[str]
     view: float = 0.0
     regions: float | None = None
 
 
 def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool = False) -> Exported:
-    """Write a backbone in another format, read it back with the tool it is for, and compare the features.
+    """Export a backbone, load it with the target tool, and compare the features.
 
     Args:
-        backbone: as :func:`esvit_core.weights.backbone.load_backbone` gives it, on the CPU, in eval mode.
+        backbone: a backbone of :func:`esvit_core.weights.backbone.load_backbone`, on the CPU, in eval mode.
         format: one of :data:`FORMATS`.
-        out: file or folder, which appears whole and right, or not at all.
-        regions: an ONNX file or exported program gives the regions as a second output.
+        out: file or folder; it is created only if the export is complete and verified.
+        regions: give an ONNX file or exported program the regions as a second output.
 
     Raises:
-        UserError: no such format; ``out`` exists or cannot be written; the tool is not installed, knows no such
-            network, or gives other features than allowed.
+        UserError: the format is unknown; ``out`` exists or cannot be written; or the tool is not installed, does not
+            support the network, or computes features that differ by more than the bound.
     """
     chosen = format_named(format)
     require_absent(out, (chosen.suffix,) if chosen.suffix else ())
@@ -94,48 +94,48 @@ def export_backbone(backbone: nn.Module, format: str, out: Path, regions: bool =
     with atomic_write(out) as written:
         try:
             chosen.write(backbone, written, description, regions)
-        except RuntimeError as error:  # PyTorch's exporters, of what they do not follow
+        except RuntimeError as error:  # PyTorch's exporters raise it for unsupported code
             reason = str(error).rpartition("Exception summary")[2].strip() or type(error).__name__
-            raise UserError(f"format {format}: {description['arch']} cannot be written ({reason[:200]})") from error
+            raise UserError(f"format {format}: {description['arch']} cannot be exported ({reason[:200]})") from error
         size = description["img_size" if format == "timm" else "eval_crop"]
         view, region, largest = largest_differences(backbone, chosen.read(written), description, size)
         allowed = chosen.bound * max(1.0, largest) if chosen.scaled else chosen.bound
-        of_regions = "" if region is None else f", of a region {region:.1e}"
-        told = (
-            f"read back by {chosen.reader}: largest difference of a view feature {view:.1e}{of_regions} "
+        region_text = "" if region is None else f", of a region feature {region:.1e}"
+        summary = (
+            f"verified with {chosen.reader}: largest difference of a view feature {view:.1e}{region_text} "
             f"on random images of {size} px (allowed {allowed:.1g})"
         )
-        if not all(value <= allowed for value in (view, region or 0.0)):  # nor does NaN pass
-            raise UserError(f"format {format}: {told}; nothing was left in {out}")
-    return Exported(out, size_of(out), told, chosen.usage(out, description), view, region)
+        if not all(value <= allowed for value in (view, region or 0.0)):  # NaN fails, too
+            raise UserError(f"format {format}: {summary}; nothing was written to {out}")
+    return Exported(out, size_of(out), summary, chosen.usage(out, description), view, region)
 
 
 @torch.no_grad()
 def largest_differences(
     backbone: nn.Module, read: Reader, description: dict[str, Any], size: int
 ) -> tuple[float, float | None, float]:
-    """Compare on random images of ``size`` pixels.
+    """Compare features on random images of ``size`` pixels.
 
     Returns:
-        The largest absolute difference of a view feature, and of a region feature where ``read`` gives regions; the
-        largest absolute feature of the network itself.
+        The largest absolute difference of a view feature; that of a region feature, or None without regions; and the
+        largest absolute feature of the original network.
     """
     ours = FeatureNetwork(backbone, regions=True).eval()
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(description[key]).view(3, 1, 1) for key in ("mean", "std"))
-    found: list[list[float]] = []
+    differences: list[list[float]] = []
     largest = 0.0
-    for count in _COUNTS:
+    for count in _BATCH_SIZES:
         images = (torch.rand(count, 3, size, size, generator=generator) - mean) / std
         pairs = list(zip(ours(images), read(images), strict=False))
-        found.append([float((a - b).abs().max()) for a, b in pairs])
+        differences.append([float((a - b).abs().max()) for a, b in pairs])
         largest = max(largest, *(float(a.abs().max()) for a, _ in pairs))
-    view, *regions = torch.tensor(found).amax(0).tolist()  # NaN stays NaN
+    view, *regions = torch.tensor(differences).amax(0).tolist()  # propagates NaN
     return view, regions[0] if regions else None, largest
 
 
 def format_named(name: str) -> Format:
-    """The format of that name.
+    """Return the format with this name.
 
     Raises:
         UserError: there is none.
@@ -146,5 +146,5 @@ def format_named(name: str) -> Format:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())

@@ -1,4 +1,4 @@
-"""``torch.export``: the network as a graph of PyTorch's operators, which runs without this project's code."""
+"""``torch.export``: a graph of PyTorch operators that runs without this project's code."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from esvit_core.models.region_map import FeatureNetwork
 
-DESCRIPTION = "backbone.json"  # an extra file inside
+DESCRIPTION = "backbone.json"  # extra file in the program
 
 
 def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
     """Write the backbone as an exported program.
 
-    Its input (B, 3, S, S) takes any number of normalised images of ``eval_crop`` pixels; it returns a tuple of the
-    view features (B, D) and, with ``regions``, the regions (B, H, W, D'). What prepares images is in the extra file
-    ``backbone.json``.
+    Its input (B, 3, S, S) takes any number of normalized images of ``eval_crop`` pixels; it returns a tuple of the view
+    features (B, D) and, with ``regions``, the regions (B, H, W, D'). The extra file ``backbone.json`` contains the
+    preprocessing.
     """
     network = FeatureNetwork(backbone, regions).eval()
     size = description["eval_crop"]
@@ -35,12 +35,12 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The program, as a function of images (B, 3, S, S)."""
+    """Load the program as a function of images (B, 3, S, S)."""
     return torch.export.load(path).module()
 
 
 def usage(path: Path, description: dict[str, Any]) -> list[str]:
-    """Lines of Python that load the file."""
+    """Return the lines of Python that load the file."""
     size = description["eval_crop"]
     return [
         "import torch",

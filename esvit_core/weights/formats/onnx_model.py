@@ -1,8 +1,8 @@
-"""ONNX: one file that onnxruntime and others run, for any number of images of one size.
+"""ONNX: one file for onnxruntime and other runtimes, for any batch size and one image size.
 
-The exporter is PyTorch's own on top of ``torch.export`` (``dynamo=True``). It follows the network's code instead of
-recording one run of it, so that the number of images stays free; the older recording exporter fixes it wherever
-Python sees it, and PyTorch no longer develops it.
+The exporter is PyTorch's, based on ``torch.export`` (``dynamo=True``). It analyzes the network's code instead of tracing
+one run, so the batch size stays dynamic. The older tracing exporter fixes the batch size wherever Python code reads it,
+and PyTorch no longer develops it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from esvit_core.errors import UserError
 from esvit_core.models.region_map import FeatureNetwork
 
-# The exporter writes this one itself; others would be made from it by a converter.
+# The exporter's native opset; others would need a converter.
 OPSET = 18
 PIXELS, OUTPUTS = "pixels", ("view_features", "region_features")
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
@@ -33,12 +33,12 @@ _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
     """Write the backbone as ONNX.
 
-    The input ``pixels`` (batch, 3, S, S) takes normalised images of ``eval_crop`` pixels; the outputs are
-    ``view_features`` (batch, D) and, with ``regions``, ``region_features`` (batch, H, W, D'). What prepares images
-    is in the file's ``metadata_props``.
+    The input ``pixels`` (batch, 3, S, S) takes normalized images of ``eval_crop`` pixels; the outputs are
+    ``view_features`` (batch, D) and, with ``regions``, ``region_features`` (batch, H, W, D'). The file's
+    ``metadata_props`` contain the preprocessing.
 
     Raises:
-        UserError: a library that it needs is not installed.
+        UserError: a required library is not installed.
     """
     require_libraries()
     network = FeatureNetwork(backbone, regions).eval()
@@ -62,7 +62,7 @@ def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions:
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The file in onnxruntime, as a function of images (B, 3, S, S)."""
+    """Load the file in onnxruntime as a function of images (B, 3, S, S)."""
     require_libraries()
     import onnxruntime
 
@@ -71,7 +71,7 @@ def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 
 def usage(path: Path, description: dict[str, Any]) -> list[str]:
-    """Lines of Python that load the file."""
+    """Return the lines of Python that load the file."""
     size = description["eval_crop"]
     return [
         "import numpy, onnxruntime",
@@ -81,7 +81,8 @@ def usage(path: Path, description: dict[str, Any]) -> list[str]:
 
 
 def require_libraries() -> None:
-    """
+    """Check that the libraries for ONNX are installed.
+
     Raises:
         UserError: one of the libraries is not installed.
     """
@@ -97,7 +98,7 @@ def _text(value: Any) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter speaks of versions and of its own progress, on several ways."""
+    """Silence the exporter, which logs, warns and prints about versions and progress."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -109,7 +110,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _plain_attention(TorchFunctionMode):  # noqa: N801 (used as a context)
-    """Attention as its formula: the exporter's own translation knows it with one axis of batch only."""
+    """Compute attention by its formula, because the exporter's translation supports only one batch axis."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = kwargs or {}
@@ -125,7 +126,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     *,
     scale: float | None = None,
-    **_: Any,  # dropout, which there is none of in eval mode
+    **_: Any,  # dropout, which is off in eval mode
 ) -> Tensor:
     logits = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
     return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v

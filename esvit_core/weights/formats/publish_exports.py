@@ -1,4 +1,4 @@
-"""Exports in the object store, for steps of a pipeline: complete or absent, and found again."""
+"""Publish exports in the object store for pipeline steps: atomic and idempotent."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from esvit_core.weights.formats.export import export_backbone, format_named
 def publish_export(model: str, format: str, destination: str, regions: bool, store: ObjectStore) -> dict[str, Any]:
     """Export a published backbone to the object store.
 
-    Repeated with the same backbone it finds what is there and returns.
+    A repeated call with the same backbone finds the published export and returns.
 
     Args:
         model: ``s3://`` address of the backbone, or a pointer such as ``champion``.
         format: see :func:`esvit_core.weights.formats.export.export_backbone`.
-        destination: ``s3://`` folder for the files and their manifest.
-        regions: an ONNX file or exported program gives the regions too.
+        destination: ``s3://`` prefix for the files and their manifest.
+        regions: give an ONNX file or exported program the regions, too.
+        store: object store.
 
     Returns:
-        The manifest; its ``differences`` are those from the network itself.
+        The manifest; its ``differences`` are the differences from the original network.
 
     Raises:
-        UserError: no such backbone or format, or another export is there.
+        UserError: the backbone or format does not exist, or the destination holds another export.
     """
     source = backbone_uri(model, store)
     wanted = {"backbone": source, "export": format, "regions": regions}
-    if (found := store.read_manifest(destination)) is not None:
-        if all(found.get(key) == value for key, value in wanted.items()):
+    if (existing := store.read_manifest(destination)) is not None:
+        if all(existing.get(key) == value for key, value in wanted.items()):
             print(f"already done: found {destination}", flush=True)
-            return found
+            return existing
         raise UserError(
-            f"{destination}: holds the export of {found.get('backbone')} as {found.get('export')}; "
-            "name another destination"
+            f"{destination}: it already contains the export of {existing.get('backbone')} as {existing.get('export')}; "
+            "choose another destination"
         )
     suffix = format_named(format).suffix
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
@@ -45,5 +46,5 @@ def publish_export(model: str, format: str, destination: str, regions: bool, sto
         done = export_backbone(load_backbone(source, store), format, out, regions)
         files = {path.name: path for path in (out.iterdir() if out.is_dir() else [out])}
         differences = {"view": done.view, "regions": done.regions}
-        print(done.told, flush=True)
+        print(done.summary, flush=True)
         return store.publish(destination, files, "export", {**wanted, "differences": differences})

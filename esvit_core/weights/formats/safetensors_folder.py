@@ -13,17 +13,17 @@ from esvit_core.weights.backbone import load_backbone, write_backbone
 
 
 def write(backbone: nn.Module, path: Path, description: dict[str, Any], regions: bool) -> None:
-    """Write the folder; the network in it gives regions whether they are asked for or not."""
+    """Write the folder; its network always provides regions."""
     write_backbone(path, backbone, description)
 
 
 def read(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The folder's network, as a function of images (B, 3, S, S)."""
+    """Load the network as a function of images (B, 3, S, S)."""
     return FeatureNetwork(load_backbone(path), regions=True)
 
 
 def usage(path: Path, description: dict[str, Any]) -> list[str]:
-    """Lines of Python that load the folder."""
+    """Return the lines of Python that load the folder."""
     size = description["eval_crop"]
     return [
         "import esvit_core, torch",

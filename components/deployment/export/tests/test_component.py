@@ -30,5 +30,5 @@ def test_again_it_finds_the_export(run_there: Run, components: Any, capfd: pytes
     assert outputs["exported"]["metadata"]["backbone"] == run_there.at("backbone")
     assert "already done: found s3://esvit/exports/timm" in capfd.readouterr().out
     with pytest.raises(SystemExit):
-        components.directly(export, **{**arguments, "backbone": run_there.at("untrained")})
-    assert "name another destination" in capfd.readouterr().err
+        components.directly(export, **{**arguments, "backbone": run_there.at("baseline")})
+    assert "choose another destination" in capfd.readouterr().err

@@ -20,7 +20,7 @@ def challenger(run_there: Run) -> Iterator[Run]:
     kept = {uri: store.get_bytes(uri) for uri in (decision, POINTER) if store.exists(uri)}
     store.remove(decision)
     store.put_json(run_there.at(RETRAINING), {})
-    store.put_json(POINTER, {"run": "s3://esvit/runs/start", "backbone": run_there.at("untrained")})
+    store.put_json(POINTER, {"run": "s3://esvit/runs/start", "backbone": run_there.at("baseline")})
     yield run_there
     for uri in (run_there.at(RETRAINING), run_there.at("comparison/start.json"), POINTER):
         store.remove(uri)
@@ -36,5 +36,5 @@ def test_a_run_that_is_decided_has_nothing_to_compare(run_there: Run, components
 def test_the_champion_s_figures_on_the_run_s_images(challenger: Run, components: Any) -> None:
     outputs = components.through_kfp(compare_champion, run_uri=challenger.uri, results=["a"])
     assert outputs["result"] == challenger.at("comparison/start.json")
-    own = challenger.store.get_json(challenger.at("evaluation/knn.json"))["results"]["untrained"]
+    own = challenger.store.get_json(challenger.at("evaluation/knn.json"))["results"]["baseline"]
     assert own.items() <= outputs["metrics"]["metadata"].items()

@@ -14,9 +14,7 @@ def test_features_of_both_networks_and_both_splits(run_there: Run, components: A
     assert artifacts["features"].uri == run_there.at("features")
     assert sum(artifacts["features"].metadata["samples"].values()) == 48
     manifest = run_there.store.read_manifest(run_there.at("features"))
-    assert set(manifest["files"]) == {
-        f"{m}-{s}.safetensors" for m in ("trained", "untrained") for s in ("train", "val")
-    }
+    assert set(manifest["files"]) == {f"{m}-{s}.safetensors" for m in ("trained", "baseline") for s in ("train", "val")}
 
 
 def test_again_it_finds_them(run_there: Run, components: Any) -> None:

@@ -26,7 +26,7 @@ def test_every_figure_of_the_run_is_in_its_metrics(run_there: Run, components: A
     figures = artifacts["metrics"].metadata
     measured = run_there.store.get_json(run_there.at("evaluation/knn.json"))["results"]
     assert figures["knn/5"] == measured["trained"]["knn/5"]
-    assert figures["knn/5 (baseline)"] == measured["untrained"]["knn/5"]
+    assert figures["knn/5 (baseline)"] == measured["baseline"]["knn/5"]
     assert {"linear", "correspondence", "final_loss", "images_per_second"} <= figures.keys()
 
 

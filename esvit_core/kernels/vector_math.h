@@ -1,14 +1,14 @@
-/* The exponential and bfloat16, in forms that compilers make loops over vectors of. */
+/* The fast_exp and bfloat16 conversions, written so that compilers vectorize loops over them. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* e^x for x <= 0 within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series up to r^7. NaN stays. */
-static inline float exponential(float x)
+/* e^x for x <= 0 within 2 ulp: 2^n e^r with |r| <= ln 2 / 2, e^r by its series up to r^7. NaN is preserved. */
+static inline float fast_exp(float x)
 {
-    x = x < -87.0f ? -87.0f : x; /* 1.6e-38, the last that is no denormal */
+    x = x < -87.0f ? -87.0f : x; /* e^x = 1.6e-38; smaller values would be denormal */
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
     float p = 1.0f + r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r / 5040))))));
@@ -18,17 +18,17 @@ static inline float exponential(float x)
     return p * power;
 }
 
-/* Float32 from bfloat16. */
-static inline float widen(uint16_t narrow)
+/* Convert bfloat16 to float32. */
+static inline float bf16_to_float(uint16_t value16)
 {
-    uint32_t bits = (uint32_t)narrow << 16;
+    uint32_t bits = (uint32_t)value16 << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-/* Rounded to bfloat16, the nearest, halves to even; NaN stays. */
-static inline uint16_t narrow(float value)
+/* Convert float32 to bfloat16, rounding to nearest even. NaN is preserved. */
+static inline uint16_t float_to_bf16(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esvit_core.kernels import library, window_attention
-from esvit_core.kernels.choose import choose_fastest_
+from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models import cvt
 from esvit_core.models.layers.windows import WindowAttention, window_layout
 
@@ -56,12 +56,12 @@ def test_values_and_gradients_are_those_of_torch_in_float64(
     batch: int, heads: int, window: int, height: int, width: int, shifted: bool, qkv_bias: bool, dtype, seed: int
 ) -> None:
     plain = attention(heads, window, window // 2 if shifted else 0, qkv_bias, seed)
-    compiled = copy.deepcopy(plain)
-    choose_fastest_(compiled, dtype, CPU)
-    assert compiled.compiled and not plain.compiled
+    fast = copy.deepcopy(plain)
+    select_kernels_(fast, dtype, CPU)
+    assert fast.use_c_kernel and not plain.use_c_kernel
     x, outer = torch.randn(2, batch, height, width, 32 * heads)
     expected = measured(plain.double(), x.double(), torch.float64, outer.double())
-    found = measured(compiled, x, dtype, outer)
+    found = measured(fast, x, dtype, outer)
     check(found, expected, dtype)
 
 
@@ -83,46 +83,48 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dty
     seed=st.integers(0, 99),
 )
 @settings(max_examples=20, deadline=None)
-def test_so_are_those_of_cvt(batch: int, heads: int, width: int, rows: int, columns: int, seed: int) -> None:
+def test_values_and_gradients_of_cvt_are_those_of_torch_in_float64(
+    batch: int, heads: int, width: int, rows: int, columns: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     plain = cvt.Attention(heads * width, heads, 7, qkv_bias=True)
-    compiled = copy.deepcopy(plain)
-    choose_fastest_(compiled, torch.float32, CPU)
-    assert compiled.compiled and not plain.compiled
+    fast = copy.deepcopy(plain)
+    select_kernels_(fast, torch.float32, CPU)
+    assert fast.use_c_kernel and not plain.use_c_kernel
     x, outer = torch.randn(2, batch, rows, columns, heads * width)
     expected = measured(plain.double(), x.double(), torch.float64, outer.double())
-    check(measured(compiled, x, torch.float32, outer), expected, torch.float32)
+    check(measured(fast, x, torch.float32, outer), expected, torch.float32)
 
 
 @pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_a_bias_it_is_the_formula(width: int, dtype: torch.dtype) -> None:
+def test_without_a_bias_the_kernel_computes_the_formula(width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     heads, scale = 3, 0.3
     qkv = torch.randn(2, 14 * 21, 3 * heads * width).to(dtype).requires_grad_()
-    places = window_layout(14, 21, 7, 0, CPU).places  # (windows, 49)
-    out = window_attention.attend_in_windows(qkv, heads, None, places, None, None, scale)
+    index = window_layout(14, 21, 7, 0, CPU).token_index  # (windows, 49)
+    out = window_attention.attend_in_windows(qkv, heads, None, index, None, None, scale)
     exact = qkv.detach().double().requires_grad_()
-    q, k, v = exact[:, places].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
+    q, k, v = exact[:, index].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
     expected = ((scale * q @ k.mT).softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)  # window by window
     outer = torch.randn_like(out)
     out.backward(outer)
-    expected.backward(outer.double()[:, places.flatten()])
+    expected.backward(outer.double()[:, index.flatten()])
     assert exact.grad is not None and qkv.grad is not None
     check(
-        {"out": out.detach()[:, places.flatten()], "qkv": qkv.grad},
+        {"out": out.detach()[:, index.flatten()], "qkv": qkv.grad},
         {"out": expected.detach(), "qkv": exact.grad},
         dtype,
     )
 
 
-def test_the_compiled_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_c_kernel_runs_once_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(window_attention, "call", lambda name, jobs: calls.append(name))
     module = attention(1, 7, 3)
-    module(torch.randn(1, 14, 14, 32))  # as it was built
+    module(torch.randn(1, 14, 14, 32))  # before selection
     assert not calls
-    choose_fastest_(module, torch.float32, CPU)
+    select_kernels_(module, torch.float32, CPU)
     module(torch.randn(1, 14, 14, 32)).sum().backward()
     assert calls == ["attend_32", "attend_backward_32"]
 
@@ -131,31 +133,31 @@ def test_heads_of_cvt_are_64_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(window_attention, "call", lambda name, jobs: calls.append(name))
     module = cvt.Attention(128, 2, 7, True)
-    choose_fastest_(module, torch.float32, CPU)
+    select_kernels_(module, torch.float32, CPU)
     module(torch.randn(1, 14, 14, 128)).sum().backward()
     assert calls == ["attend_64", "attend_backward_64"]
 
 
 @pytest.mark.parametrize("window", [4, 14])
-def test_other_windows_are_left_to_torch(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_computes_unsupported_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_attention, "call", pytest.fail)
     module = attention(2, window, 0)
-    choose_fastest_(module, torch.float32, CPU)
+    select_kernels_(module, torch.float32, CPU)
     assert module(torch.randn(1, 14, 14, 64)).shape == (1, 14, 14, 64)
 
 
-def test_repeated_it_is_the_same_bit_for_bit() -> None:
+def test_a_repeated_call_gives_the_same_bits() -> None:
     module = attention(2, 7, 3)
-    choose_fastest_(module, torch.float32, CPU)
+    select_kernels_(module, torch.float32, CPU)
     x, outer = torch.randn(2, 5, 13, 9, 64)
     first, second = (measured(module, x, torch.float32, outer) for _ in range(2))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=0, atol=0)
 
 
-def test_values_that_are_not_finite_stay_so() -> None:
+def test_nan_propagates() -> None:
     module = attention(1, 7, 0)
-    choose_fastest_(module, torch.float32, CPU)
+    select_kernels_(module, torch.float32, CPU)
     x = torch.randn(1, 7, 7, 32)
     x[0, 3, 3, 5] = torch.nan
     assert module(x).isnan().all()

@@ -12,7 +12,7 @@ from esvit_core.config import Config, ObjectiveConfig
 from esvit_core.losses import Objective, blockwise, region_loss, view_loss
 from esvit_core.losses.reference import plain_region_loss, plain_view_loss
 from esvit_core.models import lazy_logits
-from esvit_core.models.lazy_logits import PrototypeLogits
+from esvit_core.models.lazy_logits import LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.training.diagnostics import BatchStatistics
 
@@ -45,11 +45,11 @@ def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_b
         ),
     )
     for ours, plain, rows, teacher_rows, others in tasks:
-        teacher, student = PrototypeLogits(0.3 * draw(teacher_rows, D), of_teacher), (0.3 * draw(rows, D), draw(K, D))
+        teacher, student = LazyLogits(0.3 * draw(teacher_rows, D), of_teacher), (0.3 * draw(rows, D), draw(K, D))
         results = []
         for loss in (ours, plain):
             leaves = [tensor.clone().requires_grad_() for tensor in student]
-            logits = PrototypeLogits(*leaves)
+            logits = LazyLogits(*leaves)
             given = (logits, teacher) if loss is ours else (logits.dense(), teacher.dense())
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(blockwise, "ROWS_OF_PRODUCTS", rows_per_block)
@@ -98,7 +98,7 @@ def step(networks: list[MultiCropNetwork], fewest: int, dtype: torch.dtype = tor
             ours = student(crops())
         total = objective(ours, theirs, 0.04).total
         total.backward()
-        assert isinstance(ours.region_logits, PrototypeLogits) == (fewest <= 600)
+        assert isinstance(ours.region_logits, LazyLogits) == (fewest <= 600)
         statistics = BatchStatistics(ours, theirs, objective, 0.04)
     figures = {name: torch.tensor(float(x)) for name, x in statistics.diagnostics().figures().items()}
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from esvit_core.models.layers.activation_checkpointing import without_keeping
+from esvit_core.models.layers.activation_checkpointing import checkpoint_activation
 from esvit_core.models.swin import SwinBlock
 
 
@@ -16,7 +16,7 @@ def test_gradients_are_the_same_bit_for_bit(function: nn.Module, dtype: torch.dt
     torch.manual_seed(0)
     layer, x = nn.Linear(16, 8), torch.randn(2, 3, 5, 16)
     results = []
-    for apply in (without_keeping, lambda f, x, then: then(f(x))):
+    for apply in (checkpoint_activation, lambda f, x, then: then(f(x))):
         inputs = x.clone().requires_grad_()
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -36,7 +36,7 @@ def test_what_is_not_kept_is_computed_once_more_where_there_is_a_gradient(gradie
 
     layer, x = nn.Linear(16, 8), torch.randn(4, 16, requires_grad=True)
     with torch.set_grad_enabled(gradient):
-        out = without_keeping(function, x, layer)
+        out = checkpoint_activation(function, x, layer)
     assert len(calls) == 1
     if gradient:
         out.sum().backward()

@@ -1,4 +1,4 @@
-"""The compiled kernels are optional: built ahead for a processor's level, else on the spot, else torch computes."""
+"""The C kernels are optional: precompiled for a CPU level, else compiled on first use, else torch computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C 
 
 @pytest.fixture(scope="session")
 def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the kernels of every level, made as the image's build makes them: without torch."""
+    """A folder with the kernels of every level, built without torch as in the container image."""
     folder = tmp_path_factory.mktemp("kernels")
     subprocess.run([sys.executable, "-I", build.__file__, folder], check=True, capture_output=True)
     return folder
@@ -58,10 +58,10 @@ def test_a_compiler_that_fails_is_named_and_torch_computes(
     [(set(), "x86-64-v4"), ({"avx512vl"}, "x86-64-v3"), ({"fma"}, None)],
     ids=["v4", "v3", "older"],
 )
-def test_the_processor_s_features_choose_the_library(
+def test_cpu_features_select_the_library(
     lacking: set[str], chosen: str | None, prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading is no use of a feature, so that this runs on any x86-64."""
+    """Loading does not use the features, so this runs on any x86-64."""
     cpuinfo = tmp_path / "cpuinfo"
     flags = " ".join(build.LEVELS["x86-64-v4"] - lacking | {"sse2"})
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nvmx flags\t: avx512vl\n")
@@ -75,24 +75,22 @@ def test_a_library_of_other_sources_is_not_loaded(
 ) -> None:
     sources = tmp_path / "sources"
     shutil.copytree(build.SOURCES, sources)
-    (sources / "rows.c").write_text((sources / "rows.c").read_text() + "/* changed */\n")
+    (sources / "fused_softmax.c").write_text((sources / "fused_softmax.c").read_text() + "/* changed */\n")
     monkeypatch.setattr(build, "SOURCES", sources)
     assert kernels._load_prebuilt(prebuilt, build.LEVELS["x86-64-v4"]) is None
 
 
 @needs_compiler
-def test_a_machine_without_a_compiler_uses_the_library_it_was_given(
-    prebuilt: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_compiler_the_precompiled_library_is_used(prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(kernels, "SOURCES", prebuilt)
     monkeypatch.setattr(kernels, "_cpu_flags", lambda: build.LEVELS["x86-64-v3"])
     found = kernels.library.__wrapped__()
-    assert found is not None and found.sharpen.argtypes and Path(found._name).parent == prebuilt
+    assert found is not None and found.teacher_softmax.argtypes and Path(found._name).parent == prebuilt
 
 
-def test_a_build_without_a_compiler_says_what_to_install(
+def test_a_build_without_a_compiler_names_the_packages_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
@@ -108,7 +106,7 @@ def test_the_kernels_of_a_level_compute_the_formulas(
     level: str, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not build.LEVELS[level] <= kernels._cpu_flags():
-        pytest.skip(f"this processor has not the features of {level}")
+        pytest.skip(f"this CPU lacks the features of {level}")
     monkeypatch.setattr(kernels, "SOURCES", prebuilt)
     monkeypatch.setattr(kernels, "_cpu_flags", lambda: build.LEVELS[level])
     library = kernels.library.__wrapped__()
@@ -118,15 +116,15 @@ def test_the_kernels_of_a_level_compute_the_formulas(
 
     z, center, out = torch.randn(8, 1000), torch.randn(1, 1000), torch.empty(8, 1000)
     expected = ((z - center).double() / 0.04).softmax(-1)
-    fused_softmax.sharpen(z, torch.arange(8), center, 0.04, out)
+    fused_softmax.teacher_softmax(z, torch.arange(8), center, 0.04, out)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
 
-    for width in window_attention.HEADS:
-        heads, places = 2, torch.arange(3 * 49).view(3, 49)
+    for width in window_attention.HEAD_WIDTHS:
+        heads, index = 2, torch.arange(3 * 49).view(3, 49)
         qkv = torch.randn(2, 3 * 49, 3 * heads * width, requires_grad=True)
-        out = window_attention.attend_in_windows(qkv, heads, None, places, None, None, 0.2)
+        out = window_attention.attend_in_windows(qkv, heads, None, index, None, None, 0.2)
         exact = qkv.detach().double().requires_grad_()
-        q, k, v = exact[:, places].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = exact[:, index].unflatten(-1, (3, heads, width)).permute(3, 0, 1, 4, 2, 5)
         expected = ((0.2 * q @ k.mT).softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)
         outer = torch.randn_like(out)
         out.backward(outer)

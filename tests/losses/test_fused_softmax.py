@@ -48,11 +48,11 @@ def compared(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
     logits = given["logits"]
     values, out = torch.full((len(logits),), torch.nan), torch.full_like(logits, torch.nan)
     arguments = (logits, given["places"], given["matches"], given["targets"], TEMPS["student"], given["scale"])
-    fused_softmax.compare(*arguments, values, out)
+    fused_softmax.soft_cross_entropy(*arguments, values, out)
     alone, made = torch.full_like(values, torch.nan), logits.clone()
-    fused_softmax.compare(*arguments, alone, None)
+    fused_softmax.soft_cross_entropy(*arguments, alone, None)
     torch.testing.assert_close(alone, values, rtol=0, atol=0, equal_nan=True)
-    fused_softmax.compare(made, *arguments[1:], alone, made)  # in place
+    fused_softmax.soft_cross_entropy(made, *arguments[1:], alone, made)  # in place
     for place in given["places"]:
         assert torch.equal(made[place], out[place])
     return values, out
@@ -90,7 +90,7 @@ def test_distributions_are_those_of_the_formula(n, K, dtype, size, seed) -> None
     logits = (size * torch.randn(40, K, generator=generator)).to(dtype)
     center, chosen = torch.randn(1, K, generator=generator), torch.randint(0, 40, (n,), generator=generator)
     out = torch.full((n, K), torch.nan)
-    fused_softmax.sharpen(logits, chosen, center, TEMPS["teacher"], out)
+    fused_softmax.teacher_softmax(logits, chosen, center, TEMPS["teacher"], out)
     right = ((logits[chosen].double() - center) / TEMPS["teacher"]).softmax(-1)
     torch.testing.assert_close(out.double(), right, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(out.sum(-1), torch.ones(n), rtol=1e-5, atol=0)
@@ -105,7 +105,7 @@ def test_the_compiled_form_is_taken_and_agrees_with_torch(dtype, monkeypatch: py
         fused_softmax, "call", lambda name, jobs, call=fused_softmax.call: calls.append(name) or call(name, jobs)
     )
     with_compiler = compared(given)
-    assert calls == ["compare"] * 3
+    assert calls == ["soft_cross_entropy"] * 3
     monkeypatch.setattr(fused_softmax, "library", lambda: None)
     without = compared(given)
     assert len(calls) == 3
@@ -137,7 +137,7 @@ def test_a_broken_logit_shows_in_the_loss(value: float, dtype: torch.dtype) -> N
     assert not values[2].isfinite() and not gradients[2].isfinite().all()
     assert values[[1, 3]].isfinite().all() and gradients[[1, 3]].isfinite().all()
     out = torch.empty(1, 50)
-    fused_softmax.sharpen(given["logits"], torch.tensor([2]), torch.zeros(1, 50), 0.04, out)
+    fused_softmax.teacher_softmax(given["logits"], torch.tensor([2]), torch.zeros(1, 50), 0.04, out)
     assert not out.isfinite().all()
 
 
@@ -145,5 +145,5 @@ def compared_once(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]
     logits, values = given["logits"], torch.zeros(len(given["logits"]))
     out = torch.zeros_like(logits)
     rest = (given["targets"], TEMPS["student"], given["scale"], values, out)
-    fused_softmax.compare(logits, given["places"], given["matches"], *rest)
+    fused_softmax.soft_cross_entropy(logits, given["places"], given["matches"], *rest)
     return values, out
