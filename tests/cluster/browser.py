@@ -57,8 +57,7 @@ class Browser:
         page = self.open("/pipelines")
         page.screenshot(path=saw.image_path("The Pipelines page"))
         page.get_by_text(pipeline, exact=True).first.click()
-        page.wait_for_url("**/version/**")  # before, the form would know no version, and have no parameters
-        page.wait_for_load_state("networkidle")
+        page.wait_for_selector(".react-flow__node")  # before, the form would know no version, and have no parameters
         page.get_by_role("button", name="Create run").click()
         page.wait_for_selector("#startNewRunBtn")
         page.locator("#chooseExperimentBtn").click()
