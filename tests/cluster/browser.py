@@ -44,11 +44,11 @@ class Browser:
         self.page.wait_for_load_state("networkidle")
         return self.page
 
-    def create_run(self, pipeline: str, name: str, experiment: str, parameters: dict[str, str], saw: Saw) -> None:
+    def create_run(self, version: str, name: str, experiment: str, parameters: dict[str, str], saw: Saw) -> None:
         """Fill in the form "Create run" of a registered pipeline and start it.
 
         Args:
-            pipeline: its name on the Pipelines page.
+            version: the page of a version of the pipeline, ``/pipelines/details/.../version/...``.
             name: of the run.
             experiment: that the run belongs to; it exists.
             parameters: the pipeline's parameters that differ from their defaults.
@@ -56,7 +56,7 @@ class Browser:
         """
         page = self.open("/pipelines")
         page.screenshot(path=saw.image_path("The Pipelines page"))
-        page.get_by_text(pipeline, exact=True).first.click()
+        page = self.open(version)
         page.wait_for_selector(".react-flow__node")  # before, the form would know no version, and have no parameters
         page.get_by_role("button", name="Create run").click()
         page.wait_for_selector("#startNewRunBtn")

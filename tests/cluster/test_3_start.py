@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -86,14 +87,20 @@ def test_schedule(
 
 
 def test_user_interface(
-    settings: Settings, runs: Runs, labelled: str, stored_recipe: str, stamp: str, saw: Saw, needs: Callable[..., None]
-) -> None:
+    settings: Settings, cli: Cli, runs: Runs, labelled: str, stored_recipe: str, stamp: str, saw: Saw,
+    needs: Callable[..., None],
+) -> None:  # fmt: skip
     """A run is created in the user interface, and its graph, report and comparison are looked at."""
     needs("ui")
+    changes = [item for one in cli.short for item in ("--set", one)]
+    registered = cli.run("register", *changes).stdout
+    found = re.search(r"esvit-pretrain: .*\n.*#(/pipelines/details/\S+)", registered)
+    assert found, registered
+    version = found[1]
     with Browser(settings) as browser:
         name = f"from the page {stamp}"
         parameters = {"data": labelled, "recipe": stored_recipe, "settings": "seed=3"}
-        browser.create_run("esvit-pretrain", name, "esvit", parameters, saw)
+        browser.create_run(version, name, "esvit", parameters, saw)
         run = wait_for("the run", lambda: _run_of(runs, name), 90)
         saw(f"SUCCEEDED after {runs.wait(run.run_id):.0f} s")
         browser.graph(run.run_id, saw)
