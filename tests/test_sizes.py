@@ -15,7 +15,7 @@ from esvit_core.config.kubernetes_names import AUTO, quantity_bytes, quantity_co
 from esvit_core.errors import UserError
 from esvit_core.planning.count_operations import count_demand
 from esvit_core.planning.pod_sizes import Size, definite, sized
-from esvit_pipelines.cli.settings import Settings, cluster_request
+from esvit_pipelines.settings import Settings, cluster_request
 
 NEEDED = Size(0.5, 4, 2**30, 2**31)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esvit_core.errors import UserError
 from esvit_core.storage.session import open_store
-from esvit_pipelines.cli.settings import store_in
+from esvit_pipelines.settings import store_in
 
 if TYPE_CHECKING:
     from torch import nn

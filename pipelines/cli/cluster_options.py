@@ -11,7 +11,7 @@ import typer
 
 from esvit_core.config import Config
 from esvit_core.planning.feasibility import require_metric
-from esvit_pipelines.cli.settings import DEFAULT_OUT, ClusterRequest, Settings, cluster_request, resolve
+from esvit_pipelines.settings import DEFAULT_OUT, ClusterRequest, Settings, cluster_request, resolve
 
 if TYPE_CHECKING:
     from esvit_pipelines.cluster.client import Connection

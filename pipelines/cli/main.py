@@ -32,7 +32,6 @@ from esvit_pipelines.cli.options import (
     SetOption,
     TransferOption,
 )
-from esvit_pipelines.cli.settings import DEFAULT_BUCKET, DEFAULT_OUT, DEFAULT_RECIPE, Settings, command
 from esvit_pipelines.cli.store_commands import store_app
 from esvit_pipelines.local.process_setup import (
     ensure_home,
@@ -40,6 +39,7 @@ from esvit_pipelines.local.process_setup import (
     redirect_to_null,
     survive_closed_stdout,
 )
+from esvit_pipelines.settings import DEFAULT_BUCKET, DEFAULT_OUT, DEFAULT_RECIPE, Settings, command
 
 INTERRUPTED_EXIT_CODE = 130
 # The base class of typer's errors about a wrong command line; it has no public name.

@@ -20,7 +20,7 @@ from esvit_core.runs.status import UNDER_WAY, RunStatus, read_status, run_names
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import ENDPOINT
 from esvit_core.storage.session import open_store
-from esvit_pipelines.cli.settings import LOG, program, store_in
+from esvit_pipelines.settings import LOG, program, store_in
 
 REFRESH_SECONDS = 3.0
 

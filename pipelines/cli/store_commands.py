@@ -12,7 +12,7 @@ import typer
 
 from esvit_core.errors import UserError
 from esvit_pipelines.cli.options import OutOption
-from esvit_pipelines.cli.settings import DEFAULT_BUCKET, DEFAULT_OUT, store_in
+from esvit_pipelines.settings import DEFAULT_BUCKET, DEFAULT_OUT, store_in
 
 DEFAULT_PREFIX = f"s3://{DEFAULT_BUCKET}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import format_duration
 from esvit_pipelines.cluster.client import Connection, pages, server_message
+from esvit_pipelines.settings import program
 
 ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 SUCCESSFUL = ("SUCCEEDED", "SKIPPED")
@@ -89,10 +91,6 @@ def retry(connection: Connection, run: Any) -> None:
 
 def command_for(connection: Connection, *words: str) -> str:
     """Return a command line for the same server, quoted for use in a shell."""
-    import os
-
-    from esvit_pipelines.cli.settings import program
-
     server = connection.server
     given = (
         ("--host", server.host, "KF_PIPELINES_ENDPOINT"),

@@ -10,8 +10,8 @@ import psutil
 from esvit_core.planning.feasibility import require_metric
 from esvit_core.retraining.find_new_data import find_new
 from esvit_core.runs.run import open_run
-from esvit_pipelines.cli.settings import Settings, resolve
 from esvit_pipelines.local.run import Retraining, open_run_store, print_default_recipe, run_pipeline
+from esvit_pipelines.settings import Settings, resolve
 
 
 def retrain(settings: Settings) -> None:

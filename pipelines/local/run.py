@@ -26,8 +26,8 @@ from esvit_core.storage.session import open_store
 from esvit_core.storage.store_errors import NotFound
 from esvit_core.storage.weed import path_problem
 from esvit_core.weights.weight_source import pin_source
-from esvit_pipelines.cli.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 from esvit_pipelines.local.attempt import in_progress, run_attempt
+from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 
 REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining: the requested configuration
 

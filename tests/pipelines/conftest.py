@@ -1,4 +1,4 @@
-"""What the tests of the commands about a cluster share: a server that speaks KFP's API, and the command line."""
+"""Fixtures of the tests of the cluster commands: a server that implements KFP's API, and the command line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def running() -> Iterator[KfpServer]:
 
 @pytest.fixture
 def server(running: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KfpServer:
-    """The server as it is at first, named to the commands."""
+    """The server in its initial state; its address is in the environment."""
     running.reset()
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -65,7 +65,7 @@ def server(running: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compiled pipeline: the one that measures."""
+    """The compiled evaluate pipeline."""
     path = tmp_path_factory.mktemp("compiled") / "evaluate.yaml"
     compile_pipeline("evaluate", Config.load("demo"), path)
     return path
@@ -73,7 +73,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command line in this process: exit code, what it prints, what it complains of. It knows no Kubernetes cluster."""
+    """Run the command line in this process, without a kubeconfig; returns exit code, stdout and stderr."""
     monkeypatch.setenv("KUBECONFIG", "/nowhere/kubeconfig")
 
     def run(*arguments: Any) -> tuple[int, str, str]:

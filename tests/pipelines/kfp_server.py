@@ -1,8 +1,8 @@
-"""A server that speaks the REST API of Kubeflow Pipelines 2 (v2beta1), for the tests.
+"""A fake server with the REST API of Kubeflow Pipelines 2 (v2beta1).
 
-What comes in and goes out passes through the types that KFP generates from its own API description
-(``kfp_server_api``): a field that they do not know is an error here, too. It keeps experiments, pipelines with their
-versions, runs and recurring runs. Of a run's steps it says what ``workflows`` and ``logs`` hold.
+Requests and responses use the types that KFP generates from its API description (``kfp_server_api``), so an unknown
+field is an error. The server stores experiments, pipelines with their versions, runs and recurring runs. The steps of a
+run come from ``workflows`` and ``logs``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LISTS = {
 
 
 class RefusalError(Exception):
-    """An answer with an error code, as the server's gateway writes it."""
+    """An error response in the format of the server's gateway."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -141,7 +141,7 @@ class KfpServer:
         return handler()
 
     def _special(self, method: str, path: str, query: dict[str, str], body: bytes) -> Any:
-        """What has an address of its own; None: the path is not one of these."""
+        """Handle paths outside the common scheme; None: the path is not one of these."""
         if self.gateway and path == "/k8s/pod/logs" and query["podname"] in self.logs:
             return self.logs[query["podname"]]
         if match := re.fullmatch(r"/apis/v1alpha1/runs/[\w-]+/nodes/([\w-]+)/log", path):
@@ -335,4 +335,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_DELETE = _respond  # noqa: N815 (named so by http.server)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing: pytest has the requests in ``KfpServer.requests``."""
+        """Log nothing; the requests are in ``KfpServer.requests``."""

@@ -1,7 +1,7 @@
-"""Argo workflows as KFP keeps them with its runs, for the tests.
+"""Argo workflows as KFP stores them with its runs.
 
-Nodes are named and nested as seen with KFP 2.17.0 and Argo 4.0.8, where every node has attempts; ``attempts=False``
-gives what Argo makes where only the pods of steps have them.
+Nodes are named and nested as in KFP 2.17.0 with Argo 4.0.8, where every node has attempts; with ``attempts=False`` only
+the pods of steps have them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 RUN = "esvit-evaluate-x7k2p"
 BEGAN = "2026-11-28T10:00:00Z"
 ENDED = "2026-11-28T10:01:07Z"
-ENTRY = "metadata-0-3-retry-"  # before the names of templates whose pods have labels and are tried again
+ENTRY = "metadata-0-3-retry-"  # prefix of templates whose pods have labels and retries
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Task:
 
     Attributes:
         name: key of the task.
-        title: what the user interface shows.
-        after: names of tasks that it waits for.
-        phase: of the node of the step; None: KFP's driver is at work; empty: it has not started.
+        title: display name.
+        after: names of the tasks that it depends on.
+        phase: phase of the step's node; None: KFP's driver is running; empty: it has not started.
         pods: phase and message of each attempt.
     """
 
@@ -37,7 +37,7 @@ class Task:
 
 
 def pod(task: str, attempt: int = 0) -> str:
-    """Name of the pod of an attempt."""
+    """Return the name of the pod of an attempt."""
     node = f"{RUN}(0).root(0).{task}(0).executor({attempt})"
     return f"{RUN}-{ENTRY}system-container-impl-{_hash(node)}"
 
@@ -45,7 +45,7 @@ def pod(task: str, attempt: int = 0) -> str:
 def workflow(
     tasks: Sequence[Task], *, terminated: bool = False, message: str = "", attempts: bool = True
 ) -> dict[str, Any]:
-    """The workflow of a run."""
+    """Build the workflow of a run."""
     nodes: dict[str, Any] = {}
 
     def node(name: str, kind: str, template: str, phase: str, message: str = "") -> None:
@@ -63,7 +63,7 @@ def workflow(
         }
 
     def add(name: str, kind: str, template: str, phase: str) -> str:
-        """A node, and that of its first attempt; gives the name under which its children are."""
+        """Add a node and that of its first attempt; returns the name prefix of its children."""
         if not attempts:
             node(name, kind, template, phase)
             return name
@@ -99,7 +99,7 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 def _hash(text: str) -> str:
-    """FNV-1a of 32 bits, as Argo names nodes."""
+    """Compute the 32-bit FNV-1a hash, which Argo uses in the names of nodes."""
     value = 0x811C9DC5
     for byte in text.encode():
         value = (value ^ byte) * 0x01000193 & 0xFFFFFFFF
@@ -107,7 +107,7 @@ def _hash(text: str) -> str:
 
 
 def handed_over(metrics: Mapping[str, float], outputs: Mapping[str, Any] | None = None) -> str:
-    """What the launcher prints of a step's outputs."""
+    """Return the log lines in which the launcher prints a step's outputs."""
     said = {
         "artifacts": {"metrics": {"artifacts": [{"name": "metrics", "uri": "s3://b/m", "metadata": dict(metrics)}]}},
         "parameterValues": dict(outputs or {}),
@@ -117,7 +117,7 @@ def handed_over(metrics: Mapping[str, float], outputs: Mapping[str, Any] | None 
 
 
 def failure(line: str, code: int) -> str:
-    """The end of the log of a step that failed."""
+    """Return the end of the log of a failed step."""
     return (
         "step begins\n"
         f"{line}\n"

@@ -1,4 +1,4 @@
-"""`esvit export` and `esvit embed` on the backbone of a finished run; what they print can be pasted."""
+"""`esvit export` and `esvit embed` on the backbone of a finished run; the printed lines work."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from esvit_pipelines.cli.main import app
 
 
 def esvit(*arguments: object) -> None:
-    """The command line in this process."""
+    """Run the command line in this process."""
     app([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def pasted(output: str) -> dict[str, Any]:
-    """What the lines after `Use it:` make."""
+    """Run the lines after `Use it:` and return their variables."""
     names: dict[str, Any] = {}
     exec("\n".join(line.strip() for line in output.partition("Use it:\n")[2].splitlines()), names)
     return names

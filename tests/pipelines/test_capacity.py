@@ -1,4 +1,4 @@
-"""What does not fit into a cluster, against a server that answers as the Kubernetes API does."""
+"""The capacity check, against a server that responds like the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [f"cluster.{role}.{size}" for role in ("train", "evaluate") for size in 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """What the API answers, by the plural of what it is asked for; what is not there is forbidden."""
+    """Items that the API returns by plural name of their kind; other kinds are forbidden."""
     found: dict[str, list[dict[str, Any]]] = {"nodes": [node()], "limitranges": [], "resourcequotas": []}
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The small commands, and how fast the help is there."""
+"""The small commands, the help, and what the help imports."""
 
 from __future__ import annotations
 

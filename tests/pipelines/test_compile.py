@@ -1,4 +1,4 @@
-"""The pipeline as YAML for a cluster."""
+"""The pretrain pipeline compiled to YAML for a cluster."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_every_step_gets_the_keys_from_the_named_secret(compiled: Any) -> None:
 
 @pytest.mark.parametrize("audience", [None, "https://kubernetes.default.svc"])
 def test_with_web_identity_every_step_uses_the_config_map_and_no_secret(audience: str | None, tmp_path: Path) -> None:
-    """Where an audience is named the step shows the token of its account, else what the platform puts into the pod."""
+    """With an audience the step uses the token of its account, otherwise the one that the platform mounts."""
     settings = ["cluster.image=registry.example/esvit:1", "cluster.identity=web-identity"]
     settings += [f"cluster.token_audience={audience}"] * (audience is not None)
     compile_pipeline("pretrain", Config.load("demo", settings), tmp_path / "pipeline.yaml")

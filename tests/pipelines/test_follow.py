@@ -1,4 +1,4 @@
-"""Following runs over HTTP: what is printed of their steps, how they end, and what a broken connection changes."""
+"""Following runs over HTTP: printed state changes, outcomes, and broken connections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREPARED = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Nobody sleeps; the pauses that were asked for. No Kubernetes API is reached."""
+    """Replace sleeping; returns the requested pauses. The Kubernetes API is unreachable."""
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
@@ -33,7 +33,7 @@ def measured(phase: str | None, *pods: tuple[str, str]) -> Task:
 
 
 def moments(*last: Task) -> list[dict[str, Any]]:
-    """The workflows of a run whose first step is done, and whose second goes through the given moments."""
+    """Return the workflows of a run whose first step is done, one for each state of the second step."""
     return [workflow([PREPARED, task]) for task in last]
 
 
@@ -46,7 +46,7 @@ def without_times(lines: list[str]) -> list[str]:
     return [line[10:] if line[2:3] == ":" and line[5:6] == ":" else line for line in lines]
 
 
-# How a run goes
+# Steps and outcomes
 
 
 def test_state_changes_of_steps_are_printed(server: KfpServer, call: Call, compiled: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_run_without_a_workflow_is_followed_by_its_state(server: KfpServer, ca
         assert without_times(lines[2:5]) == ["pending", "running", end.lower()]
 
 
-# A connection that is lost
+# Outages
 
 
 def test_following_survives_a_lost_connection(
@@ -191,7 +191,7 @@ def test_a_refused_request_is_not_retried(server: KfpServer, call: Call, at_once
 
 
 def test_the_token_is_read_for_every_request(server: KfpServer, call: Call, compiled: Path, tmp_path: Path) -> None:
-    """Those that Kubernetes puts into a pod are replaced within the hour."""
+    """Kubernetes renews the token in a pod within the hour."""
     from esvit_pipelines.cluster.client import Server, connected
 
     token = tmp_path / "token"
@@ -218,7 +218,7 @@ def test_ctrl_c_leaves_the_run_alone_and_prints_how_to_follow_it_again(
     assert f"runs show {run.run_id} --wait" in lines[-3] and f"runs terminate {run.run_id}" in lines[-1]
 
 
-# Submitting again
+# Resubmission
 
 
 def failed_with(server: KfpServer, message: str, log: str | None) -> None:
@@ -296,7 +296,7 @@ def test_resubmit_requires_wait(server: KfpServer, call: Call, compiled: Path) -
 
 @pytest.fixture
 def run(server: KfpServer, call: Call, compiled: Path) -> Any:
-    """A run whose second step is at work."""
+    """A run whose second step is running."""
     call("submit", compiled, "--inline", "--data", "s3://b/p", "--name", "mine")
     found = only(server.kept["runs"])
     found.state = "RUNNING"

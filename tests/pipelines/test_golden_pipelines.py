@@ -1,4 +1,4 @@
-"""The compiled pipelines that are in the repository: they are current, KFP reads them, and a change shows."""
+"""The golden files of the compiled pipelines are current, and KFP can read them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def golden(name: str) -> str:
 
 
 def changes(before: str, after: str) -> list[str]:
-    """The lines that differ, with their sign and without their indentation."""
+    """Return the lines that differ, with their sign and without indentation."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     return [line[0] + line[1:].strip() for line in lines if not line.startswith(("---", "+++", "@@"))]
 
@@ -47,7 +47,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def executors(name: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """What each step runs, and what Kubernetes is told of its pod."""
+    """Return the executor and the pod settings of each step."""
     pipeline, platform = yaml.safe_load_all(golden(name))
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = pipeline["deploymentSpec"]["executors"]
@@ -86,13 +86,13 @@ def test_every_step_has_retries_limits_and_writable_volumes(name: str) -> None:
     for task in (task for task in tasks if "dag" not in components[task["componentRef"]["name"]]):
         retry = task["retryPolicy"]
         assert retry["maxRetryCount"] >= 3 and retry["backoffFactor"] == 2 and retry["backoffDuration"] == "30s"
-        assert retry["backoffMaxDuration"] == "2592000s"  # a pod may be lost at any time of a month
+        assert retry["backoffMaxDuration"] == "2592000s"  # covers a training of a month
     for container, pod in executors(name).values():
         environment = {item["name"]: item["value"] for item in container["env"]}
         assert int(environment[RETRIES_VARIABLE]) >= 3 and environment[WAIT_VARIABLE] == "30"
         resources = container["resources"]
         bounds = {f"resource{kind}{bound}" for kind in ("Cpu", "Memory") for bound in ("Request", "Limit")}
-        assert bounds <= resources.keys()  # without a limit of memory that of the namespace would hold
+        assert bounds <= resources.keys()  # without a memory limit the namespace's default would apply
         assert {"/tmp", "/work"} <= {mount["mountPath"] for mount in pod["emptyDirMounts"]}
         assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
         assert pod_labels("step").items() <= pod["podMetadata"]["labels"].items()
@@ -117,7 +117,7 @@ def test_only_the_training_step_is_scraped_by_prometheus(name: str) -> None:
         trains = key == "exec-pretrain"
         assert (METRICS_LABEL in pod["podMetadata"]["labels"]) is trains
         assert environment.get(METRICS_PORT_VARIABLE) == (str(METRICS_PORT) if trains else None)
-        assert environment.get(LOST_SECONDS_VARIABLE) == ("60" if trains else None)  # it cannot save when it is stopped
+        assert environment.get(LOST_SECONDS_VARIABLE) == ("60" if trains else None)  # its pod has no time to save
     _, launching = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, ["launch.scheduler=volcano"])))
     pod = launching["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
     assert METRICS_LABEL not in pod["podMetadata"]["labels"]
@@ -132,7 +132,7 @@ def test_without_new_images_only_the_first_step_runs() -> None:
         *("==", "false"),
     ]
     assert rest[1]["dependentTasks"] == ["find-new-data"]
-    # Another try of the same run of KFP is the same owner.
+    # A retry of the same KFP run has the same owner.
     assert look[1]["inputs"]["parameters"]["owner"]["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
 
 
@@ -151,7 +151,7 @@ def test_each_kind_of_step_has_the_keys_of_its_own_role() -> None:
 def test_a_change_shows_in_the_diff() -> None:
     before = golden("pretrain")
     more = changes(before, pipeline_text("pretrain", Config.load(RECIPE, ["cluster.train.accelerators=8"])))
-    # The pod of one step, and what the first step is told about where the run computes.
+    # The pod of one step, and the first step's parameter with the sections cluster and launch.
     gone, new = (sorted(line[1:] for line in more if line[0] == sign) for sign in "-+")
     assert gone[:2] == ["count: '4'", "resourceCount: '4'"] or "count: '4'" in gone
     assert {"count: '8'", "resourceCount: '8'"} < set(new) and len(new) == len(gone) == 3
@@ -170,7 +170,7 @@ def test_the_pipeline_contains_no_credentials(name: str, monkeypatch: pytest.Mon
         monkeypatch.setenv(key, value)
     text = pipeline_text(name, Config.load(RECIPE))
     assert not [value for value in keys.values() if value in text]
-    # The keys are named in one place only, as what the environment gets from a secret.
+    # The names of the keys occur only where the environment is set from a secret.
     lines = {
         line.strip().removeprefix("- ") for line in text.splitlines() if "ACCESS_KEY" in line or "SECRET_KEY" in line
     }

@@ -1,4 +1,4 @@
-"""Ctrl-C: the state is saved, nothing is left running, the same command goes on."""
+"""Ctrl-C saves the state and leaves no process, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from esvit_core.storage.address import VARIABLES
 
 @contextlib.contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """The command line at work in ``folder``, and the lines read of it so far; ended with the block."""
+    """Start the command line in ``folder``; yields the process and a list for its lines, and ends it with the block."""
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     command = [sys.executable, "-m", "esvit_pipelines", *arguments]
     process = subprocess.Popen(
@@ -38,7 +38,7 @@ def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
 
 
 def read_until(process: subprocess.Popen[str], lines: list[str], pattern: str) -> None:
-    """Until a line matches; the line after the end fails."""
+    """Read lines until one matches; fail if the output ends before that."""
     assert process.stdout
     for line in process.stdout:
         lines.append(line)
@@ -48,7 +48,7 @@ def read_until(process: subprocess.Popen[str], lines: list[str], pattern: str) -
 
 
 def left_over(folder: Path) -> list[str]:
-    """Command lines of processes that work in ``folder``."""
+    """Return the command lines of processes whose working directory is below ``folder``."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -61,14 +61,14 @@ def left_over(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A run on images without labels that was stopped with Ctrl-C in pre-training, and then given again.
+    """A run on unlabelled images that was interrupted with Ctrl-C during pre-training, and then repeated.
 
     Args:
         folder: the working directory.
-        arguments: of the command.
+        arguments: arguments of the command.
         code: exit code of the first attempt.
         first: what it printed.
-        left: processes that it left.
+        left: processes that it left behind.
         again: the second attempt.
     """
 
@@ -83,7 +83,7 @@ class Interrupted:
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, micro_recipe: Path, images: Any, esvit: Any) -> Interrupted:
     folder = tmp_path_factory.mktemp("interrupted")
-    images.folder(folder / "python3 images", [""], 30)  # kfp.local would write an interpreter's path in here
+    images.folder(folder / "python3 images", [""], 30)  # kfp.local would replace python3 in this path
     arguments = [
         "run",
         *("--data", "python3 images", "--recipe", str(micro_recipe), "--out", "out", "--bucket", "mine"),
@@ -92,14 +92,14 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, micro_recipe: Path, im
     with started(folder, *arguments) as (process, lines):
         read_until(process, lines, r"^\[\d+/\d+\] pretrain")
         read_until(process, lines, r"train  [1-9]\d*/\d+ steps")
-        process.send_signal(signal.SIGINT)  # to the command line alone: it has to pass it on
+        process.send_signal(signal.SIGINT)  # to the command line only, which has to forward it
         output, _ = process.communicate(timeout=200)
     left = left_over(folder)
     again = esvit(*arguments, cwd=folder)
     return Interrupted(folder, arguments, process.returncode, "".join(lines) + output, left, again)
 
 
-# The first of them waits for both attempts, which on a busy machine takes minutes.
+# The first test waits for both attempts, which takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -148,7 +148,7 @@ def test_the_steps_end_when_the_command_line_is_killed(tmp_path: Path, micro_rec
     while (left := [line for line in left_over(tmp_path) if "weed" not in line]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
-    # The store is found by the next command; here it has to go.
+    # The store keeps running for the next command; stop it here.
     from esvit_core.storage.embedded import EmbeddedStore
 
     assert EmbeddedStore(tmp_path / "esvit-runs" / "store").stop()

@@ -1,4 +1,4 @@
-"""No output of any step is a value that Kubeflow's launcher refuses, whatever the outcome of the step."""
+"""No step outputs a value that KFP's launcher rejects, whatever the outcome of the step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REASON = "the images have no labels"
 
 @pytest.fixture
 def run(store_env: Any) -> Run:
-    """A run without labels, as far as its results go."""
+    """A run whose results lack labels."""
     sets = [{"name": "marks", "source": "marks.zip"}]
     config = Config.from_mapping({"bucket": store_env.bucket, "evaluation": {"transfer": sets}})
     made = Run(store_env.uri("runs/a"), store_env, config)

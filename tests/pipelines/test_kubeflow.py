@@ -1,4 +1,4 @@
-"""Submitting and scheduling, over HTTP, against a server that speaks KFP's API with KFP's own types."""
+"""Submitting and scheduling over HTTP, against a fake server that uses KFP's own types."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_arguments_are_checked_before_any_request(server: KfpServer, call: Call,
     assert server.requests == []
 
 
-# What can be wrong with the server
+# Errors of the server
 
 
 def test_a_missing_host_is_an_error(
@@ -127,7 +127,7 @@ def test_a_wrong_host(server: KfpServer, call: Call) -> None:
     assert_error(
         call("runs", "--host", "http://nowhere.invalid"), "nowhere.invalid", "the host does not exist", expected=75
     )
-    assert_error(call("runs", "--host", "localhost:8888"), "expected http:// or https://")
+    assert_error(call("runs", "--host", "localhost:8888"), "starts with http:// or https://")
     assert_error(call("runs", "--host", server.url.replace("http:", "https:")), "does not use https", expected=75)
 
 
@@ -202,7 +202,7 @@ def test_the_error_contains_the_message_of_the_server(server: KfpServer, call: C
         del server._check
 
 
-# Looking
+# Listing
 
 
 def test_the_runs_are_listed_with_state_duration_and_link(server: KfpServer, call: Call, compiled: Path) -> None:
@@ -298,11 +298,11 @@ def test_an_interval_is_converted_to_seconds(number: int, unit: str) -> None:
     assert interval(f"{number}{unit}") == number * interval(f"1{unit}") == number * interval(f"1{unit}")
 
 
-# The same with KFP's own command line, as the documentation has it
+# The documented commands of KFP's own command line
 
 
 def documented(marker: str, page: str = "submit") -> list[str]:
-    """The words of the line of a page below docs/ that begins with ``marker``."""
+    """Split the line of a page in docs/ that starts with ``marker`` into words."""
     text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if line.startswith(marker)]
     import shlex
@@ -311,7 +311,7 @@ def documented(marker: str, page: str = "submit") -> list[str]:
 
 
 def test_the_documented_kfp_commands_work(server: KfpServer, compiled: Path, tmp_path: Path) -> None:
-    """In one process, for each start of KFP's command line costs a second."""
+    """They run in one process, because each start of KFP's command line takes a second."""
     lines = [documented("kfp --endpoint $HOST run create"), documented("kfp --endpoint $HOST recurring-run create")]
     words = [[server.url if word == "$HOST" else word for word in line[1:]] for line in lines]
     words = [[str(compiled) if word.endswith(".yaml") else word for word in line] for line in words]

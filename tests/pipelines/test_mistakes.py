@@ -1,4 +1,4 @@
-"""Bad input: one line that says what to do, exit code 2, nothing started."""
+"""Invalid input ends with one line that says what to do and exit code 2, before anything starts."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_run_in_progress_is_locked(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_one_line_that_names_the_log(tmp_path: Path, folder: Path) -> None:
-    """A step that fails without a reason of the user's: exit code 1, and where the traceback is."""
+    """An unexpected failure of a step: exit code 1, and the log has the traceback."""
     code = (
         "import sys; from pathlib import Path; from esvit_core.config import Config;"
         "from esvit_pipelines.local.attempt import in_progress, run_attempt; from esvit_core.errors import CrashError; here = Path(sys.argv[1]);"
@@ -137,7 +137,7 @@ def test_a_crash_is_one_line_that_names_the_log(tmp_path: Path, folder: Path) ->
         "    try: run_attempt('good', here / 'config.yaml', 's3://esvit/runs/x', here / 'run.log', lock)\n"
         "    except CrashError as error: print(error)"
     )
-    # A Python that breaks in the step: a module of that name which raises.
+    # A module that raises when the step imports it.
     (tmp_path / "minio.py").write_text("raise KeyError('a bug')")
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -1,4 +1,4 @@
-"""What is installed: everything of ours, under names that no one else has."""
+"""The wheel contains all packages, under specific names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_list_of_packages_is_complete() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    # setuptools builds in the working directory: a copy, so that the repository stays as it is.
+    # setuptools builds in the working directory, so build in a copy.
     copy = folder / "copy"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "esvit_core", "components", "pipelines"):

@@ -1,4 +1,4 @@
-"""Runs whose terminal, home or folder is not there, or goes away: they go on or end in one line, and leave nothing."""
+"""Runs without streams, home, user name or folder finish, or end with one line and no process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from esvit_core.storage.address import VARIABLES
 
-pytestmark = pytest.mark.timeout(1800)  # three whole runs; on a busy machine each takes minutes
+pytestmark = pytest.mark.timeout(1800)  # three whole runs, each of which takes minutes on a busy machine
 ESVIT = [sys.executable, "-m", "esvit_pipelines"]
 
 
@@ -33,7 +33,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def left_over(folder: Path) -> list[str]:
-    """Command lines of processes that have to do with a folder."""
+    """Return the command lines of processes that mention a folder or work in it."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -46,7 +46,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def without_passwd_entry() -> list[str]:
-    """What starts a command under a user's number that has no entry in /etc/passwd."""
+    """Return a command prefix that runs under a user id without an entry in /etc/passwd."""
     command = ["unshare", "--user", "--map-user=54321"]
     if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
         return command
@@ -54,7 +54,7 @@ def without_passwd_entry() -> list[str]:
 
 
 def test_a_run_without_standard_streams_home_and_user_name_finishes(folder: Path) -> None:
-    """`esvit run <&- >&-` in a container whose user has a number only."""
+    """`esvit run <&- >&-` in a container whose user id has no name."""
     bare = environment()
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
         bare.pop(name, None)
@@ -64,7 +64,7 @@ def test_a_run_without_standard_streams_home_and_user_name_finishes(folder: Path
     assert (done.returncode, done.stderr) == (0, "")
     (here,) = folder.glob("bare/micro-*")
     assert (here / "report.html").is_file() and (here / "backbone" / "model.safetensors").is_file()
-    assert (here / ".lock").read_bytes() == b""  # nothing was printed into a file that took the number of a stream
+    assert (here / ".lock").read_bytes() == b""  # nothing was printed into a file that got the number of a stream
     assert left_over(folder) == []
 
 

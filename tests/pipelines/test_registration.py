@@ -122,7 +122,7 @@ def schedule(call: Call, compiled: Path, *options: Any) -> tuple[int, str, str]:
 
 
 def test_a_schedule_keeps_its_account_on_an_old_server(server: KfpServer, call: Call, compiled: Path) -> None:
-    """KFP 2.16.1 forgets the account of a schedule that is pinned to a version, and says so in its answer."""
+    """KFP 2.16.1 loses the account of a schedule that refers to a version; its response shows the default account."""
     server.forgetful = True
     code, _, error = schedule(call, compiled)
     assert (code, error) == (0, "")
@@ -131,7 +131,7 @@ def test_a_schedule_keeps_its_account_on_an_old_server(server: KfpServer, call: 
     own = server.kept["pipelines"][made.pipeline_version_reference.pipeline_id]
     assert own.display_name == "esvit-evaluate-weekly-run"
     versions = [one for one in server.kept["versions"].values() if one.pipeline_id == own.pipeline_id]
-    assert len(versions) == 1  # nothing that is registered later changes what it runs
+    assert len(versions) == 1  # later registrations do not change what it runs
     assert made.runtime_config.parameters == {"data": "s3://b/p"}
     assert (made.no_catchup, made.max_concurrency, made.mode) == (True, "1", "ENABLE")
     assert made.trigger.periodic_schedule.interval_second == str(7 * 86400)

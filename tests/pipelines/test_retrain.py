@@ -1,4 +1,4 @@
-"""`esvit retrain`, with everything real: nothing new, two at once, killed and given again, compared with the champion."""
+"""`esvit retrain` with real processes: without new images, concurrent, killed and repeated, compared with the champion."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
 
 POINTER = "s3://esvit/pointers/champion"
-# The first test waits for a whole retraining, which on a busy machine takes minutes.
+# The first test waits for a whole retraining, which takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """What came of four commands: before there was anything new, one that was killed, the same again, and once more.
+    """The results of four commands: without new images, one that was killed, the same repeated, and once more.
 
     Args:
         folder: the working directory.
-        before: output of the first.
-        killed: of the second, until extract features.
-        beside: of a second command while that one was at work.
-        refused: what somebody elsewhere was told at that time.
-        again: of the third.
-        after: of the fourth.
-        champion: what the pointer said.
-        run: the challenger.
+        before: output of the first command.
+        killed: output of the second command, until extract features.
+        beside: result of a concurrent command during the second one.
+        refused: error of another owner at that time.
+        again: output of the third command.
+        after: output of the fourth command.
+        champion: value of the pointer.
+        run: run of the challenger.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Retrained:
 def retrained(
     finished_run: Any, finished_store: EmbeddedStore, images: Any, esvit: Any, tmp_path_factory: Any
 ) -> Iterator[Retrained]:
-    """Of the session's run, in a store of its own, with the run as the champion whether or not it was promoted."""
+    """Retrain the session's run in a store of its own; the run is the champion whether or not it was promoted."""
     folder = tmp_path_factory.mktemp("retrained")
     shutil.copytree(finished_run.folder / "images", folder / "images")
     shutil.copy2(finished_run.folder / "micro.yaml", folder / "micro.yaml")
@@ -98,7 +98,7 @@ def retrained(
 
 
 def _killed(arguments: list[str], folder: Path, esvit: Any) -> tuple[str, subprocess.CompletedProcess[str]]:
-    """Run the command until the features are extracted, and kill it; give it once more in the meantime."""
+    """Run the command, start it once more meanwhile, and kill it when the features are extracted."""
     process = subprocess.Popen(
         [sys.executable, "-m", "esvit_pipelines", *arguments],
         cwd=folder,

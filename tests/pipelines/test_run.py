@@ -1,4 +1,4 @@
-"""`esvit run`, from images to the last words, with everything real."""
+"""`esvit run` with real processes, from images to the printed results."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_output_folder_is_ignored_as_a_source(finished_run: Any) -> None:
 
 
 def keys_of(run: Any) -> list[str]:
-    """Access keys and secret keys of the run's store."""
+    """Return the access keys and secret keys of the run's store."""
     identities = json.loads((run.out / "store" / "identities.json").read_text(encoding="utf-8"))["identities"]
     return [key for one in identities for pair in one["credentials"] for key in pair.values()]
 
@@ -126,13 +126,13 @@ def test_no_key_is_in_the_log_or_the_files_or_the_store(finished_run: Any, run_t
 def test_no_key_was_on_a_command_line(finished_run: Any) -> None:
     trained = [line for line in finished_run.commands if "-m esvit_core.training" in line and finished_run.name in line]
     served = [line for line in finished_run.commands if f"-dir={finished_run.out / 'store'}" in line]
-    assert trained and served  # it was looked at in time
+    assert trained and served  # the processes were seen while they ran
     assert not [line for line in finished_run.commands if any(key in line for key in keys_of(finished_run))]
 
 
 def test_the_same_command_reuses_all_steps(finished_run: Any, finished_store: EmbeddedStore, esvit: Any) -> None:
     start = time.monotonic()
-    # Now the store is named, as if it were another machine's.
+    # The store is given by its address, as if it were on another machine.
     again = esvit(*finished_run.arguments, cwd=finished_run.folder, env=finished_store.environment())
     assert again.returncode == 0, again.stderr
     assert time.monotonic() - start < finished_run.seconds / 2

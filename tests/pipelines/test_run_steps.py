@@ -1,4 +1,4 @@
-"""Reading the steps of a run: packed workflows, sub-pipelines, and servers that keep no workflow."""
+"""Reading the steps of a run: compressed workflows, sub-pipelines, and servers without workflows."""
 
 from __future__ import annotations
 

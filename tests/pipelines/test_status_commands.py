@@ -34,7 +34,7 @@ def test_the_runs_of_a_store(
 def test_a_run_is_found_by_a_prefix_of_its_name(
     location: status_commands.RunLocation, finished_run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status_commands.show_status(location, "micro", follow=True, as_json=False)  # it has ended: nothing to wait for
+    status_commands.show_status(location, "micro", follow=True, as_json=False)  # it has ended, so this does not wait
     text = capsys.readouterr().out
     assert finished_run.name in text and "100 %" in text and "pretrain started  from step 0" in text
 
@@ -66,7 +66,7 @@ def test_lines_with_equal_times_are_all_printed(
 
 def test_an_active_command_is_detected_on_its_machine(tmp_path: Path) -> None:
     location = status_commands.RunLocation(tmp_path, "esvit")
-    assert location._alive("run-a") is None  # it was started elsewhere: only the store can tell
+    assert location._alive("run-a") is None  # it was started on another machine
     (tmp_path / "run-a").mkdir()
     with in_progress(tmp_path / "run-a"):
         assert location._alive("run-a") is True

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what only the log has."""
+"""The lines of a run that the screen shows, and those that only the log has."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_headers_count_the_steps_and_everything_is_in_the_log() -> None:
 
 
 class Closed(io.StringIO):
-    """A terminal that is gone."""
+    """A terminal that was closed."""
 
     def write(self, text: str) -> int:
         raise BrokenPipeError

@@ -1,4 +1,4 @@
-"""The step that prepares the transfer sets, interrupted and without sets, on an object store of its own."""
+"""The step that prepares the transfer sets: interrupted, and without sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands and snippets of docs/use.md, in their order, on the backbone of a finished run."""
+"""The commands and snippets of docs/use.md work, in their order, on the backbone of a finished run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def blocks() -> Iterator[tuple[str, str]]:
 def test_what_the_page_says_works(
     run_there: Run, finished_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_there.store.ensure_bucket("docs")  # a bucket of its own, for other tests promote in the run's
+    run_there.store.ensure_bucket("docs")  # a separate bucket, because other tests promote in the run's
     run_there.store.swap_pointer("s3://docs/pointers/champion", {"backbone": run_there.at("backbone")}, None)
     monkeypatch.setenv("ESVIT_BUCKET", "docs")
     monkeypatch.chdir(tmp_path)
@@ -46,7 +46,7 @@ def test_what_the_page_says_works(
     ]  # fmt: skip
     timm, onnx, _, _, parquet, streamed = made
     row = parquet["table"]["name"].to_pylist().index(f"bars/{first.name}")
-    # Pillow resizes whole levels, hence not to the last digit.
+    # Pillow resizes in integers, hence the tolerance.
     np.testing.assert_allclose(onnx["view"][0], parquet["view"][row], atol=0.05)
     np.testing.assert_allclose(timm["view"][0].detach(), parquet["view"][row], atol=0.05)
     np.testing.assert_allclose(onnx["regions"][0], parquet["regions"][row], atol=0.2)

@@ -1,4 +1,4 @@
-"""Find new data: called directly, and run by kfp.local, on a real object store."""
+"""Find new data, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

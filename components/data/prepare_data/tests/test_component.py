@@ -1,4 +1,4 @@
-"""Prepare data: called directly, and run by kfp.local, on a real object store."""
+"""Prepare data, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_another_configuration_is_refused(run_there: Run, components: Any, capsy
 def test_on_a_cluster_the_artifact_keeps_the_address_it_was_given(
     run_there: Run, components: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KFP's launcher refuses another address, and would download what lies there before every step."""
+    """KFP's launcher rejects other addresses, and would download everything at the address before every step."""
     from kfp import dsl
 
     dataset = dsl.Dataset(name="dataset", uri="s3://kfp/v2/artifacts/dataset")

@@ -1,4 +1,4 @@
-"""Prepare the transfer sets: called directly, and run by kfp.local, on a real object store."""
+"""Prepare the transfer sets, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embed: called directly, and run by kfp.local, on a real object store."""
+"""Embed, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export: called directly, and run by kfp.local, on a real object store."""
+"""Export, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

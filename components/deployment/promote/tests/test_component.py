@@ -1,4 +1,4 @@
-"""Promote: called directly, and run by kfp.local, on a real object store."""
+"""Promote, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Report: called directly, and run by kfp.local, on a real object store."""
+"""Report, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import checkpoint: called directly, and run by kfp.local, on a real object store."""
+"""Import checkpoint, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 

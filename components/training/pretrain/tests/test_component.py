@@ -1,4 +1,4 @@
-"""Pre-train: called directly, and run by kfp.local, on a real object store."""
+"""Pre-train, called directly and run by kfp.local, on a real object store."""
 
 from __future__ import annotations
 
