@@ -184,38 +184,37 @@ class Cluster:
         Returns:
             None outside of a pod, or where the pod is in another namespace.
         """
-        if (name := self._own_pod()) is None:
+        name = self._own_pod()
+        found = self._metadata_of(name) if name else None
+        if found is None:
             return None
-        with _told(f"read pod {name}", self.namespace, POD, "get"):
-            found = self.core.read_namespaced_pod(name, self.namespace, _request_timeout=TIMEOUT_SECONDS).metadata
-        for reference in found.owner_references or []:
-            if reference.controller:
-                return {
-                    "apiVersion": reference.api_version,
-                    "kind": reference.kind,
-                    "name": reference.name,
-                    "uid": reference.uid,
-                }
+        for one in found.owner_references or []:
+            if one.controller:
+                return {"apiVersion": one.api_version, "kind": one.kind, "name": one.name, "uid": one.uid}
         return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": found.uid}
 
     def leaving(self) -> bool:
         """Whether the pod in which this runs is being deleted, as by an eviction; its run goes on in another pod."""
         if (name := self._own_pod()) is None:
             return False
-        with _told(f"read pod {name}", self.namespace, POD, "get"):
-            try:
-                found = self.core.read_namespaced_pod(name, self.namespace, _request_timeout=TIMEOUT_SECONDS)
-            except _api_exception() as error:
-                if error.status == 404:  # it was deleted without grace
-                    return True
-                raise
-        return found.metadata.deletion_timestamp is not None
+        found = self._metadata_of(name)
+        return found is None or found.deletion_timestamp is not None
 
     def _own_pod(self) -> str | None:
         """The name of the pod in which this runs; None outside of one, or where it is in another namespace."""
         if "KUBERNETES_SERVICE_HOST" not in os.environ or own_namespace() != self.namespace:
             return None
         return next((os.environ[v] for v in POD_NAME_VARIABLES if os.environ.get(v)), socket.gethostname())
+
+    def _metadata_of(self, pod: str) -> Any:
+        """The metadata of a pod, None when there is none of that name (it was deleted without grace)."""
+        with _told(f"read pod {pod}", self.namespace, POD, "get"):
+            try:
+                return self.core.read_namespaced_pod(pod, self.namespace, _request_timeout=TIMEOUT_SECONDS).metadata
+            except _api_exception() as error:
+                if error.status == 404:
+                    return None
+                raise
 
 
 def own_namespace() -> str | None:
