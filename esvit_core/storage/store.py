@@ -125,7 +125,7 @@ class ObjectStore:
         """
         return self._read(uri, 0, None)
 
-    def open_range(self, uri: str, offset: int, length: int) -> bytes:
+    def read_range(self, uri: str, offset: int, length: int) -> bytes:
         """Return ``length`` bytes starting at ``offset``, or fewer if the object ends before.
 
         Raises:

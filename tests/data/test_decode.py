@@ -167,8 +167,8 @@ def test_a_file_that_is_not_an_image_is_bad(make):
 def test_truncated_files_are_bad_wherever_they_end(make, form):
     data = make.file(make.pixels(0, 64, 64), form)
     for share in (0.3, 0.6, 0.9):
-        said = reason(data[: int(len(data) * share)])
-        assert said.startswith(("truncated", "damaged", "not an image")) and len(said) < 130
+        message = reason(data[: int(len(data) * share)])
+        assert message.startswith(("truncated", "damaged", "not an image")) and len(message) < 130
 
 
 def test_damaged_files_are_bad(make):

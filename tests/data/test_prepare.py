@@ -184,7 +184,7 @@ def test_bad_and_unusual_files_of_a_folder(store, prepared, tmp_path, make):
     assert sorted(reasons) == sorted([*bad, "a/gone.png"])
     assert reasons["a/text.png"] == reasons["b/notes.txt"] == "not an image"
     assert reasons["a/empty.jpg"] == "empty file" and reasons["a/cut.jpg"].startswith("truncated")
-    assert reasons["b/huge.png"] == "too large (2 megapixels)" and reasons["a/gone.png"] == "a link to nothing"
+    assert reasons["b/huge.png"] == "too large (2 megapixels)" and reasons["a/gone.png"] == "broken link"
     assert manifest.bad.count == 6 and sum(manifest.bad.reasons.values()) == 6
     assert manifest.bad.reasons["not an image"] == 2 and manifest.bad.reasons["too large"] == 1
     assert manifest.ignored == 4 and manifest.considered == len(good | odd | bad) + 1
@@ -206,7 +206,7 @@ def test_unusual_entries_of_an_archive(store, prepared, tmp_path, make):
             tar.addfile(entry, io.BytesIO(data))
     manifest = prepared(tmp_path / "x.tar", max_bad_fraction=0.5)
     assert (manifest.duplicates, manifest.ignored, manifest.bad.count) == (1, 1, 1)
-    assert bad_files(store) == {"../out.png": "a path that leads out of the archive"}
+    assert bad_files(store) == {"../out.png": "path outside the archive"}
     assert np.array_equal(stored(store)["train"]["a/1.png"][1], make.pixels(2))
 
 
@@ -214,9 +214,11 @@ def test_too_many_bad_files_are_an_error_that_lists_some(store, prepared, folder
     make.folder(folder, {f"class0/bad{i}.png": b"x" for i in range(7)})
     with pytest.raises(UserError) as error:
         prepared(folder, max_bad_fraction=0.2)
-    said = str(error.value)
-    assert "7 of 25 files are bad, more than the allowed 20 %" in said and "\n" not in said
-    assert "class0/bad0.png (not an image)" in said and "and 2 more" in said and "data.max_bad_fraction" in said
+    message = str(error.value)
+    assert "7 of 25 files are bad, more than the allowed 20 %" in message and "\n" not in message
+    assert (
+        "class0/bad0.png (not an image)" in message and "and 2 more" in message and "data.max_bad_fraction" in message
+    )
     assert prepared(folder, max_bad_fraction=0.3).bad.count == 7
 
 
@@ -319,8 +321,8 @@ def test_a_full_local_disk_is_an_error(prepared, folder, monkeypatch):
 
 def test_progress_and_result_are_printed(prepared, folder, make, capsys):
     prepared(make.folder(folder, {"class0/bad.png": b"x"}), max_bad_fraction=0.2)
-    said = capsys.readouterr().out
-    assert "prepare  19/19 images  100 %" in said
-    assert "18 images in 3 classes (" in said and "; 1 bad file left out" in said
+    message = capsys.readouterr().out
+    assert "prepare  19/19 images  100 %" in message
+    assert "18 images in 3 classes (" in message and "; 1 bad file left out" in message
     prepared(folder, max_bad_fraction=0.2)
     assert "already done" in capsys.readouterr().out

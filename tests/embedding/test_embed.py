@@ -150,14 +150,14 @@ def test_mistakes_are_user_errors(backbone: Any, folder: Path, tmp_path: Path, m
     (tmp_path / "empty").mkdir()
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.txt").write_text("x")
-    for source, out, settings, told in [
+    for source, out, settings, message in [
         (folder, "f.csv", {}, r"ends in \.parquet or \.npz"),
         (folder, "there.npz", {}, "already exists"),
         (tmp_path / "nowhere", "f.npz", {}, "does not exist"),
         (tmp_path / "empty", "f.npz", {}, "no images in it"),
         (tmp_path / "none", "f.npz", {"max_bad_fraction": 1.0}, "none of its 1 files is an image"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             embed(backbone, str(source), tmp_path / out, EmbedSettings(**settings))
         assert out == "there.npz" or not (tmp_path / out).exists()
     monkeypatch.setattr(feature_files, "find_spec", lambda name: None)

@@ -29,7 +29,7 @@ def test_endpoints(endpoint: str, secure: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"ESVIT_S3_ENDPOINT": ""}, "ESVIT_S3_ENDPOINT: not set"),
         ({"ESVIT_S3_SECRET_KEY": " "}, "ESVIT_S3_SECRET_KEY: not set"),
@@ -42,8 +42,8 @@ def test_endpoints(endpoint: str, secure: str, url: str) -> None:
         ({"ESVIT_S3_CA_FILE": "/no/such/file.pem"}, "no such file"),
     ],
 )
-def test_missing_and_malformed_variables_are_named(values: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_missing_and_malformed_variables_are_named(values: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         StoreAddress.from_env({"ESVIT_S3_ENDPOINT": "store:9000", **KEYS, **values})
     assert "hush" not in str(caught.value)
 

@@ -197,9 +197,9 @@ def test_concurrent_starts_share_one_server(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    told = {starter.communicate(timeout=120)[0] for starter in starters}
+    addresses = {starter.communicate(timeout=120)[0] for starter in starters}
     try:
-        assert len(told) == 1 and [starter.returncode for starter in starters] == [0, 0, 0]
+        assert len(addresses) == 1 and [starter.returncode for starter in starters] == [0, 0, 0]
         argument = weed.data_argument(tmp_path / "store")
         assert len([p for p in psutil.process_iter(["cmdline"]) if argument in (p.info["cmdline"] or [])]) == 1
     finally:

@@ -141,7 +141,7 @@ def test_an_unavailable_sts_matters_only_after_the_credentials_have_expired(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda issuer: issuer.token(audience="another"), "accepts issuer http.*, audience another, subject system:"),
         (lambda issuer: issuer.token(seconds=-60), "it has expired .*still renews the file"),
@@ -157,14 +157,14 @@ def test_a_rejected_token_is_a_one_line_user_error(
     issuer: Issuer,
     token: Path,
     change: Callable[[Issuer], str | None],
-    said: str,
+    message: str,
 ) -> None:
     text = change(issuer)
     if text is None:
         token.unlink()
     else:
         token.write_text(text)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read(connect())
     message = str(caught.value)
     assert "\n" not in message and str(token) in message
@@ -207,7 +207,7 @@ def test_a_key_takes_precedence_over_a_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"ESVIT_S3_STS_ENDPOINT": "sts:80"}, "ESVIT_S3_STS_ENDPOINT=sts:80: expected http"),
         ({"ESVIT_S3_SESSION_SECONDS": "60"}, "ESVIT_S3_SESSION_SECONDS=60: expected a number of seconds from 900"),
@@ -216,7 +216,7 @@ def test_a_key_takes_precedence_over_a_token() -> None:
         ({"ESVIT_S3_ACCESS_KEY": "half"}, "^ESVIT_S3_SECRET_KEY: not set"),
     ],
 )
-def test_malformed_values_are_named(values: dict[str, str], said: str) -> None:
+def test_malformed_values_are_named(values: dict[str, str], message: str) -> None:
     given = {"ESVIT_S3_ENDPOINT": "store:9000", "ESVIT_S3_WEB_IDENTITY_TOKEN_FILE": "/var/run/token", **values}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         StoreAddress.from_env(given)

@@ -30,7 +30,7 @@ def test_files_of_any_number_of_parts_survive_a_round_trip(store, tmp_path: Path
     store.get_file(store.uri("file.bin"), copy)
     assert copy.read_bytes() == source.read_bytes()
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
-    assert store.open_range(store.uri("file.bin"), small_parts - 2, 4) == source.read_bytes()[small_parts - 2 :][:4]
+    assert store.read_range(store.uri("file.bin"), small_parts - 2, 4) == source.read_bytes()[small_parts - 2 :][:4]
     assert not pending(store)
 
 

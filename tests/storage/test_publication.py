@@ -103,7 +103,7 @@ store.publish(sys.argv[1], {"a": b"1", "b": b"2"}, "thing")
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:], "damaged, SHA-256"),
         (lambda data: data[:-1], "damaged, 999 bytes instead of 1000"),
@@ -112,14 +112,14 @@ store.publish(sys.argv[1], {"a": b"1", "b": b"2"}, "thing")
     ],
     ids=["flipped", "truncated", "grown", "missing"],
 )
-def test_a_damaged_object_is_named(store, files, tmp_path: Path, damage, said: str) -> None:
+def test_a_damaged_object_is_named(store, files, tmp_path: Path, damage, message: str) -> None:
     store.publish(store.uri("set"), files, "backbone")
     data = damage(store.get_bytes(store.uri("set/model.bin")))
     if data is None:
         store.remove(store.uri("set/model.bin"))
     else:
         store.put_bytes(store.uri("set/model.bin"), data)
-    with pytest.raises(IntegrityError, match=rf"set/model\.bin: .*{said}") as caught:
+    with pytest.raises(IntegrityError, match=rf"set/model\.bin: .*{message}") as caught:
         store.fetch(store.uri("set"), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out/model.bin").exists()

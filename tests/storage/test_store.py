@@ -30,9 +30,9 @@ def test_unusual_names_are_kept(store, name: str) -> None:
 def test_ranges_end_where_the_object_ends(store) -> None:
     uri = store.uri("object")
     store.put_bytes(uri, b"0123456789")
-    assert store.open_range(uri, 3, 4) == b"3456"
-    assert store.open_range(uri, 8, 100) == b"89"
-    assert store.open_range(uri, 10, 1) == store.open_range(uri, 99, 1) == store.open_range(uri, 2, 0) == b""
+    assert store.read_range(uri, 3, 4) == b"3456"
+    assert store.read_range(uri, 8, 100) == b"89"
+    assert store.read_range(uri, 10, 1) == store.read_range(uri, 99, 1) == store.read_range(uri, 2, 0) == b""
 
 
 def test_json_keeps_its_order_and_characters(store) -> None:

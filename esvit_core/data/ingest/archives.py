@@ -102,11 +102,11 @@ class TarSource:
                     raise FileReadError("not a regular file")
                 return file.read()
         except KeyError:
-            raise FileReadError("a link to nothing") from None
+            raise FileReadError("broken link") from None
         except RecursionError:
-            raise FileReadError("a link to itself") from None
+            raise FileReadError("circular link") from None
         except DAMAGE as error:
-            raise FileReadError(f"damaged in the archive ({error})") from None
+            raise FileReadError(f"damaged archive entry ({error})") from None
 
     def close(self) -> None:
         self._tar.close()
@@ -134,7 +134,7 @@ class ZipSource:
         try:
             return self._zip.read(entry.handle)
         except (NotImplementedError, RuntimeError, *DAMAGE) as error:
-            raise FileReadError(f"damaged in the archive ({error})") from None
+            raise FileReadError(f"damaged archive entry ({error})") from None
 
     def close(self) -> None:
         self._zip.close()
@@ -196,7 +196,7 @@ def _zip_entry(info: zipfile.ZipInfo) -> Entry:
 def _with_safe_name(entry: Entry) -> Entry:
     parts = [part for part in readable_name(entry.name).split("/") if part not in ("", ".")]
     unsafe = ".." in parts or entry.name.startswith("/") or re.match(r"[A-Za-z]:/", entry.name)
-    problem = "a path that leads out of the archive" if unsafe else None
+    problem = "path outside the archive" if unsafe else None
     return replace(entry, name="/".join(parts) or "(no name)", problem=problem)
 
 

@@ -154,7 +154,7 @@ def content_reader(opened: Source) -> Callable[[File], bytes]:
 
     def read(file: File) -> bytes:
         if file.name not in entries:
-            raise FileReadError("vanished")
+            raise FileReadError("no longer exists")
         return opened.read(entries[file.name])
 
     return read

@@ -28,7 +28,7 @@ from esvit_core.data.ingest.unfinished import (
     ShardRecord,
     StaleProgressError,
     UnfinishedPreparation,
-    shards_in,
+    count_shards,
 )
 from esvit_core.data.shards.format import Sample, ShardWriter
 from esvit_core.data.shards.manifest import Manifest, Shard
@@ -175,7 +175,7 @@ def _resume(job: Preparation) -> None:
     assert job.unfinished is not None
     first_numbers = {split: len(writer) for split, writer in job.writers.items()}
     job.known = job.unfinished.read({str(split): number for split, number in first_numbers.items()}, job.existing)
-    if number := shards_in(job.known.values()):
+    if number := count_shards(job.known.values()):
         print(f"prepare: resuming with {number:,} shards that an unfinished preparation stored", flush=True)
 
 

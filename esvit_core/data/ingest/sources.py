@@ -69,7 +69,7 @@ class PrefixSource:
         try:
             return self._store.get_bytes(str(entry.handle))
         except (NotFound, StoreRefused) as error:
-            raise FileReadError("vanished" if isinstance(error, NotFound) else "access denied") from None
+            raise FileReadError("no longer exists" if isinstance(error, NotFound) else "access denied") from None
         except InvalidAddress:
             raise FileReadError("its key is not valid") from None
 
@@ -78,7 +78,7 @@ class PrefixSource:
 
     def _read_piece(self, entry: Entry, offset: int, length: int) -> bytes:
         try:
-            return self._store.open_range(str(entry.handle), offset, length)
+            return self._store.read_range(str(entry.handle), offset, length)
         except (NotFound, StoreRefused):
             raise FileReadError("cannot be read") from None
 
@@ -154,7 +154,7 @@ def source_fingerprint(source: str, store: ObjectStore | None = None, opened: So
         store = store or ObjectStore.from_env()
         if not _is_archive_object(store, source):
             return PrefixSource(store, source).fingerprint()
-        return fingerprints.archive_fingerprint(store.stat(source).size, partial(store.open_range, source))
+        return fingerprints.archive_fingerprint(store.stat(source).size, partial(store.read_range, source))
     if _is_folder(source):
         return FolderSource(Path(source)).fingerprint()
     _require_file(source)
@@ -163,7 +163,7 @@ def source_fingerprint(source: str, store: ObjectStore | None = None, opened: So
             size = os.fstat(file.fileno()).st_size
             return fingerprints.archive_fingerprint(size, lambda offset, length: read_at(file.fileno(), length, offset))
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that may be read") from None
+        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that is readable") from None
 
 
 def _walk(root: Path) -> Iterator[Entry]:
@@ -174,7 +174,7 @@ def _walk(root: Path) -> Iterator[Entry]:
     try:
         os.scandir(root).close()
     except OSError as error:
-        raise UserError(f"{root}: cannot be read ({error.strerror}); {_EXPECTED} that may be read") from None
+        raise UserError(f"{root}: cannot be read ({error.strerror}); {_EXPECTED} that is readable") from None
     problems: list[OSError] = []
     visited: set[tuple[int, int]] = set()  # a link to a parent folder would loop forever
     for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
@@ -201,7 +201,7 @@ def _file_entry(path: str, name: str) -> Entry:
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError as error:
-        reason = "a link to nothing" if os.path.islink(path) else f"cannot be read ({error.strerror})"  # noqa: PTH114
+        reason = "broken link" if os.path.islink(path) else f"cannot be read ({error.strerror})"  # noqa: PTH114
         return Entry(name, 0, "", path, reason)
     if not stat.S_ISREG(found.st_mode):
         return Entry(name, 0, "", path, "not a regular file")
@@ -222,7 +222,7 @@ def _require_file(source: str) -> None:
     except FileNotFoundError:
         raise UserError(f"{source}: does not exist; {_EXPECTED}") from None
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that may be read") from None
+        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that is readable") from None
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class ShardRecord:
 
     def encode(self) -> bytes:
         """Encode the record as an object's content."""
-        samples = [[asdict(o.file), o.number, o.stored, o.reencoded, o.row] for o in self.samples]
+        samples = [[asdict(r.file), r.number, r.stored, r.reencoded, r.row] for r in self.samples]
         values = {
             "split": self.split,
             "shard": self.shard.model_dump(mode="json"),
@@ -145,7 +145,7 @@ class UnfinishedPreparation:
             # If a record is missing, the samples after it would be stored under other numbers.
             is_next = record.samples[0].number == next_number.get(record.split, 0)
             if is_next and existing.get(record.shard.name) == record.shard.bytes:
-                known |= {outcome.file.name: outcome for outcome in record.samples}
+                known |= {result.file.name: result for result in record.samples}
                 next_number[record.split] = record.samples[-1].number + 1
         return known
 
@@ -157,6 +157,6 @@ class UnfinishedPreparation:
             return None
 
 
-def shards_in(outcomes: Iterable[FileResult]) -> int:
+def count_shards(results: Iterable[FileResult]) -> int:
     """Return the number of shards that the files complete."""
-    return sum(outcome.completed_shard is not None for outcome in outcomes)
+    return sum(result.completed_shard is not None for result in results)

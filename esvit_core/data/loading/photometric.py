@@ -106,7 +106,7 @@ def gaussian_blur(x: np.ndarray, sigma: float) -> None:
         for _ in range(_BLUR_PASSES):
             lines[:margin] = lines[margin]
             lines[-margin:] = lines[-margin - 1]
-            _add_neighbours(row, reach, distance, ratio)
+            _add_neighbors(row, reach, distance, ratio)
     # The weights of all six box blurs are applied once, to the sum.
     np.multiply(padded[:, margin:-margin, margin:-margin], np.float32(inner ** (2 * _BLUR_PASSES)), out=x)
 
@@ -148,7 +148,7 @@ def _box(sigma: float) -> tuple[int, float, float]:
     return whole, inner, fraction * inner
 
 
-def _add_neighbours(row: np.ndarray, reach: int, distance: int, ratio: np.float32) -> None:
+def _add_neighbors(row: np.ndarray, reach: int, distance: int, ratio: np.float32) -> None:
     """Add to each value its neighbors up to ``reach`` steps away, and ``ratio`` times those one step further."""
     size, around = len(row), (reach + 1) * distance
 
