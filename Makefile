@@ -10,7 +10,7 @@ READY   = $(VENV)/.ready
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 IMAGE  ?= esvit/trainer:$(VERSION)
 
-.PHONY: demo test test-cluster golden component-docs chaos images test-containers lint types check format clean help
+.PHONY: demo test test-fast test-cluster golden component-docs chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -28,12 +28,14 @@ demo: $(READY) ## Pre-train, measure, report, and publish on the sample images (
 	@$(BIN)/esvit run --recipe demo --data samples/clipart.zip \
 	    --transfer digits=samples/digits.zip --transfer clipart-other=samples/clipart-other.zip --out $(OUT)
 
-# One process per core, up to four, with one thread each. All tests of a file, and of the shared finished run, go to one
-# process (conftest.py).
-PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+# One process per core, up to four, with one thread each; conftest.py says which tests share a process.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-test: $(READY) ## Run the tests (under 10 minutes on two cores; no Docker, no root)
+test: $(READY) ## Run all tests, in one process per core (no Docker, no root)
 	@$(PYTEST) $(ARGS)
+
+test-fast: $(READY) ## Run the tests that take less than a second or so each, for the inner loop
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
 golden: $(READY) ## Recompile the pipelines into tests/pipelines/golden, after an intended change
 	@for folder in pipelines/*/; do name=$$(basename $$folder); test ! -f $$folder/pipeline.py || \

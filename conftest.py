@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -53,16 +55,41 @@ promotion: {metric: knn/5}
 """
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+# Fixtures that make a finished run, start the command line in a process, run a training, or start Prometheus.
+SLOW_FIXTURES = {"finished_run", "esvit", "micro_run", "prometheus_programs"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of each file in one process, and all tests that use the finished run, which takes a minute to make."""
+    """Mark the tests that use a slow fixture, and give those of the finished run the time to wait for it."""
     for item in items:
-        group = item.nodeid.partition("::")[0]
-        if "finished_run" in getattr(item, "fixturenames", ()):
-            group = "finished_run"
-            item.add_marker(pytest.mark.timeout(900))  # the first test waits for the run
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & SLOW_FIXTURES:
+            item.add_marker(pytest.mark.slow)
+        if "finished_run" in fixtures:
+            item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of each file in one process of pytest-xdist, and all files that use the finished run in the same one.
+
+    Otherwise each process would make a finished run of its own. ``--dist loadgroup`` is no help: pytest-xdist 3.8 adds
+    the group to the test's id, which pytest 9.2 does not allow.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "finished_run" if _uses_finished_run(config.rootpath / path) else path
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _uses_finished_run(path: Path) -> bool:
+    return bool(re.search(r"\b(finished_run|finished_store|run_there)\b", path.read_text(encoding="utf-8")))
 
 
 def draw_image(kind: int, number: int, size: int = 40) -> Image.Image:

@@ -19,6 +19,8 @@ from kfp_server import KfpServer
 
 from esvit_pipelines.cluster.schedule import cron, interval
 
+pytestmark = pytest.mark.slow
+
 # Submitting
 
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from esvit_core.training.distributed.processes import GradientReducer, World
 
+pytestmark = pytest.mark.slow
+
 # Networks with batch norms, by name, and six images for each: a part of the program, and of the test.
 BATCH_NORMED = """
 import torch
