@@ -12,7 +12,7 @@ from pathlib import Path
 
 from esvit_core.config import Config
 from esvit_core.config.kubernetes_names import AUTO
-from esvit_core.config.parameters import PLACE, Parameters, join_items, parameters_of, with_transfer
+from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_items, to_parameters, with_transfer
 from esvit_core.errors import UserError
 
 DEFAULT_RECIPE = "demo"
@@ -80,15 +80,15 @@ class ClusterRequest:
         Raises:
             UserError: the recipe is needed to size the pods, and it is not known on this machine.
         """
-        from esvit_core.planning.pod_sizes import with_sizes
+        from esvit_core.planning.pod_sizes import with_pod_sizes
 
         if not self.complete and self.config.cluster.train.memory == AUTO:
             raise UserError(
                 f"recipe {self.parameters['recipe']}: it is read on the cluster, so the size of the training pods cannot be "
                 "derived from it here; set it, such as --set cluster.train.memory=16Gi"
             )
-        sizes = with_sizes(self.config)
-        overrides = {section: getattr(sizes, section) for section in PLACE}
+        sizes = with_pod_sizes(self.config)
+        overrides = {section: getattr(sizes, section) for section in COMPILED_SECTIONS}
         return Config.load(DEFAULT_RECIPE).model_copy(update=overrides)
 
 
@@ -103,12 +103,12 @@ def cluster_request(settings: Settings) -> ClusterRequest:
     explicit = bool(settings.recipe or settings.overrides or settings.transfer or settings.bucket)
     if settings.recipe is None or not settings.recipe.startswith("s3://"):
         config = resolve(settings)
-        return ClusterRequest(config, asdict(parameters_of(config, ("cluster",))), explicit)
+        return ClusterRequest(config, asdict(to_parameters(config, ("cluster",))), explicit)
     changes = _changes(settings)
     sections = {item: item.partition(".")[0].strip() for item in changes}
     run_changes = [item for item in changes if sections[item] != "cluster"]
     parameters = Parameters(settings.recipe, join_items(run_changes), join_items(settings.transfer))
-    known = Config.load("{}", [item for item in changes if sections[item] in PLACE])
+    known = Config.load("{}", [item for item in changes if sections[item] in COMPILED_SECTIONS])
     return ClusterRequest(known, asdict(parameters), explicit, complete=False)
 
 

@@ -89,7 +89,7 @@ def test_what_a_recipe_leaves_out_of_the_crops_is_the_policys() -> None:
         ("training.epochs=0", "greater than 0"),
         ("augment.local_crops=[{size: 8, number: -1}]", "augment.local_crops.0.number: input should be greater than"),
         ("augment.local_crops.size=0", "augment.local_crops.size: input should be greater than 0"),
-        ("augment.global_crops.number=3", "the objective compares two"),
+        ("augment.global_crops.number=3", "global_crops.number: expected 2"),
         ("mixup.use=true", "set objective.region to false"),
         ("optimizer.name=adam", "optimizer.name: input should be 'adamw', 'sgd' or 'lars'"),
     ],
@@ -151,7 +151,7 @@ def test_a_kind_of_step_keeps_its_own_defaults_where_a_recipe_says_nothing() -> 
         "cpu": "16",
         "node_selector": {"pool": "gpu"},
     }
-    with pytest.raises(UserError, match="needs operator: Exists"):
+    with pytest.raises(UserError, match="requires operator: Exists"):
         Config.load("demo", ["cluster.train.tolerations=[{effect: NoSchedule}]"])
 
 
@@ -160,16 +160,19 @@ def test_a_kind_of_step_keeps_its_own_defaults_where_a_recipe_says_nothing() -> 
     [
         ("cluster.train.memory=8GiB", "cluster.train.memory: .*such as 4Gi or 500M.*'8GiB'"),
         ("cluster.train.memory=512K", "units are k, M, G, T .of 1000. and Ki"),
-        ("cluster.train.memory=8", "less than 1Mi; expected a size with its unit"),
-        ("cluster.train.memory_limit=null", "null would leave it to the namespace's LimitRange.*give a size, or auto"),
+        ("cluster.train.memory=8", "less than 1Mi; expected a size with a unit"),
+        (
+            "cluster.train.memory_limit=null",
+            "expected a size or auto; with null the namespace's LimitRange would decide",
+        ),
         ("cluster.train.cpu=0", "such as 2, 0.5 or 500m"),
         ("cluster.train.cpu=4 cores", "such as 2, 0.5 or 500m"),
         ("cluster.ca_config_map=my.ca", "cluster.ca_config_map: .*without dots.*'my.ca'"),
         ("cluster.secret=My_Secret", "the name of a Kubernetes object: a-z, 0-9, - and ."),
         ("cluster.secret=a..b", "the name of a Kubernetes object"),
-        ("cluster.train.accelerator=nvidia.com/", "a key of Kubernetes such as gpu or example.com/gpu"),
+        ("cluster.train.accelerator=nvidia.com/", "a Kubernetes key such as gpu or example.com/gpu"),
         ("cluster.train.node_selector={a: b c}", "the value of a label"),
-        ("cluster.priority=high", "priority: has no effect without queue"),
+        ("cluster.priority=high", "priority: no effect without queue"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused_in_one_line(override: str, says: str) -> None:

@@ -65,7 +65,7 @@ LIGHT = [
     "esvit_core.data.shards.manifest",
     "esvit_core.data.ingest.prepare",
     "esvit_core.monitoring.progress_line",
-    "esvit_core.reporting.console",
+    "esvit_core.reporting.result_table",
     "esvit_core.registry.compare_champion",
     "esvit_core.retraining.prepare_new_data",
     "esvit_core.retraining.find_new_data",

@@ -14,7 +14,7 @@ from registry_server import RegistryServer, Resource
 from esvit_core.config import Config
 from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.registry.champions import roll_back, with_history
-from esvit_core.registry.kubeflow_registry import ModelRegistry, announce, register_champions
+from esvit_core.registry.kubeflow_registry import ModelRegistry, register_after_promotion, register_champions
 from esvit_core.runs.run import Run
 
 
@@ -142,11 +142,13 @@ def test_a_promotion_announces_where_it_is_configured_and_never_fails(
     entry = promoted(store, "first-1", 30.0)
 
     def told(*settings: str) -> str:
-        return announce(Run(entry["run"], store, Config.load("demo", list(settings))))
+        return register_after_promotion(Run(entry["run"], store, Config.load("demo", list(settings))))
 
     assert told() == "" and not registry.requests
     kind = "registry.kind=kubeflow"
-    assert told(kind).startswith("not registered, `esvit champions --register --pointer champion --bucket")
+    message = told(kind)
+    assert message.startswith("not registered (")
+    assert "); retry with `esvit champions --register --pointer champion --bucket " in message
     assert "no answer" in told(kind, "registry.url=http://127.0.0.1:9")
     registry.fail = 500
     assert "HTTP status 500" in told(kind, f"registry.url={registry.url}")

@@ -10,12 +10,12 @@ import yaml
 
 from esvit_core.config import Config
 from esvit_core.config.parameters import (
-    PLACE,
-    cluster_text,
+    COMPILED_SECTIONS,
+    compiled_sections_yaml,
     join_items,
-    parameters_of,
     resolve,
     split_items,
+    to_parameters,
     with_transfer,
 )
 from esvit_core.config.recipes import preset_names
@@ -67,7 +67,7 @@ def test_a_line_made_of_items_splits_into_them(items: list[str]) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_is_named_and_comes_back(name: str) -> None:
     config = Config.load(name)
-    assert (parameters_of(config).recipe, parameters_of(config).settings) == (name, "")
+    assert (to_parameters(config).recipe, to_parameters(config).settings) == (name, "")
 
 
 @pytest.mark.parametrize("changes", [[], *([change] for change in CHANGES), CHANGES])
@@ -75,7 +75,7 @@ def test_a_preset_is_named_and_comes_back(name: str) -> None:
 def test_every_configuration_comes_back(recipe: str | None, changes: list[str]) -> None:
     config = Config.load(recipe, changes) if recipe else resolve("{recipe: own}", join_items(changes))
     config = with_transfer(config, ["marks=a folder/marks.zip", "flags=s3://b/flags"], "transfer")
-    made = parameters_of(config)
+    made = to_parameters(config)
     assert resolve(made.recipe, made.settings, made.transfer) == config
     assert "\n" not in made.recipe + made.settings + made.transfer, "a form's field holds one line"
     assert "{{" not in made.recipe + made.settings, "Argo would take it for a template"
@@ -85,7 +85,7 @@ def test_every_configuration_comes_back(recipe: str | None, changes: list[str]) 
 def test_transfer_sets_with_a_metric_of_their_own_come_back_too() -> None:
     sets = [{"name": "pets", "source": "s3://b/pets", "metric": "mean_per_class"}]
     config = Config.load("demo", [f"evaluation.transfer={sets}"])
-    made = parameters_of(config)
+    made = to_parameters(config)
     assert made.transfer == "" and resolve(made.recipe, made.settings) == config
     moved = resolve(made.recipe, made.settings, "pets=s3://c/pets").evaluation.transfer
     assert [(s.source, s.metric) for s in moved] == [("s3://c/pets", "mean_per_class")]
@@ -93,18 +93,18 @@ def test_transfer_sets_with_a_metric_of_their_own_come_back_too() -> None:
 
 def test_where_a_compiled_pipeline_runs_is_held_fast_and_a_recipe_s_own_launch_comes_first() -> None:
     config = Config.load("demo", [*CHANGES, "cluster.image=registry.example/esvit:1"])
-    made = parameters_of(config, without=PLACE)
-    assert resolve(made.recipe, made.settings, "", cluster_text(config)) == config
-    other = resolve("{recipe: own, launch: {nodes: 2}}", "", "", cluster_text(config))
+    made = to_parameters(config, without=COMPILED_SECTIONS)
+    assert resolve(made.recipe, made.settings, "", compiled_sections_yaml(config)) == config
+    other = resolve("{recipe: own, launch: {nodes: 2}}", "", "", compiled_sections_yaml(config))
     assert (other.launch.scheduler, other.launch.nodes) == ("volcano", 2) and other.launch.env == {"NCCL_DEBUG": "INFO"}
     assert other.cluster == config.cluster and other.training.epochs == 300
-    assert cluster_text(Config()) == "{}"
+    assert compiled_sections_yaml(Config()) == "{}"
     with pytest.raises(UserError, match=r"settings cluster\.train\.cpu=8: .*fixed when the pipeline was compiled"):
-        resolve("demo", "cluster.train.cpu=8", "", cluster_text(config))
+        resolve("demo", "cluster.train.cpu=8", "", compiled_sections_yaml(config))
     with pytest.raises(UserError, match=r"launch\.scheduler local: the pipeline was compiled for volcano"):
-        resolve("demo", "launch={}", "", cluster_text(config))
+        resolve("demo", "launch={}", "", compiled_sections_yaml(config))
     with pytest.raises(UserError, match=r"launch\.scheduler trainjob: the pipeline was compiled for local"):
-        resolve("demo", "launch.scheduler=trainjob", "", cluster_text(Config()))
+        resolve("demo", "launch.scheduler=trainjob", "", compiled_sections_yaml(Config()))
 
 
 def test_a_recipe_is_a_name_an_address_yaml_or_a_file(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_documented_settings_leave_the_recipe_s_nulls_alone() -> None:
     """KFP has no null, and the nulls of a recipe were once hidden in a default that the user's own settings replaced."""
     (settings,) = set(re.findall(r"-p settings='([^']*)'", SUBMIT_DOC.read_text(encoding="utf-8")))
     recipe = Config.load("demo", ["promotion.max_loss=null", "diagnostics.entropy_stop=null"])
-    made = parameters_of(Config.from_mapping(recipe.model_dump(mode="json") | {"recipe": "own"}))
+    made = to_parameters(Config.from_mapping(recipe.model_dump(mode="json") | {"recipe": "own"}))
     changed = resolve(made.recipe, settings)
     assert changed.training.epochs == 50
     assert changed.promotion.max_loss is None and changed.diagnostics.entropy_stop is None

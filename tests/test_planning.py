@@ -18,7 +18,7 @@ from esvit_core.errors import UserError
 from esvit_core.models.layers import windows
 from esvit_core.models.multicrop import build_student_teacher
 from esvit_core.planning import estimate as planning
-from esvit_core.planning.checkpoint_cost import saving
+from esvit_core.planning.checkpoint_cost import checkpoint_cost
 from esvit_core.planning.count_operations import LiveBytes, count_demand
 from esvit_core.planning.estimate import Gpu, advice, plan_run
 from esvit_core.planning.rehearse import Rehearsal
@@ -91,29 +91,28 @@ def test_a_network_that_draws_in_its_forward_pass_is_counted() -> None:
     assert demand.flops > 1e11 and demand.image_bytes > 1e8
 
 
-def test_activation_checkpointing_keeps_less_and_computes_more() -> None:
-    kept, checkpointed = (
+def test_recomputed_blocks_keep_less_and_compute_more() -> None:
+    kept, recomputed = (
         count_demand(micro(launch={"activation_checkpointing": r}), torch.bfloat16) for r in (False, True)
     )
-    assert checkpointed.image_bytes < 0.7 * kept.image_bytes
-    assert kept.flops < checkpointed.flops < 4 / 3 * kept.flops
-    assert (
-        checkpointed.bytes(checkpointed.most_images(1e9)) <= 1e9 < checkpointed.bytes(checkpointed.most_images(1e9) + 1)
-    )
+    assert recomputed.image_bytes < 0.7 * kept.image_bytes
+    assert kept.flops < recomputed.flops < 4 / 3 * kept.flops
+    assert recomputed.bytes(recomputed.most_images(1e9)) <= 1e9 < recomputed.bytes(recomputed.most_images(1e9) + 1)
 
 
 def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = micro(training={"precision": "bfloat16"})
-    flops = {torch.bfloat16: 1e12, torch.float32: 1e11}
     demand = count_demand(config, torch.bfloat16)
-    monkeypatch.setitem(planning.GPUS, "h200", Gpu("large", flops, demand.bytes(16)))
-    monkeypatch.setitem(planning.GPUS, "a100", Gpu("small", flops, demand.bytes(6)))
+    monkeypatch.setitem(planning.GPUS, "h200", Gpu("large", demand.bytes(16)))
+    monkeypatch.setitem(planning.GPUS, "a100", Gpu("small", demand.bytes(6)))
 
-    large = plan_run(config, "h200", 2, images=100, utilisation=0.5)
-    assert large.fits and (large.images_per_process, large.at_once, large.steps) == (8, 8, 12)
-    assert large.images_per_second == pytest.approx(1e12 / demand.flops)
-    assert large.seconds == pytest.approx(12 * 16 / large.images_per_second)
-    assert large.cost(price=3.0) == pytest.approx(3.0 * 2 * large.seconds / 3600)
+    large = plan_run(config, "h200", 2, images=100, images_per_second=32.0)
+    assert large.fits and (large.images_per_process, large.micro_batch, large.steps) == (8, 8, 12)
+    assert large.seconds == pytest.approx(12 * 16 / 32.0)
+    assert large.cost(price=3.0) == pytest.approx(3.0 * 2 * 6.0 / 3600)
+    unmeasured = plan_run(config, "h200", 2, images=100)
+    assert unmeasured.bytes == large.bytes
+    assert (unmeasured.images_per_second, unmeasured.seconds, unmeasured.cost(price=3.0)) == (None, None, None)
 
     small = plan_run(config, "a100", 1, images=100)
     assert not small.fits
@@ -121,7 +120,7 @@ def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPat
     setting = next(line for line in said if "max_images_per_process" in line)
     most = int(setting.split("=")[1].split(":")[0])
     again = plan_run(micro(training={"max_images_per_process": most, "precision": "bfloat16"}), "a100", 1, images=100)
-    assert again.fits and again.at_once == most
+    assert again.fits and again.micro_batch == most
     assert any("launch.activation_checkpointing=true" in line for line in said) and any(
         line.startswith("--gpus ") for line in said
     )
@@ -142,7 +141,7 @@ def test_larger_steps_lie_on_the_line_through_the_rehearsed_ones() -> None:
 def test_this_machine_takes_real_steps_in_as_many_processes_as_will_train() -> None:
     plan = plan_run(micro(training={"processes": 2}), "cpu", 1, images=32)
     assert plan.devices == 2 and plan.images_per_process == 8
-    assert plan.images_per_second > 0 and plan.seconds == pytest.approx(4 * 16 / plan.images_per_second)
+    assert plan.images_per_second and plan.seconds == pytest.approx(4 * 16 / plan.images_per_second)
     assert 2 * 100e6 < plan.bytes < plan.memory == psutil.virtual_memory().total
 
 
@@ -164,22 +163,51 @@ def test_checkpoints_have_the_size_of_the_saved_state() -> None:
 
 
 def test_the_training_at_risk_and_the_bytes_follow_from_the_interval() -> None:
-    auto = saving(micro(training={"checkpoint_minutes": "auto"}), 1e9, step_seconds=1.0)
-    assert (auto.lost_seconds, auto.bytes_an_hour) == (900, 4e9)
-    assert (auto.pod_lost_seconds, auto.pod_bytes_an_hour) == (60, (60e9, 120e9))
+    auto = checkpoint_cost(micro(training={"checkpoint_minutes": "auto"}), 1e9, step_seconds=1.0)
+    assert (auto.lost_seconds, auto.bytes_per_hour) == (900, 4e9)
+    assert (auto.pod_lost_seconds, auto.pod_bytes_per_hour) == (60, (60e9, 120e9))
     assert auto.store_rate == pytest.approx(1e9 / 30)
-    fixed = saving(micro(training={"checkpoint_minutes": 5}), 1e9, step_seconds=1.0)
-    assert (fixed.lost_seconds, fixed.pod_lost_seconds, fixed.bytes_an_hour) == (300, 300, 12e9)
-    by_steps = saving(micro(training={"checkpoint_minutes": 5, "checkpoint_steps": 100}), 1e9, step_seconds=0.5)
+    fixed = checkpoint_cost(micro(training={"checkpoint_minutes": 5}), 1e9, step_seconds=1.0)
+    assert (fixed.lost_seconds, fixed.pod_lost_seconds, fixed.bytes_per_hour) == (300, 300, 12e9)
+    by_steps = checkpoint_cost(
+        micro(training={"checkpoint_minutes": 5, "checkpoint_steps": 100}), 1e9, step_seconds=0.5
+    )
     assert by_steps.lost_seconds == 50
 
+    unmeasured = checkpoint_cost(micro(training={"checkpoint_minutes": 5, "checkpoint_steps": 100}), 1e9, None)
+    assert unmeasured.lost_seconds == 300
 
-def test_plan_states_them(capsys: pytest.CaptureFixture[str]) -> None:
-    plan(Config.load("imagenet_swin_tiny_w7"), "h100", 8, 1_281_167, None, 0.1, as_json=False)
+
+POD_LINE = "in a step's own pod: at most 60 s of training lost if the store takes 39 MB/s; 71 to 142 GB per hour"
+
+
+def test_plan_prints_time_cost_and_checkpoints_at_a_measured_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(Config.load("imagenet_swin_tiny_w7"), "h100", 8, 1_281_167, 2.0, 5600.0, as_json=False)
     lines = capsys.readouterr().out.splitlines()
+    assert "speed   5,600.0 images/s (from --images-per-second)" in lines and "time    19.1 hours" in lines
+    assert lines[-1] == "cost    305 at 2 per device-hour"
     (first,) = [number for number, line in enumerate(lines) if line.startswith("saved ")]
     # 73.8 M parameters, of which a checkpoint holds four times four bytes; 1,000 steps take a minute and a half.
-    assert lines[first] == "saved   1.2 GB every 1.5 minutes, and when it is asked to stop; 46.4 GB per hour"
-    assert lines[first + 1].strip() == (
-        "in a step's own pod: at most 60 s of training lost if the store accepts 39 MB/s; 71 to 142 GB per hour"
+    assert lines[first] == "saved   1.2 GB every 1.5 minutes, and on SIGTERM; 46.5 GB per hour"
+    assert lines[first + 1].strip() == POD_LINE
+
+
+def test_plan_without_a_measured_speed_says_what_is_known_and_asks_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Config.load("imagenet_swin_tiny_w7")
+    plan(recipe, "h100", 8, 1_281_167, None, None, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("work ") and line.endswith("300 epochs of 1,281,167 images, 750,600 steps") for line in lines
     )
+    (speed,) = [line for line in lines if line.startswith("speed ")]
+    assert "not known" in speed and "--images-per-second" in speed
+    assert not any(line.startswith(("time", "cost")) for line in lines)
+    assert "saved   1.2 GB at least every 15 minutes, and on SIGTERM; at least 4.7 GB per hour" in lines
+    assert lines[-1].strip() == POD_LINE
+    with pytest.raises(UserError, match=r"--price 2: .* needs their measured speed; give --images-per-second"):
+        plan(recipe, "h100", 8, 1_281_167, 2.0, None, as_json=False)
+
+
+def test_plan_refuses_a_speed_for_the_machine_that_measures_its_own() -> None:
+    with pytest.raises(UserError, match="--images-per-second: no effect with --gpu cpu"):
+        plan_run(micro(), "cpu", 1, 100, 5.0)

@@ -53,10 +53,10 @@ def test_what_a_pointer_or_its_history_names_stays(store: Any) -> None:
         },
         None,
     )
-    store.swap_pointer(store.uri("claims/champion"), {"run": make_run(store, "retrained"), "base": None}, None)
+    store.swap_pointer(store.uri("leases/champion"), {"run": make_run(store, "retrained"), "base": None}, None)
     judged = judge(store)
     assert [name for name, why in judged.items() if not why] == ["champion-2", "other"]
-    assert judged["retrained"] == "pointer claims/champion names it"
+    assert judged["retrained"] == "pointer leases/champion names it"
     assert judged["former"] == "pointer champion names it"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from esvit_core.config import Config, merged, valid_keys
+from esvit_core.config import Config, merge, valid_keys
 from esvit_core.config.section import execution_fields
 from esvit_core.errors import UserError
 from esvit_core.runs.run import run_id
@@ -111,7 +111,7 @@ def changed(key: str) -> tuple[Config, Config] | None:
     base = config.model_dump(mode="json")
     for other in [special] if key in SPECIAL else others(key, value_of(config, key)):
         try:
-            found = Config.from_mapping(merged(base, nested(key, other)))
+            found = Config.from_mapping(merge(base, nested(key, other)))
         except UserError:
             continue
         if value_of(found, key) != value_of(config, key):
@@ -127,7 +127,7 @@ def test_a_run_is_another_one_exactly_if_a_setting_of_its_identity_is_another(ke
         return
     one, other = pair
     assert (run_id(one, "data") == run_id(other, "data")) == is_execution(key)
-    assert other.executed_as(one.execution_values()) == (one if is_execution(key) else other)
+    assert other.with_execution(one.execution_values()) == (one if is_execution(key) else other)
 
 
 def test_what_users_are_told_they_may_change_is_execution() -> None:

@@ -14,7 +14,7 @@ from esvit_core.config.cluster_settings import PodConfig
 from esvit_core.config.kubernetes_names import AUTO, quantity_bytes, quantity_cores
 from esvit_core.errors import UserError
 from esvit_core.planning.count_operations import count_demand
-from esvit_core.planning.pod_sizes import Size, definite, sized
+from esvit_core.planning.pod_sizes import Size, fill_auto, resolve_pod
 from esvit_pipelines.settings import Settings, cluster_request
 
 NEEDED = Size(0.5, 4, 2**30, 2**31)
@@ -33,19 +33,19 @@ NEEDED = Size(0.5, 4, 2**30, 2**31)
 def test_what_is_said_holds_and_auto_fits_to_it(
     given: dict[str, str], cpu: tuple[str, str], memory: tuple[str, str]
 ) -> None:
-    pod = definite(PodConfig(**given), lambda: NEEDED)
+    pod = fill_auto(PodConfig(**given), lambda: NEEDED)
     assert ((pod.cpu, pod.cpu_limit), (pod.memory, pod.memory_limit)) == (cpu, memory)
 
 
 def test_the_recipe_is_not_asked_where_everything_is_said() -> None:
     pod = PodConfig(cpu="1", cpu_limit="2", memory="1Gi", memory_limit="2Gi")
-    assert definite(pod, lambda: pytest.fail("asked")) is pod
+    assert fill_auto(pod, lambda: pytest.fail("asked")) is pod
 
 
 @pytest.mark.parametrize("role", ["prepare", "train", "evaluate", "publish"])
 def test_the_demo_fits_on_four_cores(role: str) -> None:
     """Of which Kubernetes and Kubeflow take most."""
-    pod = sized(Config.load("demo"), role)  # type: ignore[arg-type]
+    pod = resolve_pod(Config.load("demo"), role)  # type: ignore[arg-type]
     assert AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit)
     assert quantity_cores(pod.cpu) <= 0.5 and quantity_bytes(pod.memory) <= 4 * 2**30
     assert quantity_bytes(pod.memory_limit) >= quantity_bytes(pod.memory)
@@ -54,18 +54,18 @@ def test_the_demo_fits_on_four_cores(role: str) -> None:
 def test_the_memory_holds_what_the_steps_of_all_processes_are_counted_to_take() -> None:
     config = Config.load("demo", ["training.processes=2", "training.batch_size=1024"])
     counted = 2 * count_demand(config, torch.float32, "cpu").bytes(512)
-    assert counted < quantity_bytes(sized(config, "train").memory) < 2 * counted + 4 * 2**30
+    assert counted < quantity_bytes(resolve_pod(config, "train").memory) < 2 * counted + 4 * 2**30
 
 
 def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:
     def memory(*settings: str) -> int:
-        return quantity_bytes(sized(Config.load("demo", settings), "train").memory)
+        return quantity_bytes(resolve_pod(Config.load("demo", settings), "train").memory)
 
     assert memory("training.batch_size=512") > memory()
     assert memory("training.batch_size=512", "training.max_images_per_process=32") < memory("training.batch_size=512")
     several = ["launch.scheduler=volcano", "launch.nodes=4"]
     assert memory("training.batch_size=512", *several) < memory("training.batch_size=512")
-    gpus = [sized(Config.load("demo", [f"cluster.train.accelerators={n}"]), "train") for n in (1, 8)]
+    gpus = [resolve_pod(Config.load("demo", [f"cluster.train.accelerators={n}"]), "train") for n in (1, 8)]
     assert quantity_bytes(gpus[0].memory) < quantity_bytes(gpus[1].memory)
     assert quantity_cores(gpus[0].cpu) < quantity_cores(gpus[1].cpu)
 
@@ -73,8 +73,8 @@ def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:
 def test_a_pipeline_is_compiled_with_sizes_for_the_recipe_that_is_asked_for() -> None:
     """What else it is compiled with is the same for every recipe."""
     ask_for = partial(Settings, "", transfer=(), out=Path("out"), bucket=None)
-    small = cluster_request(ask_for("demo", ())).compile_config
-    large = cluster_request(ask_for("demo", ("training.batch_size=1024",))).compile_config
+    small = ask(ask_for("demo", ())).pipeline
+    large = ask(ask_for("demo", ("training.batch_size=1024",))).pipeline
     assert large.training == small.training
     assert quantity_bytes(large.cluster.train.memory) > quantity_bytes(small.cluster.train.memory)
 
@@ -82,6 +82,6 @@ def test_a_pipeline_is_compiled_with_sizes_for_the_recipe_that_is_asked_for() ->
 def test_sizes_that_cannot_follow_from_a_recipe_are_asked_for() -> None:
     there = Settings("", "s3://b/own.yaml", (), (), Path("out"), None)
     with pytest.raises(UserError, match=r"recipe s3://b/own.yaml: .*cluster.train.memory=16Gi"):
-        _ = cluster_request(there).compile_config
-    said = cluster_request(replace(there, overrides=("cluster.train.memory=16Gi",)))
-    assert said.compile_config.cluster.train.memory == "16Gi"
+        _ = ask(there).pipeline
+    said = ask(replace(there, overrides=("cluster.train.memory=16Gi",)))
+    assert said.pipeline.cluster.train.memory == "16Gi"

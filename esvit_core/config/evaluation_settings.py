@@ -1,4 +1,4 @@
-"""The section that says how a backbone is measured."""
+"""The section for the evaluation of a backbone."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from esvit_core.config.section import EXECUTION, Section
 
 
 class TransferSet(Section):
-    """A labelled set for the transfer protocol."""
+    """A labelled data set for the transfer protocol."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
-    source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder a class.")
-    metric: Literal["accuracy", "mean_per_class"] = "accuracy"
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Name in results and reports.")
+    source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder per class.")
+    metric: Literal["accuracy", "mean_per_class"] = Field(
+        "accuracy", description="Share of correct images, or its mean over the classes."
+    )
 
 
 class LinearConfig(Section):
     """The linear probe on frozen features."""
 
-    epochs: int = Field(100, gt=0)
-    lr: float = Field(0.001, gt=0, description="Learning rate per 256 images.")
-    batch_size: int = Field(1024, gt=0)
-    last_blocks: int = Field(4, gt=0, description="Blocks whose averaged features are concatenated.")
+    epochs: int = Field(100, gt=0, description="Number of epochs.")
+    lr: float = Field(0.001, gt=0, description="Learning rate per 256 images of the batch.")
+    batch_size: int = Field(1024, gt=0, description="Batch size, images.")
+    last_blocks: int = Field(4, gt=0, description="Number of last blocks whose averaged features are concatenated.")
 
 
 class EvaluationConfig(Section):
-    """The measured steps."""
+    """The evaluation steps."""
 
-    resize: int = Field(256, gt=0, description="Shorter side before the center crop, pixels.")
+    resize: int = Field(256, gt=0, description="Short side of an image before the center crop, pixels.")
     crop: int = Field(224, gt=0, description="Side of the center crop, pixels.")
-    batch_size: int = Field(64, gt=0, description="Images computed at once.", json_schema_extra=EXECUTION)
+    batch_size: int = Field(64, gt=0, description="Images per forward pass.", json_schema_extra=EXECUTION)
     knn_k: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (10, 20, 100, 200),
-        description="Numbers of neighbours; where there are fewer training images, all of them vote.",
+        description="Numbers of neighbours k; if there are fewer training images than k, all of them vote.",
     )
-    knn_temperature: float = Field(0.07, gt=0)
+    knn_temperature: float = Field(0.07, gt=0, description="Temperature of the weights of the neighbours.")
     linear: LinearConfig = LinearConfig()
-    transfer: tuple[TransferSet, ...] = ()
-    visualization: int = Field(6, ge=0, description="Images shown in the correspondence and attention figures.")
-    correspondence_images: int = Field(256, gt=0, description="Images over which correspondence is measured.")
+    transfer: tuple[TransferSet, ...] = Field((), description="Data sets for the transfer protocol.")
+    visualization: int = Field(6, ge=0, description="Number of images in the correspondence and attention figures.")
+    correspondence_images: int = Field(256, gt=0, description="Number of images on which correspondence is measured.")
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
         names = [s.name for s in self.transfer]
         if len(set(names)) != len(names):
-            raise ValueError(f"transfer sets need distinct names, got {', '.join(names)}")
+            raise ValueError(f"transfer: expected sets with distinct names, got {', '.join(names)}")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Names, labels and quantities as Kubernetes takes them: a wrong one is refused here, in one line, and not by the cluster."""
+"""Types of Kubernetes names, labels and quantities, validated here rather than by the cluster."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ _BYTES = re.compile(r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([A-Za-z]*)$")
 _CORES = re.compile(r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m?)$")
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _VALUE = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
-_FEWEST_BYTES = 2**20
+_MIN_BYTES = 2**20
 
 
 def quantity_bytes(text: str) -> int:
-    """Bytes of a quantity such as ``4Gi`` or ``1.5G``, rounded up.
+    """Convert a quantity such as ``4Gi`` or ``1.5G`` to bytes, rounded up.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a quantity.
     """
     match = _BYTES.match(text)
     if match is None or match[2] not in _UNITS:
         raise ValueError(
-            "expected a quantity of Kubernetes such as 4Gi or 500M; units are k, M, G, T (of 1000) and Ki, Mi, Gi, Ti"
+            "expected a Kubernetes quantity such as 4Gi or 500M; units are k, M, G, T (of 1000) and Ki, Mi, Gi, Ti (of 1024)"
         )
     return math.ceil(float(match[1]) * _UNITS[match[2]])
 
 
 def quantity_cores(text: str) -> float:
-    """Cores of a quantity such as ``2``, ``0.5`` or ``500m``.
+    """Convert a quantity such as ``2``, ``0.5`` or ``500m`` to cores.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a positive number of cores.
     """
     match = _CORES.match(text)
     cores = float(match[1]) / (1000 if match[2] else 1) if match else 0.0
     if cores <= 0:
-        raise ValueError("expected cores as Kubernetes writes them, such as 2, 0.5 or 500m")
+        raise ValueError("expected a number of cores above 0, such as 2, 0.5 or 500m")
     return cores
 
 
 def bytes_quantity(size: float) -> str:
-    """Bytes as whole units of 1024, which every reader of quantities takes; not exact ones are rounded up to Mi."""
+    """Convert bytes to a quantity in whole Ti, Gi or Mi, rounded up to Mi."""
     whole = math.ceil(size)
     for unit in ("Ti", "Gi", "Mi"):
         if whole >= _UNITS[unit] and whole % _UNITS[unit] == 0:
@@ -59,12 +59,12 @@ def bytes_quantity(size: float) -> str:
 
 
 def cores_quantity(cores: float) -> str:
-    """Cores as a whole number, or in thousandths."""
+    """Convert cores to a quantity: a whole number, or millicores."""
     return f"{cores:.0f}" if cores == round(cores) else f"{math.ceil(1000 * cores)}m"
 
 
 def _text(value: Any) -> str:
-    """YAML reads `cpu: 8` as a number; Kubernetes writes it as text."""
+    """Accept numbers: YAML parses `cpu: 8` as one, Kubernetes writes it as text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{value:.12g}"
     if not isinstance(value, str):
@@ -80,8 +80,8 @@ def _cpu(value: Any) -> str:
 
 def _memory(value: Any) -> str:
     text = _text(value)
-    if quantity_bytes(text) < _FEWEST_BYTES:
-        raise ValueError("less than 1Mi; expected a size with its unit, such as 8Gi")
+    if quantity_bytes(text) < _MIN_BYTES:
+        raise ValueError("less than 1Mi; expected a size with a unit, such as 8Gi")
     return text
 
 
@@ -103,8 +103,8 @@ def _matching(pattern: str, longest: int, expected: str) -> AfterValidator:
 def _limit_memory(value: Any) -> str:
     if value is None:
         raise ValueError(
-            "null would leave it to the namespace's LimitRange, whose default may be too little for the pod to live; "
-            "give a size, or auto"
+            "expected a size or auto; with null the namespace's LimitRange would decide, whose default may be too small "
+            "for the pod"
         )
     return _or_auto(_memory)(value)
 
@@ -115,21 +115,21 @@ Bytes = Annotated[str, BeforeValidator(_memory)]
 AutoBytes = Annotated[str, BeforeValidator(_or_auto(_memory))]
 LimitBytes = Annotated[str, BeforeValidator(_limit_memory)]
 
-#: Of most objects: labels of DNS with dots between them.
+#: Name of most objects: DNS labels joined by dots.
 ObjectName = Annotated[
     str,
     _matching(rf"{_LABEL}(\.{_LABEL})*", 253, "the name of a Kubernetes object: a-z, 0-9, - and ."),
 ]
-#: Of namespaces, and of objects that become volumes, whose names have no dots.
+#: Name of a namespace, or of an object that becomes a volume: no dots.
 LabelName = Annotated[
     str,
-    _matching(_LABEL, 63, "a name of a-z, 0-9 and -, which begins and ends with a letter or a number, without dots"),
+    _matching(_LABEL, 63, "a name of a-z, 0-9 and - that begins and ends with a letter or a digit, without dots"),
 ]
-#: Of labels, taints and resources: ``example.com/name``.
+#: Key of a label, taint or resource: ``example.com/name``.
 QualifiedName = Annotated[
-    str, _matching(rf"({_LABEL}(\.{_LABEL})*/)?{_VALUE}", 317, "a key of Kubernetes such as gpu or example.com/gpu")
+    str, _matching(rf"({_LABEL}(\.{_LABEL})*/)?{_VALUE}", 317, "a Kubernetes key such as gpu or example.com/gpu")
 ]
-LabelValue = Annotated[str, _matching(rf"({_VALUE})?", 63, "the value of a label: letters, numbers, -, _ and .")]
+LabelValue = Annotated[str, _matching(rf"({_VALUE})?", 63, "the value of a label: letters, digits, -, _ and .")]
 EnvironmentName = Annotated[
-    str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", 253, "the name of an environment variable: letters, numbers and _")
+    str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", 253, "the name of an environment variable: letters, digits and _")
 ]

@@ -1,6 +1,6 @@
-"""How the training processes are started: in the step's own pod or machine, or in a job of several pods.
+"""The section for launching training processes: in the step's own pod or machine, or in a job of several pods.
 
-What each pod of a job gets is said in one place for both ways, ``cluster.train``.
+The section ``cluster.train`` defines the resources of the pods in either case.
 """
 
 from __future__ import annotations
@@ -14,57 +14,67 @@ from esvit_core.config.kubernetes_names import EnvironmentName, LabelName, Label
 from esvit_core.config.section import Section
 
 _CREDENTIAL = re.compile(r"^ESVIT_S3_|(^|_)(KEY|SECRET|TOKEN|PASSWORD)(_|$)", re.IGNORECASE)
-_EVERYWHERE = {"scheduler", "activation_checkpointing", "profile_steps"}
+_USED_BY_ALL = {"scheduler", "activation_checkpointing", "profile_steps"}
 _VOLCANO_ONLY = {"ttl_minutes"}
 
 
 class LaunchConfig(Section):
-    """How the pre-training step starts its processes; no part of what determines a run.
+    """How the pre-training step launches its processes; not part of a run's identity.
 
-    ``local``: inside the step, as ``training.processes`` says. ``volcano`` and ``trainjob``: in a job of as many pods as
-    there are nodes, through Volcano or the Kubeflow Trainer. A setting that the scheduler does not use is refused.
+    ``local``: ``training.processes`` processes within the step. ``volcano`` and ``trainjob``: a job with one pod per node,
+    through Volcano or the Kubeflow Trainer. A setting that the scheduler does not use is refused.
     """
 
-    scheduler: Literal["local", "volcano", "trainjob"] = "local"
-    nodes: int = Field(1, gt=0, le=999, description="Pods, at most.")
+    scheduler: Literal["local", "volcano", "trainjob"] = Field(
+        "local",
+        description="local: within the step. volcano: a Volcano job. trainjob: a TrainJob of the Kubeflow Trainer.",
+    )
+    nodes: int = Field(1, gt=0, le=999, description="Maximum number of pods.")
     min_nodes: int | None = Field(
-        None, gt=0, description="Pods with which the training begins and goes on; null: no fewer than nodes."
+        None, gt=0, description="Minimum number of pods with which the training starts and continues. null: nodes."
     )
     processes_per_node: int | None = Field(
-        None, gt=0, description="Training processes of a pod; null: one for each of cluster.train.accelerators."
+        None, gt=0, description="Training processes per pod. null: one per accelerator (cluster.train.accelerators)."
     )
-    namespace: LabelName | None = Field(None, description="null: the step's own, else esvit.")
-    service_account: ObjectName = Field("esvit-trainer", description="Of the training pods; it needs no rights.")
+    namespace: LabelName | None = Field(
+        None, description="Namespace of the job. null: the step's own, or esvit outside a cluster."
+    )
+    service_account: ObjectName = Field(
+        "esvit-trainer", description="Service account of the training pods; it needs no permissions."
+    )
     queue: LabelValue | None = Field(
-        None, description="volcano: its queue, null: esvit; trainjob: Kueue's local queue, null: none."
+        None, description="volcano: the Volcano queue, null: esvit. trainjob: the Kueue local queue, null: none."
     )
-    priority_class: ObjectName | None = None
+    priority_class: ObjectName | None = Field(None, description="Priority class of the training pods. null: none.")
     spread_over: QualifiedName = Field(
-        "kubernetes.io/hostname", description="Label of nodes over whose values the pods are spread where possible."
+        "kubernetes.io/hostname", description="Node label whose values the pods are spread over where possible."
     )
-    interface: str | None = Field(None, description="Network interface for NCCL and gloo; null: they choose.")
+    interface: str | None = Field(None, description="Network interface for NCCL and gloo. null: their default.")
     env: dict[EnvironmentName, str] = Field(
-        {}, description="More environment of the pods, such as NCCL_IB_HCA; no credentials."
+        {}, description="Additional environment variables of the pods, such as NCCL_IB_HCA; no credentials."
     )
-    restarts: int = Field(20, ge=0, description="Restarts, of processes and of pods, before the training has failed.")
+    restarts: int = Field(
+        20, ge=0, description="Maximum number of restarts, of processes and of pods, before the training fails."
+    )
     pending_minutes: float | None = Field(
         1440.0,
         gt=0,
-        description="Time that the job may wait for room, since it was created or last ran, before the step gives up; "
-        "null: any.",
+        description="Maximum time that the job may be pending, since it was created or last ran, minutes; then the step "
+        "fails. null: no limit.",
     )
     activation_checkpointing: bool = Field(
         False,
-        description="Compute each block of the student once more in the backward pass instead of keeping what is in it: "
-        "less memory, a third more time, the same numbers.",
+        description="Recompute each block of the student in the backward pass instead of storing its activations: less "
+        "memory, a third slower, the same numbers.",
     )
     profile_steps: int = Field(
-        0, ge=0, description="First steps of a start that are timed part by part and traced, into profile/ of the run."
+        0, ge=0, description="Number of first steps after each start to time and trace, into profile/ of the run."
     )
-    ttl_minutes: float = Field(1440.0, ge=0, description="Time after its end at which Volcano removes the job.")
+    ttl_minutes: float = Field(1440.0, ge=0, description="Minutes after its end at which Volcano deletes the job.")
 
     @property
     def fewest_nodes(self) -> int:
+        """Minimum number of pods of the job."""
         return self.min_nodes or self.nodes
 
     @field_validator("env")
@@ -73,7 +83,7 @@ class LaunchConfig(Section):
         for name in env:
             if _CREDENTIAL.search(name):
                 raise ValueError(
-                    f"{name}: looks like a credential, and this would be readable in the job; "
+                    f"{name}: looks like a credential, which everyone who can read the job could see; "
                     "put it into the secret that cluster.train.secret names"
                 )
         return env
@@ -89,7 +99,7 @@ class LaunchConfig(Section):
         fields = type(self).model_fields
         changed = {name for name in fields if getattr(self, name) != fields[name].get_default()}
         idle = {
-            "local": changed - _EVERYWHERE,
+            "local": changed - _USED_BY_ALL,
             "trainjob": changed & _VOLCANO_ONLY,
             "volcano": set[str](),
         }[self.scheduler]

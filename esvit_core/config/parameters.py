@@ -1,12 +1,12 @@
-"""A configuration as the parameters of a pipeline, which are lines of text, and back.
+"""Convert a configuration to the string parameters of a pipeline, and back.
 
-A person fills them in, on a command line or in the form of Kubeflow's UI:
+Users enter the parameters on a command line or in the form of Kubeflow's UI:
 
-- ``recipe``: name of a preset, ``s3://`` address of a YAML file, or the YAML itself;
-- ``settings``: changes of the recipe, ``training.epochs=50, seed=1``;
-- ``transfer``: labelled sets, ``digits=s3://bucket/digits, cars=s3://bucket/cars``.
+- ``recipe``: name of a preset, ``s3://`` address of a YAML file, or YAML text;
+- ``settings``: overrides of the recipe, ``training.epochs=50, seed=1``;
+- ``transfer``: labelled data sets, ``digits=s3://bucket/digits, cars=s3://bucket/cars``.
 
-Kubeflow has no null. Here null is a word of YAML, in a recipe as in a setting, so that nothing is lost on the way.
+Kubeflow parameters cannot be null. These strings hold YAML, which can express null.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 import yaml
 
-from esvit_core.config import Config, TransferSet, merged, valid_keys
+from esvit_core.config import Config, TransferSet, merge, valid_keys
 from esvit_core.config.recipes import override, parse_yaml, preset_names, read_recipe
 from esvit_core.errors import UserError
 
-PLACE = ("cluster", "launch")  # the sections that a compiled pipeline holds fast
+COMPILED_SECTIONS = ("cluster", "launch")  # fixed when a pipeline is compiled
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a pipeline is told about its configuration, see above."""
+    """The configuration parameters of a pipeline, see the module's docstring."""
 
     recipe: str
     settings: str = ""
@@ -41,21 +41,20 @@ def resolve(
     cluster: str = "",
     read: Callable[[str], bytes] | None = None,
 ) -> Config:
-    """The configuration that a pipeline's parameters ask for.
+    """Build the configuration from a pipeline's parameters.
 
     Args:
-        recipe: name of a preset, ``s3://`` address of a YAML file, YAML, or path of a file.
-        settings: ``key=value`` with commas or spaces between.
-        transfer: ``name=source`` with commas or spaces between; a set of that name in the recipe gets the new source.
-        cluster: the sections :data:`PLACE` that the pipeline was compiled with, YAML; the recipe's own come before
-            them. Empty: it was not compiled for a cluster.
-        read: returns what is at an ``s3://`` address.
+        recipe: name of a preset, ``s3://`` address of a YAML file, YAML text, or path of a file.
+        settings: ``key=value`` items separated by commas or spaces.
+        transfer: ``name=source`` items separated by commas or spaces; a set that the recipe has gets the new source.
+        cluster: the sections :data:`COMPILED_SECTIONS` with which the pipeline was compiled, as YAML; values of the
+            recipe take precedence. Empty: it was not compiled for a cluster.
+        read: function that returns the bytes at an ``s3://`` address.
 
     Raises:
-        UserError: one of them is wrong; or they would change the section ``cluster`` or the scheduler of a compiled
-            pipeline.
+        UserError: a parameter is invalid, or changes the section ``cluster`` or the scheduler of a compiled pipeline.
     """
-    values = merged(parse_yaml(cluster, "cluster"), read_recipe(recipe, read))
+    values = merge(parse_yaml(cluster, "cluster"), read_recipe(recipe, read))
     known = list(valid_keys())
     for item in (items := split_items(settings, "settings")):
         if cluster and item.partition(".")[0].strip() == "cluster":
@@ -68,21 +67,21 @@ def resolve(
     compiled_for = parse_yaml(cluster, "cluster").get("launch", {}).get("scheduler", "local")
     if cluster and config.launch.scheduler != compiled_for:
         raise UserError(
-            f"launch.scheduler {config.launch.scheduler}: the pipeline was compiled for {compiled_for}, and its pods have "
-            f"the sizes for that; compile it again with --set launch.scheduler={config.launch.scheduler}"
+            f"launch.scheduler {config.launch.scheduler}: the pipeline was compiled for {compiled_for}, and its pods are "
+            f"sized for that; compile it again with --set launch.scheduler={config.launch.scheduler}"
         )
     return with_transfer(config, split_items(transfer, "transfer"), "transfer")
 
 
 def with_transfer(config: Config, items: Iterable[str], origin: str) -> Config:
-    """The configuration with more transfer sets, or with other sources of those that it has.
+    """Return the configuration with transfer sets added, or with new sources for the sets that it has.
 
     Args:
-        items: ``name=source`` each.
-        origin: where they were given, for messages.
+        items: ``name=source`` items.
+        origin: where they come from, for messages.
 
     Raises:
-        UserError: one of them is wrong.
+        UserError: an item is invalid.
     """
     sets = {s.name: s.model_dump(mode="json") for s in config.evaluation.transfer}
     for item in items:
@@ -95,11 +94,11 @@ def with_transfer(config: Config, items: Iterable[str], origin: str) -> Config:
     return Config.from_mapping(values, origin=origin)
 
 
-def parameters_of(config: Config, without: Sequence[str] = ()) -> Parameters:
-    """The parameters from which :func:`resolve` makes ``config`` again.
+def to_parameters(config: Config, without: Sequence[str] = ()) -> Parameters:
+    """Return the parameters from which :func:`resolve` rebuilds ``config``.
 
-    A recipe that is a preset is named, with what differs as settings; any other is YAML in one line, which a form's
-    field can hold.
+    A preset is given by its name, with the differences as settings. Any other recipe becomes YAML in one line, which fits
+    into the field of a form.
 
     Args:
         without: sections to leave out.
@@ -116,17 +115,17 @@ def parameters_of(config: Config, without: Sequence[str] = ()) -> Parameters:
     raise AssertionError("unreachable: the last candidate is the whole configuration")
 
 
-def cluster_text(config: Config) -> str:
-    """The sections :data:`PLACE` as the argument ``cluster`` of :func:`resolve`: what is not a default, in one line."""
+def compiled_sections_yaml(config: Config) -> str:
+    """The sections :data:`COMPILED_SECTIONS` as the argument ``cluster`` of :func:`resolve`: the values that differ from the defaults, as YAML in one line."""
     changes = _differences(config.model_dump(mode="json"), Config().model_dump(mode="json"))
-    return _one_line(_nested((key, value) for key, value in changes if key.partition(".")[0] in PLACE))
+    return _one_line(_nested((key, value) for key, value in changes if key.partition(".")[0] in COMPILED_SECTIONS))
 
 
 def split_items(text: str, origin: str) -> list[str]:
-    """The items of a line, which have commas or white space between them.
+    """Split a line into items at commas and white space.
 
-    What is in brackets or in quotes stays whole: ``a.b=[1, 2], c="x y"`` has two items. An item may be quoted as a
-    whole, and there may be spaces around its equals sign.
+    Brackets and quotes keep their contents together: ``a.b=[1, 2], c="x y"`` has two items. A whole item may be quoted,
+    and there may be spaces around its equals sign.
 
     Raises:
         UserError: a quote or a bracket is not closed.
@@ -150,13 +149,13 @@ def split_items(text: str, origin: str) -> list[str]:
         item += char
     if quote or closing:
         raise UserError(
-            f"{origin} {text}: {(quote or closing)[-1]} is missing; expected name=value with commas between"
+            f"{origin} {text}: {(quote or closing)[-1]} is missing; expected name=value items separated by commas"
         )
     return [_unquoted(each) for each in ([*items, item] if item else items)]
 
 
 def join_items(items: Iterable[str]) -> str:
-    """A line that :func:`split_items` splits into ``items``."""
+    """Join items into a line that :func:`split_items` splits again."""
 
     def quoted(item: str) -> str:
         try:
@@ -175,7 +174,7 @@ def _unquoted(text: str) -> str:
 
 
 def _candidates(config: Config) -> Iterator[tuple[str, str]]:
-    """Recipes and settings that may say ``config``; the last one does."""
+    """Yield recipes with settings that may express ``config``, the shortest first; the last one always does."""
     values = config.model_dump(mode="json")
     if config.recipe in preset_names():
         changes = _differences(values, Config.load(config.recipe).model_dump(mode="json"))
@@ -186,7 +185,7 @@ def _candidates(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting that differs, by its key, with its value ``here``."""
+    """Yield the key of every setting that differs, with its value in ``here``."""
     sections = {key.rpartition(".")[0] for key in valid_keys()}
     for name, value in here.items():
         key = prefix + name
@@ -200,10 +199,10 @@ def _nested(changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in changes:
         *sections, leaf = key.split(".")
-        place = values
+        section_values = values
         for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
+            section_values = section_values.setdefault(section, {})
+        section_values[leaf] = value
     return values
 
 

@@ -1,4 +1,4 @@
-"""Recipes as YAML: a preset or a file is read, a key is set from the command line, a mistake is told in one line."""
+"""Recipes as YAML: read presets and files, apply overrides, explain validation errors."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from esvit_core.errors import UserError
 
 
 def preset_names() -> list[str]:
-    """Names of the recipes that ship with the library."""
+    """List the names of the recipes that ship with the library."""
     return sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml"))
 
 
 def preset_text(name: str) -> str:
-    """The file of a preset; its first lines, which are comments, say what it is."""
+    """Return the YAML of a preset; its first lines are comments that describe it."""
     return str((_presets() / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict[str, Any]:
-    """The keys of a preset, of a YAML file here or at ``s3://``, or of YAML itself.
+    """Read the keys of a preset, of a YAML file on disk or at ``s3://``, or of YAML text.
 
     Args:
-        recipe: the name, the path, the address, or the text.
-        read: returns what is at an ``s3://`` address; raises KeyError where nothing is.
+        recipe: name, path, address, or YAML text.
+        read: function that returns the bytes at an ``s3://`` address; raises KeyError if there is no object.
 
     Raises:
-        UserError: there is none of these, or it is not a YAML mapping.
+        UserError: the recipe does not exist or is not a YAML mapping.
     """
     if recipe in preset_names():
         return parse_yaml(preset_text(recipe), f"preset {recipe}")
@@ -50,17 +50,20 @@ def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict
                 f"address of one, or YAML such as {{training: {{epochs: 50}}}}; presets: {', '.join(names)}"
             )
     except KeyError:
-        raise UserError(f"recipe {recipe}: there is no such object; put the YAML file there") from None
+        raise UserError(f"recipe {recipe}: no such object; upload the YAML file there or correct the address") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {recipe}: cannot be read ({error}); expected a YAML text file") from None
     return parse_yaml(text, f"recipe {recipe}")
 
 
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    """A mapping from its YAML.
+    """Parse YAML text that holds a mapping.
+
+    Args:
+        origin: where the text comes from, for messages.
 
     Raises:
-        UserError: it is not YAML, or not a mapping; ``origin`` says where it stood.
+        UserError: it is not YAML, or not a mapping.
     """
     try:
         values = yaml.safe_load(text)
@@ -79,8 +82,8 @@ def override(values: dict[str, Any], item: str, known: list[str], origin: str = 
     """Set ``item``, such as ``training.epochs=10``, in ``values``.
 
     Args:
-        known: the valid keys.
-        origin: where the item was given, for messages.
+        known: valid keys.
+        origin: where the item comes from, for messages.
 
     Raises:
         UserError: the key is not among the ``known`` ones, or the value is not YAML.
@@ -92,19 +95,19 @@ def override(values: dict[str, Any], item: str, known: list[str], origin: str = 
     if key not in known:
         raise UserError(f"{origin} {item}: unknown key {key!r}{_nearest(key, known)}")
     *sections, leaf = key.split(".")
-    place = values
+    section_values = values
     for section in sections:
-        place = place.setdefault(section, {})
-        if not isinstance(place, dict):
+        section_values = section_values.setdefault(section, {})
+        if not isinstance(section_values, dict):
             raise UserError(f"{origin} {item}: {section!r} is not a section of this recipe; write it as nested keys")
-    place[leaf] = _parse_value(text, f"{origin} {item}")
+    section_values[leaf] = _parse_value(text, f"{origin} {item}")
 
 
 def explain(error: ValidationError, known: list[str]) -> str:
-    """What is wrong with a recipe, in one line, with the nearest of the ``known`` keys for each unknown one."""
+    """Explain validation errors in one line, with the nearest of the ``known`` keys for each unknown key."""
     lines = []
     for item in error.errors():
-        key = ".".join(part for part in map(str, item["loc"]) if part[0] != "[")  # [..]: which kind of value it is
+        key = ".".join(part for part in map(str, item["loc"]) if part[0] != "[")  # [..]: tag of a discriminated union
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}{_nearest(key, known)}")
         else:
@@ -132,7 +135,7 @@ def _parse_value(text: str, origin: str) -> Any:
 
 def _nearest(given: str, known: list[str]) -> str:
     match = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    if not match:  # a right leaf in the wrong section is the commonest mistake
+    if not match:  # the most common mistake: a valid leaf in the wrong section
         leaf = given.rsplit(".", 1)[-1]
         match = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
     return f", did you mean {match[0]!r}?" if match else ""

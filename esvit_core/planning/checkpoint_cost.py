@@ -1,7 +1,8 @@
-"""What checkpoints cost, and how much training is lost without warning, before a run starts."""
+"""What checkpoints cost, and how much training a kill without warning loses, estimated before a run starts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from esvit_core.config import Config
@@ -9,48 +10,51 @@ from esvit_core.training.checkpoint_interval import POD_LOST_SECONDS, UNHURRIED_
 
 
 @dataclass(frozen=True)
-class Saving:
-    """The checkpoints of a training.
+class CheckpointCost:
+    """The cost of a training's checkpoints.
 
     Attributes:
-        bytes: of one.
-        lost_seconds: training that is lost at most when it is killed where it may write a checkpoint before it stops
-            (on this machine, in a pod of a job): the time between two, without what one takes to reach the store.
-        bytes_an_hour: written there.
-        pod_lost_seconds: lost at most in a step's own pod, where the store keeps up.
-        store_rate: bytes a second that the store has to take for that.
-        pod_bytes_an_hour: written there, with a fast store and with one that just keeps up.
+        bytes: size of a checkpoint.
+        lost_seconds: training that a kill without warning loses at most on this machine or in a pod of a job: the
+            interval between checkpoints, not counting the time that one takes to reach the store.
+        bytes_per_hour: bytes written at this interval.
+        pod_lost_seconds: training lost at most in a step's own pod, where the store keeps up.
+        store_rate: bytes per second that the store has to take for that.
+        pod_bytes_per_hour: bytes written in a step's own pod, with a fast store and with one that just keeps up.
     """
 
     bytes: float
     lost_seconds: float
-    bytes_an_hour: float
+    bytes_per_hour: float
     pod_lost_seconds: float
     store_rate: float
-    pod_bytes_an_hour: tuple[float, float]
+    pod_bytes_per_hour: tuple[float, float]
 
 
-def saving(config: Config, checkpoint_bytes: float, step_seconds: float) -> Saving:
-    """The checkpoints of ``config``.
+def checkpoint_cost(config: Config, checkpoint_bytes: float, step_seconds: float | None) -> CheckpointCost:
+    """Estimate the cost of the checkpoints of ``config``.
 
     Args:
-        config: of the run.
-        checkpoint_bytes: size of one.
-        step_seconds: time of a training step.
+        config: configuration of the run.
+        checkpoint_bytes: size of a checkpoint.
+        step_seconds: time of a training step; None: it is not known, and the interval follows from
+            ``training.checkpoint_minutes`` alone, which is the longest that it can be.
     """
     training = config.training
-    steps = training.checkpoint_steps * step_seconds
+    steps = math.inf if step_seconds is None else training.checkpoint_steps * step_seconds
     if training.checkpoint_minutes != "auto":
         interval = min(60 * training.checkpoint_minutes, steps)
         hourly = 3600 / interval * checkpoint_bytes
-        return Saving(checkpoint_bytes, interval, hourly, interval, checkpoint_bytes / interval, (hourly, hourly))
+        return CheckpointCost(
+            checkpoint_bytes, interval, hourly, interval, checkpoint_bytes / interval, (hourly, hourly)
+        )
     interval, bound = min(UNHURRIED_SECONDS, steps), min(POD_LOST_SECONDS, steps)
-    return Saving(
+    return CheckpointCost(
         bytes=checkpoint_bytes,
         lost_seconds=interval,
-        bytes_an_hour=3600 / interval * checkpoint_bytes,
+        bytes_per_hour=3600 / interval * checkpoint_bytes,
         pod_lost_seconds=bound,
         store_rate=2 * checkpoint_bytes / bound,
-        # One that takes half of the bound to arrive is followed by the next at once.
-        pod_bytes_an_hour=(3600 / bound * checkpoint_bytes, 2 * 3600 / bound * checkpoint_bytes),
+        # A checkpoint whose upload takes half of the bound is followed by the next one at once.
+        pod_bytes_per_hour=(3600 / bound * checkpoint_bytes, 2 * 3600 / bound * checkpoint_bytes),
     )

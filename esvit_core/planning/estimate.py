@@ -1,4 +1,8 @@
-"""The estimate of a run, and what to change where it does not fit."""
+"""Estimate what a run requires, and suggest changes where it does not fit.
+
+FLOPs and memory are counted. Time and cost need a measured speed: of a GPU the user gives it, and this machine's processor
+is measured.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +16,28 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.models.precision import choose_precision
 from esvit_core.planning.count_operations import Demand, count_demand, shares
-from esvit_core.planning.rehearse import Rehearsal, rehearse
+from esvit_core.planning.rehearse import rehearse
 
-UTILISATION = 0.10  # of a GPU's peak: assumed, not measured; window attention in many small products stays far from it
-FREE_SHARE = 0.92  # of a device's memory: the rest is the driver's, or lost between tensors
+FREE_SHARE = 0.92  # of a device's memory; the driver and fragmentation take the rest
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU, from its maker's data sheet.
+    """A GPU model, from the vendor's data sheet.
 
     Attributes:
-        name: in full.
-        flops: dense operations a second, in bfloat16 on its tensor cores and in float32 beside them.
+        name: full name.
         memory: bytes.
     """
 
     name: str
-    flops: dict[torch.dtype, float]
     memory: float
 
 
 GPUS = {
-    "h200": Gpu("NVIDIA H200 SXM", {torch.bfloat16: 989e12, torch.float32: 67e12}, 141e9),
-    "h100": Gpu("NVIDIA H100 SXM", {torch.bfloat16: 989e12, torch.float32: 67e12}, 80e9),
-    "a100": Gpu("NVIDIA A100 SXM 80 GB", {torch.bfloat16: 312e12, torch.float32: 19.5e12}, 80e9),
+    "h200": Gpu("NVIDIA H200 SXM", 141e9),
+    "h100": Gpu("NVIDIA H100 SXM", 80e9),
+    "a100": Gpu("NVIDIA A100 SXM 80 GB", 80e9),
 }
 
 
@@ -45,18 +46,19 @@ class Plan:
     """The estimate of a run.
 
     Attributes:
-        device: what it runs on, in words.
-        on_cpu: it is this machine's processors, whose processes share one memory.
-        devices: how many of them, a process each.
-        dtype: of the networks' arithmetic.
-        demand: of each process.
-        images_per_process: of each process and step.
-        at_once: of these worked off at a time.
-        bytes: most memory held on a device, of all processes on it.
-        memory: of the device, bytes.
-        images_per_second: of all devices.
-        source: where speed and memory come from.
-        steps, seconds: of the whole training.
+        device: name of the device.
+        on_cpu: whether it is this machine's processor, whose processes share one memory.
+        devices: number of devices, with one process each.
+        dtype: dtype in which the networks compute.
+        demand: what a step requires of each process.
+        batch_size: global batch, images.
+        images_per_process: images per process and step.
+        micro_batch: images that a process computes at a time.
+        bytes: peak memory on a device, over all its processes.
+        memory: memory of the device, bytes.
+        images_per_second: measured speed of all devices together; None: it is not known.
+        source: where the speed comes from.
+        steps: steps of the whole training.
     """
 
     device: str
@@ -64,114 +66,123 @@ class Plan:
     devices: int
     dtype: torch.dtype
     demand: Demand
+    batch_size: int
     images_per_process: int
-    at_once: int
+    micro_batch: int
     bytes: float
     memory: float
-    images_per_second: float
+    images_per_second: float | None
     source: str
     steps: int
-    seconds: float
 
     @property
     def fits(self) -> bool:
-        """Whether a step finds the memory that it needs."""
+        """Whether a step fits into the memory of the device."""
         return self.bytes <= FREE_SHARE * self.memory
 
-    def cost(self, price: float) -> float:
-        """What the training costs at ``price`` for each device and hour."""
-        return price * self.devices * self.seconds / 3600
+    @property
+    def step_seconds(self) -> float | None:
+        """Time of a step; None where the speed is not known."""
+        return None if self.images_per_second is None else self.batch_size / self.images_per_second
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the whole training; None where the speed is not known."""
+        return None if self.step_seconds is None else self.steps * self.step_seconds
+
+    def cost(self, price: float) -> float | None:
+        """Cost of the training at ``price`` per device-hour; None where the speed is not known."""
+        return None if self.seconds is None else price * self.devices * self.seconds / 3600
 
 
-def plan_run(config: Config, gpu: str, gpus: int, images: int, utilisation: float = UTILISATION) -> Plan:
+def plan_run(config: Config, gpu: str, gpus: int, images: int, images_per_second: float | None = None) -> Plan:
     """Estimate the training of ``config``.
 
     Args:
-        config: of the run.
-        gpu: one of :data:`GPUS`, or ``cpu``: this machine, which takes a few real steps.
-        gpus: how many.
-        images: training images.
-        utilisation: share of a GPU's peak that the step reaches.
+        config: configuration of the run.
+        gpu: a key of :data:`GPUS`, or ``cpu``: this machine, which runs a few real steps to measure its speed.
+        gpus: number of GPUs.
+        images: number of training images.
+        images_per_second: measured speed of all GPUs together; None: it is not known, and neither are time and cost.
 
     Raises:
-        UserError: the batch does not go round, the images do not make one, or the recipe has no such network.
+        UserError: there are fewer images than a batch needs or more GPUs than images in a batch, the network does not
+            exist, or a speed is given for ``cpu``.
     """
-    steps = images // config.training.batch_size * config.training.epochs
+    batch_size = config.training.batch_size
+    steps = images // batch_size * config.training.epochs
     if steps == 0:
-        raise UserError(
-            f"--images {images}: expected at least training.batch_size, which is {config.training.batch_size}"
-        )
+        raise UserError(f"--images {images}: expected at least training.batch_size, which is {batch_size}")
     if gpu == "cpu":
+        if images_per_second is not None:
+            raise UserError("--images-per-second: no effect with --gpu cpu, whose speed is measured here; leave it out")
         return _on_cpu(config, steps)
-    if gpus > config.training.batch_size:
-        raise UserError(f"--gpus {gpus}: expected at most training.batch_size, which is {config.training.batch_size}")
+    if gpus > batch_size:
+        raise UserError(f"--gpus {gpus}: expected at most training.batch_size, which is {batch_size}")
     kind = GPUS[gpu]
     dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
     demand = count_demand(config, dtype)
-    images_per_process, at_once = shares(config, gpus)
-    rate = gpus * utilisation * kind.flops[dtype] / demand.flops
-    source = f"counted operations, at {utilisation:.0%} of the GPU's peak: assumed, not measured"
+    images_per_process, micro_batch = shares(config, gpus)
     return Plan(
         device=kind.name,
         on_cpu=False,
         devices=gpus,
         dtype=dtype,
         demand=demand,
+        batch_size=batch_size,
         images_per_process=images_per_process,
-        at_once=at_once,
-        bytes=demand.bytes(at_once),
+        micro_batch=micro_batch,
+        bytes=demand.bytes(micro_batch),
         memory=kind.memory,
-        images_per_second=rate,
-        source=source,
+        images_per_second=images_per_second,
+        source="not measured" if images_per_second is None else "from --images-per-second",
         steps=steps,
-        seconds=steps * config.training.batch_size / rate,
     )
 
 
 def _on_cpu(config: Config, steps: int) -> Plan:
     dtype = choose_precision(config.training.precision, torch.device("cpu")).dtype
     demand = count_demand(config, dtype, "cpu")
-    seen: Rehearsal = rehearse(config, demand.flops)
-    images_per_process, at_once = shares(config, seen.processes)
-    seconds = seen.seconds_of(images_per_process)
+    rehearsal = rehearse(config, demand.flops)
+    images_per_process, micro_batch = shares(config, rehearsal.processes)
     return Plan(
-        device=f"this machine, {seen.threads} threads a process",
+        device=f"this machine, {rehearsal.threads} threads per process",
         on_cpu=True,
-        devices=seen.processes,
+        devices=rehearsal.processes,
         dtype=dtype,
         demand=demand,
+        batch_size=config.training.batch_size,
         images_per_process=images_per_process,
-        at_once=at_once,
-        bytes=seen.processes * seen.bytes_of(at_once),
+        micro_batch=micro_batch,
+        bytes=rehearsal.processes * rehearsal.bytes_of(micro_batch),
         memory=float(psutil.virtual_memory().total),
-        images_per_second=config.training.batch_size / seconds,
-        source=f"steps on {seen.images[0]} and {seen.images[1]} images that were taken here",
+        images_per_second=config.training.batch_size / rehearsal.seconds_of(images_per_process),
+        source=f"measured here in steps on {rehearsal.images[0]} and {rehearsal.images[1]} images",
         steps=steps,
-        seconds=steps * seconds,
     )
 
 
 def advice(config: Config, plan: Plan) -> list[str]:
-    """What to change so that a plan that does not fit does: settings, each with the memory that it leads to."""
+    """Suggest settings with which a plan that does not fit would fit, each with the memory that results."""
     room, found = FREE_SHARE * plan.memory, []
-    processes = plan.devices if plan.on_cpu else 1  # that share the memory
+    processes = plan.devices if plan.on_cpu else 1  # processes that share the memory
     most = plan.demand.most_images(room / processes)
     if most >= 2:
         parts = math.ceil(plan.images_per_process / most)
         found.append(
-            f"--set training.max_images_per_process={-(-plan.images_per_process // parts)}: the same batch in {parts} parts"
+            f"--set training.max_images_per_process={-(-plan.images_per_process // parts)}: the same batch in {parts} micro-batches"
         )
     if not config.launch.activation_checkpointing:
         launch = config.launch.model_copy(update={"activation_checkpointing": True})
         kind = "cpu" if plan.on_cpu else "cuda"
         less = count_demand(config.model_copy(update={"launch": launch}), plan.dtype, kind)
-        amount = processes * less.bytes(plan.at_once) / 1e9
-        fits = "fits" if 1e9 * amount <= room else "not enough alone"
+        amount = processes * less.bytes(plan.micro_batch) / 1e9
+        fits = "fits" if 1e9 * amount <= room else "not enough by itself"
         found.append(
-            f"--set launch.activation_checkpointing=true: {amount:.1f} GB, {fits}; a third more time, the same numbers"
+            f"--set launch.activation_checkpointing=true: {amount:.1f} GB, {fits}; a third slower, the same numbers"
         )
     if most >= 1 and not plan.on_cpu:
         found.append(f"--gpus {plan.devices * math.ceil(plan.images_per_process / most)}")
     if not most:
-        found.append("a smaller model or fewer prototypes (head.out_dim): not one image fits")
+        found.append("a smaller model or fewer prototypes (head.out_dim): not even one image fits")
     return found

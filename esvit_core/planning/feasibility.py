@@ -1,4 +1,4 @@
-"""Mistakes in a configuration that would show only after hours, found before anything is prepared."""
+"""Checks, before anything is prepared, for mistakes in a configuration that would otherwise fail after hours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from esvit_core.errors import UserError
 
 
 def require_possible(config: Config) -> None:
-    """Return if a run of ``config`` can train its network and can measure the metric that decides on promotion.
+    """Return if a run of ``config`` can train its network and measure ``promotion.metric``.
 
-    The network is made, and fed with crops of every size, on tensors without data.
+    Builds the network on fake tensors and feeds it crops of every size.
 
     Raises:
         UserError: it cannot; the message names the setting.
@@ -48,27 +48,7 @@ def _require_batch(config: Config) -> None:
 
 
 def _require_network(config: Config) -> None:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from esvit_core.planning.fake_network import fake_network, require_crop_sizes  # imports torch
 
-    from esvit_core.models.multicrop import build_network
-
-    augment = config.augment
-    sizes = [
-        ("augment.global_crops.size", augment.global_crops.size),
-        *(("augment.local_crops.size", kind.size) for kind in augment.local_kinds if kind.number),
-        ("evaluation.crop", config.evaluation.crop),
-    ]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        try:
-            network = build_network(config).train()
-        except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
-            raise UserError(f"model {config.model.arch}: {error}; change the recipe's `model` section") from None
-        for setting, size in sizes:
-            try:
-                network.backbone.views_and_regions(torch.empty(2, 3, size, size))
-            except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
-                raise UserError(
-                    f"{setting} {size}: {config.model.arch} does not take crops of {size} pixels ({error}); change "
-                    "the size or the recipe's `model` section"
-                ) from None
+    with fake_network(config) as network:
+        require_crop_sizes(network, config)

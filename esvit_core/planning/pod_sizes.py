@@ -1,7 +1,7 @@
-"""What the pods of a run's steps ask for where the configuration says `auto`: cores and memory that follow from the recipe.
+"""Compute the resources of a step's pods where the configuration says `auto`.
 
-Memory of a training on processors is counted as `esvit plan` counts it; what else a process holds was measured
-(docs/submit.md). On GPUs the memory of the host is assumed, so much for each of them.
+The memory of a training on processors is counted as in `esvit plan`, plus the measured overhead of a process
+(docs/submit.md). For a training on GPUs the host memory per GPU is an assumption.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from esvit_core.config.kubernetes_names import (
 )
 
 GIB = 2**30
-STEPS_OF_SIZE = GIB // 4
-SMALL_PARAMETERS = 10_000_000  # of a student with its heads: less trains and is measured well on part of a core
-# Beside its steps a training process holds torch, the library, data and a copy of the state for the checkpoint; the
-# step that starts it holds torchx.
+MEMORY_STEP = GIB // 4  # memory is rounded up to a multiple
+SMALL_PARAMETERS = 10_000_000  # parameters of student and heads below which part of a core suffices
+# A training process also holds torch, the library, data, and copies of the state for the checkpoint. The step that
+# launches it holds torchx.
 PROCESS_BYTES = 1.0 * GIB
 STEP_BYTES = 0.7 * GIB
 WORKER_BYTES = 0.5 * GIB
 STATE_COPIES = 2
-GPU_HOST_BYTES = 8 * GIB  # assumed
-GPU_CORES = 4  # for decoding and cropping images; assumed
-MOST_PROCESSES = 2  # that `training.processes: auto` starts on processors
+GPU_HOST_BYTES = 8 * GIB  # host memory per GPU, an assumption
+GPU_CORES = 4  # cores per GPU that decode and crop images, an assumption
+MAX_PROCESSES = 2  # maximum of `training.processes: auto` on processors
 
 
 @dataclass(frozen=True)
 class Size:
-    """Cores and bytes: asked for, and at most."""
+    """Requests and limits: cores, and memory in bytes."""
 
     cores: float
     cores_limit: float
@@ -45,30 +45,30 @@ class Size:
     memory_limit: float
 
 
-def sized(config: Config, role: Role) -> PodConfig:
-    """What the pods of that kind of step get, with every `auto` made definite.
+def resolve_pod(config: Config, role: Role) -> PodConfig:
+    """Return the pod settings of a kind of step, with every `auto` replaced by a quantity.
 
     Args:
-        config: of the run. With a scheduler other than local, `train` means each pod of the job.
+        config: configuration of the run. With a scheduler other than local, `train` means each pod of the job.
 
     Raises:
-        UserError: the recipe has no such network.
+        UserError: the network cannot be built.
     """
-    return definite(config.cluster.pod(role), lambda: _SIZES[role](config))
+    return fill_auto(config.cluster.pod(role), lambda: _SIZES[role](config))
 
 
-def with_sizes(config: Config) -> Config:
-    """The configuration with the sizes of all its pods: what a pipeline is compiled with, which any recipe may run on.
+def with_pod_sizes(config: Config) -> Config:
+    """Return the configuration with every `auto` of its pods replaced, as needed to compile a pipeline.
 
     Raises:
-        UserError: the recipe has no such network.
+        UserError: the network cannot be built.
     """
-    pods: dict[str, PodConfig] = {role: sized(config, role) for role in _SIZES}
+    pods: dict[str, PodConfig] = {role: resolve_pod(config, role) for role in _SIZES}
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=pods)})
 
 
-def definite(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
-    """``pod`` with every `auto` from ``size``, which is asked only where there is one."""
+def fill_auto(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
+    """Replace every `auto` of ``pod`` by the value from ``size``, which is called only if there is one."""
     if AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit):
         return pod
     needed = size()
@@ -78,14 +78,14 @@ def definite(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
     memory: float = needed.memory if pod.memory == AUTO else quantity_bytes(pod.memory)
     if pod.memory == AUTO and pod.memory_limit != AUTO:
         memory = min(memory, quantity_bytes(pod.memory_limit))
-    most = max(memory, needed.memory_limit) if pod.memory == AUTO else memory
-    found = {
+    memory_limit = max(memory, needed.memory_limit) if pod.memory == AUTO else memory
+    quantities = {
         "cpu": cores_quantity(cores) if pod.cpu == AUTO else pod.cpu,
         "cpu_limit": cores_quantity(max(cores, needed.cores_limit)) if pod.cpu_limit == AUTO else pod.cpu_limit,
         "memory": bytes_quantity(memory) if pod.memory == AUTO else pod.memory,
-        "memory_limit": bytes_quantity(most) if pod.memory_limit == AUTO else pod.memory_limit,
+        "memory_limit": bytes_quantity(memory_limit) if pod.memory_limit == AUTO else pod.memory_limit,
     }
-    return pod.model_copy(update=found)
+    return pod.model_copy(update=quantities)
 
 
 def _prepare(config: Config) -> Size:
@@ -108,7 +108,7 @@ def _train(config: Config) -> Size:
     if config.launch.scheduler != "local":
         processes, nodes = config.node_processes, config.launch.fewest_nodes
     else:
-        usual = pod.accelerators or MOST_PROCESSES
+        usual = pod.accelerators or MAX_PROCESSES
         processes, nodes = (usual if training.processes == "auto" else training.processes), 1
     parameters = _parameters(config.to_yaml())
     state = STATE_COPIES * BYTES_A_PARAMETER[config.optimizer.name] * parameters
@@ -116,13 +116,13 @@ def _train(config: Config) -> Size:
     memory = STEP_BYTES + state + shared + processes * (PROCESS_BYTES + training.workers * WORKER_BYTES)
     if pod.accelerators:
         memory += processes * GPU_HOST_BYTES
-        cores, most = float(GPU_CORES * pod.accelerators), 2.0 * GPU_CORES * pod.accelerators
+        cores, cores_limit = float(GPU_CORES * pod.accelerators), 2.0 * GPU_CORES * pod.accelerators
     else:
         fixed, image = _step_bytes(config.to_yaml())
         memory += processes * (fixed + image * shares(config, min(training.batch_size, nodes * processes))[1])
-        cores, most = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
-    memory = STEPS_OF_SIZE * math.ceil(memory / STEPS_OF_SIZE)
-    return Size(cores, most, memory, 2 * memory)
+        cores, cores_limit = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
+    memory = MEMORY_STEP * math.ceil(memory / MEMORY_STEP)
+    return Size(cores, cores_limit, memory, 2 * memory)
 
 
 _SIZES: dict[Role, Callable[[Config], Size]] = {
@@ -135,7 +135,7 @@ _SIZES: dict[Role, Callable[[Config], Size]] = {
 
 @cache
 def _parameters(text: str) -> int:
-    """Of the student with its heads."""
+    """Parameters of the student with its heads."""
     from esvit_core.planning.count_operations import count_parameters
 
     return count_parameters(Config.from_yaml(text))
@@ -143,7 +143,7 @@ def _parameters(text: str) -> int:
 
 @cache
 def _step_bytes(text: str) -> tuple[float, float]:
-    """Of a training process on processors: held whatever the batch, and for each image that is worked off at a time."""
+    """Memory of a training process on processors: fixed, and per image of a micro-batch."""
     import torch
 
     from esvit_core.planning.count_operations import count_demand

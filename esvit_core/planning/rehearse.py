@@ -1,7 +1,7 @@
-"""Real steps of a run on this machine's processors, on noise, to know what they take: ``rehearse``.
+"""Run a few real training steps on noise on this machine's processors to measure their time and memory.
 
-As many processes as will train take them together, on as many threads, each on a few images; what a whole share
-takes follows on the straight line through two sizes.
+The steps run in as many processes and threads as the training will have, with two small numbers of images per process.
+Time and memory for the full share of the batch are extrapolated linearly from the two.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from esvit_core.training.loop import training_step
 from esvit_core.training.state import apply_activation_checkpointing_, assemble, make_deterministic
 
 WARM_UP = 2
-MOST_FLOPS = 6e11  # of a step, and of all steps with one number of images where they are small: seconds of a core
-FEWEST_STEPS, MOST_STEPS = 3, 20
-# What a training process holds beside its steps: metrics, log, the store's client, the checkpoint that is written.
+MAX_FLOPS = 6e11  # per step, and over all steps of a size where they are small: a few seconds on a core
+MIN_STEPS, MAX_STEPS = 3, 20
+# Memory of a training process outside its steps: metrics, log, store client, the checkpoint being written.
 SERVICES_BYTES = 200e6
-SHORT_SIDE = 375  # pixels, of ImageNet's images; where the recipe shrinks them further, its own
+SHORT_SIDE = 375  # typical short side of ImageNet images, pixels
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a step took.
+    """Measurements of the rehearsed steps.
 
     Attributes:
-        processes: that trained together.
-        threads: of each.
-        images: of a process, the two sizes.
-        seconds: of a step with each, data included.
-        bytes: most memory of a process with each.
+        processes: number of processes that trained together.
+        threads: threads per process.
+        images: images per process, the two sizes.
+        seconds: time of a step with each size, including data loading.
+        bytes: peak memory of a process with each size.
     """
 
     processes: int
@@ -60,35 +60,35 @@ class Rehearsal:
     bytes: tuple[float, float]
 
     def seconds_of(self, images: int) -> float:
-        """Of a step on ``images`` in each process."""
-        return _on_line(self.images, self.seconds, images)
+        """Extrapolated time of a step on ``images`` per process."""
+        return _extrapolate(self.images, self.seconds, images)
 
     def bytes_of(self, images: int) -> float:
-        """Most memory of a process that works on ``images`` at a time."""
-        return SERVICES_BYTES + _on_line(self.images, self.bytes, images)
+        """Extrapolated peak memory of a process with micro-batches of ``images``."""
+        return SERVICES_BYTES + _extrapolate(self.images, self.bytes, images)
 
 
-def _on_line(x: Sequence[float], y: Sequence[float], at: float) -> float:
+def _extrapolate(x: Sequence[float], y: Sequence[float], at: float) -> float:
     slope = max(0.0, (y[1] - y[0]) / max(1, x[1] - x[0]))
     return y[1] + slope * (at - x[1])
 
 
 def rehearse(config: Config, flops: float) -> Rehearsal:
-    """Take a few real steps of ``config`` on this machine's processors.
+    """Run a few real steps of ``config`` on this machine's processors.
 
     Args:
-        config: of the run.
-        flops: operations for each image, which bound the images of a step.
+        config: configuration of the run.
+        flops: FLOPs per image, which limit the images of a step.
 
     Raises:
-        UserError: a process failed.
+        UserError: a process fails.
     """
     processes, threads = divide_cores(config)
     share = -(-config.training.batch_size // processes)
     most = min(share, config.training.max_images_per_process or share)
-    larger = int(min(most, max(4, MOST_FLOPS // flops)))
+    larger = int(min(most, max(4, MAX_FLOPS // flops)))
     sizes = max(1, larger // 2), larger
-    steps = int(min(MOST_STEPS, max(FEWEST_STEPS, MOST_FLOPS // (flops * larger))))
+    steps = int(min(MAX_STEPS, max(MIN_STEPS, MAX_FLOPS // (flops * larger))))
     with tempfile.TemporaryDirectory(prefix="esvit-plan-") as folder:
         recipe = Path(folder) / "config.yaml"
         recipe.write_text(config.to_yaml(), encoding="utf-8")
@@ -98,7 +98,7 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
                 command,
                 stdout=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # as torchrun does: on a busy machine Linux gives each session its share
+                start_new_session=True,  # as torchrun does: Linux schedules each session fairly on a busy machine
                 env={
                     **BEFORE_TORCH,
                     **os.environ,
@@ -109,19 +109,21 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
             for rank in range(processes)
         ]
         try:
-            told = [process.communicate()[0] for process in running]
+            outputs = [process.communicate()[0] for process in running]
         finally:
             for process in running:
                 process.kill()
     if any(process.returncode for process in running):
-        raise UserError("plan: the rehearsed steps failed, see above; with less memory than they need, plan for a GPU")
-    found = [json.loads(text.splitlines()[-1]) for text in told]
+        raise UserError(
+            "plan: the rehearsed steps failed, see above; if this machine has too little memory for them, plan for a GPU"
+        )
+    found = [json.loads(text.splitlines()[-1]) for text in outputs]
     seconds, memory = (tuple(max(one[name][i] for one in found) for i in (0, 1)) for name in ("seconds", "bytes"))
     return Rehearsal(processes, threads, sizes, seconds, memory)
 
 
 class Noise:
-    """Images of coarse noise, 3 to 4, decoded from JPEG as those of a run are."""
+    """A dataset of coarse noise, aspect ratio 4:3, decoded from JPEG like the images of a run."""
 
     def __init__(self, config: Config, count: int) -> None:
         short = min(config.data.store_short_side or SHORT_SIDE, SHORT_SIDE)
@@ -142,7 +144,7 @@ class Noise:
 
 
 def main(recipe: str, steps: str, *sizes: str) -> None:
-    """Body of a process: prints the seconds of a step and the most memory with each number of images."""
+    """Run the steps of one process; print step time and peak memory for each number of images as JSON."""
     config = Config.from_yaml(Path(recipe).read_text(encoding="utf-8"))
     keep_freed_memory()
     if config.training.deterministic:

@@ -1,7 +1,7 @@
-"""The champion, measured on the images of the run that challenges it.
+"""Evaluation of the champion on the images of its challenger.
 
-The figures with which a champion was promoted are of the images of then. A retraining has more of them, held-out ones
-too, so both networks are measured on the challenger's: the same bank, the same held-out images, the same protocol.
+A champion's own figures were measured on the images of its run. A retraining has more images, also held-out ones, so
+both networks are evaluated on the challenger's: the same k-NN bank, held-out images and protocol.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Comparison = dict[str, Any]
 
 
 def is_retraining(run_uri: str, store: ObjectStore) -> bool:
-    """Whether the run is one that looks for new images and challenges the champion."""
+    """Whether the run is a retraining, which challenges the champion."""
     return store.exists(join_uri(run_uri, RETRAINING))
 
 
 def comparison_uri(run_uri: str, champion: dict[str, Any]) -> str:
-    """Where the figures of a champion on the run's images lie."""
+    """Return the address of a champion's figures on the run's images."""
     return join_uri(run_uri, "comparison", f"{str(champion['run']).rpartition('/')[2]}.json")
 
 
 def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) -> Comparison | None:
-    """The figures of a champion on the run's images; None if it was not measured on them.
+    """Read a champion's figures on the run's images; None if it was not evaluated on them.
 
     Args:
-        champion: what the pointer says.
+        champion: value of the champion's pointer.
     """
     try:
         return store.get_json(comparison_uri(run_uri, champion))
@@ -47,17 +47,17 @@ def read_comparison(run_uri: str, store: ObjectStore, champion: dict[str, Any]) 
 
 
 def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, champion: dict[str, Any]) -> Comparison:
-    """Measure a champion on the run's images, with every evaluation that the run itself has.
+    """Evaluate a champion on the run's images, with every evaluation that the run itself has.
 
-    A run that started from this champion has its figures already, as its baseline, which is the same network.
-    Written once.
+    A run that started from this champion has its figures already: they are those of its baseline, the same network.
+    The result is written once.
 
     Args:
-        champion: what the pointer says.
+        champion: value of the champion's pointer.
 
     Returns:
-        ``run`` and ``backbone`` of the champion, ``how`` its figures came about, and ``results``: by evaluation (``knn``,
-        ``linear``, ``transfer-<set>``) a result whose only model is ``champion``.
+        ``run`` and ``backbone`` of the champion, ``how`` its figures were obtained, and ``results``: for each evaluation
+        (``knn``, ``linear``, ``transfer-<set>``) a result whose only model is ``champion``.
     """
     if (found := read_comparison(run_uri, store, champion)) is not None:
         return found
@@ -67,11 +67,11 @@ def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, cham
     weights = _weights(store, champion["backbone"])
     if weights is None:
         how = "it could not be measured"
-        reason = f"its backbone is not at {champion['backbone']} any more"
+        reason = f"its backbone at {champion['backbone']} was deleted"
         results = {name: left_out(result["headline"], reason) for name, result in own.items()}
     elif weights == _weights(store, join_uri(run_uri, "baseline")):
         how = "the run started from it"
-        results = {name: _of_the_start(result) for name, result in own.items()}
+        results = {name: _from_baseline(result) for name, result in own.items()}
     else:
         how = "measured on the images of the run"
         results = _measure(run_uri, store, config, champion["backbone"], list(own))
@@ -88,12 +88,12 @@ def compare_with_champion(run_uri: str, store: ObjectStore, config: Config, cham
 
 
 def _weights(store: ObjectStore, backbone: str) -> str | None:
-    """SHA-256 of a published backbone's weights."""
+    """SHA-256 of a published backbone's weights; None if it does not exist."""
     manifest = store.read_manifest(backbone)
     return None if manifest is None else str(manifest["files"][_WEIGHTS]["sha256"])
 
 
-def _of_the_start(result: Result) -> Result:
+def _from_baseline(result: Result) -> Result:
     results = result["results"]
     return {**result, "results": {CHAMPION: results["baseline"]} if results else {}}
 
@@ -101,7 +101,7 @@ def _of_the_start(result: Result) -> Result:
 def _measure(
     run_uri: str, store: ObjectStore, config: Config, backbone_uri: str, names: list[str]
 ) -> dict[str, Result]:
-    # Here, for most retrainings started from the champion and need none of it.
+    # Imported here, because most retrainings start from the champion and need none of it.
     from esvit_core.data.shards.manifest import Manifest
     from esvit_core.evaluation.features import SPLITS, empty_features, features_of, split_datasets
     from esvit_core.evaluation.knn import measure_knn

@@ -1,7 +1,7 @@
-"""Champions as versions of a registered model in the Kubeflow Model Registry, through its REST API (v1alpha3).
+"""Register champions as versions of a registered model in the Kubeflow Model Registry (REST API v1alpha3).
 
-The pointer in the object store decides who the champion is; the registry repeats it for people and tools that look
-there. Registering twice changes nothing, so that what an outage prevented can be repeated: `esvit champions --register`.
+The pointer in the object store decides which run is the champion; the registry mirrors it. Registration is idempotent, so
+it can be repeated after an outage: `esvit champions --register`.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ Resource = dict[str, Any]
 
 
 class RegistryError(UserError):
-    """The registry answers, and refuses the request."""
+    """The registry refused the request."""
 
 
-class RegistryUnavailable(InfrastructureError):  # noqa: N818  the name says what is the matter
-    """The registry gives no answer, or fails."""
+class RegistryUnavailable(InfrastructureError):  # noqa: N818  the name states the condition
+    """The registry did not answer, or failed."""
 
 
 class ModelRegistry:
-    """Requests to one server.
+    """A client of one registry server.
 
     Args:
         url: ``http(s)://host:port``.
-        token_file: with a bearer token, where a gateway asks for one; read for every request.
+        token_file: file with a bearer token, if a gateway requires one; it is read for every request.
 
     Raises:
         UserError: the address is malformed.
@@ -61,16 +61,16 @@ class ModelRegistry:
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def find(self, path: str, **query: str) -> Resource | None:
-        """The resource of that name; None if there is none."""
+        """Return the resource that a query finds; None if there is none."""
         status, answer = self._send("GET", f"{path}?{urlencode(query)}")
         return None if status == 404 else answer
 
     def ensure(self, path: str, found_at: str, query: Mapping[str, str], body: Resource) -> Resource:
-        """Make a resource unless it is there, and bring its description and properties up to date.
+        """Create a resource if it does not exist, and update its description and properties.
 
         Args:
-            path: the collection, where one is made and, with its id, changed.
-            found_at: where one is looked up by ``query``.
+            path: collection in which it is created and, by id, updated.
+            found_at: path at which ``query`` finds it.
         """
         found = self.find(found_at, **query)
         if found is None:
@@ -86,11 +86,11 @@ class ModelRegistry:
         return self._send("PATCH", f"{path}/{found['id']}", wanted)[1]
 
     def create(self, path: str, body: Resource) -> None:
-        """Make a resource; one that is there already stays as it is."""
+        """Create a resource; an existing one is left unchanged."""
         self._send("POST", path, body)
 
     def _send(self, method: str, path: str, body: Resource | None = None) -> tuple[int, Resource]:
-        """Status and answer; of the statuses that are errors only 404 of a GET and 409 are returned."""
+        """Send a request; return status and body. Of the error statuses only 404 of a GET and 409 are returned."""
         request = urllib.request.Request(f"{self.url}{_API}{path}", method=method)
         request.add_header("Accept", "application/json")
         if self.token_file is not None:
@@ -106,27 +106,31 @@ class ModelRegistry:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise RegistryUnavailable(
-                f"model registry {self.url}: no answer ({reason}); check {URL_VARIABLE}"
+                f"model registry {self.url}: no answer ({reason}); check registry.url or {URL_VARIABLE}"
             ) from None
         if 300 <= status < 400:
-            raise RegistryError(f"model registry {self.url}: asks for a login; set {TOKEN_FILE_VARIABLE}")
+            raise RegistryError(
+                f"model registry {self.url}: requires a login; set {TOKEN_FILE_VARIABLE} to a file with a bearer token"
+            )
         try:
             answer = json.loads(data)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
             raise RegistryUnavailable(
-                f"model registry {self.url}: what answers is no model registry (HTTP status {status})"
+                f"model registry {self.url}: the server is not a model registry (HTTP status {status})"
             )
         if status >= 400 and status != _CONFLICT and (method, status) != ("GET", 404):
             kind = RegistryUnavailable if status >= 500 else RegistryError
-            said = " ".join(str(answer.get("message", "")).split())
-            raise kind(f"model registry {self.url}: {method} {path.partition('?')[0]}: HTTP status {status} ({said})")
+            message = " ".join(str(answer.get("message", "")).split())
+            raise kind(
+                f"model registry {self.url}: {method} {path.partition('?')[0]}: HTTP status {status} ({message})"
+            )
         return status, answer
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A login page that one is sent to is no answer."""
+    """Do not follow redirects, which lead to a login page."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
@@ -140,14 +144,14 @@ def _token(file: Path) -> str:
 
 
 def registry_of(config: Config | None = None, url: str | None = None) -> ModelRegistry:
-    """The registry that is configured.
+    """Return a client of the configured registry.
 
     Args:
-        config: of a run; None: there is none.
-        url: instead of what the configuration and the environment say.
+        config: configuration of a run, if there is one.
+        url: address that overrides the configuration and the environment.
 
     Raises:
-        UserError: no address is given, or it is malformed.
+        UserError: there is no address, or it is malformed.
     """
     address = url or (config and config.registry.url) or os.environ.get(URL_VARIABLE, "").strip()
     if not address:
@@ -159,18 +163,18 @@ def registry_of(config: Config | None = None, url: str | None = None) -> ModelRe
 def register_champions(
     registry: ModelRegistry, store: ObjectStore, bucket: str, pointer: str, history: bool = True
 ) -> list[str]:
-    """Register the champion, and its predecessors that the pointer remembers, as versions of the model ``pointer``.
+    """Register the champion, and the former champions in the pointer's history, as versions of the model ``pointer``.
 
     Returns:
-        The names of the versions, the present champion's last.
+        Names of the versions, the current champion's last.
 
     Raises:
-        UserError: there is no champion, or the registry refuses something.
-        InfrastructureError: the registry or the store is away.
+        UserError: there is no champion, or the registry refuses a request.
+        InfrastructureError: the registry or the store is unavailable.
     """
     uri = pointer_uri(bucket, pointer)
-    present = store.read_pointer(uri)
-    if present is None:
+    current = store.read_pointer(uri)
+    if current is None:
         raise UserError(f"pointer {pointer}: there is no champion yet (no {uri}); a run has to be promoted first")
     model = registry.find("/registered_model", name=pointer)
     other = _texts(model).get("pointer", uri) if model else uri
@@ -179,23 +183,23 @@ def register_champions(
             f"model registry {registry.url}: the registered model {pointer} belongs to {other}, not to {uri}; "
             "give this one another name with promotion.pointer"
         )
-    former = {entry["run"]: entry for entry in present.value.get("history", [])} if history else {}
-    former.pop(present.value["run"], None)
-    properties = _properties({"pointer": uri, "champion": name_of_run(present.value["run"])})
-    told = {"name": pointer, "description": f"Champions of {uri}", "customProperties": properties}
-    if model is None:  # the property `champion` names a version only when that is there
+    former = {entry["run"]: entry for entry in current.value.get("history", [])} if history else {}
+    former.pop(current.value["run"], None)
+    properties = _properties({"pointer": uri, "champion": name_of_run(current.value["run"])})
+    body = {"name": pointer, "description": f"Champions of {uri}", "customProperties": properties}
+    if model is None:  # set the property `champion` only after the version exists
         model = registry.ensure("/registered_models", "/registered_model", {"name": pointer}, {"name": pointer})
-    names = [_register(registry, store, model, entry) for entry in (*former.values(), present.value)]
-    registry.ensure("/registered_models", "/registered_model", {"name": pointer}, told)
+    names = [_register(registry, store, model, entry) for entry in (*former.values(), current.value)]
+    registry.ensure("/registered_models", "/registered_model", {"name": pointer}, body)
     return names
 
 
-def announce(run: Run) -> str:
-    """Register the champion after a promotion, where the run's configuration asks for it.
+def register_after_promotion(run: Run) -> str:
+    """Register the champion after a promotion, if the run's configuration asks for it.
 
     Returns:
-        What happened, in one line; empty where nothing is asked for. An outage is told, and is no error: the promotion
-        is done.
+        A message in one line; empty if no registration is configured. A failure is reported in the message and not
+        raised, because the promotion itself succeeded.
     """
     if run.config.registry.kind == "none":
         return ""
@@ -203,14 +207,15 @@ def announce(run: Run) -> str:
     try:
         registry = registry_of(run.config)
         version = register_champions(registry, run.store, bucket, pointer, history=False)[-1]
-    except Exception as error:  # whatever it is, the backbone is the champion
-        again = f"esvit champions --register --pointer {pointer} --bucket {bucket}"
-        return f"not registered, `{again}` repeats it: {' '.join(str(error).split()) or type(error).__name__}"
+    except Exception as error:  # the promotion succeeded in any case
+        command = f"esvit champions --register --pointer {pointer} --bucket {bucket}"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"not registered ({reason}); retry with `{command}`"
     return f"registered as {pointer}, version {version}, in {registry.url}"
 
 
 def _register(registry: ModelRegistry, store: ObjectStore, model: Resource, entry: Mapping[str, Any]) -> str:
-    """One champion as a version, with its backbone as the artifact."""
+    """Register one champion as a version, with its backbone as the artifact."""
     name, parent = name_of_run(entry["run"]), str(model["id"])
     body = {
         "name": name,
@@ -234,7 +239,7 @@ def _register(registry: ModelRegistry, store: ObjectStore, model: Resource, entr
 
 
 def _lineage(store: ObjectStore, entry: Mapping[str, Any]) -> dict[str, str | float | None]:
-    """Figures of a champion, and from what it was made: as far as its run still tells."""
+    """Collect the figures and the lineage of a champion, as far as its run still exists."""
     run = str(entry["run"])
     config, data = _read_config(store, run), _read_json(store, join_uri(run, "data", "manifest.json"))
     rolled_back, compared = entry.get("rolled_back") or {}, entry.get("compared") or {}
@@ -269,7 +274,7 @@ def _read_json(store: ObjectStore, uri: str) -> dict[str, Any]:
 
 
 def _properties(values: Mapping[str, str | float | None]) -> dict[str, Resource]:
-    """Custom properties as the API has them; what is not known is left out."""
+    """Convert values to custom properties of the API; unknown values are omitted."""
     made: dict[str, Resource] = {}
     for name, value in values.items():
         if isinstance(value, float):

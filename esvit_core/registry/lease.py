@@ -1,8 +1,8 @@
-"""Who is at a retraining: of two at once one goes on, and the other is told who has it.
+"""Lease: one retraining per champion at a time.
 
-There is a claim for each champion: a pointer, changed by compare-and-swap, that names the newest retraining and its
-owner. An owner that has died need not say so: whoever finds no sign of its life for long enough takes over, and the
-sign is whatever the run has written last.
+Each champion has one lease: a pointer, changed by compare-and-swap, that names the newest retraining and its owner. An
+owner that dies does not release it. Another owner may take it over once the run has written nothing for
+``retrain.lease_hours``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from esvit_core.config import Config
 from esvit_core.config.section import execution_fields
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import format_duration
-from esvit_core.registry.champions import now
-from esvit_core.runs.run import CLAIMS, PROMOTION
+from esvit_core.registry.champions import timestamp
+from esvit_core.runs.run import LEASES, PROMOTION
 from esvit_core.storage import ObjectStore, Pointer, join_uri
 
 
 @dataclass(frozen=True)
-class Claim:
+class Lease:
     """The newest retraining of a champion.
 
     Attributes:
         run: ``s3://bucket/runs/<id>``.
-        request: see :func:`request_of`.
-        owner: who makes it; the same one may begin again.
-        since: when it was claimed, ISO 8601.
-        base: folder of the data that it builds on; None: it reads everything.
+        request: digest of the configuration and the source, see :func:`request_digest`.
+        owner: who runs it; the same owner may resume it.
+        since: when the lease was acquired, ISO 8601.
+        base: prefix of the prepared data that it extends; None: it reads every image.
     """
 
     run: str
@@ -43,54 +43,54 @@ class Claim:
 
     @classmethod
     def of(cls, pointer: Pointer | None) -> Self | None:
-        """What the pointer says; None where it was never set."""
+        """Read the lease from its pointer; None if it was never acquired."""
         return None if pointer is None else cls(**pointer.value)
 
     def is_decided(self, store: ObjectStore) -> bool:
-        """Whether the retraining is finished: its backbone was promoted, or not."""
+        """Whether the retraining is finished: its promotion was decided either way."""
         return store.exists(join_uri(self.run, PROMOTION))
 
-    def put(self, store: ObjectStore, config: Config, expected: Pointer | None) -> bool:
-        """Make it the claim that counts; False if another was quicker."""
-        return store.swap_pointer(claim_uri(config), asdict(self), expected)
+    def acquire(self, store: ObjectStore, config: Config, expected: Pointer | None) -> bool:
+        """Acquire the lease; False if another process was faster."""
+        return store.swap_pointer(lease_uri(config), asdict(self), expected)
 
-    def taken_by(self, owner: str) -> Claim:
-        """The same retraining, by another or once more."""
-        return replace(self, owner=owner, since=now())
-
-
-def claim_uri(config: Config) -> str:
-    """Where the claim of a configuration's champion lies."""
-    return join_uri(f"s3://{config.bucket}", CLAIMS, config.promotion.pointer)
+    def renewed_by(self, owner: str) -> Lease:
+        """The lease on the same retraining, with a new owner or a new time."""
+        return replace(self, owner=owner, since=timestamp())
 
 
-def request_of(config: Config, source: str) -> str:
-    """Digest of what is asked for: an unfinished retraining goes on only for the same."""
-    left: Any = {**execution_fields(Config), "retrain": {"claim_hours"}}
-    asked = [config.model_dump(mode="json", exclude=left), source]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+def lease_uri(config: Config) -> str:
+    """Address of the lease on the champion that ``config`` names."""
+    return join_uri(f"s3://{config.bucket}", LEASES, config.promotion.pointer)
 
 
-def require_free(claim: Claim, owner: str, config: Config, store: ObjectStore) -> None:
-    """Return if ``owner`` may have a retraining that is not finished.
+def request_digest(config: Config, source: str) -> str:
+    """Digest of a retraining's configuration and source; only an equal request resumes an unfinished retraining."""
+    excluded: Any = {**execution_fields(Config), "retrain": {"lease_hours"}}
+    request = [config.model_dump(mode="json", exclude=excluded), source]
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def require_available(lease: Lease, owner: str, config: Config, store: ObjectStore) -> None:
+    """Return if ``owner`` may take the lease on an unfinished retraining.
 
     Raises:
-        UserError: another is at it, and alive as far as one can tell.
+        UserError: another owner holds it, and its run has written something within ``retrain.lease_hours``.
     """
-    if claim.owner == owner:
+    if lease.owner == owner:
         return
-    written = (found.modified for found in store.list(claim.run))
+    written = (found.modified for found in store.list(lease.run))
     last = max(
         [
-            datetime.fromisoformat(claim.since).timestamp(),
+            datetime.fromisoformat(lease.since).timestamp(),
             *(moment.timestamp() for moment in written if moment is not None),
         ]
     )
     silent = max(time.time() - last, 0.0)
-    if silent >= 3600 * config.retrain.claim_hours:
-        print(f"taking over from {claim.owner}, silent for {format_duration(silent)}", flush=True)
+    if silent >= 3600 * config.retrain.lease_hours:
+        print(f"taking over from {lease.owner}, which has written nothing for {format_duration(silent)}", flush=True)
         return
     raise UserError(
-        f"retrain: {claim.owner} is at {claim.run} since {claim.since}, last sign of life {format_duration(silent)} "
-        "ago; wait for it, or, if it is dead, take over with retrain.claim_hours=0"
+        f"retrain: {lease.owner} has held the lease on {lease.run} since {lease.since}, last write "
+        f"{format_duration(silent)} ago; wait until it finishes, or, if it has died, take over with retrain.lease_hours=0"
     )

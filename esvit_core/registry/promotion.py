@@ -1,8 +1,8 @@
-"""Promotion: the ``champion`` pointer moves to a new backbone that is better than the present one.
+"""Promotion: move the ``champion`` pointer to a new backbone that beats the current champion.
 
-Better is by the margin on the metric that decides, and on no transfer set worse by more than ``max_loss``. The pointer
-is the only thing that changes in the store; it is changed by compare-and-swap, so that of two runs that finish together
-one wins and the other is compared with the winner.
+A backbone beats the champion if it is better by the margin on ``promotion.metric`` and loses no more than ``max_loss`` on
+any transfer set. The pointer is changed by compare-and-swap: of two runs that finish at the same time one wins, and the
+other is compared with the winner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import Result, read_result
-from esvit_core.registry.champions import now, pointer_uri, with_history
+from esvit_core.registry.champions import pointer_uri, timestamp, with_history
 from esvit_core.registry.comparison import CHAMPION, compare_with_champion, is_retraining, read_comparison
 from esvit_core.runs.run import PROMOTION
 from esvit_core.storage import ObjectStore, Pointer, join_uri, split_uri
@@ -24,17 +24,17 @@ from esvit_core.storage.store_errors import NotFound
 
 _ATTEMPTS = 20
 _EARLIER = "promoted by an earlier attempt"
-_TOLERANCE = 1e-9  # percentage points: 33.1 - 33.0 is a little less than 0.1 in binary
+_TOLERANCE = 1e-9  # percentage points; in binary floating point 33.1 - 33.0 is slightly less than 0.1
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The metric of one run.
+    """A metric of one run.
 
     Attributes:
-        value: of the trained backbone, percent.
-        baseline: of the network before training.
-        task: digest of the classes measured: figures of different tasks do not compare.
+        value: value of the trained backbone, percent.
+        baseline: of the same network before training, percent.
+        task: digest of the classes; figures of different tasks cannot be compared.
     """
 
     value: float
@@ -43,18 +43,18 @@ class Figure:
 
 
 def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
-    """Make the run's backbone the champion if it beats the present one, and record the reason either way.
+    """Make the run's backbone the champion if it beats the current one, and record the reason either way.
 
-    The first champion has to beat its own baseline. Called again for the same run it returns the decision
-    that was taken; an attempt that died between the change and the record is recognised in the pointer.
+    The first champion has to beat its own baseline. Another call for the same run returns the recorded decision. If an
+    attempt died after it changed the pointer and before it recorded the decision, the pointer shows that.
 
     Returns:
-        The decision, also in ``promotion.json``: ``promoted``, ``reason``, ``metric``, ``value``, ``baseline``,
-        ``margin``, ``max_loss``, ``champion`` (the one it was compared with: run and value; None for the first),
-        ``figures`` (of every metric the run's and the champion's, None where it has none), ``pointer``, ``time``.
+        The decision, which is also in ``promotion.json``: ``promoted``, ``reason``, ``metric``, ``value``, ``baseline``,
+        ``margin``, ``max_loss``, ``champion`` (run and value of the champion it was compared with; None for the first),
+        ``figures`` (every metric of the run and of the champion, None where not measured), ``pointer``, ``time``.
 
     Raises:
-        UserError: the pointer changed under every one of many attempts.
+        UserError: the pointer changed during every attempt.
     """
     record = join_uri(run_uri, PROMOTION)
     try:
@@ -67,11 +67,11 @@ def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     return store.get_json(record)
 
 
-def foresee(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
-    """The decision on record, or else the one that :func:`promote` would take now; changes nothing.
+def preview_promotion(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
+    """Return the recorded decision, or the one that :func:`promote` would take timestamp, without changing anything.
 
     Returns:
-        ``promoted``, ``reason``, and ``decided``: whether it is on record.
+        ``promoted``, ``reason``, and ``decided``: whether the decision is recorded.
     """
     try:
         return store.get_json(join_uri(run_uri, PROMOTION)) | {"decided": True}
@@ -80,15 +80,15 @@ def foresee(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     figure = metric_figure(store, run_uri, config.promotion.metric)
     if isinstance(figure, str):
         return {"promoted": False, "reason": figure, "decided": False}
-    present = store.read_pointer(_pointer_uri(run_uri, config))
-    if present is not None and (earlier := _own_entry(present.value, run_uri)):
+    current = store.read_pointer(_pointer_uri(run_uri, config))
+    if current is not None and (earlier := _own_entry(current.value, run_uri)):
         return {"promoted": True, "reason": earlier.get("reason", _EARLIER), "decided": False}
-    promoted, reason = _verdict(run_uri, figure, present, store, config)
+    promoted, reason = _verdict(run_uri, figure, current, store, config)
     return {"promoted": promoted, "reason": reason, "decided": False}
 
 
 def metric_figure(store: ObjectStore, run_uri: str, metric: str) -> Figure | str:
-    """The run's figure of a metric (``knn/<k>``, ``linear``, ``transfer/<set>``), or why there is none."""
+    """Return the run's figure of a metric (``knn/<k>``, ``linear``, ``transfer/<set>``), or the reason why it has none."""
     name = _evaluation(metric)
     result = read_result(store, run_uri, name)
     if result is None:
@@ -97,7 +97,7 @@ def metric_figure(store: ObjectStore, run_uri: str, metric: str) -> Figure | str
 
 
 def beats(value: float, champion: float, margin: float) -> bool:
-    """Whether ``value`` is higher than the champion's by at least ``margin``; an equal one is not better."""
+    """Whether ``value`` is higher than the champion's by at least ``margin``; an equal value is not better."""
     return value > champion and value - champion >= margin - _TOLERANCE
 
 
@@ -115,12 +115,12 @@ def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[s
             "margin": config.promotion.margin,
             "max_loss": config.promotion.max_loss,
             "champion": champion,
-            "figures": _side_by_side(run_uri, present, store, config),
+            "figures": _side_by_side(run_uri, current, store, config),
             "pointer": pointer,
-            "time": now(),
+            "time": timestamp(),
         }
 
-    present: Pointer | None = None
+    current: Pointer | None = None
     figure = metric_figure(store, run_uri, metric)
     if isinstance(figure, str):
         return decision(False, figure)
@@ -128,21 +128,21 @@ def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[s
         return decision(False, "the run has published no backbone")
     lost, retraining = "", is_retraining(run_uri, store)
     for _ in range(_ATTEMPTS):
-        present = store.read_pointer(pointer)
-        if present is not None and (earlier := _own_entry(present.value, run_uri)):
-            # An earlier attempt of this run changed the pointer and died before it wrote so.
+        current = store.read_pointer(pointer)
+        if current is not None and (earlier := _own_entry(current.value, run_uri)):
+            # An earlier attempt changed the pointer and died before it recorded the decision.
             return decision(True, earlier.get("reason", _EARLIER), earlier.get("compared"))
-        champion = _compared(present)
-        if retraining and present is not None:
-            compare_with_champion(run_uri, store, config, present.value)
-        promoted, reason = _verdict(run_uri, figure, present, store, config)
+        champion = _compared(current)
+        if retraining and current is not None:
+            compare_with_champion(run_uri, store, config, current.value)
+        promoted, reason = _verdict(run_uri, figure, current, store, config)
         if not promoted:
             return decision(False, lost + reason, champion)
-        value = _pointer_value(run_uri, figure, metric, lost + reason, present)
-        if store.swap_pointer(pointer, value, present):
+        value = _pointer_value(run_uri, figure, metric, lost + reason, current)
+        if store.swap_pointer(pointer, value, current):
             return decision(True, lost + reason, champion)
         lost = "another run became champion in the meantime; "
-    raise UserError(f"pointer {pointer}: changed under {_ATTEMPTS} attempts; run the step again")
+    raise UserError(f"pointer {pointer}: changed during each of {_ATTEMPTS} attempts; run the step again")
 
 
 def _pointer_uri(run_uri: str, config: Config) -> str:
@@ -150,37 +150,37 @@ def _pointer_uri(run_uri: str, config: Config) -> str:
 
 
 def _verdict(
-    run_uri: str, figure: Figure, present: Pointer | None, store: ObjectStore, config: Config
+    run_uri: str, figure: Figure, current: Pointer | None, store: ObjectStore, config: Config
 ) -> tuple[bool, str]:
     metric, margin = config.promotion.metric, config.promotion.margin
-    if present is None:
-        told = f"{metric} {figure.value:.2f} against {figure.baseline:.2f} of the baseline"
+    if current is None:
+        comparison = f"{metric} {figure.value:.2f} against {figure.baseline:.2f} of the baseline"
         if figure.value > figure.baseline:
-            return True, f"first champion: {told}"
-        return False, f"no better than the baseline: {told}"
-    champion = _champion_figure(run_uri, present, store, metric)
+            return True, f"first champion: {comparison}"
+        return False, f"no better than the baseline: {comparison}"
+    champion = _champion_figure(run_uri, current, store, metric)
     if isinstance(champion, str):
-        return False, f"cannot be compared with the champion {present.value['run']}: {champion}"
+        return False, f"cannot be compared with the champion {current.value['run']}: {champion}"
     if champion.task != figure.task:
         return False, (
-            f"cannot be compared with the champion {present.value['run']}: it was measured on other classes; "
+            f"cannot be compared with the champion {current.value['run']}: it was measured on other classes; "
             "name another promotion.pointer for another task"
         )
-    told = f"{metric} {figure.value:.2f} against {champion.value:.2f} of the champion {present.value['run']}"
+    comparison = f"{metric} {figure.value:.2f} against {champion.value:.2f} of the champion {current.value['run']}"
     if not beats(figure.value, champion.value, margin):
-        return False, f"{'no better' if figure.value <= champion.value else f'not better by {margin:g}'}: {told}"
-    if losses := _too_much_lost(run_uri, present, store, config):
-        return False, f"better: {told}; but {losses}"
-    return True, f"better: {told}" + (f", margin {margin:g}" if margin else "")
+        return False, f"{'no better' if figure.value <= champion.value else f'not better by {margin:g}'}: {comparison}"
+    if losses := _too_much_lost(run_uri, current, store, config):
+        return False, f"better: {comparison}; but {losses}"
+    return True, f"better: {comparison}" + (f", margin {margin:g}" if margin else "")
 
 
-def _too_much_lost(run_uri: str, present: Pointer, store: ObjectStore, config: Config) -> str:
-    """The transfer sets on which the champion is better by more than is allowed, in words; empty if there are none."""
+def _too_much_lost(run_uri: str, current: Pointer, store: ObjectStore, config: Config) -> str:
+    """Describe the transfer sets that lose more than ``promotion.max_loss``; empty if there are none."""
     allowed, losses = config.promotion.max_loss, []
     for transfer_set in config.evaluation.transfer:
         metric = f"transfer/{transfer_set.name}"
-        own, champion = metric_figure(store, run_uri, metric), _champion_figure(run_uri, present, store, metric)
-        # A figure that one of them lacks, or has of other classes, says nothing about a loss.
+        own, champion = metric_figure(store, run_uri, metric), _champion_figure(run_uri, current, store, metric)
+        # A missing figure, or one on other classes, is no evidence of a loss.
         if isinstance(own, Figure) and isinstance(champion, Figure) and own.task == champion.task:
             loss = champion.value - own.value
             if allowed is not None and loss > allowed + _TOLERANCE:
@@ -188,11 +188,11 @@ def _too_much_lost(run_uri: str, present: Pointer, store: ObjectStore, config: C
     return f"{' and '.join(losses)}, more than the allowed {allowed:g}" if losses else ""
 
 
-def _champion_figure(run_uri: str, present: Pointer, store: ObjectStore, metric: str) -> Figure | str:
-    """The champion's figure: on the run's own images if it was measured on them; else that of the pointer if it tells
-    this metric, else of its run's results.
+def _champion_figure(run_uri: str, current: Pointer, store: ObjectStore, metric: str) -> Figure | str:
+    """Return the champion's figure: on the run's images if it was evaluated on them, else from the pointer if it has
+    this metric, else from the results of its own run.
     """
-    pointer = present.value
+    pointer = current.value
     if (compared := read_comparison(run_uri, store, pointer)) is not None:
         result = compared["results"].get(_evaluation(metric))
         return f"{metric} was not measured" if result is None else _figure(result, metric, CHAMPION, CHAMPION)
@@ -202,16 +202,16 @@ def _champion_figure(run_uri: str, present: Pointer, store: ObjectStore, metric:
 
 
 def _side_by_side(
-    run_uri: str, present: Pointer | None, store: ObjectStore, config: Config
+    run_uri: str, current: Pointer | None, store: ObjectStore, config: Config
 ) -> dict[str, dict[str, float | None]]:
-    """Every figure of the run beside the champion's."""
+    """Return every figure of the run with the champion's."""
     names = ("knn", "linear", *(f"transfer-{s.name}" for s in config.evaluation.transfer))
     results = [result for name in names if (result := read_result(store, run_uri, name)) is not None]
     found: dict[str, dict[str, float | None]] = {}
     for metric in (metric for result in results for metric in result["results"].get("trained", {})):
         both = (
             metric_figure(store, run_uri, metric),
-            "there is no champion" if present is None else _champion_figure(run_uri, present, store, metric),
+            "there is no champion" if current is None else _champion_figure(run_uri, current, store, metric),
         )
         run, champion = (figure.value if isinstance(figure, Figure) else None for figure in both)
         found[metric] = {"run": run, "champion": champion}
@@ -219,13 +219,13 @@ def _side_by_side(
 
 
 def _evaluation(metric: str) -> str:
-    """The name of the evaluation that measures a metric."""
+    """Return the name of the evaluation that measures a metric."""
     kind, _, rest = metric.partition("/")
     return f"transfer-{rest}" if kind == "transfer" else kind
 
 
 def _figure(result: Result, metric: str, model: str, baseline: str) -> Figure | str:
-    """The figure of a model in a result, or why there is none."""
+    """Return the figure of a model in a result, or the reason why it has none."""
     if result["status"] != "measured":
         return f"{metric} was left out: {result['reason']}"
     figures = result["results"]
@@ -237,7 +237,7 @@ def _figure(result: Result, metric: str, model: str, baseline: str) -> Figure | 
     return Figure(value, compared, _task_digest(result["classes"]))
 
 
-def _pointer_value(run_uri: str, figure: Figure, metric: str, reason: str, present: Pointer | None) -> dict[str, Any]:
+def _pointer_value(run_uri: str, figure: Figure, metric: str, reason: str, current: Pointer | None) -> dict[str, Any]:
     value = {
         "run": run_uri,
         "backbone": join_uri(run_uri, "backbone"),
@@ -246,10 +246,10 @@ def _pointer_value(run_uri: str, figure: Figure, metric: str, reason: str, prese
         "baseline": figure.baseline,
         "task": figure.task,
         "reason": reason,
-        "compared": _compared(present),
-        "time": now(),
+        "compared": _compared(current),
+        "time": timestamp(),
     }
-    return with_history(value, None if present is None else present.value)
+    return with_history(value, None if current is None else current.value)
 
 
 def _own_entry(pointer: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
@@ -257,8 +257,8 @@ def _own_entry(pointer: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
     return next((entry for entry in entries if entry.get("run") == run_uri), None)
 
 
-def _compared(present: Pointer | None) -> dict[str, Any] | None:
-    return None if present is None else {key: present.value.get(key) for key in ("run", "metric", "value")}
+def _compared(current: Pointer | None) -> dict[str, Any] | None:
+    return None if current is None else {key: current.value.get(key) for key in ("run", "metric", "value")}
 
 
 def _task_digest(classes: list[str]) -> str:

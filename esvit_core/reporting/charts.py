@@ -1,4 +1,4 @@
-"""Curves of the training log and the confusion of classes, as SVG that takes the page's colours."""
+"""Charts of the training log and the confusion matrix, as SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from esvit_core.reporting.result_table import MINUS
+from esvit_core.reporting.result_rows import MINUS
 from esvit_core.reporting.svg import GRID, INK, MUTED, SERIES, drawable, inline_svg, settings
 
-_POINTS = 300  # of a line; more are narrower than a pixel
-_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # told apart without colour
-_STEPS = [1, 2, 2.5, 5, 10]  # between ticks: numbers that people count in
-_NARROW, _WIDE = (360, 215), (1080, 300)  # CSS pixels at which the text has its full size
-_NAMED_CLASSES, _COUNTED_CLASSES = 40, 24  # more names, or numbers in the cells, cannot be read
+_POINTS = 300  # maximum per line; more would be less than a pixel apart
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # lines are distinguishable without colour
+_STEPS = [1, 2, 2.5, 5, 10]  # allowed tick steps, times powers of ten
+_NARROW, _WIDE = (360, 215), (1080, 300)  # CSS pixels; the text has its full size
+_NAMED_CLASSES, _COUNTED_CLASSES = 40, 24  # more names, or numbers in cells, would be illegible
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name in the legend, and its points."""
+    """A line of a chart: its name in the legend, and its points."""
 
     name: str
     steps: np.ndarray
@@ -33,7 +33,7 @@ class Line:
 
     @classmethod
     def of(cls, name: str, log: Sequence[dict[str, float]], key: str, factor: float = 1.0) -> Line | None:
-        """The figure ``key`` of a training log, None where no line has it."""
+        """Return the line of the figure ``key`` of a training log, None if the log does not have it."""
         pairs = [(row["step"], row[key]) for row in log if isinstance(row.get(key), (int, float))]
         pairs = [(step, value * factor) for step, value in pairs if math.isfinite(value)]
         if not pairs:
@@ -44,16 +44,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart ready for the page.
+    """A chart of the report.
 
     Attributes:
-        title: above it.
+        title: title.
         caption: how to read it.
         keys: legend, a name for each line; empty for a single line.
-        svg: on a narrow page.
-        wide: on a wide one; None: the same.
-        marked: whether resumes are marked in it.
-        group: what it is shown with.
+        svg: the chart for a narrow page.
+        wide: the chart for a wide page; None: the same.
+        marked: whether resumes are marked.
+        group: heading under which it is shown.
     """
 
     title: str
@@ -76,19 +76,19 @@ def curve(
     from_zero: bool = False,
     wide: bool = False,
 ) -> Chart | None:
-    """Lines over the steps of the training; None when none of them has a point.
+    """Draw lines over the training steps; None if none of them has a point.
 
     Args:
-        name: unique in the page.
-        resumes: steps at which a dashed vertical stands.
-        reference: a value worth knowing, drawn as a horizontal, and its name.
-        from_zero: begin the axis at 0.
-        wide: draw it for wide pages too.
+        name: id that is unique on the page.
+        resumes: steps to mark with a dashed vertical line.
+        reference: a value to draw as a horizontal line, and its name.
+        from_zero: start the axis at 0.
+        wide: also draw it for wide pages.
     """
     drawn = [line for line in lines if line is not None]
     if not drawn:
         return None
-    label = f"{title}. " + "; ".join(_told(line) for line in drawn)
+    label = f"{title}. " + "; ".join(_describe(line) for line in drawn)
 
     def draw(size: tuple[int, int], suffix: str) -> Markup:
         with matplotlib.rc_context(settings()):
@@ -109,7 +109,7 @@ def curve(
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Markup:
-    """How often each class (rows) was taken for each (columns), as shares of the rows.
+    """Draw the confusion matrix: how often each class (rows) was predicted as each class (columns), as shares of the rows.
 
     Args:
         counts: (C, C).
@@ -119,10 +119,10 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Markup:
     C = len(classes)
     named = C <= _NAMED_CLASSES
     names = [_short(drawable(str(c))) for c in classes]
-    room = min(150, 14 + 6.2 * max(map(len, names))) if named else 30  # for the names, pixels
+    room = min(150, 14 + 6.2 * max(map(len, names))) if named else 30  # pixels for the names
     side = float(np.clip(C * 20, 240, 520))
     width, height = side + room + 8, side + room + 8
-    # One colour whose opacity is the share: it reads on a light and on a dark page alike.
+    # One colour with the share as its opacity is legible on light and dark pages.
     pixels = np.zeros((C, C, 4))
     pixels[..., :3] = matplotlib.colors.to_rgb("#3b7dd8")
     pixels[..., 3] = np.where(counts > 0, 0.12 + 0.88 * shares, 0)
@@ -145,7 +145,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Markup:
     return inline_svg(
         figure,
         "confusion",
-        f"Confusion of {C} classes, rows true, columns predicted; {right:.1f} % are on the diagonal.",
+        f"Confusion matrix of {C} classes, rows true, columns predicted; {right:.1f} % are on the diagonal.",
     )
 
 
@@ -171,7 +171,7 @@ def _draw_lines(ax: Axes, lines: Sequence[Line], resumes: Sequence[int], referen
         marker = "o" if len(steps) == 1 else None
         ax.plot(steps, values, color=colour, linewidth=1.8, linestyle=dash, marker=marker, solid_capstyle="round")
     ax.margins(x=0.01, y=0.08)
-    if reference is not None:  # room for its name
+    if reference is not None:  # make room for its name
         low, high = ax.get_ylim()
         ax.set_ylim(low, max(high, reference[0] + 0.14 * (reference[0] - max(low, 0))))
 
@@ -195,7 +195,7 @@ def _style(ax: Axes, from_zero: bool) -> None:
 
 
 def _thinned(line: Line) -> tuple[np.ndarray, np.ndarray]:
-    """At most :data:`_POINTS` points: means of equal pieces, the ends kept."""
+    """Reduce a line to at most :data:`_POINTS` points by averaging equal pieces; the ends are kept."""
     count = len(line.steps)
     if count <= _POINTS:
         return line.steps, line.values
@@ -205,7 +205,7 @@ def _thinned(line: Line) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def _told(line: Line) -> str:
+def _describe(line: Line) -> str:
     return f"{line.name}: {_tick(line.values[0])} at step {line.steps[0]:,.0f}, {_tick(line.values[-1])} at step {line.steps[-1]:,.0f}"
 
 

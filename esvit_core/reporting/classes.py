@@ -1,4 +1,4 @@
-"""How the classes fared under the linear probe."""
+"""Results of the linear probe by class."""
 
 from __future__ import annotations
 
@@ -14,33 +14,41 @@ from esvit_core.reporting.charts import confusion
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class: held-out images, share recognised (percent), and what it was taken for most often instead."""
+    """One class.
+
+    Attributes:
+        name: name.
+        images: number of held-out images.
+        correct: share of correct predictions, percent.
+        confused_with: most frequent wrong prediction; empty if there is none.
+        confusions: number of these predictions.
+    """
 
     name: str
     images: int
-    right: float
-    mistaken_for: str
-    mistaken: int
+    correct: float
+    confused_with: str
+    confusions: int
 
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The classes, best first, those without held-out images left out, and their confusion as SVG."""
+    """The classes that have held-out images, best first, and their confusion matrix as SVG."""
 
     rows: list[ClassRow]
     chart: Markup
 
 
 def class_table(results: Sequence[Result]) -> ClassTable | str:
-    """The table of the linear probe's confusion, or why there is none."""
+    """Build the table from the linear probe's confusion matrix, or return the reason why there is none."""
     linear = next((r for r in results if r.get("name") == "linear"), {})
     if linear.get("status") != "measured":
-        return f"it comes from the linear probe, which was left out: {linear.get('reason')}"
+        return f"it needs the linear probe, which was not measured: {linear.get('reason')}"
     if "confusion" not in linear:
-        return f"the linear probe recorded no confusion ({len(linear['classes']):,} classes are too many for a table)"
+        return f"the linear probe recorded no confusion matrix ({len(linear['classes']):,} classes are too many)"
     counts, names = np.array(linear["confusion"]), list(linear["classes"])
     rows = [_row(names, counts[i], i) for i in range(len(names)) if counts[i].sum()]
-    return ClassTable(sorted(rows, key=lambda r: (-r.right, r.name)), confusion(counts, names))
+    return ClassTable(sorted(rows, key=lambda r: (-r.correct, r.name)), confusion(counts, names))
 
 
 def _row(names: Sequence[str], predicted: np.ndarray, own: int) -> ClassRow:

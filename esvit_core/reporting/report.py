@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else."""
+"""The report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from markupsafe import Markup
 from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.reporting import verdict, words
+from esvit_core.reporting import property_rows, verdict
 from esvit_core.reporting.classes import class_table
-from esvit_core.reporting.facts import Facts, read_facts
 from esvit_core.reporting.images import figure_uri
-from esvit_core.reporting.result_table import label_of, percent, points, summarise, typeset
+from esvit_core.reporting.result_rows import label_of, percent, points, result_rows, typeset
+from esvit_core.reporting.run_records import RunRecords, read_run_records
 from esvit_core.reporting.samples import Sample, draw_samples
-from esvit_core.reporting.training_charts import in_groups, told_signs, training_charts
+from esvit_core.reporting.training_charts import collapse_warnings, in_groups, training_charts
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
 REPORT = "report/report.html"
@@ -34,13 +34,13 @@ CITATION = """\
 }"""
 _CLASSES_SHOWN = 100
 _NAMES_SHOWN = 5
-# Dashes of the legend: those of charts.py, in the legend's own units.
+# Dashes of the legend: those of charts.py, in the units of the legend.
 _LEGEND_DASHES = ("none", "8 3", "2 2.5")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """An image of the run, as a data URI."""
+    """A figure of the run, as a data URI."""
 
     title: str
     caption: str
@@ -51,7 +51,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class BadGroup:
-    """Files that were left out for one reason: how many, and the first names."""
+    """Files that could not be used for the same reason: their number, and the first names."""
 
     reason: str
     count: int
@@ -59,96 +59,95 @@ class BadGroup:
 
 
 def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
-    """Write ``report/report.html`` of a run from what the store holds of it.
+    """Write ``report/report.html`` of a run from its records in the store.
 
-    Every piece may be missing: the report then says what is missing, and why. Written again it is replaced, which
-    brings it up to date with what has been added since.
+    Any record may be missing; the report then states what is missing and why. An existing report is replaced.
 
     Args:
         run_uri: ``s3://bucket/runs/<id>``.
-        store: where the run is.
-        config: of the run.
+        store: object store of the run.
+        config: configuration of the run.
 
     Returns:
-        The HTML: one file without scripts that loads nothing, for a light and a dark screen.
+        The HTML: one file without scripts and external resources, with a light and a dark theme.
 
     Raises:
         StoreUnavailable, StoreRefused: the store cannot be read or written.
     """
-    facts = read_facts(run_uri, store, config)
-    html = render(facts, _samples(facts, store), *_drawings(facts, store))
+    records = read_run_records(run_uri, store, config)
+    html = render(records, _samples(records, store), *_drawings(records, store))
     store.put_bytes(join_uri(run_uri, REPORT), html.encode(), content_type="text/html; charset=utf-8")
     return html
 
 
 def render(
-    facts: Facts, samples: list[Sample] | str, drawings: list[Drawing], drawings_missing: list[tuple[str, str]]
+    records: RunRecords, samples: list[Sample] | str, drawings: list[Drawing], drawings_missing: list[tuple[str, str]]
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        samples: images with their crops, or why there are none.
-        drawings: of correspondence and attention.
-        drawings_missing: what is not among them, and why.
+        samples: images with their crops, or the reason why there are none.
+        drawings: figures of correspondence and attention.
+        drawings_missing: missing figures, and the reasons.
     """
-    rows = summarise(facts.results)
+    rows = result_rows(records.results)
     measured = [row for row in rows if row.trained is not None]
     unmeasured = [row for row in rows if row.trained is None]
-    training, log = facts.training.value, facts.log.value or []
+    training, log = records.training.value, records.log.value or []
     resumes = training.resumes if training else []
-    bad = _bad_groups(facts)
-    classes = class_table(facts.results)
-    left_out = [(row.label, row.reason) for row in unmeasured] + drawings_missing + _left_out(facts, samples, bad)
-    crops = facts.config.augment
+    bad = _bad_groups(records)
+    classes = class_table(records.results)
+    left_out = [(row.label, row.reason) for row in unmeasured] + drawings_missing + _left_out(records, samples, bad)
+    crops = records.config.augment
     html = (
         _environment()
         .get_template(TEMPLATE)
         .render(
-            facts=facts,
-            run_id=facts.run_id,
-            recipe=facts.config.recipe,
+            records=records,
+            run_id=records.run_id,
+            recipe=records.config.recipe,
             version=__version__,
             css=_style(),
-            verdict=verdict.judge(facts),
-            promotion=verdict.promotion(facts),
-            tiles=verdict.tiles(facts),
+            verdict=verdict.judge(records),
+            promotion=verdict.promotion(records),
+            tiles=verdict.tiles(records),
             measured=measured,
             unmeasured=unmeasured,
             any_top5=any(row.top5 is not None for row in rows),
-            protocols=_protocols(facts),
+            protocols=_protocols(records),
             classes=classes,
             class_limit=_CLASSES_SHOWN,
             drawings=drawings,
             drawings_missing=[f"{what}: {reason}" for what, reason in drawings_missing],
-            data_rows=words.data_rows(facts),
-            classes_counted=_classes_counted(facts),
-            splits=_split_names(facts),
+            data_rows=property_rows.data_rows(records),
+            classes_counted=_classes_counted(records),
+            splits=_split_names(records),
             samples=samples,
             crop_sizes=(crops.global_crops.size, max((kind.size for kind in crops.local_kinds), default=0)),
             bad=bad,
-            training_rows=words.training_rows(training, log) if training else [],
-            signs=told_signs(log),
-            chart_groups=in_groups(training_charts(log, facts.config, resumes)),
+            training_rows=property_rows.training_rows(training, log) if training else [],
+            warnings=collapse_warnings(log),
+            chart_groups=in_groups(training_charts(log, records.config, resumes)),
             dashes=_LEGEND_DASHES,
             resumes=resumes,
-            recipe_rows=words.recipe_rows(facts),
-            configuration=facts.config.to_yaml(),
+            recipe_rows=property_rows.recipe_rows(records),
+            configuration=records.config.to_yaml(),
             left_out=left_out,
-            usage=usage(facts),
-            lineage_rows=words.lineage_rows(facts),
+            usage=usage(records),
+            lineage_rows=property_rows.lineage_rows(records),
             citation=CITATION,
         )
     )
     return html + "\n"
 
 
-def usage(facts: Facts) -> str:
-    """Three lines of Python that load the backbone and use it."""
-    backbone = facts.backbone.value or {}
-    size, width = facts.config.evaluation.crop, backbone.get("num_features", "D")
+def usage(records: RunRecords) -> str:
+    """Return three lines of Python that load and use the backbone."""
+    backbone = records.backbone.value or {}
+    size, width = records.config.evaluation.crop, backbone.get("num_features", "D")
     return (
         "import esvit_core, torch\n"
-        f'backbone = esvit_core.load_backbone("{join_uri(facts.run_uri, "backbone")}")\n'
+        f'backbone = esvit_core.load_backbone("{join_uri(records.run_uri, "backbone")}")\n'
         f"features = backbone(torch.rand(8, 3, {size}, {size}))  # (8, {width})"
     )
 
@@ -156,7 +155,7 @@ def usage(facts: Facts) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("esvit_core", "reporting"),
-        autoescape=True,  # names of files and classes are the user's
+        autoescape=True,  # names of files and classes are user input
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -173,109 +172,109 @@ def _style() -> str:
     return Markup((resources.files("esvit_core") / "reporting" / STYLE).read_text(encoding="utf-8"))
 
 
-def _samples(facts: Facts, store: ObjectStore) -> list[Sample] | str:
-    manifest = facts.manifest.value
+def _samples(records: RunRecords, store: ObjectStore) -> list[Sample] | str:
+    manifest = records.manifest.value
     if manifest is None:
-        return facts.manifest.reason
+        return records.manifest.reason
     if "train" not in manifest.splits or not manifest.splits["train"].samples:
         return "there are no training images"
     try:
-        return draw_samples(store, facts.run_uri, facts.config, manifest.classes)
+        return draw_samples(store, records.run_uri, records.config, manifest.classes)
     except (StoreUnavailable, StoreRefused):
         raise
     except UserError as error:
         return str(error)
 
 
-def _drawings(facts: Facts, store: ObjectStore) -> tuple[list[Drawing], list[tuple[str, str]]]:
-    index = facts.images.value
+def _drawings(records: RunRecords, store: ObjectStore) -> tuple[list[Drawing], list[tuple[str, str]]]:
+    index = records.images.value
     if index is None:
-        return [], [("correspondence and attention", facts.images.reason)]
+        return [], [("correspondence and attention", records.images.reason)]
     drawn = []
     for image in index.get("images", []):
-        uri, width, height = figure_uri(store.get_bytes(join_uri(facts.run_uri, "visualization", image["file"])))
+        uri, width, height = figure_uri(store.get_bytes(join_uri(records.run_uri, "visualization", image["file"])))
         drawn.append(Drawing(image["title"], image["caption"], uri, width, height))
     return drawn, [(entry["what"], entry["reason"]) for entry in index.get("left_out", [])]
 
 
-def _bad_groups(facts: Facts) -> list[BadGroup]:
-    """Most frequent reason first."""
-    counts: Counter[str] = Counter(facts.manifest.value.bad.reasons if facts.manifest.value else {})
+def _bad_groups(records: RunRecords) -> list[BadGroup]:
+    """Group bad files by reason, the most frequent reason first."""
+    counts: Counter[str] = Counter(records.manifest.value.bad.reasons if records.manifest.value else {})
     groups = []
     for reason, count in counts.most_common():
-        names = [bad.name + bad.reason.removeprefix(reason) for bad in facts.bad_files if _is_of(bad.reason, reason)]
+        names = [bad.name + bad.reason.removeprefix(reason) for bad in records.bad_files if _is_of(bad.reason, reason)]
         groups.append(BadGroup(reason, count, names[:_NAMES_SHOWN]))
     return groups
 
 
 def _is_of(reason: str, kind: str) -> bool:
-    """The manifest counts kinds of reasons; a file's reason may go on with what is particular to it."""
+    """Whether a file's reason is of a kind that the manifest counts; it may have details appended."""
     return reason == kind or reason.startswith((f"{kind} (", f"{kind} of "))
 
 
-def _left_out(facts: Facts, samples: list[Sample] | str, bad: list[BadGroup]) -> list[tuple[str, str]]:
+def _left_out(records: RunRecords, samples: list[Sample] | str, bad: list[BadGroup]) -> list[tuple[str, str]]:
     pieces: list[tuple[str, Any]] = [
-        ("data", facts.manifest),
-        ("training", facts.training),
-        ("training log", facts.log),
-        ("backbone", facts.backbone),
+        ("data", records.manifest),
+        ("training", records.training),
+        ("training log", records.log),
+        ("backbone", records.backbone),
     ]
     found = [(what, piece.reason) for what, piece in pieces if piece.value is None]
-    if isinstance(samples, str) and facts.manifest.value is not None:
+    if isinstance(samples, str) and records.manifest.value is not None:
         found.append(("images and their crops", samples))
     if bad:
-        told = "; ".join(f"{group.reason} ({group.count:,})" for group in bad)
-        found.append((f"{sum(group.count for group in bad):,} files of the source", told))
-    manifest = facts.manifest.value
+        reasons = "; ".join(f"{group.reason} ({group.count:,})" for group in bad)
+        found.append((f"{sum(group.count for group in bad):,} files of the source", reasons))
+    manifest = records.manifest.value
     if manifest is not None and manifest.not_chosen:
-        found.append((f"{manifest.not_chosen:,} images", f"data.max_images is {facts.config.data.max_images:,}"))
+        found.append((f"{manifest.not_chosen:,} images", f"data.max_images is {records.config.data.max_images:,}"))
     if manifest is not None and manifest.ignored:
-        found.append((f"{manifest.ignored:,} files", "no one's images, such as .DS_Store"))
-    return found + _notes(facts)
+        found.append((f"{manifest.ignored:,} files", "not images, such as .DS_Store"))
+    return found + _remarks(records)
 
 
-def _notes(facts: Facts) -> list[tuple[str, str]]:
-    """What the evaluations say of their figures: each remark once, with all that make it."""
+def _remarks(records: RunRecords) -> list[tuple[str, str]]:
+    """Collect the remarks of the evaluations: each once, with the evaluations that make it."""
     labels: dict[str, list[str]] = {}
-    for result in facts.results:
+    for result in records.results:
         kind, _, rest = str(result["name"]).partition("-")
         label = label_of(f"{kind}/{rest}" if kind == "transfer" else str(result["name"]))
-        for note in result.get("notes", []):
-            labels.setdefault(str(note).rstrip("."), []).append(label)
-    return [(", ".join(names), note) for note, names in labels.items()]
+        for remark in result.get("notes", []):
+            labels.setdefault(str(remark).rstrip("."), []).append(label)
+    return [(", ".join(names), remark) for remark, names in labels.items()]
 
 
-def _protocols(facts: Facts) -> list[str]:
-    """How the figures were taken, for those there are."""
-    measured = {str(r["name"]): r for r in facts.results if r.get("status") == "measured"}
-    evaluation = facts.config.evaluation
+def _protocols(records: RunRecords) -> list[str]:
+    """Describe the protocols of the figures that were measured."""
+    measured = {str(r["name"]): r for r in records.results if r.get("status") == "measured"}
+    evaluation = records.config.evaluation
     lines = []
     if "knn" in measured:
         lines.append(
-            f"k-NN: weighted by exp(cosine / {evaluation.knn_temperature:g}), the training images are the bank."
+            f"k-NN: votes weighted by exp(cosine / {evaluation.knn_temperature:g}); the training images are the bank."
         )
     if "linear" in measured:
         lines.append(
             f"Linear probe: {evaluation.linear.epochs} epochs on features computed once, without the random crops of the "
-            "published protocol. The figure is that of the last epoch; the best epoch was chosen on the same held-out "
-            "images and flatters."
+            "published protocol. The figure is that of the last epoch; the best epoch was selected on the same "
+            "held-out images and is optimistic."
         )
     for name, result in measured.items():
         if name.startswith("transfer-") and "lambda" in result:
-            told = ", ".join(f"{model} {strength:.3g}" for model, strength in result["lambda"].items())
+            strengths = ", ".join(f"{model} {strength:.3g}" for model, strength in result["lambda"].items())
             metric = {"mean_per_class": "mean per class"}.get(result.get("metric", ""), "accuracy")
             counts = result.get("samples", {})
             size = f"{counts['train']:,} images to fit, {counts['val']:,} to measure; " if counts else ""
-            lines.append(f"Transfer to {name.removeprefix('transfer-')}: {size}{metric}; lambda {told}.")
+            lines.append(f"Transfer to {name.removeprefix('transfer-')}: {size}{metric}; lambda {strengths}.")
     return lines
 
 
-def _split_names(facts: Facts) -> list[str]:
-    return list(facts.manifest.value.splits) if facts.manifest.value else []
+def _split_names(records: RunRecords) -> list[str]:
+    return list(records.manifest.value.splits) if records.manifest.value else []
 
 
-def _classes_counted(facts: Facts) -> list[tuple[str, list[int]]]:
-    manifest = facts.manifest.value
+def _classes_counted(records: RunRecords) -> list[tuple[str, list[int]]]:
+    manifest = records.manifest.value
     if manifest is None or not manifest.classes:
         return []
     counts = [split.per_class or [0] * len(manifest.classes) for split in manifest.splits.values()]

@@ -1,4 +1,4 @@
-"""Some images of the run with the crops that training drew of them."""
+"""Sample images of a run with their training crops."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Sample:
     """An image and its crops, as data URIs.
 
     Attributes:
-        name: of the file in the source.
-        label: its class; empty where it has none.
-        image: as it is stored.
+        name: name of the file in the source.
+        label: class; empty if it has none.
+        image: the stored image.
         size: width and height of the stored image, pixels.
-        global_crops, local_crops: as the network saw them in the first epoch.
+        global_crops, local_crops: crops of the first epoch.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Sample:
 
 
 def draw_samples(store: ObjectStore, run_uri: str, config: Config, classes: list[str]) -> list[Sample]:
-    """Crops of a few training images, of as many classes as there are, augmented as in the first epoch."""
+    """Draw the crops of a few training images from different classes, augmented as in the first epoch."""
     multicrop = MultiCrop(config.augment)
     dataset = ShardDataset(store, join_uri(run_uri, "data"), "train")
-    labels = dataset.labels[: dataset.shard_sizes[0]]  # of a million images only one shard has to be fetched
+    labels = dataset.labels[: dataset.shard_sizes[0]]  # read one shard only
     return [_sample(dataset, i, multicrop, config, classes) for i in _spread(labels, _IMAGES)]
 
 
@@ -61,7 +61,7 @@ def _sample(dataset: ShardDataset, index: int, multicrop: MultiCrop, config: Con
 
 
 def _spread(labels: np.ndarray, count: int) -> list[int]:
-    """The first image of evenly spaced classes, then others, evenly spaced."""
+    """Choose the first image of evenly spaced classes, then evenly spaced other images."""
     _, firsts = np.unique(labels, return_index=True)
     chosen = [
         int(firsts[i]) for i in np.unique(np.linspace(0, len(firsts) - 1, min(count, len(firsts))).round().astype(int))

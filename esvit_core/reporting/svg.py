@@ -1,6 +1,6 @@
-"""matplotlib's SVG made fit to stand in a page: the page's colours and font, no global styles, no clashing names.
+"""Convert matplotlib's SVG for inline use in a page: the page's colours and font, no global styles, unique ids.
 
-Charts are drawn in placeholder colours; here each becomes a CSS variable of the report, which is dark on a dark page.
+Charts are drawn in placeholder colours. Here each becomes a CSS variable of the report, which has a light and a dark theme.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Placeholder colours and the CSS variables that they stand for.
+# Placeholder colours and their CSS variables.
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 SERIES = ("#010111", "#010112", "#010113")
 _VARIABLES = {
@@ -26,9 +26,9 @@ _VARIABLES = {
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)},
 }
 _SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, sharp, in the page's font, searchable
+    "svg.fonttype": "none",  # keep text as text: small, sharp, searchable, in the page's font
     "svg.image_inline": True,
-    "text.parse_math": False,  # a class called $x$ is no formula
+    "text.parse_math": False,  # a class named $x$ is not a formula
     "font.size": 11,
     "font.family": "sans-serif",
     "axes.unicode_minus": True,
@@ -39,27 +39,27 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\
 
 
 def settings() -> dict[Any, Any]:
-    """matplotlib's settings under which the charts are drawn, for ``matplotlib.rc_context``."""
+    """Return the matplotlib settings for drawing charts, for ``matplotlib.rc_context``."""
     return dict(_SETTINGS)
 
 
 def drawable(text: str) -> str:
-    """Text without the characters that no XML may have."""
+    """Replace the characters that are not allowed in XML."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an ``<svg>`` element for the body of a page.
+    """Return the figure as an ``<svg>`` element for the body of a page.
 
     Args:
-        figure: drawn in the placeholder colours of this module.
-        name: unique in the page; the element's inner ids begin with it.
-        label: what the chart shows, for those who cannot see it.
+        figure: figure in the placeholder colours of this module.
+        name: prefix of the element's ids, unique on the page.
+        label: text alternative of the chart.
     """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the page's font draws the text, not matplotlib's
+        warnings.filterwarnings("ignore", message="Glyph")  # the page's font is used, not matplotlib's
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     root = ET.fromstring(buffer.getvalue())
@@ -85,7 +85,7 @@ def _themed(style: str) -> str:
 
 
 def _strip_namespaces(root: ET.Element) -> None:
-    # An HTML parser gives the elements below <svg> their namespace by itself.
+    # An HTML parser adds the namespace to the elements below <svg>.
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
@@ -99,7 +99,7 @@ def _remove_global_style(root: ET.Element) -> None:
 
 
 def _rename_ids(root: ET.Element, name: str) -> None:
-    """Keep only the ids that something refers to, and make them unique in the page."""
+    """Keep only the ids that are referenced, and make them unique on the page."""
     links = [(e, key) for e in root.iter() for key in ("href", "clip-path", "style", "fill") if "#" in e.get(key, "")]
     used = {
         match

@@ -1,4 +1,4 @@
-"""What `esvit status` and `esvit logs` show."""
+"""The output of `esvit status` and `esvit logs`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from esvit_core.monitoring.progress_line import format_duration, format_figure
-from esvit_core.reporting.curves import chart, sparkline
 from esvit_core.runs.events import Entry
 from esvit_core.runs.status import RunStatus
 
-CHART_WIDTH, CHART_HEIGHT = 72, 7
-SPARK_WIDTH = 40
-HISTORY = 8  # entries of the journal
+HISTORY = 8  # entries of the event log
+FIGURE_COLUMNS = 6  # steps whose figures are shown
 _TONES = {"training": "green", "measuring": "green", "finished": "green", "failed": "red", "silent": "yellow"}
-_SPARKS = {
+_FIGURES = {
+    "loss": "loss",
     "lr": "learning rate",
     "images_per_second": "images/s",
     "entropy_view": "entropy, nats",
-    "kl_view": "what an image tells, nats",
+    "kl_view": "divergence from the mean, nats",
     "feature_std": "spread of the features",
 }
 
 
 def runs_table(runs: Sequence[RunStatus]) -> Table:
-    """A row a run."""
+    """Build the table of runs, one row per run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -49,27 +48,27 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
 
 
 def status_view(run: RunStatus) -> Group:
-    """All about one run that was read in full."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True, style="bold")
-    facts.add_column()
-    facts.add_row("run", run.name)
-    facts.add_row("state", _state(run))
+    """Build the view of one run, with its figures and events."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column()
+    grid.add_row("run", run.name)
+    grid.add_row("state", _state(run))
     if run.step is not None:
-        facts.add_row("progress", _progress(run))
+        grid.add_row("progress", _progress(run))
     if run.line:
-        facts.add_row("loss", _loss(run.line))
+        grid.add_row("loss", _loss(run.line))
     checkpoint = f"step {run.checkpoint.step:,}, {_ago(run.checkpoint.time)}" if run.checkpoint else "none yet"
-    facts.add_row("checkpoint", checkpoint)
-    facts.add_row("restarts", str(run.restarts))
-    parts: list[RenderableType] = [facts, *_curves(run.lines), *_history(run.journal)]
+    grid.add_row("checkpoint", checkpoint)
+    grid.add_row("restarts", str(run.restarts))
+    parts: list[RenderableType] = [grid, *_figures(run.lines), *_history(run.journal)]
     if run.failure:
         parts.append(Text(f"\n{run.failure.part} failed: {run.failure.reason}", style="red"))
     return Group(*parts)
 
 
 def log_line(line: dict[str, Any]) -> str:
-    """A line of the log for people."""
+    """Format a line of the training log."""
     parts = [
         _clock(line.get("time")),
         f"step {line['step']:>6,}",
@@ -84,7 +83,7 @@ def log_line(line: dict[str, Any]) -> str:
 
 
 def journal_line(entry: Entry) -> str:
-    """An entry of the journal for people."""
+    """Format an entry of the event log."""
     parts = [_clock(entry.time), f"{entry.part} {entry.kind}"]
     if entry.step is not None:
         parts.append(f"{'from' if entry.kind == 'started' else 'after'} step {entry.step:,}")
@@ -96,12 +95,12 @@ def journal_line(entry: Entry) -> str:
 
 
 def _state(run: RunStatus) -> Text:
-    said = {
-        "silent": f", no sign of life for {format_duration(time.time() - run.seen)}: killed, or it hangs",
-        "stopped": f" {_ago(run.seen)}; the same command goes on",
-        "failed": f" {_ago(run.seen)}; the same command goes on",
+    details = {
+        "silent": f", no activity for {format_duration(time.time() - run.seen)}: it was killed, or it hangs",
+        "stopped": f" {_ago(run.seen)}; rerun the command to resume",
+        "failed": f" {_ago(run.seen)}; rerun the command to resume",
     }
-    return Text(run.state, style=_TONES.get(run.state, "")) + Text(said.get(run.state, ""))
+    return Text(run.state, style=_TONES.get(run.state, "")) + Text(details.get(run.state, ""))
 
 
 def _progress(run: RunStatus) -> str:
@@ -131,17 +130,20 @@ def _loss(line: dict[str, Any]) -> str:
     return format_figure(line["loss"]) + (f" ({', '.join(terms)})" if terms else "")
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> list[RenderableType]:
+def _figures(lines: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    """Tabulate the figures of the log at evenly spaced steps, including the first and the last."""
     if len(lines) < 2:
         return []
-    parts: list[RenderableType] = [Text(f"\nloss, steps {lines[0]['step']:,} to {lines[-1]['step']:,}", style="bold")]
-    losses = [float(line.get("loss", "nan")) for line in lines]
-    parts += [Text(row, no_wrap=True) for row in chart(losses, CHART_WIDTH, CHART_HEIGHT)]
-    sparks = Table.grid(padding=(0, 2))
-    for key, name in _SPARKS.items():
-        if values := [float(line[key]) for line in lines if key in line]:
-            sparks.add_row(name, sparkline(values, SPARK_WIDTH), f"{format_figure(values[-1])}")
-    return [*parts, Text(), sparks]
+    count = min(FIGURE_COLUMNS, len(lines))
+    shown = [lines[round(i * (len(lines) - 1) / (count - 1))] for i in range(count)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("step", no_wrap=True)
+    for line in shown:
+        table.add_column(f"{line['step']:,}", justify="right", no_wrap=True)
+    for key, name in _FIGURES.items():
+        if any(key in line for line in shown):
+            table.add_row(name, *(format_figure(float(line[key])) if key in line else "-" for line in shown))
+    return [Text(), table]
 
 
 def _history(journal: Sequence[Entry]) -> list[RenderableType]:

@@ -1,1 +1,1 @@
-"""Retraining: what is new in a source, from which champion to go on, and who is at it."""
+"""Retraining: find new images in a source, and continue from the champion with them."""

@@ -1,8 +1,8 @@
-"""The configuration of a run that goes on from a champion.
+"""The configuration of a run that continues from a champion.
 
-Its weights are good already, so it learns with a lower rate and for fewer epochs; and what protects drawn weights at
-the beginning (a low teacher temperature, frozen prototypes, a low weight decay) is left out where the heads are the
-champion's too.
+The run trains with a lower learning rate and for fewer epochs, because its weights are trained already. If the heads are
+the champion's too, it omits what protects random weights at the start: a low teacher temperature, frozen prototypes and a
+low weight decay.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.store_errors import NotFound
 from esvit_core.weights.weight_source import WeightsNotFound, find, pin_source
 
-_ONLY_IN_TRAINING = {"drop_path", "mode", "mode_switch"}  # the same network with another of these
+_ONLY_IN_TRAINING = {"drop_path", "mode", "mode_switch"}  # settings that do not change the network's weights
 
 
-def continued(config: Config, champion: Mapping[str, Any] | None, store: ObjectStore) -> Config:
-    """The configuration of a run that goes on from a champion, its weights looked up and held fast.
+def continuation_config(config: Config, champion: Mapping[str, Any] | None, store: ObjectStore) -> Config:
+    """Return the configuration of a run that continues from a champion, with its weights resolved and pinned.
 
     Args:
-        config: as the user wants it, from nothing. Where it names ``init.source`` that is what the run starts from.
-        champion: what the pointer says; None: there is none, and the run begins from nothing.
-        store: where the champion is.
+        config: configuration of a training from scratch. If it sets ``init.source``, the run starts from that instead.
+        champion: value of the champion's pointer; None: there is no champion, and the run starts from scratch.
+        store: object store of the champion.
 
     Raises:
-        UserError: the champion is another network, or its weights are gone.
+        UserError: the champion is another network, or its weights were deleted.
     """
     if champion is None or config.init.source is not None:
         return pin_source(config, store)
@@ -41,14 +41,14 @@ def continued(config: Config, champion: Mapping[str, Any] | None, store: ObjectS
     optimizer: dict[str, Any] = {
         "lr": lr,
         "min_lr": min(config.optimizer.min_lr, lr),
-        # The optimizer starts anew, so its first steps are small, as in any training.
+        # The optimizer state starts from zero, so warm-up is needed as in any training.
         "warmup_epochs": math.ceil(config.optimizer.warmup_epochs * share),
     }
     objective = {"warmup_teacher_temp_epochs": math.ceil(config.objective.warmup_teacher_temp_epochs * share)}
     if with_heads:
         optimizer |= {"freeze_last_layer_epochs": 0, "weight_decay": config.optimizer.weight_decay_end}
         objective = {"warmup_teacher_temp_epochs": 0}
-    made = config.model_copy(
+    continuation = config.model_copy(
         update={
             "init": config.init.model_copy(update=init),
             "optimizer": config.optimizer.model_copy(update=optimizer),
@@ -56,11 +56,11 @@ def continued(config: Config, champion: Mapping[str, Any] | None, store: ObjectS
             "training": config.training.model_copy(update={"epochs": epochs}),
         }
     )
-    return pin_source(made, store)
+    return pin_source(continuation, store)
 
 
 def _start(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> tuple[dict[str, Any], bool]:
-    """Where the weights are: the last checkpoint, which has the heads too, or else the published backbone alone."""
+    """Find the weights: the last checkpoint, which includes the heads, or else the published backbone."""
     try:
         source, _ = find(champion["run"], "heads", config.bucket, store)
     except WeightsNotFound:
@@ -70,16 +70,17 @@ def _start(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> t
 
 def _require_same_network(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> None:
     try:
-        there = store.get_json(join_uri(champion["backbone"], "backbone.json"))["model"]
+        champion_model = store.get_json(join_uri(champion["backbone"], "backbone.json"))["model"]
     except NotFound:
         raise UserError(
-            f"champion {champion['run']}: its backbone is not at {champion['backbone']} any more; "
-            "go back to a former one with `esvit rollback`, or name another promotion.pointer"
+            f"champion {champion['run']}: its backbone at {champion['backbone']} was deleted; roll back to a former "
+            "champion with `esvit rollback`, or set another promotion.pointer"
         ) from None
-    here = config.model.model_dump(mode="json")
-    for key in sorted(here.keys() - _ONLY_IN_TRAINING):
-        if here[key] != there.get(key):
+    model = config.model.model_dump(mode="json")
+    for key in sorted(model.keys() - _ONLY_IN_TRAINING):
+        if model[key] != champion_model.get(key):
             raise UserError(
-                f"retrain: the champion {champion['run']} is another network than the recipe's (model.{key}: "
-                f"{there.get(key)} there, {here[key]} here); take its recipe, or name another promotion.pointer"
+                f"retrain: the champion {champion['run']} is not the network of the recipe (model.{key}: "
+                f"{champion_model.get(key)} in the champion, {model[key]} in the recipe); use the champion's recipe, or "
+                "set another promotion.pointer"
             )

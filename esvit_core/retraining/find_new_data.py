@@ -1,4 +1,4 @@
-"""The first step of a retraining: what is new in the source, and which run that makes."""
+"""The first step of a retraining: find what is new in the source, and start a run for it."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ from esvit_core.data.ingest.listing import (
 from esvit_core.data.ingest.sources import source_fingerprint
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import InfrastructureError, UserError
-from esvit_core.registry.champions import now, pointer_uri
-from esvit_core.registry.lease import Claim, claim_uri, request_of, require_free
-from esvit_core.retraining.continuation import continued
+from esvit_core.registry.champions import pointer_uri, timestamp
+from esvit_core.registry.lease import Lease, lease_uri, request_digest, require_available
+from esvit_core.retraining.continuation import continuation_config
 from esvit_core.runs.run import CONFIG, RETRAINING, Run, name_of_run, open_run, run_id, run_uri, start_run
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.store_errors import NotFound
 
-SEEN = f"retrain/{LISTING}"  # of a run: the source as it was looked at
+LISTING_PATH = f"retrain/{LISTING}"  # below the run: the listing of its source
 _ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a look at the source has brought.
+class NewData:
+    """The outcome of a scan of the source.
 
     Attributes:
-        run: the run to carry out; where nothing is new the last one, which is finished, so that every step finds its
-            work done.
-        nothing: there is nothing to do.
-        images: files in the source.
-        new, changed, gone: since the last retraining.
-        told: all this in a sentence.
+        run: run to execute; if there is nothing to do, the last run, of which every step is complete.
+        nothing: whether there is nothing to do.
+        images: number of files in the source.
+        new, changed, gone: numbers of files since the last retraining.
+        message: all this in a sentence.
     """
 
     run: str
@@ -52,12 +51,12 @@ class Found:
     new: int
     changed: int
     gone: int
-    told: str
+    message: str
 
 
 @dataclass(frozen=True)
 class _Earlier:
-    """Data that were prepared of the source before."""
+    """Data that an earlier run prepared from the source."""
 
     prefix: str
     manifest: Manifest
@@ -65,74 +64,75 @@ class _Earlier:
 
     @property
     def run(self) -> str:
-        """Address of the run that they belong to."""
+        """Address of the earlier run."""
         return self.prefix.rpartition("/")[0]
 
 
-def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> Found:
-    """Compare a source with what earlier retrainings have taken, and begin or go on with a retraining.
+def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> NewData:
+    """Compare a source with the images of earlier retrainings, and start or resume a retraining.
 
-    A retraining that was begun with the same request and is not finished goes on, whatever has come since: that is for
-    the next one.
+    An unfinished retraining of the same request is resumed with the images that it found; images that came later are left
+    for the next retraining.
 
     Args:
-        config: as the user wants it.
-        source: of the images, as for :func:`esvit_core.data.ingest.prepare.prepare`.
-        owner: who asks. The same owner finds its own retraining again; another one is told that it is under way.
-        store: where everything is.
+        config: configuration of a training from scratch.
+        source: source of the images, as for :func:`esvit_core.data.ingest.prepare.prepare`.
+        owner: identity of the caller. The same owner resumes its own retraining; another owner is refused while the
+            lease is held.
+        store: object store of the runs.
 
     Raises:
-        UserError: the source cannot be read, or most of it is gone; the champion does not fit the recipe; or another
-            owner is at it.
+        UserError: the source cannot be read, or most of its images are gone; the champion does not match the recipe; or
+            another owner holds the lease.
     """
     store.ensure_bucket(config.bucket)
-    request = request_of(config, source)
+    request = request_digest(config, source)
     for _ in range(_ATTEMPTS):
-        pointer = store.read_pointer(claim_uri(config))
-        claim = Claim.of(pointer)
-        decided = claim is None or claim.is_decided(store)
-        if claim is not None and not decided:
-            require_free(claim, owner, config, store)
-            if claim.request == request and store.exists(join_uri(claim.run, CONFIG)):
-                if claim.taken_by(owner).put(store, config, pointer):
-                    return _going_on(claim.run, config, store)
-                continue  # another was quicker: see who
+        pointer = store.read_pointer(lease_uri(config))
+        lease = Lease.of(pointer)
+        decided = lease is None or lease.is_decided(store)
+        if lease is not None and not decided:
+            require_available(lease, owner, config, store)
+            if lease.request == request and store.exists(join_uri(lease.run, CONFIG)):
+                if lease.renewed_by(owner).acquire(store, config, pointer):
+                    return _resume(lease.run, config, store)
+                continue  # another owner was faster; check again
         champion = store.read_pointer(pointer_uri(config.bucket, config.promotion.pointer))
         known = None if champion is None else champion.value
-        seen = scan_source(source, store)
-        if not seen.files:
+        scan = scan_source(source, store)
+        if not scan.files:
             raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
-        earlier = _of_champion(known, store) if claim is None else _of_claim(claim, decided, store)
+        earlier = _of_champion(known, store) if lease is None else _of_lease(lease, decided, store)
         if earlier is not None:
-            seen = replace(seen, files=hash_touched_files_in(source, store, earlier.files, seen.files))
-            if claim is None and not _is_of_this_source(earlier, seen, config):
+            scan = replace(scan, files=hash_touched_files_in(source, store, earlier.files, scan.files))
+            if lease is None and not _is_of_this_source(earlier, scan, config):
                 earlier = None
-        difference = compare(earlier.files if earlier else [], seen.files)
+        difference = compare(earlier.files if earlier else [], scan.files)
         if earlier is not None:
             _require_most_of_it(source, earlier, difference, config)
             if difference.to_read < config.retrain.min_new_images:
-                return _nothing(source, earlier, difference, seen, config)
-        run, record = _planned(config, source, known, earlier, difference, seen, store)
-        if Claim(run.uri, request, owner, now(), record["base"]).put(store, config, pointer):
-            _begin(run, record, seen.files)
+                return _up_to_date(source, earlier, difference, scan, config)
+        run, record = _plan(config, source, known, earlier, difference, scan, store)
+        if Lease(run.uri, request, owner, timestamp(), record["base"]).acquire(store, config, pointer):
+            _begin(run, record, scan.files)
             return _found(run.uri, record)
-    raise InfrastructureError(f"pointer {claim_uri(config)}: changed under {_ATTEMPTS} attempts; run the step again")
+    raise InfrastructureError(f"pointer {lease_uri(config)}: changed under {_ATTEMPTS} attempts; run the step again")
 
 
-def _of_claim(claim: Claim, decided: bool, store: ObjectStore) -> _Earlier | None:
-    """What the last finished retraining took."""
-    prefix = join_uri(claim.run, "data") if decided else claim.base
+def _of_lease(lease: Lease, decided: bool, store: ObjectStore) -> _Earlier | None:
+    """Read the data of the last retraining."""
+    prefix = join_uri(lease.run, "data") if decided else lease.base
     return None if prefix is None else _read(prefix, store)
 
 
 def _of_champion(champion: Mapping[str, Any] | None, store: ObjectStore) -> _Earlier | None:
-    """Before the first retraining: what the run of the champion took."""
+    """Read the data of the champion's run, before the first retraining."""
     return None if champion is None else _read(join_uri(str(champion["run"]), "data"), store)
 
 
-def _is_of_this_source(earlier: _Earlier, seen: Scan, config: Config) -> bool:
-    """Whether most of the earlier data are in the source."""
-    difference = compare(earlier.files, seen.files)
+def _is_of_this_source(earlier: _Earlier, scan: Scan, config: Config) -> bool:
+    """Whether the source still has most of the earlier data."""
+    difference = compare(earlier.files, scan.files)
     others = len(difference.removed) + len(difference.changed)
     return others <= config.retrain.max_gone_fraction * earlier.manifest.samples
 
@@ -142,7 +142,7 @@ def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
         manifest = Manifest.read(store, prefix)
     except NotFound:
         return None
-    if manifest.listing is None:  # of a version that kept none
+    if manifest.listing is None:  # prepared without a listing
         return None
     return _Earlier(prefix, manifest, read_listing(store, prefix, manifest))
 
@@ -151,70 +151,70 @@ def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, 
     gone, before = len(difference.removed), earlier.manifest.samples
     if gone > config.retrain.max_gone_fraction * before:
         raise UserError(
-            f"{source}: {gone:,} of the {before:,} images that were taken before are not there any more; name the "
-            "right source, or, if they are to go, set retrain.max_gone_fraction=1"
+            f"{source}: {gone:,} of the {before:,} earlier images are gone; correct --data, or, if they were "
+            "removed on purpose, set retrain.max_gone_fraction=1"
         )
 
 
-def _nothing(source: str, earlier: _Earlier, difference: Difference, seen: Scan, config: Config) -> Found:
+def _up_to_date(source: str, earlier: _Earlier, difference: Difference, scan: Scan, config: Config) -> NewData:
     few = ""
     if difference.to_read:
         few = f", fewer than retrain.min_new_images={config.retrain.min_new_images}"
-    told = f"nothing to do: {source} has {_counts(difference)} since {name_of_run(earlier.run)}{few}"
+    message = f"nothing to do: {source} has {_counts(difference)} since {name_of_run(earlier.run)}{few}"
     counts = len(difference.new), len(difference.changed), len(difference.removed)
-    return Found(earlier.run, True, len(seen.files), *counts, told)
+    return NewData(earlier.run, True, len(scan.files), *counts, message)
 
 
-def _planned(
+def _plan(
     config: Config,
     source: str,
     champion: Mapping[str, Any] | None,
     earlier: _Earlier | None,
     difference: Difference,
-    seen: Scan,
+    scan: Scan,
     store: ObjectStore,
 ) -> tuple[Run, dict[str, Any]]:
-    """The run that the new images make, and what is to be known of it."""
-    made = continued(config, champion, store)
-    # Images that were prepared with other settings are not what is wanted now: all are read again.
-    base = earlier if earlier and earlier.manifest.settings == made.data.identity_values() else None
-    content = seen.fingerprint + (base.manifest.fingerprint if base else "")
-    sets = {s.name: source_fingerprint(s.source, store) for s in made.evaluation.transfer}
-    run = Run(run_uri(made.bucket, run_id(made, content, sets)), store, made)
-    start = f"starts from {made.init.source}" if made.init.source else "starts from nothing"
-    since = f"since {name_of_run(earlier.run)}" if earlier else "and is looked at for the first time"
+    """Return the run for the new images, and its record."""
+    continuation = continuation_config(config, champion, store)
+    # Images that were prepared with other settings cannot be reused: all are read again.
+    base = earlier if earlier and earlier.manifest.settings == continuation.data.identity_values() else None
+    content = scan.fingerprint + (base.manifest.fingerprint if base else "")
+    sets = {s.name: source_fingerprint(s.source, store) for s in continuation.evaluation.transfer}
+    run = Run(run_uri(continuation.bucket, run_id(continuation, content, sets)), store, continuation)
+    start = f"starts from {continuation.init.source}" if continuation.init.source else "starts from scratch"
+    since = f"since {name_of_run(earlier.run)}" if earlier else "in its first scan"
     record = {
         "source": source,
         "base": base.prefix if base else None,
-        "images": len(seen.files),
-        "fingerprint": seen.fingerprint,
+        "images": len(scan.files),
+        "fingerprint": scan.fingerprint,
         "new": len(difference.new),
         "changed": len(difference.changed),
         "gone": len(difference.removed),
         "champion": champion["run"] if champion else None,
-        "time": now(),
-        "told": f"{source} has {_counts(difference)} {since}; {run.name} {start}",
+        "time": timestamp(),
+        "message": f"{source} has {_counts(difference)} {since}; {run.name} {start}",
     }
     return run, record
 
 
 def _begin(run: Run, record: dict[str, Any], files: list[File]) -> None:
-    """Write what the run is made of; the configuration last, which says that all is there."""
-    run.store.put_bytes(run.at(SEEN), encode_listing(files))
+    """Write the inputs of the run; the configuration comes last and marks them complete."""
+    run.store.put_bytes(run.at(LISTING_PATH), encode_listing(files))
     run.store.put_if_absent(run.at(RETRAINING), encode_json(record))
     start_run(run.config, record["source"], run.uri, run.store)
 
 
-def _going_on(uri: str, config: Config, store: ObjectStore) -> Found:
+def _resume(uri: str, config: Config, store: ObjectStore) -> NewData:
     run = open_run(uri, store)
     record = store.get_json(run.at(RETRAINING))
-    here = run.config.executed_as(config.execution_values())
-    start_run(here, record["source"], uri, store)
-    return _found(uri, {**record, "told": f"going on: {record['told']}"})
+    current = run.config.with_execution(config.execution_values())
+    start_run(current, record["source"], uri, store)
+    return _found(uri, {**record, "message": f"resumed: {record['message']}"})
 
 
-def _found(uri: str, record: dict[str, Any]) -> Found:
-    return Found(uri, False, **{name: record[name] for name in ("images", "new", "changed", "gone", "told")})
+def _found(uri: str, record: dict[str, Any]) -> NewData:
+    return NewData(uri, False, **{name: record[name] for name in ("images", "new", "changed", "gone", "message")})
 
 
 def _counts(difference: Difference) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from esvit_core.data.shards.manifest import MANIFEST
-from esvit_core.runs.run import CLAIMS, CONFIG, run_uri
+from esvit_core.runs.run import CONFIG, LEASES, run_uri
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.store_errors import NotFound
 
@@ -102,12 +102,12 @@ def remove_run(store: ObjectStore, run: StoredRun) -> bool:
 def named_by_pointers(store: ObjectStore, bucket: str) -> dict[str, str]:
     """The runs that pointers and their histories name: the run's address, and the pointer's name.
 
-    So does the claim of a retraining: the next one compares the source with what that one took.
+    So does the lease of a retraining: the next one compares the source with what that one took.
     """
     root = f"s3://{bucket}/runs/"
     named = {}
     place = f"s3://{bucket}/"
-    for stat in chain(store.list(place + POINTERS), store.list(place + CLAIMS)):
+    for stat in chain(store.list(place + POINTERS), store.list(place + LEASES)):
         pointer = store.read_pointer(stat.uri)
         for text in _texts(pointer.value if pointer else None):
             if text.startswith(root):

@@ -23,7 +23,7 @@ RUNTIME = "runtime"  # a pointer: how the latest start of the run wants it execu
 MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
 RETRAINING = "retrain.json"  # of a run that looks for new images and challenges the champion: what it found
 PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
-CLAIMS = "claims"  # folder beside the runs: for each champion, who is at its retraining
+LEASES = "leases"  # folder beside the runs, with the lease on the retraining of each champion
 
 
 def name_of_run(uri: str) -> str:
@@ -142,7 +142,7 @@ def start_run(
         if difference := _difference(there, config):
             raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
         _remember_execution(uri, there, config, store)
-        config = there.executed_as(config.execution_values())
+        config = there.with_execution(config.execution_values())
     return Run(uri, store, config)
 
 
@@ -165,7 +165,7 @@ def open_run(uri: str, store: ObjectStore | None = None) -> Run:
     """
     store = store or ObjectStore.from_env()
     config, pointer = _read_config(uri, store), store.read_pointer(join_uri(uri, RUNTIME))
-    return Run(uri.rstrip("/"), store, config if pointer is None else config.executed_as(pointer.value))
+    return Run(uri.rstrip("/"), store, config if pointer is None else config.with_execution(pointer.value))
 
 
 def _read_config(uri: str, store: ObjectStore) -> Config:

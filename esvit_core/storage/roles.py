@@ -40,7 +40,7 @@ ROLES: Mapping[str, Role] = {
         (
             *("runs/*/config.yaml", "runs/*/runtime", "runs/*/data/*", "runs/*/transfer/*"),
             # A retraining starts by scanning the source and by claiming the lease.
-            *("runs/*/retrain.json", "runs/*/retrain/*", "claims/*"),
+            *("runs/*/retrain.json", "runs/*/retrain/*", "leases/*"),
         ),
     ),
     "train": Role(

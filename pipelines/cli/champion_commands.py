@@ -43,7 +43,7 @@ def roll_back_champion(location: RunLocation, pointer: str, to: str | None, why:
 
 
 def _line(champion: Champion) -> str:
-    state = "current" if champion.present else "former "
+    state = "current" if champion.current else "former "
     text = f"{state}  {champion.time[:16].replace('T', ' ')}  {champion.name}  {_metric(champion)}  {champion.reason}"
     if undone := champion.rolled_back:
         text += f"; rolled back {undone['time'][:16].replace('T', ' ')} by {undone['who']}"

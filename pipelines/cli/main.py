@@ -152,21 +152,26 @@ def plan(
         int, typer.Option("--images", min=1, metavar="N", help="Number of training images; default: ImageNet-1K.")
     ] = 1_281_167,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Price per GPU-hour, in any currency.")] = None,
-    utilisation: Annotated[
-        float,
-        typer.Option("--utilisation", min=0.01, max=1, help="Fraction of the GPU's peak FLOP/s that a step reaches."),
-    ] = 0.1,
+    images_per_second: Annotated[
+        float | None,
+        typer.Option(
+            "--images-per-second",
+            min=0.001,
+            metavar="RATE",
+            help="Measured speed of all GPUs together, for time and cost.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Estimate what a training takes before it starts: memory, images per second, time, and cost.
+    """Estimate what a training takes before it starts: FLOPs, memory and checkpoints; with a speed also time and cost.
 
-    For a GPU, the operations and bytes of a step are counted, and the speed follows from the GPU's data sheet and an
-    assumed utilisation. For the CPUs of this machine, a few real steps are measured.
+    For a GPU, the operations and bytes of a step are counted; time and cost need a measured --images-per-second. For the
+    CPUs of this machine, a few real steps are measured.
     """
     from esvit_pipelines.cli.plan_command import plan as plan_training
 
     config = Config.load(recipe or DEFAULT_RECIPE, set_ or ())
-    plan_training(config, gpu, gpus, images, price, utilisation, json)
+    plan_training(config, gpu, gpus, images, price, images_per_second, json)
 
 
 @app.command()
@@ -177,7 +182,7 @@ def status(
     follow: FollowOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show the state of a run: progress, curves, last checkpoint, restarts, and why it failed.
+    """Show the state of a run: progress, figures, last checkpoint, restarts, and why it failed.
 
     This works from another terminal while the run is active, and afterwards. Without RUN, list all runs of the store,
     newest first.

@@ -1,4 +1,4 @@
-"""`esvit plan`: estimate the memory, time and cost of a training."""
+"""`esvit plan`: what a training requires, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,35 @@ from dataclasses import asdict
 from typing import Any
 
 from esvit_core.config import Config
-from esvit_core.planning.checkpoint_cost import Saving, saving
+from esvit_core.errors import UserError
+from esvit_core.planning.checkpoint_cost import CheckpointCost, checkpoint_cost
 from esvit_core.planning.estimate import Plan, advice, plan_run
+
+RATE_HINT = "give --images-per-second, from the first minutes of a run (`esvit status` shows it)"
 
 
 def plan(
-    config: Config, gpu: str, gpus: int, images: int, price: float | None, utilisation: float, as_json: bool
+    config: Config,
+    gpu: str,
+    gpus: int,
+    images: int,
+    price: float | None,
+    images_per_second: float | None,
+    as_json: bool,
 ) -> None:
-    """Print the estimate."""
-    made = plan_run(config, gpu, gpus, images, utilisation)
-    changes = [] if made.fits else advice(config, made)
+    """Print the estimate.
+
+    Raises:
+        UserError: a price is given without the measured speed that the cost follows from.
+    """
+    if price is not None and gpu != "cpu" and images_per_second is None:
+        raise UserError(f"--price {price:g}: the cost of a training on GPUs needs their measured speed; {RATE_HINT}")
+    estimate = plan_run(config, gpu, gpus, images, images_per_second)
+    changes = [] if estimate.fits else advice(config, estimate)
     if as_json:
-        print(json.dumps(_fields(config, made, price, changes), indent=1))
+        print(json.dumps(_fields(config, estimate, price, changes), indent=1))
     else:
-        print("\n".join(_lines(config, made, images, price, changes)))
+        print("\n".join(_lines(config, estimate, images, price, changes)))
 
 
 def _fields(config: Config, plan: Plan, price: float | None, changes: list[str]) -> dict[str, Any]:
@@ -30,6 +45,7 @@ def _fields(config: Config, plan: Plan, price: float | None, changes: list[str])
         "precision": str(plan.dtype).removeprefix("torch."),
         "parameters": plan.demand.parameters,
         "flops_per_image": plan.demand.flops,
+        "flops": plan.demand.flops * plan.batch_size * plan.steps,
         "bytes": round(plan.bytes),
         "memory": round(plan.memory),
         "fits": plan.fits,
@@ -37,49 +53,54 @@ def _fields(config: Config, plan: Plan, price: float | None, changes: list[str])
         "source": plan.source,
         "steps": plan.steps,
         "seconds": plan.seconds,
-        "checkpoints": asdict(_saving(config, plan)),
+        "checkpoints": asdict(_checkpoint_cost(config, plan)),
         "cost": None if price is None else plan.cost(price),
         "advice": changes,
     }
 
 
 def _lines(config: Config, plan: Plan, images: int, price: float | None, changes: list[str]) -> list[str]:
-    demand, training, precision = plan.demand, config.training, str(plan.dtype).removeprefix("torch.")
-    parts = "" if plan.at_once == plan.images_per_process else f", {plan.at_once} at a time"
+    demand, training, dtype = plan.demand, config.training, str(plan.dtype).removeprefix("torch.")
+    parts = "" if plan.micro_batch == plan.images_per_process else f", {plan.micro_batch} at a time"
     fits = "fits" if plan.fits else "does not fit"
     lines = [
         f"{config.recipe}: {config.model.arch}, {demand.parameters / 1e6:.1f} M parameters with heads, "
-        f"{demand.flops / 1e9:,.1f} GFLOP per image, {precision}",
+        f"{demand.flops / 1e9:,.1f} GFLOPs per image, {dtype}",
         f"on      {plan.devices} x {plan.device}, {plan.images_per_process} images each per step{parts}",
         f"memory  {plan.bytes / 1e9:.1f} of {plan.memory / 1e9:.1f} GB: {fits}",
     ]
     if changes:
-        return [*lines, "to make it fit, change one of:", *(f"    {change}" for change in changes)]
-    lines += [
-        f"speed   {plan.images_per_second:,.1f} images/s ({plan.source})",
-        f"time    {_duration(plan.seconds)}: {training.epochs} epochs of {images:,} images, {plan.steps:,} steps",
-    ]
-    lines += _checkpoint_lines(config, _saving(config, plan))
-    if price is not None:
-        lines.append(f"cost    {plan.cost(price):,.0f} at {price:g} per GPU-hour")
+        return [*lines, "to make it fit, one of:", *(f"    {change}" for change in changes)]
+    total = demand.flops * plan.batch_size * plan.steps
+    lines.append(f"work    {total:.3g} FLOPs: {training.epochs} epochs of {images:,} images, {plan.steps:,} steps")
+    if plan.images_per_second is None or plan.seconds is None:
+        lines.append(f"speed   not known; for time and cost {RATE_HINT}")
+    else:
+        lines.append(f"speed   {plan.images_per_second:,.1f} images/s ({plan.source})")
+        lines.append(f"time    {_duration(plan.seconds)}")
+    lines += _about_checkpoints(config, plan)
+    if price is not None and (cost := plan.cost(price)) is not None:
+        lines.append(f"cost    {cost:,.0f} at {price:g} per device-hour")
     return lines
 
 
-def _saving(config: Config, plan: Plan) -> Saving:
-    return saving(config, plan.demand.checkpoint_bytes, plan.seconds / plan.steps)
+def _checkpoint_cost(config: Config, plan: Plan) -> CheckpointCost:
+    return checkpoint_cost(config, plan.demand.checkpoint_bytes, plan.step_seconds)
 
 
-def _checkpoint_lines(config: Config, made: Saving) -> list[str]:
-    every = f"saved   {made.bytes / 1e9:.2g} GB every {made.lost_seconds / 60:.2g} minutes"
+def _about_checkpoints(config: Config, plan: Plan) -> list[str]:
+    cost = _checkpoint_cost(config, plan)
+    at_least = "at least " if plan.step_seconds is None else ""
+    saved = f"saved   {cost.bytes / 1e9:.2g} GB {at_least}every {cost.lost_seconds / 60:.2g} minutes"
     if config.training.checkpoint_minutes != "auto":
         return [
-            f"{every}: a training that is killed loses at most that much; {made.bytes_an_hour / 1e9:,.0f} GB per hour"
+            f"{saved}; a kill without warning loses that much training; {cost.bytes_per_hour / 1e9:,.0f} GB per hour"
         ]
-    few, many = (amount / 1e9 for amount in made.pod_bytes_an_hour)
+    low, high = (amount / 1e9 for amount in cost.pod_bytes_per_hour)
     return [
-        f"{every}, and when it is asked to stop; {made.bytes_an_hour / 1e9:,.1f} GB per hour",
-        f"        in a step's own pod: at most {made.pod_lost_seconds:.0f} s of training lost if the store accepts "
-        f"{made.store_rate / 1e6:,.0f} MB/s; {few:,.0f} to {many:,.0f} GB per hour",
+        f"{saved}, and on SIGTERM; {at_least}{cost.bytes_per_hour / 1e9:,.1f} GB per hour",
+        f"        in a step's own pod: at most {cost.pod_lost_seconds:.0f} s of training lost if the store takes "
+        f"{cost.store_rate / 1e6:,.0f} MB/s; {low:,.0f} to {high:,.0f} GB per hour",
     ]
 
 

@@ -51,7 +51,7 @@ def runs(
 ) -> None:
     """List the runs of a cluster with state, duration and link, or act on one of them with a command.
 
-    `esvit status` and `esvit logs` show the curves and the log of a run from the object store.
+    `esvit status` and `esvit logs` show the figures and the log of a run from the object store.
     """
     from esvit_pipelines.cluster import runs as work
     from esvit_pipelines.cluster.client import experiment_id

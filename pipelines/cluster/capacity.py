@@ -15,7 +15,7 @@ from typing import Any, get_args
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import PodConfig, Role
 from esvit_core.config.kubernetes_names import quantity_bytes, quantity_cores
-from esvit_core.planning.pod_sizes import sized
+from esvit_core.planning.pod_sizes import resolve_pod
 
 _SECONDS = (2, 5)  # to connect, to answer
 Amounts = dict[str, float]
@@ -27,9 +27,9 @@ def pods_of(config: Config) -> dict[str, PodConfig]:
     Raises:
         UserError: the recipe's architecture does not exist.
     """
-    pods = {f"cluster.{role}": sized(config, role) for role in get_args(Role)}
+    pods = {f"cluster.{role}": resolve_pod(config, role) for role in get_args(Role)}
     if config.launch.scheduler != "local":
-        pods["the step that starts the job"] = config.cluster.launching_pod()
+        pods["the step that starts the job"] = config.cluster.launcher_pod()
     return pods
 
 

@@ -21,7 +21,7 @@ from esvit_core.launch.pod_metadata import (
     pod_security,
     queue_labels,
 )
-from esvit_core.planning.pod_sizes import sized
+from esvit_core.planning.pod_sizes import resolve_pod
 from esvit_core.repetition import variables
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, POD_LOST_SECONDS
 
@@ -45,7 +45,7 @@ def configure_pod(task: dsl.PipelineTask, config: Config, role: Role, accelerate
     cluster = config.cluster
     launches = trains and config.launch.scheduler != "local"
     serves_metrics = trains and not launches
-    pod = cluster.launching_pod() if launches else sized(config, role)
+    pod = cluster.launcher_pod() if launches else resolve_pod(config, role)
     if pod.image is not None:
         task.set_container_image(pod.image)
     _resources(task, pod)

@@ -28,10 +28,10 @@ def retrain(settings: Settings) -> None:
     with open_run_store(settings, config) as store:
         found = find_new(config, settings.data, owner, store)
         if found.nothing:
-            print(found.told)
+            print(found.message)
             return
         print_default_recipe(settings)
-        print(found.told)
+        print(found.message)
         run_pipeline(settings, open_run(found.run, store), Retraining(owner, config))
 
 

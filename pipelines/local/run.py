@@ -149,7 +149,8 @@ def _copy_results(current: Run, here: Path) -> None:
 def _print_results(current: Run, here: Path, seconds: float) -> None:
     from rich.console import Console
 
-    from esvit_core.reporting.console import read_results, results_table
+    from esvit_core.reporting.result_rows import read_results
+    from esvit_core.reporting.result_table import results_table
 
     print(flush=True)
     Console().print(results_table(read_results(current.store, current.uri, current.config)))

@@ -16,7 +16,7 @@ from esvit_components.deployment.promote import promote
 from esvit_components.evaluation.compare_champion import compare_champion
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
-from esvit_core.config.parameters import PLACE, cluster_text, parameters_of
+from esvit_core.config.parameters import COMPILED_SECTIONS, compiled_sections_yaml, to_parameters
 from esvit_pipelines.steps import Steps, evaluate, prepare_sets, train
 
 PIPELINE_NAME = "esvit-retrain"
@@ -39,8 +39,8 @@ def build_retrain_pipeline(
     Raises:
         UserError: ``cluster`` is true and the cluster extra is not installed.
     """
-    steps, default = Steps(config, cluster), parameters_of(config, without=PLACE if cluster else ())
-    overrides = cluster_text(config) if cluster else ""
+    steps, default = Steps(config, cluster), to_parameters(config, without=COMPILED_SECTIONS if cluster else ())
+    overrides = compiled_sections_yaml(config) if cluster else ""
 
     @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: retrain the champion on new images")
     def retrain_pipeline(  # type: ignore[no-untyped-def]

@@ -119,6 +119,6 @@ def test_retrain(
             ends[run_id] = f"SUCCEEDED after {runs.wait(run_id):.0f} s"
         except AssertionError as error:
             ends[run_id] = str(error).splitlines()[0]
-            assert "claim" in str(error) or "another" in str(error), error
+            assert "lease" in str(error) or "another" in str(error), error
     saw(f"two at once: {'; '.join(ends.values())}")
     assert any("SUCCEEDED" in end for end in ends.values())

@@ -45,7 +45,7 @@ def test_the_former_champion_comes_back_and_the_history_says_who_when_and_why(st
     crowned("a", "b")
     assert back(store, why="worse on the line") == "a"
     now, was, first = champions(store, store.bucket, "champion")
-    assert now.present and now.name == "a" and now.value == 50 + ord("a") and "ann@desk: worse" in now.reason
+    assert now.current and now.name == "a" and now.value == 50 + ord("a") and "ann@desk: worse" in now.reason
     assert was.name == "b" and was.rolled_back == {"time": now.time, "who": "ann@desk", "why": "worse on the line"}
     assert first.name == "a" and first.rolled_back is None
     pointer = store.read_pointer(store.uri("pointers/champion")).value
@@ -55,7 +55,7 @@ def test_the_former_champion_comes_back_and_the_history_says_who_when_and_why(st
 def test_twice_goes_back_two_champions_not_forth(store, crowned):
     crowned("a", "b", "c")
     assert [back(store), back(store)] == ["b", "a"]
-    with pytest.raises(UserError, match="a has no predecessor"):
+    with pytest.raises(UserError, match="a has no earlier champion"):
         back(store)
 
 
@@ -75,7 +75,11 @@ def test_after_a_way_back_the_next_challenger_meets_the_one_in_use(store, crowne
 
 @pytest.mark.parametrize(
     ("to", "told"),
-    [(None, "b has no predecessor"), ("x", "no former champion of this name; .*remembers none"), ("b", "it is the")],
+    [
+        (None, "b has no earlier champion"),
+        ("x", "no former champion matches; the history of pointer champion has none"),
+        ("b", "this run is the current"),
+    ],
 )
 def test_where_there_is_none_it_says_so(store, crowned, to, told):
     crowned("b")
@@ -91,7 +95,7 @@ def test_without_any_champion_it_says_so(store):
 def test_a_champion_without_a_backbone_is_not_gone_back_to(store, crowned):
     crowned("a", "b")
     store.remove_prefix(store.uri("runs/a/backbone"))
-    with pytest.raises(UserError, match="its backbone is not there any more"):
+    with pytest.raises(UserError, match="its backbone was deleted"):
         back(store)
     assert names(store)[0] == "b"
 
@@ -108,7 +112,7 @@ def test_of_two_that_go_back_at_once_one_does(store, crowned):
     with ThreadPoolExecutor(4) as pool:
         told = list(pool.map(attempt, range(4)))
     assert told.count("a") == 1
-    assert all("in the meantime" in t or "it is the champion now" in t for t in told if t != "a")
+    assert all("in the meantime" in t or "this run is the current champion" in t for t in told if t != "a")
     assert names(store) == ["a", "d", "c", "b", "a"]
 
 
@@ -116,9 +120,9 @@ def test_the_commands_print_a_line_each(store_env, crowned, capsys):
     crowned("a", "b")
     location = RunLocation(Path("nowhere"), store_env.bucket)
     roll_back_champion(location, "champion", None, "it sees ghosts")
-    assert capsys.readouterr().out.startswith("champion is a again (knn/20 147.00 %); back from b, by ")
+    assert capsys.readouterr().out.startswith("champion is a again (knn/20 147.00 %); rolled back from b by ")
     show_champions(location, "champion", as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert [line[:3] for line in lines] == ["cur", "for", "for"] and "rolled back" in lines[1] and "ghosts" in lines[1]
     show_champions(location, "champion", as_json=True)
-    assert [c["present"] for c in json.loads(capsys.readouterr().out)] == [True, False, False]
+    assert [c["current"] for c in json.loads(capsys.readouterr().out)] == [True, False, False]

@@ -65,6 +65,7 @@ def test_a_champion_that_is_gone_cannot_be_compared(challenger, bucket, config):
         for name in (RETRAINING, "promotion.json"):
             bucket.remove(f"{challenger}/{name}")
     assert (
-        not decision["promoted"] and "its backbone is not at s3://evaluation/runs/gone/backbone" in decision["reason"]
+        not decision["promoted"]
+        and "its backbone at s3://evaluation/runs/gone/backbone was deleted" in decision["reason"]
     )
     assert bucket.exists(comparison_uri(challenger, gone))

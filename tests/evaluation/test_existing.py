@@ -13,7 +13,7 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.import_backbone import import_backbone
 from esvit_core.models.factory import create_backbone
 from esvit_core.reporting import verdict
-from esvit_core.reporting.facts import read_facts
+from esvit_core.reporting.run_records import read_run_records
 from esvit_core.runs.run import Run, start_run
 from esvit_core.storage import ObjectStore
 from esvit_core.weights.backbone import load_backbone, save_backbone
@@ -59,9 +59,9 @@ def test_a_run_is_measured_again_as_a_run_of_its_own(trained: Run, arguments: An
     assert run.store.get_json(run.at("baseline/backbone.json"))["step"] == 0
     assert run.store.get_json(run.at("measured.json"))["backbone"] == trained.at("backbone")
     assert import_backbone(trained.uri, **arguments).uri == run.uri
-    facts = read_facts(run.uri, run.store, run.config)
-    assert facts.training.reason.endswith(trained.at("backbone"))
-    assert verdict.promotion(facts).details[0].endswith("it promotes nothing.")
+    records = read_run_records(run.uri, run.store, run.config)
+    assert records.training.reason.endswith(trained.at("backbone"))
+    assert verdict.promotion(records).details[0].endswith("it does not promote.")
 
 
 def test_a_checkpoint_is_measured_while_the_run_has_published_nothing(

@@ -10,7 +10,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import left_out, measured, result_uri
 from esvit_core.registry import champions
-from esvit_core.registry.promotion import beats, foresee, promote
+from esvit_core.registry.promotion import beats, preview_promotion, promote
 
 CONFIG = Config()
 CLASSES = ["ant", "bee"]
@@ -197,10 +197,10 @@ def test_a_pointer_that_never_rests_is_reported(store, make_run, monkeypatch):
 
 def test_foresight_tells_the_decision_and_changes_nothing(store, make_run):
     first, worse = make_run("a", 50, 40), make_run("b", 45, 40)
-    assert foresee(first, store, CONFIG)["promoted"] and champion(store) is None
+    assert preview_promotion(first, store, CONFIG)["promoted"] and champion(store) is None
     decision = promote(first, store, CONFIG)
-    assert foresee(first, store, CONFIG) == decision | {"decided": True}
-    before = foresee(worse, store, CONFIG)
+    assert preview_promotion(first, store, CONFIG) == decision | {"decided": True}
+    before = preview_promotion(worse, store, CONFIG)
     assert not before["promoted"] and not before["decided"]
     assert before["reason"] == promote(worse, store, CONFIG)["reason"]
 

@@ -55,7 +55,7 @@ OBJECTS = (
     "runs/a/retrain.json",
     "runs/a/retrain/images.jsonl.gz",
     "runs/a/comparison/b.json",
-    "claims/champion",
+    "leases/champion",
     "pointers/champion",
     "elsewhere",
 )
@@ -161,7 +161,7 @@ def test_the_boundaries_that_matter() -> None:
     assert not may_write("evaluate", "runs/a/data/shards/train-00000.tar")
     assert not may_write("evaluate", "runs/a/backbone/manifest.json")
     assert [role for role in ROLES if may_write(role, "pointers/champion")] == ["publish"]
-    assert [role for role in ROLES if may_write(role, "claims/champion")] == ["prepare"]
+    assert [role for role in ROLES if may_write(role, "leases/champion")] == ["prepare"]
     assert [role for role in ROLES if may_write(role, "runs/a/config.yaml")] == ["prepare", "publish"]
     assert not any(may_write("read", key) for key in OBJECTS)
 

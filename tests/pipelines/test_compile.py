@@ -14,7 +14,7 @@ import yaml
 from esvit_core.config import Config
 from esvit_core.config.parameters import resolve
 from esvit_core.errors import UserError
-from esvit_core.planning.pod_sizes import with_sizes
+from esvit_core.planning.pod_sizes import with_pod_sizes
 from esvit_pipelines.cluster.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 from esvit_pipelines.steps import step_names
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
 CHANGES = ["promotion.max_loss=null", "launch.profile_steps=5"]
 PLACE = ["cluster.image=registry.example/esvit:1", "cluster.secret=keys"]
-CONFIG = with_sizes(Config.load("demo", [SETS, *CHANGES, *PLACE]))
+CONFIG = with_pod_sizes(Config.load("demo", [SETS, *CHANGES, *PLACE]))
 STEPS = {
     "prepare data",
     "prepare transfer sets",

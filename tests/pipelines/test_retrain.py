@@ -141,7 +141,7 @@ def test_a_concurrent_retraining_names_the_owner(retrained: Retrained) -> None:
 
 
 def test_a_killed_retraining_reuses_finished_steps(retrained: Retrained) -> None:
-    assert retrained.again.startswith("going on: images has 6 new files since ")
+    assert retrained.again.startswith("resumed: images has 6 new files since ")
     found = retrained.again.partition("extract features")[0]
     assert found.count("already done") == 2 and "already done: found data/manifest.json" in found
     assert headers(retrained.again) == [

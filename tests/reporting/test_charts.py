@@ -57,7 +57,7 @@ def test_charts_stand_in_groups_and_an_older_log_has_those_it_can(log, config):
     older = titles([{key: line[key] for key in then} for line in log(100)])
     assert older["Student and teacher"] == [
         "Entropy of the mean distribution",
-        "What an image tells",
+        "Divergence from the mean distribution",
         "Spread of the features",
     ]
 
@@ -97,7 +97,10 @@ def test_classes_are_sorted_by_how_well_they_were_recognised():
     counts = [[5, 0, 5], [0, 9, 1], [0, 0, 0]]
     table = class_table([{"name": "linear", "status": "measured", "classes": ["a", "b", "c"], "confusion": counts}])
     assert not isinstance(table, str)
-    assert [(r.name, r.right, r.mistaken_for, r.mistaken) for r in table.rows] == [("b", 90, "c", 1), ("a", 50, "c", 5)]
+    assert [(r.name, r.correct, r.confused_with, r.confusions) for r in table.rows] == [
+        ("b", 90, "c", 1),
+        ("a", 50, "c", 5),
+    ]
 
 
 def test_too_many_classes_are_said_to_be_too_many():

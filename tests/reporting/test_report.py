@@ -18,10 +18,10 @@ from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.evaluation.results import measured, result_uri
 from esvit_core.registry.promotion import promote
-from esvit_core.reporting.facts import read_facts
+from esvit_core.reporting.property_rows import recipe_rows
 from esvit_core.reporting.report import write_report
+from esvit_core.reporting.run_records import read_run_records
 from esvit_core.reporting.verdict import judge
-from esvit_core.reporting.words import recipe_rows
 from esvit_core.storage import ObjectStore, StoreAddress, StoreError
 from esvit_core.storage.retry import RetryPolicy
 
@@ -114,15 +114,15 @@ def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
     )
     text = said(written(run))
     assert "Pre-training helped: 20-NN rose from 30.0 % to 80.0 %, by 50.0 points." in text
-    assert text.index("Pre-training helped") < text.index("In short") < text.index("Results Frozen features")
+    assert text.index("Pre-training helped") < text.index("Summary") < text.index("Results Frozen features")
     held_out = Manifest.read(store, f"{run.uri}/data").splits["val"].samples
     error = 100 * (0.8 * 0.2 / held_out) ** 0.5
     assert f"Measured on {held_out} held-out images: the standard error of 20-NN is {error:.1f} points" in text
 
 
-def test_a_difference_within_chance_is_called_so(page):
+def test_a_difference_within_chance_is_stated_as_such(page):
     text = said(page)
-    assert "20-NN rose from 30.7 % (baseline) to 34.9 %, which may be chance." in text
+    assert "20-NN rose from 30.7 % to 34.9 %, which may be chance." in text
     assert "Better than the baseline in 4 of 5 figures, worse in 1." in text
 
 
@@ -130,10 +130,10 @@ def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_stor
     init = {"source": "s3://esvit/runs/a/backbone", "sha256": "ab" * 32}
     config = Config.from_mapping({**finished_run.config.model_dump(mode="json"), "init": init})
     told = "the backbone of s3://esvit/runs/a/backbone (SHA-256 abababababab)"
-    facts = read_facts(finished_run.uri, shared_store, config)
-    rows = {fact.name: (fact.value, fact.published) for fact in recipe_rows(facts)}
-    assert rows["weights at the start"] == (told, "drawn from the seed")
-    assert f"The baseline is the network as this run started: {told}." in judge(facts).details
+    records = read_run_records(finished_run.uri, shared_store, config)
+    rows = {row.name: (row.value, row.published) for row in recipe_rows(records)}
+    assert rows["initial weights"] == (told, "drawn from the seed")
+    assert f"The baseline is the network as this run started: {told}." in judge(records).details
 
 
 def test_a_loss_is_not_hidden(make_run, store, written):
@@ -142,7 +142,7 @@ def test_a_loss_is_not_hidden(make_run, store, written):
     store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | worse)
     text = said(written(run))
     assert "Pre-training did not help: 20-NN fell from 60.0 % to 30.0 %, by 30.0 points." in text
-    assert "Not up for promotion." in text and "no better than the baseline" in text.lower()
+    assert "No candidate for promotion." in text and "no better than the baseline" in text.lower()
 
 
 def test_the_report_is_stored_and_small(finished_run, finished_html, shared_store):
@@ -171,7 +171,9 @@ def test_names_of_classes_and_files_are_text(page, finished_html):
     assert ESCAPED in said(page)
     assert "broken <script>.png" in said(page)
     assert "Lines join <regions>." in page.text
-    chart = next(svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Confusion of 3 classes"))
+    chart = next(
+        svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Confusion matrix of 3 classes")
+    )
     assert chart["role"] == "img"
 
 
@@ -192,7 +194,7 @@ def test_the_page_is_sound_and_accessible(page):
 
 def test_the_data_are_described(finished_run, shared_store, page):
     splits = Manifest.read(shared_store, f"{finished_run.uri}/data").splits
-    counts = f"images to train on {splits['train'].samples} images held out {splits['val'].samples}"
+    counts = f"training images {splits['train'].samples} held-out images {splits['val'].samples}"
     for told in (counts, "classes 3", "bad files 6", "clipart"):
         assert told in said(page)
     names = next(row for row in page.rows if "empty.jpg" in row[-1])
@@ -215,41 +217,47 @@ def test_the_crops_are_those_of_the_first_epoch(finished_run, shared_store, page
 
 def test_the_training_is_drawn_and_resumes_are_marked(page):
     labels = " ".join(svg.get("aria-label") or "" for svg in page.all("svg"))
-    for title in ("Loss.", "Prototypes in use.", "What an image tells.", "Spread of the features.", "Learning rate."):
+    for title in (
+        "Loss.",
+        "Prototypes in use.",
+        "Divergence from the mean distribution.",
+        "Spread of the features.",
+        "Learning rate.",
+    ):
         assert title in labels
     for title in ("Teacher temperature.", "Teacher momentum.", "Speed."):
         assert title in labels
     text = said(page)
-    assert "went on from the checkpoint at step 150" in text
-    assert "Dashed verticals" in text
+    assert "resumed from the checkpoint at step 150" in text
+    assert "Dashed vertical lines" in text
     assert "time 3:08" in text and "speed 341 images/s" in text
 
 
-def test_missing_pieces_are_named_with_the_reason(page):
+def test_missing_records_are_named_with_the_reason(page):
     text = said(page)
-    assert "transfer to shapes: not measured, because there is no result in the store" in text
+    assert "transfer to shapes: not measured: there is no result in the store" in text
     assert "attention: resnet50 has no attention" in text
-    left_out = text[text.index("Left out, and what limits the figures") :]
-    note = "k-NN, linear probe: 1 class with a single training image: fruit."
-    for what in ("transfer to shapes", "attention", "6 files of the source", note):
+    left_out = text[text.index("Omissions and limitations") :]
+    remark = "k-NN, linear probe: 1 class with a single training image: fruit."
+    for what in ("transfer to shapes", "attention", "6 files of the source", remark):
         assert what in left_out
 
 
 def test_a_run_without_labels_says_what_could_not_be_measured(make_run, written):
     text = said(written(make_run(classes=[], resumes=())))
     assert "Pre-training did not help: Transfer to digits fell from 91.0 % to 88.5 %" in text
-    assert "interruptions none" in text and "Dashed verticals" not in text
-    assert "classes none: unlabelled" in text
-    assert "20-NN: not measured, because the images have no labels" in text
-    assert "the linear probe, which was left out: the images have no labels" in text
+    assert "interruptions none" in text and "Dashed vertical lines" not in text
+    assert "classes none (unlabelled)" in text
+    assert "20-NN: not measured: the images have no labels" in text
+    assert "the linear probe, which was not measured: the images have no labels" in text
 
 
 def test_without_any_measure_the_verdict_says_so(make_run, store, written):
     run = make_run(classes=[])
     store.remove_prefix(f"{run.uri}/evaluation")
     text = said(written(run))
-    assert "A backbone was trained; how good its features are could not be measured." in text
-    assert "52.5 % of the regions find their true match in another crop, 31.2 % with the baseline" in text
+    assert "A backbone was trained, but the quality of its features could not be measured." in text
+    assert "52.5 % of the regions find their true match in another crop; 31.2 % do for the baseline" in text
 
 
 def test_a_run_without_a_training_log(make_run, store, written):
@@ -266,7 +274,7 @@ def test_a_run_that_is_not_finished(make_run, written):
     for reason in (
         "training is not finished: training/summary.json is missing",
         "no backbone is published",
-        "no images were drawn",
+        "no figures were drawn",
     ):
         assert reason in text
 
@@ -276,7 +284,7 @@ def test_an_empty_run_still_gives_a_page(store, config):
     assert "no data were prepared: data/manifest.json is missing" in said(page)
 
 
-def test_damaged_pieces_are_named_and_do_not_end_the_report(make_run, store, written):
+def test_damaged_records_are_named_and_do_not_stop_the_report(make_run, store, written):
     run = make_run()
     store.put_json(f"{run.uri}/training/summary.json", {"unknown": 1})
     store.put_bytes(f"{run.uri}/backbone/backbone.json", b"{")
@@ -291,23 +299,23 @@ def test_a_store_that_does_not_answer_is_an_error_not_an_empty_report(config):
         write_report("s3://bucket/runs/a", ObjectStore(address, RetryPolicy(attempts=1)), config)
 
 
-def test_the_promotion_is_foreseen(page):
+def test_the_promotion_is_previewed(page):
     text = said(page)
-    assert "Up for promotion to champion. First champion: knn/20 34.94 against 30.69 of the baseline." in text
-    assert "the promote step, which follows it, decides" in text
+    assert "Candidate for promotion to champion. First champion: knn/20 34.94 against 30.69 of the baseline." in text
+    assert "the promote step, which follows, decides" in text
 
 
-def test_a_decision_that_was_taken_is_told_and_so_is_an_evaluation_of_another_kind(make_run, store, written):
+def test_a_recorded_decision_and_an_unknown_evaluation_are_shown(make_run, store, written):
     run = make_run(drawings=False)
     promote(run.uri, store, run.config)
     other = measured("robustness", {"trained": {"robustness": 12.5}, "baseline": {"robustness": 10.0}}, [])
     store.put_json(result_uri(run.uri, "robustness"), {"name": "robustness"} | other)
     page = written(run)
-    assert "Promoted: it is the champion now. First champion" in said(page)
+    assert "Promoted: this is the current champion. First champion" in said(page)
     assert page.row("robustness")[1:4] == ["12.5", "10.0", "+2.5"]
 
 
-def test_what_the_diagnostics_warned_of_is_told_with_its_step(page):
+def test_warnings_of_the_diagnostics_are_shown_with_their_step(page):
     assert "Step 100: the same distribution for every <image>; lower objective.teacher_temp." in said(page)
 
 

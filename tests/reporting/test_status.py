@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -67,7 +68,9 @@ def test_a_run_under_way(story: Story) -> None:
     assert run.seconds_left == pytest.approx(30, rel=0.1)
     assert len(run.lines) == 40 and len(story.look(brief=True).lines) == 1
     text = shown(run)
-    assert "40 of 100 steps, 40 %" in text and "0:30 left" in text and "step 35, 0:0" in text and "⣀" in text
+    assert "40 of 100 steps, 40 %" in text and "0:30 left" in text and "step 35, 0:0" in text
+    row = re.search(r"^ *loss ((?: +[0-9.]+){6})$", re.sub(" +\n", "\n", text), re.MULTILINE)
+    assert row is not None and row[1].split() == ["9.00", "1.00", "0.529", "0.375", "0.281", "0.225"]
 
 
 def test_a_run_that_was_stopped_and_goes_on(story: Story) -> None:
@@ -96,7 +99,7 @@ def test_a_run_that_ended_without_a_word(story: Story, monkeypatch: pytest.Monke
     now = time.time()
     monkeypatch.setattr(status.time, "time", lambda: now + 600)
     assert story.look().state == "silent"
-    assert "no sign of life for 10:0" in shown(story.look())
+    assert "no activity for 10:0" in shown(story.look())
 
 
 def test_a_step_after_the_training(story: Story) -> None:

@@ -1,4 +1,4 @@
-"""A source of images, a configuration to retrain with, and champions as far as a retraining looks at them."""
+"""A source of images, a configuration for retraining, and champions with the records that a retraining reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.retraining.find_new_data import Found, find_new
+from esvit_core.retraining.find_new_data import NewData, find_new
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def source(images: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def grow(images: Any, source: Path, tmp_path: Path) -> Callable[..., None]:
-    """Put more images into the source, those that are there untouched: ``grow(classes, number of each)``."""
+    """Add images to the source without touching those in it: ``grow(classes, number of each)``."""
 
     def more(classes: list[str], each: int) -> None:
         drawn = images.folder(tmp_path / "drawn", classes, each)
@@ -40,10 +40,10 @@ def grow(images: Any, source: Path, tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def find(store: Any, config: Config, source: Path) -> Callable[..., Found]:
-    """Look at the source: ``find(owner, **changes of the section retrain)``."""
+def find(store: Any, config: Config, source: Path) -> Callable[..., NewData]:
+    """Find new images: ``find(owner, **changes of the section retrain)``."""
 
-    def look(owner: str = "me", wanted: Config = config, **retrain: Any) -> Found:
+    def look(owner: str = "me", wanted: Config = config, **retrain: Any) -> NewData:
         changed = wanted.model_copy(update={"retrain": wanted.retrain.model_copy(update=retrain)})
         return find_new(changed, str(source), owner, store)
 
@@ -51,10 +51,10 @@ def find(store: Any, config: Config, source: Path) -> Callable[..., Found]:
 
 
 @pytest.fixture
-def decide(store: Any) -> Callable[[Found], Found]:
-    """End a retraining: its backbone was promoted, or not."""
+def decide(store: Any) -> Callable[[NewData], NewData]:
+    """Record the decision on a retraining, which ends it."""
 
-    def end(found: Found) -> Found:
+    def end(found: NewData) -> NewData:
         store.put_json(f"{found.run}/promotion.json", {"promoted": False})
         return found
 

@@ -1,4 +1,4 @@
-"""What a look at the source makes of it: a retraining, or nothing to do."""
+"""A scan of the source starts a retraining, or finds nothing to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from esvit_core.runs.run import RETRAINING, open_run
 
 
 def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, list[str]]:
-    """Prepare the images of a run; the manifest, and the names of the files that were read."""
+    """Prepare the images of a run; return the manifest and the names of the files that were read."""
     read: list[str] = []
     load = module._load
     monkeypatch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
@@ -28,22 +28,22 @@ def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Man
     return manifest, sorted(read)
 
 
-def test_the_first_look_takes_everything_and_starts_from_nothing(store, find, monkeypatch) -> None:
+def test_the_first_retraining_takes_all_images_and_starts_from_scratch(store, find, monkeypatch) -> None:
     found = find()
     assert (found.nothing, found.images, found.new) == (False, 12, 12)
-    assert "looked at for the first time" in found.told and found.told.endswith("starts from nothing")
+    assert "in its first scan" in found.message and found.message.endswith("starts from scratch")
     manifest, read = prepared(store, found.run, monkeypatch)
     assert manifest.samples == len(read) == 12 and manifest.base is None
 
 
-def test_where_nothing_is_new_there_is_nothing_to_do(store, find, decide, monkeypatch) -> None:
+def test_without_new_images_there_is_nothing_to_do(store, find, decide, monkeypatch) -> None:
     first = find()
     prepared(store, first.run, monkeypatch)
     decide(first)
     keys = {stat.uri: stat.etag for stat in store.list(store.uri(""))}
     found = find("another")
     assert found.nothing and found.run == first.run
-    assert found.told.startswith("nothing to do") and "has 0 new files since tiny-" in found.told
+    assert found.message.startswith("nothing to do") and "has 0 new files since tiny-" in found.message
     assert {stat.uri: stat.etag for stat in store.list(store.uri(""))} == keys
 
 
@@ -65,8 +65,8 @@ def test_a_few_new_images_wait_until_there_are_enough(store, find, decide, grow,
     prepared(store, first.run, monkeypatch)
     grow(["a"], 8)
     found = find()
-    assert found.nothing and found.new == 2 and "2 new files" in found.told
-    assert "fewer than retrain.min_new_images=3" in found.told
+    assert found.nothing and found.new == 2 and "2 new files" in found.message
+    assert "fewer than retrain.min_new_images=3" in found.message
     grow(["a", "b"], 8)
     found = find()
     assert not found.nothing and found.new == 4 and found.run != first.run
@@ -84,7 +84,7 @@ def test_what_was_not_promoted_is_not_taken_again(store, find, decide, grow, mon
     assert find().nothing
 
 
-def test_with_other_settings_of_the_images_all_are_read_again(store, find, decide, config, grow) -> None:
+def test_with_other_data_settings_all_images_are_read_again(store, find, decide, config, grow) -> None:
     first = find()
     prepare_new(open_run(first.run, store))
     decide(first)
@@ -96,13 +96,13 @@ def test_with_other_settings_of_the_images_all_are_read_again(store, find, decid
     assert prepare_new(open_run(found.run, store)).samples == 18
 
 
-def test_a_source_that_has_lost_most_of_its_images_is_an_error(store, find, decide, source) -> None:
+def test_a_source_without_most_of_its_earlier_images_is_an_error(store, find, decide, source) -> None:
     first = find()
     prepare_new(open_run(first.run, store))
     decide(first)
     for path in (*source.glob("a/*"), source / "b" / "1-000.png"):
         path.unlink()
-    with pytest.raises(UserError, match=r"7 of the 12 images .* are not there any more.*max_gone_fraction=1"):
+    with pytest.raises(UserError, match=r"7 of the 12 earlier images are gone.*max_gone_fraction=1"):
         find()
     assert find(max_gone_fraction=1.0).nothing
 
@@ -114,21 +114,19 @@ def test_a_source_without_images_is_an_error(find, source) -> None:
         find()
 
 
-def test_before_the_first_retraining_the_champion_s_images_are_known(store, find, crown, config, source, grow) -> None:
+def test_the_first_retraining_knows_the_images_of_the_champion(store, find, crown, config, source, grow) -> None:
     run = crown(store.uri("runs/first"))
     prepare(str(source), store, f"{run}/data", config.data)
     found = find()
     assert found.nothing and found.run == run
     grow(["a", "b"], 9)
     found = find()
-    assert found.new == 6 and f"starts from {run}/training/checkpoints/00000010" in found.told
+    assert found.new == 6 and f"starts from {run}/training/checkpoints/00000010" in found.message
     assert store.get_json(f"{found.run}/{RETRAINING}")["champion"] == run
     assert open_run(found.run, store).config.init.take == "heads"
 
 
-def test_a_champion_of_other_images_is_where_the_weights_come_from_and_no_more(
-    store, find, crown, config, images, tmp_path
-) -> None:
+def test_a_champion_on_other_images_provides_only_the_weights(store, find, crown, config, images, tmp_path) -> None:
     run = crown(store.uri("runs/first"))
     prepare(str(images.folder(tmp_path / "other", ["x", "y"], 6)), store, f"{run}/data", config.data)
     found = find()
@@ -136,7 +134,7 @@ def test_a_champion_of_other_images_is_where_the_weights_come_from_and_no_more(
     assert open_run(found.run, store).config.init.source == f"{run}/training/checkpoints/00000010"
 
 
-def test_a_transfer_set_is_taken_over_where_it_was_prepared_before(store, find, decide, config, source) -> None:
+def test_a_transfer_set_that_was_prepared_before_is_reused(store, find, decide, config, source) -> None:
     sets = Config.from_mapping(
         config.model_dump(mode="json") | {"evaluation": {"transfer": [{"name": "set", "source": str(source)}]}}
     )

@@ -52,6 +52,6 @@ def find_new_data(
         require_possible(config)
         result = find_new(config, source, owner, store)
         point_to(found, result.run, **dataclasses.asdict(result))
-        print(result.told, flush=True)
+        print(result.message, flush=True)
 
-    return (result.run, result.nothing, result.told)
+    return (result.run, result.nothing, result.message)

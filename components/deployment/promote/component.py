@@ -32,7 +32,7 @@ def promote(
 
     with step("promote"):
         from esvit_core.artifacts import point_to
-        from esvit_core.registry.kubeflow_registry import announce
+        from esvit_core.registry.kubeflow_registry import register_after_promotion
         from esvit_core.runs.run import open_run
 
         run = open_run(run_uri)
@@ -49,7 +49,7 @@ def promote(
             **{key: decided[key] for key in ("promoted", "reason", "metric", "value")},
         )
         print(decided["reason"], flush=True)
-        if decided["promoted"] and (message := announce(run)):
+        if decided["promoted"] and (message := register_after_promotion(run)):
             print(message, flush=True)
 
     return (decided["promoted"], decided["reason"])

@@ -28,10 +28,10 @@ def compare_champion(
 
     with step("compare with the champion"):
         from esvit_core.artifacts import log_metrics
-        from esvit_core.registry.compare_champion import compare_with_present
+        from esvit_core.registry.compare_champion import compare_with_current
         from esvit_core.runs.run import open_run
 
-        address, figures, told = compare_with_present(open_run(run_uri))
+        address, figures, told = compare_with_current(open_run(run_uri))
         log_metrics(metrics, figures)
         print(told, flush=True)
 

@@ -23,7 +23,7 @@ from esvit_core.launch.pod_metadata import (
     pod_labels,
     pod_security,
 )
-from esvit_core.planning.pod_sizes import sized
+from esvit_core.planning.pod_sizes import resolve_pod
 from esvit_core.runs.run import name_of_run
 from esvit_core.storage.address import pod_variables
 from esvit_core.storage.web_identity import TOKEN_FILE
@@ -109,7 +109,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
         run_uri: of the run that it trains.
         config: of the run.
     """
-    launch, pod, spec = config.launch, sized(config, "train"), template["spec"]
+    launch, pod, spec = config.launch, resolve_pod(config, "train"), template["spec"]
     metadata = template.setdefault("metadata", {})
     metadata["labels"] = {**metadata.get("labels", {}), **labels(run_uri)}
     metadata["annotations"] = {**metadata.get("annotations", {}), **pod_annotations()}

@@ -9,7 +9,7 @@ import pytest
 
 from esvit_components.data.find_new_data import find_new_data
 from esvit_core.config import Config
-from esvit_core.registry.lease import Claim, claim_uri
+from esvit_core.registry.lease import Lease, lease_uri
 from esvit_core.runs.run import Run
 
 
@@ -19,9 +19,9 @@ def recipe(run_there: Run) -> Iterator[str]:
     values = run_there.config.model_dump(mode="json", exclude_none=True)
     values["promotion"]["pointer"] = "component"
     config = Config.from_mapping(values)
-    Claim(run_there.uri, "asked", "test", "2026-11-25T00:00:00+00:00", None).put(run_there.store, config, None)
+    Lease(run_there.uri, "asked", "test", "2026-11-25T00:00:00+00:00", None).acquire(run_there.store, config, None)
     yield config.to_yaml()
-    run_there.store.remove(claim_uri(config))
+    run_there.store.remove(lease_uri(config))
 
 
 def test_the_images_of_the_last_run_are_not_new(run_there: Run, recipe: str, components: Any) -> None:

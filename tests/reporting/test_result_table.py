@@ -7,8 +7,8 @@ import io
 from rich.console import Console
 
 from esvit_core.evaluation.results import left_out, measured
-from esvit_core.reporting.console import read_results, results_table
-from esvit_core.reporting.result_table import percent, points, summarise, typeset
+from esvit_core.reporting.result_rows import percent, points, read_results, result_rows, typeset
+from esvit_core.reporting.result_table import results_table
 
 LINEAR = {"name": "linear"} | measured(
     "linear", {"trained": {"linear": 41.25}, "baseline": {"linear": 36.5}}, ["ant", "bee"]
@@ -28,18 +28,19 @@ def printed(results, width: int = 100) -> str:
 
 
 def test_rows_are_in_the_order_of_the_protocols_with_their_difference():
-    rows = summarise([MISSING, LINEAR, KNN])
+    rows = result_rows([MISSING, LINEAR, KNN])
     assert [row.label for row in rows] == ["10-NN", "20-NN", "linear probe", "transfer to a"]
     assert [row.headline for row in rows] == [False, True, True, True]
     assert rows[2].difference == 4.75
     assert rows[3].difference is None and rows[3].reason == MISSING["reason"]
 
 
-def test_the_table_shows_trained_next_to_baseline():
+def test_the_table_shows_trained_beside_the_baseline():
     text = printed([LINEAR, KNN])
     line = next(line for line in text.splitlines() if "linear probe" in line)
     assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.8"]
-    assert "29.0 %     31.0 %         -2.0" in text
+    line = next(line for line in text.splitlines() if "20-NN" in line)
+    assert line.split()[1:] == ["29.0", "%", "31.0", "%", "-2.0"]
     assert "0.0" in next(line for line in text.splitlines() if "10-NN" in line)
 
 

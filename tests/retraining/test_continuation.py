@@ -1,4 +1,4 @@
-"""How a run goes on from a champion."""
+"""The configuration of a run that continues from a champion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.retraining.continuation import continued
+from esvit_core.retraining.continuation import continuation_config
 
 
 def pointer(run: str) -> dict[str, str]:
@@ -19,11 +19,11 @@ def recipe(config) -> Config:
 
 
 def test_without_a_champion_nothing_changes(store, recipe) -> None:
-    assert continued(recipe, None, store) == recipe
+    assert continuation_config(recipe, None, store) == recipe
 
 
-def test_it_learns_more_gently_and_for_fewer_epochs(store, recipe, crown) -> None:
-    made = continued(recipe, pointer(crown(store.uri("runs/a"))), store)
+def test_the_learning_rate_is_lower_and_the_epochs_are_fewer(store, recipe, crown) -> None:
+    made = continuation_config(recipe, pointer(crown(store.uri("runs/a"))), store)
     assert (made.init.source, made.init.take) == (store.uri("runs/a/training/checkpoints/00000010"), "heads")
     assert made.init.sha256 is not None
     assert made.training.epochs == 30
@@ -36,36 +36,40 @@ def test_it_learns_more_gently_and_for_fewer_epochs(store, recipe, crown) -> Non
     assert made.model_dump(exclude=changed) == recipe.model_dump(exclude=changed)
 
 
-def test_where_only_the_backbone_is_left_the_heads_begin_anew(store, recipe, crown) -> None:
-    made = continued(recipe, pointer(crown(store.uri("runs/a"), checkpoint=False)), store)
+def test_without_a_checkpoint_the_heads_start_from_scratch(store, recipe, crown) -> None:
+    made = continuation_config(recipe, pointer(crown(store.uri("runs/a"), checkpoint=False)), store)
     assert (made.init.source, made.init.take) == (store.uri("runs/a/backbone"), "backbone")
     assert made.optimizer.freeze_last_layer_epochs == 1 and made.objective.warmup_teacher_temp_epochs == 3
 
 
-def test_the_recipe_says_how_long_and_how_gently(store, recipe, crown) -> None:
+def test_the_recipe_sets_the_factors_of_epochs_and_learning_rate(store, recipe, crown) -> None:
     retrain = recipe.retrain.model_copy(update={"epochs_scale": 0.5, "lr_scale": 0.5})
-    made = continued(recipe.model_copy(update={"retrain": retrain}), pointer(crown(store.uri("runs/a"))), store)
+    made = continuation_config(
+        recipe.model_copy(update={"retrain": retrain}), pointer(crown(store.uri("runs/a"))), store
+    )
     assert made.training.epochs == 150 and made.optimizer.lr == pytest.approx(recipe.optimizer.lr / 2)
 
 
-def test_weights_that_are_named_go_before_the_champion_s(store, recipe, crown) -> None:
+def test_an_explicit_source_takes_precedence_over_the_champion(store, recipe, crown) -> None:
     run = crown(store.uri("runs/a"))
     init = recipe.init.model_copy(update={"source": f"{run}/backbone"})
-    made = continued(recipe.model_copy(update={"init": init}), pointer(run), store)
+    made = continuation_config(recipe.model_copy(update={"init": init}), pointer(run), store)
     assert made.init.source == f"{run}/backbone" and made.training.epochs == 300
 
 
-def test_another_network_is_told_with_what_differs(store, recipe, crown) -> None:
+def test_another_network_is_refused_with_the_difference(store, recipe, crown) -> None:
     model = recipe.model.model_dump(mode="json") | {"arch": "vil_tiny"}
-    with pytest.raises(UserError, match=rf"another network.*model.arch: vil_tiny there, {recipe.model.arch} here"):
-        continued(recipe, pointer(crown(store.uri("runs/a"), model)), store)
+    with pytest.raises(
+        UserError, match=rf"not the network of.*model.arch: vil_tiny in the champion, {recipe.model.arch} in the recipe"
+    ):
+        continuation_config(recipe, pointer(crown(store.uri("runs/a"), model)), store)
 
 
 def test_stochastic_depth_does_not_make_another_network(store, recipe, crown) -> None:
     model = recipe.model.model_dump(mode="json") | {"drop_path": 0.3}
-    assert continued(recipe, pointer(crown(store.uri("runs/a"), model)), store).model == recipe.model
+    assert continuation_config(recipe, pointer(crown(store.uri("runs/a"), model)), store).model == recipe.model
 
 
-def test_a_champion_whose_backbone_is_gone_is_told(store, recipe) -> None:
-    with pytest.raises(UserError, match=r"its backbone is not at .*esvit rollback"):
-        continued(recipe, pointer(store.uri("runs/gone")), store)
+def test_a_champion_without_its_backbone_is_refused(store, recipe) -> None:
+    with pytest.raises(UserError, match=r"its backbone at .* was deleted.*esvit rollback"):
+        continuation_config(recipe, pointer(store.uri("runs/gone")), store)

@@ -1,4 +1,4 @@
-"""What the object store holds of a run. Any piece may be missing; the report then says so, with the reason."""
+"""Read what the object store holds of a run. Any record may be missing; the report then states the reason."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from esvit_core.config import Config
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import Result
-from esvit_core.registry.promotion import foresee
-from esvit_core.reporting.result_table import read_results
+from esvit_core.registry.promotion import preview_promotion
+from esvit_core.reporting.result_rows import read_results
 from esvit_core.runs.environment import versions
 from esvit_core.runs.log import read_log
 from esvit_core.runs.run import MEASURED
@@ -28,12 +28,12 @@ COMMIT_VARIABLE = "ESVIT_COMMIT"
 
 
 @dataclass(frozen=True)
-class Piece(Generic[T]):
-    """Something that may be there.
+class Record(Generic[T]):
+    """A record of a run that may be missing.
 
     Attributes:
-        value: None where it is not.
-        reason: why not.
+        value: its content; None if it is missing.
+        reason: why it is missing.
     """
 
     value: T | None
@@ -42,26 +42,26 @@ class Piece(Generic[T]):
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file of the source that was left out."""
+    """A file of the source that could not be used."""
 
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Everything that the report tells, as it is in the store."""
+class RunRecords:
+    """The records of a run that the report shows."""
 
     run_uri: str
     config: Config
-    manifest: Piece[Manifest]
+    manifest: Record[Manifest]
     bad_files: list[BadFile]
-    log: Piece[list[dict[str, Any]]]
-    training: Piece[TrainingSummary]
-    backbone: Piece[dict[str, Any]]
+    log: Record[list[dict[str, Any]]]
+    training: Record[TrainingSummary]
+    backbone: Record[dict[str, Any]]
     results: list[Result]
-    images: Piece[dict[str, Any]]
-    promotion: Piece[dict[str, Any]]
+    images: Record[dict[str, Any]]
+    promotion: Record[dict[str, Any]]
     versions: dict[str, str]
     commit: str | None
 
@@ -70,58 +70,67 @@ class Facts:
         return self.run_uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def read_facts(run_uri: str, store: ObjectStore, config: Config) -> Facts:
-    """Read what there is of a run.
+def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRecords:
+    """Read the records of a run; a missing record is not an error.
 
     Raises:
-        StoreUnavailable, StoreRefused: the store itself cannot be read; a missing piece raises nothing.
+        StoreUnavailable, StoreRefused: the store cannot be read.
     """
-    measured = _piece(lambda: store.get_json(join_uri(run_uri, MEASURED)), "").value
-    elsewhere = f"this run measures a backbone that was trained before, {measured['backbone']}" if measured else ""
-    training = _piece(
+    measured = _record(lambda: store.get_json(join_uri(run_uri, MEASURED)), "").value
+    elsewhere = f"this run evaluates an existing backbone, {measured['backbone']}" if measured else ""
+    training = _record(
         lambda: read_summary(store, run_uri),
         elsewhere or "training is not finished: training/summary.json is missing",
     )
-    return Facts(
+    return RunRecords(
         run_uri=run_uri,
         config=config,
-        manifest=_piece(
+        manifest=_record(
             lambda: Manifest.read(store, join_uri(run_uri, "data")),
             "no data were prepared: data/manifest.json is missing",
         ),
-        bad_files=_piece(lambda: _bad_files(store, run_uri), "").value or [],
-        log=_piece(
+        bad_files=_record(lambda: _bad_files(store, run_uri), "").value or [],
+        log=_record(
             lambda: read_log(store, run_uri) or None,
             elsewhere or "training has written no log: training/log is empty",
         ),
         training=training,
-        backbone=_piece(
+        backbone=_record(
             lambda: _published(store, run_uri, "backbone", "backbone.json"),
             "no backbone is published: backbone/manifest.json is missing",
         ),
         results=read_results(store, run_uri, config),
-        images=_piece(
+        images=_record(
             lambda: _published(store, run_uri, "visualization", "visualization.json"),
-            "no images were drawn: visualization/manifest.json is missing",
+            "no figures were drawn: visualization/manifest.json is missing",
         ),
-        promotion=Piece(None, f"{elsewhere}; it promotes nothing")
+        promotion=Record(None, f"{elsewhere}; it does not promote")
         if elsewhere
-        else _piece(lambda: foresee(run_uri, store, config), ""),
+        else _record(lambda: preview_promotion(run_uri, store, config), ""),
         versions=(training.value.versions if training.value else {}) or versions(),
         commit=source_commit(),
     )
 
 
 def source_commit() -> str | None:
-    """The commit of the program: ``ESVIT_COMMIT``, or what git says of the checkout that it runs from."""
+    """Return the commit of the program: ``ESVIT_COMMIT``, or that of the git checkout that it runs from."""
     if commit := os.environ.get(COMMIT_VARIABLE):
         return commit
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed package may lie in a checkout of something else
+    if not (root / ".git").exists():  # an installed package may be inside another project's checkout
         return None
     try:
-        said = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=, changed since", "--exclude=*"],
+        described = subprocess.run(
+            [
+                "git",
+                "-C",
+                str(root),
+                "describe",
+                "--always",
+                "--abbrev=40",
+                "--dirty=, with local changes",
+                "--exclude=*",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
@@ -129,19 +138,19 @@ def source_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
-def _piece(read: Callable[[], T | None], absent: str) -> Piece[T]:
+def _record(read: Callable[[], T | None], absent: str) -> Record[T]:
     try:
         value = read()
     except NotFound:
-        return Piece(None, absent)
+        return Record(None, absent)
     except (StoreUnavailable, StoreRefused):
         raise
     except UserError as error:
-        return Piece(None, str(error))
-    return Piece(value, "" if value is not None else absent)
+        return Record(None, str(error))
+    return Record(value, "" if value is not None else absent)
 
 
 def _published(store: ObjectStore, run_uri: str, folder: str, name: str) -> dict[str, Any] | None:
@@ -152,5 +161,5 @@ def _published(store: ObjectStore, run_uri: str, folder: str, name: str) -> dict
 def _bad_files(store: ObjectStore, run_uri: str) -> list[BadFile]:
     data = join_uri(run_uri, "data")
     text = store.get_bytes(join_uri(data, Manifest.read(store, data).bad.list)).decode()
-    lines = (json.loads(line) for line in text.split("\n") if line)  # names may have other line breaks in them
+    lines = (json.loads(line) for line in text.split("\n") if line)  # names may contain other line breaks
     return [BadFile(str(line["name"]), str(line["reason"])) for line in lines]

@@ -1,0 +1,61 @@
+"""The network of a configuration on fake tensors, which have shapes and no values: it takes a second and no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.models.multicrop import MultiCropNetwork, build_network
+
+_REFUSALS = (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError)
+
+
+@contextmanager
+def fake_network(config: Config) -> Iterator[MultiCropNetwork]:
+    """Build the student of ``config`` with its heads, in training mode; tensors made in the context are fake too.
+
+    Raises:
+        UserError: the architecture does not exist or refuses the settings of the section ``model``.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            network = build_network(config).train()
+        except _REFUSALS as error:
+            raise UserError(f"model {config.model.arch}: {error}; change the recipe's `model` section") from None
+        yield network
+
+
+def fake_crops(images: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Crops of ``images`` images, one tensor (B, 3, S, S) for each of ``sizes``; call it in :func:`fake_network`."""
+    return [torch.empty(images, 3, size, size) for size in sizes]
+
+
+def require_crop_sizes(network: MultiCropNetwork, config: Config) -> None:
+    """Return if the backbone takes crops of every size that training and evaluation feed it.
+
+    Args:
+        network: from :func:`fake_network`.
+
+    Raises:
+        UserError: it refuses one; the message names the setting.
+    """
+    augment = config.augment
+    sizes = [
+        ("augment.global_crops.size", augment.global_crops.size),
+        *(("augment.local_crops.size", kind.size) for kind in augment.local_kinds if kind.number),
+        ("evaluation.crop", config.evaluation.crop),
+    ]
+    for setting, size in sizes:
+        try:
+            with torch.no_grad():
+                network.backbone.views_and_regions(*fake_crops(2, [size]))
+        except _REFUSALS as error:
+            raise UserError(
+                f"{setting} {size}: {config.model.arch} does not take crops of {size} pixels ({error}); change the size "
+                "or the recipe's `model` section"
+            ) from None
