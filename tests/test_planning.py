@@ -91,13 +91,15 @@ def test_a_network_that_draws_in_its_forward_pass_is_counted() -> None:
     assert demand.flops > 1e11 and demand.image_bytes > 1e8
 
 
-def test_recomputed_blocks_keep_less_and_compute_more() -> None:
-    kept, recomputed = (
-        count_demand(micro(launch={"activation_checkpointing": r}), torch.bfloat16) for r in (False, True)
+def test_activation_checkpointing_keeps_less_and_computes_more() -> None:
+    kept, checkpointed = (
+        count_demand(micro(launch={"activation_checkpointing": c}), torch.bfloat16) for c in (False, True)
     )
-    assert recomputed.image_bytes < 0.7 * kept.image_bytes
-    assert kept.flops < recomputed.flops < 4 / 3 * kept.flops
-    assert recomputed.bytes(recomputed.most_images(1e9)) <= 1e9 < recomputed.bytes(recomputed.most_images(1e9) + 1)
+    assert checkpointed.image_bytes < 0.7 * kept.image_bytes
+    assert kept.flops < checkpointed.flops < 4 / 3 * kept.flops
+    assert (
+        checkpointed.bytes(checkpointed.most_images(1e9)) <= 1e9 < checkpointed.bytes(checkpointed.most_images(1e9) + 1)
+    )
 
 
 def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

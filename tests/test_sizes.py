@@ -73,8 +73,8 @@ def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:
 def test_a_pipeline_is_compiled_with_sizes_for_the_recipe_that_is_asked_for() -> None:
     """What else it is compiled with is the same for every recipe."""
     ask_for = partial(Settings, "", transfer=(), out=Path("out"), bucket=None)
-    small = ask(ask_for("demo", ())).pipeline
-    large = ask(ask_for("demo", ("training.batch_size=1024",))).pipeline
+    small = cluster_request(ask_for("demo", ())).compile_config
+    large = cluster_request(ask_for("demo", ("training.batch_size=1024",))).compile_config
     assert large.training == small.training
     assert quantity_bytes(large.cluster.train.memory) > quantity_bytes(small.cluster.train.memory)
 
@@ -82,6 +82,6 @@ def test_a_pipeline_is_compiled_with_sizes_for_the_recipe_that_is_asked_for() ->
 def test_sizes_that_cannot_follow_from_a_recipe_are_asked_for() -> None:
     there = Settings("", "s3://b/own.yaml", (), (), Path("out"), None)
     with pytest.raises(UserError, match=r"recipe s3://b/own.yaml: .*cluster.train.memory=16Gi"):
-        _ = ask(there).pipeline
-    said = ask(replace(there, overrides=("cluster.train.memory=16Gi",)))
-    assert said.pipeline.cluster.train.memory == "16Gi"
+        _ = cluster_request(there).compile_config
+    said = cluster_request(replace(there, overrides=("cluster.train.memory=16Gi",)))
+    assert said.compile_config.cluster.train.memory == "16Gi"

@@ -137,7 +137,9 @@ def test_a_concurrent_retraining_names_the_owner(retrained: Retrained) -> None:
     assert retrained.beside.stderr == (
         f"error: run {retrained.run.name}: another esvit command is running it; wait for that command, or stop it with Ctrl-C\n"
     )
-    assert re.match(rf"retrain: \S+:{retrained.folder}/out has held the lease on {retrained.run.uri} since ", retrained.refused)
+    assert re.match(
+        rf"retrain: \S+:{retrained.folder}/out has held the lease on {retrained.run.uri} since ", retrained.refused
+    )
 
 
 def test_a_killed_retraining_reuses_finished_steps(retrained: Retrained) -> None:
