@@ -66,7 +66,7 @@ def children() -> set[str]:
     [
         (signal.SIGKILL, r"killed by SIGKILL \(out of memory\?\): lower training.workers"),
         (signal.SIGSEGV, r"killed by SIGSEGV: lower training.workers"),
-        (signal.SIGBUS, r"killed by SIGBUS \(/dev/shm is full\?\): set training.workers to 0"),
+        (signal.SIGBUS, r"killed by SIGBUS \(/dev/shm is full\?\): lower training.workers"),
     ],
 )
 def test_a_worker_that_is_killed_ends_the_training_with_the_reason(number: signal.Signals, reason: str) -> None:
