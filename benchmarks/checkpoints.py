@@ -26,10 +26,10 @@ from esvit_core.runs.run import Run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.embedded import EmbeddedStore
 from esvit_core.storage.upload_queue import UploadQueue
-from esvit_core.training.checkpoint import Checkpointer, Retention, Written
-from esvit_core.training.distributed.processes import join_world
+from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy, WrittenCheckpoint
+from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import build_parts
+from esvit_core.training.state import build_train_state
 
 IMAGES = Path(__file__).parents[1] / "samples" / "clipart.zip"
 
@@ -56,24 +56,24 @@ def measure(config: Config, every: int, rounds: int, needed: int) -> None:
     store.ensure_bucket(config.bucket)
     run = Run(f"s3://{config.bucket}/runs/cost", store, config)
     prepare(str(IMAGES), store, run.at("data"), config.data)
-    parts = build_parts(run, join_world())
-    if parts.schedules.steps < needed:
-        raise SystemExit(f"{needed} steps needed, the recipe has {parts.schedules.steps}: raise training.epochs")
-    written: list[Written] = []
-    checkpoints = Checkpointer(UploadQueue(store, run.uri), Retention(2), written.append)
-    batches = parts.batches()
+    state = build_train_state(run, init_world())
+    if state.schedules.steps < needed:
+        raise SystemExit(f"{needed} steps needed, the recipe has {state.schedules.steps}: raise training.epochs")
+    written: list[WrittenCheckpoint] = []
+    checkpoints = Checkpointer(UploadQueue(store, run.uri), RetentionPolicy(2), written.append)
+    batches = state.batches()
     copies: list[float] = []
 
     def stretch(save: bool) -> tuple[float, float]:
         """Seconds per step: wall time, and processor time of all threads of this process."""
         start, worked = time.perf_counter(), time.process_time()
         for _ in range(every):
-            outputs = training_step(parts, next(batches), parts.schedule_values())
-            parts.position.step += 1
-            parts.guard.end_step(parts.schedule_values(), outputs.terms, outputs.grad_norm, torch.zeros(0).numpy())
+            outputs = training_step(state, next(batches), state.schedule_values())
+            state.progress.step += 1
+            state.guard.end_step(state.schedule_values(), outputs.terms, outputs.grad_norm, torch.zeros(0).numpy())
         if save:
             copy = time.perf_counter()
-            checkpoints.save(parts.position.step, parts.stateful)
+            checkpoints.save(state.progress.step, state.stateful)
             copies.append(time.perf_counter() - copy)
         return (time.perf_counter() - start) / every, (time.process_time() - worked) / every
 

@@ -26,10 +26,10 @@ from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.diagnostics import BatchStatistics
-from esvit_core.training.distributed.processes import join_world
+from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.loop import training_step
 from esvit_core.training.optim.schedules import ScheduleValues
-from esvit_core.training.state import assemble, make_deterministic
+from esvit_core.training.state import assemble_train_state, make_deterministic
 
 # Swin-T with all prototypes, and few images and crops: the smaller the step, the larger the share of the diagnostics.
 CASES = {
@@ -67,7 +67,7 @@ def main() -> None:
 
 def measure(config: Config, rounds: int) -> tuple[float, float, float]:
     """Measure the median seconds of a step, of the diagnostics and of the metrics."""
-    parts = assemble(config, join_world(), cast(TrainLoader, SimpleNamespace(steps_per_epoch=1)))
+    state = assemble_train_state(config, init_world(), cast(TrainLoader, SimpleNamespace(steps_per_epoch=1)))
     at = ScheduleValues(1e-4, 0.04, config.optimizer.teacher_momentum, config.objective.teacher_temp, epoch=1)
     generator = torch.Generator().manual_seed(0)
     crops = [
@@ -76,16 +76,16 @@ def measure(config: Config, rounds: int) -> tuple[float, float, float]:
         for _ in range(kind.number)
     ]
     batch = Batch(crops, torch.arange(config.training.batch_size), 0.0)
-    clock = time.process_time if parts.world.device.type == "cpu" else time.perf_counter
+    clock = time.process_time if state.world.device.type == "cpu" else time.perf_counter
     metrics = TrainingMetrics("benchmark", config.recipe, 1, rounds)
     times: dict[str, list[float]] = {"step": [], "diagnostics": [], "metrics": []}
     for number in range(rounds + 1):
         start = clock()
-        outputs = training_step(parts, batch, at)
+        outputs = training_step(state, batch, at)
         float(outputs.terms.view)  # waits for the device
         between = clock()
         figures = (
-            BatchStatistics(outputs.student, outputs.teacher, parts.objective, at.teacher_temp).diagnostics().figures()
+            BatchStatistics(outputs.student, outputs.teacher, state.objective, at.teacher_temp).diagnostics().figures()
         )
         diagnosed = clock()
         metrics.step(number, 0.1, 0.01, config.training.batch_size)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from esvit_core.config import Config
 from esvit_core.data.ingest.prepare import prepare
-from esvit_core.runs.events import read_journal
+from esvit_core.runs.events import read_events
 from esvit_core.runs.log import read_log
 from esvit_core.runs.run import start_run
 from esvit_core.storage import ObjectStore
@@ -108,7 +108,7 @@ def measure(config: Config, seconds: float) -> dict[str, object]:
         "at_risk_max": round(max(at_risk), 1),
         "copied_to_complete_seconds": [round(when - lines[step], 1) for when, step in complete],
         "last_line_before_the_signal_seconds": round(killed - max(lines.values()), 2),
-        "event_log": [entry.kind for entry in read_journal(store, run.uri)],
+        "event_log": [entry.kind for entry in read_events(store, run.uri)],
     }
 
 

@@ -26,7 +26,7 @@ from esvit_core.models.precision import Precision
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import assemble
+from esvit_core.training.state import assemble_train_state
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "clipart.zip"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,12 +64,12 @@ def losses(images: Samples, precision: str, seed: int, steps: int, batch: int) -
         "demo", [f"seed={seed}", f"training.batch_size={batch}", f"training.epochs={-(-steps // per_epoch)}"]
     )
     world = World(0, 1, torch.device("cpu"), None)
-    parts = assemble(config, world, TrainLoader(images, config, seed))
-    parts.precision = Precision(PRECISIONS[precision], "benchmark", "cpu")
+    state = assemble_train_state(config, world, TrainLoader(images, config, seed))
+    state.precision = Precision(PRECISIONS[precision], "benchmark", "cpu")
     found: list[float] = []
-    for loaded in parts.batches():
-        found.append(float(training_step(parts, loaded, parts.schedule_values()).terms.total))
-        parts.position.step += 1
+    for loaded in state.batches():
+        found.append(float(training_step(state, loaded, state.schedule_values()).terms.total))
+        state.progress.step += 1
         if len(found) == steps:
             break
     return found

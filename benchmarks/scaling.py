@@ -26,12 +26,12 @@ from machine import describe
 
 from esvit_core.config import Config
 from esvit_core.data.loading.loader import Batch, TrainLoader
-from esvit_core.launch.stop import RENDEZVOUS_VARIABLE
+from esvit_core.launch.signals import RENDEZVOUS_VARIABLE
 from esvit_core.runs.environment import available_cores
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed.processes import join_world
+from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import assemble
+from esvit_core.training.state import assemble_train_state
 
 
 class OneStep:
@@ -43,14 +43,14 @@ class OneStep:
 def work(arguments: argparse.Namespace) -> None:
     """Print the seconds of each step and of its wait for the others: the body of a process."""
     keep_freed_memory()
-    world = join_world()
+    world = init_world()
     config = Config.load(arguments.recipe, [f"training.batch_size={arguments.batch}"])
-    parts = assemble(config, world, cast(TrainLoader, OneStep()))
+    state = assemble_train_state(config, world, cast(TrainLoader, OneStep()))
     images = arguments.batch // world.size
     kinds = (config.augment.global_crops, *config.augment.local_kinds)
     crops = [torch.randn(images, 3, kind.size, kind.size) for kind in kinds for _ in range(kind.number)]
     waited = 0.0
-    finish = parts.reducer.finish
+    finish = state.reducer.finish
 
     def timed() -> None:
         nonlocal waited
@@ -58,14 +58,14 @@ def work(arguments: argparse.Namespace) -> None:
         finish()
         waited += time.perf_counter() - start
 
-    parts.reducer.finish = timed  # type: ignore[method-assign]
+    state.reducer.finish = timed  # type: ignore[method-assign]
     rows = []
     for _ in range(arguments.rounds + 1):
         waited, start = 0.0, time.perf_counter()
-        training_step(parts, Batch(crops, np.arange(images), 0.0), parts.schedules.at(20))
+        training_step(state, Batch(crops, np.arange(images), 0.0), state.schedules.at(20))
         rows.append((time.perf_counter() - start, waited))
     print(json.dumps(rows[1:]), flush=True)
-    world.leave()
+    world.close()
 
 
 def measure(processes: int, threads: int) -> dict[str, Any]:

@@ -41,13 +41,13 @@ from esvit_core.config import Config
 from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
 from esvit_core.models.multicrop import NetworkOutput
-from esvit_core.runs.environment import BEFORE_TORCH
+from esvit_core.runs.environment import TORCH_ENVIRONMENT
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.optim.schedules import Schedules, ScheduleValues
-from esvit_core.training.state import apply_activation_checkpointing_, assemble
-from esvit_core.training.step_timer import PARTS, StepClock
+from esvit_core.training.state import apply_activation_checkpointing_, assemble_train_state
+from esvit_core.training.step_timer import PARTS, StepTimer
 
 MIB = 2**20
 
@@ -65,16 +65,16 @@ class OurStep:
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
         training = config.training.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
         config = config.model_copy(update={"training": training})
-        self.parts = assemble(config, World(0, 1, device, None), cast(TrainLoader, SameBatch()))
+        self.state = assemble_train_state(config, World(0, 1, device, None), cast(TrainLoader, SameBatch()))
         if config.launch.activation_checkpointing:
-            apply_activation_checkpointing_(self.parts.student, config.model.arch)
-        self.student, self.teacher = self.parts.student, self.parts.teacher
-        self.objective, self.optimizer = self.parts.objective, self.parts.optimizer
+            apply_activation_checkpointing_(self.state.student, config.model.arch)
+        self.student, self.teacher = self.state.student, self.state.teacher
+        self.objective, self.optimizer = self.state.objective, self.state.optimizer
 
     def __call__(self, crops: list[torch.Tensor], at: ScheduleValues) -> torch.Tensor:
         """Run one step and return the loss."""
         batch = Batch(crops, np.arange(len(crops[0])), 0.0)
-        return training_step(self.parts, batch, at)[0].total.detach()
+        return training_step(self.state, batch, at)[0].total.detach()
 
 
 def make_step(options: argparse.Namespace, config: Config, device: torch.device) -> Any:
@@ -179,7 +179,7 @@ class StepWork:
         return self._wait() - start
 
     def parts(self) -> dict[str, float]:
-        clock, step = StepClock(self.device, self.now), self.take_step
+        clock, step = StepTimer(self.device, self.now), self.take_step
         if not hasattr(step.student, "backbone"):  # the published network does not have these parts
             return {}
         with clock.attached(step.student, step.teacher, step.objective, step.optimizer), clock.step():
@@ -229,7 +229,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
         self.name = name
-        environment = {**BEFORE_TORCH, **os.environ} if name.startswith("ours") else None
+        environment = {**TORCH_ENVIRONMENT, **os.environ} if name.startswith("ours") else None
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

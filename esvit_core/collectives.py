@@ -1,4 +1,4 @@
-"""What happens to a collective operation when another of the processes has gone."""
+"""Report the loss of another process in a collective operation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from esvit_core.errors import LostPeerError
 
 @contextlib.contextmanager
 def collective() -> Iterator[None]:
-    """Around calls of ``torch.distributed``.
+    """Wrap calls of ``torch.distributed``.
 
     Raises:
-        LostPeerError: another process did not take part. gloo says so with a plain ``RuntimeError``, NCCL with a
+        LostPeerError: another process did not take part. gloo raises a plain ``RuntimeError`` for this, NCCL a
             subclass.
     """
     try:

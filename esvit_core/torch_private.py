@@ -1,9 +1,9 @@
-"""All that this library uses of torch's private interfaces, each with the public way that replaces it.
+"""All private interfaces of torch that this library uses, each with a public fallback.
 
-A private name may be gone in any version of torch. It is looked up once, here, and where it is missing the public way
-computes the same, slower or with more memory. ``tests/test_torch_private.py`` tries both ways of each, and holds that no
-other module reaches into torch; the planning's counters (``FakeTensorMode`` and its like) are the exception, for they
-have no public counterpart and no training needs them.
+A private name may disappear in any version of torch. Each is looked up once, here; if it is missing, the public fallback
+computes the same, slower or with more memory. ``tests/test_torch_private.py`` tests both variants of each, and checks
+that no other module uses private interfaces. The exception is planning, which counts operations with ``FakeTensorMode``
+and similar: it has no public counterpart, and no training needs it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Value = TypeVar("Value")
 
 
 def _lookup(path: str) -> Any:
-    """The object below torch with a dotted name; None: this torch has none."""
-    found: Any = torch
+    """Return the object with a dotted name below torch; None if this version has none."""
+    value: Any = torch
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value
 
 
 def _disable_modes() -> Any:
@@ -51,27 +51,27 @@ _weight_norm = _lookup("_weight_norm")
 
 
 def hooks_on_saved_tensors() -> bool:
-    """Whether somebody has set default hooks on what autograd keeps, as a checkpointed block does.
+    """Return whether default hooks on saved tensors are set, as in a block with activation checkpointing.
 
-    Without the private function the answer is True, and nothing is recomputed that could be kept: more memory.
+    Without the private function the answer is True; callers then save tensors that could be recomputed.
     """
     return _top_hooks is None or _top_hooks(False) is not None
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that tensors have in common which share memory, while it lives; of fake tensors, too."""
+    """Return a key shared by tensors that share memory, valid while the memory lives; works for fake tensors too."""
     storage = tensor.untyped_storage()
     key = getattr(storage, "_cdata", None)
     return storage.data_ptr() if key is None else int(key)
 
 
 def has_onednn_linear() -> bool:
-    """Whether :func:`onednn_linear` is oneDNN's product, and not torch's own choice."""
+    """Return whether :func:`onednn_linear` calls oneDNN and not the fallback."""
     return _onednn_linear is not None
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` in float32 on a CPU by oneDNN, without a gradient; x (..., D), weight (K, D)."""
+    """Compute ``x @ weight.T + bias`` in float32 on a CPU with oneDNN, without gradient; x (..., D), weight (K, D)."""
     if _onednn_linear is None:
         return F.linear(x, weight, bias)
     out: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
@@ -79,9 +79,9 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def outside_modes(cached: Callable[..., Value], *arguments: Any) -> Value:
-    """Call a function of :func:`functools.lru_cache` so that no fake tensor of the caller's mode gets into the cache.
+    """Call a :func:`functools.lru_cache` function such that no fake tensor of the caller's mode enters the cache.
 
-    Without the private function a call under such a mode is computed anew and not cached.
+    Without the private function, a call under such a mode is not cached.
     """
     if _without_modes is not None:
         with _without_modes():
@@ -90,9 +90,9 @@ def outside_modes(cached: Callable[..., Value], *arguments: Any) -> Value:
 
 
 def draw_below(limit: int) -> int:
-    """A random number from 0 to limit - 1 by torch's CPU generator, under a mode of fake tensors, too.
+    """Draw a random number from 0 to limit - 1 with torch's CPU generator, even under a mode of fake tensors.
 
-    Without the private function it is 0 there, where only shapes matter.
+    Without the private function it is 0 under such a mode, where only shapes matter.
     """
     if _without_modes is not None:
         with _without_modes():
@@ -101,12 +101,12 @@ def draw_below(limit: int) -> int:
 
 
 def _tensors_have_values() -> bool:
-    made = torch.empty(0)
-    return type(made) is Tensor and not made.is_meta
+    probe = torch.empty(0)
+    return type(probe) is Tensor and not probe.is_meta
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, scalar tensors."""
+    """Return the 2-norm of each tensor as scalar tensors."""
     if _foreach_norm is None:
         return [torch.linalg.vector_norm(tensor) for tensor in tensors]
     return list(_foreach_norm(tensors))
@@ -122,7 +122,7 @@ def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 
 
 def lerp_(tensors: Sequence[Tensor], targets: Sequence[Tensor], weight: float) -> None:
-    """Move each tensor towards its target by a share of the way, in place."""
+    """Interpolate each tensor linearly towards its target by ``weight``, in place."""
     if _foreach_lerp_ is not None:
         _foreach_lerp_(tensors, targets, weight)
         return
@@ -131,26 +131,26 @@ def lerp_(tensors: Sequence[Tensor], targets: Sequence[Tensor], weight: float) -
 
 
 def weight_norm(v: Tensor, g: Tensor) -> Tensor:
-    """Rows ``g * v / |v|``; v (K, D), g (K, 1)."""
+    """Return the rows ``g * v / |v|``; v (K, D), g (K, 1)."""
     if _weight_norm is None:
         return v * (g / torch.linalg.vector_norm(v, dim=1, keepdim=True))
     out: Tensor = _weight_norm(v, g, 0)
     return out
 
 
-def looks_for_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer passes a step over where its attribute ``found_inf`` says so."""
+def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer skips a step if its attribute ``found_inf`` is set."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def watch_failures(give_up: Callable[[dict[int, Any], int], bool]) -> bool:
-    """Have torchrun's agent ask before it starts failed processes again.
+    """Make torchrun's agent call ``give_up`` before it restarts failed processes.
 
     Args:
-        give_up: from the failures by rank and the restarts that are left, whether the agent is to stop trying.
+        give_up: takes the failures by rank and the number of restarts left; returns whether to stop restarting.
 
     Returns:
-        Whether it will ask. Else it starts them again whatever they failed of, as often as it may.
+        Whether this version of torch allows it. Otherwise the agent restarts after any failure, up to its limit.
     """
     from torch.distributed.elastic.agent.server.api import WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

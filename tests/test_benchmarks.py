@@ -15,7 +15,7 @@ from esvit_core.config import Config
 from esvit_core.models.factory import create_backbone
 from esvit_core.training.optim.schedules import Schedules
 from esvit_core.training.state import seed_step
-from esvit_core.training.step_timer import PARTS, StepClock
+from esvit_core.training.step_timer import PARTS, StepTimer
 
 NETWORKS = {
     "swin": {"arch": "swin", "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 7},
@@ -65,7 +65,7 @@ def test_the_plain_step_computes_equal_losses_and_weights(region: bool) -> None:
     for number in range(3):
         losses = []
         for step in steps:
-            steps[0].parts.position.step = number
+            steps[0].state.progress.step = number
 
             seed_step(config.seed, number, 0)  # stochastic depth
             losses.append(float(step(crops_of(config, 3), schedules.at(number))))
@@ -106,7 +106,7 @@ def test_the_clock_times_every_part_of_a_step() -> None:
             "training": {"batch_size": 2},
         }
     )
-    step, clock = OurStep(config, torch.device("cpu"), torch.float32), StepClock(torch.device("cpu"))
+    step, clock = OurStep(config, torch.device("cpu"), torch.float32), StepTimer(torch.device("cpu"))
     crops, at = crops_of(config, 2), Schedules(config, 1).at(0)
     with clock.attached(step.student, step.teacher, step.objective, step.optimizer), clock.step():
         step(crops, at)

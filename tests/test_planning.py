@@ -25,7 +25,7 @@ from esvit_core.planning.rehearse import Rehearsal
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.optim.optimizer import build_optimizer
-from esvit_core.training.state import assemble
+from esvit_core.training.state import assemble_train_state
 from esvit_pipelines.cli.plan_command import plan
 
 CPU = torch.device("cpu")
@@ -51,11 +51,11 @@ def micro(**sections: dict[str, Any]) -> Config:
 def test_operations_and_bytes_are_those_of_a_real_step() -> None:
     config = micro(optimizer={"freeze_last_layer_epochs": 0})
     demand = count_demand(config, torch.float32, "cpu")
-    parts = assemble(config, World(0, 1, CPU, None), cast(TrainLoader, OneStep()))
+    state = assemble_train_state(config, World(0, 1, CPU, None), cast(TrainLoader, OneStep()))
     crops = [torch.randn(16, 3, size, size) for size in (64, 64, 32, 32)]
 
     def step() -> None:
-        training_step(parts, Batch(crops, np.arange(16), 0.0), parts.schedule_values())
+        training_step(state, Batch(crops, np.arange(16), 0.0), state.schedule_values())
 
     step()  # makes the optimizer's averages
     linear = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
@@ -72,10 +72,10 @@ def test_operations_and_bytes_are_those_of_a_real_step() -> None:
             self.peak = max(self.peak, self.bytes)
             return result
 
-    parts.reducer.zero()
+    state.reducer.zero()
     with Peak() as live:
         step()
-    held = 16 * sum(p.numel() for p in parts.student.parameters()) + sum(crop.nbytes for crop in crops)
+    held = 16 * sum(p.numel() for p in state.student.parameters()) + sum(crop.nbytes for crop in crops)
     assert demand.bytes(16) == pytest.approx(held + live.peak, rel=0.15)
 
 

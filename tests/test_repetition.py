@@ -74,9 +74,9 @@ def test_a_step_is_repeated_until_the_infrastructure_is_back(start, tmp_path: Pa
     lines = [line for line in output.splitlines() if line.startswith(("error:", "flaky:"))]
     assert lines == [
         "error: flaky: s3://b/k: a reason",
-        "flaky: trying again in 0.01 s (1 of 5)",
+        "flaky: retrying in 0.01 s (1 of 5)",
         "error: flaky: s3://b/k: a reason",
-        "flaky: trying again in 0.02 s (2 of 5)",
+        "flaky: retrying in 0.02 s (2 of 5)",
     ]
     assert "Traceback" not in output
 
@@ -104,7 +104,7 @@ def test_a_step_that_waits_ends_when_its_pod_does(start, tmp_path: Path) -> None
     while starts(tmp_path) < 1 and time.monotonic() < end:
         time.sleep(0.05)
     for line in step.stdout:
-        if "trying again" in line:
+        if "retrying" in line:
             break
     step.send_signal(signal.SIGTERM)
     assert step.wait(60) == -signal.SIGTERM and starts(tmp_path) == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from esvit_core.runs.retention import DAY, judge_runs, named_by_pointers, remove_run
+from esvit_core.runs.retention import DAY, plan_retention, remove_run, runs_named_by_pointers
 from esvit_pipelines.cli.main import app
 
 LATER = 100 * DAY
@@ -22,8 +22,8 @@ def make_run(store: Any, name: str, source: str = "") -> str:
 
 
 def judge(store: Any, keep_days: float = 90, keep_last: int = 0, after: float = LATER) -> dict[str, str]:
-    found = judge_runs(store, store.bucket, keep_days, keep_last, now=time.time() + after)
-    return {run.name: run.kept for run in found}
+    found = plan_retention(store, store.bucket, keep_days, keep_last, now=time.time() + after)
+    return {run.name: run.kept_because for run in found}
 
 
 def test_runs_go_by_the_time_of_their_last_object(store: Any) -> None:
@@ -82,8 +82,8 @@ def test_what_holds_images_of_a_run_that_stays_stays(store: Any) -> None:
         store.put_json(f"{uri}/data/manifest.json", {"base": base and f"{base}/data"})
     store.swap_pointer(store.uri("pointers/champion"), {"run": uris[2]}, None)
     assert judge(store) == {
-        "first": "run second has taken over its images",
-        "second": "run third has taken over its images",
+        "first": "run second reuses its images",
+        "second": "run third reuses its images",
         "third": "pointer champion names it",
     }
 
@@ -97,10 +97,10 @@ def test_a_configuration_that_cannot_be_read_stops_nothing(store: Any, text: byt
 
 def test_a_run_that_comes_to_life_or_to_honour_meanwhile_stays(store: Any) -> None:
     written, named = make_run(store, "written"), make_run(store, "named")
-    judged = {run.name: run for run in judge_runs(store, store.bucket, 90, 0, now=time.time() + LATER)}
-    assert not any(run.kept for run in judged.values())
+    judged = {run.name: run for run in plan_retention(store, store.bucket, 90, 0, now=time.time() + LATER)}
+    assert not any(run.kept_because for run in judged.values())
     time.sleep(1.1)
-    store.put_bytes(f"{written}/journal/x.json", b"{}")
+    store.put_bytes(f"{written}/events/x.json", b"{}")
     store.swap_pointer(store.uri("pointers/other"), {"run": named}, None)
     assert not remove_run(store, judged["written"])
     assert not remove_run(store, judged["named"])
@@ -109,7 +109,7 @@ def test_a_run_that_comes_to_life_or_to_honour_meanwhile_stays(store: Any) -> No
 
 def test_a_removed_run_is_gone_and_others_are_whole(store: Any) -> None:
     gone, other = make_run(store, "run"), make_run(store, "run-2")
-    (run,) = [r for r in judge_runs(store, store.bucket, 90, 0, now=time.time() + LATER) if r.name == "run"]
+    (run,) = [r for r in plan_retention(store, store.bucket, 90, 0, now=time.time() + LATER) if r.name == "run"]
     assert (run.objects, run.bytes > 0) == (3, True)
     assert remove_run(store, run)
     assert not list(store.list(gone)) and len(list(store.list(other))) == 3
@@ -119,7 +119,7 @@ def test_a_removed_run_is_gone_and_others_are_whole(store: Any) -> None:
 def test_a_pointer_of_another_bucket_names_none_of_this_one(store: Any) -> None:
     make_run(store, "a")
     store.swap_pointer(store.uri("pointers/champion"), {"run": "s3://elsewhere/runs/a"}, None)
-    assert named_by_pointers(store, store.bucket) == {}
+    assert runs_named_by_pointers(store, store.bucket) == {}
 
 
 def test_the_command_says_what_it_does(

@@ -27,7 +27,7 @@ from esvit_core.embedding.feature_files import SUFFIXES, Rows, open_feature_file
 from esvit_core.errors import UserError
 from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.models.region_map import FeatureNetwork
-from esvit_core.monitoring.progress_line import Progress
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.atomic_write import atomic_write, require_absent
 
@@ -150,7 +150,7 @@ def embed(
 
         count, rows = 0, None
         prepare = partial(_prepare, opened, description, eval_transform(description), settings.max_megapixels)
-        with torch.inference_mode(), Progress(len(files), label="embed") as progress:
+        with torch.inference_mode(), ProgressLine(len(files), label="embed") as progress:
             for names, images, read in _batches(files, prepare, leave_out, settings.batch_size):
                 features = _compute(network, images, device, precision)
                 rows = _rows(names, [labels[name] for name in names], features, settings.dtype)

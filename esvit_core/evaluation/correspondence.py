@@ -21,7 +21,7 @@ from torch import nn
 if TYPE_CHECKING:
     from esvit_core.data.loading.augment import MultiCrop
     from esvit_core.evaluation.features import Images
-    from esvit_core.monitoring.progress_line import Progress
+    from esvit_core.monitoring.progress_line import ProgressLine
 
 Box = tuple[float, float, float, float]
 
@@ -146,7 +146,7 @@ def regions_per_side(backbone: nn.Module, size: int) -> int:
 
 
 def match_pairs(
-    backbone: nn.Module, pairs: Sequence[Pair], batch_size: int, progress: Progress | None = None
+    backbone: nn.Module, pairs: Sequence[Pair], batch_size: int, progress: ProgressLine | None = None
 ) -> list[Matches]:
     """Match every pair with a backbone in eval mode, on the backbone's device."""
     device = next(backbone.parameters()).device

@@ -27,7 +27,7 @@ from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import MODELS
-from esvit_core.monitoring.progress_line import Progress
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import explain_write_errors
 
@@ -103,7 +103,7 @@ def compute_features(
 
     views: list[np.ndarray] = []
     last: list[np.ndarray] = []
-    with Progress(len(dataset), label=label) as progress:
+    with ProgressLine(len(dataset), label=label) as progress:
         for view, block in _in_turn(compute, _batches(dataset, transform, batch_size), len(devices)):
             views.append(view)
             last.append(block)

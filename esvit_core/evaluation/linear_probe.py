@@ -18,7 +18,7 @@ from torch import nn
 from esvit_core.config import Config, LinearConfig
 from esvit_core.evaluation.labels import Task, run_task
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
-from esvit_core.monitoring.progress_line import Progress
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore
 
 _REFERENCE_BATCH = 256  # batch size that the configured learning rate refers to
@@ -79,7 +79,7 @@ def linear_probe(
     optimizer = torch.optim.SGD(probe.parameters(), lr=config.lr * batch / _REFERENCE_BATCH, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs, eta_min=0)
     best, best_epoch, ranking = -1.0, 0, torch.empty(0)
-    with _threads_for(batch * train.shape[1]), Progress(config.epochs, unit="epochs", label=label) as progress:
+    with _threads_for(batch * train.shape[1]), ProgressLine(config.epochs, unit="epochs", label=label) as progress:
         for epoch in range(1, config.epochs + 1):
             for chosen in torch.randperm(len(x), generator=generator).to(device).split(batch):
                 loss = F.cross_entropy(probe(x[chosen]), y[chosen])

@@ -23,7 +23,7 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
 from esvit_core.evaluation.labels import Splits, Task, missing_labels, task_of
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
-from esvit_core.monitoring.progress_line import Progress
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore, join_uri
 
 Metric = Literal["accuracy", "mean_per_class"]
@@ -116,7 +116,7 @@ def logistic_transfer(
     strength = _DEFAULT_LAMBDA
     scores: dict[float, float] = {}
     if held_out.any():
-        with Progress(None, unit="regularization strengths", label=label) as progress:
+        with ProgressLine(None, unit="regularization strengths", label=label) as progress:
 
             def score(candidate: float) -> float:
                 value = metric_of(metric, wanted, _fit(fit, fit_labels, candidate).predict(validation))

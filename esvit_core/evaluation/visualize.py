@@ -25,7 +25,7 @@ from esvit_core.evaluation.correspondence import (
     regions_per_side,
 )
 from esvit_core.evaluation.features import eval_transform, load_model, split_datasets
-from esvit_core.monitoring.progress_line import Progress
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore, join_uri
 
 INDEX = "visualization.json"
@@ -117,7 +117,7 @@ def _correspondence(
     pairs = list(by_image.values())
     if not pairs:
         return
-    with Progress(len(pairs) * len(models), unit="pairs of crops", label="correspondence") as progress:
+    with ProgressLine(len(pairs) * len(models), unit="pairs of crops", label="correspondence") as progress:
         matches = {m: match_pairs(b, pairs, config.evaluation.batch_size, progress) for m, b in models.items()}
     accuracies = {model: accuracy(pairs, of_model) for model, of_model in matches.items()}
     queries = [int(pair.queries.sum()) for pair in pairs]

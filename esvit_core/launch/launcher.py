@@ -1,7 +1,7 @@
-"""Launch the training processes of a run and wait for them; on this machine: torchx, ``dist.ddp``, ``local_cwd``.
+"""Launch the training processes of a run and wait for them; on this machine with torchx ``dist.ddp``, ``local_cwd``.
 
-launcher (the pre-train step) -> agent (torch elastic) -> training processes. Each ends when the one before it ends,
-however that happens; a stop asked of the launcher becomes a checkpoint.
+launcher (the pre-train step) -> agent (torch elastic) -> training processes. Each process ends when the one before it
+ends for any reason. When the launcher is asked to stop, the training writes a checkpoint first.
 """
 
 from __future__ import annotations
@@ -24,33 +24,37 @@ import esvit_core
 from esvit_core.config import Config
 from esvit_core.errors import CRASH_EXIT_CODE, USER_ERROR_EXIT_CODE, InfrastructureError, UserError
 from esvit_core.launch.agent import AGENT_MODULE, LAUNCHER_VARIABLE
-from esvit_core.launch.interrupt import Signals, keep_signal_handlers
-from esvit_core.launch.outcome import Outcome, conclude, family_of
-from esvit_core.launch.stop import PROCESS_FILE_PREFIX, RENDEZVOUS_VARIABLE
+from esvit_core.launch.outcome import Outcome, conclude, step_exit_code
+from esvit_core.launch.signals import (
+    LAUNCHER_SECONDS,
+    PROCESS_FILE_PREFIX,
+    RENDEZVOUS_VARIABLE,
+    SignalCounter,
+    restored_handlers,
+)
 from esvit_core.runs.environment import available_cores
 from esvit_core.runs.training_summary import TrainingSummary, read_summary
 from esvit_core.storage import ObjectStore
 
 MODULE = "esvit_core.training"
 SCHEDULER = "local_cwd"
-STOP_SECONDS = 40.0  # a training process gives itself 25 s, the agent its processes 30 s
 POLL_SECONDS = 0.1
-ERROR_LINES = 40
+ERROR_LINES = 40  # lines of a failed process's log to print
 
 
 def launch_training(run_uri: str, config: Config) -> TrainingSummary:
-    """Train the run and wait for it; a run that is finished is found, one that was interrupted goes on.
+    """Train the run and wait for it; a finished run returns at once, an interrupted one resumes.
 
-    Prints what the first training process prints, as it comes.
+    The output of rank 0 is printed as it comes.
 
     Args:
         run_uri: ``s3://bucket/runs/<id>``, with ``config.yaml`` and ``data/``; the store is that of ``ESVIT_S3_*``.
         config: the run's configuration.
 
     Raises:
-        UserError, InfrastructureError, CrashError: the training failed; the text is the reason that the process which
-            failed first gave.
-        SystemExit: SIGINT or SIGTERM arrived (code 128 + signal). The training has been stopped with a checkpoint.
+        UserError, InfrastructureError, CrashError: the training failed; the message is the reason of the process that
+            failed first.
+        SystemExit: SIGINT or SIGTERM arrived (code 128 + signal); the training was stopped with a checkpoint.
     """
     store = ObjectStore.from_env()
     if summary := read_summary(store, run_uri):
@@ -64,7 +68,7 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
         _launch_here(store, run_uri, config)
     if summary := read_summary(store, run_uri):
         return summary
-    raise InfrastructureError(f"training of {run_uri}: ended without a summary; the same command again goes on")
+    raise InfrastructureError(f"training of {run_uri}: ended without a summary; rerun the command to resume")
 
 
 def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
@@ -77,10 +81,10 @@ def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
 
 
 def divide_cores(config: Config) -> tuple[int, int]:
-    """Processes on this machine, and threads of each: together they use every core once.
+    """Return the number of processes on this machine and the threads of each; together they use every core once.
 
-    ``training.processes`` "auto" is one per GPU, else one per core up to 2, and never more than divide the batch: the
-    slowest process is the one with the largest share.
+    ``training.processes`` "auto" is one per GPU, otherwise one per core up to 2. The number always divides the batch,
+    because the process with the largest share would slow down the others.
     """
     cores, batch_size, wanted = available_cores(), config.training.batch_size, config.training.processes
     if wanted == "auto":
@@ -103,10 +107,10 @@ def _run(run_uri: str, processes: int, threads: int, folder: Path) -> Outcome:
     app = ddp("--run-uri", run_uri, m=MODULE, name=f"esvit/{name}", j=f"1x{processes}", cpu=threads * processes, tee=0)
     app.roles[0].env.update(_environment(threads, folder))
     _start_through_agent(app.roles[0], folder)
-    with keep_signal_handlers(), get_runner() as runner:
+    with restored_handlers(), get_runner() as runner:
         request = runner.dryrun(app, SCHEDULER, cfg={"log_dir": str(folder / "logs")})
         replica = request.request.role_params[app.roles[0].name][0]
-        stop = Signals()  # after the scheduler has been made: it sets handlers of its own
+        stop = SignalCounter()  # created after the scheduler, which sets its own handlers
         handle = runner.schedule(request)
         try:
             status = _wait(runner, handle, Path(replica.stdout), stop)
@@ -121,7 +125,7 @@ def _environment(threads: int, folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),  # torchrun would set 1
         LAUNCHER_VARIABLE: str(os.getpid()),
         RENDEZVOUS_VARIABLE: str(folder),
-        # The processes find this very package, whatever the working directory holds.
+        # The processes import this package, whatever the working directory contains.
         "PYTHONPATH": os.pathsep.join(
             [str(Path(esvit_core.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
@@ -137,7 +141,7 @@ def _environment(threads: int, folder: Path) -> dict[str, str]:
 
 
 def _start_through_agent(role: Any, folder: Path) -> None:
-    """Replace ``bash -c "torchrun ..."`` by our agent with the same arguments, meeting in a file of ``folder``."""
+    """Replace ``bash -c "torchrun ..."`` by our agent with the same arguments and a file in ``folder`` as rendezvous."""
     arguments = shlex.split(role.args[1])[1:]
     arguments[arguments.index("--rdzv_endpoint") + 1] = str(folder / "agents")
     role.entrypoint = sys.executable
@@ -145,7 +149,7 @@ def _start_through_agent(role: Any, folder: Path) -> None:
     role.args = ["-m", AGENT_MODULE, *local, *arguments]
 
 
-def _wait(runner: Any, handle: str, stdout: Path, stop: Signals) -> Any:
+def _wait(runner: Any, handle: str, stdout: Path, stop: SignalCounter) -> Any:
     """Relay the output until the job has ended; its last status."""
     deadline = float("inf")
     with stdout.open(encoding="utf-8", errors="replace") as stream:
@@ -156,11 +160,11 @@ def _wait(runner: Any, handle: str, stdout: Path, stop: Signals) -> Any:
                 _relay(stream)
                 return status
             if stop.first and deadline == float("inf"):
-                deadline = time.monotonic() + STOP_SECONDS
-                print("train: stopping, writing a checkpoint (once more: stop at once)", flush=True)
+                deadline = time.monotonic() + LAUNCHER_SECONDS
+                print("train: stopping, writing a checkpoint (signal again to stop at once)", flush=True)
                 for agent in _agents():
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        # The training processes too: the agent would pass it on, but in a pod a second is all there is.
+                        # Signal the training processes directly: in a pod there is no time for the agent to do so.
                         for process in (*agent.children(), agent):
                             process.terminate()
             if stop.count > 1 or time.monotonic() > deadline:
@@ -187,23 +191,23 @@ def _agents() -> list[psutil.Process]:
 
 
 def _end_processes(folder: Path) -> None:
-    """Wait for training processes that have outlived their agent: they are writing their last checkpoint."""
+    """Wait for training processes that have outlived their agent, because they write their last checkpoint."""
     left = []
     for file in folder.glob(f"{PROCESS_FILE_PREFIX}*"):
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(int(file.name.removeprefix(PROCESS_FILE_PREFIX)))
             if MODULE in process.cmdline():
                 left.append(process)
-    _, stubborn = psutil.wait_procs(left, timeout=STOP_SECONDS)
+    _, stubborn = psutil.wait_procs(left, timeout=LAUNCHER_SECONDS)
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def _explain(status: Any, stderr: Path) -> Outcome:
-    """The first failure in one line, if there is one.
+    """Return the outcome with the first failure in one line.
 
-    Where a process failed for a reason that only its traceback tells, that goes to the error output.
+    If only a traceback explains the failure, it is printed to standard error.
     """
     if status is not None and status.state.name == "SUCCEEDED":
         return Outcome()
@@ -214,21 +218,21 @@ def _explain(status: Any, stderr: Path) -> Outcome:
         code, reason, rank = -signal.SIGKILL, "the agent of the training processes was killed", None
     if code == USER_ERROR_EXIT_CODE:
         return Outcome(reason=str(reason), rank=rank, exit_code=code)
-    last_words = ""
-    if family_of(code) == CRASH_EXIT_CODE:
-        last_words = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:])
-        print(last_words, file=sys.stderr, flush=True)
+    log_tail = ""
+    if step_exit_code(code) == CRASH_EXIT_CODE:
+        log_tail = "\n".join(stderr.read_text(encoding="utf-8", errors="replace").splitlines()[-ERROR_LINES:])
+        print(log_tail, file=sys.stderr, flush=True)
     return Outcome(
-        reason=f"training: {reason}; the same command again goes on from the last checkpoint",
+        reason=f"training: {reason}; rerun the command to resume from the last checkpoint",
         rank=rank,
-        last_words=last_words,
-        exit_code=family_of(code),
+        log_tail=log_tail,
+        exit_code=step_exit_code(code),
     )
 
 
 def _gpus() -> int:
     if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return 0  # without the seconds that importing torch takes
+        return 0  # avoids the import of torch, which takes seconds
     import torch
 
     return torch.cuda.device_count()

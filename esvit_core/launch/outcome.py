@@ -1,4 +1,4 @@
-"""How a launched training has ended, and what the step that launched it makes of that."""
+"""The outcome of a launched training, and how the step that launched it ends."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from esvit_core.errors import (
     LostPeerError,
     error_of,
 )
-from esvit_core.runs.events import failed_since, note
+from esvit_core.runs.events import failed_since, record_event
 from esvit_core.runs.training_summary import LATEST
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.retry import RetryPolicy
 
-ECHO_SECONDS = 2.0
+CONSEQUENCE_DELAY_SECONDS = 2.0
 CONSEQUENCE = "consequence"
 
 
 @dataclass
 class Outcome:
-    """How the processes ended: on a signal to the launcher, for a reason, or (neither) of themselves.
+    """How the training processes ended: stopped by a signal, failed, or (neither) finished.
 
     Attributes:
-        signal: that the launcher received, 0 if none.
+        signal: signal that the launcher received, 0 if none.
         reason: of the failure, in one line; empty if there is none.
-        rank: of the process that failed first, if it is known.
-        last_words: end of its log, where only a traceback explains the failure.
-        exit_code: of the step when there is a reason: 1, 2 or 75, see :mod:`esvit_core.errors`.
+        rank: rank of the process that failed first, if known.
+        log_tail: last lines of its log, if only a traceback explains the failure.
+        exit_code: of the step if it failed: 1, 2 or 75, see :mod:`esvit_core.errors`.
     """
 
     signal: int = 0
     reason: str = ""
     rank: int | None = None
-    last_words: str = ""
+    log_tail: str = ""
     exit_code: int = CRASH_EXIT_CODE
 
 
-def family_of(exit_code: int) -> int:
-    """The exit code of a step whose training process ended with ``exit_code``: 1, 2 or 75.
+def step_exit_code(exit_code: int) -> int:
+    """Return the exit code of a step whose training process ended with ``exit_code``: 1, 2 or 75.
 
-    A process that was killed (a negative code, or 128 + signal) may succeed when it is started again.
+    A process that was killed (a negative code, or 128 + signal) may succeed when it is restarted.
     """
     if exit_code < 0 or exit_code > 128:
         return TRY_AGAIN_EXIT_CODE
@@ -57,7 +57,7 @@ def family_of(exit_code: int) -> int:
 
 
 def conclude(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
-    """End the step as its training has ended.
+    """End the step according to the outcome of its training.
 
     Raises:
         UserError, InfrastructureError, CrashError: the training failed; the text is the reason.
@@ -65,62 +65,62 @@ def conclude(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
     """
     if outcome.signal:
         step = _checkpointed_step(store, run_uri)
-        print(f"train: interrupted; the same command again goes on from step {step}", flush=True)
+        print(f"train: interrupted; rerun the command to resume from step {step}", flush=True)
         raise SystemExit(128 + outcome.signal)
     if outcome.reason:
-        _note_failure(_impatient(store), run_uri, outcome)
+        _record_failure(_with_few_retries(store), run_uri, outcome)
         raise error_of(outcome.exit_code, outcome.reason)
 
 
-def _note_failure(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
-    """Leave the reason in the run's journal, unless the store is itself the reason."""
-    facts = {"last_words": outcome.last_words} if outcome.last_words else None
+def _record_failure(store: ObjectStore, run_uri: str, outcome: Outcome) -> None:
+    """Record the failure in the event log, if the store answers."""
+    facts = {"log_tail": outcome.log_tail} if outcome.log_tail else None
     with contextlib.suppress(EsvitError):
-        note(store, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
+        record_event(store, run_uri, "failed", reason=outcome.reason, rank=outcome.rank, facts=facts)
 
 
 def mark_consequence() -> None:
-    """Say in the error file of this process, which torch elastic reads, that another process has the reason."""
+    """Mark this process's failure, in the error file that torch elastic reads, as the consequence of another's."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        said = json.loads(path.read_text(encoding="utf-8"))
-        said["message"]["extraInfo"][CONSEQUENCE] = True
-        path.write_text(json.dumps(said), encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["message"]["extraInfo"][CONSEQUENCE] = True
+        path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def is_consequence(failure: Any) -> bool:
-    """Whether a failed process, torch elastic's ``ProcessFailure``, has marked its failure as one."""
+    """Return whether a failure (torch elastic's ``ProcessFailure``) was marked by :func:`mark_consequence`."""
     try:
         return bool(failure.error_file_data["message"]["extraInfo"][CONSEQUENCE])
     except (KeyError, TypeError):
         return False
 
 
-def note_own_failure(run_uri: str, error: BaseException, rank: int, began: float) -> None:
-    """Leave the reason in the journal, in a process that nobody launched who would do it: under plain torchrun.
+def record_own_failure(run_uri: str, error: BaseException, rank: int, start: float) -> None:
+    """Record this process's failure in the event log, if no launcher does so: under plain torchrun.
 
-    The first process does so at once. The others wait a little and leave it at that if a reason is there; longer when
-    they have merely lost another, which may have one.
+    Rank 0 records at once. The other processes wait a little and record only if no failure has been recorded; they wait
+    longer if they only lost another process, which may have the reason.
 
     Args:
         run_uri: ``s3://bucket/runs/<id>``.
-        error: what this process ends with.
+        error: error with which this process ends.
         rank: of this process.
-        began: when it did, seconds since 1970; a failure noted since then is the same one.
+        start: start time of this process, seconds since 1970; a failure recorded since then is the same failure.
     """
     lost = isinstance(error, LostPeerError)
-    time.sleep(ECHO_SECONDS * (lost + (rank > 0)) + min(1.0, 0.05 * rank))
+    time.sleep(CONSEQUENCE_DELAY_SECONDS * (lost + (rank > 0)) + min(1.0, 0.05 * rank))
     text = " ".join(str(error).split()) or type(error).__name__
     known = isinstance(error, EsvitError)
     outcome = Outcome(reason=text if known else f"process {rank}: {type(error).__name__}: {text}", rank=rank)
     with contextlib.suppress(EsvitError):
-        store = _impatient(ObjectStore.from_env())
-        if not failed_since(store, run_uri, began):
-            _note_failure(store, run_uri, outcome)
+        store = _with_few_retries(ObjectStore.from_env())
+        if not failed_since(store, run_uri, start):
+            _record_failure(store, run_uri, outcome)
 
 
-def _impatient(store: ObjectStore) -> ObjectStore:
-    """The same store, given up soon: what it is told now matters less than an end."""
+def _with_few_retries(store: ObjectStore) -> ObjectStore:
+    """Return the same store with few retries, because ending soon matters more than this record."""
     return ObjectStore(store.address, RetryPolicy(attempts=3))
 
 

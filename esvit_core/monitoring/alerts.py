@@ -1,8 +1,8 @@
-"""The alert rules for Prometheus, made from one table so that a test can run the same rules in seconds.
+"""The alert rules for Prometheus, generated with adjustable durations so that a test can run them in seconds.
 
-``python -m esvit_core.monitoring.alerts > manifests/monitoring/alerts.yaml`` writes them, and with ``--kubernetes`` as a
-``PrometheusRule``, ``prometheusrule.yaml``; tests hold the files to what is here. docs/operate.md has a section for
-every alert: what it means, and what to do.
+``python -m esvit_core.monitoring.alerts > manifests/monitoring/alerts.yaml`` writes the rule file; with ``--kubernetes``
+it writes a ``PrometheusRule`` for ``prometheusrule.yaml``. Tests check that both files are current. docs/operate.md
+explains every alert and what to do.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from esvit_core.config import DiagnosticsConfig
 
 RUNBOOK = "docs/operate.md"
 BY_RUN = "by (run, recipe)"
-SLOW_FACTOR = 1.5  # of the run's own past
-STARVED_SHARE = 0.25  # of a step, spent waiting for data
+SLOW_FACTOR = 1.5  # step time compared with the run's own past
+STARVED_SHARE = 0.25  # share of the step time spent waiting for data
 CHECKPOINT_INTERVALS = 3
 RESTARTS = 3
 STORE_ERRORS = 10
-STORE_FREE_SHARE = 0.1  # of the volume, before the server takes no more writes
-STORE_KEPT_FREE_GIB = 5  # at which the server takes no more writes: -volume.minFreeSpace of the manifests
+STORE_FREE_SHARE = 0.1  # of the volume, above the space at which the server rejects writes
+STORE_KEPT_FREE_GIB = 5  # free space at which the server rejects writes: -volume.minFreeSpace of the manifests
 STORE_DAYS_AHEAD = 3
 
 
 @dataclass(frozen=True)
 class Durations:
-    """The times in the rules, seconds.
+    """The durations in the rules, seconds.
 
     Attributes:
-        recent: what counts as now: rates are taken over it. Some 40 scrapes.
-        past: what the present is compared with.
-        lasting: how long a bad state must last where a moment of it is no reason to wake anybody.
-        collapse: the same of a collapse, which the run itself ends after ``training.collapse_patience`` steps.
-        restart: that a run which is started again may be away.
-        remembered: how long a run that is gone is spoken of.
-        remaining: work that a run must have had left for its going to be noted.
+        recent: window of current rates; about 40 scrapes.
+        past: window with which the current rates are compared.
+        lasting: time for which a condition must hold, for conditions that are harmless for a moment.
+        collapse: the same for a collapse, which the run itself ends after ``training.collapse_patience`` steps.
+        restart: time that a restart of a run may take.
+        remembered: time for which a run that disappeared is reported.
+        remaining: least work left for a disappeared run to be reported.
     """
 
     recent: float = 600
@@ -50,13 +50,13 @@ class Durations:
     remaining: float = 120
 
     def scaled(self, factor: float) -> Durations:
-        """All of them shorter by the same factor: the rules keep their sense at a shorter scrape interval."""
+        """Scale all durations by ``factor``, for another scrape interval."""
         return Durations(**{name: value * factor for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class _Alert:
-    """One rule: what is looked for, for how long, and what is said of it."""
+    """One rule: expression, duration, severity and summary."""
 
     name: str
     expression: str
@@ -67,10 +67,10 @@ class _Alert:
 
 
 def alert_rules(durations: Durations | None = None) -> dict[str, Any]:
-    """The rule file as a mapping.
+    """Return the rule file as a mapping.
 
     Args:
-        durations: by default those for a scrape every 15 s.
+        durations: default: those for a scrape interval of 15 s.
     """
     at = durations or Durations()
     return {
@@ -129,7 +129,7 @@ def _pace(at: Durations) -> list[_Alert]:
 
 def _result(at: Durations) -> list[_Alert]:
     recent, total = _text(at.recent), 'esvit_train_loss{term="total"}'
-    bounds = DiagnosticsConfig()  # a run that sets its own is alerted by the usual ones
+    bounds = DiagnosticsConfig()  # the defaults apply even to a run with its own bounds
     signs = {
         "one_prototype": f'esvit_teacher_entropy_nats{{level="view"}} < {bounds.entropy_stop:g}',
         "uniform": f'esvit_teacher_kl_nats{{level="view"}} < {bounds.kl_stop:g} and on (run, recipe) '
@@ -172,7 +172,7 @@ def _safety(at: Durations) -> list[_Alert]:
             "{{ $labels.run }}: the last checkpoint is {{ $value | humanizeDuration }} old",
         ),
         _Alert(
-            # Not increase(): every start is a new process that tells the number from its first scrape on.
+            # Not increase(): every start is a new process, whose counter starts at the number of restarts.
             "EsvitTrainRestarting",
             f"max {BY_RUN} (max_over_time({restarts}[{hour}])) - min {BY_RUN} (min_over_time({restarts}[{hour}]))"
             f" >= {RESTARTS}",
@@ -191,7 +191,7 @@ def _safety(at: Durations) -> list[_Alert]:
 
 
 def _store(at: Durations) -> list[_Alert]:
-    """Room on the volume of the store in the cluster, as SeaweedFS tells it; no store, no alert."""
+    """Return the alerts on free space of the store in the cluster, from SeaweedFS's metrics, if there is one."""
     room = f'SeaweedFS_volumeServer_resource{{type="avail"}} - {STORE_KEPT_FREE_GIB} * 2^30'
     size = 'ignoring (type) SeaweedFS_volumeServer_resource{type="all"}'
     ahead = STORE_DAYS_AHEAD * 86400
@@ -225,7 +225,7 @@ def _rule(alert: _Alert) -> dict[str, Any]:
 
 
 def _text(seconds: float) -> str:
-    """As Prometheus writes durations."""
+    """Format a duration as Prometheus does."""
     for unit, size in (("h", 3600), ("m", 60), ("s", 1)):
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:.0f}{unit}"
@@ -233,12 +233,12 @@ def _text(seconds: float) -> str:
 
 
 def rule_file(rules: dict[str, Any]) -> str:
-    """The rules as YAML."""
+    """Return the rules as YAML."""
     return yaml.safe_dump(rules, sort_keys=False, width=120)
 
 
 def prometheus_rule(rules: dict[str, Any]) -> dict[str, Any]:
-    """The rules as an object of the Prometheus operator."""
+    """Return the rules as an object of the Prometheus operator."""
     metadata = {"name": "esvit", "labels": {"app.kubernetes.io/name": "esvit"}}
     return {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": metadata, "spec": rules}
 

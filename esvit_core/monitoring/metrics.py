@@ -1,4 +1,4 @@
-"""The run's figures for Prometheus, served on ``/metrics``; docs/monitoring.md says what each means."""
+"""The metrics of a training for Prometheus, served on ``/metrics``; docs/monitoring.md describes each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _GAUGES = {
     "feature_rank": ("esvit_teacher_feature_rank", "Effective rank (RankMe) of the teacher's view features."),
     "mutual_matches": ("esvit_region_mutual_match_ratio", "Share of regions whose best match is mutual, 0 to 1."),
 }
-# Of the view and of the region task: the label `level`; the log's keys end in _view and _region.
+# Gauges of the view and of the region task, with the label `level`; the keys of the log end in _view and _region.
 _LEVEL_GAUGES = {
     "entropy": ("esvit_teacher_entropy_nats", "Entropy of the teacher's mean distribution."),
     "kl": ("esvit_teacher_kl_nats", "Mean divergence of the teacher's distributions from their mean."),
@@ -60,12 +60,12 @@ class TrainingMetrics:
     Args:
         run: id of the run.
         recipe: name of its recipe.
-        world_size: processes that train.
+        world_size: number of training processes.
         total_steps: steps of the whole run.
-        checkpoint_seconds: longest time that is to pass between two checkpoints, asked at every scrape.
-        memory: the device's memory in bytes by kind (used, peak, total), asked at every scrape.
-        first: of the run's first process. Those of the other nodes tell of their node only: what is the whole run's
-            would otherwise be there several times.
+        checkpoint_seconds: returns the longest time planned between two checkpoints; called at every scrape.
+        memory: returns the device's memory in bytes by kind (used, peak, total); called at every scrape.
+        is_main: whether this is rank 0. Other nodes export metrics of their node only, because metrics of the whole
+            run would otherwise exist several times.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class TrainingMetrics:
         total_steps: int,
         checkpoint_seconds: Callable[[], float] = lambda: 900.0,
         memory: Callable[[], Mapping[str, float]] | None = None,
-        first: bool = True,
+        is_main: bool = True,
     ) -> None:
         self.registry = node = CollectorRegistry()
-        whole = node if first else CollectorRegistry()
-        self._who = {"run": run, "recipe": recipe}
+        whole = node if is_main else CollectorRegistry()
+        self._labels = {"run": run, "recipe": recipe}
         self._started = time.time()
         self._saved: float | None = None
 
         ProcessCollector(registry=node)
-        node.register(_Asked(tuple(self._who.values()), memory))
+        node.register(_ScrapeCollector(tuple(self._labels.values()), memory))
         self._step_seconds = self._histogram(node, "esvit_train_step_seconds", "Time of a training step.", STEP_BUCKETS)
         self._wait_seconds = self._counter(node, "esvit_train_data_wait_seconds", "Time spent waiting for data.")
         self._images = self._counter(node, "esvit_train_images", "Images trained on by the processes of this node.")
@@ -117,7 +117,7 @@ class TrainingMetrics:
         ).set_function(lambda: time.time() - (self._saved or self._started))
 
     def started(self, step: int, restarts: int) -> None:
-        """The run begins, or goes on, after ``step`` steps, and was started again ``restarts`` times by now."""
+        """Set the step from which the training starts or resumes, and the number of restarts so far."""
         self._step.set(step)
         self._restarts.inc(restarts)
 
@@ -126,9 +126,9 @@ class TrainingMetrics:
 
         Args:
             step: number of steps done.
-            seconds: since the end of the one before, waiting included.
-            wait_seconds: of these, waiting for data.
-            images: that this node's processes have trained on in it.
+            seconds: since the end of the step before, including waiting.
+            wait_seconds: part of ``seconds`` spent waiting for data.
+            images: number of images that this node's processes trained on.
         """
         self._step.set(step)
         self._step_seconds.observe(seconds)
@@ -136,7 +136,7 @@ class TrainingMetrics:
         self._images.inc(images)
 
     def line(self, line: Mapping[str, float | int | None]) -> None:
-        """Take over the figures of a line of the log."""
+        """Update the gauges from a line of the log."""
         for key, value in line.items():
             if value is None:
                 continue
@@ -144,35 +144,35 @@ class TrainingMetrics:
             if key in self._figures:
                 self._figures[key].set(value)
             elif key in _TERMS:
-                self._loss.labels(**self._who, term=_TERMS[key]).set(value)
+                self._loss.labels(**self._labels, term=_TERMS[key]).set(value)
             elif figure in self._levels:
-                self._levels[figure].labels(**self._who, level=level).set(value)
+                self._levels[figure].labels(**self._labels, level=level).set(value)
 
     def warned(self, sign: str) -> None:
-        """The diagnostics have warned of ``sign``, such as ``entropy_view``."""
-        self._warnings.labels(**self._who, sign=sign).inc()
+        """Count a warning of the diagnostic ``sign``, such as ``entropy_view``."""
+        self._warnings.labels(**self._labels, sign=sign).inc()
 
     def nonfinite(self, steps: int = 1) -> None:
-        """So many more steps had a loss or a gradient that was not finite."""
+        """Count steps whose loss or gradient was not finite."""
         self._nonfinite.inc(steps)
 
     def checkpoint(self, seconds: float, size: int) -> None:
-        """A checkpoint of ``size`` bytes is complete."""
+        """Record that a checkpoint of ``size`` bytes is complete."""
         self._saved = time.time()
         self._checkpoint_seconds.observe(seconds)
         self._checkpoint_bytes.set(size)
 
     def serve(self, port: int) -> str:
-        """Serve ``/metrics`` from a thread; the address.
+        """Serve ``/metrics`` from a thread; return the address.
 
-        Listens on the loopback interface, in a pod on all (its monitoring scrapes the pod's address);
-        ``ESVIT_METRICS_ADDRESS`` overrides.
+        The server listens on the loopback interface, or on all interfaces in a pod, because Prometheus scrapes the
+        pod's address; ``ESVIT_METRICS_ADDRESS`` overrides this.
 
         Args:
-            port: 0 for any free one.
+            port: 0 for any free port.
 
         Raises:
-            UserError: the port is taken.
+            UserError: the port is in use.
         """
         in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
         address = os.environ.get(ADDRESS_VARIABLE, "0.0.0.0" if in_pod else "127.0.0.1")
@@ -181,40 +181,40 @@ class TrainingMetrics:
         except OSError as error:
             raise UserError(
                 f"training.metrics_port {port}: cannot listen on {address} ({error.strerror}); "
-                "expected a free port, choose another or 0 for any"
+                "choose another port, or 0 for any free port"
             ) from None
         return f"http://{address}:{server.server_port}/metrics"
 
     def push(self) -> str | None:
-        """Leave the last figures with the Pushgateway that ``ESVIT_PUSHGATEWAY`` names; where that is unset, nothing.
+        """Push the last metrics to the Pushgateway in ``ESVIT_PUSHGATEWAY``, if it is set.
 
-        For runs that end before Prometheus has come by. A training that is done must not fail for want of it.
+        This is for runs that end before Prometheus scrapes them. A finished training does not fail if the push fails.
 
         Returns:
-            Why it failed, None when all is well.
+            Why the push failed; None if it succeeded.
         """
         if gateway := os.environ.get(PUSH_VARIABLE):
             try:
-                push_to_gateway(gateway, JOB, self.registry, grouping_key={"run": self._who["run"]}, timeout=5)
+                push_to_gateway(gateway, JOB, self.registry, grouping_key={"run": self._labels["run"]}, timeout=5)
             except (OSError, ValueError) as error:
                 return f"{PUSH_VARIABLE}={gateway}: the last metrics could not be pushed ({error})"
         return None
 
     def _gauge(self, registry: CollectorRegistry, name: str, text: str) -> Gauge:
-        return Gauge(name, text, LABELS, registry=registry).labels(**self._who)
+        return Gauge(name, text, LABELS, registry=registry).labels(**self._labels)
 
     def _counter(self, registry: CollectorRegistry, name: str, text: str) -> Counter:
-        return Counter(name, text, LABELS, registry=registry).labels(**self._who)
+        return Counter(name, text, LABELS, registry=registry).labels(**self._labels)
 
     def _histogram(self, registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, LABELS, registry=registry, buckets=buckets).labels(**self._who)
+        return Histogram(name, text, LABELS, registry=registry, buckets=buckets).labels(**self._labels)
 
 
-class _Asked(Collector):
-    """Figures that somebody else keeps and that are asked for at every scrape."""
+class _ScrapeCollector(Collector):
+    """Metrics that are read at every scrape."""
 
-    def __init__(self, who: tuple[str, ...], memory: Callable[[], Mapping[str, float]] | None) -> None:
-        self._who, self._memory = who, memory
+    def __init__(self, labels: tuple[str, ...], memory: Callable[[], Mapping[str, float]] | None) -> None:
+        self._labels, self._memory = labels, memory
 
     def collect(self) -> Iterator[Metric]:
         errors = CounterMetricFamily(
@@ -223,12 +223,12 @@ class _Asked(Collector):
             labels=(*LABELS, "kind"),
         )
         for kind, number in failed_requests().items():
-            errors.add_metric((*self._who, kind), number)
+            errors.add_metric((*self._labels, kind), number)
         yield errors
         if self._memory is not None:
             memory = GaugeMetricFamily(
                 "esvit_train_device_memory_bytes", "Memory of the training device.", labels=(*LABELS, "kind")
             )
             for kind, size in self._memory().items():
-                memory.add_metric((*self._who, kind), size)
+                memory.add_metric((*self._labels, kind), size)
             yield memory

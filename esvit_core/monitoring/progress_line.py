@@ -1,6 +1,6 @@
-"""Progress of long work as plain lines: how much is done, how fast, how long it still takes.
+"""Print the progress of long work as plain lines: work done, rate, and time left.
 
-Lines rather than a bar that redraws itself, because pipelines, logs and files carry lines only.
+It prints lines, not a bar that redraws itself, because pipelines and log files consist of lines.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections import deque
 from types import TracebackType
 from typing import Self, TextIO
 
-RATE_WINDOW_SECONDS = 30.0  # the rate shown is that of the recent past, not of a slow first second
+RATE_WINDOW_SECONDS = 30.0  # window over which the rate is measured
 
 
-class Progress:
+class ProgressLine:
     """Prints at most one line every ``interval`` seconds.
 
-    >>> with Progress(1600, unit="images", label="prepare") as progress:
+    >>> with ProgressLine(1600, unit="images", label="prepare") as progress:
     ...     for image in images:
     ...         progress.update(1)
     prepare  1,024/1,600 images  64 %  512/s  0:01 left
 
     Args:
-        total: units of work; None when it is not known.
-        unit: what is counted, in the plural.
-        label: what is being done, the first word of every line.
-        initial: units that an earlier attempt has done already.
+        total: units of work; None if not known.
+        unit: name of the unit, in the plural.
+        label: name of the work, the first word of every line.
+        initial: units done by an earlier attempt.
         interval: shortest time between two lines, seconds.
-        stream: where the lines go; None: standard output.
+        stream: output stream; None: standard output.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class Progress:
         self._closed = False
 
     def update(self, n: int = 1, **figures: float | int | str) -> None:
-        """Count ``n`` more units; ``figures`` are shown until they are given anew (names with spaces for ``_``)."""
+        """Count ``n`` more units; show ``figures`` until their next update (names with spaces instead of ``_``)."""
         with self._lock:
             self.done += n
             self._figures.update(figures)
             now = time.monotonic()
             if now - self._last_line >= self._interval:
-                self._note(now)
+                self._record(now)
                 self._print(now)
 
     def close(self) -> None:
-        """Print the last line, with the time that the whole took. Further calls do nothing."""
+        """Print the last line, with the total time. Further calls do nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -71,7 +71,7 @@ class Progress:
             self._print(time.monotonic(), last=True)
 
     def rate(self) -> float:
-        """Units a second over the recent past."""
+        """Return the units per second over the last :data:`RATE_WINDOW_SECONDS`."""
         then, done = self._history[0]
         seconds = time.monotonic() - then
         return (self.done - done) / seconds if seconds > 0 else 0.0
@@ -82,10 +82,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:  # after an error the error is the last word
+        if kind is None:  # after an error, the error should be the last line
             self.close()
 
-    def _note(self, now: float) -> None:
+    def _record(self, now: float) -> None:
         self._history.append((now, self.done))
         while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_SECONDS:
             self._history.popleft()
@@ -108,7 +108,7 @@ class Progress:
             rate = (self.done - self._initial) / seconds if seconds > 0 else 0.0
             return [f"{format_figure(rate)}/s", f"took {format_duration(seconds)}"]
         rate = self.rate()
-        if rate <= 0 or seconds < 0.5:  # the first line of all: a rate would be noise
+        if rate <= 0 or seconds < 0.5:  # on the first line the rate would be noise
             return []
         pace = [f"{format_figure(rate)}/s"]
         if self.total is not None:
@@ -117,7 +117,7 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
-    """``7:05`` (minutes and seconds), from an hour on ``1:07:05``, from a day on ``2 d 01:07``."""
+    """Format as ``7:05`` (minutes and seconds), from an hour on ``1:07:05``, from a day on ``2 d 01:07``."""
     whole = max(0, round(seconds))
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)
@@ -128,7 +128,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_figure(value: float | int | str) -> str:
-    """Numbers as people read them: integers with commas, others with three or four digits."""
+    """Format a number for people: integers with commas, others with three or four digits."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) or abs(value) >= 100:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from esvit_core.config import Config
-from esvit_core.training.checkpoint_interval import POD_LOST_SECONDS, UNHURRIED_SECONDS
+from esvit_core.training.checkpoint_interval import DEFAULT_SECONDS, POD_LOST_SECONDS
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def checkpoint_cost(config: Config, checkpoint_bytes: float, step_seconds: float
         return CheckpointCost(
             checkpoint_bytes, interval, hourly, interval, checkpoint_bytes / interval, (hourly, hourly)
         )
-    interval, bound = min(UNHURRIED_SECONDS, steps), min(POD_LOST_SECONDS, steps)
+    interval, bound = min(DEFAULT_SECONDS, steps), min(POD_LOST_SECONDS, steps)
     return CheckpointCost(
         bytes=checkpoint_bytes,
         lost_seconds=interval,

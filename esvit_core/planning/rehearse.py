@@ -26,12 +26,12 @@ from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.data.shards.reader import decode_image
 from esvit_core.errors import UserError
 from esvit_core.launch.launcher import divide_cores
-from esvit_core.launch.stop import RENDEZVOUS_VARIABLE
-from esvit_core.runs.environment import BEFORE_TORCH, device_memory
+from esvit_core.launch.signals import RENDEZVOUS_VARIABLE
+from esvit_core.runs.environment import TORCH_ENVIRONMENT, device_memory
 from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed.processes import join_world
+from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import apply_activation_checkpointing_, assemble, make_deterministic
+from esvit_core.training.state import apply_activation_checkpointing_, assemble_train_state, make_deterministic
 
 WARM_UP = 2
 MAX_FLOPS = 6e11  # per step, and over all steps of a size where they are small: a few seconds on a core
@@ -100,7 +100,7 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
                 text=True,
                 start_new_session=True,  # as torchrun does: Linux schedules each session fairly on a busy machine
                 env={
-                    **BEFORE_TORCH,
+                    **TORCH_ENVIRONMENT,
                     **os.environ,
                     **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
                     **{"OMP_NUM_THREADS": str(threads), RENDEZVOUS_VARIABLE: folder},
@@ -149,7 +149,7 @@ def main(recipe: str, steps: str, *sizes: str) -> None:
     keep_freed_memory()
     if config.training.deterministic:
         make_deterministic()
-    world = join_world()
+    world = init_world()
     seconds, memory = [], []
     for images in map(int, sizes):
         batch_size = images * world.size
@@ -158,20 +158,20 @@ def main(recipe: str, steps: str, *sizes: str) -> None:
         loader = TrainLoader(
             Noise(small, (WARM_UP + int(steps)) * batch_size), small, small.seed, world.rank, world.size
         )
-        parts = assemble(small, world, loader)
+        state = assemble_train_state(small, world, loader)
         if config.launch.activation_checkpointing:
-            apply_activation_checkpointing_(parts.student, config.model.arch)
+            apply_activation_checkpointing_(state.student, config.model.arch)
         times, start = [], time.perf_counter()
         for batch in loader.epoch(0):
-            training_step(parts, batch, parts.schedule_values())
-            parts.position.step += 1
+            training_step(state, batch, state.schedule_values())
+            state.progress.step += 1
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
         seconds.append(float(np.median(times[WARM_UP:])))
         memory.append(device_memory(world.device)["peak"])
-        del parts, loader
+        del state, loader
     print(json.dumps({"seconds": seconds, "bytes": memory}), flush=True)
-    world.leave()
+    world.close()
 
 
 if __name__ == "__main__":

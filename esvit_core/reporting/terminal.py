@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esvit_core.monitoring.progress_line import format_duration, format_figure
-from esvit_core.runs.events import Entry
+from esvit_core.runs.events import Event
 from esvit_core.runs.status import RunStatus
 
 HISTORY = 8  # entries of the event log
@@ -42,7 +42,7 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
             _steps(run, "/"),
             format_figure(run.line["loss"]) if "loss" in run.line else "-",
             str(run.restarts) if run.restarts else "-",
-            _ago(run.begun),
+            _ago(run.created),
         )
     return table
 
@@ -61,9 +61,9 @@ def status_view(run: RunStatus) -> Group:
     checkpoint = f"step {run.checkpoint.step:,}, {_ago(run.checkpoint.time)}" if run.checkpoint else "none yet"
     grid.add_row("checkpoint", checkpoint)
     grid.add_row("restarts", str(run.restarts))
-    parts: list[RenderableType] = [grid, *_figures(run.lines), *_history(run.journal)]
+    parts: list[RenderableType] = [grid, *_figures(run.lines), *_history(run.events)]
     if run.failure:
-        parts.append(Text(f"\n{run.failure.part} failed: {run.failure.reason}", style="red"))
+        parts.append(Text(f"\n{run.failure.component} failed: {run.failure.reason}", style="red"))
     return Group(*parts)
 
 
@@ -82,9 +82,9 @@ def log_line(line: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def journal_line(entry: Entry) -> str:
+def event_line(entry: Event) -> str:
     """Format an entry of the event log."""
-    parts = [_clock(entry.time), f"{entry.part} {entry.kind}"]
+    parts = [_clock(entry.time), f"{entry.component} {entry.kind}"]
     if entry.step is not None:
         parts.append(f"{'from' if entry.kind == 'started' else 'after'} step {entry.step:,}")
     if entry.facts and "processes" in entry.facts:
@@ -96,9 +96,9 @@ def journal_line(entry: Entry) -> str:
 
 def _state(run: RunStatus) -> Text:
     details = {
-        "silent": f", no activity for {format_duration(time.time() - run.seen)}: it was killed, or it hangs",
-        "stopped": f" {_ago(run.seen)}; rerun the command to resume",
-        "failed": f" {_ago(run.seen)}; rerun the command to resume",
+        "silent": f", no activity for {format_duration(time.time() - run.last_activity)}: it was killed, or it hangs",
+        "stopped": f" {_ago(run.last_activity)}; rerun the command to resume",
+        "failed": f" {_ago(run.last_activity)}; rerun the command to resume",
     }
     return Text(run.state, style=_TONES.get(run.state, "")) + Text(details.get(run.state, ""))
 
@@ -146,12 +146,12 @@ def _figures(lines: Sequence[dict[str, Any]]) -> list[RenderableType]:
     return [Text(), table]
 
 
-def _history(journal: Sequence[Entry]) -> list[RenderableType]:
-    if not journal:
+def _history(events: Sequence[Event]) -> list[RenderableType]:
+    if not events:
         return []
-    left_out = len(journal) - HISTORY
+    left_out = len(events) - HISTORY
     lines = [f"({left_out} earlier; `esvit logs` has all)"] if left_out > 0 else []
-    lines += [journal_line(entry) for entry in journal[-HISTORY:]]
+    lines += [event_line(event) for event in events[-HISTORY:]]
     return [Text("\nhistory", style="bold"), *(Text(line) for line in lines)]
 
 

@@ -1,4 +1,4 @@
-"""What a training runs on: the cores it may use, the machine, the versions of what it is made with."""
+"""The environment of a training: usable cores, hardware, and versions of packages."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-# To be set before torch is imported.
-BEFORE_TORCH = {
-    # Deterministic matrix products on GPUs need it.
+# Environment variables that have to be set before torch is imported.
+TORCH_ENVIRONMENT = {
+    # Required for deterministic matrix products on GPUs.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # A thread of OpenMP without work spins for 0.2 ms instead of 3, during which it is in the way of other threads.
+    # An idle OpenMP thread spins for 0.2 ms instead of 3 ms, during which it slows down other threads.
     "GOMP_SPINCOUNT": "20000",
 }
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def available_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: its affinity, and the quota of its control group (a pod's limit).
+    """Return the number of cores that this process may use, by its affinity and its cgroup quota (a pod's limit).
 
     Args:
-        groups: where the control groups are mounted.
+        groups: mount point of the cgroups.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A quota below a whole core counts as one; -1 or max means that there is none.
+    # A quota below one core counts as one core; -1 and max mean no quota.
     for files in (
         ("cpu.max",),
         ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
-    ):  # of the second and the first version
+    ):  # cgroup versions 2 and 1
         try:
             quota, period = " ".join((groups / file).read_text(encoding="ascii") for file in files).split()
             if quota not in ("max", "-1"):
@@ -48,7 +48,7 @@ def available_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this library, and the packages that compute."""
+    """Return the versions of Python, this library, and the numerical packages."""
     from esvit_core import __version__
 
     found = {"python": platform.python_version(), "esvit": __version__}
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int | float]:
-    """Processor, cores, memory and GPUs; no names of machines."""
+    """Return processor, cores, memory and GPUs; no host names."""
     import torch
 
     found: dict[str, str | int | float] = {"processor": _processor(), "cores": available_cores()}
@@ -74,9 +74,9 @@ def hardware() -> dict[str, str | int | float]:
 
 
 def device_memory(device: torch.device) -> dict[str, float]:
-    """Bytes: ``used`` on the device by whomever, ``peak`` of this process, ``total``.
+    """Return the bytes ``used`` on the device by all processes, the ``peak`` of this process, and the ``total``.
 
-    On a CPU the device's memory is the machine's, and the peak that of the process's resident set.
+    For a CPU this is the machine's memory, and the peak is that of the process's resident set.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The journal of a run: its starts, stops and failures below ``journal/``, an object each, written once.
+"""The event log of a run: its starts, stops and failures below ``events/``, one object per event, written once.
 
-An object is named ``<UTC time>-<kind>.json``: the listing alone tells how often a run was started, in order. What
-happens at every step is in the log (``log.py``), not here.
+An object is named ``<UTC time>-<random>-<kind>.json``, so a listing alone shows how often a run was started, in order.
+What happens at every step is in the training log (``log.py``), not here.
 """
 
 from __future__ import annotations
@@ -14,86 +14,87 @@ from typing import Any, Literal, get_args
 
 from esvit_core.storage import ObjectStore, join_uri
 
-JOURNAL = "journal"
+EVENTS = "events"
 Kind = Literal["started", "stopped", "failed"]
 _TIME = "%Y%m%dT%H%M%S"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Something that happened to a run.
+class Event:
+    """An event of a run.
 
     Attributes:
-        kind: ``started`` (a training has begun or goes on), ``stopped`` (on request), ``failed``.
+        kind: ``started`` (a training has started or resumed), ``stopped`` (on request), ``failed``.
         time: seconds since 1970.
-        host: where.
-        part: what of the run: the step's name, such as pretrain.
-        step: training steps done; None when that is not known.
-        reason: in one line, why it stopped or failed.
-        rank: of the process that failed first; None when no process is to blame, or it is not known which.
-        facts: more, by name.
+        host: host name of the machine.
+        component: the pipeline step, such as pretrain.
+        step: training steps done; None if not known.
+        reason: why the run stopped or failed, in one line.
+        rank: rank of the process that failed first; None if no process is to blame, or it is not known which.
+        facts: further values, by name.
     """
 
     kind: Kind
     time: float
     host: str
-    part: str = "pretrain"
+    component: str = "pretrain"
     step: int | None = None
     reason: str = ""
     rank: int | None = None
     facts: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """By name, without what is not known."""
+        """Return the known values by name."""
         return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
-def note(store: ObjectStore, run_uri: str, kind: Kind, **what: Any) -> Entry:
-    """Write an entry with the present time and this machine's name.
+def record_event(store: ObjectStore, run_uri: str, kind: Kind, **values: Any) -> Event:
+    """Record an event with the current time and this machine's host name.
 
     Args:
-        store: where the run is.
+        store: object store of the run.
         run_uri: ``s3://bucket/runs/<id>``.
-        kind: of the entry.
-        what: ``part``, ``step``, ``reason``, ``rank``, ``facts`` of :class:`Entry`.
+        kind: of the event.
+        values: ``component``, ``step``, ``reason``, ``rank``, ``facts`` of :class:`Event`.
 
     Raises:
-        StoreError: it could not be written.
+        StoreError: the event could not be written.
     """
-    entry = Entry(kind, time.time(), socket.gethostname(), **what)
-    when = _written(entry.time)
-    # The mark keeps two machines from writing the same object in the same millisecond.
-    name = f"{when}-{uuid.uuid4().hex[:6]}-{kind}.json"
-    store.put_json(join_uri(run_uri, JOURNAL, name), entry.as_json())
-    return entry
+    event = Event(kind, time.time(), socket.gethostname(), **values)
+    # The random part keeps two machines from writing the same object in the same millisecond.
+    name = f"{_timestamp(event.time)}-{uuid.uuid4().hex[:6]}-{kind}.json"
+    store.put_json(join_uri(run_uri, EVENTS, name), event.as_json())
+    return event
 
 
-def starts(store: ObjectStore, run_uri: str) -> int:
-    """How often the training of this run was started, by the listing."""
-    return sum(kind == "started" for kind, _ in _objects(store, run_uri))
+def count_starts(store: ObjectStore, run_uri: str) -> int:
+    """Count the starts of this run's training, from the listing alone."""
+    return sum(kind == "started" for kind, _ in _list_events(store, run_uri))
 
 
 def failed_since(store: ObjectStore, run_uri: str, when: float) -> bool:
-    """Whether a failure has been noted at or after a time (seconds since 1970), by the listing."""
-    return any(kind == "failed" and uri.rpartition("/")[2] >= _written(when) for kind, uri in _objects(store, run_uri))
+    """Return whether a failure was recorded at or after a time (seconds since 1970), from the listing alone."""
+    events = _list_events(store, run_uri)
+    return any(kind == "failed" and uri.rpartition("/")[2] >= _timestamp(when) for kind, uri in events)
 
 
-def read_journal(store: ObjectStore, run_uri: str) -> list[Entry]:
-    """The entries of a run in the order of their times."""
-    known = {field.name for field in fields(Entry)}
-    found = (store.get_json(uri) for _, uri in _objects(store, run_uri))
-    return [Entry(**{name: value for name, value in entry.items() if name in known}) for entry in found]
+def read_events(store: ObjectStore, run_uri: str) -> list[Event]:
+    """Read the events of a run in the order of their times."""
+    known = {field.name for field in fields(Event)}
+    objects = (store.get_json(uri) for _, uri in _list_events(store, run_uri))
+    return [Event(**{name: value for name, value in values.items() if name in known}) for values in objects]
 
 
-def _written(when: float) -> str:
-    """A time as the names of the objects begin with it."""
+def _timestamp(when: float) -> str:
+    """Format a time as object names begin with it."""
     return f"{time.strftime(_TIME, time.gmtime(when))}.{int(when * 1000) % 1000:03}Z"
 
 
-def _objects(store: ObjectStore, run_uri: str) -> list[tuple[str, str]]:
-    found = []
-    for stat in store.list(join_uri(run_uri, JOURNAL)):
+def _list_events(store: ObjectStore, run_uri: str) -> list[tuple[str, str]]:
+    """List the kind and the address of each event."""
+    events = []
+    for stat in store.list(join_uri(run_uri, EVENTS)):
         kind = stat.uri.removesuffix(".json").rpartition("-")[2]
         if kind in get_args(Kind):
-            found.append((kind, stat.uri))
-    return found
+            events.append((kind, stat.uri))
+    return events

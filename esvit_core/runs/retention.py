@@ -1,7 +1,7 @@
-"""Which runs may be removed from the object store, and their removal.
+"""Decide which runs may be removed from the object store, and remove them.
 
-A run stays if anything was written to it lately, if it is one of the newest, if a pointer or the history of one names
-it, or if a run that stays has started from it or has taken over its images. When in doubt it stays.
+A run is kept if it was written to recently, if it is among the newest, if a pointer or a pointer's history names it, or
+if a run that is kept started from it or reuses its images. When in doubt a run is kept.
 """
 
 from __future__ import annotations
@@ -22,96 +22,96 @@ from esvit_core.storage.store_errors import NotFound
 
 POINTERS = "pointers"
 DAY = 86_400.0
-# Parts of uploads whose writers were killed; nobody works on one object for so long.
+# Age after which incomplete multipart uploads are removed: no upload of one object takes so long.
 UNFINISHED = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run as its objects show it.
+    """A run as found in the object store.
 
     Attributes:
         name: run id.
         uri: ``s3://bucket/runs/<id>``.
-        objects: how many it has.
-        bytes: of all of them.
-        touched: when the last of them was written, seconds since 1970.
-        kept: why it stays; empty: it may go.
+        objects: number of objects.
+        bytes: total size of the objects.
+        modified: time of the last write, seconds since 1970.
+        kept_because: why the run is kept; empty if it may be removed.
     """
 
     name: str
     uri: str
     objects: int
     bytes: int
-    touched: float
-    kept: str = ""
+    modified: float
+    kept_because: str = ""
 
 
-def judge_runs(
+def plan_retention(
     store: ObjectStore, bucket: str, keep_days: float, keep_last: int = 3, now: float | None = None
 ) -> list[StoredRun]:
-    """Every run of a bucket, and why it stays or that it may go, the newest first.
+    """List every run of a bucket, the newest first, with the reason why it is kept.
 
     Args:
-        store: where they are.
-        bucket: likewise.
-        keep_days: a run to which something was written within so many days stays.
-        keep_last: the newest ones, so many, stay whatever their age.
-        now: seconds since 1970.
+        store: object store.
+        bucket: its bucket.
+        keep_days: runs written to within this many days are kept.
+        keep_last: number of newest runs that are kept whatever their age.
+        now: current time, seconds since 1970; for tests.
     """
     now = time.time() if now is None else now
-    runs = sorted(_runs(store, bucket), key=lambda run: (-run.touched, run.name))
-    named = named_by_pointers(store, bucket)
-    why: dict[str, str] = {}
-    for place, run in enumerate(runs):
+    runs = sorted(_runs(store, bucket), key=lambda run: (-run.modified, run.name))
+    named = runs_named_by_pointers(store, bucket)
+    reasons: dict[str, str] = {}
+    for rank, run in enumerate(runs):
         if run.uri in named:
-            why[run.uri] = f"pointer {named[run.uri]} names it"
-        elif place < keep_last:
-            why[run.uri] = f"among the newest {keep_last}"
-        elif now - run.touched < keep_days * DAY:
-            why[run.uri] = f"written to within {keep_days:g} days"
-    waiting = list(why)
-    while waiting:
-        follower = waiting.pop()
-        source, data = _started_from(store, follower), _built_on(store, follower)
+            reasons[run.uri] = f"pointer {named[run.uri]} names it"
+        elif rank < keep_last:
+            reasons[run.uri] = f"among the newest {keep_last}"
+        elif now - run.modified < keep_days * DAY:
+            reasons[run.uri] = f"written to within {keep_days:g} days"
+    queue = list(reasons)
+    while queue:
+        follower = queue.pop()
+        source, data = _init_source(store, follower), _base_data(store, follower)
         for run in runs:
-            if run.uri not in why and (_names(source, run.uri) or _names(data, run.uri)):
-                how = "started from it" if _names(source, run.uri) else "has taken over its images"
-                why[run.uri] = f"run {follower.rsplit('/', 1)[-1]} {how}"
-                waiting.append(run.uri)
-    return [StoredRun(**{**vars(run), "kept": why.get(run.uri, "")}) for run in runs]
+            if run.uri not in reasons and (_names(source, run.uri) or _names(data, run.uri)):
+                how = "started from it" if _names(source, run.uri) else "reuses its images"
+                reasons[run.uri] = f"run {follower.rsplit('/', 1)[-1]} {how}"
+                queue.append(run.uri)
+    return [StoredRun(**{**vars(run), "kept_because": reasons.get(run.uri, "")}) for run in runs]
 
 
 def remove_run(store: ObjectStore, run: StoredRun) -> bool:
-    """Remove a run unless it has been written to, or a pointer has come to name it, since it was judged.
+    """Remove a run, unless it has been written to since it was listed, or a pointer names it now.
 
-    Called again after an interruption it removes the rest.
+    After an interruption, calling this again removes the rest.
 
     Returns:
-        Whether it was removed.
+        Whether the run was removed.
     """
     bucket = run.uri.removeprefix("s3://").partition("/")[0]
-    if run.uri in named_by_pointers(store, bucket):
+    if run.uri in runs_named_by_pointers(store, bucket):
         return False
-    if _look_at(store, run.name, run.uri).touched > run.touched:
+    if _scan_run(store, run.name, run.uri).modified > run.modified:
         return False
     store.remove_prefix(run.uri)
     return True
 
 
-def named_by_pointers(store: ObjectStore, bucket: str) -> dict[str, str]:
-    """The runs that pointers and their histories name: the run's address, and the pointer's name.
+def runs_named_by_pointers(store: ObjectStore, bucket: str) -> dict[str, str]:
+    """Return the runs that pointers and their histories name, and the name of the pointer.
 
-    So does the lease of a retraining: the next one compares the source with what that one took.
+    The lease of a retraining counts as a pointer, because the next retraining compares its source with that run's.
     """
     root = f"s3://{bucket}/runs/"
     named = {}
-    place = f"s3://{bucket}/"
-    for stat in chain(store.list(place + POINTERS), store.list(place + LEASES)):
+    prefix = f"s3://{bucket}/"
+    for stat in chain(store.list(prefix + POINTERS), store.list(prefix + LEASES)):
         pointer = store.read_pointer(stat.uri)
         for text in _texts(pointer.value if pointer else None):
             if text.startswith(root):
-                named[root + text.removeprefix(root).partition("/")[0]] = stat.uri.removeprefix(place).removeprefix(
+                named[root + text.removeprefix(root).partition("/")[0]] = stat.uri.removeprefix(prefix).removeprefix(
                     f"{POINTERS}/"
                 )
     return named
@@ -121,20 +121,20 @@ def _runs(store: ObjectStore, bucket: str) -> Iterator[StoredRun]:
     for folder in store.list(f"s3://{bucket}/runs", recursive=False):
         if folder.uri.endswith("/"):
             name = folder.uri.rstrip("/").rsplit("/", 1)[-1]
-            found = _look_at(store, name, run_uri(bucket, name))
-            if found.objects:  # some stores list folders that have become empty
-                yield found
+            run = _scan_run(store, name, run_uri(bucket, name))
+            if run.objects:  # some stores list folders that have become empty
+                yield run
 
 
-def _look_at(store: ObjectStore, name: str, uri: str) -> StoredRun:
+def _scan_run(store: ObjectStore, name: str, uri: str) -> StoredRun:
     objects = list(store.list(uri))
-    # One of unknown age counts as new.
+    # An object of unknown age counts as new.
     times = [stat.modified.timestamp() if stat.modified else time.time() for stat in objects]
     return StoredRun(name, uri, len(objects), sum(stat.size for stat in objects), max(times, default=0.0))
 
 
-def _started_from(store: ObjectStore, uri: str) -> str:
-    """What the run's configuration names as its beginning; empty where it names nothing."""
+def _init_source(store: ObjectStore, uri: str) -> str:
+    """Return ``init.source`` of the run's configuration; empty if there is none."""
     try:
         config = yaml.safe_load(store.get_bytes(join_uri(uri, CONFIG)))
     except (NotFound, yaml.YAMLError, UnicodeDecodeError):
@@ -143,8 +143,8 @@ def _started_from(store: ObjectStore, uri: str) -> str:
     return str((init or {}).get("source") or "") if isinstance(init, dict | None) else ""
 
 
-def _built_on(store: ObjectStore, uri: str) -> str:
-    """The earlier data in whose shards images of the run lie; empty where there are none."""
+def _base_data(store: ObjectStore, uri: str) -> str:
+    """Return the earlier data set whose shards the run reuses; empty if there is none."""
     try:
         manifest = store.get_json(join_uri(uri, "data", MANIFEST))
     except NotFound:
@@ -157,12 +157,12 @@ def _names(address: str, uri: str) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, at whatever depth."""
+    """Yield every string in a JSON value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from _texts(one)
+        for item in value.values():
+            yield from _texts(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one)
+        for item in value:
+            yield from _texts(item)

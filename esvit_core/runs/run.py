@@ -1,7 +1,7 @@
-"""A run: its name, its configuration, and what of it is already there.
+"""A run: its id, its configuration, and its objects in the store.
 
-Everything of one run lies under ``s3://<bucket>/runs/<run id>/``. The id is made of what determines the result, so
-the same command finds the same run again: it continues where that one stopped.
+All objects of a run are below ``s3://<bucket>/runs/<run id>/``. The id depends on everything that determines the result,
+so the same command finds the same run and continues it.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from esvit_core.storage.store_errors import NotFound
 from esvit_core.weights.weight_source import pin_source
 
 CONFIG = "config.yaml"
-RUNTIME = "runtime"  # a pointer: how the latest start of the run wants it executed
-MEASURED = "measured.json"  # of a run that measures a backbone trained elsewhere: which one
-RETRAINING = "retrain.json"  # of a run that looks for new images and challenges the champion: what it found
-PROMOTION = "promotion.json"  # of a run: whether it was promoted, and why
-LEASES = "leases"  # folder beside the runs, with the lease on the retraining of each champion
+RUNTIME = "runtime"  # pointer: execution settings of the latest start of the run
+MEASURED = "measured.json"  # which backbone is measured, in a run that measures one trained elsewhere
+RETRAINING = "retrain.json"  # new images found, in a retraining
+PROMOTION = "promotion.json"  # whether the run was promoted, and why
+LEASES = "leases"  # folder beside the runs: the lease on the retraining of each champion
 
 
 def name_of_run(uri: str) -> str:
-    """The id of the run at ``uri``."""
+    """Return the id of the run at ``uri``."""
     return uri.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has been started, as its steps see it.
+    """A run that has been started.
 
     Attributes:
-        config: what the run is, and how its latest start wants it executed.
+        uri: ``s3://<bucket>/runs/<run id>``.
+        store: object store of the run.
+        config: identity settings of the run, and execution settings of its latest start.
     """
 
     uri: str
@@ -49,11 +51,11 @@ class Run:
         return name_of_run(self.uri)
 
     def at(self, *parts: str) -> str:
-        """The address of something of this run."""
+        """Return the address of an object of this run."""
         return join_uri(self.uri, *parts)
 
     def transfer_set(self, name: str) -> TransferSet:
-        """The transfer set of that name.
+        """Return the transfer set of that name.
 
         Raises:
             UserError: the run's configuration has none.
@@ -62,12 +64,12 @@ class Run:
             if transfer_set.name == name:
                 return transfer_set
         known = ", ".join(s.name for s in self.config.evaluation.transfer) or "none"
-        raise UserError(f"transfer set {name}: the run's configuration does not have it; it has {known}")
+        raise UserError(f"transfer set {name}: not in the run's configuration; it has {known}")
 
     def once(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
-        """The JSON object ``name`` of this run; ``make`` is called to write it if it is not there.
+        """Return the JSON object ``name`` of this run; call ``make`` to write it if it does not exist.
 
-        A step that was done before costs one request, not the import of what it needs to do its work.
+        A step that was done before costs one request, and no import of the modules that ``make`` needs.
         """
         if self.store.exists(self.at(name)):
             print(f"already done: found {name}", flush=True)
@@ -77,12 +79,12 @@ class Run:
 
 
 def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str, str] | None = None) -> str:
-    """The name of the run that ``config`` describes on this data.
+    """Return the id of the run that ``config`` describes on this data.
 
     Args:
-        config: the resolved configuration. How the run is executed does not count, see
-            :data:`esvit_core.config.section.EXECUTION`, nor where the transfer sets and the weights to start from lie;
-            what is in them does.
+        config: the resolved configuration. Execution settings do not count (see
+            :data:`esvit_core.config.section.EXECUTION`), nor do the locations of transfer sets and initial weights;
+            their content does.
         fingerprint: of the images, see :func:`esvit_core.data.ingest.sources.source_fingerprint`.
         transfer_fingerprints: the same of the transfer sets, by name.
     """
@@ -97,7 +99,7 @@ def run_id(config: Config, fingerprint: str, transfer_fingerprints: Mapping[str,
 
 
 def identify_run(config: Config, source: str) -> str:
-    """Read the listings of the images and of the transfer sets, and name the run.
+    """Return the id of the run, from the listings of the images and of the transfer sets.
 
     Raises:
         UserError: one of them does not exist or cannot be read.
@@ -119,14 +121,14 @@ def start_run(
     store: ObjectStore | None = None,
     check: Callable[[Config], None] | None = None,
 ) -> Run:
-    """Write the configuration of a run once, or find the run that was started with the same one.
+    """Create a run, or find the run that was started with the same configuration.
 
     Args:
-        config: what was asked for.
-        source: where the images are.
-        uri: where the run shall lie; empty: the place that its content determines.
-        store: by default the one that ``ESVIT_S3_*`` name.
-        check: of a new run's configuration, before anything is written; raises UserError.
+        config: requested configuration.
+        source: location of the images.
+        uri: address of the run; empty: derived from its content.
+        store: default: the store of the ``ESVIT_S3_*`` variables.
+        check: validates a new run's configuration before anything is written; raises UserError.
 
     Raises:
         UserError: the run exists and has another configuration.
@@ -140,25 +142,27 @@ def start_run(
     if not store.put_if_absent(join_uri(uri, CONFIG), config.to_yaml().encode()):
         there = _read_config(uri, store)
         if difference := _difference(there, config):
-            raise UserError(f"run {uri}: it was started with another configuration ({difference}); name another run")
-        _remember_execution(uri, there, config, store)
+            raise UserError(
+                f"run {uri}: it was started with another configuration ({difference}); choose another run name"
+            )
+        _store_execution(uri, there, config, store)
         config = there.with_execution(config.execution_values())
     return Run(uri, store, config)
 
 
-def _remember_execution(uri: str, there: Config, wanted: Config, store: ObjectStore) -> None:
-    """Let all later steps, and those that are repeated, execute the run as this start of it wants."""
+def _store_execution(uri: str, there: Config, wanted: Config, store: ObjectStore) -> None:
+    """Store the execution settings of this start, for all later and repeated steps."""
     pointer = store.read_pointer(join_uri(uri, RUNTIME))
     if wanted.execution_values() != (there.execution_values() if pointer is None else pointer.value):
         store.swap_pointer(join_uri(uri, RUNTIME), wanted.execution_values(), pointer)
 
 
 def open_run(uri: str, store: ObjectStore | None = None) -> Run:
-    """The run at ``uri``: what it was started as, executed as its latest start wants.
+    """Open the run at ``uri``, with the execution settings of its latest start.
 
     Args:
         uri: ``s3://bucket/runs/<run id>``.
-        store: by default the one that ``ESVIT_S3_*`` name.
+        store: default: the store of the ``ESVIT_S3_*`` variables.
 
     Raises:
         UserError: there is no run.
@@ -172,12 +176,12 @@ def _read_config(uri: str, store: ObjectStore) -> Config:
     try:
         text = store.get_bytes(join_uri(uri, CONFIG)).decode()
     except NotFound:
-        raise UserError(f"run {uri}: there is none ({CONFIG} is missing); prepare the data first") from None
+        raise UserError(f"run {uri}: no such run ({CONFIG} is missing); prepare the data first") from None
     return Config.from_yaml(text, origin=join_uri(uri, CONFIG))
 
 
 def _difference(there: Config, here: Config) -> str:
-    """The first setting of a run's identity that differs, in words; where transfer sets lie does not count."""
+    """Describe the first identity setting that differs; the locations of transfer sets and weights do not count."""
 
     def differs(a: Any, b: Any, key: str) -> str:
         if isinstance(a, dict) and isinstance(b, dict):

@@ -1,4 +1,4 @@
-"""What is left of a finished training: ``training/summary.json``, which also marks it as complete."""
+"""The summary of a finished training, ``training/summary.json``, which also marks it as complete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, join_uri
 
 SUMMARY = "training/summary.json"
-LATEST = "training/latest"  # the pointer to the newest checkpoint; here, since its readers need no torch
+LATEST = "training/latest"  # pointer to the newest checkpoint; defined here because its readers do not import torch
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class TrainingSummary:
     """A finished training.
 
     Attributes:
-        steps, epochs, images: done in all, attempts that were lost not counted.
-        seconds: spent in the loop, over all attempts that count.
-        images_per_second: over these seconds.
+        steps, epochs, images: totals, without work that was lost.
+        seconds: time in the training loop, without work that was lost.
+        images_per_second: ``images / seconds``.
         final_loss: mean over the steps of the last line of the log.
         precision: of the networks' arithmetic.
         processes, threads: of the last attempt; threads per process.
-        resumes: the steps from which the run went on.
-        backbone: where the trained teacher is published.
+        resumes: the steps from which the run was resumed.
+        backbone: address of the published teacher.
         versions, hardware: of the last attempt.
     """
 
@@ -47,10 +47,10 @@ class TrainingSummary:
 
 
 def read_summary(store: ObjectStore, run_uri: str) -> TrainingSummary | None:
-    """The summary of a finished training; None when it is not finished.
+    """Read the summary of a training; None if the training is not finished.
 
     Raises:
-        UserError: the object there is not a summary of this version.
+        UserError: the object is not a summary of this version.
     """
     uri = join_uri(run_uri, SUMMARY)
     try:

@@ -45,7 +45,7 @@ ROLES: Mapping[str, Role] = {
     ),
     "train": Role(
         "pre-training, and the training pods that it starts",
-        ("runs/*/training/*", "runs/*/journal/*", "runs/*/baseline/*", "runs/*/backbone/*"),
+        ("runs/*/training/*", "runs/*/events/*", "runs/*/baseline/*", "runs/*/backbone/*"),
     ),
     "evaluate": Role(
         "steps that compute and evaluate features",

@@ -1,16 +1,16 @@
-"""One training process: ``python -m esvit_core.training --run s3://bucket/runs/<id>``.
+"""The training process: ``python -m esvit_core.training --run s3://bucket/runs/<id>``.
 
-Several: ``torchrun --nproc-per-node 2 -m esvit_core.training --run-uri s3://bucket/runs/<id>`` (torchrun would take
-``--run`` for its own ``--run-path``). On nodes that come and go, on each of them::
+Several processes: ``torchrun --nproc-per-node 2 -m esvit_core.training --run-uri s3://bucket/runs/<id>`` (torchrun would
+take ``--run`` for its own ``--run-path``). On nodes that come and go, run on each of them::
 
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise a node that comes back is not taken in (torch 2.14)
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise a node cannot rejoin (torch 2.14)
     torchrun --nnodes 2:4 --nproc-per-node 8 --max-restarts 100 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \
         --rdzv-id RUN -m esvit_core.training --run-uri s3://bucket/runs/<id>
 
-Whenever torchrun starts the processes anew, in whatever number, they go on from the newest checkpoint.
+Whenever torchrun restarts the processes, in any number, they resume from the newest checkpoint.
 
 Exit codes: 0 finished (or was finished already); 2 a mistake in the input, or a run that had to be stopped (the reason
-is the last line); 75 stopped on request with a checkpoint, or an infrastructure failure: started again it continues.
+is the last line); 75 stopped on request with a checkpoint, or an infrastructure failure: a restart continues.
 """
 
 from __future__ import annotations
@@ -23,41 +23,39 @@ from pathlib import Path
 
 from esvit_core.errors import explained
 from esvit_core.launch.agent import AGENT_VARIABLE
-from esvit_core.launch.stop import StopRequest, end_with, leave_process_id
-from esvit_core.runs.environment import BEFORE_TORCH
+from esvit_core.launch.signals import StopRequest, end_with_parent, write_process_file
+from esvit_core.runs.environment import TORCH_ENVIRONMENT
 
 
 def main() -> int:
-    """Train; the exit code."""
-    began = time.time()
+    """Train; return the exit code."""
+    start = time.time()
     stop = StopRequest()
-    stop.listen()  # before anything that takes time
+    stop.install()  # before anything that takes time
     if agent := os.environ.get(AGENT_VARIABLE):
-        end_with(int(agent))
+        end_with_parent(int(agent))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())  # torchrun's agent: a process that outlives it would be in the way of its successor
-    for name, value in BEFORE_TORCH.items():
+        end_with_parent(os.getppid())  # torchrun's agent: a process that outlives it would disturb its successor
+    for name, value in TORCH_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    leave_process_id()
+    write_process_file()
     parser = argparse.ArgumentParser(prog="python -m esvit_core.training", description="Pre-train the run's backbone.")
-    parser.add_argument(
-        "--run", "--run-uri", required=True, help="s3://bucket/runs/<id>; its config.yaml and data/ must be there"
-    )
+    parser.add_argument("--run", "--run-uri", required=True, help="s3://bucket/runs/<id>, with config.yaml and data/")
     run_uri: str = parser.parse_args().run
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # the first process speaks for all  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # only rank 0 prints  # noqa: SIM115
 
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from esvit_core.launch.outcome import mark_consequence, note_own_failure
+    from esvit_core.launch.outcome import mark_consequence, record_own_failure
 
     errors = get_error_handler()
     errors.initialize()
     try:
-        from esvit_core.training.main import carry_out
+        from esvit_core.training.main import run_training
 
-        return carry_out(run_uri, stop)
+        return run_training(run_uri, stop)
     except Exception as error:
         known = explained(error)
         errors.record_exception(known or error)
@@ -66,7 +64,7 @@ def main() -> int:
         if not agent:
             if known and rank == 0:
                 print(f"error: {known}", file=sys.stderr, flush=True)
-            note_own_failure(run_uri, known or error, rank, began)
+            record_own_failure(run_uri, known or error, rank, start)
         if known is None:
             raise
         return known.exit_code

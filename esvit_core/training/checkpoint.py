@@ -1,12 +1,12 @@
-"""Checkpoints in the object store: complete or absent, the newest valid one found again.
+"""Checkpoints in the object store: each is complete or absent, and a run resumes from the newest valid one.
 
-A checkpoint is the list of the run's stateful things, a file each, below ``training/checkpoints/<step:08d>/``; its
-manifest, with sizes and SHA-256, is written last. It does not depend on the number of processes: they hold the same
-state, and everything random is drawn anew at every step from (seed, step, rank).
+A checkpoint has one file per stateful object of the run, below ``training/checkpoints/<step:08d>/``; its manifest, with
+sizes and SHA-256, is written last. It does not depend on the number of processes: all hold the same state, and random
+numbers are drawn from (seed, step, rank) in every step.
 
-Training waits for the copy from the device alone. A thread writes the copy to this machine's disk, another brings it
-into the store (:mod:`esvit_core.storage.upload_queue`); as long as the store does not answer the newest one waits there,
-and a run that is started again on this machine goes on from it if it is newer than what the store has.
+Training waits only for the copy from the device. One thread writes the copy to the local disk, another uploads it to
+the store (:mod:`esvit_core.storage.upload_queue`). While the store does not answer, the newest checkpoint stays on the
+local disk, and a run that is restarted on this machine resumes from it if it is newer than those in the store.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KIND = "checkpoint"
 
 
 class Stateful(Protocol):
-    """Something that must survive a restart."""
+    """An object whose state a checkpoint contains."""
 
     def state_dict(self) -> Any: ...
 
@@ -46,11 +46,14 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenCheckpoint:
     """A checkpoint that is complete in the store.
 
     Attributes:
-        seconds: from the beginning of the copy to the end of the upload.
+        step: steps done.
+        uri: its folder.
+        seconds: time from the start of the copy to the end of the upload.
+        bytes: size of all its files.
     """
 
     step: int
@@ -60,28 +63,28 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredCheckpoint:
     """A checkpoint that was read.
 
     Attributes:
         step: steps done when it was written.
-        place: its folder, in the store or on this machine.
-        states: the state of each stateful thing, by name, on the CPU.
+        location: its folder, in the store or on this machine.
+        states: the state of each stateful object, by name, on the CPU.
     """
 
     step: int
-    place: str
+    location: str
     states: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Retention:
-    """Which complete checkpoints stay.
+class RetentionPolicy:
+    """Which complete checkpoints are kept.
 
     Attributes:
-        last: the newest ones, so many.
-        every_steps: those whose step is a multiple of it; 0: none for that reason.
-        best: the one with the lowest loss.
+        last: number of newest checkpoints to keep.
+        every_steps: also keep checkpoints whose step is a multiple of this; 0: disabled.
+        best: also keep the checkpoint with the lowest loss.
     """
 
     last: int = 3
@@ -89,7 +92,7 @@ class Retention:
     best: bool = False
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-        """Of the checkpoints with these steps and losses, those that stay."""
+        """Return the steps to keep, given the loss of each checkpoint by step."""
         steps = sorted(losses)
         kept = set(steps[-self.last :])
         if self.every_steps:
@@ -101,56 +104,56 @@ class Retention:
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run from one process, beside the training.
+    """Writes the checkpoints of a run from one process, in background threads.
 
     Args:
         uploads: the run's upload queue.
-        retention: which complete checkpoints stay.
-        on_written: called from another thread when one is complete.
+        retention: which complete checkpoints are kept.
+        on_written: called from another thread when a checkpoint is complete.
 
     Attributes:
-        last_step: of the newest checkpoint, None when there is none.
-        passed_over: what :meth:`restore` could not use, and why.
+        last_step: step of the newest checkpoint; None if there is none.
+        skipped: one message per checkpoint that :meth:`restore` could not use, with the reason.
     """
 
     def __init__(
         self,
         uploads: UploadQueue,
-        retention: Retention | None = None,
-        on_written: Callable[[Written], None] | None = None,
+        retention: RetentionPolicy | None = None,
+        on_written: Callable[[WrittenCheckpoint], None] | None = None,
     ) -> None:
         self._uploads, self._store, self._run_uri = uploads, uploads.store, uploads.uri
-        self._retention = retention or Retention()
+        self._retention = retention or RetentionPolicy()
         self._on_written = on_written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._damaged: set[int] = set()
         self._losses: dict[int, float | None] = {}
         self._latest: Pointer | None = None
-        self._knows_latest = False
+        self._latest_known = False
         self.last_step: int | None = None
-        self.passed_over: list[str] = []
+        self.skipped: list[str] = []
 
     def save(self, step: int, stateful: Mapping[str, Stateful], loss: float | None = None) -> None:
-        """Write a checkpoint; training goes on as soon as the state has been copied.
+        """Write a checkpoint; training continues as soon as the state has been copied.
 
         Args:
             step: steps done.
-            stateful: the things that must survive, by name.
-            loss: of the last steps, to tell the best one by.
+            stateful: the objects to save, by name.
+            loss: mean of the last steps, by which the best checkpoint is chosen.
 
         Raises:
-            UserError: an earlier one could not be written.
+            UserError: an earlier checkpoint could not be written.
         """
         self._wait_for_disk()  # no more than one copy in memory
         self._uploads.check()
         start = time.monotonic()
-        states = {name: _copied(thing.state_dict()) for name, thing in stateful.items()}
+        states = {name: _copy_to_cpu(thing.state_dict()) for name, thing in stateful.items()}
         self.last_step = step
         self._writing = self._writer.submit(self._write, step, loss, states, start)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Until all is in the store, but not longer than ``seconds``; whether it is.
+        """Wait until everything is in the store, at most ``seconds``; return whether it is.
 
         Raises:
             UserError: a checkpoint could not be written.
@@ -158,34 +161,34 @@ class Checkpointer:
         self._wait_for_disk()
         return self._uploads.wait(seconds)
 
-    def restore(self) -> Restored | None:
-        """Read the newest valid checkpoint, in the store or on this machine; None when there is none.
+    def restore(self) -> RestoredCheckpoint | None:
+        """Read the newest valid checkpoint, in the store or on this machine; None if there is none.
 
-        Those that are incomplete or damaged are passed over, and :attr:`passed_over` says why.
+        Incomplete and damaged checkpoints are skipped; :attr:`skipped` has the reasons.
 
         Raises:
             as :func:`newest_checkpoint`.
         """
         self._wait_for_disk()
-        waiting = {int(name): path for name, path in self._uploads.pending_sets().items() if name.isdigit()}
-        self.passed_over = []
-        # Before anything is read: what another process writes from now on is found out.
-        self._latest, self._knows_latest = self._store.read_pointer(join_uri(self._run_uri, LATEST)), True
-        restored = newest_checkpoint(self._store, self._run_uri, waiting, self._pass_over)
+        pending = {int(name): path for name, path in self._uploads.pending_sets().items() if name.isdigit()}
+        self.skipped = []
+        # Read first, so that a checkpoint which another process writes from now on is detected.
+        self._latest, self._latest_known = self._store.read_pointer(join_uri(self._run_uri, LATEST)), True
+        restored = newest_checkpoint(self._store, self._run_uri, pending, self._skip)
         if restored is not None:
-            self._settle(restored, waiting)
+            self._requeue_or_drop(restored, pending)
             self.last_step = restored.step
         return restored
 
-    def _pass_over(self, step: int, place: str | Path, why: str) -> None:
-        self.passed_over.append(why)
-        if isinstance(place, str):
+    def _skip(self, step: int, location: str | Path, reason: str) -> None:
+        self.skipped.append(reason)
+        if isinstance(location, str):
             self._damaged.add(step)
 
-    def _settle(self, restored: Restored, waiting: Mapping[int, Path]) -> None:
-        """Of what waits on this machine, send the one that is gone on from; the others are of no use any more."""
-        for step, path in waiting.items():
-            if restored.place == str(path):
+    def _requeue_or_drop(self, restored: RestoredCheckpoint, pending: Mapping[int, Path]) -> None:
+        """Of the checkpoints pending on this machine, upload the one that was restored and delete the others."""
+        for step, path in pending.items():
+            if restored.location == str(path):
                 self._uploads.requeue_set(path.name, partial(self._deliver, step, time.monotonic(), check_set(path)))
             else:
                 self._uploads.drop_set(path.name)
@@ -199,19 +202,19 @@ class Checkpointer:
         name = f"{step:08d}"
         folder = self._uploads.begin_set(name)
         try:
-            for thing in list(states):
-                torch.save(states.pop(thing), folder / f"{thing}.pt")  # popped: the copy is not needed any longer
+            for key in list(states):
+                torch.save(states.pop(key), folder / f"{key}.pt")  # pop frees the copy
             manifest = describe(folder, KIND, {"step": step, "loss": loss})
         except (OSError, RuntimeError) as error:
-            family = disk_error_class(error) if isinstance(error, OSError) else LocalDiskError
-            raise family(
+            error_class = disk_error_class(error) if isinstance(error, OSError) else LocalDiskError
+            raise error_class(
                 f"checkpoint of step {step}: cannot be written to {folder.parent} ({error}); "
                 f"free some space there, or set {PENDING_VARIABLE} to a larger disk"
             ) from None
         self._uploads.enqueue_set(name, manifest, partial(self._deliver, step, start, manifest))
 
     def _deliver(self, step: int, start: float, manifest: dict[str, Any], folder: Path) -> None:
-        """Bring it into the store; called again where the store did not answer."""
+        """Upload a checkpoint; called again if the store did not answer."""
         uri = join_uri(self._run_uri, CHECKPOINTS, folder.name)
         put_set(self._uploads.quick_store, uri, folder, manifest, damaged=step in self._damaged)
         self._damaged.discard(step)
@@ -220,21 +223,23 @@ class Checkpointer:
         self._prune(step)
         if self._on_written:
             size = sum(file["bytes"] for file in manifest["files"].values())
-            self._on_written(Written(step, uri, time.monotonic() - start, size))
+            self._on_written(WrittenCheckpoint(step, uri, time.monotonic() - start, size))
 
     def _point_to(self, step: int) -> None:
-        """Set the pointer from what this process found or set last, so that of two processes only one goes on.
+        """Set the pointer, if it still has the value that this process read or set last.
+
+        Of two processes that write checkpoints of the same run only one continues.
 
         Raises:
-            InfrastructureError: another process has set it since.
+            InfrastructureError: another process has set the pointer in the meantime.
         """
         uri = join_uri(self._run_uri, LATEST)
         store = self._uploads.quick_store
-        if not self._knows_latest:
-            self._latest, self._knows_latest = store.read_pointer(uri), True
+        if not self._latest_known:
+            self._latest, self._latest_known = store.read_pointer(uri), True
         store.swap_pointer(uri, {"step": step}, self._latest)
         there = store.read_pointer(uri)
-        # Where the answer to an earlier attempt was lost it was not swapped now, and yet it says the same.
+        # If the answer to an earlier attempt was lost, this swap failed although the pointer has the value.
         if there is None or there.value != {"step": step}:
             raise InfrastructureError(
                 f"run {self._run_uri}: another process writes checkpoints of this run; stop one of the two"
@@ -242,7 +247,7 @@ class Checkpointer:
         self._latest = there
 
     def _prune(self, step: int) -> None:
-        """Keep the complete ones up to ``step`` that are to stay; what lies beyond is of an attempt that was lost."""
+        """Remove checkpoints that the policy does not keep, and those after ``step``, which belong to a lost attempt."""
         folders = _folders(self._store, self._run_uri)
         losses = {s: self._loss(s, uri) for s, uri in folders.items() if s <= step and s not in self._damaged}
         kept = self._retention.kept(losses)
@@ -261,35 +266,35 @@ class Checkpointer:
 def newest_checkpoint(
     store: ObjectStore,
     run_uri: str,
-    waiting: Mapping[int, Path] | None = None,
-    pass_over: Callable[[int, str | Path, str], None] = lambda step, place, why: None,
-) -> Restored | None:
-    """Read the newest valid checkpoint of a run; None when there is none.
+    pending: Mapping[int, Path] | None = None,
+    on_skip: Callable[[int, str | Path, str], None] = lambda step, location, reason: None,
+) -> RestoredCheckpoint | None:
+    """Read the newest valid checkpoint of a run; None if there is none.
 
     Args:
-        store: where the run is.
+        store: object store of the run.
         run_uri: ``s3://bucket/runs/<id>``.
-        waiting: folders on this machine with checkpoints that have not arrived in the store, by step.
-        pass_over: called with each that cannot be used: its step, its place, and why in a line.
+        pending: folders on this machine with checkpoints that have not been uploaded, by step.
+        on_skip: called with the step, the location and the one-line reason for each checkpoint that cannot be used.
 
     Raises:
         UserError: there are checkpoints, but none is valid.
-        Whatever else goes wrong while one is read (the store, the disk, memory, a bug) is raised as it is: it says
-        nothing about the checkpoint.
+        Exception: any other failure while reading (store, disk, memory, a bug) is raised unchanged, because it does
+            not show that the checkpoint is damaged.
     """
-    candidates: list[tuple[int, str | Path]] = [*_folders(store, run_uri).items(), *(waiting or {}).items()]
+    candidates: list[tuple[int, str | Path]] = [*_folders(store, run_uri).items(), *(pending or {}).items()]
     damaged = []
-    # Of the same step the one in the store first.
-    for step, place in sorted(candidates, key=lambda c: (c[0], isinstance(c[1], str)), reverse=True):
+    # For the same step, the checkpoint in the store comes first.
+    for step, location in sorted(candidates, key=lambda c: (c[0], isinstance(c[1], str)), reverse=True):
         try:
-            states = _load(place, check_set(place)) if isinstance(place, Path) else _read(store, place)
+            states = _load(location, check_set(location)) if isinstance(location, Path) else _read(store, location)
         except NotFound:
-            pass_over(step, place, f"checkpoint {place} is incomplete: it was being written when the run ended")
+            on_skip(step, location, f"checkpoint {location} is incomplete: it was being written when the run ended")
         except IntegrityError as error:
-            damaged.append(f"checkpoint {place} cannot be used: {error}")
-            pass_over(step, place, damaged[-1])
+            damaged.append(f"checkpoint {location} cannot be used: {error}")
+            on_skip(step, location, damaged[-1])
         else:
-            return Restored(step, str(place), states)
+            return RestoredCheckpoint(step, str(location), states)
     if damaged:
         raise UserError(
             f"run {run_uri}: none of its checkpoints is valid ({'; '.join(damaged)}); "
@@ -301,7 +306,7 @@ def newest_checkpoint(
 def _folders(store: ObjectStore, run_uri: str) -> dict[int, str]:
     root = join_uri(run_uri, CHECKPOINTS)
     folders = {}
-    for stat in store.list(root):  # by their files: some stores list folders that have become empty
+    for stat in store.list(root):  # files, because some stores list folders that have become empty
         name = stat.uri.removeprefix(root).strip("/").partition("/")[0]
         if name.isdigit():
             folders[int(name)] = join_uri(root, name)
@@ -313,10 +318,11 @@ def _read(store: ObjectStore, uri: str) -> dict[str, Any]:
         return _load(Path(folder), store.fetch(uri, Path(folder)), uri)
 
 
-def _load(folder: Path, manifest: Mapping[str, Any], place: str | None = None) -> dict[str, Any]:
-    """
+def _load(folder: Path, manifest: Mapping[str, Any], location: str | None = None) -> dict[str, Any]:
+    """Read the states in a folder, by name.
+
     Raises:
-        IntegrityError: the bytes are those of the manifest, but no state that ``torch.save`` wrote.
+        IntegrityError: a file matches the manifest, but ``torch.save`` did not write it.
     """
     states = {}
     for name in manifest["files"]:
@@ -324,28 +330,30 @@ def _load(folder: Path, manifest: Mapping[str, Any], place: str | None = None) -
             states[name.removesuffix(".pt")] = torch.load(folder / name, map_location="cpu", weights_only=True)
         except Exception as error:
             if isinstance(error, pickle.UnpicklingError) or not _is_archive(folder / name):
-                raise IntegrityError(f"{place or folder}/{name}: not a saved state ({error})") from None
+                raise IntegrityError(f"{location or folder}/{name}: not a saved state ({error})") from None
             raise
     return states
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether the file is what ``torch.save`` writes, a zip archive."""
+    """Return whether the file is a zip archive, as ``torch.save`` writes."""
     try:
-        zipfile.ZipFile(io.BytesIO(path.read_bytes())).close()  # from memory: what the disk fails with is no damage
+        zipfile.ZipFile(
+            io.BytesIO(path.read_bytes())
+        ).close()  # from memory, so that a disk error is not taken for damage
     except zipfile.BadZipFile:
         return False
     return True
 
 
-def _copied(state: Any) -> Any:
-    """The state with every tensor copied to the CPU: training changes them in place while this one is written."""
+def _copy_to_cpu(state: Any) -> Any:
+    """Copy the state with every tensor to the CPU, because training changes tensors in place while the copy is written."""
     match state:
         case torch.Tensor():
             return state.detach().to("cpu", copy=True)
         case Mapping():
-            return {key: _copied(value) for key, value in state.items()}
+            return {key: _copy_to_cpu(value) for key, value in state.items()}
         case list() | tuple():
-            return type(state)(_copied(value) for value in state)
+            return type(state)(_copy_to_cpu(value) for value in state)
         case _:
             return state

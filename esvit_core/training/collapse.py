@@ -1,9 +1,9 @@
-"""The ways in which self-distillation collapses, and the decision that a run is on one of them.
+"""Detect that self-distillation collapses, and how.
 
-The objective has trivial solutions (EsViT, section 3; DINO, section 5.3 studies them): the backbone gives every
-image the same feature, or the teacher every image the same prototype, or every image the uniform distribution.
-Centring works against the second, sharpening against the third. All of them end the same way, the loss flat and the
-features worthless, hours before anybody looks: so the run watches its diagnostics, warns, and stops with the name.
+The objective has trivial solutions (EsViT, section 3; DINO, section 5.3 studies them): the backbone gives every image
+the same feature, the teacher gives every image the same prototype, or the teacher gives every image the uniform
+distribution. Centering counteracts the second, sharpening the third. In each case the loss goes flat and the features
+are worthless, hours before anybody looks. So the run checks its diagnostics, warns, and stops with the reason.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from typing import Any, Literal
 
 from esvit_core.config import DiagnosticsConfig
 
-UNIFORM_SHARE = 0.95  # of log K: a mean distribution with more entropy uses all prototypes alike
+UNIFORM_SHARE = 0.95  # of log K: a mean distribution with a higher entropy counts as uniform
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A figure that has been too low for too long.
+class CollapseSign:
+    """A diagnostic that has been below its bound for too long.
 
     Attributes:
-        kind: what follows from it.
-        figure: its name in the log.
-        what: it means.
-        since, step: the first step at which it was too low, and the present one.
-        value, bound: of the figure.
+        kind: whether to warn or to stop the run.
+        figure: name of the diagnostic in the log.
+        meaning: what its low value means.
+        since: first step at which it was below the bound.
+        step: current step.
+        value, bound: current value of the diagnostic, and its bound.
         advice: settings to change.
     """
 
     kind: Literal["warn", "stop"]
     figure: str
-    what: str
+    meaning: str
     since: int
     step: int
     value: float
@@ -41,62 +42,62 @@ class Sign:
     advice: str
 
     def __str__(self) -> str:
-        """Reason and advice in one line."""
+        """Return reason and advice in one line."""
         return (
-            f"{self.what} from step {self.since} to {self.step} "
+            f"{self.meaning} from step {self.since} to {self.step} "
             f"({self.figure} {self.value:.3g}, expected at least {self.bound:g}); {self.advice}"
         )
 
 
 @dataclass(frozen=True)
-class _Watched:
-    figure: str  # as Diagnostics calls it
-    bounds: str  # as DiagnosticsConfig calls them, without _warn and _stop
-    what: str
+class _Indicator:
+    figure: str  # name in Diagnostics
+    bounds: str  # name in DiagnosticsConfig, without _warn and _stop
+    meaning: str
     advice: str
-    causes: tuple[str, ...] = ()  # figures that explain this one when they are too low themselves
+    causes: tuple[str, ...] = ()  # diagnostics whose low value explains this one
 
 
-def _of_task(task: str, thing: str) -> tuple[_Watched, ...]:
+def _task_indicators(task: str, unit: str) -> tuple[_Indicator, ...]:
     sharper = "lower objective.teacher_temp and objective.warmup_teacher_temp, or lower optimizer.lr"
     flatter = "raise objective.teacher_temp and objective.warmup_teacher_temp, lower objective.center_momentum or optimizer.lr"
     constant, concentrated = "feature_std", f"entropy_{task}"
     return (
-        _Watched(f"entropy_{task}", "entropy", f"one prototype for every {thing}", flatter, (constant,)),
-        _Watched(
+        _Indicator(f"entropy_{task}", "entropy", f"one prototype for every {unit}", flatter, (constant,)),
+        _Indicator(
             f"kl_{task}",
             "kl",
-            f"the same distribution for every {thing}",
+            f"the same distribution for every {unit}",
             sharper,
             (constant, concentrated),
         ),
-        _Watched(
+        _Indicator(
             f"prototypes_{task}",
             "prototypes",
-            f"few prototypes are a {thing}'s first choice",
+            f"few prototypes are a {unit}'s first choice",
             flatter,
             (constant, concentrated, f"kl_{task}"),
         ),
     )
 
 
-_WATCHED = (
-    _Watched(
+_INDICATORS = (
+    _Indicator(
         "feature_std",
         "feature_std",
         "the same feature for every image",
         "lower optimizer.lr, or raise optimizer.teacher_momentum",
     ),
-    *_of_task("view", "image"),
-    *_of_task("region", "region"),
-    _Watched(
+    *_task_indicators("view", "image"),
+    *_task_indicators("region", "region"),
+    _Indicator(
         "feature_rank",
         "feature_rank",
         "features of few dimensions",
         "lower optimizer.lr or optimizer.weight_decay_end",
         ("feature_std",),
     ),
-    _Watched(
+    _Indicator(
         "mutual_matches",
         "mutual_matches",
         "regions that are no region's best match",
@@ -106,12 +107,12 @@ _WATCHED = (
 )
 
 
-class CollapseWatch:
-    """Tells a collapse from a bad moment: only a figure that is too low at every measurement for a while counts.
+class CollapseDetector:
+    """Detects a collapse from diagnostics that stay below their bounds at every measurement for many steps.
 
     Args:
-        config: the bounds, and for how many steps a figure may be below them before the watch warns.
-        stop_after: the same before it stops the run (``training.collapse_patience``).
+        config: the bounds, and the number of steps below a bound after which the detector warns.
+        stop_after: number of steps below a bound after which the run stops (``training.collapse_patience``).
         prototypes: K.
     """
 
@@ -119,56 +120,55 @@ class CollapseWatch:
         self._config = config
         self._patience = {"warn": config.warn_after, "stop": stop_after}
         self._uniform = UNIFORM_SHARE * math.log(prototypes)
-        # By kind and figure: the first step of the episode below the bound, and whether it has been told.
+        # By kind and diagnostic: the first step below the bound, and the episodes that have been reported.
         self._since: dict[str, int] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def observe(self, step: int, figures: Mapping[str, float]) -> list[Sign]:
-        """Note the diagnostics of ``step``, by their names in the log.
+    def observe(self, step: int, figures: Mapping[str, float]) -> list[CollapseSign]:
+        """Add the diagnostics of ``step``, by their names in the log.
 
         Returns:
-            The signs that are new, reasons to stop first: each once, until its figure has recovered and sinks again.
-            What another sign explains is left out.
+            New signs, those that stop the run first. A sign is reported once, and again only after its diagnostic has
+            recovered in between. Signs that another sign explains are left out.
         """
         return [*self._signs("stop", step, figures), *self._signs("warn", step, figures)]
 
-    def _signs(self, kind: Literal["warn", "stop"], step: int, figures: Mapping[str, float]) -> list[Sign]:
-        low = {w.figure: w for w in _WATCHED if self._is_low(w, kind, figures)}
-        for episode in {f"{kind} {w.figure}" for w in _WATCHED if w.figure not in low}:
+    def _signs(self, kind: Literal["warn", "stop"], step: int, figures: Mapping[str, float]) -> list[CollapseSign]:
+        low = {i.figure: i for i in _INDICATORS if self._is_low(i, kind, figures)}
+        for episode in {f"{kind} {i.figure}" for i in _INDICATORS if i.figure not in low}:
             self._since.pop(episode, None)
-            self._told.discard(episode)
+            self._reported.discard(episode)
         signs = []
-        for figure, watched in low.items():
+        for figure, indicator in low.items():
             episode = f"{kind} {figure}"
             since = self._since.setdefault(episode, step)
-            explained = any(cause in low for cause in watched.causes)
-            if explained or episode in self._told or step - since < self._patience[kind]:
+            explained = any(cause in low for cause in indicator.causes)
+            if explained or episode in self._reported or step - since < self._patience[kind]:
                 continue
-            self._told.add(episode)
-            what, advice = self._meaning(watched, figures)
-            bound = getattr(self._config, f"{watched.bounds}_{kind}")
-            signs.append(Sign(kind, figure, what, since, step, figures[figure], bound, advice))
+            self._reported.add(episode)
+            meaning, advice = self._explain(indicator, figures)
+            bound = getattr(self._config, f"{indicator.bounds}_{kind}")
+            signs.append(CollapseSign(kind, figure, meaning, since, step, figures[figure], bound, advice))
         return signs
 
-    def _is_low(self, watched: _Watched, kind: Literal["warn", "stop"], figures: Mapping[str, float]) -> bool:
-        bound: float | None = getattr(self._config, f"{watched.bounds}_{kind}")
-        return bound is not None and figures.get(watched.figure, math.inf) < bound
+    def _is_low(self, indicator: _Indicator, kind: Literal["warn", "stop"], figures: Mapping[str, float]) -> bool:
+        bound: float | None = getattr(self._config, f"{indicator.bounds}_{kind}")
+        return bound is not None and figures.get(indicator.figure, math.inf) < bound
 
-    def _meaning(self, watched: _Watched, figures: Mapping[str, float]) -> tuple[str, str]:
-        """What the low figure means, and what to change; other figures tell it more exactly than it does alone."""
-        task = watched.figure.rpartition("_")[2]
-        if watched.bounds == "entropy" and figures.get(f"center_norm_{task}") == 0:
+    def _explain(self, indicator: _Indicator, figures: Mapping[str, float]) -> tuple[str, str]:
+        """Return what the low value means and what to change; other diagnostics make the explanation more precise."""
+        task = indicator.figure.rpartition("_")[2]
+        if indicator.bounds == "entropy" and figures.get(f"center_norm_{task}") == 0:
             return (
-                f"{watched.what}, without centering",
+                f"{indicator.meaning}, without centering",
                 "lower objective.center_momentum, which keeps the center at zero",
             )
-        if watched.bounds == "kl" and figures.get(f"entropy_{task}", 0.0) > self._uniform:
-            return watched.what.replace("same", "uniform"), watched.advice
-        return watched.what, watched.advice
+        if indicator.bounds == "kl" and figures.get(f"entropy_{task}", 0.0) > self._uniform:
+            return indicator.meaning.replace("same", "uniform"), indicator.advice
+        return indicator.meaning, indicator.advice
 
     def state_dict(self) -> dict[str, Any]:
-        return {"since": dict(self._since), "told": sorted(self._told)}
+        return {"since": dict(self._since), "reported": sorted(self._reported)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # A checkpoint of version 0.1.0 has the episodes of sentences: they begin anew.
-        self._since, self._told = dict(state.get("since", {})), set(state.get("told", ()))
+        self._since, self._reported = dict(state["since"]), set(state["reported"])

@@ -1,10 +1,10 @@
-"""Diagnostics of student and teacher over one global batch, by the names that they have in the log.
+"""Diagnostics of student and teacher over one global batch.
 
-Each process measures its own outputs (:class:`BatchStatistics`) as sums, so that the sum of the processes is that of the
-global batch; only the effective rank needs rows of all processes side by side.
+Each process computes sums over its own outputs (:class:`BatchStatistics`), which add up to those of the global batch;
+only the effective rank needs the rows of all processes.
 
-Measuring draws no random numbers and changes nothing that the training uses. It is made for every few steps: wide
-softmaxes are taken of a sample of the rows, and a chunk of them at a time.
+Diagnostics draw no random numbers and change nothing that the training uses. They are meant for every few steps: wide
+softmaxes are computed for a sample of the rows, one chunk at a time.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from esvit_core.losses.region import match_crops
 from esvit_core.models.lazy_logits import LazyLogits
 from esvit_core.models.multicrop import NetworkOutput
 
-SAMPLED_ROWS = 256  # of one process's views or regions: the mean of these tells enough, of all of them costs a step
-_BLOCK_VALUES = 1 << 24  # of the teacher's logits of a few images: 256 rows of 65,536 make an efficient product
-RANKED_ROWS = 512  # over all processes; their singular values take time with the cube of it
+SAMPLED_ROWS = 256  # views or regions per process: a mean over all of them would take as long as a step
+_BLOCK_VALUES = 1 << 24  # teacher logits computed together: 256 rows of 65,536 make an efficient matrix product
+RANKED_ROWS = 512  # over all processes; the time for singular values grows with the cube of it
 
 
 @dataclass(frozen=True)
 class TaskDiagnostics:
-    """Of the view task, whose rows are views, or of the region task, whose rows are regions.
+    """Diagnostics of the view task, whose rows are views, or of the region task, whose rows are regions.
 
     Attributes:
-        entropy: of the teacher's mean distribution, nats. log K when all prototypes are used alike, 0 when one takes
-            everything.
-        kl: mean divergence of the teacher's distributions from their mean, nats: what it tells of an image or of a
-            region. 0 when it says the same of all.
+        entropy: entropy of the teacher's mean distribution, nats; log K if all prototypes are used equally, 0 if one
+            prototype takes everything.
+        kl: mean divergence of the teacher's distributions from their mean, nats: the information they carry about an
+            image or a region; 0 if all distributions are the same.
         student_kl: mean KL(teacher || student) between the two global crops of an image, at their temperatures, nats.
-            Regions are compared with their best match, as in the loss; the loss is this plus the target's entropy, so
-            this is what of it the student can still win. None with mixup, where targets are mixed.
-        prototypes: how many are the teacher's first choice somewhere in the batch, 1 to K. All of its views and
-            regions are looked at, so a larger batch shows more of them.
+            Regions are compared with their best match, as in the loss. The loss is this plus the entropy of the target,
+            so this is the part that the student can still reduce. None with mixup, where targets are mixed.
+        prototypes: number of prototypes that are the teacher's first choice in some row of the batch, 1 to K. It counts
+            all views and regions, so it grows with the batch.
         center_norm: Euclidean norm of the center, in units of the logits.
     """
 
@@ -55,14 +55,14 @@ class TaskDiagnostics:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of one global batch.
+    """Diagnostics of one global batch.
 
     Attributes:
         view, region: of the two tasks; a view-only run has no region task.
-        mutual_matches: share of the student's regions whose best match in the teacher's other global crop has them as
-            its best match in turn, 0 to 1.
-        feature_std: standard deviation of the teacher's unit view features, over all dimensions together: 0 when
-            they are all alike, 1 when they point in all directions.
+        mutual_matches: share of the student's regions whose match is mutual: the region is in turn the best match of
+            its best match in the teacher's other global crop, 0 to 1.
+        feature_std: standard deviation of the teacher's unit view features, over all dimensions together: 0 if all
+            features are equal, 1 if they point in all directions.
         feature_rank: effective rank of the teacher's view features, see :func:`effective_rank`.
     """
 
@@ -73,7 +73,7 @@ class Diagnostics:
     feature_rank: float
 
     def figures(self) -> dict[str, float | int]:
-        """By their names in the log, such as ``entropy_view``, without those not measured."""
+        """Return the values by their names in the log, such as ``entropy_view``, without those not measured."""
         named: dict[str, float | int | None] = {}
         for task, of_task in (("view", self.view), ("region", self.region)):
             if of_task is not None:
@@ -87,18 +87,19 @@ class Diagnostics:
 
 
 class BatchStatistics:
-    """What one process measures of its share of the batch; of its last micro-batch, where it works off several.
+    """Statistics of one process over its share of the batch; of the last micro-batch, if there are several.
 
     Args:
         student, teacher: outputs of the step for V and 2 crops of B images, the global crops first.
-        objective: its centers have taken in the teacher's logits of the step.
+        objective: its centers have been updated with the teacher's logits of the step.
         teacher_temp: tau_t of the step.
-        mixed: whether the student's images are mixed, which leaves out its divergence.
-        processes: that train.
+        mixed: whether the student's images are mixed; its divergence is then left out.
+        processes: number of training processes.
 
     Attributes:
-        sums: means over this share, and 1, all times B, to be added up (or averaged) over the processes.
-        features: view features, (rows, D), to be joined; equally many of each process, filled up with zeros.
+        sums: means over this share, and 1, all times B; to be summed (or averaged) over the processes.
+        features: view features, (rows, D), to be concatenated over the processes; the same number of rows in each,
+            padded with zeros.
     """
 
     @torch.no_grad()
@@ -128,10 +129,10 @@ class BatchStatistics:
         self.sums = B * torch.cat(parts)
         rows = max(1, RANKED_ROWS // processes)
         features = teacher.view_features[:rows].float()
-        self.features = F.pad(features, (0, 0, 0, rows - len(features)))  # zeros have no part in the effective rank
+        self.features = F.pad(features, (0, 0, 0, rows - len(features)))  # zeros do not change the effective rank
 
     def diagnostics(self) -> Diagnostics:
-        """Of ``sums`` and ``features`` as they are now, before or after the processes have joined theirs."""
+        """Return the diagnostics of the current ``sums`` and ``features``: of one process, or of all after a reduction."""
         weight, unit_feature, *parts = self.sums.double().cpu().split(self._sizes)
         parts = [part / weight for part in parts]
         has_regions = len(parts) > _TASK_PARTS
@@ -146,11 +147,11 @@ class BatchStatistics:
 
 
 def effective_rank(features: Tensor) -> float:
-    """RankMe (Garrido et al., 2023, equation 1): over how many directions the features are spread.
+    """Effective rank RankMe (Garrido et al., 2023, equation 1): the number of directions over which features spread.
 
-    exp of the entropy of the singular values, scaled to the sum one, of the features as they are, not centered. It is
-    taken from the eigenvalues of the Gram matrix of the smaller side, in float64 on the processor. Like the rank it
-    cannot exceed the number of rows: figures compare between batches of one size.
+    It is exp of the entropy of the singular values, normalized to sum to one, of the features without centering,
+    computed from the eigenvalues of the Gram matrix of the smaller side, in float64 on the CPU. Like the rank it cannot
+    exceed the number of rows, so values are comparable only between batches of the same size.
 
     Args:
         features: (N, D).
@@ -176,10 +177,10 @@ def _task(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, ...]:
-    """What is averaged over the processes for one task.
+    """Compute the statistics of one task that are averaged over the processes.
 
     Args:
-        match: for each student row of the global crops the teacher's row, (2 * B * regions,).
+        match: the teacher row matched to each student row of the global crops, (2 * B * regions,).
 
     Returns:
         Mean distribution, (K,), mean entropy and mean divergence, (1,), first choices, (K,), norm of the center, (1,).
@@ -190,14 +191,14 @@ def _task(
     if isinstance(student_logits, LazyLogits):
         student_logits = student_logits.converted()
     for rows in _blocks(len(match), regions, len(mean), match.device):
-        teacher = teacher_logits[rows]  # once: they may be a product, which takes as long as all the rest
+        teacher = teacher_logits[rows]  # once: computing lazy logits takes as long as the rest
         _mark_first_choices(chosen, teacher, center)
         sampled = rows[rows % stride == 0]
         here = torch.searchsorted(rows, torch.cat((sampled, match[sampled])))
         needed, where = here.unique(return_inverse=True)
         own, matched = where[: len(sampled)], where[len(sampled) :]
         p, entropies = _sharpened(teacher, needed, center, teacher_temp)
-        del teacher  # before the student's are made: they are wide
+        del teacher  # frees the wide logits before the student's are computed
         mean += torch.zeros_like(entropies).index_fill_(0, own, 1.0) @ p
         entropy += entropies[own].sum()
         divergence += _cross_entropy(student_logits[sampled], p, matched, student_temp) - entropies[matched].sum()
@@ -222,25 +223,25 @@ def _task_diagnostics(
 
 
 def _stride(count: int, regions: int) -> int:
-    """From which row to the next, where at most :data:`SAMPLED_ROWS` of ``count`` are looked at."""
+    """Return the step between sampled rows, so that at most :data:`SAMPLED_ROWS` of ``count`` rows are sampled."""
     stride = max(1, math.ceil(count / SAMPLED_ROWS))
-    while math.gcd(stride, regions) > 1:  # else it would meet some places of the map only
+    while math.gcd(stride, regions) > 1:  # otherwise only some positions of the map would be sampled
         stride += 1
     return stride
 
 
 def _blocks(count: int, regions: int, prototypes: int, device: torch.device) -> Iterator[Tensor]:
-    """The rows, in order, of a few images in both global crops: matches never leave a block."""
+    """Yield the rows of a few images at a time, in both global crops; matches never leave a block."""
     crops = torch.arange(count, device=device).view(2, -1)
     for block in crops.split(regions * max(1, _BLOCK_VALUES // (2 * regions * prototypes)), dim=1):
         yield block.flatten()
 
 
 def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Tensor]:
-    """Of the T regions of each global crop of the student: the teacher's row matched to it, and whether mutually.
+    """Match the T regions of each global crop of the student to rows of the teacher.
 
     Returns:
-        Both (2 * B * T,).
+        The matched rows, and whether each match is mutual; both (2 * B * T,).
     """
     assert student.region_features is not None and teacher.region_features is not None
     queries, keys = student.region_features[: len(teacher.region_features)], teacher.region_features
@@ -251,13 +252,13 @@ def _matches(student: NetworkOutput, teacher: NetworkOutput) -> tuple[Tensor, Te
 
 
 def _mark_first_choices(chosen: Tensor, logits: Tensor, center: Tensor) -> None:
-    """Set ``chosen`` (K,) to 1 for each prototype that some row of the logits (r, K) likes best."""
+    """Set ``chosen`` (K,) to 1 for each prototype with the highest centered logit in some row of the logits (r, K)."""
     for chunk in logits.split(rows_per_chunk(logits)):
         chosen[(chunk - center).argmax(-1)] = 1.0
 
 
 def _sharpened(logits: Tensor, rows: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """The teacher's distributions in these rows of the logits, (r, K), and their entropies, (r,)."""
+    """Return the teacher's distributions for these rows of the logits, (r, K), and their entropies, (r,)."""
     p, entropies = center.new_empty(len(rows), center.shape[1]), center.new_empty(len(rows))
     step = rows_per_chunk(logits)
     for chunk, out, entropy in zip(rows.split(step), p.split(step), entropies.split(step), strict=True):
@@ -268,7 +269,7 @@ def _sharpened(logits: Tensor, rows: Tensor, center: Tensor, temp: float) -> tup
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, matched: Tensor, temp: float) -> Tensor:
-    """Sum of the cross-entropies of the student's logits (r, K) with their matched targets, (1,)."""
+    """Return the sum of the cross-entropies of the student's logits (r, K) with their matched targets, (1,)."""
     total, step = targets.new_zeros(1), rows_per_chunk(logits)
     for chunk, rows in zip(logits.split(step), matched.split(step), strict=True):
         z = chunk.to(targets.dtype) * (1 / temp)

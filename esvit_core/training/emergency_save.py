@@ -1,7 +1,7 @@
-"""What is saved at once when a training is asked to stop, in case that the pod is gone before its step ends.
+"""Save what is small as soon as a training is asked to stop, because the pod may be gone before its step ends.
 
-The log lines that have not been sent, other small objects that wait, and in a step's own pod (which lives for about a
-second more) the entry of the event log that says that the run was stopped.
+This covers the log lines and other small objects that have not been uploaded, and, in a pipeline step's own pod (which
+lives for about one more second), the event that the run was stopped.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ import contextlib
 import os
 
 from esvit_core.errors import EsvitError
-from esvit_core.runs.events import note
+from esvit_core.runs.events import record_event
 from esvit_core.runs.log import LogWriter
 from esvit_core.runs.run import Run
 from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE
-from esvit_core.training.state import Parts
+from esvit_core.training.state import TrainState
 
 
-class Urgent:
-    """Sends the small things of a run.
+class EmergencySave:
+    """Uploads the small objects of a run.
 
     Args:
         run: the run.
-        parts: of the training; tell the step.
-        uploads: the upload queue of the first process; None in the others, which have nothing to store.
+        state: of the training; gives the current step.
+        uploads: upload queue of rank 0; None in the other processes, which have nothing to upload.
 
     Attributes:
-        log: of the present attempt, None before it begins.
-        noted: the event log says that the run was stopped.
+        log: of the current attempt; None before it begins.
+        stop_recorded: whether the event log says that the run was stopped.
     """
 
-    def __init__(self, run: Run, parts: Parts, uploads: UploadQueue | None) -> None:
-        self._run, self._parts, self._uploads = run, parts, uploads
+    def __init__(self, run: Run, state: TrainState, uploads: UploadQueue | None) -> None:
+        self._run, self._state, self._uploads = run, state, uploads
         self.log: LogWriter | None = None
-        self.noted = False
+        self.stop_recorded = False
 
-    def send(self) -> None:
-        """Send all; what fails is left to the orderly end of the training."""
+    def save(self) -> None:
+        """Upload everything; what fails is left to the regular end of the training."""
         if self._uploads is None:
             return
         with contextlib.suppress(EsvitError):
@@ -46,6 +46,6 @@ class Urgent:
             self._uploads.flush_objects()
         if LOST_SECONDS_VARIABLE in os.environ:
             with contextlib.suppress(EsvitError):
-                step, reason = self._parts.position.step, "asked to stop"
-                note(self._uploads.quick_store, self._run.uri, "stopped", step=step, reason=reason)
-                self.noted = True
+                step, reason = self._state.progress.step, "asked to stop"
+                record_event(self._uploads.quick_store, self._run.uri, "stopped", step=step, reason=reason)
+                self.stop_recorded = True

@@ -1,6 +1,6 @@
-"""A run's newest checkpoint in the format of the published code (microsoft/esvit), which goes on with it.
+"""Export a run's newest checkpoint in the format of the published code (microsoft/esvit), which can resume from it.
 
-Not of a backbone alone: student, teacher, heads, centers and optimizer are all part of such a file.
+Such a file contains student, teacher, heads, centers and optimizer, not only the backbone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SUFFIX = ".pth"
 
 
 def export_published(run: Run, out: Path) -> Exported:
-    """Write the newest checkpoint of a run as a published one, read it back safely, and compare every bit.
+    """Write the newest checkpoint of a run in the published format, read it back safely, and compare every bit.
 
     Args:
-        run: whose checkpoint it is.
-        out: the ``.pth`` file, which appears whole or not at all.
+        run: the run to export.
+        out: the ``.pth`` file; it is written atomically.
 
     Raises:
         UserError: the run has no valid checkpoint; ``out`` exists or cannot be written.
@@ -40,12 +40,12 @@ def export_published(run: Run, out: Path) -> Exported:
     with atomic_write(out) as written:
         write_published_checkpoint(written, restored.states, run.config, epoch)
         _compare(written, restored.states, out)
-    told = f"step {restored.step:,}, epoch {epoch}: student, teacher and centers were read back bit for bit"
+    message = f"step {restored.step:,}, epoch {epoch}: student, teacher and centers were read back bit for bit"
     usage = [
         "import torch",
-        f"checkpoint = torch.load({str(out)!r}, weights_only=False)  # what the published code does",
+        f"checkpoint = torch.load({str(out)!r}, weights_only=False)  # as the published code does",
     ]
-    return Exported(out, size_of(out), told, usage)
+    return Exported(out, size_of(out), message, usage)
 
 
 def _compare(path: Path, states: dict[str, Any], out: Path) -> None:
@@ -55,6 +55,10 @@ def _compare(path: Path, states: dict[str, Any], out: Path) -> None:
         ("teacher", snapshot.teacher),
         ("objective", snapshot.centers),
     ):
-        kept = weights or {}
-        if kept.keys() != states[name].keys() or not all(torch.equal(kept[k], states[name][k]) for k in kept):
-            raise UserError(f"format published: {name} was read back otherwise than written; nothing was left in {out}")
+        exported = weights or {}
+        if exported.keys() != states[name].keys() or not all(
+            torch.equal(exported[k], states[name][k]) for k in exported
+        ):
+            raise UserError(
+                f"format published: {name} was read back different from what was written; {out} was not created"
+            )

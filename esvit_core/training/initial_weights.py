@@ -1,8 +1,8 @@
-"""What a run starts from when it is not from nothing: another run, a published checkpoint, weights of timm.
+"""Initial weights of a run from another run, a published checkpoint, or timm.
 
-As the published code goes on (``--pretrained_weights_ckpt``): what fits is taken; a region head that the source
-lacks starts as it was drawn, alike in student and teacher, with its center at zero, and the optimizer then starts
-anew, because its parameters are others.
+Like the published code (``--pretrained_weights_ckpt``), this loads what fits. A region head that the source lacks keeps
+its random initialization, the same in student and teacher, with its center at zero; the optimizer then starts without
+state, because its parameters differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from esvit_core.errors import UserError
 from esvit_core.models.multicrop import MultiCropNetwork
 from esvit_core.runs.run import Run, open_run
 from esvit_core.storage import ObjectStore
-from esvit_core.training.state import Parts
+from esvit_core.training.state import TrainState
 from esvit_core.weights.fit import fit_weights
 from esvit_core.weights.optimizer_state import optimized_names, renumber_state
 from esvit_core.weights.read_file import from_timm_registry, read_file
@@ -29,48 +29,48 @@ from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_o
 RECORD = "training/initial.json"
 
 
-def starting_states(run: Run, parts: Parts) -> dict[str, Any] | None:
-    """States of a run's parts with the weights of ``init.source`` in them; None where there is no source.
+def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
+    """Return the states to start from, with the weights of ``init.source`` loaded; None if there is no source.
 
-    What was taken is printed and kept in ``training/initial.json``.
+    What was loaded is printed and recorded in ``training/initial.json``.
 
     Raises:
         UserError: the source cannot be read, or does not fit.
     """
-    init = pin_source(run.config, run.store).init  # and that is still there
+    init = pin_source(run.config, run.store).init  # checks that the source is still the same
     if init.source is None:
         return None
     snapshot = read_source(init, run.config, run.store)
-    states, taken, anew = combined(snapshot, parts, init)
+    states, loaded, initialized = merge_states(snapshot, state, init)
     record = {
         "source": init.source,
         "sha256": init.sha256,
         "kind": snapshot.kind,
         "take": init.take,
-        "taken": taken,
-        "anew": anew,
-        "passed_over": list(snapshot.ignored),
-        "step": states["position"]["step"],
+        "loaded": loaded,
+        "initialized": initialized,
+        "ignored": list(snapshot.ignored),
+        "step": states["progress"]["step"],
     }
     run.store.put_json(run.at(RECORD), record)
-    for line in told(record):
+    for line in describe_record(record):
         print(f"train: {line}", flush=True)
     return states
 
 
-def told(record: dict[str, Any]) -> list[str]:
-    """What a run started from, in words."""
+def describe_record(record: dict[str, Any]) -> list[str]:
+    """Describe what a run starts from, as lines for the log."""
     digest = f", SHA-256 {record['sha256'][:12]}" if record["sha256"] else ""
-    lines = [f"starting from {record['source']} ({record['kind']}{digest}): {', '.join(record['taken'])}"]
-    if record["anew"]:
-        lines.append(f"started anew: {', '.join(record['anew'])}")
-    if record["passed_over"]:
-        lines.append(f"passed over: {', '.join(record['passed_over'])}")
+    lines = [f"starting from {record['source']} ({record['kind']}{digest}): {', '.join(record['loaded'])}"]
+    if record["initialized"]:
+        lines.append(f"newly initialized: {', '.join(record['initialized'])}")
+    if record["ignored"]:
+        lines.append(f"ignored: {', '.join(record['ignored'])}")
     return lines
 
 
 def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapshot:
-    """Read what ``init.source`` names, under our names."""
+    """Read the weights that ``init.source`` names, with the parameter names of this library."""
     source, arch = str(init.source), config.model.arch
     if source.startswith(TIMM):
         return from_timm_registry(source.removeprefix(TIMM), arch)
@@ -78,30 +78,30 @@ def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapsho
         path = Path(source)
         return read_file(path / "model.safetensors" if path.is_dir() else path, arch)
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        here = Path(folder)
+        local = Path(folder)
         kind = kind_of(source, store)
         if kind == BACKBONE:
-            store.fetch(source, here)
-            return read_file(here / "model.safetensors", arch)
+            store.fetch(source, local)
+            return read_file(local / "model.safetensors", arch)
         if kind is not None:
-            return _read_checkpoint(source, init.take, store, here)
-        file = here / source.rpartition("/")[2]
+            return _read_checkpoint(source, init.take, store, local)
+        file = local / source.rpartition("/")[2]
         store.get_file(source, file)
         return read_file(file, arch)
 
 
 def _read_checkpoint(uri: str, take: str, store: ObjectStore, folder: Path) -> Snapshot:
     wanted = ["teacher.pt"] if take == "backbone" else ["student.pt", "teacher.pt", "objective.pt"]
-    wanted += ["optimizer.pt", "position.pt"] if take == "all" else []
+    wanted += ["optimizer.pt", "progress.pt"] if take == "all" else []
     manifest = store.fetch(uri, folder, [])
-    names = [name for name in wanted if name in manifest["files"]]  # an imported one need not have them all
+    names = [name for name in wanted if name in manifest["files"]]  # an imported checkpoint may lack some
     store.fetch(uri, folder, names)
     states = {
         name.removesuffix(".pt"): torch.load(folder / name, map_location="cpu", weights_only=True) for name in names
     }
     epoch = manifest.get("epoch")
-    if epoch is None and "position" in states:
-        epoch = states["position"]["step"] / _steps_per_epoch(uri, store)
+    if epoch is None and "progress" in states:
+        epoch = states["progress"]["step"] / _steps_per_epoch(uri, store)
     return Snapshot(
         uri,
         "checkpoint",
@@ -114,72 +114,78 @@ def _read_checkpoint(uri: str, take: str, store: ObjectStore, folder: Path) -> S
 
 
 def _steps_per_epoch(checkpoint: str, store: ObjectStore) -> int:
-    """Of the run that a checkpoint belongs to."""
+    """Return the steps per epoch of the run that a checkpoint belongs to."""
     source = open_run(checkpoint.partition(CHECKPOINTS)[0], store)
     train = Manifest.read(store, source.at("data")).splits["train"]
     return train.samples // source.config.training.batch_size
 
 
-def combined(snapshot: Snapshot, parts: Parts, init: InitConfig) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The states of a run's parts with what is to be taken from ``snapshot``.
+def merge_states(
+    snapshot: Snapshot, state: TrainState, init: InitConfig
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Merge ``snapshot`` into the states of a run, as far as ``init.take`` asks for it.
 
     Returns:
-        The states, as a checkpoint holds them; what was taken; what started anew.
+        The states, as in a checkpoint; the names of what was loaded; the names of what keeps its initialization.
 
     Raises:
-        UserError: the source lacks what is to be taken, or it does not fit.
+        UserError: the source lacks what ``init.take`` asks for, or does not fit.
     """
-    states = {name: thing.state_dict() for name, thing in parts.stateful.items()}
+    states = {name: target.state_dict() for name, target in state.stateful.items()}
     if init.take == "backbone":
-        for name, network in (("student", parts.student), ("teacher", parts.teacher)):
-            states[name] = _with(network, _only(snapshot.teacher, ("backbone.",)), snapshot, parts.config)
+        for name, network in (("student", state.student), ("teacher", state.teacher)):
+            states[name] = _with(network, _only(snapshot.teacher, ("backbone.",)), snapshot, state.config)
         return states, ["the backbone"], ["the heads"]
     if not snapshot.has("head"):
         raise UserError(f"init.source {snapshot.origin}: it has no heads; set init.take=backbone")
-    region_here, region_there = parts.student.head_dense is not None, snapshot.has("head_dense")
-    kept = ("backbone.", "head.", "head_dense.") if region_here else ("backbone.", "head.")
+    has_region, source_has_region = state.student.head_dense is not None, snapshot.has("head_dense")
+    prefixes = ("backbone.", "head.", "head_dense.") if has_region else ("backbone.", "head.")
     student = snapshot.student or snapshot.teacher
-    for name, network, weights in (("student", parts.student, student), ("teacher", parts.teacher, snapshot.teacher)):
-        states[name] = _with(network, _only(weights, kept), snapshot, parts.config)
-    taken: list[str] = ["the backbone", "the view head"]
-    anew: list[str] = []
-    (taken if region_there else anew).extend(["the region head"] if region_here else [])
+    for name, network, weights in (("student", state.student, student), ("teacher", state.teacher, snapshot.teacher)):
+        states[name] = _with(network, _only(weights, prefixes), snapshot, state.config)
+    loaded: list[str] = ["the backbone", "the view head"]
+    initialized: list[str] = []
+    (loaded if source_has_region else initialized).extend(["the region head"] if has_region else [])
     centers = {name: value for name, value in snapshot.centers.items() if name in states["objective"]}
     states["objective"] = {**states["objective"], **centers}
-    (taken if centers else anew).append("the centers")
+    (loaded if centers else initialized).append("the centers")
     if init.take == "all":
-        _continue(states, snapshot, parts, taken, anew)
-    return states, taken, anew
+        _continue(states, snapshot, state, loaded, initialized)
+    return states, loaded, initialized
 
 
-def _continue(states: dict[str, Any], snapshot: Snapshot, parts: Parts, taken: list[str], anew: list[str]) -> None:
-    """Optimizer and position."""
+def _continue(
+    states: dict[str, Any], snapshot: Snapshot, state: TrainState, loaded: list[str], initialized: list[str]
+) -> None:
+    """Merge the optimizer and the progress."""
     optimizer = None
     if snapshot.optimizer is not None and snapshot.student is not None:
-        there = optimized_names(snapshot.student, parts.student)
-        optimizer = renumber_state(snapshot.optimizer, there, optimized_names(states["student"], parts.student))
+        source_names = optimized_names(snapshot.student, state.student)
+        optimizer = renumber_state(snapshot.optimizer, source_names, optimized_names(states["student"], state.student))
     if optimizer is not None and _kind(optimizer) != _kind(states["optimizer"]):
         optimizer = None
     if optimizer is not None:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in states["optimizer"]["param_groups"]]
         groups = zip(optimizer["param_groups"], settings, strict=True)
         states["optimizer"] = {**optimizer, "param_groups": [{**own, "params": g["params"]} for g, own in groups]}
-    (anew if optimizer is None else taken).append("the optimizer")
+    (initialized if optimizer is None else loaded).append("the optimizer")
     if snapshot.epoch is None:
-        raise UserError(f"init.source {snapshot.origin}: it does not say how far it was trained; set init.take=heads")
-    epochs, steps = parts.config.training.epochs, parts.schedules.steps_per_epoch
+        raise UserError(
+            f"init.source {snapshot.origin}: it does not contain the number of epochs trained; set init.take=heads"
+        )
+    epochs, steps = state.config.training.epochs, state.schedules.steps_per_epoch
     if snapshot.epoch >= epochs:
         raise UserError(
             f"init.source {snapshot.origin}: it was trained for {snapshot.epoch:g} epochs, the run has {epochs}; "
-            "raise training.epochs to go on, or set init.take=heads to begin at the first"
+            "raise training.epochs to continue, or set init.take=heads to start at epoch 0"
         )
     step = round(snapshot.epoch * steps)
-    states["position"] = {**states["position"], "step": step, "images": step * parts.config.training.batch_size}
-    taken.append(f"the position, epoch {snapshot.epoch:g} of {epochs}")
+    states["progress"] = {**states["progress"], "step": step, "images": step * state.config.training.batch_size}
+    loaded.append(f"the progress, epoch {snapshot.epoch:g} of {epochs}")
 
 
 def _kind(optimizer: dict[str, Any]) -> set[str]:
-    """What tells AdamW, SGD and LARS apart."""
+    """Return the settings that distinguish AdamW, SGD and LARS."""
     return {"betas", "momentum", "eta"} & optimizer["param_groups"][0].keys()
 
 
@@ -188,13 +194,13 @@ def _only(weights: Weights, prefixes: tuple[str, ...]) -> Weights:
 
 
 def _with(network: MultiCropNetwork, weights: Weights, snapshot: Snapshot, config: Config) -> Weights:
-    """The network's state with ``weights``; heads that are missing altogether stay as they were drawn."""
+    """Return the network's state with ``weights``; heads that are missing as a whole keep their initialization."""
     own = network.state_dict()
-    drawn = {
+    initialized = {
         name: own[name]
         for name in own
         for part in ("head", "head_dense")
-        if name.startswith(f"{part}.") and not any(there.startswith(f"{part}.") for there in weights)
+        if name.startswith(f"{part}.") and not any(given.startswith(f"{part}.") for given in weights)
     }
     into = f"model.arch {config.model.arch} with head.out_dim {config.head.out_dim}"
-    return fit_weights(network, {**weights, **drawn}, snapshot.origin, into)
+    return fit_weights(network, {**weights, **initialized}, snapshot.origin, into)

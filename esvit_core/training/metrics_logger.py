@@ -1,4 +1,4 @@
-"""What is known of a training while it runs: log, metrics, progress line, and the reasons to stop it."""
+"""Metrics of a training: the log, Prometheus, the progress line, and the collapse detector."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from esvit_core.errors import UserError
 from esvit_core.losses.objective import ObjectiveTerms
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.monitoring.metrics import TrainingMetrics
-from esvit_core.monitoring.progress_line import Progress, format_figure
+from esvit_core.monitoring.progress_line import ProgressLine, format_figure
 from esvit_core.runs.log import LogWriter
-from esvit_core.training.collapse import Sign
+from esvit_core.training.collapse import CollapseSign
 from esvit_core.training.diagnostics import BatchStatistics
 from esvit_core.training.optim.schedules import ScheduleValues
-from esvit_core.training.state import Parts
+from esvit_core.training.state import TrainState
 
 
 class StepOutputs(NamedTuple):
-    """What a step leaves.
+    """The outputs of a training step.
 
     Attributes:
-        terms: of the loss, so weighted that their mean over the processes is that over the global batch.
-        student, teacher: what they said of the last micro-batch.
-        grad_norm: norm of the gradient before clipping.
+        terms: of the loss, weighted so that their mean over the processes is the mean over the global batch.
+        student, teacher: outputs for the last micro-batch.
+        grad_norm: norm of the gradient before clipping, scalar tensor.
     """
 
     terms: ObjectiveTerms
@@ -35,122 +35,132 @@ class StepOutputs(NamedTuple):
     grad_norm: Tensor
 
 
-class Watch:
-    """Looks at every step, and every ``training.log_steps`` steps waits for the device to read the figures.
+class MetricsLogger:
+    """Accumulates the metrics of every step and writes a line of the log every ``training.log_steps`` steps.
 
-    All processes take part, for their figures are averaged; only the first has somewhere to write them.
+    Only writing a line waits for the device. All processes take part, because metrics are averaged over them; only
+    rank 0 writes them.
 
     Args:
-        parts: of the run.
-        log, progress: of the first process, None in the others.
-        metrics: of the first process of every node, None in the others.
+        state: of the training.
+        log, progress_line: of rank 0; None in the other processes.
+        metrics: of the first process of every node; None in the other processes.
+
+    Attributes:
+        last_line: the last line of the log; empty before the first.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        state: TrainState,
         log: LogWriter | None = None,
         metrics: TrainingMetrics | None = None,
-        progress: Progress | None = None,
+        progress_line: ProgressLine | None = None,
     ) -> None:
-        self._parts, self._log, self._metrics, self._progress = parts, log, metrics, progress
+        self._state, self._log, self._metrics, self._progress_line = state, log, metrics, progress_line
         self.last_line: dict[str, float | int | None] = {}
-        # total, view, region, gradient norm, steps: summed where they are made, over the steps that were finite.
-        self._sums = torch.zeros(5, device=parts.world.device)
+        # Sums of total, view, region, gradient norm and number of steps, over the finite steps, kept on the device.
+        self._sums = torch.zeros(5, device=state.world.device)
         self._steps = 0
         self._wait_seconds = 0.0
         self._line_time = self._step_time = time.monotonic()
 
-    def step(self, at: ScheduleValues, outputs: StepOutputs, wait_seconds: float) -> None:
-        """Take in one step.
+    def step(self, schedule: ScheduleValues, outputs: StepOutputs, wait_seconds: float) -> None:
+        """Add one step.
 
         Raises:
-            UserError, RollBack: a step was not finite.
+            UserError, Rollback: a step was not finite.
             UserError: the teacher has collapsed.
         """
         terms, grad_norm = outputs.terms, outputs.grad_norm
         region = terms.region if terms.region is not None else torch.zeros_like(terms.view)
-        figures = torch.stack((terms.total, terms.view, region, grad_norm.to(terms.view), torch.ones_like(region)))
-        self._sums += torch.where(grad_norm.isfinite(), figures, 0.0)
+        values = torch.stack((terms.total, terms.view, region, grad_norm.to(terms.view), torch.ones_like(region)))
+        self._sums += torch.where(grad_norm.isfinite(), values, 0.0)
         self._steps += 1
         self._wait_seconds += wait_seconds
-        training, step = self._parts.config.training, self._parts.position.step
-        if step % training.log_steps == 0 or step == self._parts.schedules.steps:
-            self._line(at, outputs)
+        training, step = self._state.config.training, self._state.progress.step
+        if step % training.log_steps == 0 or step == self._state.schedules.steps:
+            self._write_line(schedule, outputs)
         now = time.monotonic()
         if self._metrics:
-            images = training.batch_size * self._parts.world.node_share
+            images = training.batch_size * self._state.world.node_share
             self._metrics.step(step, now - self._step_time, wait_seconds, images)
-        if self._progress:
-            self._progress.update(1, **self._shown())
+        if self._progress_line:
+            self._progress_line.update(1, **self._progress_values())
         self._step_time = now
 
     @property
     def loss(self) -> float | None:
-        """Mean of the last line."""
+        """Mean loss of the last line; None before the first."""
         return self.last_line.get("loss")
 
     def flush(self) -> None:
-        """Send the log up to the present step off: a checkpoint must not be in the store before it."""
+        """Send the log up to the current step: it has to be in the store before the checkpoint of this step."""
         if self._log:
             self._log.flush()
 
-    def _line(self, at: ScheduleValues, outputs: StepOutputs) -> None:
-        parts, steps = self._parts, self._steps
-        parts.guard.settle()
+    def _write_line(self, schedule: ScheduleValues, outputs: StepOutputs) -> None:
+        state, steps = self._state, self._steps
+        state.guard.flush()
         seconds = time.monotonic() - self._line_time
         wait = torch.full((1,), self._wait_seconds / max(seconds, 1e-9), device=self._sums.device)
-        figures = parts.world.mean_(torch.cat((self._sums[:4] / self._sums[4].clamp(min=1), wait))).tolist()
-        diagnostics = self._diagnose(at, outputs) if self._diagnostics_due() else {}
+        means = self._sums[:4] / self._sums[4].clamp(min=1)
+        loss, view, region, grad_norm, wait_share = state.world.all_reduce_mean_(torch.cat((means, wait))).tolist()
+        diagnostics = self._diagnose(schedule, outputs) if self._diagnostics_due() else {}
         self.last_line = {
-            "step": parts.position.step,
-            "epoch": at.epoch,
-            "loss": figures[0],
-            "loss_view": figures[1],
-            "loss_region": figures[2] if parts.config.objective.region else None,
-            "lr": at.lr,
-            "weight_decay": at.weight_decay,
-            "teacher_temp": at.teacher_temp,
-            "teacher_momentum": at.teacher_momentum,
-            "grad_norm": figures[3],
-            "images_per_second": steps * parts.config.training.batch_size / seconds,
-            "data_wait": min(1.0, figures[4]),
+            "step": state.progress.step,
+            "epoch": schedule.epoch,
+            "loss": loss,
+            "loss_view": view,
+            "loss_region": region if state.config.objective.region else None,
+            "lr": schedule.lr,
+            "weight_decay": schedule.weight_decay,
+            "teacher_temp": schedule.teacher_temp,
+            "teacher_momentum": schedule.teacher_momentum,
+            "grad_norm": grad_norm,
+            "images_per_second": steps * state.config.training.batch_size / seconds,
+            "data_wait": min(1.0, wait_share),
             **diagnostics,
             "time": time.time(),
         }
         if self._metrics:
             self._metrics.line(self.last_line)
-        signs = parts.collapse.observe(parts.position.step, diagnostics) if diagnostics else []
+        signs = state.collapse.observe(state.progress.step, diagnostics) if diagnostics else []
         if self._log:
-            told = {kind: [str(sign) for sign in signs if sign.kind == kind] or None for kind in ("warn", "stop")}
-            self._log.write({**self.last_line, **told})
-        self._tell(signs)
+            messages = {kind: [str(sign) for sign in signs if sign.kind == kind] or None for kind in ("warn", "stop")}
+            self._log.write({**self.last_line, **messages})
+        self._report(signs)
         self._sums.zero_()
         self._steps, self._wait_seconds, self._line_time = 0, 0.0, time.monotonic()
 
     def _diagnostics_due(self) -> bool:
-        steps, step = self._parts.config.diagnostics.steps, self._parts.position.step
-        return steps is None or step % steps == 0 or step == self._parts.schedules.steps
+        steps, step = self._state.config.diagnostics.steps, self._state.progress.step
+        return steps is None or step % steps == 0 or step == self._state.schedules.steps
 
-    def _diagnose(self, at: ScheduleValues, outputs: StepOutputs) -> dict[str, float | int]:
-        parts, world = self._parts, self._parts.world
+    def _diagnose(self, schedule: ScheduleValues, outputs: StepOutputs) -> dict[str, float | int]:
+        state, world = self._state, self._state.world
         statistics = BatchStatistics(
-            outputs.student, outputs.teacher, parts.objective, at.teacher_temp, parts.config.mixup.use, world.size
+            outputs.student,
+            outputs.teacher,
+            state.objective,
+            schedule.teacher_temp,
+            state.config.mixup.use,
+            world.size,
         )
-        world.mean_(statistics.sums)
-        statistics.features = world.rows_of_all(statistics.features)
+        world.all_reduce_mean_(statistics.sums)
+        statistics.features = world.all_gather_rows(statistics.features)
         return statistics.diagnostics().figures()
 
-    def _tell(self, signs: list[Sign]) -> None:
+    def _report(self, signs: list[CollapseSign]) -> None:
         for sign in signs:
             if sign.kind == "stop":
                 raise UserError(f"training: the teacher has collapsed: {sign}")
-            if self._progress:
+            if self._progress_line:
                 print(f"train: warning: {sign}", flush=True)
             if self._metrics:
                 self._metrics.warned(sign.figure)
 
-    def _shown(self) -> dict[str, str]:
+    def _progress_values(self) -> dict[str, str]:
         line = self.last_line
         if not line:
             return {}

@@ -1,7 +1,7 @@
-"""Where the time of a training goes: a few steps timed part by part, and a trace of them.
+"""Profile a few steps of a training: the time of each part, and a trace.
 
 The trace is torch.profiler's, for https://ui.perfetto.dev or chrome://tracing. The parts are those of
-:mod:`esvit_core.training.step_timer`, which on a GPU waits for the device at each mark: profiled steps are slower ones.
+:mod:`esvit_core.training.step_timer`, which on a GPU synchronizes at each mark, so profiled steps are slower.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from esvit_core.training.step_timer import StepClock
+from esvit_core.training.step_timer import StepTimer
 
 PROFILE = "profile"  # below the run
-WARM_UP = 3  # steps that are passed over first
-OPERATORS = 30  # named in the summary
+WARM_UP = 3  # steps before the first profiled step
+OPERATORS = 30  # operators in the summary
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Of a few steps.
+    """The profile of a few steps.
 
     Attributes:
         summary: ``steps``, ``seconds_a_step`` by part, and ``operators``: the most expensive ones, each with its calls
-            and its own seconds a step, on the processor and on the device.
+            and its own seconds per step, on the CPU and on the device.
         trace: of torch.profiler, gzipped JSON.
     """
 
@@ -39,11 +39,11 @@ class Profile:
 
 
 class Profiler:
-    """Watches the steps of a training once :meth:`begin` has been called; changes none of their numbers.
+    """Profiles the steps of a training after :meth:`start`, without changing any result.
 
     Args:
         device: of the networks.
-        student, teacher, objective, optimizer: whose steps they are.
+        student, teacher, objective, optimizer: of the training.
     """
 
     def __init__(
@@ -54,20 +54,20 @@ class Profiler:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self._parts = student, teacher, objective, optimizer
-        self._clock = StepClock(device)
+        self._modules = student, teacher, objective, optimizer
+        self._timer = StepTimer(device)
         self._cuda = device.type == "cuda"
         self._steps = self._warm_up = 0
         self._torch: profile | None = None
-        self._keep: Callable[[Profile], None]
+        self._on_profile: Callable[[Profile], None]
 
-    def begin(self, steps: int, keep: Callable[[Profile], None]) -> None:
-        """Profile as many ``steps`` after a few that are passed over, and give the result to ``keep``."""
-        self._steps, self._warm_up, self._keep = steps, WARM_UP, keep
+    def start(self, steps: int, on_profile: Callable[[Profile], None]) -> None:
+        """Profile the next ``steps`` after a few for warm-up, then call ``on_profile`` with the result."""
+        self._steps, self._warm_up, self._on_profile = steps, WARM_UP, on_profile
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around each step."""
+        """Wrap each step of the training."""
         if not self._steps or self._warm_up:
             self._warm_up -= bool(self._steps)
             yield
@@ -75,28 +75,28 @@ class Profiler:
         if self._torch is None:
             self._torch = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._cuda])
             self._torch.start()
-        with self._clock.attached(*self._parts), self._clock.step():
+        with self._timer.attached(*self._modules), self._timer.step():
             yield
         self._steps -= 1
         if not self._steps:
             self.close()
 
     def close(self) -> None:
-        """Give away what there is, also when the training ends before the last step asked for."""
+        """Report the steps profiled so far; a training may end before the last requested step."""
         if self._torch is None:
             return
         ended, self._torch, self._steps = self._torch, None, 0
         ended.stop()
-        steps = self._clock.steps
+        steps = self._timer.steps
         summary = {
             "steps": steps,
-            "seconds_a_step": {part: seconds / steps for part, seconds in self._clock.seconds.items()},
+            "seconds_a_step": {part: seconds / steps for part, seconds in self._timer.seconds.items()},
             "operators": _operators(ended, steps),
         }
         with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
             path = Path(folder) / "trace.json.gz"
             ended.export_chrome_trace(str(path))
-            self._keep(Profile(summary, path.read_bytes()))
+            self._on_profile(Profile(summary, path.read_bytes()))
 
 
 def _operators(ended: profile, steps: int) -> list[dict[str, Any]]:
@@ -109,4 +109,4 @@ def _operators(ended: profile, steps: int) -> list[dict[str, Any]]:
         }
         for event in ended.key_averages()
     ]
-    return sorted(found, key=lambda one: -max(one["cpu_seconds"], one["device_seconds"]))[:OPERATORS]
+    return sorted(found, key=lambda operator: -max(operator["cpu_seconds"], operator["device_seconds"]))[:OPERATORS]

@@ -1,4 +1,4 @@
-"""How far a run is: the part of its state that is neither network nor optimizer."""
+"""The progress of a run: the part of its state that is neither network nor optimizer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 @dataclass
-class Position:
-    """How far the run is.
+class Progress:
+    """How far the run has come.
 
     Attributes:
         step: steps done.
         images: images trained on.
-        seconds: spent in the loop.
-        resumes: the steps from which it went on.
-        nonfinite: the latest steps that were not finite.
-        lr_scale: factor of the learning rate; below 1 after a step that was not finite has led back.
+        seconds: time spent in the training loop.
+        resumes: the steps from which the run was resumed.
+        nonfinite: the most recent steps whose loss or gradient was not finite.
+        lr_scale: factor of the learning rate; below 1 after a rollback.
     """
 
     step: int = 0

@@ -1,8 +1,8 @@
-"""Which samples each step saw: JSON lines on this machine, written where ``ESVIT_TRACE_DIR`` asks for them.
+"""Trace of the samples in each step: JSON lines in the folder ``ESVIT_TRACE_DIR``, if it is set.
 
-An attempt is one start of the processes. Each process writes a file of its own, a line a step before its gradients meet
-those of the others: one that is killed after that has its part in the step, and another may keep the result. A step
-that came to nothing has a line too, and the attempt that repeats it takes its place.
+An attempt is one start of the processes. Each process writes its own file, one line per step, before its gradients are
+averaged with those of the others: a process that is killed afterwards has contributed to the step, and another process
+may keep the result. A step that was lost has a line too; the attempt that repeats it replaces it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from esvit_core.training.distributed.processes import World
 TRACE_VARIABLE = "ESVIT_TRACE_DIR"
 
 
-class Trace:
-    """Writes the trace of this process; does nothing where none is asked for."""
+class SampleTrace:
+    """Writes the trace of this process; does nothing unless ``ESVIT_TRACE_DIR`` is set."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._folder = os.environ.get(TRACE_VARIABLE)
         if self._folder:
-            started = world.from_first(time.time_ns())
+            started = world.broadcast_object(time.time_ns())
             Path(self._folder).mkdir(parents=True, exist_ok=True)
             self._path = Path(self._folder) / f"{started:020d}-{world.rank}.jsonl"
 
     def step(self, step: int, indices: np.ndarray) -> None:
-        """Note the samples (B,) of this process in the step that it has begun, counted from 1."""
+        """Write the samples (B,) of this process in the step that begins now, counted from 1."""
         if self._folder:
             line = {"step": step, "rank": self._world.rank, "world": self._world.size, "indices": indices.tolist()}
             with self._path.open("a", encoding="utf-8") as file:
@@ -39,12 +39,12 @@ class Trace:
 
 
 def samples_that_count(folder: Path) -> dict[int, list[int]]:
-    """The samples of every step whose result the run kept, in the order of the global batch.
+    """Return the samples of every step whose result the run kept, in the order of the global batch.
 
-    Where an attempt went back to a checkpoint, what the ones before it did from there on was lost and does not count.
+    Steps that earlier attempts did after the checkpoint from which a later attempt resumed were lost and do not count.
 
     Returns:
-        By step, counted from 1.
+        Samples by step, counted from 1.
     """
     attempts: dict[str, dict[int, dict[int, list[int]]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -55,5 +55,5 @@ def samples_that_count(folder: Path) -> dict[int, list[int]]:
     kept: dict[int, list[int]] = {}
     for _, steps in sorted(attempts.items()):
         joined = {step: [n for _, own in sorted(ranks.items()) for n in own] for step, ranks in steps.items()}
-        kept = {step: seen for step, seen in kept.items() if step < min(joined, default=step + 1)} | joined
+        kept = {step: samples for step, samples in kept.items() if step < min(joined, default=step + 1)} | joined
     return kept

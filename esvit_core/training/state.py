@@ -1,4 +1,4 @@
-"""The parts of a training, built from the run's configuration, and the list of those that must survive."""
+"""The state of a training, built from the run's configuration, and the part of it that checkpoints contain."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from esvit_core.runs.run import Run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.training.checkpoint import Stateful
-from esvit_core.training.collapse import CollapseWatch
-from esvit_core.training.distributed.batch_norm import BATCH_NORMS, share_batch_norms_
+from esvit_core.training.collapse import CollapseDetector
+from esvit_core.training.distributed.batch_norm import BATCH_NORMS, synchronize_batch_norms_
 from esvit_core.training.distributed.processes import GradientReducer, World
 from esvit_core.training.nonfinite import NonFiniteGuard
 from esvit_core.training.optim.optimizer import build_optimizer
 from esvit_core.training.optim.schedules import Schedules, ScheduleValues
 from esvit_core.training.profiler import Profiler
-from esvit_core.training.progress import Position
-from esvit_core.training.sample_trace import Trace
+from esvit_core.training.progress import Progress
+from esvit_core.training.sample_trace import SampleTrace
 
 
 @dataclass
-class Parts:
+class TrainState:
     """Everything that a training step needs."""
 
     config: Config
@@ -48,63 +48,63 @@ class Parts:
     objective: Objective
     optimizer: torch.optim.Optimizer
     reducer: GradientReducer
-    collapse: CollapseWatch
-    position: Position
+    collapse: CollapseDetector
+    progress: Progress
     guard: NonFiniteGuard
-    trace: Trace
+    sample_trace: SampleTrace
     profiler: Profiler
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """All that must survive a restart. Random numbers need not: see :func:`seed_step`."""
+        """The objects whose state a checkpoint contains, by name. Random numbers need none: see :func:`seed_step`."""
         return {
             "student": self.student,
             "teacher": self.teacher,
             "objective": self.objective,
             "optimizer": self.optimizer,
             "collapse": self.collapse,
-            "position": self.position,
+            "progress": self.progress,
         }
 
     def load(self, states: dict[str, Any] | None) -> None:
-        """Take over a checkpoint: rank 0 gives its states, the others None."""
-        for name, thing in self.stateful.items():
-            # One at a time: the copies of a large model's states would not fit into memory side by side.
-            thing.load_state_dict(self.world.from_first(states[name] if states is not None else None))
+        """Load the states of a checkpoint; rank 0 passes them, the other processes pass None."""
+        for name, target in self.stateful.items():
+            # One at a time: copies of all states of a large model would not fit into memory together.
+            target.load_state_dict(self.world.broadcast_object(states[name] if states is not None else None))
 
     @property
     def micro_batches(self) -> int:
-        """Parts of a process's share that are worked off one after the other: the same number in every process."""
+        """Number of micro-batches into which each process splits its share of a batch; the same in every process."""
         batch_size, most = self.config.training.batch_size, self.config.training.max_images_per_process
         largest = -(-batch_size // self.world.size)
         return -(-largest // (most or largest))
 
     def weight(self, images: int) -> float:
-        """What the mean over ``images`` counts in the mean over the global batch, which the processes average."""
+        """Weight of a mean over ``images`` in the mean over the global batch, which is averaged over the processes."""
         return images * self.world.size / self.config.training.batch_size
 
     def schedule_values(self) -> ScheduleValues:
-        """Of the step that comes next."""
-        at = self.schedules.at(self.position.step)
-        return at._replace(lr=at.lr * self.position.lr_scale)
+        """Return the schedules' values for the next step."""
+        values = self.schedules.at(self.progress.step)
+        return values._replace(lr=values.lr * self.progress.lr_scale)
 
     def checkpoint_planned(self) -> bool:
-        """Whether there is to be a checkpoint of the present step, whatever the clock says."""
-        training, step = self.config.training, self.position.step
+        """Return whether the settings ask for a checkpoint of the current step, whatever the clock says."""
+        training, step = self.config.training, self.progress.step
         epochs = training.checkpoint_epochs or training.keep_epochs
         return step % training.checkpoint_steps == 0 or bool(
             epochs and step % (epochs * self.loader.steps_per_epoch) == 0
         )
 
     def batches(self) -> Iterator[Batch]:
-        """From the present position to the end of the run."""
+        """Iterate over the batches from the current step to the end of the run."""
         steps = self.loader.steps_per_epoch
-        for epoch in range(self.position.step // steps, self.config.training.epochs):
-            yield from self.loader.epoch(epoch, start_step=self.position.step % steps)
+        for epoch in range(self.progress.step // steps, self.config.training.epochs):
+            yield from self.loader.epoch(epoch, start_step=self.progress.step % steps)
 
 
-def build_parts(run: Run, world: World) -> Parts:
-    """Build the parts of ``run`` as they are before its first step.
+def build_train_state(run: Run, world: World) -> TrainState:
+    """Build the state of ``run`` before its first step, with its data from the store.
 
     Raises:
         UserError: the data and the configuration do not fit together.
@@ -114,34 +114,34 @@ def build_parts(run: Run, world: World) -> Parts:
     if batch_size < world.size:
         raise UserError(
             f"training.batch_size {batch_size}: expected at least one image for each of the {world.size} processes; "
-            "raise it or start fewer"
+            "raise it or start fewer processes"
         )
-    # A shard that is needed while the store does not answer is waited for as long as a checkpoint is.
+    # A shard is retried for as long as a checkpoint is when the store does not answer.
     patient = ObjectStore(run.store.address, RetryPolicy.lasting(60 * config.training.store_grace_minutes))
     dataset = ShardDataset(patient, run.at("data"), "train")
     if len(dataset) < batch_size:
         raise UserError(
             f"data of {run.uri}: {len(dataset)} training images, expected at least one batch of {batch_size}; "
-            f"give more images or lower training.batch_size"
+            f"add images or lower training.batch_size"
         )
-    return assemble(config, world, TrainLoader(dataset, config, config.seed, world.rank, world.size))
+    return assemble_train_state(config, world, TrainLoader(dataset, config, config.seed, world.rank, world.size))
 
 
-def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
-    """The parts of a training on the batches of ``loader``."""
+def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> TrainState:
+    """Build the state of a training on the batches of ``loader``."""
     batch_size = config.training.batch_size
     share = rank_share(batch_size, world.rank, world.size)
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
-    share_batch_norms_(student, world)
-    share_batch_norms_(teacher, world)
+    synchronize_batch_norms_(student, world)
+    synchronize_batch_norms_(teacher, world)
     objective = Objective(config.objective, config.head.out_dim, Fraction(share.stop - share.start, batch_size))
     objective.to(world.device)
     precision = choose_precision(config.training.precision, world.device)
     for network in (student, teacher):
         select_kernels_(network, precision.dtype, world.device)
-    optimizer, position = build_optimizer(student, config), Position()
+    optimizer, progress = build_optimizer(student, config), Progress()
     networks = [student, teacher, objective]
-    return Parts(
+    return TrainState(
         config=config,
         world=world,
         precision=precision,
@@ -152,19 +152,19 @@ def assemble(config: Config, world: World, loader: TrainLoader) -> Parts:
         objective=objective,
         optimizer=optimizer,
         reducer=GradientReducer(student.parameters(), world),
-        collapse=CollapseWatch(config.diagnostics, config.training.collapse_patience, config.head.out_dim),
-        position=position,
-        guard=NonFiniteGuard(config, world, position, loader.steps_per_epoch, networks, optimizer),
-        trace=Trace(world),
+        collapse=CollapseDetector(config.diagnostics, config.training.collapse_patience, config.head.out_dim),
+        progress=progress,
+        guard=NonFiniteGuard(config, world, progress, loader.steps_per_epoch, networks, optimizer),
+        sample_trace=SampleTrace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
     )
 
 
 def apply_activation_checkpointing_(student: MultiCropNetwork, arch: str) -> None:
-    """Have the student keep a block's input only, and compute the block once more in the backward pass.
+    """Make the student keep only the input of each block and recompute the block in the backward pass.
 
     Raises:
-        UserError: the backbone has batch norms, which would take the same batch into their averages twice.
+        UserError: the backbone has batch norms, which would add the same batch to their running statistics twice.
     """
     if any(isinstance(module, BATCH_NORMS) for module in student.backbone.modules()):
         raise UserError(
@@ -175,12 +175,12 @@ def apply_activation_checkpointing_(student: MultiCropNetwork, arch: str) -> Non
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make everything random in a step (stochastic depth) a function of these three, so that no state is kept."""
+    """Seed torch for one step, so that randomness (stochastic depth) depends on these three numbers and on no state."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def make_deterministic() -> None:
-    """Bit for bit the same result on the same machine with the same number of processes and threads."""
+    """Make results bit for bit reproducible on the same machine with the same number of processes and threads."""
     torch.use_deterministic_algorithms(True)
     # It would fill every new tensor with NaN first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Where the time of a training step goes, part by part, without a line in the step itself.
+"""Time the parts of a training step, without code in the step itself.
 
-Hooks on the networks, the objective and the optimizer say when each part ends; hooks on the tensors between them
+Hooks on the networks, the objective and the optimizer mark the end of each part; hooks on the tensors between them
 divide the backward pass.
 """
 
@@ -23,18 +23,19 @@ PARTS = (
 )
 
 
-class StepClock:
-    """Adds up the seconds of each part over the steps it is attached for.
+class StepTimer:
+    """Adds up the seconds of each part over the steps that it is attached to.
+
+    On a GPU every mark synchronizes with the device to attribute time to the right part, which makes steps a little
+    slower.
 
     Args:
         device: of the networks.
-        clock: seconds; :func:`time.process_time` on a machine that is busy with other things.
-
-    On a GPU every mark waits for the device, so that a part's time is its own: the whole then takes a little longer.
+        clock: returns seconds; use :func:`time.process_time` on a busy machine.
 
     Attributes:
-        seconds: of each of :data:`PARTS` so far.
-        steps: taken so far.
+        seconds: total of each of :data:`PARTS`.
+        steps: number of steps timed.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -46,7 +47,7 @@ class StepClock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step."""
+        """Wrap one step."""
         self._last = self._now()
         yield
         self._mark(REST)
@@ -56,7 +57,7 @@ class StepClock:
     def attached(
         self, student: nn.Module, teacher: nn.Module, objective: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Iterator[None]:
-        """Listen to the parts of a step.
+        """Register the hooks for the parts of a step.
 
         Args:
             student: a multi-crop network: a ``backbone`` and heads, whose output has the fields of
@@ -66,12 +67,12 @@ class StepClock:
             optimizer: of the student.
         """
         backbone: Any = student.backbone
-        first_parameter = next(p for p in backbone.parameters() if p.requires_grad)  # the last to get its gradient
+        first_parameter = next(p for p in backbone.parameters() if p.requires_grad)  # its gradient is ready last
         handles = [
             teacher.register_forward_pre_hook(lambda *_: self._mark(REST)),
             teacher.register_forward_hook(lambda *_: self._mark(TEACHER)),
             student.head.register_forward_pre_hook(lambda *_: self._mark(BACKBONE)),  # type: ignore[union-attr]
-            student.register_forward_hook(self._student_done),
+            student.register_forward_hook(self._end_student),
             objective.register_forward_hook(lambda *_: self._mark(OBJECTIVE)),
             first_parameter.register_post_accumulate_grad_hook(lambda _: self._mark(BACKBONE_BACK)),
             optimizer.register_step_pre_hook(lambda *_: self._mark(CLIPPING)),
@@ -83,14 +84,14 @@ class StepClock:
             for handle in handles:
                 handle.remove()
 
-    def _student_done(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end_student(self, module: nn.Module, args: Any, output: Any) -> None:
         self._mark(HEADS)
         divided = (
             (OBJECTIVE_BACK, (output.view_logits, output.region_logits)),
             (HEADS_BACK, (output.view_features, output.region_features)),
         )
         for part, tensors in divided:
-            for tensor in (getattr(t, "embeddings", t) for t in tensors):  # of logits that are made in the objective
+            for tensor in (getattr(t, "embeddings", t) for t in tensors):  # lazy logits are computed in the objective
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(lambda _, part=part: self._mark(part))
 

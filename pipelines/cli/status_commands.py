@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esvit_core.errors import UserError
-from esvit_core.runs.events import Entry, read_journal
+from esvit_core.runs.events import Event, read_events
 from esvit_core.runs.log import read_log
 from esvit_core.runs.run import run_uri
-from esvit_core.runs.status import UNDER_WAY, RunStatus, read_status, run_names
+from esvit_core.runs.status import ACTIVE_STATES, RunStatus, read_status, run_names
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import ENDPOINT
 from esvit_core.storage.session import open_store
@@ -88,9 +88,13 @@ class RunLocation:
         """List the last lines of a failed run and where its log is; empty if it has not failed."""
         if run.failure is None:
             return []
-        last_lines = str((run.failure.facts or {}).get("last_words", "")).splitlines()
+        last_lines = str((run.failure.facts or {}).get("log_tail", "")).splitlines()
         log = self.out / run.name / LOG
-        where = f"the log is {log}" if log.exists() else f"see the log of step {run.failure.part} on {run.failure.host}"
+        where = (
+            f"the log is {log}"
+            if log.exists()
+            else f"see the log of step {run.failure.component} on {run.failure.host}"
+        )
         return [*last_lines[-12:], f"{where}; `{program()} logs {run.name}` prints the training metrics"]
 
     def _alive(self, name: str) -> bool | None:
@@ -137,7 +141,7 @@ def show_status(location: RunLocation, name: str | None, follow: bool, as_json: 
             return
         if follow:
             with Live(status_view(run), console=Console(), auto_refresh=False) as live:
-                while run.state in UNDER_WAY:
+                while run.state in ACTIVE_STATES:
                     time.sleep(REFRESH_SECONDS)
                     run = location.status(store, found)
                     live.update(status_view(run), refresh=True)
@@ -154,7 +158,7 @@ def show_logs(location: RunLocation, name: str | None, follow: bool, as_json: bo
         uri = run_uri(location.bucket, found)
         shown: set[tuple[float, str]] = set()
         while True:
-            active = follow and location.status(store, found, brief=True).state in UNDER_WAY
+            active = follow and location.status(store, found, brief=True).state in ACTIVE_STATES
             for entry in _entries(store, uri, location.known, as_json):
                 if entry not in shown:  # the time alone is ambiguous: steps of a fast run share it
                     print(entry[1], flush=True)
@@ -166,12 +170,12 @@ def show_logs(location: RunLocation, name: str | None, follow: bool, as_json: bo
 
 def _entries(store: ObjectStore, uri: str, known: dict[str, bytes], as_json: bool) -> list[tuple[float, str]]:
     """Return time and text of every event and log line, in order."""
-    from esvit_core.reporting.terminal import journal_line, log_line
+    from esvit_core.reporting.terminal import event_line, log_line
 
-    def text(entry: Entry) -> str:
-        return json.dumps(entry.as_json()) if as_json else journal_line(entry)
+    def text(entry: Event) -> str:
+        return json.dumps(entry.as_json()) if as_json else event_line(entry)
 
-    entries = [(entry.time, text(entry)) for entry in read_journal(store, uri)]
+    entries = [(entry.time, text(entry)) for entry in read_events(store, uri)]
     lines = [
         (float(line.get("time", 0)), json.dumps({"kind": "log", **line}) if as_json else log_line(line))
         for line in read_log(store, uri, known)

@@ -152,16 +152,16 @@ def prune(
 
     A run is kept if a pointer such as champion, or the history of one, names it, or if a kept run started from it.
     """
-    from esvit_core.runs.retention import DAY, UNFINISHED, judge_runs, remove_run
+    from esvit_core.runs.retention import DAY, UNFINISHED, plan_retention, remove_run
     from esvit_core.storage.session import open_store
 
     with open_store(store_in(out)) as store:
-        runs = judge_runs(store, bucket, keep_days, keep_last)
+        runs = plan_retention(store, bucket, keep_days, keep_last)
         freed = number = 0
         for run in runs:
-            text = f"{run.name}  {run.bytes / 1e6:,.1f} MB, {(time.time() - run.touched) / DAY:.1f} days old"
-            if run.kept:
-                print(f"keep    {text}: {run.kept}")
+            text = f"{run.name}  {run.bytes / 1e6:,.1f} MB, {(time.time() - run.modified) / DAY:.1f} days old"
+            if run.kept_because:
+                print(f"keep    {text}: {run.kept_because}")
             elif dry_run or remove_run(store, run):
                 print(f"{'would remove' if dry_run else 'removed'}  {text}")
                 number, freed = number + 1, freed + run.bytes

@@ -12,28 +12,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from esvit_core.errors import CrashError, UserError, read_error_file
+from esvit_core.launch.signals import KILL_SECONDS, RUN_SECONDS, TERMINAL_SIGNALS, SignalCounter, restored_handlers
 from esvit_pipelines.local.runner import Outcome, Request, environment
-
-SAVE_SECONDS = 120.0  # time for the steps to save their state after a Ctrl-C
-END_SECONDS = 15.0  # time for the remaining processes to end after SIGTERM
 
 
 class StoppedError(Exception):
     """The run was stopped by a signal."""
-
-
-@dataclass
-class _StopRequests:
-    """Number of signals to stop that this process got; the second one means immediately."""
-
-    count: int = 0
 
 
 def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int, owner: str | None = None) -> None:
@@ -56,7 +45,8 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
     try:
         request, error_file = work / "request.json", work / "error.txt"
         Request(data, str(config_file), run_uri, str(work), str(log), owner).write(request)
-        with log.open("a", encoding="utf-8") as errors, _signals() as stop:
+        with log.open("a", encoding="utf-8") as errors, restored_handlers(TERMINAL_SIGNALS):
+            stop = SignalCounter(TERMINAL_SIGNALS)
             runner = subprocess.Popen(
                 [sys.executable, "-m", "esvit_pipelines.local.runner", str(request)],
                 env=environment(os.environ, work, error_file),
@@ -105,24 +95,7 @@ def _raise_for(outcome: Outcome, error_file: Path, log: Path) -> None:
     raise CrashError(f"{step} failed: {reason}", step=step, reason=reason)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[_StopRequests]:
-    """Count signals to stop instead of ending this process."""
-    stop = _StopRequests()
-
-    def count(number: int, frame: FrameType | None) -> None:
-        stop.count += 1
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, count) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _wait(runner: subprocess.Popen[bytes], stop: _StopRequests, started: list[psutil.Process]) -> None:
+def _wait(runner: subprocess.Popen[bytes], stop: SignalCounter, started: list[psutil.Process]) -> None:
     """Wait until the runner ends, by itself or after a signal to stop.
 
     Args:
@@ -136,7 +109,7 @@ def _wait(runner: subprocess.Popen[bytes], stop: _StopRequests, started: list[ps
         if stop.count > forwarded == 0:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("\nstopping: the run is saving its state (press Ctrl-C again to stop immediately)", flush=True)
-            deadline = time.monotonic() + SAVE_SECONDS
+            deadline = time.monotonic() + RUN_SECONDS
             started += _descendants(runner)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(runner.pid, signal.SIGINT)
@@ -158,7 +131,7 @@ def _end(runner: subprocess.Popen[bytes], started: list[psutil.Process]) -> None
     for process in remaining:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(remaining, END_SECONDS)
+    _, stubborn = psutil.wait_procs(remaining, KILL_SECONDS)
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

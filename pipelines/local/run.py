@@ -17,7 +17,7 @@ from esvit_core.data.ingest.sources import check_source
 from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.progress_line import format_duration
 from esvit_core.planning.feasibility import require_metric
-from esvit_core.runs.events import note, read_journal
+from esvit_core.runs.events import read_events, record_event
 from esvit_core.runs.run import CONFIG, PROMOTION, Run, identify_run, run_uri
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import ENDPOINT
@@ -130,13 +130,15 @@ def print_default_recipe(settings: Settings) -> None:
 @contextmanager
 def _record_failure(current: Run) -> Iterator[None]:
     """Record the failure of a step in the event log, unless the step has recorded it, as the training launcher does."""
-    before = len(read_journal(current.store, current.uri))
+    before = len(read_events(current.store, current.uri))
     try:
         yield
     except EsvitError as error:
         with suppress(EsvitError):  # the store may be what failed
-            if all(entry.kind != "failed" for entry in read_journal(current.store, current.uri)[before:]):
-                note(current.store, current.uri, "failed", part=error.step or "the run", reason=error.reason)
+            if all(entry.kind != "failed" for entry in read_events(current.store, current.uri)[before:]):
+                record_event(
+                    current.store, current.uri, "failed", component=error.step or "the run", reason=error.reason
+                )
         raise
 
 

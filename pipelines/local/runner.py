@@ -19,8 +19,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from esvit_core.launch.signals import outlive_signals
 
 if TYPE_CHECKING:
     from esvit_core.config import Config
@@ -79,8 +80,7 @@ class Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _ignore_signal)
+    outlive_signals()  # the steps get the same signals, and this process ends after them
     _stop_when_parent_ends()
     request = Request(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     work = Path(request.work)
@@ -166,10 +166,6 @@ def _stop_when_parent_ends() -> None:
         os.killpg(os.getpgid(0), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="command line").start()
-
-
-def _ignore_signal(number: int, frame: FrameType | None) -> None:
-    """Ignore the signal: the steps get it too, and this process ends after them."""
 
 
 def environment(base: Mapping[str, str], work: Path, error_file: Path) -> dict[str, str]:

@@ -17,8 +17,8 @@ from esvit_core.config import Config, DataConfig
 from esvit_core.config.kubernetes_names import quantity_bytes, quantity_cores
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.launch.kubernetes.training_pod import MODULE, agent_command, literal_environment
-from esvit_core.launch.stop import STOPPED_EXIT_CODE
-from esvit_core.runs.events import Entry, read_journal
+from esvit_core.launch.signals import STOPPED_EXIT_CODE
+from esvit_core.runs.events import Event, read_events
 from esvit_core.storage import ObjectStore, StoreAddress
 from esvit_core.storage.store_errors import StoreError
 from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
@@ -102,8 +102,8 @@ class Outcome:
     undisturbed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def starts(self) -> list[Entry]:
-        return [entry for entry in read_journal(self.store, RUN_URI) if entry.kind == "started"]
+    def starts(self) -> list[Event]:
+        return [entry for entry in read_events(self.store, RUN_URI) if entry.kind == "started"]
 
     def step(self) -> int:
         """Step of the newest checkpoint."""

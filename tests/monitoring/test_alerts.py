@@ -1,4 +1,4 @@
-"""The alert rules: those in the manifests are those made, Prometheus takes them, and they fire when they should."""
+"""The alert rules: the manifests are current, Prometheus accepts them, and they fire when they should."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_unit_tests_can_fail(prometheus_programs: Path, tmp_path: Path) -> N
     assert missed == {rule["alert"] for rule in rules()}
 
 
-def test_alerts_look_at_metrics_that_are_exported() -> None:
+def test_alerts_use_exported_metrics() -> None:
     metrics = TrainingMetrics("run-a", "demo", 1, 1)
     exported = set(re.findall(r"^# TYPE (esvit_\w+)", generate_latest(metrics.registry).decode(), re.MULTILINE))
     for rule in rules():
@@ -86,7 +86,7 @@ def test_shorter_durations_change_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({rule["alert"] for rule in rules()}))
-def test_the_documentation_says_what_to_do(name: str) -> None:
+def test_every_alert_is_documented(name: str) -> None:
     text = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
     section = re.search(rf"^### {name}\n(.+?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     assert section and len(section.group(1)) > 150

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for what the run exports; a real Prometheus answers it in tests/training."""
+"""The Grafana dashboard uses metrics that the run exports; a real Prometheus answers it in tests/training."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_every_query_asks_for_metrics_and_labels_that_are_exported() -> None:
             assert set(re.findall(r"(\w+)=", selector)) <= metrics[name], query
 
 
-def test_every_metric_of_ours_is_shown() -> None:
+def test_every_exported_metric_has_a_panel() -> None:
     shown = {name for query in queries() for name in re.findall(r"esvit_\w+", query)}
     base = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
     missing = {name for name in exported() if name.startswith("esvit_") and not name.endswith("_created")}
     assert not {name for name in missing if re.sub("_(bucket|sum|count)$", "", name) not in base}
 
 
-def test_every_metric_of_ours_is_documented() -> None:
+def test_every_exported_metric_is_documented() -> None:
     text = DOCS.read_text(encoding="utf-8")
     names = {re.sub("_(bucket|sum|count)$", "", n) for n in exported() if n.startswith("esvit_")}
     assert not {name for name in names if not name.endswith("_created") and f"`{name}`" not in text}

@@ -1,4 +1,4 @@
-"""The figures of outputs whose figures are known."""
+"""Diagnostics of outputs with known values."""
 
 import math
 
@@ -86,7 +86,7 @@ def test_a_teacher_that_gives_each_prototype_one_view():
     assert found.feature_rank == pytest.approx(4)
 
 
-def test_figures_are_those_of_their_definitions():
+def test_diagnostics_follow_their_definitions():
     student, teacher = outputs()
     found = diagnose(student, teacher, center=0.5)
     center = objective(center=0.5).center_region.value
@@ -114,7 +114,7 @@ def test_figures_are_those_of_their_definitions():
 
 
 @pytest.mark.parametrize("sampled_rows", [SAMPLED_ROWS, 40, 4])
-def test_few_images_at_a_time_have_the_figures_of_all_together(
+def test_blocks_of_images_give_the_diagnostics_of_the_whole_batch(
     sampled_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnostics, "SAMPLED_ROWS", sampled_rows)
@@ -124,7 +124,7 @@ def test_few_images_at_a_time_have_the_figures_of_all_together(
     assert diagnose(student, teacher, center=0.5).figures() == pytest.approx(together, rel=1e-5)
 
 
-def test_a_student_that_says_what_the_teacher_says_of_the_other_crop_has_no_divergence():
+def test_a_student_that_matches_the_teacher_has_no_divergence():
     student, teacher = outputs()
     own = teacher.view_logits.roll(B, 0) * TAU_S / TAU_T
     agreeing = student._replace(view_logits=torch.cat((own, student.view_logits[2 * B :])))
@@ -132,7 +132,7 @@ def test_a_student_that_says_what_the_teacher_says_of_the_other_crop_has_no_dive
     assert diagnose(student, teacher).view.student_kl > 0.1
 
 
-def test_processes_with_unequal_shares_together_measure_the_whole_batch():
+def test_unequal_shares_give_the_diagnostics_of_the_whole_batch():
     student, teacher = outputs()
     joined, other = (
         BatchStatistics(share(student, part), share(teacher, part), objective(), TAU_T, processes=2)
@@ -156,7 +156,7 @@ def test_a_view_only_run_has_no_figures_of_regions():
     }
 
 
-def test_measuring_leaves_everything_as_it_was():
+def test_diagnostics_change_nothing():
     student, teacher = outputs()
     made = objective(center=0.5)
     tensors = [t for t in (*student, *teacher, *made.buffers()) if isinstance(t, torch.Tensor)]
@@ -184,7 +184,7 @@ def test_effective_rank_is_that_of_the_singular_values():
 
 
 @given(st.integers(1, 60), st.sampled_from([1, 4, 9, 16, 36, 49, 196]))
-def test_the_sample_meets_every_place_of_the_map_alike(images: int, regions: int):
+def test_the_sample_covers_every_position_of_the_map_equally(images: int, regions: int):
     count = 2 * images * regions
     rows = torch.arange(0, count, _stride(count, regions))
     assert 1 <= len(rows) <= SAMPLED_ROWS and rows[-1] < count

@@ -1,4 +1,4 @@
-"""The log in pieces, and how attempts replace each other."""
+"""The log in chunks, and how attempts replace each other."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def write(store: ObjectStore, run: str, steps: range, loss: float) -> None:
     uploads.close()
 
 
-def test_lines_come_back_in_order(store: Any) -> None:
+def test_lines_are_read_in_order(store: Any) -> None:
     run = store.uri("runs/a")
     assert read_log(store, run) == []
     write(store, run, range(10, 40, 10), 5.0)
     assert read_log(store, run) == [{"step": s, "loss": 5.0} for s in (10, 20, 30)]
 
 
-def test_a_later_attempt_replaces_what_it_does_again(store: Any) -> None:
+def test_a_later_attempt_replaces_repeated_lines(store: Any) -> None:
     run = store.uri("runs/a")
     write(store, run, range(10, 60, 10), 1.0)
     write(store, run, range(30, 50, 10), 2.0)  # resumed from a checkpoint at 20, and not yet beyond 40
@@ -40,16 +40,16 @@ def test_a_later_attempt_replaces_what_it_does_again(store: Any) -> None:
     assert names == ["00000010-1.jsonl", "00000030-2.jsonl"]
 
 
-def test_a_long_log_is_written_in_pieces(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_log_is_written_in_chunks(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = store.uri("runs/a")
-    monkeypatch.setattr(log, "MIN_PIECE_SECONDS", 0.0)
-    monkeypatch.setattr(log, "PIECE_SHARE_OF_AGE", 0.0)
+    monkeypatch.setattr(log, "MIN_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(log, "CHUNK_SHARE_OF_AGE", 0.0)
     write(store, run, range(1, 6), 1.0)
     assert len(list(store.list(f"{run}/training/log"))) == 5
     assert [line["step"] for line in read_log(store, run)] == [1, 2, 3, 4, 5]
 
 
-def test_figures_that_are_none_are_left_out(store: Any) -> None:
+def test_values_that_are_none_are_left_out(store: Any) -> None:
     run = store.uri("runs/a")
     uploads = UploadQueue(store, run)
     writer = LogWriter(uploads)

@@ -1,4 +1,4 @@
-"""The figures on /metrics."""
+"""The metrics on /metrics."""
 
 import http.server
 import re
@@ -23,7 +23,7 @@ def series(text: str) -> set[str]:
     return {line.rpartition(" ")[0] for line in text.splitlines() if line.startswith("esvit_")}
 
 
-def test_served_figures_have_conventional_names() -> None:
+def test_served_metrics_have_conventional_names() -> None:
     metrics = TrainingMetrics("run-a", "demo", world_size=2, total_steps=100)
     metrics.step(1, seconds=0.2, wait_seconds=0.01, images=64)
     metrics.line(LINE)
@@ -57,7 +57,7 @@ def test_served_figures_have_conventional_names() -> None:
     assert "process_resident_memory_bytes" in text
 
 
-def test_a_port_in_use_is_a_users_mistake() -> None:
+def test_a_port_in_use_is_a_user_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -66,7 +66,7 @@ def test_a_port_in_use_is_a_users_mistake() -> None:
             TrainingMetrics("run-a", "demo", 1, 1).serve(port)
 
 
-def test_the_series_are_as_many_after_a_thousand_steps_as_after_one() -> None:
+def test_the_number_of_series_does_not_grow_with_steps() -> None:
     metrics = TrainingMetrics("run-a", "demo", 2, 1000, memory=lambda: {"used": 1.0, "peak": 1.0, "total": 2.0})
     numbers = []
     for step in range(1, 1001):
@@ -90,9 +90,9 @@ def test_names_follow_the_conventions() -> None:
         assert kind != "histogram" or name.endswith("_seconds")
 
 
-def test_another_node_tells_of_itself_only() -> None:
+def test_other_nodes_export_only_their_own_metrics() -> None:
     """Or the sums over the nodes would count the run several times."""
-    metrics = TrainingMetrics("run-a", "demo", 4, 100, memory=lambda: {"used": 1.0}, first=False)
+    metrics = TrainingMetrics("run-a", "demo", 4, 100, memory=lambda: {"used": 1.0}, is_main=False)
     metrics.step(1, seconds=0.2, wait_seconds=0.01, images=32)
     metrics.line(LINE)
     names = {name.partition("{")[0].removesuffix("_created") for name in series(scrape(metrics))}
@@ -120,7 +120,7 @@ def test_the_age_of_a_checkpoint_starts_with_the_run(monkeypatch: pytest.MonkeyP
     assert age() == 12
 
 
-def test_the_last_figures_are_pushed_only_where_a_gateway_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_metrics_are_pushed_only_if_a_gateway_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[tuple[str, bytes]] = []
 
     class Gateway(http.server.BaseHTTPRequestHandler):

@@ -6,24 +6,24 @@ import sys
 
 import pytest
 
-from esvit_core.monitoring.progress_line import Progress, format_duration, format_figure
+from esvit_core.monitoring.progress_line import ProgressLine, format_duration, format_figure
 
 
-def test_a_line_tells_share_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_has_share_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
-    progress = Progress(1600, unit="images", label="prepare", stream=out)
+    progress = ProgressLine(1600, unit="images", label="prepare", stream=out)
     now[0] += 2
     progress.update(1024, loss=5.1234)
     assert out.getvalue() == "prepare  1,024/1,600 images  64 %  512/s  0:01 left  loss 5.12\n"
 
 
-def test_lines_come_at_most_once_an_interval_and_the_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_printed_once_per_interval_and_the_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
-    progress = Progress(100, unit="steps", label="train", stream=out)
+    progress = ProgressLine(100, unit="steps", label="train", stream=out)
     for _ in range(50):
         progress.update(1)
         now[0] += 0.1
@@ -32,11 +32,11 @@ def test_lines_come_at_most_once_an_interval_and_the_first_at_once(monkeypatch: 
     assert len(lines) == 3
 
 
-def test_the_last_line_tells_how_long_it_took_and_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_line_has_the_duration_and_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
-    with Progress(None, unit="images", label="read", initial=10, stream=out) as progress:
+    with ProgressLine(None, unit="images", label="read", initial=10, stream=out) as progress:
         now[0] += 65
         progress.update(130)
     progress.close()
@@ -44,9 +44,9 @@ def test_the_last_line_tells_how_long_it_took_and_comes_once(monkeypatch: pytest
     assert out.getvalue().count("took") == 1
 
 
-def test_an_error_stays_the_last_word() -> None:
+def test_an_error_is_the_last_line() -> None:
     out = io.StringIO()
-    with pytest.raises(ValueError), Progress(10, stream=out):
+    with pytest.raises(ValueError), ProgressLine(10, stream=out):
         raise ValueError
     assert out.getvalue() == ""
 

@@ -71,7 +71,7 @@ def test_the_store_contains_exactly_the_documented_layout(finished_run: Any, run
     places = {key.removeprefix(f"runs/{finished_run.name}/").partition("/")[0] for key in keys}
     assert places <= {
         "config.yaml",
-        "journal",
+        "events",
         "data",
         "transfer",
         "training",

@@ -12,7 +12,7 @@ from rich.console import Console
 from esvit_core.config import Config
 from esvit_core.reporting.terminal import runs_table, status_view
 from esvit_core.runs import status
-from esvit_core.runs.events import note
+from esvit_core.runs.events import record_event
 from esvit_core.runs.log import LogWriter
 from esvit_core.runs.status import RunStatus, read_status, run_names
 from esvit_core.storage.upload_queue import UploadQueue
@@ -26,7 +26,7 @@ class Story:
         store.put_bytes(f"{self.uri}/config.yaml", Config().to_yaml().encode())
 
     def start(self, step: int = 0) -> None:
-        note(self.store, self.uri, "started", step=step, facts={"steps": 100, "processes": 2, "device": "cpu"})
+        record_event(self.store, self.uri, "started", step=step, facts={"steps": 100, "processes": 2, "device": "cpu"})
 
     def train(self, steps: range, seconds: float = 0.5) -> None:
         uploads = UploadQueue(self.store, self.uri)
@@ -75,7 +75,7 @@ def test_a_run_under_way(story: Story) -> None:
 
 def test_a_run_that_was_stopped_and_goes_on(story: Story) -> None:
     story.start()
-    note(story.store, story.uri, "stopped", step=12, reason="asked to stop")
+    record_event(story.store, story.uri, "stopped", step=12, reason="asked to stop")
     assert story.look().state == "stopped"
     assert story.look(alive=True).state == "preparing"  # the same command again, and no process trains yet
     story.start(12)
@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_and_goes_on(story: Story) -> None:
 
 def test_a_run_that_failed_says_why(story: Story) -> None:
     story.start()
-    note(story.store, story.uri, "failed", reason="training: process 1 was killed by SIGKILL [9]", rank=1)
+    record_event(story.store, story.uri, "failed", reason="training: process 1 was killed by SIGKILL [9]", rank=1)
     run = story.look()
     assert run.state == "failed" and run.failure is not None and run.failure.rank == 1
     text = shown(run)
@@ -108,7 +108,7 @@ def test_a_step_after_the_training(story: Story) -> None:
     more = {"precision": "float32", "processes": 2, "threads": 1, "resumes": [], "backbone": ""}
     story.store.put_json(f"{story.uri}/training/summary.json", facts | more)
     assert (story.look().state, story.look().step) == ("measuring", 100)
-    note(story.store, story.uri, "failed", part="knn", reason="no labels")
+    record_event(story.store, story.uri, "failed", component="knn", reason="no labels")
     assert story.look().state == "failed"
     story.store.put_bytes(f"{story.uri}/report/report.html", b"<p>")
     assert story.look().state == "finished"

@@ -1,4 +1,4 @@
-"""A run with a micro network, on images made here."""
+"""Fixtures: a run with a micro network on generated images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from PIL import Image
 from esvit_core.config import Config, DataConfig
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.loading.loader import TrainLoader
-from esvit_core.launch.stop import StopRequest
+from esvit_core.launch.signals import StopRequest
 from esvit_core.storage import ObjectStore
 from esvit_core.training.distributed.processes import World
-from esvit_core.training.state import Parts, assemble
+from esvit_core.training.state import TrainState, assemble_train_state
 
 MICRO: dict[str, Any] = {
     "recipe": "micro",
@@ -47,20 +47,22 @@ MICRO: dict[str, Any] = {
 
 
 @pytest.fixture
-def assembled() -> Callable[..., Parts]:
-    """The parts of a micro training whose epochs are one step, without data: ``assembled(optimizer={...})``."""
+def assembled() -> Callable[..., TrainState]:
+    """Build the state of a micro training without data, with epochs of one step: ``assembled(optimizer={...})``."""
 
-    def assemble_micro(**sections: dict[str, Any]) -> Parts:
-        config = Config.from_mapping({**MICRO, **{name: MICRO.get(name, {}) | part for name, part in sections.items()}})
+    def assemble_micro(**sections: dict[str, Any]) -> TrainState:
+        config = Config.from_mapping(
+            {**MICRO, **{name: MICRO.get(name, {}) | section for name, section in sections.items()}}
+        )
         loader = cast(TrainLoader, SimpleNamespace(steps_per_epoch=1))
-        return assemble(config, World(0, 1, torch.device("cpu"), None), loader)
+        return assemble_train_state(config, World(0, 1, torch.device("cpu"), None), loader)
 
     return assemble_micro
 
 
 @pytest.fixture
 def torch_settings() -> Iterator[None]:
-    """A training makes torch deterministic for the whole process."""
+    """Restore torch's settings, because a training makes torch deterministic for the whole process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +71,7 @@ def torch_settings() -> Iterator[None]:
 
 
 class StopAfter(StopRequest):
-    """Asked to stop when it has been looked at ``steps`` times."""
+    """Requests a stop after ``requested`` has been read ``steps`` times."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ def stop_after() -> Callable[[int], StopRequest]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 images of 20 px in one folder: 4 steps an epoch."""
+    """64 images of 20 px in one folder: 4 steps per epoch."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(64):
         small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -98,7 +100,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class MicroRun:
-    """A run in the store, and the means to start it in a process of its own."""
+    """A run in the store, which can be launched in another process."""
 
     uri: str
     store: ObjectStore
@@ -106,7 +108,7 @@ class MicroRun:
     launched: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def launch(self) -> subprocess.Popen[str]:
-        """``launch_training`` in another process, which can be signalled."""
+        """Call ``launch_training`` in another process, which can receive signals."""
         code = (
             "from esvit_core.errors import step\n"
             "from esvit_core.runs.run import open_run\n"
@@ -121,13 +123,13 @@ class MicroRun:
         self.launched.append(process)
         return process
 
-    def processes(self, what: str = "") -> list[psutil.Process]:
-        """The agent and the training processes of this run that are alive: those with ``what`` in their command."""
+    def processes(self, text: str = "") -> list[psutil.Process]:
+        """Return the live agent and training processes of this run that have ``text`` in their command line."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = " ".join(process.info["cmdline"] or [])
             alive = process.info["status"] != psutil.STATUS_ZOMBIE
-            if alive and f"--run-uri {self.uri}" in command and what in command:
+            if alive and f"--run-uri {self.uri}" in command and text in command:
                 found.append(process)
         return found
 
@@ -139,7 +141,7 @@ class MicroRun:
         return pointer.value["step"] if pointer else -1
 
     def wait_for_step(self, step: int) -> None:
-        """Until there is a checkpoint of ``step`` or later."""
+        """Wait for a checkpoint of ``step`` or later."""
         self.wait_until(lambda: self.checkpointed_step() >= step, f"a checkpoint of step {step}")
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A small HTTP server that speaks those paths of the Kubernetes API which the launch uses."""
+"""A small HTTP server with the paths of the Kubernetes API that the launch uses."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _CORE = re.compile(r"^/api/v1/namespaces/(?P<ns>[^/]+)/(?P<plural>pods|events)(/
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """Objects by name, from ``recorded/<name>.json``."""
+    """Return objects by name, from ``recorded/<name>.json``."""
     return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @dataclass
 class Stage:
-    """What the cluster looks like between one look at the job and the next.
+    """The state of the cluster between two reads of the job.
 
     Attributes:
         phase: of the job: a key of ``recorded/jobs.json``, or of ``recorded/trainjobs.json``.
@@ -50,20 +50,20 @@ class Stage:
 
 
 class KubeServer:
-    """The API of one cluster, with a script of what happens to the one job.
+    """The API of one cluster, with a script of the states of its only job.
 
     Args:
         kind: of the job: ``jobs`` are Volcano's, ``trainjobs`` the Trainer's.
 
     Attributes:
-        script: stages; each look at the job leads to the next, and the last one stays.
+        script: stages; each read of the job advances to the next, and the last one stays.
         log: of the first pod.
-        requests: what was asked, ``("POST", path, body)``.
-        refusals: what is answered instead, by method and plural: ``{("POST", "jobs"): (403, "message")}``.
-        failing: how often a request of this method and plural is answered with 500 first.
-        at: what happens at the n-th look at the job.
+        requests: the requests received, ``("POST", path, body)``.
+        refusals: error responses by method and plural: ``{("POST", "jobs"): (403, "message")}``.
+        failing: number of initial responses with status 500, by method and plural.
+        at: callbacks by the number of the read of the job.
         jobs: by name.
-        lag: seconds that deleted pods live on.
+        lag: seconds until deleted pods are gone.
         own: metadata of the step's own pods, by name.
     """
 
@@ -109,14 +109,14 @@ class KubeServer:
         self._http.server_close()
 
     def kubeconfig(self, path: Path) -> Path:
-        """A kubeconfig that names this server."""
+        """Write a kubeconfig for this server."""
         named = {"clusters": [{"name": "c", "cluster": {"server": self.url}}], "users": [{"name": "u", "user": {}}]}
         contexts = {"contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}
         path.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **named, **contexts}), encoding="utf-8")
         return path
 
     def verbs(self) -> list[tuple[str, str]]:
-        """Method and path of what was asked, in order, without repetitions in a row."""
+        """Return method and path of the requests in order, without consecutive repetitions."""
         asked = [(method, urlsplit(path).path) for method, path, _ in self.requests]
         return [a for a, b in zip(asked, [None, *asked], strict=False) if a != b]
 

@@ -1,4 +1,4 @@
-"""Which of several failures is the reason, and where it is left; who keeps the rendezvous."""
+"""Which of several failures is reported as the reason; who hosts the rendezvous."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE, LostPeerError, UserError
 from esvit_core.launch import outcome
 from esvit_core.launch.agent import _threads, _with_host, first_failure
-from esvit_core.launch.outcome import mark_consequence, note_own_failure
-from esvit_core.launch.stop import STOPPED_EXIT_CODE
+from esvit_core.launch.outcome import mark_consequence, record_own_failure
+from esvit_core.launch.signals import STOPPED_EXIT_CODE
 from esvit_core.runs.environment import available_cores
-from esvit_core.runs.events import note, read_journal
+from esvit_core.runs.events import read_events, record_event
 
 
 def failure(
@@ -43,7 +43,7 @@ def reason(*failures: ProcessFailure) -> str:
     return first_failure(ChildFailedError("train", {f.local_rank: f for f in failures}))["reason"]
 
 
-def test_a_users_error_is_told_as_it_is(tmp_path: Path) -> None:
+def test_a_user_error_is_reported_unchanged(tmp_path: Path) -> None:
     lost = failure(tmp_path, 0, 1, "RuntimeError: Connection closed by peer", seconds_ago=5)
     mistake = failure(tmp_path, 1, 2, "UserError: data: expected images;\nadd some")
     assert reason(lost, mistake) == "data: expected images; add some"
@@ -68,19 +68,19 @@ def test_an_outage_keeps_its_reason_and_its_code(tmp_path: Path) -> None:
     assert not told["consequence"]
 
 
-def test_a_process_that_lost_another_gives_way_to_whatever_that_one_says(tmp_path: Path) -> None:
+def test_the_reason_of_a_lost_process_precedes_its_consequences(tmp_path: Path) -> None:
     lost = failure(tmp_path, 0, TRY_AGAIN_EXIT_CODE, "LostPeerError: gone", seconds_ago=5, consequence=True)
     outage = failure(tmp_path, 1, TRY_AGAIN_EXIT_CODE, "StoreUnavailable: no answer")
     assert reason(lost, outage) == "no answer"
     assert reason(lost, failure(tmp_path, 2, 1, "ValueError: wrong shape")) == "process 2: ValueError: wrong shape"
-    assert reason(lost, failure(tmp_path, 3, 1)) == "process 3 ended with exit code 1 and without a reason"
+    assert reason(lost, failure(tmp_path, 3, 1)) == "process 3 ended with exit code 1 and no reason"
     told = first_failure(ChildFailedError("train", {0: lost}))
     assert (told["exit_code"], told["reason"], told["consequence"]) == (TRY_AGAIN_EXIT_CODE, "gone", True)
 
 
-def test_a_stop_on_request_is_no_failure_of_a_process(tmp_path: Path) -> None:
+def test_a_requested_stop_is_not_a_process_failure(tmp_path: Path) -> None:
     assert reason(failure(tmp_path, 0, STOPPED_EXIT_CODE)) == "stopped from outside by a signal"
-    assert reason(failure(tmp_path, 1, 134)) == "process 1 ended with exit code 134 and without a reason"
+    assert reason(failure(tmp_path, 1, 134)) == "process 1 ended with exit code 134 and no reason"
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_a_stop_on_request_is_no_failure_of_a_process(tmp_path: Path) -> None:
         ("", "", ""),  # torch finds out by itself
     ],
 )
-def test_the_node_of_the_endpoint_keeps_the_rendezvous(conf: str, address: str, expected: str) -> None:
+def test_the_node_of_the_endpoint_hosts_the_rendezvous(conf: str, address: str, expected: str) -> None:
     options = Namespace(local_addr=address, rdzv_backend="c10d", rdzv_endpoint="first:29500", rdzv_conf=conf)
     assert _with_host(options).rdzv_conf == expected
 
 
-def test_under_plain_torchrun_the_processes_leave_the_reason(micro_run: Callable[..., Any]) -> None:
+def test_under_plain_torchrun_the_processes_record_the_reason(micro_run: Callable[..., Any], tmp_path: Path) -> None:
     run = micro_run("lost-shard")
     for stat in list(run.store.list(f"{run.uri}/data")):
         if stat.uri.endswith(".tar"):
@@ -113,24 +113,25 @@ def test_under_plain_torchrun_the_processes_leave_the_reason(micro_run: Callable
         "--run-uri",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment["ESVIT_CACHE_DIR"] = str(tmp_path)  # other tests may have cached the same shards
     done = subprocess.run(
         [sys.executable, "-m", *command, run.uri], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode != 0
     # Once as a rule; twice where the second has not seen in time what the first has left.
-    (reason,) = {entry.reason for entry in read_journal(run.store, run.uri) if entry.kind == "failed"}
+    (reason,) = {entry.reason for entry in read_events(run.store, run.uri) if entry.kind == "failed"}
     assert "shard" in reason and f"error: {reason}" in done.stderr
 
 
-def test_a_process_that_lost_another_gives_way_to_its_reason(store_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_lost_another_records_no_second_reason(store_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcome, "ECHO_SECONDS", 0.0)
     uri, began = store_env.uri("runs/a"), time.time()
-    note(store_env, uri, "failed", reason="data: expected images")
-    note_own_failure(uri, LostPeerError("Connection closed"), 0, began)
-    assert [entry.reason for entry in read_journal(store_env, uri)] == ["data: expected images"]
-    note_own_failure(uri, UserError("another time"), 0, time.time() + 1)  # a later start, another failure
-    note_own_failure(uri, ValueError("wrong\nshape"), 3, time.time() + 2)
-    assert [entry.reason for entry in read_journal(store_env, uri)][1:] == [
+    record_event(store_env, uri, "failed", reason="data: expected images")
+    record_own_failure(uri, LostPeerError("Connection closed"), 0, began)
+    assert [entry.reason for entry in read_events(store_env, uri)] == ["data: expected images"]
+    record_own_failure(uri, UserError("another time"), 0, time.time() + 1)  # a later start, another failure
+    record_own_failure(uri, ValueError("wrong\nshape"), 3, time.time() + 2)
+    assert [entry.reason for entry in read_events(store_env, uri)][1:] == [
         "another time",
         "process 3: ValueError: wrong shape",
     ]

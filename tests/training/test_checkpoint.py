@@ -19,7 +19,7 @@ from esvit_core.storage import ObjectStore, StoreFull, StoreUnavailable
 from esvit_core.storage.publication import describe
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.upload_queue import UploadQueue
-from esvit_core.training.checkpoint import Checkpointer, Retention
+from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy
 
 QUICK = RetryPolicy(attempts=2, base=0.01, cap=0.02)
 
@@ -33,7 +33,7 @@ def things() -> dict[str, Any]:
 
 
 def checkpointer(store: ObjectStore, run: str, keep: int = 3) -> Checkpointer:
-    return Checkpointer(UploadQueue(store, run), Retention(keep))
+    return Checkpointer(UploadQueue(store, run), RetentionPolicy(keep))
 
 
 def saved(store: ObjectStore, run: str, steps: list[int], keep: int = 3) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_what_is_saved_comes_back_exactly(store: Any) -> None:
     assert torch.equal(*moments)
 
 
-def test_training_that_goes_on_does_not_change_what_is_being_written(store: Any) -> None:
+def test_training_does_not_change_a_checkpoint_that_is_being_written(store: Any) -> None:
     run, stateful = store.uri("runs/a"), things()
     expected = copy.deepcopy(stateful["network"].state_dict())
     checkpoints = checkpointer(store, run)
@@ -75,7 +75,7 @@ def test_training_that_goes_on_does_not_change_what_is_being_written(store: Any)
     assert restored is not None and torch.equal(restored.states["network"]["weight"], expected["weight"])
 
 
-def test_no_checkpoint_is_none(store: Any) -> None:
+def test_restore_without_a_checkpoint_returns_none(store: Any) -> None:
     assert checkpointer(store, store.uri("runs/a")).restore() is None
 
 
@@ -104,18 +104,18 @@ def damage(store: ObjectStore, uri: str, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["truncated", "one byte flipped", "file missing", "manifest missing", "manifest truncated"]
 )
-def test_a_damaged_newest_one_is_passed_over_and_named(store: Any, how: str) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(store: Any, how: str) -> None:
     run = store.uri("runs/a")
     saved(store, run, [10, 20])
     damage(store, f"{run}/training/checkpoints/00000020", how)
     checkpoints = checkpointer(store, run)
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 10
-    assert len(checkpoints.passed_over) == 1 and "00000020" in checkpoints.passed_over[0]
-    assert ("incomplete" in checkpoints.passed_over[0]) == (how == "manifest missing")
+    assert len(checkpoints.skipped) == 1 and "00000020" in checkpoints.skipped[0]
+    assert ("incomplete" in checkpoints.skipped[0]) == (how == "manifest missing")
 
 
-def test_a_damaged_one_is_written_anew_and_does_not_count_as_kept(store: Any) -> None:
+def test_a_damaged_checkpoint_is_replaced_and_does_not_count_as_kept(store: Any) -> None:
     run = store.uri("runs/a")
     stateful = saved(store, run, [10, 20, 30], keep=2)
     damage(store, f"{run}/training/checkpoints/00000030", "truncated")
@@ -132,7 +132,9 @@ def test_a_damaged_one_is_written_anew_and_does_not_count_as_kept(store: Any) ->
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world", "half an archive", "an archive of something else"])
-def test_verified_bytes_that_are_no_saved_state_are_damage(store: Any, tmp_path: Path, content: bytes | str) -> None:
+def test_verified_bytes_that_are_not_a_saved_state_count_as_damage(
+    store: Any, tmp_path: Path, content: bytes | str
+) -> None:
     run = store.uri("runs/a")
     saved(store, run, [10])
     file = tmp_path / "network.pt"
@@ -147,7 +149,7 @@ def test_verified_bytes_that_are_no_saved_state_are_damage(store: Any, tmp_path:
     checkpoints = checkpointer(store, run)
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 10
-    assert "not a saved state" in checkpoints.passed_over[0]
+    assert "not a saved state" in checkpoints.skipped[0]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
         patched.setattr(torch, "load", fail)
         with pytest.raises(family):
             checkpoints.restore()
-    assert checkpoints.passed_over == []
+    assert checkpoints.skipped == []
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 20
     checkpoints.save(30, stateful)
@@ -181,7 +183,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
     assert folders(store, run) == [10, 20, 30]  # what is damaged is removed when another is complete
 
 
-def test_no_room_to_read_a_checkpoint_is_no_damage(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_reading_is_not_damage(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = store.uri("runs/a")
     saved(store, run, [10, 20])
 
@@ -216,27 +218,25 @@ def test_a_second_writer_of_the_same_run_is_refused(store: Any) -> None:
         saved(Raced(store.address), run, [5])
 
 
-def test_what_stays_is_the_last_ones_those_of_whole_epochs_and_the_best() -> None:
+def test_retention_keeps_the_last_the_epochs_and_the_best() -> None:
     losses: dict[int, float | None] = {4: None, 10: 3.0, 14: 1.0, 20: 2.0, 24: 2.5, 28: 2.5}
-    assert Retention(2).kept(losses) == {24, 28}
-    assert Retention(1, every_steps=10).kept(losses) == {10, 20, 28}
-    assert Retention(1, best=True).kept(losses) == {14, 28}
-    assert Retention(1, best=True).kept({4: None, 8: None}) == {8}
+    assert RetentionPolicy(2).kept(losses) == {24, 28}
+    assert RetentionPolicy(1, every_steps=10).kept(losses) == {10, 20, 28}
+    assert RetentionPolicy(1, best=True).kept(losses) == {14, 28}
+    assert RetentionPolicy(1, best=True).kept({4: None, 8: None}) == {8}
 
 
-def test_the_best_one_is_known_to_the_next_process_too(store: Any) -> None:
+def test_the_best_checkpoint_is_known_after_a_restart(store: Any) -> None:
     run, stateful = store.uri("runs/a"), things()
     for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, 6.0)):
-        checkpoints = Checkpointer(UploadQueue(store, run), Retention(1, best=True))
+        checkpoints = Checkpointer(UploadQueue(store, run), RetentionPolicy(1, best=True))
         checkpoints.save(step, stateful, loss)
         checkpoints.wait()
     assert folders(store, run) == [2, 4]
     assert store.get_json(f"{run}/training/checkpoints/00000002/manifest.json")["loss"] == 3.0
 
 
-def test_a_checkpoint_that_only_this_machine_has_is_gone_on_from_and_brought_into_the_store(
-    store: Any, tmp_path: Path
-) -> None:
+def test_a_local_checkpoint_is_resumed_from_and_uploaded(store: Any, tmp_path: Path) -> None:
     run, elsewhere = store.uri("runs/a"), tmp_path / "pending"
     saved(store, run, [10])
     silent = ObjectStore(dataclasses.replace(store.address, endpoint="127.0.0.1:9", directory=None), QUICK)
@@ -249,17 +249,17 @@ def test_a_checkpoint_that_only_this_machine_has_is_gone_on_from_and_brought_int
 
     next_start = Checkpointer(UploadQueue(store, run, directory=elsewhere))
     restored = next_start.restore()
-    assert restored is not None and restored.step == 20 and restored.place == str(elsewhere / "sets" / "00000020")
+    assert restored is not None and restored.step == 20 and restored.location == str(elsewhere / "sets" / "00000020")
     assert restored.states["network"]["bias"].tolist() == [20, 20]
     assert next_start.wait(30)
     assert folders(store, run) == [10, 20]
     assert not list((elsewhere / "sets").iterdir())
     again = checkpointer(store, run).restore()
-    assert again is not None and again.place == f"{run}/training/checkpoints/00000020"
+    assert again is not None and again.location == f"{run}/training/checkpoints/00000020"
 
 
 @pytest.mark.parametrize("how", ["older than the store's", "damaged", "without a manifest"])
-def test_a_local_copy_that_is_of_no_use_is_not_used(store: Any, tmp_path: Path, how: str) -> None:
+def test_an_outdated_or_damaged_local_checkpoint_is_not_used(store: Any, tmp_path: Path, how: str) -> None:
     run, step = store.uri("runs/a"), 5 if how == "older than the store's" else 20
     saved(store, run, [10])
     uploads = UploadQueue(store, run, directory=tmp_path)
@@ -275,11 +275,11 @@ def test_a_local_copy_that_is_of_no_use_is_not_used(store: Any, tmp_path: Path, 
     checkpoints = Checkpointer(uploads)
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 10
-    assert [str(complete) in why and "damaged" in why for why in checkpoints.passed_over] == [True] * (how == "damaged")
+    assert [str(complete) in why and "damaged" in why for why in checkpoints.skipped] == [True] * (how == "damaged")
     assert complete.exists() == (how == "without a manifest")
 
 
-def test_no_room_on_this_machine_is_one_line(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_local_disk_is_reported_in_one_line(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = store.uri("runs/a")
     saved(store, run, [10])
     checkpoints = Checkpointer(UploadQueue(store, run, directory=tmp_path))
@@ -298,21 +298,21 @@ def test_no_room_on_this_machine_is_one_line(store: Any, tmp_path: Path, monkeyp
     assert restored is not None and restored.step == 10
 
 
-def test_a_stale_upload_of_a_killed_process_is_passed_over_and_replaced(store: Any) -> None:
+def test_a_stale_upload_of_a_killed_process_is_skipped_and_replaced(store: Any) -> None:
     run = store.uri("runs/a")
     stateful = saved(store, run, [10])
     store.put_bytes(f"{run}/training/checkpoints/00000020/network.pt", b"half an upload")
     checkpoints = checkpointer(store, run)
     restored = checkpoints.restore()
     assert restored is not None and restored.step == 10
-    assert "00000020 is incomplete" in checkpoints.passed_over[0]
+    assert "00000020 is incomplete" in checkpoints.skipped[0]
     checkpoints.save(20, stateful)
     checkpoints.wait()
     restored = checkpointer(store, run).restore()
     assert restored is not None and restored.step == 20
 
 
-def test_a_process_that_was_left_behind_removes_no_newer_checkpoint(store: Any) -> None:
+def test_a_stale_process_removes_no_newer_checkpoint(store: Any) -> None:
     """Of two processes at one run, such as one whose node was given up for lost, only one goes on."""
     run = store.uri("runs/a")
     stateful = saved(store, run, [10])
@@ -330,9 +330,7 @@ def test_a_process_that_was_left_behind_removes_no_newer_checkpoint(store: Any) 
     assert folders(store, run) == [40, 50]
 
 
-def test_a_checkpoint_that_is_delivered_twice_is_complete_all_the_while(
-    store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_is_uploaded_twice_stays_complete(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The upload queue repeats a delivery that failed at its end."""
     run = store.uri("runs/a")
     stateful, checkpoints = things(), checkpointer(store, run)

@@ -1,4 +1,4 @@
-"""What processes say to each other, between three real ones."""
+"""Collective operations between three real processes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ import json, sys
 import torch
 from torch import nn
 from esvit_core.training import distributed
-from esvit_core.training.distributed.batch_norm import share_batch_norms_
-from esvit_core.training.distributed.processes import GradientReducer, Vote, join_world
+from esvit_core.training.distributed.batch_norm import synchronize_batch_norms_
+from esvit_core.training.distributed.processes import GradientReducer, StopSaveConsensus, init_world
 
 distributed.BUCKET_BYTES = 40  # several buckets
-world = join_world()
+world = init_world()
 torch.manual_seed(0)
 network = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2), nn.Linear(2, 2))
 network[3].weight.requires_grad_(False)
@@ -60,7 +60,7 @@ reducer.finish()
 result["accumulated"] = [p.grad.tolist() for p in network.parameters() if p.requires_grad]
 result["norm"] = {}
 for name, network, images in batch_normed():
-    share_batch_norms_(network, world)
+    synchronize_batch_norms_(network, world)
     reducer = GradientReducer(network.parameters(), world)
     reducer.zero()
     output = network(images[2 * world.rank : 2 * world.rank + 2])
@@ -70,16 +70,16 @@ for name, network, images in batch_normed():
     state = {key: value.tolist() for key, value in network.state_dict().items()}
     grads = [p.grad.tolist() for p in network.parameters()]
     result["norm"][name] = [output.tolist(), grads, state, network(images).tolist()]
-votes = Vote(world)
+votes = StopSaveConsensus(world)
 result["stops"] = []
 for step in range(3):
     votes.begin(stop=(step == 1 and world.rank == 2), save=(step == 2 and world.rank == 0))
     result["stops"].append(votes.result())
-result["mean"] = world.mean_(torch.tensor([float(world.rank)])).item()
-result["rows"] = world.rows_of_all(torch.tensor([[float(world.rank)], [10.0]])).tolist()
-result["word"] = world.from_first({"a": 1} if world.first else None)
-world.wait_for_all()
-world.leave()
+result["mean"] = world.all_reduce_mean_(torch.tensor([float(world.rank)])).item()
+result["rows"] = world.all_gather_rows(torch.tensor([[float(world.rank)], [10.0]])).tolist()
+result["word"] = world.broadcast_object({"a": 1} if world.is_main else None)
+world.barrier()
+world.close()
 if world.rank == 1:
     print(json.dumps(result))
 """
@@ -119,7 +119,7 @@ def expected(scale: float) -> list[Any]:
     return [p.grad.tolist() for p in network.parameters() if p.grad is not None]
 
 
-def test_batch_norms_see_the_batch_of_all_processes(said: dict[str, Any]) -> None:
+def test_batch_norms_use_the_global_batch(said: dict[str, Any]) -> None:
     names: dict[str, Any] = {}
     exec(BATCH_NORMED, names)
     for name, network, images in names["batch_normed"]():
@@ -151,11 +151,11 @@ def test_gradients_of_micro_batches_add_up(said: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
 
 
-def test_one_vote_makes_all_stop_or_save_after_the_same_step(said: dict[str, Any]) -> None:
+def test_one_request_makes_all_processes_stop_or_save_after_the_same_step(said: dict[str, Any]) -> None:
     assert said["stops"] == [[False, False], [True, False], [False, True]]
 
 
-def test_figures_are_averaged_and_words_passed_on(said: dict[str, Any]) -> None:
+def test_tensors_are_averaged_and_objects_broadcast(said: dict[str, Any]) -> None:
     assert said["mean"] == 1.0
     assert said["rows"] == [[0.0], [10.0], [1.0], [10.0], [2.0], [10.0]]
     assert said["word"] == {"a": 1}
@@ -165,22 +165,22 @@ LOST = """
 import os, signal, sys
 import torch
 from esvit_core.errors import LostPeerError
-from esvit_core.training.distributed.processes import join_world
+from esvit_core.training.distributed.processes import init_world
 
-world = join_world()
-world.from_first("here")  # all have come
+world = init_world()
+world.broadcast_object("here")  # all have come
 if world.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 for operation in sys.argv[1:]:
     value = torch.ones(2)
     try:
-        {"mean": lambda: world.mean_(value), "gather": lambda: world.to_first(1)}[operation]()
+        {"mean": lambda: world.all_reduce_mean_(value), "gather": lambda: world.gather_object(1)}[operation]()
     except LostPeerError:
         print("lost")
 """
 
 
-def test_a_process_that_loses_another_says_so_by_class(tmp_path: Path) -> None:
+def test_losing_another_process_raises_lost_peer_error(tmp_path: Path) -> None:
     processes = []
     for rank in range(2):
         environment = os.environ | {

@@ -1,4 +1,4 @@
-"""A run whose number of processes changes: the same samples, batches and schedules as if it had not."""
+"""A run whose number of processes changes sees the same samples, batches and schedules."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 # One of three processes, which form one world after the other; each stops after so many steps, None: at the end.
 PROGRAM = """
 import os, sys
-from esvit_core.training.main import carry_out
-from esvit_core.launch.stop import StopRequest
+from esvit_core.training.main import run_training
+from esvit_core.launch.signals import StopRequest
 
 run, me, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
@@ -37,7 +37,7 @@ codes = []
 for number, (world, steps) in enumerate([(2, 2), (1, 2), (3, 2), (2, None)]):
     if me < world:
         os.environ |= {"RANK": str(me), "WORLD_SIZE": str(world), "TORCHELASTIC_RESTART_COUNT": str(number)}
-        codes.append(carry_out(run, StopAfter(steps or -1)))
+        codes.append(run_training(run, StopAfter(steps or -1)))
     else:  # wait for the others
         while not os.path.exists(f"{rendezvous}/done-{number}"):
             import time; time.sleep(0.05)

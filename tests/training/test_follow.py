@@ -1,4 +1,4 @@
-"""The step beside its Volcano job, against a server that answers as the Kubernetes API does."""
+"""A step that follows its Volcano job, against a server with the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esvit_core.errors import EsvitError, InfrastructureError, UserError
 from esvit_core.launch.kubernetes.follow import LAST_RUNNING, launch_on_cluster
 from esvit_core.launch.kubernetes.training_pod import job_name
 from esvit_core.launch.kubernetes.volcano import volcano_job
-from esvit_core.runs.events import read_journal
+from esvit_core.runs.events import read_events
 from esvit_core.runs.run import open_run, start_run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -83,7 +83,7 @@ def test_a_training_is_followed_to_its_end(
         "ending, 1 pod running",
         "succeeded",
     ]
-    assert f"train: pod {name}-training-1-0: parted from the other nodes" in output.out
+    assert f"train: pod {name}-training-1-0: disconnected from the other nodes" in output.out
     assert output.out.count("train  1/8 steps  12 %\n") == 1  # what the API repeats is printed once
     assert "train: done, 8 steps\n" in output.out and "2026-11-25T04" not in output.out
     posted = next(body for method, _, body in kube.requests if method == "POST")
@@ -93,11 +93,11 @@ def test_a_training_is_followed_to_its_end(
             assert credentials[variable] not in text
 
 
-def test_a_queue_without_quota_says_so_and_is_not_waited_for_without_end(
+def test_waiting_for_quota_is_reported_and_limited(
     kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     kube.script = [Stage("Pending", {}, "waiting", "quota")]
-    with pytest.raises(UserError, match=r"waited for 0.005 minutes.*insufficient nvidia.com/gpu.*ask for less"):
+    with pytest.raises(UserError, match=r"waited for 0.005 minutes.*insufficient nvidia.com/gpu.*request fewer"):
         train("launch.pending_minutes=0.005", "launch.queue=small")
     assert (
         "waiting: queue small: queue resource quota insufficient: insufficient nvidia.com/gpu" in capfd.readouterr().out
@@ -117,7 +117,7 @@ def job_of_an_hour(uri: str, **annotations: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("phase", ["Pending", "Restarting"])
-def test_a_repeated_step_goes_on_counting_how_long_the_job_has_waited(
+def test_a_repeated_step_continues_to_count_the_waiting_time(
     kube: KubeServer, train: Callable[..., None], store_env: Any, phase: str
 ) -> None:
     kube.put(job_of_an_hour(store_env.uri("runs/a")), phase)
@@ -136,7 +136,7 @@ def test_a_job_that_ran_lately_may_wait_again(kube: KubeServer, train: Callable[
     assert job["metadata"]["annotations"][LAST_RUNNING] > lately  # noted for the next step
 
 
-def test_an_image_that_cannot_be_pulled_is_told(
+def test_an_image_that_cannot_be_pulled_is_reported(
     kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     kube.script = [Stage("Pending", {0: "no-image"}), RUNNING, DONE]
@@ -151,13 +151,13 @@ def test_an_image_that_cannot_be_pulled_is_told(
         (
             "Failed",
             {0: "lost", 1: "killed"},
-            r"^training: process 0 was killed by SIGKILL.*training-1-0\); the same",
+            r"^training: process 0 was killed by SIGKILL.*training-1-0\); rerun the command",
             75,
         ),
         ("Failed", {0: "memory", 1: "parted"}, r"ran out of memory; raise cluster.train.memory", 75),
         ("Terminated", {0: "crashed"}, r"exit code 1: ModuleNotFoundError: No module named 'esvit_core'", 1),
         ("Failed", {0: "evicted"}, r"Evicted: The node was low on resource: ephemeral-storage", 75),
-        ("Failed", {}, r"ended without a reason of its pods \(Failed\)", 75),
+        ("Failed", {}, r"the job ended and no pod has a reason \(Failed\)", 75),
         ("Aborted", {0: "parted"}, r"was aborted by somebody else", 75),
     ],
 )
@@ -174,7 +174,7 @@ def test_the_first_failure_is_the_reason(
     with pytest.raises(EsvitError, match=words) as caught:
         train()
     assert caught.value.exit_code == code
-    (entry,) = read_journal(store_env, store_env.uri("runs/a"))
+    (entry,) = read_events(store_env, store_env.uri("runs/a"))
     assert (entry.kind, entry.reason) == ("failed", str(caught.value))
 
 
@@ -197,7 +197,7 @@ def test_a_pod_that_was_replaced_is_still_the_reason(kube: KubeServer, train: Ca
         ({("GET", "pods"): (403, "")}, "needs the verb list on pods"),
     ],
 )
-def test_what_the_cluster_refuses_is_one_line(
+def test_a_refusal_of_the_cluster_is_reported_in_one_line(
     kube: KubeServer, train: Callable[..., None], refusals: dict[tuple[str, str], tuple[int, str]], words: str
 ) -> None:
     kube.refusals = refusals
@@ -205,7 +205,7 @@ def test_what_the_cluster_refuses_is_one_line(
         train()
 
 
-def test_a_missing_right_for_reasons_or_the_log_does_not_end_the_training(
+def test_a_missing_permission_for_events_or_logs_does_not_end_the_training(
     kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     kube.script = [Stage("Pending", {0: "unscheduled"}), RUNNING, RUNNING, RUNNING, DONE]
@@ -216,28 +216,28 @@ def test_a_missing_right_for_reasons_or_the_log_does_not_end_the_training(
     assert "needs the verb get on pods/log" in output
 
 
-def test_an_api_that_does_not_answer_is_asked_again(
+def test_requests_to_an_api_that_fails_are_retried(
     kube: KubeServer, train: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     kube.script = [RUNNING, RUNNING, DONE]
     kube.failing = {("GET", "pods"): 2}
     train()
-    assert "the API answered 500 etcdserver: request timed out; asking again" in capfd.readouterr().out
+    assert "the API answered 500 etcdserver: request timed out; retrying" in capfd.readouterr().out
 
 
-def test_a_repeated_step_follows_the_job_that_is_there(
+def test_a_repeated_step_follows_the_existing_job(
     kube: KubeServer, train: Callable[..., None], store_env: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     uri = store_env.uri("runs/a")
     kube.put(volcano_job(uri, Config.load("demo", ["launch.scheduler=volcano"])), "Running")
     kube.script = [RUNNING, RUNNING, DONE]
     train()
-    assert f"found the Volcano job esvit/{job_name(uri)}, Running: following it" in capfd.readouterr().out
+    assert f"found the Volcano job esvit/{job_name(uri)}, Running; following it" in capfd.readouterr().out
     assert "POST" not in {method for method, _, _ in kube.requests}
 
 
 @pytest.mark.parametrize("phase", ["Failed", "Completed", "Aborted", "Terminated"])
-def test_a_job_that_has_ended_makes_room_for_another(
+def test_a_job_that_has_ended_is_replaced(
     kube: KubeServer, train: Callable[..., None], store_env: Any, capfd: pytest.CaptureFixture[str], phase: str
 ) -> None:
     kube.put(volcano_job(store_env.uri("runs/a"), Config.load("demo", ["launch.scheduler=volcano"])), phase)
@@ -245,7 +245,7 @@ def test_a_job_that_has_ended_makes_room_for_another(
     train()
     methods = [method for method, path in kube.verbs() if "/jobs" in path]
     assert methods.index("DELETE") < methods.index("POST")
-    assert "another goes on where it was" in capfd.readouterr().out
+    assert "a new job resumes from its checkpoint" in capfd.readouterr().out
 
 
 def test_a_job_of_another_run_is_left_alone(kube: KubeServer, train: Callable[..., None], store_env: Any) -> None:
@@ -280,7 +280,7 @@ def test_two_steps_at_once_share_one_job(kube: KubeServer, train: Callable[..., 
 def test_a_job_that_vanishes_is_a_failure(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.script = [RUNNING] * 1000
     kube.at[3] = kube.jobs.clear
-    with pytest.raises(InfrastructureError, match="was deleted by somebody else; the same command again goes on"):
+    with pytest.raises(InfrastructureError, match="was deleted by somebody else; rerun the command to resume"):
         train()
 
 
@@ -296,7 +296,7 @@ def test_a_stop_deletes_the_job_and_waits_for_its_pods(
     assert caught.value.code == 128 + number
     assert not kube.jobs and not kube._pods()
     output = capfd.readouterr().out
-    assert "stopping, writing a checkpoint" in output and "the same command again goes on from step 0" in output
+    assert "stopping, writing a checkpoint" in output and "rerun the command to resume from step 0" in output
     assert signal.getsignal(number) is before
 
 
@@ -398,21 +398,19 @@ def test_a_step_that_is_stopped_in_its_pod_deletes_the_job(
     assert not kube.jobs
 
 
-def test_without_a_cluster_the_mistake_is_named(
-    store_env: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_cluster_is_reported(store_env: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     config = Config.load("demo", ["launch.scheduler=volcano"])
     with pytest.raises(UserError, match=r"no Kubernetes cluster is known here.*launch.scheduler=local"):
         launch_on_cluster(store_env, store_env.uri("runs/a"), config)
 
 
-def test_more_processes_than_images_of_a_step_are_refused(train: Callable[..., None]) -> None:
+def test_more_processes_than_images_in_a_batch_are_refused(train: Callable[..., None]) -> None:
     with pytest.raises(UserError, match=r"batch_size 2: expected at least launch.nodes times.*4"):
         train("training.batch_size=2", "launch.processes_per_node=2")
 
 
-def test_a_run_is_executed_as_its_latest_start_says(store_env: Any, images: Path) -> None:
+def test_a_run_uses_the_execution_settings_of_its_latest_start(store_env: Any, images: Path) -> None:
     uri = store_env.uri("runs/placed")
     first = Config.load("demo")
     elsewhere = ["launch.scheduler=volcano", "launch.nodes=4", "cluster.image=esvit/trainer:2"]

@@ -1,4 +1,4 @@
-"""Runs that start from another run, from a published checkpoint, or from weights of timm."""
+"""Runs that start from another run, a published checkpoint, or weights of timm."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.launch.stop import STOPPED_EXIT_CODE, StopRequest
+from esvit_core.launch.signals import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.runs.log import read_log
 from esvit_core.runs.run import open_run, run_id, start_run
 from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint import Checkpointer
-from esvit_core.training.distributed.processes import join_world
-from esvit_core.training.initial_weights import RECORD, starting_states
-from esvit_core.training.main import carry_out
-from esvit_core.training.state import Parts, build_parts
+from esvit_core.training.distributed.processes import init_world
+from esvit_core.training.initial_weights import RECORD, initial_states
+from esvit_core.training.main import run_training
+from esvit_core.training.state import TrainState, build_train_state
 from esvit_core.weights.backbone import load_backbone, save_backbone
 from esvit_core.weights.esvit_checkpoint import write_published_checkpoint
 from esvit_core.weights.timm_names import to_timm
@@ -35,33 +35,33 @@ def source(micro_run: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, 
 
     def make(name: str, **sections: Any) -> tuple[Any, dict[str, Any]]:
         run = micro_run(name, **sections)
-        parts = build_parts(open_run(run.uri), join_world())
+        state = build_train_state(open_run(run.uri), init_world())
         generator = torch.Generator().manual_seed(1)
-        for thing in (parts.student, parts.teacher, parts.objective):
+        for thing in (state.student, state.teacher, state.objective):
             for value in thing.state_dict().values():
                 if value.is_floating_point():
                     value.add_(torch.randn(value.shape, generator=generator))
-        for parameter in parts.student.parameters():
+        for parameter in state.student.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        parts.optimizer.step()
-        parts.position.step, parts.position.images = 6, 96
+        state.optimizer.step()
+        state.progress.step, state.progress.images = 6, 96
         checkpoints = Checkpointer(UploadQueue(run.store, run.uri))
-        checkpoints.save(6, parts.stateful)
+        checkpoints.save(6, state.stateful)
         checkpoints.wait()
-        return run, {name: thing.state_dict() for name, thing in parts.stateful.items()}
+        return run, {name: thing.state_dict() for name, thing in state.stateful.items()}
 
     return make
 
 
-def started(micro_run: Callable[..., Any], name: str, **sections: Any) -> tuple[Any, Parts, dict[str, Any]]:
-    """A run before its first step, its parts, and the states that it starts from."""
+def started(micro_run: Callable[..., Any], name: str, **sections: Any) -> tuple[Any, TrainState, dict[str, Any]]:
+    """A run before its first step, its state, and the states that it starts from."""
     made = micro_run(name, **sections)
     run = open_run(made.uri)
-    parts = build_parts(run, join_world())
-    states = starting_states(run, parts)
+    state = build_train_state(run, init_world())
+    states = initial_states(run, state)
     assert states is not None
-    parts.load(states)
-    return run, parts, states
+    state.load(states)
+    return run, state, states
 
 
 def published(run: Any, states: dict[str, Any], path: Path, epoch: int = 1) -> Path:
@@ -74,30 +74,30 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], part: str = "")
     return bool(names) and all(torch.equal(a[name], b[name]) for name in names)
 
 
-def test_everything_of_another_run_is_gone_on_with(micro_run, source, capsys):
+def test_a_run_continues_from_everything_of_another_run(micro_run, source, capsys):
     run, there = source("a")
-    new, parts, _ = started(micro_run, "b", init={"source": run.uri, "take": "all"}, training={"epochs": 4})
+    new, state, _ = started(micro_run, "b", init={"source": run.uri, "take": "all"}, training={"epochs": 4})
     for name in ("student", "teacher", "objective"):
-        assert same(getattr(parts, name).state_dict(), there[name])
-    own = parts.optimizer.state_dict()
+        assert same(getattr(state, name).state_dict(), there[name])
+    own = state.optimizer.state_dict()
     assert own["state"].keys() == there["optimizer"]["state"].keys()
     assert all(same(own["state"][i], there["optimizer"]["state"][i]) for i in own["state"])
-    assert (parts.position.step, parts.position.images) == (there["position"]["step"], there["position"]["images"])
+    assert (state.progress.step, state.progress.images) == (there["progress"]["step"], there["progress"]["images"])
     said = capsys.readouterr().out
-    assert f"starting from {run.uri}" in said and "the optimizer, the position, epoch 1.5 of 4" in said
+    assert f"starting from {run.uri}" in said and "the optimizer, the progress, epoch 1.5 of 4" in said
     assert new.store.get_json(new.at(RECORD))["step"] == 6
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-def test_a_published_checkpoint_is_gone_on_with_at_its_epoch(optimizer, micro_run, source, tmp_path):
+def test_a_run_continues_from_a_published_checkpoint_at_its_epoch(optimizer, micro_run, source, tmp_path):
     run, there = source("a", optimizer={"name": optimizer})
     path = published(run, there, tmp_path / "checkpoint.pth", epoch=2)
-    _, parts, _ = started(micro_run, "b", init={"source": str(path), "take": "all"}, optimizer={"name": optimizer})
-    assert same(parts.student.state_dict(), there["student"]) and same(parts.teacher.state_dict(), there["teacher"])
-    assert same(parts.objective.state_dict(), there["objective"])
-    own, other = parts.optimizer.state_dict()["state"], there["optimizer"]["state"]
+    _, state, _ = started(micro_run, "b", init={"source": str(path), "take": "all"}, optimizer={"name": optimizer})
+    assert same(state.student.state_dict(), there["student"]) and same(state.teacher.state_dict(), there["teacher"])
+    assert same(state.objective.state_dict(), there["objective"])
+    own, other = state.optimizer.state_dict()["state"], there["optimizer"]["state"]
     assert own.keys() == other.keys() and all(same(own[i], other[i]) for i in own)
-    assert parts.position.step == 2 * parts.schedules.steps_per_epoch
+    assert state.progress.step == 2 * state.schedules.steps_per_epoch
 
 
 @pytest.mark.timeout(300)
@@ -124,28 +124,28 @@ def test_a_view_only_checkpoint_gets_a_region_head_as_published(micro_run, sourc
     """main_esvit.py loads without strictness: head_dense as drawn, center_grid zero, the optimizer anew, the epoch kept."""
     run, there = source("a", objective={"region": False})
     path = published(run, there, tmp_path / "view.pth", epoch=1)
-    _, parts, _ = started(micro_run, "b", init={"source": str(path), "take": "all"})
-    student, teacher = parts.student.state_dict(), parts.teacher.state_dict()
+    _, state, _ = started(micro_run, "b", init={"source": str(path), "take": "all"})
+    student, teacher = state.student.state_dict(), state.teacher.state_dict()
     assert same(there["student"], student) and same(there["teacher"], teacher)
     assert same(student, teacher, "head_dense.")
-    assert same(there["objective"], parts.objective.state_dict())
-    assert not parts.objective.state_dict()["center_region.value"].any()
-    assert not parts.optimizer.state_dict()["state"]
-    assert parts.position.step == parts.schedules.steps_per_epoch
-    assert "started anew: the region head, the optimizer" in capsys.readouterr().out
+    assert same(there["objective"], state.objective.state_dict())
+    assert not state.objective.state_dict()["center_region.value"].any()
+    assert not state.optimizer.state_dict()["state"]
+    assert state.progress.step == state.schedules.steps_per_epoch
+    assert "newly initialized: the region head, the optimizer" in capsys.readouterr().out
 
 
 def test_the_backbone_alone_goes_into_student_and_teacher(micro_run, source):
     run, there = source("a")
     fresh, _, _ = started(micro_run, "fresh", init={"source": run.uri})
-    _, parts, _ = started(micro_run, "b", init={"source": run.uri, "take": "backbone"})
-    student, teacher = parts.student.state_dict(), parts.teacher.state_dict()
+    _, state, _ = started(micro_run, "b", init={"source": run.uri, "take": "backbone"})
+    student, teacher = state.student.state_dict(), state.teacher.state_dict()
     assert same(there["teacher"], student, "backbone.") and same(there["teacher"], teacher, "backbone.")
     assert not same(there["student"], student, "backbone.") and not same(
         there["student"], student, "head.last_layer.weight_v"
     )
-    assert parts.position.step == 0 and not parts.optimizer.state_dict()["state"]
-    assert fresh.store.get_json(fresh.at(RECORD))["anew"] == ["the heads"]
+    assert state.progress.step == 0 and not state.optimizer.state_dict()["state"]
+    assert fresh.store.get_json(fresh.at(RECORD))["initialized"] == ["the heads"]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -155,12 +155,12 @@ def test_timms_weights_start_both_networks(suffix, micro_run, source, tmp_path):
     weights = {**to_timm("swin", ours), "head.fc.weight": torch.zeros(5, 32), "head.fc.bias": torch.zeros(5)}
     path = tmp_path / f"timm{suffix}"
     (safetensors.torch.save_file if suffix == ".safetensors" else torch.save)(weights, path)
-    _, parts, _ = started(micro_run, "b", init={"source": str(path)})
-    assert same(there["teacher"], parts.student.state_dict(), "backbone.")
-    assert same(there["teacher"], parts.teacher.state_dict(), "backbone.")
+    _, state, _ = started(micro_run, "b", init={"source": str(path)})
+    assert same(there["teacher"], state.student.state_dict(), "backbone.")
+    assert same(there["teacher"], state.teacher.state_dict(), "backbone.")
 
 
-def test_what_does_not_fit_is_listed_in_one_error(micro_run, source, tmp_path):
+def test_weights_that_do_not_fit_are_listed_in_one_error(micro_run, source, tmp_path):
     run, there = source("a")
     path = published(run, there, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError) as caught:
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_listed_in_one_error(micro_run, source, tmp_path):
         started(micro_run, "c", init={"source": str(path)}, model={"depths": (1,), "num_heads": (1,)})
 
 
-def test_a_source_without_heads_or_beyond_the_last_epoch_is_said(micro_run, source, tmp_path):
+def test_a_source_without_heads_or_beyond_the_last_epoch_is_refused(micro_run, source, tmp_path):
     run, there = source("a")
     backbone = {n.removeprefix("backbone."): v for n, v in there["teacher"].items() if n.startswith("backbone.")}
     torch.save(backbone, tmp_path / "backbone.pth")
@@ -189,13 +189,13 @@ def test_a_source_without_heads_or_beyond_the_last_epoch_is_said(micro_run, sour
         started(micro_run, "c", init={"source": str(path), "take": "all"})
 
 
-def test_its_own_checkpoint_comes_before_the_source(micro_run, source, stop_after, tmp_path):
+def test_a_runs_own_checkpoint_precedes_its_source(micro_run, source, stop_after, tmp_path):
     run, there = source("a")
     path = published(run, there, tmp_path / "checkpoint.pth")
     made = micro_run("b", init={"source": str(path), "take": "all"})
-    assert carry_out(made.uri, stop_after(3)) == STOPPED_EXIT_CODE
+    assert run_training(made.uri, stop_after(3)) == STOPPED_EXIT_CODE
     path.unlink()
-    assert carry_out(made.uri, StopRequest()) == 0
+    assert run_training(made.uri, StopRequest()) == 0
     baseline = load_backbone(f"{made.uri}/baseline", made.store)
     assert same(baseline.state_dict(), {n.removeprefix("backbone."): v for n, v in there["teacher"].items()})
 
@@ -218,8 +218,8 @@ def test_the_same_weights_elsewhere_make_the_same_run(store_env, images, tmp_pat
 
 def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_run):
     run = micro_run("a")
-    parts = build_parts(open_run(run.uri), join_world())
-    save_backbone(store_env, f"{run.uri}/backbone", parts.teacher.backbone, run.config)
+    state = build_train_state(open_run(run.uri), init_world())
+    save_backbone(store_env, f"{run.uri}/backbone", state.teacher.backbone, run.config)
     store_env.swap_pointer(store_env.uri("pointers/champion"), {"backbone": f"{run.uri}/backbone"}, None)
     asked = Config.from_mapping({**run.config.model_dump(mode="json"), "init": {"source": "champion"}})
     new = start_run(asked, str(images), store_env.uri("runs/b"), store_env)
@@ -237,7 +237,7 @@ def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_
         ("timm:no_such_network", "timm has no such network"),
     ],
 )
-def test_a_source_that_is_not_there_is_said(source, said, micro_run, store_env):
+def test_a_missing_source_is_reported(source, said, micro_run, store_env):
     with pytest.raises(UserError, match=said):
         run = micro_run("a", init={"source": source.format(bucket=store_env.bucket)})
         pin_source(run.config, store_env)

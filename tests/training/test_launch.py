@@ -18,7 +18,7 @@ from esvit_core.config import Config
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE, UserError
 from esvit_core.launch import launcher as launch
 from esvit_core.launch.launcher import divide_cores, launch_training
-from esvit_core.runs.events import read_journal
+from esvit_core.runs.events import read_events
 from esvit_core.runs.log import read_log
 from esvit_core.storage.upload_queue import pending_folder
 
@@ -41,7 +41,7 @@ def test_resume_continues_bitwise_elsewhere_and_past_a_damaged_checkpoint(
     output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == TRY_AGAIN_EXIT_CODE
     assert "was killed by SIGKILL" in output.splitlines()[-1]
-    started, failed = read_journal(killed.store, killed.uri)
+    started, failed = read_events(killed.store, killed.uri)
     assert (started.kind, started.step, started.facts) == ("started", 0, {"steps": 80, "processes": 2, "device": "cpu"})
     assert failed.kind == "failed" and f"process {failed.rank} was killed by SIGKILL" in failed.reason
     assert not killed.processes()
@@ -63,7 +63,7 @@ def test_resume_continues_bitwise_elsewhere_and_past_a_damaged_checkpoint(
     assert resumed < newest
     assert f"resuming from step {resumed} of 80 (checkpoint {killed.uri}/training/checkpoints/" in output
 
-    assert [(e.kind, e.step) for e in read_journal(killed.store, killed.uri)[2:]] == [("started", resumed)]
+    assert [(e.kind, e.step) for e in read_events(killed.store, killed.uri)[2:]] == [("started", resumed)]
     assert killed.weights() == undisturbed.weights()
     logs = [{line["step"]: line["loss"] for line in read_log(run.store, run.uri)} for run in (killed, undisturbed)]
     assert logs[0].keys() == logs[1].keys()
@@ -90,8 +90,8 @@ def test_an_interrupted_launcher_leaves_a_checkpoint_and_no_process(micro_run: C
     assert not run.processes()
     step = run.checkpointed_step()
     assert 0 < step < 160
-    assert [(e.kind, e.step) for e in read_journal(run.store, run.uri)] == [("started", 0), ("stopped", step)]
-    assert f"the same command again goes on from step {step}" in output.splitlines()[-1]
+    assert [(e.kind, e.step) for e in read_events(run.store, run.uri)] == [("started", 0), ("stopped", step)]
+    assert f"rerun the command to resume from step {step}" in output.splitlines()[-1]
     assert "Traceback" not in output
 
 
@@ -129,7 +129,7 @@ def test_a_training_that_diverges_ends_with_its_reason_and_no_traceback(
     assert not run.processes()
 
 
-def test_threads_times_processes_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_and_threads_use_every_core_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpus", lambda: 0)
 
     def divided(cores: int, processes: int | str = "auto", batch_size: int = 64) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A step that is not finite: left out without a trace, written down, undone, or the end, as configured."""
+"""A step that is not finite is skipped, rolled back, or ends the run, as configured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esvit_core.runs.log import read_log
 from esvit_core.runs.run import open_run
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import build_parts
+from esvit_core.training.state import build_train_state
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
@@ -26,26 +26,26 @@ pytestmark = pytest.mark.usefixtures("torch_settings")
 @pytest.mark.parametrize("image", [0, 15], ids=["first micro-batch", "last"])
 def test_a_skipped_step_changes_nothing_but_the_teacher(micro_run: Callable[..., Any], image: int) -> None:
     run = micro_run("skip-one", training={"on_nonfinite": "skip", "max_images_per_process": 8})
-    parts = build_parts(open_run(run.uri), World(0, 1, torch.device("cpu"), None))
-    batches = parts.loader.epoch(1)
-    training_step(parts, next(batches), parts.schedules.at(5))
-    before = {name: copy.deepcopy(thing.state_dict()) for name, thing in parts.stateful.items()}
+    state = build_train_state(open_run(run.uri), World(0, 1, torch.device("cpu"), None))
+    batches = state.loader.epoch(1)
+    training_step(state, next(batches), state.schedules.at(5))
+    before = {name: copy.deepcopy(thing.state_dict()) for name, thing in state.stateful.items()}
     batch = next(batches)
     batch.crops[0][image] = torch.nan
-    grad_norm = training_step(parts, batch, parts.schedules.at(6)).grad_norm
+    grad_norm = training_step(state, batch, state.schedules.at(6)).grad_norm
     assert not grad_norm.isfinite()
     for name in ("student", "objective"):
-        for key, value in parts.stateful[name].state_dict().items():
+        for key, value in state.stateful[name].state_dict().items():
             assert torch.equal(value, before[name][key]), (name, key)
-    moments = parts.optimizer.state_dict()["state"]
+    moments = state.optimizer.state_dict()["state"]
     assert moments and all(
         torch.equal(value, before["optimizer"]["state"][number][key])
         for number, state in moments.items()
         for key, value in state.items()
     )
-    assert all(p.isfinite().all() for p in parts.teacher.parameters())
-    training_step(parts, next(batches), parts.schedules.at(7))  # and the next one is an ordinary one
-    weights = parts.student.state_dict()
+    assert all(p.isfinite().all() for p in state.teacher.parameters())
+    training_step(state, next(batches), state.schedules.at(7))  # and the next one is an ordinary one
+    weights = state.student.state_dict()
     assert any(not torch.equal(weights[key], value) for key, value in before["student"].items())
 
 
@@ -55,8 +55,8 @@ import os, sys, json
 import torch
 from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.errors import UserError
-from esvit_core.training.main import carry_out
-from esvit_core.launch.stop import StopRequest
+from esvit_core.training.main import run_training
+from esvit_core.launch.signals import StopRequest
 
 uris, me = sys.argv[1:4], int(sys.argv[4])
 whole, damaged = TrainLoader.epoch, set()
@@ -75,7 +75,7 @@ for attempt, (uri, steps, once) in enumerate(zip(uris, [{6}, {6}, {6, 7}], [Fals
     TrainLoader.damaged_steps, TrainLoader.once = steps, once
     os.environ |= {"RANK": str(me), "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
     try:
-        results.append(carry_out(uri, StopRequest()))
+        results.append(run_training(uri, StopRequest()))
     except UserError as error:
         results.append(str(error))
 print(json.dumps(results))

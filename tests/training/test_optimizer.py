@@ -52,7 +52,7 @@ def test_step_decays_the_first_group_only(network):
         torch.testing.assert_close(p.detach(), factor * before[name])
 
 
-def test_step_is_the_plain_adamw(network):
+def test_step_equals_plain_adamw(network):
     reference = copy.deepcopy(network)
     plain = torch.optim.AdamW(parameter_groups(reference), foreach=False, fused=False)
     optimizer = build_optimizer(network, Config())
@@ -99,7 +99,7 @@ def test_lars_leaves_a_zero_weight_or_gradient_unscaled():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_a_restored_optimizer_goes_on_bitwise(network, name, tmp_path):
+def test_a_restored_optimizer_continues_bitwise(network, name, tmp_path):
     config = Config.from_mapping({"optimizer": {"name": name}})
 
     def steps(network, optimizer, count):
@@ -121,7 +121,7 @@ def test_a_restored_optimizer_goes_on_bitwise(network, name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
-def test_each_gradient_is_clipped_by_itself(network):
+def test_each_gradient_is_clipped_separately(network):
     backward(network, scale=0.05)
     before = {name: p.grad.clone() for name, p in network.named_parameters()}
     total = clip_gradients_(network.parameters(), 3.0)
@@ -141,7 +141,7 @@ def test_clipping_at_zero_only_measures(network):
     assert all(torch.equal(p.grad, g) for p, g in zip(network.parameters(), before, strict=True))
 
 
-def test_frozen_prototypes_are_passed_over(network):
+def test_frozen_prototypes_are_not_updated(network):
     optimizer = build_optimizer(network, Config())
     set_hyperparameters_(optimizer, lr=0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}

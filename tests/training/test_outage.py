@@ -1,4 +1,4 @@
-"""A training whose object store goes away: a real server, stopped and started again."""
+"""A training whose object store is stopped and started again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from esvit_core.errors import InfrastructureError
-from esvit_core.launch.stop import StopRequest
+from esvit_core.launch.signals import StopRequest
 from esvit_core.runs.log import read_log
 from esvit_core.storage import ObjectStore, upload_queue
 from esvit_core.storage.embedded import EmbeddedStore
-from esvit_core.training.main import carry_out
+from esvit_core.training.main import run_training
 
 EVERY_STEP = {"checkpoint_steps": 1, "log_steps": 1}
 
@@ -52,11 +52,11 @@ class At(StopRequest):
         return False
 
 
-def test_a_training_goes_on_without_its_store_and_loses_nothing(
+def test_a_training_survives_an_outage_of_its_store(
     server: EmbeddedStore, micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = micro_run("whole", training=EVERY_STEP)
-    assert carry_out(whole.uri, StopRequest()) == 0
+    assert run_training(whole.uri, StopRequest()) == 0
 
     bridged, output = micro_run("bridged", training=EVERY_STEP), ""
 
@@ -68,7 +68,7 @@ def test_a_training_goes_on_without_its_store_and_loses_nothing(
             time.sleep(0.05)
         server.start()
 
-    assert carry_out(bridged.uri, At({4: server.stop, 9: start_when_it_was_missed})) == 0
+    assert run_training(bridged.uri, At({4: server.stop, 9: start_when_it_was_missed})) == 0
     output += capsys.readouterr().out
     assert "uploads wait in" in output
     assert "the object store answers again after" in output
@@ -80,12 +80,12 @@ def test_a_training_goes_on_without_its_store_and_loses_nothing(
     with pytest.raises(
         InfrastructureError, match=r"longer than the grace period of .* rerun the same command on this machine"
     ):
-        carry_out(given_up.uri, At({6: server.stop}))
+        run_training(given_up.uri, At({6: server.stop}))
     server.start()
     known = given_up.checkpointed_step()
     assert 0 < known < 12
     capsys.readouterr()
-    assert carry_out(given_up.uri, StopRequest()) == 0
+    assert run_training(given_up.uri, StopRequest()) == 0
     output = capsys.readouterr().out
     (resumed,) = given_up.store.get_json(f"{given_up.uri}/training/summary.json")["resumes"]
     assert resumed > known

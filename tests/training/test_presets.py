@@ -17,16 +17,16 @@ from esvit_core.data.loading.loader import Batch
 from esvit_core.losses import Objective
 from esvit_core.models import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import choose_precision
-from esvit_core.training.collapse import CollapseWatch
+from esvit_core.training.collapse import CollapseDetector
 from esvit_core.training.distributed.processes import GradientReducer, World
 from esvit_core.training.loop import training_step
 from esvit_core.training.nonfinite import NonFiniteGuard
 from esvit_core.training.optim.optimizer import build_optimizer
 from esvit_core.training.optim.schedules import Schedules
 from esvit_core.training.profiler import Profiler
-from esvit_core.training.progress import Position
-from esvit_core.training.sample_trace import Trace
-from esvit_core.training.state import Parts
+from esvit_core.training.progress import Progress
+from esvit_core.training.sample_trace import SampleTrace
+from esvit_core.training.state import TrainState
 
 K = 32
 # The published networks as they are built for 224 px, on one image and on three crops of half the size.
@@ -77,9 +77,9 @@ def test_every_preset_trains_a_step(name: str) -> None:
     student, teacher = networks(repr(recipe.model))
     if not recipe.objective.region:
         student.head_dense = teacher.head_dense = None
-    optimizer, position = build_optimizer(student, recipe), Position(step=recipe.optimizer.warmup_epochs)
+    optimizer, progress = build_optimizer(student, recipe), Progress(step=recipe.optimizer.warmup_epochs)
     objective = Objective(recipe.objective, K)
-    parts = Parts(
+    state = TrainState(
         config=recipe,
         world=world,
         precision=choose_precision("auto", world.device),
@@ -90,10 +90,10 @@ def test_every_preset_trains_a_step(name: str) -> None:
         objective=objective,
         optimizer=optimizer,
         reducer=GradientReducer(student.parameters(), world),
-        collapse=CollapseWatch(recipe.diagnostics, 1, K),
-        position=position,
-        guard=NonFiniteGuard(recipe, world, position, 1, [], optimizer),
-        trace=Trace(world),
+        collapse=CollapseDetector(recipe.diagnostics, 1, K),
+        progress=progress,
+        guard=NonFiniteGuard(recipe, world, progress, 1, [], optimizer),
+        sample_trace=SampleTrace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
     )
     generator = torch.Generator().manual_seed(0)
@@ -102,8 +102,8 @@ def test_every_preset_trains_a_step(name: str) -> None:
     watched = [student.head.mlp[0].weight, teacher.head.mlp[0].weight, next(student.backbone.parameters())]
     before = [p.detach().clone() for p in watched]
 
-    at = parts.schedules.at(parts.position.step)
-    outputs = training_step(parts, Batch(crops, np.zeros(1, np.int64), 0.0), at)
+    at = state.schedules.at(state.progress.step)
+    outputs = training_step(state, Batch(crops, np.zeros(1, np.int64), 0.0), at)
 
     terms = outputs.terms
     assert (terms.region is None) == (not recipe.objective.region)
@@ -112,7 +112,7 @@ def test_every_preset_trains_a_step(name: str) -> None:
     assert not any(torch.equal(p, b) for p, b in zip(watched, before, strict=True))
 
 
-def test_presets_differ_from_the_defaults_in_what_their_first_line_says() -> None:
+def test_presets_differ_from_the_defaults_as_their_first_line_says() -> None:
     for name in PUBLISHED:
         said = FIRST_LINE.fullmatch(preset_text(name).splitlines()[0].removeprefix("# "))
         assert said, name

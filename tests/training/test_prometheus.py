@@ -1,4 +1,4 @@
-"""A real Prometheus watches a real run: two processes that collapse, stall, and are gone; and `esvit status` says so."""
+"""A real Prometheus scrapes a real run of two processes that collapse, stall and disappear."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import yaml
 
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.monitoring.alerts import Durations, alert_rules, rule_file
-from esvit_core.runs.events import read_journal
+from esvit_core.runs.events import read_events
 
 DASHBOARD = Path(__file__).parents[2] / "manifests" / "monitoring" / "grafana" / "dashboards" / "esvit.json"
 # Ten minutes become five seconds: the rules' own durations, a hundred and twentieth of each, and of the scrape interval.
@@ -143,7 +143,7 @@ def test_prometheus_sees_a_run_collapse_and_stall_and_go(
     assert launcher.returncode == TRY_AGAIN_EXIT_CODE
     assert "has gone with" in server.wait_for("EsvitTrainGone")
 
-    failed = read_journal(run.store, run.uri)[-1]
+    failed = read_events(run.store, run.uri)[-1]
     assert (failed.kind, failed.rank) == ("failed", 1)
     status = esvit("status", "watched", "--bucket", run.store.bucket, env=run.store.address.environment())
     assert "process 1 was killed by SIGKILL" in " ".join(status.stdout.split()), status.stdout + status.stderr

@@ -1,4 +1,4 @@
-"""A whole training in this process: what it leaves behind, and what stops it."""
+"""A whole training in this process: its results, and what stops it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.launch.launcher import launch_training
-from esvit_core.launch.stop import STOPPED_EXIT_CODE, StopRequest
+from esvit_core.launch.signals import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.models.multicrop import build_network
 from esvit_core.runs.log import read_log
 from esvit_core.runs.run import open_run
 from esvit_core.runs.training_summary import read_summary
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
-from esvit_core.training.main import carry_out
-from esvit_core.training.state import apply_activation_checkpointing_, build_parts
+from esvit_core.training.main import run_training
+from esvit_core.training.state import build_train_state, apply_activation_checkpointing_
 from esvit_core.training.step_timer import PARTS
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def train(run: Any, stop: StopRequest | None = None) -> int:
-    return carry_out(run.uri, stop or StopRequest())
+    return run_training(run.uri, stop or StopRequest())
 
 
 def test_a_finished_run_has_everything_and_is_found_again(
@@ -79,7 +79,7 @@ def test_a_finished_run_has_everything_and_is_found_again(
     assert {stat.uri: stat.etag for stat in run.store.list(run.uri)} == before
 
 
-def test_a_profile_has_parts_operators_and_a_trace_and_with_activation_checkpointing_changes_no_number(
+def test_profiling_and_activation_checkpointing_change_no_number(
     micro_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = micro_run("profiled", launch={"profile_steps": 2, "activation_checkpointing": True}, training={"epochs": 2})
@@ -121,7 +121,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_stopped_run_goes_on_bitwise(
+def test_a_stopped_run_resumes_bitwise(
     micro_run: Callable[..., Any], stop_after: Callable[[int], StopRequest], options: dict[str, dict[str, Any]]
 ) -> None:
     whole = micro_run("whole", **options)
@@ -148,7 +148,7 @@ def test_a_run_killed_between_its_last_step_and_its_summary_finishes(micro_run: 
     assert summary is not None and again is not None and again.final_loss == pytest.approx(summary.final_loss, rel=1e-5)
 
 
-def test_checkpoints_come_by_the_clock_too(micro_run: Callable[..., Any]) -> None:
+def test_checkpoints_are_also_written_by_the_clock(micro_run: Callable[..., Any]) -> None:
     run = micro_run("clock", training={"checkpoint_steps": 1000, "checkpoint_minutes": 1e-6, "keep_checkpoints": 20})
     assert train(run) == 0
     root = f"{run.uri}/training/checkpoints/"
@@ -180,7 +180,7 @@ def test_a_collapsed_teacher_warns_once_then_stops_the_run_by_name(
     assert [step for step, line in lines.items() if "stop" in line] == [8]
 
 
-def test_looking_at_the_networks_changes_nothing_that_is_learned(micro_run: Callable[..., Any]) -> None:
+def test_diagnostics_do_not_change_the_training(micro_run: Callable[..., Any]) -> None:
     often, seldom = micro_run("often"), micro_run("seldom", diagnostics={"steps": 1000})
     assert train(often) == train(seldom) == 0
     measured = [[line["step"] for line in read_log(run.store, run.uri) if "kl_view" in line] for run in (often, seldom)]
@@ -188,7 +188,7 @@ def test_looking_at_the_networks_changes_nothing_that_is_learned(micro_run: Call
     assert often.weights() == seldom.weights()
 
 
-def test_a_poisoned_state_never_becomes_a_checkpoint(micro_run: Callable[..., Any]) -> None:
+def test_a_nonfinite_state_never_becomes_a_checkpoint(micro_run: Callable[..., Any]) -> None:
     run = micro_run(
         "poisoned",
         optimizer={"lr": 1e30, "warmup_epochs": 0, "clip_grad": 0},
@@ -218,17 +218,17 @@ def test_a_metrics_port_in_use(micro_run: Callable[..., Any]) -> None:
 
 def test_a_run_that_does_not_exist(store_env: Any) -> None:
     with pytest.raises(UserError, match="there is none"):
-        carry_out(store_env.uri("runs/none"), StopRequest())
+        run_training(store_env.uri("runs/none"), StopRequest())
 
 
 def test_a_vision_longformer_ends_its_random_neighbours(micro_run: Callable[..., Any]) -> None:
     stages = "l1,h2,d8,n1,s1,g1,p2,f2,a0_l2,h2,d16,n1,s0,g0,p2,f2,a0"
     sizes = dict.fromkeys(("patch_size", "embed_dim", "depths", "num_heads", "window_size"))
     run = micro_run("vil", model={**sizes, "arch": "vil", "stages": stages, "mode_switch": 0.6})
-    parts = build_parts(open_run(run.uri, run.store), World(0, 1, torch.device("cpu"), None))
+    state = build_train_state(open_run(run.uri, run.store), World(0, 1, torch.device("cpu"), None))
     modes = []
-    for batch in parts.batches():
-        training_step(parts, batch, parts.schedules.at(parts.position.step))
-        parts.position.step += 1
-        modes.append([network.backbone.layer1[1].attn.mode for network in (parts.student, parts.teacher)])
+    for batch in state.batches():
+        training_step(state, batch, state.schedules.at(state.progress.step))
+        state.progress.step += 1
+        modes.append([network.backbone.layer1[1].attn.mode for network in (state.student, state.teacher)])
     assert modes == [[1, 1]] * 8 + [[0, 0]] * 4  # the third epoch of three

@@ -24,7 +24,7 @@ def test_cosine_schedule_warms_up_and_falls_to_the_end():
 
 
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(0, 30))
-def test_schedules_have_one_value_a_step(epochs, steps, warmup):
+def test_schedules_have_one_value_per_step(epochs, steps, warmup):
     assert len(cosine_schedule(1.0, 0.0, epochs, steps, warmup)) == epochs * steps
     assert len(teacher_temperature(0.04, 0.07, warmup, epochs)) == epochs
 

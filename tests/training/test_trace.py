@@ -1,4 +1,4 @@
-"""What the trace says of processes that died: the proofs that no sample is lost or repeated rest on it."""
+"""The trace of samples when processes die: the proofs that no sample is lost or repeated depend on it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from esvit_core.launch.stop import StopRequest
+from esvit_core.launch.signals import StopRequest
 from esvit_core.training import loop
-from esvit_core.training.main import carry_out
+from esvit_core.training.main import run_training
 from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 
 
 @pytest.mark.usefixtures("torch_settings")
-def test_a_process_that_dies_when_its_gradients_are_out_has_its_samples_in_the_trace(
+def test_the_trace_has_the_samples_of_a_process_that_dies_after_the_reduction(
     micro_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run, steps = micro_run("dies"), iter(range(1, 9))
@@ -28,12 +28,12 @@ def test_a_process_that_dies_when_its_gradients_are_out_has_its_samples_in_the_t
     monkeypatch.setenv(TRACE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(loop, "update_teacher_", die_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        carry_out(run.uri, StopRequest())
+        run_training(run.uri, StopRequest())
     seen = samples_that_count(tmp_path)
     assert {step: len(set(samples)) for step, samples in seen.items()} == {1: 16, 2: 16, 3: 16}
 
 
-def test_what_an_attempt_repeats_takes_the_place_of_what_was_lost(tmp_path: Path) -> None:
+def test_repeated_steps_replace_lost_steps_in_the_trace(tmp_path: Path) -> None:
     def attempt(number: int, *ranks: dict[int, list[int]]) -> None:
         for rank, steps in enumerate(ranks):
             lines = [

@@ -1,4 +1,4 @@
-"""The TrainJob and its runtime: what is in them, and the step beside them."""
+"""The TrainJob and its runtime, and the step that follows them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_golden_objects_are_current(made: tuple[dict[str, Any], dict[str, An
 
 
 @pytest.mark.parametrize("version", ["1.35", "1.36", "1.37"])
-def test_the_job_is_one_that_kubernetes_takes(node_job: dict[str, Any], version: str) -> None:
+def test_the_job_passes_the_schemas_of_kubernetes(node_job: dict[str, Any], version: str) -> None:
     named = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": node_job}
     kubernetes_validate.validate(named, version, strict=True)
 
@@ -90,7 +90,7 @@ def test_nodes_meet_at_the_first_and_wait_for_the_fewest(node_job: dict[str, Any
     assert len(f"{name}-node-0-999-abcde") <= 63
 
 
-def test_the_trainer_gives_the_pods_the_names_that_they_are_told(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_pods_are_given_the_names_that_the_trainer_makes(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
     runtime, job = made
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     assert job["metadata"]["name"] == job_name(RUN)
@@ -109,7 +109,7 @@ def test_pods_without_a_sidecar(node_job: dict[str, Any]) -> None:
     assert metadata["labels"]["sidecar.istio.io/inject"] == "false"
 
 
-def test_other_settings_make_another_runtime_for_the_same_job() -> None:
+def test_other_settings_give_another_runtime_for_the_same_job() -> None:
     few = train_job(RUN, Config.load("demo", ["launch.scheduler=trainjob", "launch.nodes=2"]))
     many = train_job(RUN, Config.load("demo", ["launch.scheduler=trainjob", "launch.nodes=3"]))
     assert few[0]["metadata"]["name"] != many[0]["metadata"]["name"]
@@ -169,13 +169,13 @@ def test_a_training_is_followed_to_its_end(
         assert not [v for v in ("ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY") if credentials[v] in text]
 
 
-def test_a_mistake_of_the_users_is_the_reason(kube: KubeServer, train: Callable[..., None]) -> None:
+def test_a_user_error_is_the_reason(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.script = [RUNNING, Stage("Failed", {0: "lost", 1: "mistake"})]
     with pytest.raises(UserError, match=r"^data: expected images; add some$"):
         train()
 
 
-def test_without_the_trainer_it_is_named(kube: KubeServer, train: Callable[..., None]) -> None:
+def test_a_missing_trainer_is_reported(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.refusals = {("GET", "trainjobs"): (404, "")}
     with pytest.raises(
         UserError, match=r"does not know trainjobs\.trainer\.kubeflow\.org; install the Kubeflow Trainer"

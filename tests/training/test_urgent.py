@@ -1,4 +1,4 @@
-"""A training that is asked to stop in the middle of a long step: what is small is saved at once."""
+"""Small objects are saved at once when a training is asked to stop during a long step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-from esvit_core.runs.events import read_journal
+from esvit_core.runs.events import read_events
 from esvit_core.runs.log import read_log
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE
 
 PROGRAM = """
 import runpy, sys, time
-from esvit_core.monitoring import log
+from esvit_core.runs import log
 from esvit_core.training import loop
 
-log.MIN_PIECE_SECONDS = 3600  # lines are collected
+log.MIN_CHUNK_SECONDS = 3600  # lines are collected
 step = loop.training_step
 
-def slow(parts, batch, at):
-    if parts.position.step == 6:
+def slow(state, batch, at):
+    if state.progress.step == 6:
         print("in the long step", flush=True)
         time.sleep(3600)
-    return step(parts, batch, at)
+    return step(state, batch, at)
 
 loop.training_step = slow
 sys.argv[0] = "esvit_core.training"
@@ -35,7 +35,7 @@ runpy.run_module("esvit_core.training", run_name="__main__")
 
 
 @pytest.mark.parametrize("in_a_pod", [True, False])
-def test_the_log_arrives_while_the_step_still_computes(micro_run: Callable[..., Any], in_a_pod: bool) -> None:
+def test_the_log_is_uploaded_while_the_step_still_computes(micro_run: Callable[..., Any], in_a_pod: bool) -> None:
     run = micro_run("long-step", training={"log_steps": 1, "checkpoint_steps": 1000})
     environment = os.environ | {"ESVIT_GRACE_SECONDS": "600"} | ({LOST_SECONDS_VARIABLE: "36000"} if in_a_pod else {})
     command = [sys.executable, "-c", PROGRAM, "--run", run.uri]
@@ -46,8 +46,6 @@ def test_the_log_arrives_while_the_step_still_computes(micro_run: Callable[..., 
     process.terminate()
     run.wait_until(lambda: len(read_log(run.store, run.uri)) == 6, "the log")
     if in_a_pod:  # which does not live long enough for more
-        run.wait_until(
-            lambda: [e.kind for e in read_journal(run.store, run.uri)] == ["started", "stopped"], "the entry"
-        )
-        assert read_journal(run.store, run.uri)[-1].step == 6
+        run.wait_until(lambda: [e.kind for e in read_events(run.store, run.uri)] == ["started", "stopped"], "the entry")
+        assert read_events(run.store, run.uri)[-1].step == 6
     assert process.poll() is None, "it still computes"

@@ -1,4 +1,4 @@
-"""The job that is sent to Volcano: what is in it, and what is not."""
+"""The Volcano job: its contents."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ def test_a_credential_among_the_settings_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.35", "1.36", "1.37"])
-def test_every_pod_is_one_that_kubernetes_takes(job: dict[str, Any], version: str) -> None:
+def test_every_pod_passes_the_schemas_of_kubernetes(job: dict[str, Any], version: str) -> None:
     for pod in pods(job):
         named = {"apiVersion": "v1", "kind": "Pod", **pod}
         kubernetes_validate.validate(named, version, strict=True)
 
 
-def test_every_pod_keeps_the_restricted_standard(job: dict[str, Any]) -> None:
+def test_every_pod_meets_the_restricted_standard(job: dict[str, Any]) -> None:
     for pod in pods(job):
         spec = pod["spec"]
         (container,) = spec["containers"]
@@ -143,7 +143,7 @@ def test_nodes_meet_at_the_first_which_has_rank_0(job: dict[str, Any]) -> None:
     assert min(many) == many[0]  # torch numbers nodes in the order of their addresses
 
 
-def test_elastic_nodes_are_wanted_and_not_required(job: dict[str, Any]) -> None:
+def test_elastic_nodes_are_optional(job: dict[str, Any]) -> None:
     assert job["spec"]["minAvailable"] == 1
     assert [task["minAvailable"] for task in job["spec"]["tasks"]] == [1, 0]
     fixed = volcano_job(RUN, Config.load("demo", ["launch.scheduler=volcano", "launch.nodes=3"]))
@@ -180,7 +180,7 @@ def test_states_of_volcano(phase: str, state: State) -> None:
     assert Volcano().state({"status": {"state": {"phase": phase}}}, []) is state
 
 
-def test_a_job_that_nobody_has_looked_at_waits() -> None:
+def test_a_job_without_a_phase_is_waiting() -> None:
     assert Volcano().state({"metadata": {}}, []) is State.WAITING
 
 

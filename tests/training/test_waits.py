@@ -20,7 +20,7 @@ from esvit_core.data.loading.loader import Batch
 from esvit_core.kernels import choose
 from esvit_core.losses import cross_entropy
 from esvit_core.training.loop import training_step
-from esvit_core.training.state import Parts
+from esvit_core.training.state import TrainState
 
 aten = torch.ops.aten
 # Their result, or the shape of it, depends on values.
@@ -43,9 +43,9 @@ class WithoutWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(parts: Parts) -> None:
+def step(state: TrainState) -> None:
     batch = Batch([torch.randn(16, 3, size, size) for size in (16, 16, 8, 8)], np.arange(16), 0.0)
-    training_step(parts, batch, parts.schedule_values())
+    training_step(state, batch, state.schedule_values())
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +72,17 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["as published", "skip", "micro-batches", "mixup", "sgd", "lars"],
 )
-def test_a_step_waits_for_nothing(assembled: Callable[..., Parts], sections: dict[str, Any]) -> None:
+def test_a_step_waits_for_nothing(assembled: Callable[..., TrainState], sections: dict[str, Any]) -> None:
     training = {"precision": "bfloat16"} | sections.get("training", {})
     optimizer = {"freeze_last_layer_epochs": 0} | sections.get("optimizer", {})
-    parts = assembled(**{**sections, "training": training, "optimizer": optimizer})
-    step(parts)  # makes the optimizer's state
+    state = assembled(**{**sections, "training": training, "optimizer": optimizer})
+    step(state)  # makes the optimizer's state
     with WithoutWaiting():
-        step(parts)
+        step(state)
 
 
-def test_what_waits_is_seen(assembled: Callable[..., Parts]) -> None:
+def test_a_synchronizing_step_is_detected(assembled: Callable[..., TrainState]) -> None:
     """SGD has no switch on the device that leaves its step out: with ``skip`` it asks."""
-    parts = assembled(optimizer={"name": "sgd"}, training={"on_nonfinite": "skip"})
+    state = assembled(optimizer={"name": "sgd"}, training={"on_nonfinite": "skip"})
     with pytest.raises(WaitedError), WithoutWaiting():
-        step(parts)
+        step(state)

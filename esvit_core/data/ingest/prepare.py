@@ -32,7 +32,7 @@ from esvit_core.data.ingest.unfinished import (
 )
 from esvit_core.data.shards.format import Sample, ShardWriter
 from esvit_core.data.shards.manifest import Manifest, Shard
-from esvit_core.monitoring.progress_line import Progress
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.disk import explain_full_temporary_disk
 
@@ -125,7 +125,7 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
         ThreadPoolExecutor(reading_threads(), thread_name_prefix="prepare") as pool,
-        Progress(len(plan.candidates), unit="images", label="prepare") as progress,
+        ProgressLine(len(plan.candidates), unit="images", label="prepare") as progress,
     ):
         warnings.filterwarnings("ignore", module="PIL")  # about malformed files; bad files are listed
         _reuse_base(job, split_of_digest, Path(folder))

@@ -1,1 +1,1 @@
-"""Training in a job of several pods: what is created, and how the step that launches it follows it."""
+"""Training in a Kubernetes job of several pods: its objects, and the step that creates and follows it."""

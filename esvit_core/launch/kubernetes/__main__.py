@@ -1,4 +1,4 @@
-"""Print what a run's launch would create, for those who have to agree to it; nothing is sent.
+"""Print the objects that launching a run would create, without sending them, for review.
 
 python -m esvit_core.launch.kubernetes s3://esvit/runs/<id> --recipe demo --set launch.scheduler=volcano
 """

@@ -1,4 +1,4 @@
-"""Why a training of several pods has failed: of all that went wrong, what came first."""
+"""Find the first failure of a training with several pods."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE, USER_ERROR_EXIT_CODE
-from esvit_core.launch.outcome import Outcome, family_of
-from esvit_core.launch.stop import STOPPED_EXIT_CODE
+from esvit_core.launch.outcome import Outcome, step_exit_code
+from esvit_core.launch.signals import STOPPED_EXIT_CODE
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a pod.
+    """The failure of a pod.
 
     Attributes:
-        pod: its name.
-        exit_code: of the process that failed, negative: minus the signal; that of the agent when it did not say.
+        pod: name of the pod.
+        exit_code: of the process that failed (minus the signal if negative), or of the agent if it did not report one.
         reason: in one line.
-        when: it ended, as the API writes times.
-        rank: of the process, if it is known.
-        last_words: of the log, if the agent itself came to an unexpected end.
-        explained: whether the agent gave the reason.
-        consequence: another pod has the reason, or a signal ended it.
+        when: time of the end, as the API writes times.
+        rank: of the process, if known.
+        log_tail: end of the log, if the agent itself ended unexpectedly.
+        explained: whether the agent reported the reason.
+        consequence: whether another pod has the reason, or a signal ended this one.
     """
 
     pod: str
@@ -32,12 +32,12 @@ class Failure:
     reason: str
     when: str = ""
     rank: int | None = None
-    last_words: str = ""
+    log_tail: str = ""
     explained: bool = False
     consequence: bool = False
 
     def order(self) -> tuple[int, str]:
-        """A mistake of the user's, a process that was killed or crashed, an exception, the rest; the earlier first."""
+        """Sort user errors first, then killed or crashed processes, exceptions and the rest; earlier failures first."""
         if self.exit_code == USER_ERROR_EXIT_CODE:
             kind = 0
         elif self.consequence:
@@ -50,13 +50,13 @@ class Failure:
 
 
 class Failures:
-    """Collects the ends of pods while they can be seen: a pod that is replaced is gone."""
+    """Collects the failures of pods while the pods exist: a pod that is replaced is gone."""
 
     def __init__(self) -> None:
         self._by_pod: dict[str, Failure] = {}
 
     def observe(self, pods: list[dict[str, Any]]) -> list[Failure]:
-        """Those that are new."""
+        """Return the failures that are new."""
         new = []
         for pod in pods:
             uid = pod["metadata"]["uid"]
@@ -65,21 +65,21 @@ class Failures:
                 new.append(failure)
         return new
 
-    def outcome(self, says: str) -> Outcome:
-        """The first failure.
+    def outcome(self, message: str) -> Outcome:
+        """Return the first failure as an outcome.
 
         Args:
-            says: what the job says of its end, for when no pod does.
+            message: status message of the job, used if no pod has a reason.
         """
         if not self._by_pod:
-            reason = f"training: the job ended without a reason of its pods ({says or 'nothing said'})"
+            reason = f"training: the job ended and no pod has a reason ({message or 'no message'})"
             return Outcome(reason=reason, exit_code=TRY_AGAIN_EXIT_CODE)
         first = min(self._by_pod.values(), key=Failure.order)
         if first.exit_code == USER_ERROR_EXIT_CODE:
             return Outcome(reason=first.reason, rank=first.rank, exit_code=first.exit_code)
-        reason = f"training: {first.reason} (pod {first.pod}); the same command again goes on from the last checkpoint"
+        reason = f"training: {first.reason} (pod {first.pod}); rerun the command to resume from the last checkpoint"
         return Outcome(
-            reason=reason, rank=first.rank, last_words=first.last_words, exit_code=family_of(first.exit_code)
+            reason=reason, rank=first.rank, log_tail=first.log_tail, exit_code=step_exit_code(first.exit_code)
         )
 
 
@@ -89,7 +89,7 @@ def _failure(pod: dict[str, Any]) -> Failure | None:
         ended = container.get("state", {}).get("terminated")
         if ended and ended.get("exitCode"):
             return _of_container(name, ended)
-    if status.get("phase") == "Failed":  # evicted, or its node is gone: no container ended of itself
+    if status.get("phase") == "Failed":  # evicted, or its node is gone: no container has an exit code
         text = " ".join(f"{status.get('reason', 'failed')}: {status.get('message', '')}".split()).strip(": ")
         return Failure(name, 128 + 9, f"the pod was ended: {text}")
     return None
@@ -98,15 +98,15 @@ def _failure(pod: dict[str, Any]) -> Failure | None:
 def _of_container(pod: str, ended: dict[str, Any]) -> Failure:
     code, when, message = int(ended["exitCode"]), str(ended.get("finishedAt", "")), ended.get("message", "")
     try:
-        said = json.loads(message)
+        report = json.loads(message)
         return Failure(
             pod,
-            int(said["exit_code"]),
-            str(said["reason"]),
+            int(report["exit_code"]),
+            str(report["reason"]),
             when,
-            said.get("rank"),
+            report.get("rank"),
             explained=True,
-            consequence=bool(said.get("consequence")),
+            consequence=bool(report.get("consequence")),
         )
     except (ValueError, KeyError, TypeError):
         pass
@@ -116,4 +116,4 @@ def _of_container(pod: str, ended: dict[str, Any]) -> Failure:
     last = f": {' '.join(lines[-1].split())}" if lines else ""
     stopped = code in (STOPPED_EXIT_CODE, 128 + signal.SIGTERM)
     reason = f"the agent ended with exit code {code}{last}"
-    return Failure(pod, code, reason, when, last_words=message.strip(), consequence=stopped)
+    return Failure(pod, code, reason, when, log_tail=message.strip(), consequence=stopped)

@@ -1,4 +1,4 @@
-"""The log of the first training process, line by line, into the log of the step that waits for it."""
+"""Relay the log of rank 0, line by line, into the log of the step that waits for it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import time
 from typing import Any
 
 from esvit_core.errors import UserError
-from esvit_core.launch.kubernetes.client import Cluster, ForbiddenError, UnreachableError, each_line
+from esvit_core.launch.kubernetes.client import Cluster, ForbiddenError, UnreachableError, iter_lines
 
-REATTACH_SECONDS = 60.0  # of the log, of a job that was there before
+REATTACH_SECONDS = 60.0  # how far to go back in the log of a job that existed before
 
 
 class LogRelay:
-    """Prints what a pod prints; where the pod is replaced, or the stream breaks off, it goes on with what comes next.
+    """Prints the log of a pod; if the pod is replaced or the stream breaks, it continues with the next.
 
     Args:
-        cluster: where the pods are.
+        cluster: cluster of the pods.
         back: how far to go back in the first pod's log, seconds.
     """
 
@@ -26,15 +26,15 @@ class LogRelay:
         self._cluster, self._back = cluster, back
         self._thread: threading.Thread | None = None
         self._response: Any = None
-        self._read: set[str] = set()  # pods, by their uid, whose log has been read to its end
+        self._read: set[str] = set()  # uids of pods whose log has been read to its end
         self._last = ""
         self._last_read = 0.0
 
     def follow(self, pod: dict[str, Any] | None) -> None:
-        """Look at the pod as it is now, and read its log if that is not being done.
+        """Start to read the log of the pod, unless it is being read.
 
         Args:
-            pod: the object; None when there is none.
+            pod: the pod object; None if there is none.
         """
         if pod is None or (self._thread and self._thread.is_alive()):
             return
@@ -46,11 +46,11 @@ class LogRelay:
         self._thread.start()
 
     def drain(self, seconds: float) -> None:
-        """Wait for the end of what is being read, but not longer, and then leave it."""
+        """Wait at most ``seconds`` for the end of the log that is being read, then stop reading."""
         if self._thread:
             self._thread.join(seconds)
         if self._response is not None:
-            with contextlib.suppress(Exception):  # whatever closing a stream that another thread reads may raise
+            with contextlib.suppress(Exception):  # closing a stream that another thread reads may raise anything
                 self._response.close()
 
     def _relay(self, name: str, uid: str, ended: bool) -> None:
@@ -58,15 +58,15 @@ class LogRelay:
         try:
             self._response = self._cluster.log(name, back)
         except ForbiddenError as error:
-            self._read.add(uid)  # so that it is printed once
+            self._read.add(uid)  # prints the error only once
             print(f"train: {error}", flush=True)
             return
         except (UserError, UnreachableError):
             return  # a container that has not started has no log yet
-        for line in each_line(self._response):
+        for line in iter_lines(self._response):
             self._last_read = time.monotonic()
             when, _, text = line.partition(" ")
-            if (instant := _instant(when)) > self._last:  # the API counts in whole seconds: some lines come twice
+            if (instant := _instant(when)) > self._last:  # since_seconds has whole seconds, so lines may repeat
                 self._last = instant
                 sys.stdout.write(f"{text}\n")
                 sys.stdout.flush()
@@ -75,6 +75,6 @@ class LogRelay:
 
 
 def _instant(time_stamp: str) -> str:
-    """A time that sorts, with nine digits of the second."""
+    """Return a sortable time with nine decimal digits."""
     seconds, _, fraction = time_stamp.rstrip("Z").partition(".")
     return f"{seconds}.{fraction:0<9}"

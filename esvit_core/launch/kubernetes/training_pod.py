@@ -1,8 +1,7 @@
-"""The pod of a training node, whoever creates it: what Kubernetes has to know and torchx and the Trainer do not say.
+"""The pod of a training node, for every scheduler.
 
-Everything here is a plain dictionary, as it is sent to the API. No credential is in it: the pod takes the object
-store's address and keys from a secret, or has a token in place of keys, and all that it is told of the run is where it
-lies.
+Everything here is a plain dictionary, as it is sent to the API. It contains no credentials: the pod takes the object
+store's address and keys from a secret, or has a token instead of keys, and knows only the address of the run.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from esvit_core.launch.pod_metadata import (
     pod_labels,
     pod_security,
 )
+from esvit_core.launch.signals import POD_SECONDS
 from esvit_core.planning.pod_sizes import resolve_pod
 from esvit_core.runs.run import name_of_run
 from esvit_core.storage.address import pod_variables
@@ -30,8 +30,7 @@ from esvit_core.storage.web_identity import TOKEN_FILE
 
 MODULE = "esvit_core.training"
 RENDEZVOUS_PORT = 29500
-GRACE_SECONDS = 60  # a training process gives itself 25 s for its last checkpoint, the agent its processes 30 s
-TOKEN_SECONDS = 3600  # the kubelet writes a new one when a fifth is left
+TOKEN_SECONDS = 3600  # the kubelet renews it when a fifth is left
 RUN_LABEL = "esvit.dev/run"
 RUN_ANNOTATION = "esvit.dev/run-uri"
 TERMINATION_FILE = "/dev/termination-log"
@@ -39,22 +38,22 @@ SCRATCH, TEMPORARY = "/work", "/tmp"
 
 
 def job_name(run_uri: str) -> str:
-    """The name of the job that trains the run at ``run_uri``: always the same, so that a step repeated finds it.
+    """Return the name of the job that trains the run at ``run_uri``; it is deterministic, so a repeated step finds it.
 
-    At most 46 characters: the pods' names, which are host names too, add up to 15.
+    It has at most 46 characters, because pod names, which are host names too, add up to 15.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name_of_run(run_uri).lower()).strip("-")[:31].strip("-")
     return f"esvit-{slug}-{hashlib.sha256(run_uri.encode()).hexdigest()[:8]}"
 
 
 def labels(run_uri: str) -> dict[str, str]:
-    """Of the pods of a training job."""
+    """Return the labels of the pods of a training job."""
     value = re.sub(r"[^A-Za-z0-9_.-]+", "-", name_of_run(run_uri))[:63].strip("-_.")
     return pod_labels("trainer", **{RUN_LABEL: value})
 
 
 def training_app(run_uri: str, config: Config) -> Any:
-    """The training as torchx describes it (``dist.ddp``), for whichever scheduler."""
+    """Return the torchx description of the training (``dist.ddp``), for any scheduler."""
     from torchx.components.dist import ddp
 
     launch = config.launch
@@ -70,7 +69,7 @@ def training_app(run_uri: str, config: Config) -> Any:
 
 
 def torchrun(run_uri: str, config: Config) -> str:
-    """The command of torchx's description: ``torchrun ... -m esvit_core.training ...``, for a shell."""
+    """Return the command of torchx's description, ``torchrun ... -m esvit_core.training ...``, for a shell."""
     (role,) = training_app(run_uri, config).roles
     return str(role.args[-1])
 
@@ -78,19 +77,19 @@ def torchrun(run_uri: str, config: Config) -> str:
 def agent_command(
     torchrun: str, *, endpoint: str, address: str, job: str, restarts: int, join_seconds: int | None = None
 ) -> list[str]:
-    """The command of a pod: our agent with the arguments that torchx gives torchrun.
+    """Return the command of a pod: our agent with the arguments that torchx passes to torchrun.
 
-    torchx lets a shell find the first node from a variable, and falls back on ``localhost``, where a node whose
-    variable is missing would train by itself. The job's name is known, and with it the names of its pods.
+    torchx lets a shell read the first node from a variable and falls back to ``localhost``, so that a node without the
+    variable would train alone. Here the endpoint is explicit, because the names of the pods are known.
 
     Args:
         torchrun: ``torchrun --rdzv_endpoint ... -m esvit_core.training ...``, for a shell.
         endpoint: host name of the first node.
-        address: host name of this one. The one whose address is the endpoint's keeps the store of the rendezvous.
-            Ranks follow the order of the addresses, so that the first node has rank 0.
-        job: name of the rendezvous.
-        restarts: how often the agent starts its processes anew after a failure.
-        join_seconds: how long it waits for the others; None: ten minutes, as torchrun does.
+        address: host name of this node. The node whose address is the endpoint hosts the rendezvous store. Ranks follow
+            the order of the addresses, so the first node has rank 0.
+        job: id of the rendezvous.
+        restarts: number of times that the agent restarts its processes after a failure.
+        join_seconds: time to wait for the other nodes; None: ten minutes, torchrun's default.
     """
     arguments = shlex.split(torchrun)[1:]
     for option, value in (("--rdzv_endpoint", f"{endpoint}:{RENDEZVOUS_PORT}"), ("--rdzv_id", job)):
@@ -105,8 +104,8 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
     """Complete a pod template with one container, in place.
 
     Args:
-        template: ``metadata`` and ``spec`` of the pod. The container's name, command and literal environment stay.
-        run_uri: of the run that it trains.
+        template: ``metadata`` and ``spec`` of the pod. The container's name, command and literal environment are kept.
+        run_uri: address of the run to train.
         config: of the run.
     """
     launch, pod, spec = config.launch, resolve_pod(config, "train"), template["spec"]
@@ -138,7 +137,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
         "restartPolicy": "Never",
         "securityContext": pod_security(config.cluster.run_as),
         "serviceAccountName": launch.service_account,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": POD_SECONDS,
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
@@ -175,7 +174,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
 
 
 def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
-    """Literals that are nobody's secret, and references to the secret, or to the config map, of the store."""
+    """Return literal variables, which are not secret, and references to the store's secret or config map."""
     launch, cluster = config.launch, config.cluster
     literals = {item["name"]: item["value"] for item in given} | literal_environment(config) | launch.env
     keys = cluster.identity == "keys"
@@ -194,7 +193,7 @@ def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, 
 
 
 def _token_volume(cluster: ClusterConfig) -> dict[str, Any] | None:
-    """The token for the store's STS, which the kubelet renews. It is for nothing else: the pod has no other token."""
+    """Return the volume with the token for the store's STS, which the kubelet renews; the pod has no other token."""
     if cluster.identity == "keys" or not cluster.token_audience:
         return None
     token = {"audience": cluster.token_audience, "expirationSeconds": TOKEN_SECONDS, "path": "token"}
@@ -202,7 +201,7 @@ def _token_volume(cluster: ClusterConfig) -> dict[str, Any] | None:
 
 
 def literal_environment(config: Config) -> dict[str, str]:
-    """What every node of a training is told, in a pod or in another container."""
+    """Return the environment of every training node, in a pod or another container."""
     launch = config.launch
     environment = {
         "LOGLEVEL": "ERROR",
@@ -213,9 +212,9 @@ def literal_environment(config: Config) -> dict[str, str]:
         "ESVIT_PENDING_DIR": f"{SCRATCH}/pending",
         METRICS_PORT_VARIABLE: str(METRICS_PORT),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on GPUs
-        # With the store shared, a node that comes back waits for an address that nobody writes (torch 2.14).
+        # With a shared store, a node that rejoins waits for an address that nobody writes (torch 2.14).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        # The agent leaves the reason of a failure here, and Kubernetes takes it into the pod's status.
+        # The agent writes the reason of a failure here, and Kubernetes copies it into the pod's status.
         "TORCHELASTIC_ERROR_FILE": TERMINATION_FILE,
     }
     if config.cluster.train.accelerators:
@@ -226,7 +225,7 @@ def literal_environment(config: Config) -> dict[str, str]:
 
 
 def _resources(pod: PodConfig) -> dict[str, Any]:
-    """Requests and limits. A memory limit is always there: without one the namespace's default would hold."""
+    """Return requests and limits, always with a memory limit: otherwise the namespace's default would apply."""
     accelerators = {pod.accelerator: str(pod.accelerators)} if pod.accelerators else {}
     cpu_limit = {"cpu": pod.cpu_limit} if pod.cpu_limit is not None else {}
     return {

@@ -1,7 +1,7 @@
-"""Volcano: a job of one task per node, scheduled all at once or not at all.
+"""The Volcano scheduler: a job with one task per node, gang-scheduled.
 
-torchx describes the job (``dist.ddp``, scheduler ``kubernetes``); its dry-run request is completed here. Requires
-Volcano 1.11, the first that restarts a single task.
+torchx describes the job (``dist.ddp``, scheduler ``kubernetes``); this module completes its dry-run request. Requires
+Volcano 1.11, the first version that restarts a single task.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from esvit_core.launch.kubernetes.training_pod import (
 )
 
 KIND = Kind("batch.volcano.sh", "v1alpha1", "jobs", "Volcano job", "Volcano 1.11 or newer")
-DEFAULT_QUEUE = "esvit"  # that of manifests/components/volcano
+DEFAULT_QUEUE = "esvit"  # as in manifests/components/volcano
 POD_GROUP = Kind("scheduling.volcano.sh", "v1beta1", "podgroups", "pod group")
 
-# As the states' comments in volcano.sh/apis/pkg/apis/batch/v1alpha1/job.go define them.
+# As defined in volcano.sh/apis/pkg/apis/batch/v1alpha1/job.go.
 PHASES = {
     "Pending": State.WAITING,
     "Running": State.RUNNING,
@@ -40,12 +40,12 @@ PHASES = {
 
 
 def volcano_job(run_uri: str, config: Config, owner: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The job that trains the run, as it is sent to Kubernetes.
+    """Return the job that trains the run, as it is sent to Kubernetes.
 
     Args:
         run_uri: ``s3://bucket/runs/<id>``.
         config: of the run.
-        owner: reference to what the job ends with: the pod that launches it.
+        owner: owner reference to the pod that launches the job, with which the job is deleted.
     """
     request = _dry_run(run_uri, config)
     resource: dict[str, Any] = request["resource"]
@@ -59,17 +59,16 @@ def volcano_job(run_uri: str, config: Config, owner: dict[str, Any] | None = Non
     spec = resource["spec"]
     spec |= {
         "minAvailable": launch.fewest_nodes,
-        "maxRetry": launch.restarts + 1,  # Volcano counts to it, and takes 0 for its default
+        "maxRetry": launch.restarts + 1,  # number of attempts; Volcano replaces 0 by its default
         "ttlSecondsAfterFinished": round(60 * launch.ttl_minutes),
-        # The agent ends with the first of these for a mistake of the user's, with the second when it has restarted
-        # its processes as often as it may. Everything else is an accident of this one node.
+        # The agent's exit codes for a user error, and for too many restarts. Any other failure concerns one node only.
         "policies": [
             {"exitCode": USER_ERROR_EXIT_CODE, "action": "TerminateJob"},
             {"exitCode": 1, "action": "TerminateJob"},
             {"events": ["PodFailed", "PodEvicted"], "action": "RestartTask"},
         ],
     }
-    # The first node's end is the training's: nodes that have found no room do not keep the job open.
+    # The job is complete when the first node ends, even if other nodes never found room.
     spec["tasks"][0]["policies"] = [{"event": "TaskCompleted", "action": "CompleteJob"}]
     first = f"{pod_name(run_uri, 0)}.{name}"
     for number, task in enumerate(spec["tasks"]):
@@ -90,48 +89,48 @@ def volcano_job(run_uri: str, config: Config, owner: dict[str, Any] | None = Non
 
 
 class Volcano:
-    """How a Volcano job is created, and read."""
+    """Creates Volcano jobs and reads their state."""
 
     kind = KIND
 
     def objects(self, run_uri: str, config: Config, owner: dict[str, Any] | None) -> list[tuple[Kind, dict[str, Any]]]:
-        """What is created, the job last."""
+        """Return the objects to create, the job last."""
         return [(KIND, volcano_job(run_uri, config, owner))]
 
     def state(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> State:
-        """A job that the controller has not looked at yet waits, and so does one in a state that is not known here."""
+        """Return the state; a job without a phase, or with an unknown one, is waiting."""
         return PHASES.get(_state(job).get("phase", ""), State.WAITING)
 
-    def says(self, job: dict[str, Any]) -> str:
-        """The state in Volcano's own words."""
+    def message(self, job: dict[str, Any]) -> str:
+        """Return the state in Volcano's words."""
         state = _state(job)
         return " ".join(str(state[key]) for key in ("phase", "reason", "message") if state.get(key))
 
     def selector(self, name: str) -> str:
-        """Of the job's pods."""
+        """Return the label selector of the job's pods."""
         return f"volcano.sh/job-name={name}"
 
     def first_pod(self, pods: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """That of rank 0, if it is there."""
+        """Return the pod of rank 0; None if there is none."""
         return next((pod for pod in pods if pod["metadata"]["name"].endswith("-training-0-0")), None)
 
-    def why_waiting(self, cluster: Cluster, job: dict[str, Any], pods: list[dict[str, Any]]) -> str:
-        """What Volcano's scheduler says of the job's pod group, and what it and others have said of it and the job."""
+    def waiting_reason(self, cluster: Cluster, job: dict[str, Any], pods: list[dict[str, Any]]) -> str:
+        """Return why the job waits, from the condition of its pod group and from Kubernetes events."""
         metadata = job["metadata"]
         group = f"{metadata['name']}-{metadata['uid']}"
-        found = cluster.get(POD_GROUP, group) or {}
-        conditions = {c.get("type"): c for c in found.get("status", {}).get("conditions", [])}
-        said = [*cluster.events(metadata["name"]), *cluster.events(group)]
-        if quota := [text for text in said if "quota" in text]:
+        pod_group = cluster.get(POD_GROUP, group) or {}
+        conditions = {c.get("type"): c for c in pod_group.get("status", {}).get("conditions", [])}
+        messages = [*cluster.events(metadata["name"]), *cluster.events(group)]
+        if quota := [text for text in messages if "quota" in text]:
             return f"queue {job['spec']['queue']}: {quota[-1]}"
         condition = conditions.get("Unschedulable")
         if condition and condition.get("status") == "True":
             return f"{condition.get('reason', '')}: {condition.get('message', '')}".strip(": ")
-        return said[-1] if said else ""
+        return messages[-1] if messages else ""
 
 
 def pod_name(run_uri: str, node: int) -> str:
-    """Job, task, and the number within the task, as Volcano names pods."""
+    """Return the name that Volcano gives the pod of a node: job, task, and index within the task."""
     return f"{job_name(run_uri)}-training-{node}-0"
 
 
@@ -140,7 +139,7 @@ def _state(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dry_run(run_uri: str, config: Config) -> dict[str, Any]:
-    """torchx's request as a plain dictionary."""
+    """Return torchx's request as a plain dictionary."""
     from torchx.schedulers.kubernetes_scheduler import create_scheduler, sanitize_for_serialization
 
     launch = config.launch

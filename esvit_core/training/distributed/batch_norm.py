@@ -1,7 +1,7 @@
-"""Batch norms whose statistics are those of the whole batch, whichever process holds which part of it.
+"""Batch norms with statistics over the global batch.
 
-The published code makes every batch norm one of these, in student and teacher: ResNet-50's, and the heads' with
-``head.batch_norm``. PyTorch's own ``SyncBatchNorm`` works on GPUs only; on CPUs the plain formula takes its place.
+The published code synchronizes every batch norm in student and teacher: those of ResNet-50, and those of the heads with
+``head.batch_norm``. PyTorch's ``SyncBatchNorm`` works on GPUs only; :class:`CpuSyncBatchNorm` replaces it on CPUs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from esvit_core.training.distributed.processes import World
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def share_batch_norms_(network: nn.Module, world: World) -> None:
-    """Let every batch norm in ``network`` see the batches of all processes; parameters and names stay the same."""
+def synchronize_batch_norms_(network: nn.Module, world: World) -> None:
+    """Make every batch norm in ``network`` use the global batch; parameters and their names do not change."""
     if world.size == 1:
         return
     if world.device.type == "cuda":
@@ -28,14 +28,14 @@ def share_batch_norms_(network: nn.Module, world: World) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, BATCH_NORMS):
-                setattr(module, name, SharedBatchNorm(child))
+                setattr(module, name, CpuSyncBatchNorm(child))
 
 
-class SharedBatchNorm(nn.BatchNorm1d):
-    """A batch norm over the batches of all processes, in the plain formula.
+class CpuSyncBatchNorm(nn.BatchNorm1d):
+    """A batch norm over the batches of all processes, on CPUs.
 
     Args:
-        norm: whose parameters, statistics, and (in timm's networks) activation it takes over.
+        norm: batch norm to replace; its parameters, statistics and (in timm's networks) activation are taken over.
     """
 
     def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm) -> None:
@@ -46,27 +46,27 @@ class SharedBatchNorm(nn.BatchNorm1d):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, ...) over all but the channels."""
+        """Normalize (B, C, ...) over all dimensions but the channels."""
         if self.training:
             with torch.autocast(x.device.type, enabled=False):
-                y = self._normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+                y = self._normalize(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
         else:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        for after in self.children():  # timm's norms end with dropout and an activation
-            y = after(y)
+        for module in self.children():  # timm's norms end with dropout and an activation
+            y = module(y)
         return y
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         channel = (1, -1, *[1] * (x.ndim - 2))
-        places = [0, *range(2, x.ndim)]
+        dims = [0, *range(2, x.ndim)]
         count = x.new_tensor([x.numel() / x.shape[1]])
         with collective():
-            sums = differentiable.all_reduce(torch.cat((x.sum(places), count)))  # (C + 1,)
+            sums = differentiable.all_reduce(torch.cat((x.sum(dims), count)))  # (C + 1,)
         rows = sums[-1].detach()
         mean = sums[:-1] / rows
         centered = x - mean.view(channel)
         with collective():
-            variance = differentiable.all_reduce(centered.square().sum(places)) / rows
+            variance = differentiable.all_reduce(centered.square().sum(dims)) / rows
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]

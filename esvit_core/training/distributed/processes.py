@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, and what they say to each other."""
+"""The processes that train together, and their collective operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esvit_core.collectives import collective
-from esvit_core.launch.stop import RENDEZVOUS_VARIABLE
+from esvit_core.launch.signals import RENDEZVOUS_VARIABLE
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 BUCKET_BYTES = 16 << 20
@@ -22,12 +22,13 @@ BUCKET_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together.
+    """The process group, as seen by this process.
 
     Attributes:
-        rank, size: number of this process, and how many there are.
-        device: where its networks are.
-        control: gloo group for words between the processes on the CPU; None when alone.
+        rank: number of this process.
+        size: number of processes.
+        device: device of this process's networks.
+        control: gloo group for control messages on the CPU; None if there is only one process.
     """
 
     rank: int
@@ -36,21 +37,21 @@ class World:
     control: dist.ProcessGroup | None
 
     @property
-    def first(self) -> bool:
-        """Whether this process speaks for all: prints, logs, writes checkpoints."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints, logs and writes checkpoints."""
         return self.rank == 0
 
     @property
-    def first_of_node(self) -> bool:
-        """Whether this process speaks for those of its machine: serves metrics."""
+    def is_local_main(self) -> bool:
+        """Whether this is the first process of its node, which serves metrics."""
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     @property
     def node_share(self) -> float:
-        """The share of the processes that run on this machine, above 0 and at most 1."""
+        """Share of the processes that run on this node, above 0 and at most 1."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) / self.size
 
-    def mean_(self, value: Tensor) -> Tensor:
+    def all_reduce_mean_(self, value: Tensor) -> Tensor:
         """Average ``value`` over the processes, in place."""
         if self.size > 1:
             with collective():
@@ -58,8 +59,8 @@ class World:
             value.div_(self.size)
         return value
 
-    def rows_of_all(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, by rank; each process brings equally many."""
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate the rows of all processes by rank; each process passes the same number of rows."""
         if self.size == 1:
             return rows
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
@@ -67,43 +68,44 @@ class World:
             dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
-    def from_first(self, value: Any) -> Any:
-        """What rank 0 gives, on every rank; each tensor arrives on the CPU."""
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; tensors arrive on the CPU."""
         if self.size == 1:
             return value
-        box = [value]
+        values = [value]
         with collective():
-            dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
-    def to_first(self, value: Any) -> list[Any] | None:
-        """What every rank gives, on rank 0; None on the others."""
+    def gather_object(self, value: Any) -> list[Any] | None:
+        """Return the values of all ranks on rank 0, None on the others."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size if self.first else None
+        values = [None] * self.size if self.is_main else None
         with collective():
             dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def wait_for_all(self, seconds: float = 600.0) -> None:
-        """Until every process has come here, but not longer than ``seconds``."""
+    def barrier(self, seconds: float = 600.0) -> None:
+        """Wait until every process has come here, at most ``seconds``."""
         if self.size > 1:
             with collective():
                 dist.monitored_barrier(group=self.control, timeout=timedelta(seconds=seconds))
 
-    def leave(self) -> None:
-        """Part from the others in order."""
+    def close(self) -> None:
+        """Destroy the process group."""
         if self.size > 1:
             dist.destroy_process_group()
 
 
-def join_world(patience: float = 0.0) -> World:
-    """Join the processes that torchrun has started; alone, without torchrun, this process is the world.
+def init_world(patience: float = 0.0) -> World:
+    """Initialize the process group of the processes that torchrun has started; without torchrun, of this one alone.
 
-    NCCL between GPUs, gloo between CPUs. They meet where torchrun says (``MASTER_ADDR``), on one machine in a file.
+    The backend is NCCL between GPUs and gloo between CPUs. The rendezvous is at ``MASTER_ADDR``, or in a file on a
+    single machine.
 
     Args:
-        patience: seconds that the others may be kept waiting, beyond what is usual.
+        patience: seconds added to the time limit of collectives, because rank 0 may wait for the store.
     """
     timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=patience)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -115,7 +117,7 @@ def join_world(patience: float = 0.0) -> World:
         return World(0, 1, device, None)
     store = None
     if folder := os.environ.get(RENDEZVOUS_VARIABLE):
-        # On one machine a file does what a TCP server does, and listens on no interface.
+        # On one machine a file replaces the TCP server, which would listen on a network interface.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.FileStore(str(Path(folder) / f"workers-{restart}"), size)
     with collective():
@@ -132,12 +134,11 @@ def join_world(patience: float = 0.0) -> World:
 
 
 class GradientReducer:
-    """Averages gradients over the processes while the backward pass still runs.
+    """Averages gradients over the processes while the backward pass runs.
 
-    What DistributedDataParallel does, with one difference that exact resume needs: DDP regroups its buckets after
-    the first backward pass, so that the sums of a process that has just been resumed are grouped, and with three or
-    more processes rounded, differently from those of one that was not. Here buckets follow the order of the
-    parameters, always.
+    It differs from DistributedDataParallel in one point that exact resume needs: DDP regroups its buckets after the
+    first backward pass, so a resumed run groups its sums differently, and with three or more processes rounds them
+    differently, from an uninterrupted run. Here buckets always follow the order of the parameters.
 
     Args:
         parameters: of the student, in the order of the forward pass.
@@ -161,10 +162,10 @@ class GradientReducer:
             p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))
 
     def zero(self, passes: int = 1) -> None:
-        """Forget the gradients.
+        """Reset the gradients.
 
         Args:
-            passes: backward passes whose gradients add up before they are averaged.
+            passes: backward passes whose gradients are summed before they are averaged.
         """
         if self._world.size == 1:
             for p in self._parameters:
@@ -176,7 +177,7 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Wait until every gradient is the mean over the processes."""
-        while self._next < len(self._buckets):  # those with a parameter that took no part
+        while self._next < len(self._buckets):  # buckets with a parameter that had no gradient
             self._launch()
         with collective():
             for work in self._work:
@@ -187,7 +188,7 @@ class GradientReducer:
 
     def _ready(self, bucket: _Bucket) -> None:
         bucket.missing -= 1
-        # In order, whatever order they become ready in: the processes must agree on it.
+        # Launch in a fixed order, because it has to be the same in all processes.
         while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._launch()
 
@@ -200,7 +201,7 @@ class GradientReducer:
 
 
 class _Bucket:
-    """Gradients that travel together, as views of one tensor."""
+    """Gradients that are reduced together, as views of one tensor."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -214,7 +215,7 @@ class _Bucket:
         self.flat.zero_()
         self.missing = passes * len(self.parameters)
         for p, view in zip(self.parameters, self._views, strict=True):
-            p.grad = view  # anew: a frozen layer's gradient is taken away after the backward pass
+            p.grad = view  # set again: freeze_last_layer_ removes the gradients of a frozen layer
 
 
 def _grouped(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
@@ -230,29 +231,29 @@ def _grouped(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]
         yield group
 
 
-class Vote:
-    """Lets all processes stop, or save, after the same step, though signals and clocks reach them at different moments.
+class StopSaveConsensus:
+    """Makes all processes stop, or save, after the same step, although signals and clocks differ between them.
 
-    The vote of a step is counted while the step runs, so it costs no time and no synchronisation with the device.
+    The requests of all processes are reduced while the step runs, which costs no time and no device synchronization.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._votes = torch.zeros(2, dtype=torch.int32)
+        self._requests = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
 
     def begin(self, stop: bool, save: bool) -> None:
-        """Give this process's votes for the step that begins."""
-        self._votes.copy_(torch.tensor([stop, save]))
+        """Submit this process's requests for the step that begins."""
+        self._requests.copy_(torch.tensor([stop, save]))
         if self._world.size > 1:
             with collective():
-                self._work = dist.all_reduce(self._votes, group=self._world.control, async_op=True)
+                self._work = dist.all_reduce(self._requests, group=self._world.control, async_op=True)
 
     def result(self) -> tuple[bool, bool]:
-        """Whether any process has voted to stop, and to save: the same answer on all."""
+        """Return whether any process requested to stop, and to save; the same in all processes."""
         if self._work is not None:
             with collective():
                 self._work.wait()
             self._work = None
-        stop, save = self._votes.tolist()
+        stop, save = self._requests.tolist()
         return bool(stop), bool(save)

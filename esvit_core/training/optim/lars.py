@@ -1,4 +1,4 @@
-"""LARS: a learning rate for each weight matrix, after its norm and its gradient's (You, Gitman and Ginsburg, 2017)."""
+"""LARS: layer-wise learning rates from the norms of weights and gradients (You, Gitman and Ginsburg, 2017)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling as the published code has it, which takes it from Barlow Twins.
+    """Layer-wise adaptive rate scaling as in the published code, which has it from Barlow Twins.
 
     For a parameter p of two dimensions or more with gradient g:
 
         g <- g + weight_decay * p
-        g <- g * eta * |p| / |g|        (left as it is where either norm is 0)
+        g <- g * eta * |p| / |g|        (unchanged if either norm is 0)
         m <- momentum * m + g
         p <- p - lr * m
 
-    Biases and norms, of one dimension, take the last two lines only. timm's ``Lars`` differs: it decays and adapts them
-    too, adds eps to the norm, and multiplies the learning rate in before the momentum.
+    One-dimensional parameters (biases and norms) take the last two lines only. timm's ``Lars`` differs: it decays and
+    adapts them too, adds eps to the norm, and applies the learning rate before the momentum.
 
     Args:
         params: parameters or groups of them.
@@ -41,7 +41,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the gradients stay as they are."""
+        """Update every parameter that has a gradient; gradients are not changed."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -54,7 +54,7 @@ class LARS(torch.optim.Optimizer):
 
     @staticmethod
     def _adapted(p: torch.Tensor, weight_decay: float, eta: float) -> torch.Tensor:
-        """The decayed gradient, scaled to ``eta`` times the norm of the parameter; without waiting for the device."""
+        """Return the decayed gradient, scaled to ``eta`` times the norm of the parameter, without waiting for the device."""
         assert p.grad is not None
         update = p.grad.add(p, alpha=weight_decay)
         weight, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)

@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate, weight decay, teacher momentum, teacher temperature."""
+"""Schedules of learning rate, weight decay, teacher momentum and teacher temperature."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from esvit_core.config import Config
 def cosine_schedule(
     base: float, final: float, epochs: int, steps_per_epoch: int, warmup_epochs: int = 0, start: float = 0.0
 ) -> np.ndarray:
-    """A linear warm-up from ``start`` to ``base``, then half a cosine to ``final`` (which lies one step beyond).
+    """Linear warm-up from ``start`` to ``base``, then half a cosine towards ``final``, which the next step would reach.
 
     A run that is shorter than its warm-up ends within it.
 
     Returns:
-        One value a step, (epochs * steps_per_epoch,), float64.
+        One value per step, (epochs * steps_per_epoch,), float64.
     """
     steps = epochs * steps_per_epoch
     warmup = np.linspace(start, base, warmup_epochs * steps_per_epoch)[:steps]
@@ -27,13 +27,13 @@ def cosine_schedule(
 
 
 def teacher_temperature(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
-    """A linear rise from ``warmup_temp`` to ``temp`` over ``warmup_epochs``, then constant: one value an epoch."""
+    """Linear rise from ``warmup_temp`` to ``temp`` over ``warmup_epochs``, then constant: one value per epoch."""
     warmup = np.linspace(warmup_temp, temp, warmup_epochs)[:epochs]
     return np.concatenate((warmup, np.full(epochs - len(warmup), temp)))
 
 
 class ScheduleValues(NamedTuple):
-    """The values of one step."""
+    """The schedules' values of one step."""
 
     lr: float
     weight_decay: float
@@ -47,7 +47,7 @@ class Schedules:
 
     Args:
         config: the run's configuration; the peak learning rate is ``optimizer.lr * batch_size / 256``.
-        steps_per_epoch: optimizer steps of an epoch.
+        steps_per_epoch: optimizer steps per epoch.
     """
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
@@ -65,7 +65,7 @@ class Schedules:
         )
 
     def at(self, step: int) -> ScheduleValues:
-        """The values of optimizer step ``step``, counted from 0 over the whole run."""
+        """Return the values of optimizer step ``step``, counted from 0 over the whole run."""
         epoch = step // self.steps_per_epoch
         return ScheduleValues(
             lr=float(self._lr[step]),

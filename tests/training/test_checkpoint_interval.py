@@ -1,11 +1,11 @@
-"""When checkpoints are due: often enough that a step's pod loses at most a minute of training."""
+"""When checkpoints are due: a step's pod loses at most a minute of training."""
 
 from __future__ import annotations
 
 import pytest
 
 from esvit_core.training import checkpoint_interval as module
-from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, CheckpointPace
+from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE, CheckpointInterval
 
 POD = {LOST_SECONDS_VARIABLE: "60"}
 
@@ -21,8 +21,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("minutes", "environment", "interval"),
     [("auto", {}, 900), (2.0, {}, 120), (2.0, POD, 120), ("auto", POD, 45)],  # of the first nothing is known yet
 )
-def test_what_is_asked_for_counts_and_auto_depends_on_where_it_trains(minutes, environment, interval) -> None:
-    assert CheckpointPace(minutes, environment).interval == interval
+def test_a_setting_overrides_and_auto_depends_on_the_environment(minutes, environment, interval) -> None:
+    assert CheckpointInterval(minutes, environment).seconds == interval
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_what_is_asked_for_counts_and_auto_depends_on_where_it_trains(minutes, e
         (300, 60),
     ],
 )
-def test_the_interval_follows_what_a_checkpoint_takes(takes: float, interval: float) -> None:
-    pace = CheckpointPace("auto", POD)
+def test_the_interval_follows_the_time_of_a_checkpoint(takes: float, interval: float) -> None:
+    pace = CheckpointInterval("auto", POD)
     pace.written(takes)
-    assert pace.interval == interval
+    assert pace.seconds == interval
     assert pace.longest == max(60, 2 * takes)
 
 
-def test_long_steps_bring_it_forward(clock: list[float]) -> None:
-    pace = CheckpointPace("auto", POD)
+def test_long_steps_shorten_the_interval(clock: list[float]) -> None:
+    pace = CheckpointInterval("auto", POD)
     pace.written(4)
     found = []
     for _ in range(8):
@@ -54,8 +54,8 @@ def test_long_steps_bring_it_forward(clock: list[float]) -> None:
     assert not pace.due()
 
 
-def test_of_several_processes_the_first_decides(clock: list[float]) -> None:
-    follower, leader = CheckpointPace("auto", POD, leads=False), CheckpointPace("auto", POD)
-    fixed = CheckpointPace(0.5, POD, leads=False)
+def test_rank_0_decides_for_all_processes(clock: list[float]) -> None:
+    follower, leader = CheckpointInterval("auto", POD, is_main=False), CheckpointInterval("auto", POD)
+    fixed = CheckpointInterval(0.5, POD, is_main=False)
     clock[0] += 100
     assert (follower.due(), leader.due(), fixed.due()) == (False, True, True)

@@ -1,0 +1,197 @@
+"""Signals and processes: who handles SIGINT and SIGTERM, how long each process may take to stop, who ends with whom.
+
+A request to stop travels inwards::
+
+    command line (esvit run) -> pipeline runner -> step that launches the training -> agent -> training process
+                                                   step that launches a job -> Kubernetes -> agent -> training process
+
+Each process waits for the one inside it, so its time limit has to exceed that one's. All limits are in the table below,
+and ``tests/training/test_signals.py`` checks that they nest. The workers of the data loader reset these handlers
+(:mod:`esvit_core.data.loading.workers`).
+
+Nothing here imports torch: handlers are installed before the seconds that importing torch takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from esvit_core.errors import TRY_AGAIN_EXIT_CODE
+
+# Time limits of a stop in seconds, innermost first, each counted from the signal that reaches the process.
+EXIT_MARGIN_SECONDS = 2.0  # a training process stops waiting for uploads so long before its limit
+TRAINER_SECONDS = 25.0  # a training process finishes its step and writes a checkpoint; ESVIT_GRACE_SECONDS overrides it
+AGENT_SECONDS = 30.0  # torch elastic kills its processes after this; the value is torch's
+LAUNCHER_SECONDS = 40.0  # the launching step kills the agent after this, and then waits as long for its processes
+POD_SECONDS = 60  # terminationGracePeriodSeconds of a training pod
+JOB_SECONDS = 75.0  # the launching step waits so long for the pods of a job that it has deleted
+RUN_SECONDS = 120.0  # `esvit run` waits so long for the steps after Ctrl-C
+KILL_SECONDS = 15.0  # `esvit run` kills what is left so long after SIGTERM
+POLL_SECONDS = 0.1  # a process that waits notices a signal within this time
+
+STOPPED_EXIT_CODE = TRY_AGAIN_EXIT_CODE  # stopped on request with a checkpoint: a restart continues
+GRACE_VARIABLE = "ESVIT_GRACE_SECONDS"
+RENDEZVOUS_VARIABLE = "ESVIT_RENDEZVOUS_DIR"  # folder in which the processes of one machine meet and write their ids
+PROCESS_FILE_PREFIX = "process-"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TERMINAL_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """SIGTERM and SIGINT of a training process, as a flag that the training loop reads between steps.
+
+    Before :meth:`arm` there is nothing to save: a signal ends the process at once. Afterwards the process has
+    ``ESVIT_GRACE_SECONDS`` to finish its step and write a checkpoint. Then it ends regardless, so that a process that
+    waits for a dead one does not stay.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._deadline: float | None = None
+        self._armed = False
+        self.grace = float(os.environ.get(GRACE_VARIABLE, TRAINER_SECONDS))
+
+    def install(self) -> None:
+        """Install the handlers."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.signal is not None
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds left for uploads; None if no stop was requested."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic() - EXIT_MARGIN_SECONDS)
+
+    def arm(self, on_signal: Callable[[], None] = lambda: None) -> None:
+        """Let the process stop in order from here on.
+
+        Args:
+            on_signal: called in a separate thread as soon as a signal arrives, even while a step computes.
+        """
+        self._armed = True
+        if threading.current_thread() is threading.main_thread():
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            # The interpreter writes each signal's number there at once; Python's own handlers wait for the main thread.
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            threading.Thread(target=_call_on_signal, args=(reader, on_signal), name="signals", daemon=True).start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._armed:
+            os._exit(STOPPED_EXIT_CODE)
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            self._deadline = time.monotonic() + self.grace
+            timer = threading.Timer(self.grace, os._exit, (STOPPED_EXIT_CODE,))
+            timer.daemon = True
+            timer.start()
+
+
+def _call_on_signal(reader: int, call: Callable[[], None]) -> None:
+    while number := os.read(reader, 1):
+        if number[0] in STOP_SIGNALS:
+            call()
+            return
+
+
+class SignalCounter:
+    """Signals of a process that waits for others: counted, so that the process can stop what it has started.
+
+    The first signal asks for an orderly stop, the second for an immediate one. Outside the main thread no handler can
+    be installed, and no signal is counted.
+
+    Attributes:
+        first: number of the first signal, 0 if none has arrived.
+        count: number of signals so far.
+        stopped: set by the first signal.
+    """
+
+    def __init__(self, numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
+        self.first = 0
+        self.count = 0
+        self.stopped = threading.Event()
+        self._handled = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                signal.signal(number, self._handle)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until a signal arrives that was not there at the end of the last sleep, at most ``seconds``."""
+        # Not Event.wait: a handler that runs while the main thread holds the event's lock would wait for ever.
+        end = time.monotonic() + seconds
+        while self.count == self._handled and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+        self._handled = self.count
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1:
+            self.first = number
+            self.stopped.set()
+
+
+@contextlib.contextmanager
+def restored_handlers(numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Iterator[None]:
+    """Restore the signal handlers at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def outlive_signals(numbers: tuple[signal.Signals, ...] = TERMINAL_SIGNALS) -> None:
+    """Ignore the signals in this process but not in its children, which inherit ``SIG_IGN`` but no Python handler."""
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+
+
+def exit_on_sigterm() -> None:
+    """End this process on SIGTERM even if it is process 1 of a container, where the kernel drops unhandled signals."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(STOPPED_EXIT_CODE))
+
+
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process ``number`` when its parent dies, however the parent dies.
+
+    On Linux the kernel sends it; elsewhere a thread checks the parent every second.
+
+    Args:
+        parent: expected process id of the parent; if the parent has died already, the signal is sent at once.
+        number: signal to send.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    else:
+        threading.Thread(target=_poll_parent, args=(parent, number), daemon=True).start()
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def _poll_parent(parent: int, number: signal.Signals) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), number)
+
+
+def write_process_file() -> None:
+    """Write this process's id where the launcher looks for processes that have outlived the agent."""
+    if folder := os.environ.get(RENDEZVOUS_VARIABLE):
+        (Path(folder) / f"{PROCESS_FILE_PREFIX}{os.getpid()}").touch()
