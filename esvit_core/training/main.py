@@ -32,8 +32,8 @@ from esvit_core.training.nonfinite import NONFINITE, Rollback
 from esvit_core.training.profiler import PROFILE, Profile
 from esvit_core.training.state import (
     TrainState,
-    build_train_state,
     apply_activation_checkpointing_,
+    build_train_state,
     make_deterministic,
 )
 from esvit_core.weights.backbone import save_backbone

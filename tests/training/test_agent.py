@@ -124,7 +124,7 @@ def test_under_plain_torchrun_the_processes_record_the_reason(micro_run: Callabl
 
 
 def test_a_process_that_lost_another_records_no_second_reason(store_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome, "ECHO_SECONDS", 0.0)
+    monkeypatch.setattr(outcome, "CONSEQUENCE_DELAY_SECONDS", 0.0)
     uri, began = store_env.uri("runs/a"), time.time()
     record_event(store_env, uri, "failed", reason="data: expected images")
     record_own_failure(uri, LostPeerError("Connection closed"), 0, began)

@@ -401,7 +401,7 @@ def test_a_step_that_is_stopped_in_its_pod_deletes_the_job(
 def test_a_missing_cluster_is_reported(store_env: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     config = Config.load("demo", ["launch.scheduler=volcano"])
-    with pytest.raises(UserError, match=r"no Kubernetes cluster is known here.*launch.scheduler=local"):
+    with pytest.raises(UserError, match=r"no Kubernetes cluster is configured.*launch.scheduler=local"):
         launch_on_cluster(store_env, store_env.uri("runs/a"), config)
 
 

@@ -21,7 +21,7 @@ from esvit_core.runs.training_summary import read_summary
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.main import run_training
-from esvit_core.training.state import build_train_state, apply_activation_checkpointing_
+from esvit_core.training.state import apply_activation_checkpointing_, build_train_state
 from esvit_core.training.step_timer import PARTS
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
