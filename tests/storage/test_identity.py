@@ -76,7 +76,9 @@ def test_a_token_has_the_permissions_of_its_role(connect: Callable[..., ObjectSt
     store = connect()
     assert read(store) == b"the champion"
     store.put_bytes("s3://runs/runs/a/training/latest", b"x")
-    with pytest.raises(StoreRefused, match=r"refuses the temporary credentials .*AccessDenied.*permissions of the role .*train"):
+    with pytest.raises(
+        StoreRefused, match=r"refuses the temporary credentials .*AccessDenied.*permissions of the role .*train"
+    ):
         store.put_bytes("s3://runs/pointers/champion", b"another")
 
 
