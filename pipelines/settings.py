@@ -126,8 +126,8 @@ def program() -> str:
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m esvit_pipelines"
-    found = shutil.which("esvit")
-    return "esvit" if found and called.exists() and Path(found).samefile(called) else shlex.quote(str(called))
+    executable = shutil.which("esvit")
+    return "esvit" if executable and called.exists() and Path(executable).samefile(called) else shlex.quote(str(called))
 
 
 def command() -> str:

@@ -16,11 +16,11 @@ from esvit_pipelines.cli.status_commands import RunLocation
 def show_champions(location: RunLocation, pointer: str, as_json: bool) -> None:
     """Print the champions of a pointer, newest first."""
     with location.open() as store:
-        found = champions(store, location.bucket, pointer)
+        history = champions(store, location.bucket, pointer)
     if as_json:
-        print(json.dumps([asdict(champion) for champion in found], indent=1))
+        print(json.dumps([asdict(champion) for champion in history], indent=1))
         return
-    for champion in found:
+    for champion in history:
         print(_line(champion))
 
 

@@ -113,9 +113,9 @@ def register_(
         server = stack.enter_context(connect(host, namespace, token_file, ca_file, ui))
         for name, compiled in zip(names, packages, strict=True):
             ready = stack.enter_context(compatible_package(server, name, compiled, request))
-            found = register(server, ready)
-            print(f"{found.pipeline}: version {found.version} {'registered' if found.new else 'exists already'}")
-            print(f"    {server.link('pipelines', f'{found.pipeline_id}/version/{found.version_id}')}", flush=True)
+            version = register(server, ready)
+            print(f"{version.pipeline}: version {version.version} {'registered' if version.new else 'exists already'}")
+            print(f"    {server.link('pipelines', f'{version.pipeline_id}/version/{version.version_id}')}", flush=True)
 
 
 def submit(

@@ -126,9 +126,9 @@ def registered_version(server: Connection, pipeline: Package, inline: bool) -> R
 
     if inline or not pipeline.own:
         return None
-    found = register(server, pipeline)
-    print(f"pipeline {found.pipeline}, version {found.version}{' (new)' if found.new else ''}", flush=True)
-    return found
+    version = register(server, pipeline)
+    print(f"pipeline {version.pipeline}, version {version.version}{' (new)' if version.new else ''}", flush=True)
+    return version
 
 
 @contextmanager

@@ -85,12 +85,12 @@ def show(
     if wait and json:
         raise UserError("--wait --json: give only one of them; --json prints the current state of the run")
     with connect(host, namespace, token_file, ca_file, ui) as server:
-        found = find_run(server, run)
-        if not wait or found.state in ENDED:
-            outcome = show_run(server, found, json)
+        current_run = find_run(server, run)
+        if not wait or current_run.state in ENDED:
+            outcome = show_run(server, current_run, json)
         else:
-            print(found.display_name, flush=True)
-            outcome = followed(server, found.run_id)
+            print(current_run.display_name, flush=True)
+            outcome = followed(server, current_run.run_id)
         if wait and not outcome.succeeded:
             raise typer.Exit(1)
 
@@ -119,13 +119,13 @@ def logs(
     from esvit_pipelines.cluster.step_log import read_log
 
     with connect(host, namespace, token_file, ca_file, ui) as server:
-        found = find_run(server, run)
-        retrying = RetryOnOutage(server, found.run_id, sys.stderr)
+        current_run = find_run(server, run)
+        retrying = RetryOnOutage(server, current_run.run_id, sys.stderr)
         printed = 0
         while True:
-            workflow = retrying.call(partial(workflow_of, server, found))
-            chosen = choose_step(found, workflow, step)
-            log = retrying.call(partial(read_log, server, found.run_id, workflow.namespace, chosen))
+            workflow = retrying.call(partial(workflow_of, server, current_run))
+            chosen = choose_step(current_run, workflow, step)
+            log = retrying.call(partial(read_log, server, current_run.run_id, workflow.namespace, chosen))
             lines = log.lines if log else []
             print(*lines[printed:], sep="\n", end="\n" if lines[printed:] else "", flush=True)
             printed = max(printed, len(lines))
@@ -133,10 +133,10 @@ def logs(
                 break
             step = chosen.name
             time.sleep(_LOG_SECONDS)
-            found = retrying.call(partial(get_run, server, found.run_id))
+            current_run = retrying.call(partial(get_run, server, current_run.run_id))
         if not printed:
             raise UserError(
-                f"run {found.display_name}: step {chosen.title} ({chosen.state}) has no log"
+                f"run {current_run.display_name}: step {chosen.title} ({chosen.state}) has no log"
                 + ("" if chosen.pod is None else f"; {_missing_log_reason(chosen.state in UNFINISHED)}")
             )
 
@@ -153,11 +153,11 @@ def terminate(
     from esvit_pipelines.cluster import runs as work
 
     with connect(host, namespace, token_file, ca_file, None) as server:
-        found = work.find_run(server, run)
-        work.terminate(server, found)
+        current_run = work.find_run(server, run)
+        work.terminate(server, current_run)
         print(
-            f"terminating {found.display_name}; to follow it:\n"
-            f"    {work.command_for(server, 'runs', 'show', found.run_id, '--wait')}"
+            f"terminating {current_run.display_name}; to follow it:\n"
+            f"    {work.command_for(server, 'runs', 'show', current_run.run_id, '--wait')}"
         )
 
 
@@ -175,10 +175,10 @@ def retry(
     from esvit_pipelines.cluster import runs as work
 
     with connect(host, namespace, token_file, ca_file, ui) as server:
-        found = work.find_run(server, run)
-        work.retry(server, found)
-        print(f"retrying {found.display_name}\n{server.link('runs', found.run_id)}", flush=True)
-        if wait and not followed(server, found.run_id).succeeded:
+        current_run = work.find_run(server, run)
+        work.retry(server, current_run)
+        print(f"retrying {current_run.display_name}\n{server.link('runs', current_run.run_id)}", flush=True)
+        if wait and not followed(server, current_run.run_id).succeeded:
             raise typer.Exit(1)
 
 

@@ -174,11 +174,11 @@ def _apply(
     from esvit_pipelines.cluster import schedule as work
 
     with connect(host, namespace, token_file, ca_file, None) as server:
-        found = work.find(server, schedule)
+        existing = work.find(server, schedule)
         if keep_runs:
-            work.require_no_active_run(server, found)
-        getattr(server.client, f"{verb}_recurring_run")(found.recurring_run_id)
-        print(f"{done} {found.display_name}")
+            work.require_no_active_run(server, existing)
+        getattr(server.client, f"{verb}_recurring_run")(existing.recurring_run_id)
+        print(f"{done} {existing.display_name}")
 
 
 def _trigger(cron: str | None, every: str | None) -> dict[str, Any]:

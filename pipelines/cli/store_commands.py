@@ -75,9 +75,9 @@ def ls(
         number = size = 0
         if prefix == DEFAULT_PREFIX:
             store.ensure_bucket(DEFAULT_BUCKET)
-        for found in store.list(prefix):
-            print(f"{found.size:>13,}  {found.uri}")
-            number, size = number + 1, size + found.size
+        for entry in store.list(prefix):
+            print(f"{entry.size:>13,}  {entry.uri}")
+            number, size = number + 1, size + entry.size
         print(f"{size:>13,}  bytes in {number} objects")
 
 

@@ -45,14 +45,14 @@ def size_lines(config: Config) -> list[str]:
 
 def capacity_problems(config: Config, namespace: str) -> list[str]:
     """Return a line for each pod that does not fit; none if the Kubernetes API cannot be asked."""
-    found: list[str] = []
+    problems: list[str] = []
     with contextlib.suppress(Exception):  # without kubeconfig, permissions or an answer, nothing is known
         api, cluster = _api()
         pods = pods_of(config)
         for check in (_check_nodes, _check_limit_ranges, _check_quotas):
             with contextlib.suppress(Exception):
-                found += [f"{line} (cluster {cluster})" for line in check(api, namespace, pods)]
-    return found
+                problems += [f"{line} (cluster {cluster})" for line in check(api, namespace, pods)]
+    return problems
 
 
 def _api() -> tuple[Any, str]:
@@ -85,9 +85,12 @@ def _check_nodes(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> Ite
             yield f"{name}: no node has the labels {pod.node_selector}"
             continue
         requests = _requests(pod)
-        offers = [{what: _amount(what, n.status.allocatable.get(what, "0")) for what in requests} for n in chosen]
-        if not any(all(offer[what] >= amount for what, amount in requests.items()) for offer in offers):
-            largest = {what: max(offer[what] for offer in offers) for what in requests}
+        offers = [
+            {resource: _amount(resource, n.status.allocatable.get(resource, "0")) for resource in requests}
+            for n in chosen
+        ]
+        if not any(all(offer[resource] >= amount for resource, amount in requests.items()) for offer in offers):
+            largest = {resource: max(offer[resource] for offer in offers) for resource in requests}
             yield f"{name}: one pod requests {_format(requests)}; the largest nodes have {_format(largest)}"
 
 
@@ -102,27 +105,33 @@ def _check_quotas(api: Any, namespace: str, pods: Mapping[str, PodConfig]) -> It
     for quota in api.list_namespaced_resource_quota(namespace, _request_timeout=_SECONDS).items:
         hard, name = quota.spec.hard or {}, f"ResourceQuota {namespace}/{quota.metadata.name}"
         for prefix, amounts in (("requests.", _requests), ("limits.", _limits_of)):
-            bound = {what.removeprefix(prefix): text for what, text in hard.items() if what.startswith(prefix)}
+            bound = {
+                resource.removeprefix(prefix): text for resource, text in hard.items() if resource.startswith(prefix)
+            }
             yield from _over(pods, amounts, bound, name)
 
 
-def _over(pods: Mapping[str, PodConfig], amounts: Any, bound: Mapping[str, str], whose: str) -> Iterator[str]:
+def _over(pods: Mapping[str, PodConfig], amounts: Any, bound: Mapping[str, str], source: str) -> Iterator[str]:
     for name, pod in pods.items():
         wanted = amounts(pod)
-        over = {what: wanted[what] for what, text in bound.items() if wanted.get(what, 0) > _amount(what, text)}
+        over = {
+            resource: wanted[resource]
+            for resource, text in bound.items()
+            if wanted.get(resource, 0) > _amount(resource, text)
+        }
         if over:
-            admitted = {what: _amount(what, bound[what]) for what in over}
-            yield f"{name}: one pod needs {_format(over)}; {whose} allows {_format(admitted)}"
+            admitted = {resource: _amount(resource, bound[resource]) for resource in over}
+            yield f"{name}: one pod needs {_format(over)}; {source} allows {_format(admitted)}"
 
 
-def _amount(what: str, text: str) -> float:
-    if what == "memory":
+def _amount(resource: str, text: str) -> float:
+    if resource == "memory":
         return float(quantity_bytes(text))
     return float(text) if text == "0" else quantity_cores(text)
 
 
 def _format(amounts: Amounts) -> str:
-    def one(what: str, amount: float) -> str:
-        return f"{amount / 2**30:.1f} GiB of memory" if what == "memory" else f"{amount:g} {what}"
+    def format_amount(resource: str, amount: float) -> str:
+        return f"{amount / 2**30:.1f} GiB of memory" if resource == "memory" else f"{amount:g} {resource}"
 
-    return ", ".join(one(what, amount) for what, amount in amounts.items())
+    return ", ".join(format_amount(resource, amount) for resource, amount in amounts.items())

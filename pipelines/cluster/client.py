@@ -75,8 +75,8 @@ class Connection:
     @property
     def restarts_lost_pods(self) -> bool:
         """Whether its retries restart lost pods, and nothing else: true since version 2.17, and assumed if unknown."""
-        found = re.match(r"v?(\d+)\.(\d+)", self.release)
-        return found is None or (int(found[1]), int(found[2])) >= (2, 17)
+        version = re.match(r"v?(\d+)\.(\d+)", self.release)
+        return version is None or (int(version[1]), int(version[2])) >= (2, 17)
 
     def api(self) -> Any:
         """Return the generated API client, for requests that ``kfp.Client`` lacks; a context manager that closes it."""
@@ -186,8 +186,8 @@ def experiment_id(connection: Connection, name: str, create: bool) -> str:
             "add --new-experiment to create it"
         )
     with contextlib.redirect_stdout(io.StringIO()):
-        made = connection.client.create_experiment(name, namespace=connection.namespace)
-    return str(made.experiment_id)
+        created = connection.client.create_experiment(name, namespace=connection.namespace)
+    return str(created.experiment_id)
 
 
 def experiments(connection: Connection) -> list[Any]:

@@ -204,7 +204,7 @@ class _RunPrinter:
         failed = workflow.failed()
         log = self._log(failed, workflow, call) if failed else None
         outcome = Outcome(run, workflow, failed, log)
-        print_end(self._connection, outcome, [found for found in self._logs.values() if found])
+        print_end(self._connection, outcome, [step_log for step_log in self._logs.values() if step_log])
         return outcome
 
 
@@ -212,7 +212,7 @@ def print_end(connection: Connection, outcome: Outcome, logs: list[StepLog]) -> 
     """Print the outcome of a run, the last lines of the failed step, and the link."""
     run, log, failed = outcome.run, outcome.log, outcome.failed
     if outcome.succeeded:
-        reasons = [str(found.outputs["reason"]) for found in logs if found.outputs.get("reason")]
+        reasons = [str(step_log.outputs["reason"]) for step_log in logs if step_log.outputs.get("reason")]
         print(f"{state(run)}: {reasons[-1]}" if reasons else state(run))
     else:
         if failed and log:

@@ -45,19 +45,19 @@ def _api() -> Any:
 
 
 def _reason(api: Any, namespace: str, pod: str) -> str:
-    found = api.read_namespaced_pod(pod, namespace, _request_timeout=_SECONDS)
-    statuses = [*(found.status.init_container_statuses or ()), *(found.status.container_statuses or ())]
+    pod_state = api.read_namespaced_pod(pod, namespace, _request_timeout=_SECONDS)
+    statuses = [*(pod_state.status.init_container_statuses or ()), *(pod_state.status.container_statuses or ())]
     for status in statuses:
         waiting = status.state.waiting if status.state else None
         if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
             return _join(waiting.reason, waiting.message)
-    for condition in found.status.conditions or ():
+    for condition in pod_state.status.conditions or ():
         if condition.type == "PodScheduled" and condition.status == "False":
             return _join(condition.reason, condition.message)
     events = api.list_namespaced_event(
         namespace, field_selector=f"involvedObject.name={pod},type=Warning", _request_timeout=_SECONDS
     ).items
-    if found.status.phase != "Pending" or not events:
+    if pod_state.status.phase != "Pending" or not events:
         return ""
     return _join(events[-1].reason, events[-1].message)
 

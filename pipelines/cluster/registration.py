@@ -65,17 +65,17 @@ def register(connection: Connection, pipeline: Package, name: str | None = None)
     version = version_name(pipeline)
     try:
         identity = _pipeline_id(connection, name, pipeline.description)
-        if found := _version_id(connection, identity, version):
-            return Registered(name, version, identity, found, new=False)
+        if version_id := _version_id(connection, identity, version):
+            return Registered(name, version, identity, version_id, new=False)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a link
-            made = connection.client.upload_pipeline_version(
+            created = connection.client.upload_pipeline_version(
                 str(pipeline.path), version, pipeline_id=identity, description=_description(pipeline)
             )
-        return Registered(name, version, identity, str(made.pipeline_version_id), new=True)
+        return Registered(name, version, identity, str(created.pipeline_version_id), new=True)
     except kfp_server_api.ApiException as error:
-        if error.status in (409, 500) and (found := _version_id(connection, identity, version)):
+        if error.status in (409, 500) and (version_id := _version_id(connection, identity, version)):
             return Registered(
-                name, version, identity, found, new=False
+                name, version, identity, version_id, new=False
             )  # another process registered it at the same time
         if error.status in (400, 403, 409):
             raise UserError(
@@ -94,8 +94,8 @@ def _pipeline_id(connection: Connection, name: str, description: str) -> str:
     """Return the id of the pipeline of that name, which is created with the description if it does not exist."""
     import kfp_server_api
 
-    where = {"namespace": connection.namespace} if connection.namespace else {}
-    path = f"/apis/v2beta1/pipelines/names/{quote(name)}?{urlencode(where)}".rstrip("?")
+    parameters = {"namespace": connection.namespace} if connection.namespace else {}
+    path = f"/apis/v2beta1/pipelines/names/{quote(name)}?{urlencode(parameters)}".rstrip("?")
     try:
         return _id(connection.request("GET", path))
     except kfp_server_api.ApiException as error:
@@ -104,7 +104,7 @@ def _pipeline_id(connection: Connection, name: str, description: str) -> str:
     try:
         return _id(
             connection.request(
-                "POST", "/apis/v2beta1/pipelines", {"display_name": name, "description": description, **where}
+                "POST", "/apis/v2beta1/pipelines", {"display_name": name, "description": description, **parameters}
             )
         )
     except kfp_server_api.ApiException as error:
@@ -123,7 +123,7 @@ def _version_id(connection: Connection, pipeline_id: str, name: str) -> str | No
             pipeline_id, page_token=token, page_size=_PAGE, sort_by="created_at desc"
         )
 
-    for one in pages(page, "pipeline_versions"):
-        if name in (one.display_name, one.name):
-            return str(one.pipeline_version_id)
+    for item in pages(page, "pipeline_versions"):
+        if name in (item.display_name, item.name):
+            return str(item.pipeline_version_id)
     return None

@@ -128,24 +128,24 @@ def read_workflow(manifest: Mapping[str, Any]) -> Workflow:
     prefix = f"{manifest['metadata']['name']}."
     titles = _titles(manifest)
     nodes_by_step: dict[str, list[Mapping[str, Any]]] = {}
-    steps: set[str] = set()
+    step_names: set[str] = set()
     for node in nodes.values():
         name = _step_name(node, prefix)
         if name is not None:
             nodes_by_step.setdefault(name, []).append(node)
             if _is_step(node) or name in titles:
-                steps.add(name)
-    found = [_step(name, group, manifest, titles) for name, group in nodes_by_step.items() if name in steps]
-    found.sort(key=lambda step: step.started or _LATEST)
-    names = {step.name for step in found}
-    found += [Step(name, title, "not started") for name, title in titles.items() if name not in names]
+                step_names.add(name)
+    steps = [_step(name, group, manifest, titles) for name, group in nodes_by_step.items() if name in step_names]
+    steps.sort(key=lambda step: step.started or _LATEST)
+    names = {step.name for step in steps}
+    steps += [Step(name, title, "not started") for name, title in titles.items() if name not in names]
     spec = manifest.get("spec") or {}
     stopped = spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
     if stopped:
-        found = [replace(step, state="stopped") if step.state == "failed" else step for step in found]
+        steps = [replace(step, state="stopped") if step.state == "failed" else step for step in steps]
     return Workflow(
         str(manifest["metadata"].get("namespace") or ""),
-        tuple(found),
+        tuple(steps),
         _message(nodes) or str((manifest.get("status") or {}).get("message") or ""),
         stopped,
     )

@@ -44,13 +44,13 @@ def find_run(connection: Connection, name: str) -> Any:
         known.append(run)
         if len(known) == _SEARCH_LIMIT:
             break
-    found = [run for run in known if run.display_name == name]
-    found = found or [run for run in known if str(run.run_id).startswith(name)]
-    if len(found) == 1:
-        return get_run(connection, found[0].run_id)
-    if found:
-        ids = ", ".join(run.run_id for run in found[:5])
-        raise UserError(f"run {name}: {len(found)} runs match; give the id of one: {ids}")
+    matches = [run for run in known if run.display_name == name]
+    matches = matches or [run for run in known if str(run.run_id).startswith(name)]
+    if len(matches) == 1:
+        return get_run(connection, matches[0].run_id)
+    if matches:
+        ids = ", ".join(run.run_id for run in matches[:5])
+        raise UserError(f"run {name}: {len(matches)} runs match; give the id of one: {ids}")
     raise UserError(
         f"run {name}: it does not exist at {connection.host}; give the name, the id or a prefix of the id of a run "
         "that `esvit runs` lists (`esvit status` and `esvit logs` show the runs of this machine's store)"
@@ -92,7 +92,7 @@ def retry(connection: Connection, run: Any) -> None:
 def command_for(connection: Connection, *words: str) -> str:
     """Return a command line for the same server, quoted for use in a shell."""
     server = connection.server
-    given = (
+    known_options = (
         ("--host", server.host, "KF_PIPELINES_ENDPOINT"),
         ("--namespace", server.namespace, "ESVIT_KFP_NAMESPACE"),
         ("--token-file", server.token_file, "KF_PIPELINES_SA_TOKEN_PATH"),
@@ -100,7 +100,7 @@ def command_for(connection: Connection, *words: str) -> str:
     )
     options = [
         word
-        for option, value, variable in given
+        for option, value, variable in known_options
         if value is not None and os.environ.get(variable) != str(value)
         for word in (option, str(value))
     ]
@@ -113,12 +113,12 @@ def runs(connection: Connection, experiment: str | None, number: int) -> list[An
     Args:
         experiment: id of the experiment; None: all experiments of the namespace.
     """
-    found = []
+    newest = []
     for run in _all_runs(connection, experiment, min(number, _PAGE)):
-        found.append(run)
-        if len(found) == number:
+        newest.append(run)
+        if len(newest) == number:
             break
-    return found
+    return newest
 
 
 def _all_runs(connection: Connection, experiment: str | None, size: int) -> Iterator[Any]:
@@ -134,7 +134,7 @@ def _all_runs(connection: Connection, experiment: str | None, size: int) -> Iter
     return pages(page, "runs")
 
 
-def show_runs(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
+def show_runs(connection: Connection, listed: Sequence[Any], as_json: bool) -> None:
     """Print the runs as a table or as JSON."""
     rows = [
         {
@@ -146,7 +146,7 @@ def show_runs(connection: Connection, found: Sequence[Any], as_json: bool) -> No
             "error": run.error.message if run.error else None,
             "link": connection.link("runs", run.run_id),
         }
-        for run in found
+        for run in listed
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -158,7 +158,7 @@ def show_runs(connection: Connection, found: Sequence[Any], as_json: bool) -> No
     from rich.table import Table
 
     table = Table("run", "state", "started", "duration", "link", box=None, pad_edge=False)
-    for row, run in zip(rows, found, strict=True):
+    for row, run in zip(rows, listed, strict=True):
         started = f"{run.created_at.astimezone():%Y-%m-%d %H:%M}" if run.created_at else ""
         took = "" if row["seconds"] is None else format_duration(row["seconds"])
         table.add_row(row["name"], row["state"], started, took, row["link"], style=_STYLES.get(run.state))

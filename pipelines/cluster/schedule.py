@@ -139,7 +139,7 @@ def create(
         UserError: the server does not permit, or does not store, the service account.
     """
     with explain_refused_account(connection, service_account):
-        made = connection.client.create_recurring_run(
+        created = connection.client.create_recurring_run(
             experiment_id=experiment,
             job_name=name,
             max_concurrency=1,
@@ -150,16 +150,16 @@ def create(
             **pipeline_reference(pipeline, version),
             **trigger,
         )
-    if service_account is not None and made.service_account != service_account:
-        connection.client.delete_recurring_run(made.recurring_run_id)
-        made = _create_without_version(connection, pipeline, made, service_account, version)
-    for one in replaced:
-        connection.client.delete_recurring_run(one.recurring_run_id)
-    return made
+    if service_account is not None and created.service_account != service_account:
+        connection.client.delete_recurring_run(created.recurring_run_id)
+        created = _create_without_version(connection, pipeline, created, service_account, version)
+    for schedule in replaced:
+        connection.client.delete_recurring_run(schedule.recurring_run_id)
+    return created
 
 
 def _create_without_version(
-    connection: Connection, pipeline: Package, made: Any, service_account: str, version: Registered | None
+    connection: Connection, pipeline: Package, lost: Any, service_account: str, version: Registered | None
 ) -> Any:
     """Recreate a schedule whose service account the server has not stored.
 
@@ -174,22 +174,22 @@ def _create_without_version(
 
     from esvit_pipelines.cluster.registration import register
 
-    name = str(made.display_name)
+    name = str(lost.display_name)
     if version is None:
         raise UserError(
             f"schedule {name}: {connection.host} does not store the service account {service_account} of a schedule "
-            f"with an inline pipeline (KFP 2.16.1 and older; its runs would use {made.service_account}); omit --inline, "
+            f"with an inline pipeline (KFP 2.16.1 and older; its runs would use {lost.service_account}); omit --inline, "
             "or give --service-account '' for the server's default"
         )
     alone = register(connection, pipeline, f"{pipeline.name}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}")
     body = kfp_server_api.V2beta1RecurringRun(
         display_name=name,
-        experiment_id=made.experiment_id,
-        mode=made.mode,
-        trigger=made.trigger,
-        runtime_config=made.runtime_config,
-        max_concurrency=made.max_concurrency,
-        no_catchup=made.no_catchup,
+        experiment_id=lost.experiment_id,
+        mode=lost.mode,
+        trigger=lost.trigger,
+        runtime_config=lost.runtime_config,
+        max_concurrency=lost.max_concurrency,
+        no_catchup=lost.no_catchup,
         service_account=service_account,
         pipeline_version_reference={"pipeline_id": alone.pipeline_id},
     )
@@ -204,28 +204,28 @@ def find(connection: Connection, name: str) -> Any:
         UserError: no schedule matches, or several do.
     """
     known = schedules(connection)
-    found = [one for one in known if one.display_name == name]
-    found = found or [one for one in known if one.recurring_run_id.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = ", ".join(one.recurring_run_id for one in found)
-        raise UserError(f"schedule {name}: {len(found)} schedules match; give the id of one: {ids}")
-    names = ", ".join(one.display_name for one in known) or "none"
+    matches = [schedule for schedule in known if schedule.display_name == name]
+    matches = matches or [schedule for schedule in known if schedule.recurring_run_id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = ", ".join(schedule.recurring_run_id for schedule in matches)
+        raise UserError(f"schedule {name}: {len(matches)} schedules match; give the id of one: {ids}")
+    names = ", ".join(schedule.display_name for schedule in known) or "none"
     raise UserError(f"schedule {name}: it does not exist at {connection.host}; expected one of: {names}")
 
 
-def show(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
+def show(connection: Connection, listed: Sequence[Any], as_json: bool) -> None:
     """Print schedules as a table or as JSON."""
     rows = [
         {
-            "id": one.recurring_run_id,
-            "name": one.display_name,
-            "state": str(one.status or "unknown").lower(),
-            "trigger": trigger_text(one),
-            "link": connection.link("recurringrun", one.recurring_run_id),
+            "id": schedule.recurring_run_id,
+            "name": schedule.display_name,
+            "state": str(schedule.status or "unknown").lower(),
+            "trigger": trigger_text(schedule),
+            "link": connection.link("recurringrun", schedule.recurring_run_id),
         }
-        for one in found
+        for schedule in listed
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -242,10 +242,10 @@ def show(connection: Connection, found: Sequence[Any], as_json: bool) -> None:
     Console(width=max(Console().width, table_width(table)), soft_wrap=True).print(table)
 
 
-def trigger_text(one: Any) -> str:
+def trigger_text(schedule: Any) -> str:
     """Describe what triggers the runs of a schedule."""
-    if one.trigger and one.trigger.cron_schedule:
-        return f"cron {one.trigger.cron_schedule.cron}"
-    if one.trigger and one.trigger.periodic_schedule:
-        return f"every {format_duration(float(one.trigger.periodic_schedule.interval_second))}"
+    if schedule.trigger and schedule.trigger.cron_schedule:
+        return f"cron {schedule.trigger.cron_schedule.cron}"
+    if schedule.trigger and schedule.trigger.periodic_schedule:
+        return f"every {format_duration(float(schedule.trigger.periodic_schedule.interval_second))}"
     return "never"

@@ -80,11 +80,11 @@ def read_log(connection: Connection, run_id: str, namespace: str, step: Step) ->
     sources += [(base, interface) for base in dict.fromkeys((connection.host, connection.ui)) if namespace]
     for base, path in sources:
         try:
-            found = parse_log(connection.request("GET", path, base=base).decode(errors="replace"))
+            log = parse_log(connection.request("GET", path, base=base).decode(errors="replace"))
         except kfp_server_api.ApiException:
             continue
-        if found is not None:
-            return found
+        if log is not None:
+            return log
     text = pod_log(namespace, step.pod) if namespace else None
     return None if text is None else parse_log(text)
 

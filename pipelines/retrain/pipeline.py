@@ -61,7 +61,7 @@ def build_retrain_pipeline(
             transfer: Additional labelled sets to evaluate on, separated by commas: digits=s3://my-bucket/digits. Empty
                 means those of the recipe, usually none.
         """
-        found = steps.add(
+        new_data = steps.add(
             find_new_data(
                 source=data, recipe=recipe, owner=owner, settings=settings, transfer=transfer, cluster=overrides
             ),
@@ -69,15 +69,15 @@ def build_retrain_pipeline(
             "prepare",
         )
         # kfp.local does not support conditions: there the other steps run too, and find their outputs.
-        with dsl.If(found.outputs["nothing"] == False, "new-images") if cluster else nullcontext():  # noqa: E712
-            _retrain(steps, found)
+        with dsl.If(new_data.outputs["nothing"] == False, "new-images") if cluster else nullcontext():  # noqa: E712
+            _retrain(steps, new_data)
 
     return retrain_pipeline
 
 
-def _retrain(steps: Steps, found: dsl.PipelineTask) -> None:
-    run = found.outputs["run_uri"]
-    prepared = steps.add(prepare_new_data(run_uri=run, found=found.outputs["found"]), "prepare new data", "prepare")
+def _retrain(steps: Steps, new_data: dsl.PipelineTask) -> None:
+    run = new_data.outputs["run_uri"]
+    prepared = steps.add(prepare_new_data(run_uri=run, found=new_data.outputs["found"]), "prepare new data", "prepare")
     sets = prepare_sets(steps, run)
     model = train(steps, run, prepared.outputs["dataset"], sets).outputs["model"]
     evaluations = evaluate(steps, run, prepared.outputs["dataset"], model, sets)
