@@ -40,6 +40,7 @@ from published_step import PublishedStep, load, published_objective
 from esvit_core.config import Config
 from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
+from esvit_core.losses.strategy import select_strategy
 from esvit_core.models.multicrop import NetworkOutput
 from esvit_core.runs.environment import TORCH_ENVIRONMENT
 from esvit_core.training.allocator import keep_freed_memory
@@ -136,7 +137,8 @@ def objective_of(who: str, config: Config, device: torch.device, reference: Path
         assert reference is not None
         published = published_objective(load(reference)[2], config).to(device)
         return lambda student, teacher, _: published(as_published(student), as_published(teacher), 0, None)
-    ours = Objective(config.objective, config.head.out_dim).to(device)
+    strategy = select_strategy(device, config.head.out_dim)
+    ours = Objective(config.objective, config.head.out_dim, strategy=strategy).to(device)
     return lambda *outputs: ours(*outputs).total
 
 

@@ -67,7 +67,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 class MatchedCrossEntropyTriton(torch.autograd.Function):
-    """Arguments as in :func:`~esvit_core.losses.cross_entropy.matched_cross_entropy`; the teacher is float32."""
+    """Arguments as in :class:`~esvit_core.losses.cross_entropy.MatchedCrossEntropy`; the teacher is float32."""
 
     @staticmethod
     def forward(

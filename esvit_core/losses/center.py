@@ -1,4 +1,4 @@
-"""The center of the teacher's logits: a moving average over the global batch (DINO, equation 4)."""
+"""Center of the teacher's logits: a moving average over the global batch (DINO, equation 4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esvit_core.collectives import collective
-from esvit_core.models.lazy_logits import LazyLogits
+from esvit_core.models.lazy_logits import Logits
 
 
 class Center(nn.Module):
@@ -20,32 +20,29 @@ class Center(nn.Module):
     def __init__(self, out_dim: int, momentum: float = 0.9, share: Fraction | None = None) -> None:
         """
         Args:
-            out_dim: K.
-            momentum: of the average.
-            share: of the global batch's rows those that this process brings; None: every process the same.
+            out_dim: number of prototypes K.
+            momentum: momentum of the average.
+            share: fraction of the global batch that this process provides; None: all processes provide the same.
         """
         super().__init__()
         self.momentum = momentum
         self.share = share
         self.register_buffer("value", torch.zeros(1, out_dim))
-        self._noted: tuple[Tensor, int] | None = None
+        self._pending: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
-    def update(self, teacher_logits: Tensor | LazyLogits, last: bool = True) -> None:
-        """Take in the logits of this process.
+    def update(self, teacher_logits: Logits, last: bool = True) -> None:
+        """Update the center with the logits of this process.
 
         Args:
             teacher_logits: (rows, K).
-            last: these complete the batch; False: they are added to those of the next call, and the center stays.
+            last: these logits complete the batch; False: they count with the next call, and the center does not change.
         """
-        if isinstance(teacher_logits, LazyLogits):
-            total = teacher_logits.sum(self.value.dtype)
-        else:
-            total = teacher_logits.sum(0, keepdim=True, dtype=self.value.dtype)
+        total = teacher_logits.sum(0, keepdim=True, dtype=self.value.dtype)
         rows = len(teacher_logits)
-        if self._noted is not None:
-            total, rows = total.add_(self._noted[0]), rows + self._noted[1]
-        self._noted = None if last else (total, rows)
+        if self._pending is not None:
+            total, rows = total.add_(self._pending[0]), rows + self._pending[1]
+        self._pending = None if last else (total, rows)
         if not last:
             return
         share = self.share

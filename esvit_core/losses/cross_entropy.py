@@ -1,67 +1,106 @@
 """Cross-entropy between student rows and the teacher rows matched to them, without K-wide intermediates.
 
-With probabilities ``p`` of the teacher, logits ``s`` of the student, ``m(r)`` the teacher rows matched to row ``r``:
+With probabilities ``p`` of the teacher, logits ``s`` of the student, and ``m(r)`` the teacher rows matched to row ``r``:
 
     sum_r  w_r  sum_{t in m(r)}  ( logsumexp(s_r / tau)  -  p_t . s_r / tau )
 
-which is the usual cross-entropy because each ``p_t`` sums to one. Rows are worked off in chunks that stay in the
-cache, and the softmax of a chunk serves loss and gradient at once: besides the gradient itself no tensor of
-(rows x K) is made, and the logits are not kept for the backward pass. On a GPU with Triton
-:mod:`esvit_core.kernels.cross_entropy_triton` takes over. :mod:`esvit_core.losses.reference` is the specification of both.
+which equals the usual cross-entropy because each ``p_t`` sums to one. Rows are processed in chunks that stay in the
+cache, and the softmax of a chunk serves loss and gradient at once: the gradient is the only (rows x K) tensor, and the
+logits are not saved for the backward pass. :mod:`esvit_core.losses.reference` is the specification, and
+:mod:`esvit_core.losses.strategy` selects among the implementations.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.kernels.chunked_softmax import rows_per_chunk, softmax_and_log_sum
+from esvit_core.kernels.chunked_softmax import rows_per_chunk, softmax_and_log_sum, teacher_distribution
+from esvit_core.models.lazy_logits import Logits
 
 
-def matched_cross_entropy(
-    student_logits: Tensor,
-    teacher_probabilities: Tensor,
-    matches: Sequence[Tensor],
-    weights: Tensor,
-    student_temp: float,
-) -> Tensor:
-    """Weighted sum of the cross-entropies of all matched rows.
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher's side of the loss.
+
+    Attributes:
+        logits: (2 * B * T, K), ordered by crop, image, region.
+        center: (1, K).
+        temp: tau_t.
+    """
+
+    logits: Logits
+    center: Tensor
+    temp: float
+
+    def dense_distributions(self) -> Tensor:
+        """Return the distributions of all rows, (2 * B * T, K)."""
+        assert isinstance(self.logits, Tensor)
+        return teacher_distribution(self.logits, self.center, self.temp)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The teacher rows that each student row is compared with; rows of both are ordered by crop, image, region.
+
+    Attributes:
+        matches: for consecutive groups of student rows their teacher rows, (rows of the group, Q of the group). A group
+            holds one or more whole crops, and a match belongs to the same image.
+        weights: weight of each student row, (R,).
+        rows_per_crop: number of student rows in each crop.
+        images: number of images B.
+    """
+
+    matches: Sequence[Tensor]
+    weights: Tensor
+    rows_per_crop: Sequence[int]
+    images: int
+
+    def matches_by_crop(self) -> list[Tensor]:
+        """Return the matches with one group per crop."""
+        sizes, groups = iter(self.rows_per_crop), []
+        for group in self.matches:
+            while len(group):
+                size = next(sizes)
+                groups.append(group[:size])
+                group = group[size:]
+        return groups
+
+
+def chunked_cross_entropy(student_logits: Logits, teacher: Teacher, pairs: Pairs, student_temp: float) -> Tensor:
+    """Compute the weighted sum of the cross-entropies of all pairs in torch, a chunk of rows at a time.
 
     Args:
-        student_logits: (R, K), any floating dtype; computed in float32 (float64 stays).
-        teacher_probabilities: (T, K), each row a distribution; takes no gradient.
-        matches: for consecutive groups of student rows the teacher rows of each, (rows of the group, Q of the group).
-        weights: factor of each student row, (R,).
-        student_temp: temperature of the student.
+        student_logits: (R, K), any floating dtype; computed in float32 (or float64 for a float64 center).
+        teacher: logits, center and temperature of the teacher; it gets no gradient.
+        pairs: matches and weights.
+        student_temp: tau_s.
 
     Returns:
         Scalar.
     """
-    function: type[torch.autograd.Function] = _MatchedCrossEntropy
-    if student_logits.is_cuda and teacher_probabilities.dtype == torch.float32 and has_triton():
-        from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton as function  # noqa: N813
-    return function.apply(student_logits, teacher_probabilities, weights, student_temp, *matches)
+    return MatchedCrossEntropy.apply(
+        student_logits, teacher.dense_distributions(), pairs.weights, student_temp, *pairs.matches
+    )
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether there is Triton, the compiler of the GPU's form of this module, and the C compiler that it needs.
+def triton_cross_entropy(student_logits: Logits, teacher: Teacher, pairs: Pairs, student_temp: float) -> Tensor:
+    """Compute the same as :func:`chunked_cross_entropy` in fused Triton kernels; float32 centers only."""
+    from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton
 
-    Triton builds its access to the driver from C at its first kernel, and an image may have no compiler.
-    """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return importlib.util.find_spec("triton") is not None and bool(compiler)
+    return MatchedCrossEntropyTriton.apply(
+        student_logits, teacher.dense_distributions(), pairs.weights, student_temp, *pairs.matches
+    )
 
 
-class _MatchedCrossEntropy(torch.autograd.Function):
+class MatchedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of student logits (R, K) with matched teacher distributions (T, K), chunk by chunk."""
+
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, student_temp: float, *matches: Tensor
@@ -85,13 +124,13 @@ class _MatchedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        if outer.is_cuda or outer != 1:  # a GPU is not asked for the value: that would wait for it
+        if outer.is_cuda or outer != 1:  # on a GPU the comparison would synchronize
             gradient = gradient * outer
         return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
 
 def _chunks(matches: Sequence[Tensor], student: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of student rows with their matches, a few rows at a time."""
+    """Yield slices of a few student rows with their matches."""
     start = 0
     for group in matches:
         for matched in group.split(rows_per_chunk(student)):
@@ -100,7 +139,7 @@ def _chunks(matches: Sequence[Tensor], student: Tensor) -> Iterator[tuple[slice,
 
 
 def _targets(teacher: Tensor, matched: Tensor) -> Tensor:
-    """Sum of the teacher rows matched to each student row, (r, K)."""
+    """Return the sum of the teacher rows matched to each student row, (r, K)."""
     if matched.shape[1] == 1:
         return teacher.index_select(0, matched[:, 0])
     return F.embedding_bag(matched, teacher, mode="sum")

@@ -1,4 +1,4 @@
-"""The whole objective (EsViT, equation 3): half the view task, half the region task, and the centers."""
+"""Objective (EsViT, equation 3): half the view task, half the region task, and the centers."""
 
 from __future__ import annotations
 
@@ -12,41 +12,50 @@ from torch import Tensor, nn
 from esvit_core.config import ObjectiveConfig
 from esvit_core.losses.center import Center
 from esvit_core.losses.region import region_loss
+from esvit_core.losses.strategy import CHUNKED, LossStrategy
 from esvit_core.losses.view import view_loss
 from esvit_core.models.multicrop import NetworkOutput
 
 
 class ObjectiveTerms(NamedTuple):
-    """``total`` takes the gradient; ``view`` and ``region`` are the two tasks' own losses, for the log."""
+    """``total`` has the gradient; ``view`` and ``region`` are the losses of the two tasks, for the log."""
 
     total: Tensor
     view: Tensor
     region: Tensor | None
 
     def plus(self, other: ObjectiveTerms | None) -> ObjectiveTerms:
-        """Their sums, without gradient; of None: these."""
+        """Add the terms of ``other``, without gradient; None adds nothing."""
         if other is None:
             return ObjectiveTerms(self.total.detach(), self.view, self.region)
         region = None if self.region is None or other.region is None else self.region + other.region
         return ObjectiveTerms(self.total.detach() + other.total, self.view + other.view, region)
 
     def times(self, weight: float) -> ObjectiveTerms:
-        """Each of them times ``weight``."""
+        """Multiply each term by ``weight``."""
         region = None if self.region is None else self.region * weight
         return ObjectiveTerms(self.total * weight, self.view * weight, region)
 
 
 class Objective(nn.Module):
-    """Loss of a step; afterwards the centers have taken in the teacher's logits.
+    """Loss of a step; computing it also updates the centers with the teacher's logits.
 
     Args:
         config: the ``objective`` section.
         out_dim: number of prototypes K.
-        share: of the global batch that this process sees; None: every process sees the same.
+        share: fraction of the global batch that this process sees; None: all processes see the same.
+        strategy: implementation of the cross-entropy.
     """
 
-    def __init__(self, config: ObjectiveConfig, out_dim: int, share: Fraction | None = None) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        out_dim: int,
+        share: Fraction | None = None,
+        strategy: LossStrategy = CHUNKED,
+    ) -> None:
         super().__init__()
+        self.strategy = strategy
         self.student_temp = config.student_temp
         self.center_view = Center(out_dim, config.center_momentum, share)
         self.center_region = Center(out_dim, config.center_momentum, share) if config.region else None
@@ -65,14 +74,14 @@ class Objective(nn.Module):
             student: output for V crops, the two global crops first.
             teacher: output for the two global crops.
             teacher_temp: tau_t of this epoch.
-            mix: see :func:`~esvit_core.losses.view.view_loss`; view-only runs.
-            last: False: more micro-batches of this step follow, and the centers wait for them.
+            mix: see :func:`~esvit_core.losses.view.view_loss`; only in view-only runs.
+            last: False: more micro-batches of this step follow; the centers are updated with the last one.
 
         Returns:
-            Means over the images given.
+            The means over the given images.
         """
         if mix is not None and self.center_region is not None:
-            raise ValueError("mixup and CutMix go with the view task only: regions of mixed images have no match")
+            raise ValueError("mixup and CutMix support the view task only: regions of mixed images have no match")
         share = 1.0 if self.center_region is None else 0.5
         with torch.autocast(student.view_logits.device.type, enabled=False):
             view = view_loss(
@@ -84,6 +93,7 @@ class Objective(nn.Module):
                 len(student.regions_per_crop),
                 mix,
                 share,
+                self.strategy,
             )
             region = None if self.center_region is None else self._region(student, teacher, teacher_temp, share)
             self.center_view.update(teacher.view_logits, last)
@@ -109,4 +119,5 @@ class Objective(nn.Module):
             student.regions_per_crop,
             teacher.regions_per_crop[0],
             weight,
+            self.strategy,
         )

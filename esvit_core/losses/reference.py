@@ -1,7 +1,7 @@
-"""The objective as the paper writes it: the specification that the fast form is tested against.
+"""Reference implementation of the objective, which the fast implementations are tested against.
 
-Nothing trains with this module. It loops over the pairs of crops, recomputes each softmax, and gathers whole
-distributions, so that each line is a line of section 3.
+Training does not use this module. It loops over the pairs of crops, recomputes each softmax, and gathers whole
+distributions, so that each line corresponds to a line of section 3.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def plain_view_loss(
     n_crops: int,
     mix: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Equation 1: arguments as :func:`esvit_core.losses.view.view_loss`."""
+    """Compute equation 1; arguments as in :func:`esvit_core.losses.view.view_loss`."""
     students = (student_logits / student_temp).chunk(n_crops)  # each (B, K)
     teachers = F.softmax((teacher_logits - center) / teacher_temp, -1).detach().chunk(2)  # each (B, K)
     terms = []
@@ -49,7 +49,7 @@ def plain_region_loss(
     student_regions: Sequence[int],
     teacher_regions: int,
 ) -> Tensor:
-    """Equation 2: arguments as :func:`esvit_core.losses.region.region_loss`."""
+    """Compute equation 2; arguments as in :func:`esvit_core.losses.region.region_loss`."""
     B = len(teacher_logits) // (2 * teacher_regions)
     rows = [B * n for n in student_regions]
     students = (student_logits / student_temp).split(rows)

@@ -1,4 +1,4 @@
-"""The region-level task (EsViT, equation 2): each region predicts its best match in the other crop."""
+"""Region-level task (EsViT, equation 2): each region predicts its best match in the other crop."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit_core.kernels.chunked_softmax import teacher_distribution
-from esvit_core.losses.blockwise import Logits, Teacher, blockwise_cross_entropy
-from esvit_core.losses.cross_entropy import matched_cross_entropy
-from esvit_core.models.lazy_logits import LazyLogits, are_many
+from esvit_core.losses.cross_entropy import Pairs, Teacher
+from esvit_core.losses.strategy import CHUNKED, LossStrategy
+from esvit_core.models.lazy_logits import Logits
 
 
 def match_regions(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """For each region of the student the most similar one of the teacher, by cosine of backbone features.
+    """Find for each student region the most similar teacher region, by cosine of backbone features.
 
     Args:
         student_features: (B, N, D).
@@ -39,11 +38,12 @@ def region_loss(
     student_regions: Sequence[int],
     teacher_regions: int,
     weight: float = 1.0,
+    strategy: LossStrategy = CHUNKED,
 ) -> Tensor:
-    """Cross-entropy of each student region with its match, averaged over regions, pairs of crops and images.
+    """Compute the cross-entropy of each student region with its match, averaged over regions, crop pairs and images.
 
     Args:
-        student_logits: (sum of B * N_v, K), crop by crop, image by image, region by region.
+        student_logits: (sum of B * N_v, K), ordered by crop, image, region.
         teacher_logits: (2 * B * T, K) of the global crops.
         student_features: (sum of B * N_v, D), backbone regions in the same order.
         teacher_features: (2 * B * T, D).
@@ -53,30 +53,27 @@ def region_loss(
         student_regions: regions N_v of each crop; crops may differ in size.
         teacher_regions: regions T of a global crop.
         weight: factor of the loss, see :func:`~esvit_core.losses.view.view_loss`.
+        strategy: implementation of the cross-entropy.
 
     Returns:
         Scalar.
     """
     B = len(teacher_logits) // (2 * teacher_regions)
-    pairs = 2 * (len(student_regions) - 1)
+    crop_pairs = 2 * (len(student_regions) - 1)
     matches = match_crops(student_features, teacher_features, student_regions, teacher_regions)
-    weights = torch.cat([center.new_full((B * n,), weight / (pairs * B * n)) for n in student_regions])
-    if isinstance(student_logits, LazyLogits) or are_many(student_logits, student_logits.shape[1]):
-        teacher = Teacher(teacher_logits, center, teacher_temp)
-        return blockwise_cross_entropy(student_logits, teacher, matches, weights, student_temp, B)
-    assert isinstance(teacher_logits, Tensor)
-    targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (2 * B * T, K)
-    return matched_cross_entropy(student_logits, targets, matches, weights, student_temp)
+    weights = torch.cat([center.new_full((B * n,), weight / (crop_pairs * B * n)) for n in student_regions])
+    pairs = Pairs(matches, weights, [B * n for n in student_regions], B)
+    return strategy.cross_entropy(student_logits, Teacher(teacher_logits, center, teacher_temp), pairs, student_temp)
 
 
 @torch.no_grad()
 def match_crops(
     student_features: Tensor, teacher_features: Tensor, student_regions: Sequence[int], teacher_regions: int
 ) -> list[Tensor]:
-    """Rows of the teacher matched to each row of the student.
+    """Find the teacher rows matched to each student row.
 
     Returns:
-        For each crop (B * N_v, Q): Q is 1 for a global crop, which has one counterpart, and 2 for a local one.
+        For each crop (B * N_v, Q): Q is 1 for a global crop, which has one counterpart, and 2 for a local crop.
     """
     B = len(teacher_features) // (2 * teacher_regions)
     wide = torch.promote_types(teacher_features.dtype, torch.float32)

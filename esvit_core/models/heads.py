@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from esvit_core.models.lazy_logits import WEIGHT_ROWS, LazyLogits, are_many
+from esvit_core.models.lazy_logits import WEIGHT_CHUNK_ROWS, LazyLogits, Logits
 from esvit_core.torch_private import weight_norm
 
 
 class Prototypes(nn.Module):
-    """Linear layer without bias whose weight rows are ``weight_g * weight_v / |weight_v|``."""
+    """Linear layer without bias whose weight rows are ``weight_g * weight_v / |weight_v|``.
+
+    Attributes:
+        lazy: return :class:`~esvit_core.models.lazy_logits.LazyLogits` instead of a tensor.
+    """
+
+    lazy = False
 
     def __init__(self, in_dim: int, out_dim: int, norm_last_layer: bool = False) -> None:
         super().__init__()
@@ -24,9 +30,9 @@ class Prototypes(nn.Module):
         """Return the prototypes, (K, in_dim)."""
         return weight_norm(self.weight_v, self.weight_g)
 
-    def forward(self, x: Tensor) -> Tensor | LazyLogits:
+    def forward(self, x: Tensor) -> Logits:
         """Map embeddings (rows, in_dim) to logits (rows, K)."""
-        if not are_many(x, len(self.weight_v)):
+        if not self.lazy:
             return F.linear(x, self.weight())
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         # With a gradient the weight keeps its dtype, because the gradients of many rows are summed in it.
@@ -37,7 +43,7 @@ class Prototypes(nn.Module):
     def _cast_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the prototypes in ``dtype`` without a float32 copy of all of them."""
         out = torch.empty_like(self.weight_v, dtype=dtype)
-        for part, v, g in zip(*(t.split(WEIGHT_ROWS) for t in (out, self.weight_v, self.weight_g)), strict=True):
+        for part, v, g in zip(*(t.split(WEIGHT_CHUNK_ROWS) for t in (out, self.weight_v, self.weight_g)), strict=True):
             part.copy_(weight_norm(v, g))
         return out
 
@@ -77,6 +83,6 @@ class ProjectionHead(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor | LazyLogits:
-        """Map features (rows, in_dim) to logits (rows, K); with many prototypes the logits are lazy."""
+    def forward(self, x: Tensor) -> Logits:
+        """Map features (rows, in_dim) to logits (rows, K)."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))

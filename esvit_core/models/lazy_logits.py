@@ -1,28 +1,30 @@
-"""Logits of many prototypes that are computed where they are needed, and nowhere stored.
+"""Lazy logits: logits of many prototypes that are computed where they are used and never stored as a whole.
 
-With K = 65,536 a row of float32 logits takes 256 kB, and an image of the published recipe has 280 of them, student and
-teacher together. Its embedding, from which a matrix product makes the row, takes one kB.
+With K = 65,536 a row of float32 logits takes 256 kB, and an image of the published recipe has 280 rows, student and
+teacher together. The embedding from which a matrix product computes the row takes 1 kB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from esvit_core.kernels.onednn_linear import linear
 
-WEIGHT_ROWS = 2048  # prototypes that are converted at a time: 2 MB of float32 stay in the cache
-FEWEST_PROTOTYPES = 16384  # from this K on, on a processor; with fewer the logits are small and are simply there
+WEIGHT_CHUNK_ROWS = 2048  # prototypes that are converted at a time: 2 MB of float32 stay in the cache
+MIN_LAZY_PROTOTYPES = 16384  # from this K on a CPU uses lazy logits; with fewer prototypes stored logits are small
 
 
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
-    """The product ``embeddings @ weight.T`` (rows, K), in place of a tensor.
+    """The product ``embeddings @ weight.T`` (rows, K), with the part of a tensor's interface that the training uses.
 
     Attributes:
-        embeddings: (rows, D), in the dtype that the product is computed in.
+        embeddings: (rows, D), in the dtype of the product.
         weight: the prototypes, (K, D).
     """
 
@@ -41,27 +43,38 @@ class LazyLogits:
     def device(self) -> torch.device:
         return self.embeddings.device
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.embeddings.requires_grad
+
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        """The logits of some rows."""
+        """Compute the logits of some rows."""
         return linear(self.embeddings[rows], self.weight.to(self.dtype))
 
-    def converted(self) -> LazyLogits:
-        """The same, with the prototypes in the dtype of the products: what takes longer than the product of few rows."""
-        return LazyLogits(self.embeddings, self.weight.detach().to(self.dtype))
+    def detach(self) -> LazyLogits:
+        """Return the logits without gradient; the weight is converted once, which takes longer than a few rows."""
+        return LazyLogits(self.embeddings.detach(), self.weight.detach().to(self.dtype))
 
-    def sum(self, dtype: torch.dtype) -> Tensor:
-        """Sum over the rows, (1, K): the product of the sum."""
-        total = self.embeddings.sum(0, keepdim=True, dtype=dtype)
-        return torch.cat([total @ part.to(dtype).T for part in self.weight.split(WEIGHT_ROWS)], -1)
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """Register a hook for the gradient of the embeddings, which replaces that of the logits."""
+        return self.embeddings.register_hook(hook)
 
-    def dense(self) -> Tensor:
-        """All of them, as a tensor."""
+    def sum(self, dim: Literal[0], *, keepdim: Literal[True], dtype: torch.dtype) -> Tensor:
+        """Sum over the rows, (1, K): the product of the summed embeddings."""
+        total = self.embeddings.sum(dim, keepdim=keepdim, dtype=dtype)
+        return torch.cat([total @ part.to(dtype).T for part in self.weight.split(WEIGHT_CHUNK_ROWS)], -1)
+
+    def materialize(self) -> Tensor:
+        """Compute all logits, (rows, K)."""
         return self[slice(None)]
 
 
-def are_many(rows: Tensor, prototypes: int) -> bool:
-    """Whether the logits of ``prototypes`` are to be computed where they are needed. A GPU has kernels of its own."""
-    return rows.device.type == "cpu" and prototypes >= FEWEST_PROTOTYPES
+Logits = Tensor | LazyLogits
+
+
+def materialize(logits: Logits) -> Tensor:
+    """Return the logits as a tensor, (rows, K)."""
+    return logits.materialize() if isinstance(logits, LazyLogits) else logits

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from esvit_core.config import Config
 from esvit_core.models.factory import create_backbone
 from esvit_core.models.heads import ProjectionHead
-from esvit_core.models.lazy_logits import LazyLogits
+from esvit_core.models.lazy_logits import Logits
 from esvit_core.models.timm_backbone import TimmBackbone
 
 
 class NetworkOutput(NamedTuple):
     """Output for V crops of B images; rows are ordered by crop, then image, then region."""
 
-    view_logits: Tensor | LazyLogits  # (V * B, K)
-    region_logits: Tensor | LazyLogits | None  # (sum of B * N, K)
+    view_logits: Logits  # (V * B, K)
+    region_logits: Logits | None  # (sum of B * N, K)
     region_features: Tensor | None  # (sum of B * N, D)
     regions_per_crop: list[int]  # N for each crop
     view_features: Tensor | None = None  # (V * B, D)
@@ -33,6 +33,12 @@ class MultiCropNetwork(nn.Module):
         self.backbone: Any = backbone
         self.head = head
         self.head_dense = head_dense
+
+    def set_lazy_logits(self, enable: bool = True) -> None:
+        """Let the projection heads return lazy logits, see :mod:`esvit_core.models.lazy_logits`."""
+        for head in (self.head, self.head_dense):
+            if isinstance(head, ProjectionHead):
+                head.last_layer.lazy = enable
 
     def forward(self, crops: list[Tensor]) -> NetworkOutput:
         """Map crops (B, 3, S, S) to logits and features; consecutive crops of equal size share one pass."""

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_core.config import Config
-from esvit_core.losses.blockwise import ROWS_OF_PRODUCTS
-from esvit_core.models.lazy_logits import LazyLogits
+from esvit_core.losses.blockwise import LAZY_BLOCK_ROWS
+from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
 from esvit_core.planning.fake_network import fake_crops, fake_network, require_crop_sizes
 
@@ -67,6 +67,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     """
     with fake_network(config) as student:
         require_crop_sizes(student, config)
+        student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
         kinds = (config.augment.global_crops, *config.augment.local_kinds)
         sizes = [kind.size for kind in kinds for _ in range(kind.number)]
         forward = _count(lambda: student(fake_crops(2, sizes)))
@@ -176,7 +177,7 @@ def _objective_bytes(
     K, width = config.head.out_dim, dtype.itemsize
     if device_type == "cpu" and isinstance(output.view_logits, LazyLogits):
         # Logits of a few images, the gradient of a head's prototypes, and a product to add to it.
-        few = max(1, ROWS_OF_PRODUCTS // student)
+        few = max(1, LAZY_BLOCK_ROWS // student)
         return (few * (student * width + teacher * 4) + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
     dense = not isinstance(output.view_logits, LazyLogits)  # in which case the student's logits are counted already
     return 0.0, (student * width * (1 if dense else 2) + teacher * (width + 4)) * float(K)

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esvit_core.kernels.chunked_softmax import rows_per_chunk, softmax_and_log_sum
-from esvit_core.losses.blockwise import Logits
 from esvit_core.losses.objective import Objective
 from esvit_core.losses.region import match_crops
-from esvit_core.models.lazy_logits import LazyLogits
+from esvit_core.models.lazy_logits import Logits
 from esvit_core.models.multicrop import NetworkOutput
 
 SAMPLED_ROWS = 256  # views or regions per process: a mean over all of them would take as long as a step
@@ -188,8 +187,7 @@ def _task(
     mean, chosen = torch.zeros_like(center[0]), torch.zeros_like(center[0])
     entropy, divergence = center.new_zeros(1), center.new_zeros(1)
     stride = _stride(len(match), regions)
-    if isinstance(student_logits, LazyLogits):
-        student_logits = student_logits.converted()
+    student_logits = student_logits.detach()
     for rows in _blocks(len(match), regions, len(mean), match.device):
         teacher = teacher_logits[rows]  # once: computing lazy logits takes as long as the rest
         _mark_first_choices(chosen, teacher, center)

@@ -273,7 +273,8 @@ def _print_description(state: TrainState) -> None:
         f"train: {config.model.arch}, {parameters / 1e6:.1f} M parameters with heads, {tasks}; "
         f"{len(state.loader.dataset):,} images, {config.training.epochs} epochs of {state.loader.steps_per_epoch} "
         f"steps of {config.training.batch_size}; {world.size} {processes} on {world.device.type}, "
-        f"{torch.get_num_threads()} threads each, {state.precision.name} ({state.precision.reason})",
+        f"{torch.get_num_threads()} threads each, {state.precision.name} ({state.precision.reason}); "
+        f"objective: {state.objective.strategy.name}",
         flush=True,
     )
 

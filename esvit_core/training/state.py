@@ -17,6 +17,7 @@ from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.kernels.choose import select_kernels_
 from esvit_core.losses.objective import Objective
+from esvit_core.losses.strategy import select_strategy
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.runs.run import Run
@@ -134,11 +135,13 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
     synchronize_batch_norms_(student, world)
     synchronize_batch_norms_(teacher, world)
-    objective = Objective(config.objective, config.head.out_dim, Fraction(share.stop - share.start, batch_size))
-    objective.to(world.device)
+    strategy = select_strategy(world.device, config.head.out_dim)
+    process_share = Fraction(share.stop - share.start, batch_size)
+    objective = Objective(config.objective, config.head.out_dim, process_share, strategy).to(world.device)
     precision = choose_precision(config.training.precision, world.device)
     for network in (student, teacher):
         select_kernels_(network, precision.dtype, world.device)
+        network.set_lazy_logits(strategy.lazy_logits)
     optimizer, progress = build_optimizer(student, config), Progress()
     networks = [student, teacher, objective]
     return TrainState(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 TEACHER, BACKBONE, HEADS, OBJECTIVE = "teacher forward", "backbone forward", "heads forward", "objective forward"
 OBJECTIVE_BACK, HEADS_BACK, BACKBONE_BACK = "objective backward", "heads backward", "backbone backward"
@@ -91,8 +91,8 @@ class StepTimer:
             (HEADS_BACK, (output.view_features, output.region_features)),
         )
         for part, tensors in divided:
-            for tensor in (getattr(t, "embeddings", t) for t in tensors):  # lazy logits are computed in the objective
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
                     tensor.register_hook(lambda _, part=part: self._mark(part))
 
     def _mark(self, part: str) -> None:

@@ -1,4 +1,4 @@
-"""Logits that are never stored: the same loss and the same gradients as of logits that are, and little memory."""
+"""Lazy logits: the same loss and gradients as with stored logits, in little memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esvit_core.config import Config, ObjectiveConfig
+from esvit_core.kernels.fused_softmax import TORCH_KERNELS, select_softmax_kernels
 from esvit_core.losses import Objective, blockwise, region_loss, view_loss
 from esvit_core.losses.reference import plain_region_loss, plain_view_loss
-from esvit_core.models import lazy_logits
+from esvit_core.losses.strategy import BLOCKWISE, CHUNKED, LossStrategy
 from esvit_core.models.lazy_logits import LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.training.diagnostics import BatchStatistics
 
+LAZY = BLOCKWISE[select_softmax_kernels()]
 D, TEMPS = 6, {"student_temp": 0.1, "teacher_temp": 0.05}
 
 
@@ -28,7 +30,7 @@ D, TEMPS = 6, {"student_temp": 0.1, "teacher_temp": 0.05}
     rows_per_block=st.sampled_from([1, 12, 256]),
     seed=st.integers(0, 2**31),
 )
-def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_block, seed) -> None:
+def test_losses_of_lazy_logits_equal_the_plain_formula(B, K, regions, T, rows_per_block, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -50,10 +52,11 @@ def test_losses_of_products_equal_the_plain_formula(B, K, regions, T, rows_per_b
         for loss in (ours, plain):
             leaves = [tensor.clone().requires_grad_() for tensor in student]
             logits = LazyLogits(*leaves)
-            given = (logits, teacher) if loss is ours else (logits.dense(), teacher.dense())
+            given = (logits, teacher) if loss is ours else (logits.materialize(), teacher.materialize())
+            strategy = {"strategy": BLOCKWISE[TORCH_KERNELS]} if loss is ours else {}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(blockwise, "ROWS_OF_PRODUCTS", rows_per_block)
-                value = loss(*given, center=center, **TEMPS, **others)
+                patch.setattr(blockwise, "LAZY_BLOCK_ROWS", rows_per_block)
+                value = loss(*given, center=center, **TEMPS, **others, **strategy)
             (3 * value).backward()
             results.append((value.detach(), *(leaf.grad for leaf in leaves)))
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
@@ -85,28 +88,30 @@ def crops() -> list[torch.Tensor]:
     return [torch.randn(B, 3, size, size, generator=generator) for size in (32, 32, 16, 16)]
 
 
-def step(networks: list[MultiCropNetwork], fewest: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Loss, center, diagnostics and gradients of a step, with logits stored up to ``fewest`` prototypes."""
+def step(
+    networks: list[MultiCropNetwork], strategy: LossStrategy, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Loss, center, diagnostics and gradients of a step."""
     student, teacher = networks
     student.zero_grad()
-    objective = Objective(ObjectiveConfig(), 600)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazy_logits, "FEWEST_PROTOTYPES", fewest)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            with torch.no_grad():
-                theirs = teacher(crops()[:2])
-            ours = student(crops())
-        total = objective(ours, theirs, 0.04).total
-        total.backward()
-        assert isinstance(ours.region_logits, LazyLogits) == (fewest <= 600)
-        statistics = BatchStatistics(ours, theirs, objective, 0.04)
+    objective = Objective(ObjectiveConfig(), 600, strategy=strategy)
+    for network in networks:
+        network.set_lazy_logits(strategy.lazy_logits)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            theirs = teacher(crops()[:2])
+        ours = student(crops())
+    total = objective(ours, theirs, 0.04).total
+    total.backward()
+    assert isinstance(ours.region_logits, LazyLogits) == strategy.lazy_logits
+    statistics = BatchStatistics(ours, theirs, objective, 0.04)
     figures = {name: torch.tensor(float(x)) for name, x in statistics.diagnostics().figures().items()}
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return {"loss": total.detach(), "center": objective.center_region.value} | figures | gradients
 
 
-def test_a_network_learns_the_same_whether_its_logits_are_stored_or_not(networks: list[MultiCropNetwork]) -> None:
-    stored, made = step(networks, 1 << 20), step(networks, 600)
+def test_a_network_learns_the_same_with_stored_and_lazy_logits(networks: list[MultiCropNetwork]) -> None:
+    stored, made = step(networks, CHUNKED), step(networks, LAZY)
     assert stored.keys() == made.keys()
     for name, value in stored.items():
         scale = value.abs().max().item()
@@ -114,7 +119,7 @@ def test_a_network_learns_the_same_whether_its_logits_are_stored_or_not(networks
 
 
 def test_in_bfloat16_they_agree_within_its_rounding(networks: list[MultiCropNetwork]) -> None:
-    precise, made = step(networks, 1 << 20), step(networks, 600, torch.bfloat16)
+    precise, made = step(networks, CHUNKED), step(networks, LAZY, torch.bfloat16)
     assert made["loss"].dtype == torch.float32
     assert made["loss"].item() == pytest.approx(precise["loss"].item(), rel=5e-3)
     name = "head_dense.last_layer.weight_v"
@@ -123,7 +128,7 @@ def test_in_bfloat16_they_agree_within_its_rounding(networks: list[MultiCropNetw
 
 
 class Largest(TorchDispatchMode):
-    """How many values the largest tensor has that is made meanwhile, of those as wide as there are prototypes."""
+    """Record the size of the largest K-wide tensor that is created."""
 
     values = 0
 
@@ -137,13 +142,14 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_holds_the_logits_of_all_images(
     networks: list[MultiCropNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "ROWS_OF_PRODUCTS", 1)
-    monkeypatch.setattr(lazy_logits, "FEWEST_PROTOTYPES", 600)
+    monkeypatch.setattr(blockwise, "LAZY_BLOCK_ROWS", 1)
     student, teacher = networks
+    for network in networks:
+        network.set_lazy_logits()
     with torch.no_grad():
         theirs = teacher(crops()[:2])
     ours = student(crops())
     of_one_image = 600 * sum(ours.regions_per_crop)
     with Largest() as largest:
-        Objective(ObjectiveConfig(), 600)(ours, theirs, 0.04).total.backward()
+        Objective(ObjectiveConfig(), 600, strategy=LAZY)(ours, theirs, 0.04).total.backward()
     assert 0 < largest.values <= of_one_image < ours.region_logits.shape[0] * 600

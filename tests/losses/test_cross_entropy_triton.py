@@ -1,4 +1,4 @@
-"""The GPU kernels of the objective, run by Triton's interpreter on a CPU, against the form for processors."""
+"""The Triton kernels of the objective, run by Triton's interpreter on a CPU, agree with the torch implementation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.losses import cross_entropy
+from esvit_core.losses import cross_entropy, strategy
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
-    pytest.skip("compiled here, not interpreted; tests/losses/test_objective.py runs it", allow_module_level=True)
+    pytest.skip("compiled here, not interpreted", allow_module_level=True)
 
 from esvit_core.kernels import cross_entropy_triton as kernels
 
@@ -23,7 +23,7 @@ from esvit_core.kernels import cross_entropy_triton as kernels
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-def test_kernels_equal_the_form_for_processors(K, groups, dtype, seed) -> None:
+def test_kernels_agree_with_torch(K, groups, dtype, seed) -> None:
     """``groups``: rows and matches of each, which differ from group to group as those of crops do."""
     generator = torch.Generator().manual_seed(seed)
     rows = sum(count for count, _ in groups)
@@ -32,7 +32,7 @@ def test_kernels_equal_the_form_for_processors(K, groups, dtype, seed) -> None:
     weights = torch.rand(rows, generator=generator)
     matches = [torch.randint(4, group, generator=generator) for group in groups]
     results = []
-    for function in (kernels.MatchedCrossEntropyTriton, cross_entropy._MatchedCrossEntropy):
+    for function in (kernels.MatchedCrossEntropyTriton, cross_entropy.MatchedCrossEntropy):
         logits = student.clone().requires_grad_()
         loss = function.apply(logits, teacher, weights, 0.1, *matches)
         (3 * loss).backward()
@@ -44,7 +44,7 @@ def test_kernels_equal_the_form_for_processors(K, groups, dtype, seed) -> None:
     )
 
 
-def test_many_columns_are_worked_off_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_columns_are_processed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK", 16)
     student = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
     teacher, weights = torch.full((1, 50), 1 / 50), torch.ones(3)
@@ -60,10 +60,10 @@ def test_a_large_logit_does_not_overflow() -> None:
     assert loss.item() == 1000.0
 
 
-def test_without_a_c_compiler_the_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_c_compiler_triton_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the container images: Triton would fail at its first kernel."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert not cross_entropy.has_triton.__wrapped__()
+    assert not strategy.has_triton.__wrapped__()
     monkeypatch.setenv("CC", "/opt/cc")
-    assert cross_entropy.has_triton.__wrapped__()
+    assert strategy.has_triton.__wrapped__()

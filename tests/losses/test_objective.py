@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from esvit_core.config import ObjectiveConfig
 from esvit_core.kernels import chunked_softmax
+from esvit_core.kernels.fused_softmax import TORCH_KERNELS
 from esvit_core.losses import Objective, region_loss, view_loss
 from esvit_core.losses.reference import plain_region_loss, plain_view_loss
 from esvit_core.losses.region import match_regions
-from esvit_core.models import NetworkOutput, lazy_logits
+from esvit_core.losses.strategy import BLOCKWISE, CHUNKED, LossStrategy
+from esvit_core.models import NetworkOutput
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 
@@ -78,12 +80,9 @@ def assert_same(fast, plain, inputs: dict) -> None:
         assert torch.equal(inputs[name], value), f"{name} was changed"
 
 
-@pytest.fixture(params=[1 << 30, 2], ids=["few_prototypes", "many_prototypes"])
-def many(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Of many prototypes the loss is worked off image by image."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazy_logits, "FEWEST_PROTOTYPES", request.param)
-        yield
+@pytest.fixture(params=[CHUNKED, BLOCKWISE[TORCH_KERNELS]], ids=["chunked", "blockwise"])
+def strategy(request: pytest.FixtureRequest) -> LossStrategy:
+    return request.param
 
 
 per_example = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,14 +90,14 @@ per_example = settings(max_examples=30, deadline=None, suppress_health_check=[He
 
 @per_example
 @given(size=sizes)
-def test_region_loss_equals_the_plain_formula(many: None, size: dict) -> None:
-    assert_same(region_loss, plain_region_loss, region_inputs(size, torch.float64))
+def test_region_loss_equals_the_plain_formula(strategy: LossStrategy, size: dict) -> None:
+    assert_same(partial(region_loss, strategy=strategy), plain_region_loss, region_inputs(size, torch.float64))
 
 
 @per_example
 @given(size=sizes)
-def test_view_loss_equals_the_plain_formula(many: None, size: dict) -> None:
-    assert_same(view_loss, plain_view_loss, view_inputs(size, torch.float64))
+def test_view_loss_equals_the_plain_formula(strategy: LossStrategy, size: dict) -> None:
+    assert_same(partial(view_loss, strategy=strategy), plain_view_loss, view_inputs(size, torch.float64))
 
 
 @settings(max_examples=20, deadline=None)
@@ -125,21 +124,21 @@ def test_chunking_does_not_show(monkeypatch, chunk):
     assert_same(region_loss, plain_region_loss, region_inputs(size, torch.float64))
 
 
-def test_gradients_by_finite_differences(many: None) -> None:
+def test_gradients_by_finite_differences(strategy: LossStrategy) -> None:
     inputs = region_inputs({"B": 2, "K": 5, "teacher": 2, "local": [1, 2], "seed": 1}, torch.float64)
     logits = inputs.pop("student_logits")
-    assert torch.autograd.gradcheck(lambda x: region_loss(x, **inputs), logits)
+    assert torch.autograd.gradcheck(lambda x: region_loss(x, **inputs, strategy=strategy), logits)
     inputs = view_inputs({"B": 2, "K": 5, "local": [1], "seed": 1}, torch.float64)
     logits = inputs.pop("student_logits")
-    assert torch.autograd.gradcheck(lambda x: view_loss(x, **inputs), logits)
+    assert torch.autograd.gradcheck(lambda x: view_loss(x, **inputs, strategy=strategy), logits)
 
 
-def test_bfloat16_logits_are_computed_in_float32(many: None) -> None:
+def test_bfloat16_logits_are_computed_in_float32(strategy: LossStrategy) -> None:
     inputs = region_inputs({"B": 2, "K": 32, "teacher": 4, "local": [2, 2], "seed": 2}, torch.float32)
     for name in ("student_logits", "teacher_logits"):
         inputs[name] = inputs[name].detach().bfloat16()
     inputs["student_logits"].requires_grad_()
-    loss = region_loss(**inputs)
+    loss = region_loss(**inputs, strategy=strategy)
     loss.backward()
     assert loss.dtype == torch.float32
     assert inputs["student_logits"].grad.dtype == torch.bfloat16
