@@ -1,4 +1,4 @@
-"""A published backbone comes back as it was, and what is wrong with one is told in a line."""
+"""A published backbone round-trips, and errors are reported in one line."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_it_can_be_trained_further_wherever_it_was_loaded(store, published):
     assert next(loaded.parameters()).grad is not None
 
 
-def test_the_description_says_how_to_prepare_images(store, published):
+def test_the_description_contains_the_preprocessing(store, published):
     told = load_backbone(published, store).backbone_config
     assert (told["arch"], told["num_features"], told["img_size"]) == ("swin", 32, 32)
     assert (told["eval_resize"], told["eval_crop"], told["mean"]) == (36, 32, [0.485, 0.456, 0.406])

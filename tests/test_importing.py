@@ -1,4 +1,4 @@
-"""Files of others become backbones and checkpoints of ours."""
+"""Import weights of other projects as backbones and checkpoints."""
 
 from __future__ import annotations
 

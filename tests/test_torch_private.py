@@ -1,4 +1,4 @@
-"""What is used of torch's private interfaces, and that the public way computes the same where they are missing."""
+"""Uses of torch's private interfaces are in one module, and the public fallbacks compute the same."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_linear_layers_compute_the_product(way: str) -> None:
 
 
 def test_what_is_recomputed_has_the_same_gradients(way: str) -> None:
-    """The public way keeps what the private one recomputes."""
+    """The public fallback saves what the private way recomputes."""
     torch.manual_seed(0)
     calls, layer, x = [], nn.Linear(16, 8), torch.randn(4, 16, requires_grad=True)
 

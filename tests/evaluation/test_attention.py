@@ -1,4 +1,4 @@
-"""What is shown of networks with and without attention."""
+"""Maps of networks with and without attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SWIN = {"arch": "swin", "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num
 
 
 @pytest.mark.parametrize(("model", "attention", "heads"), [(SWIN, True, 4), ({"arch": "resnet50"}, False, 1)])
-def test_every_network_gives_a_map_and_says_of_what(model, attention, heads):
+def test_every_network_gives_a_map(model, attention, heads):
     backbone = create_backbone(ModelConfig.model_validate(model), img_size=64).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert shows_attention(backbone, images) is attention

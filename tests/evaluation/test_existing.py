@@ -1,4 +1,4 @@
-"""A run that measures a backbone which exists, on a real object store."""
+"""A run that evaluates an existing backbone, on a real object store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esvit_core.weights.backbone import load_backbone, save_backbone
 
 @pytest.fixture
 def trained(store_env: Any, micro_recipe: Path, images: Any, tmp_path: Path) -> Run:
-    """A run that has published a backbone, in a few seconds: its weights are as they were drawn."""
+    """A run that has published a backbone with its initial weights, which takes a few seconds."""
     folder = images.folder(tmp_path / "images", ["a", "b"], 6)
     config = Config.load(micro_recipe, [f"bucket={store_env.bucket}"])
     run = start_run(config, str(folder), store_env.uri("runs/micro-1"))
@@ -31,7 +31,7 @@ def trained(store_env: Any, micro_recipe: Path, images: Any, tmp_path: Path) -> 
 
 @pytest.fixture
 def arguments(trained: Run, tmp_path: Path) -> dict[str, Any]:
-    """A configuration of another architecture: the backbone's own counts."""
+    """A configuration of another architecture, which the backbone's architecture replaces."""
     other = trained.config.model_copy(update={"model": ModelConfig(arch="swin_tiny_w7")})
     return {"source": str(tmp_path / "images"), "config": other}
 
@@ -101,6 +101,6 @@ def test_a_champion_that_has_moved_is_another_run(trained: Run, arguments: Any) 
     assert len(set(found)) == 2
 
 
-def test_a_backbone_that_is_nowhere_is_told_in_a_line(arguments: Any) -> None:
+def test_a_missing_backbone_is_reported_in_one_line(arguments: Any) -> None:
     with pytest.raises(UserError, match=r"^backbone nobody: no such file"):
         import_backbone("nobody", **arguments)

@@ -1,4 +1,4 @@
-"""Weighted k-NN against a reference that loops over images and neighbours."""
+"""Weighted k-NN against a reference that loops over images and neighbors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esvit_core.evaluation.knn import rank_classes, ranking_accuracy, weighted_k
 
 
 def brute_force(train, train_labels, test, test_labels, k, temperature):
-    """Top-1 and top-5, one image and one neighbour at a time, in double precision."""
+    """Top-1 and top-5, one image and one neighbor at a time, in double precision."""
     classes = max(*train_labels, *test_labels) + 1
     top1 = top5 = 0
     for query, truth in zip(test, test_labels, strict=True):

@@ -1,4 +1,4 @@
-"""What is said where there is nothing, or little, to measure with."""
+"""Missing or few labels are explained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The linear probe: learns what is linear, and the same thing for the same seed."""
+"""The linear probe separates linear classes and depends only on the seed."""
 
 from __future__ import annotations
 

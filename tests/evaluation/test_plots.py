@@ -1,4 +1,4 @@
-"""The parts of the figures that can be wrong without being seen."""
+"""Parts of the figures whose errors are hard to see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from esvit_core.evaluation.plots import cut, heat_over
 from esvit_core.evaluation.visualize import spread
 
 
-def test_the_crop_shown_is_the_crop_seen():
+def test_the_crop_shown_is_the_network_s_input():
     image = np.arange(8 * 10 * 3, dtype=np.uint8).reshape(8, 10, 3)
     part = cut(image, Crop(torch.zeros(3, 4, 4), (0.2, 0.5, 0.7, 1.0), False))
     assert (part == image[4:8, 2:7]).all()

@@ -1,4 +1,4 @@
-"""The measured steps on a whole run: what they write, that they write it once, and what they leave out."""
+"""The evaluation steps on a whole run: what they write, that they write it once, and what they leave out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro networks of every architecture of ours, with the description that a published backbone has."""
+"""Micro networks of every architecture, with the description of a published backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exported gives our features in the tool it is for; what would not is told, and leaves nothing behind."""
+"""Exports give the same features in their target tool; a failed export is reported and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def images(count: int, size: int = 32) -> torch.Tensor:
 
 
 def run_lines(lines: list[str]) -> dict[str, Any]:
-    """What the lines that are printed after an export make."""
+    """Run the lines of Python that an export prints."""
     names: dict[str, Any] = {}
     exec("\n".join(lines), names)
     return names
@@ -181,8 +181,8 @@ def test_a_missing_library_is_one_line(described: Any, tmp_path: Path, monkeypat
         export_backbone(described("resnet50"), "onnx", tmp_path / "net.onnx")
 
 
-def test_stock_timm_s_own_eps_would_not_do(described: Any, tmp_path: Path) -> None:
-    """Why the eps has to be said: the differences are small but real."""
+def test_stock_timm_s_default_eps_gives_other_features(described: Any, tmp_path: Path) -> None:
+    """The eps must be passed: without it the features differ slightly."""
     backbone = described("swin")
     export_backbone(backbone, "timm", tmp_path / "net")
     stock = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=0).eval()

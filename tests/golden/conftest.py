@@ -74,7 +74,7 @@ class Golden:
 
 @pytest.fixture
 def record(record_property: Callable[[str, object], None]) -> Callable[[str, Mapping[str, float]], None]:
-    """``record(row, differences)`` hands what was found to ``benchmarks/golden_table.py``."""
+    """``record(row, differences)`` passes the differences to ``benchmarks/golden_table.py``."""
     return lambda row, differences: record_property("golden", (row, {k: float(v) for k, v in differences.items()}))
 
 

@@ -1,4 +1,4 @@
-"""Micro networks of every architecture of ours."""
+"""Micro networks of every architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass is what would have been kept, and it is not kept."""
+"""Recomputed activations equal the saved ones, and they are not saved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_gradients_are_the_same_bit_for_bit(function: nn.Module, dtype: torch.dt
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_what_is_not_kept_is_computed_once_more_where_there_is_a_gradient(gradient: bool) -> None:
+def test_the_activation_is_recomputed_once_if_there_is_a_gradient(gradient: bool) -> None:
     calls = []
 
     def function(t: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_what_is_not_kept_is_computed_once_more_where_there_is_a_gradient(gradie
         assert len(calls) == 2
 
 
-def test_what_the_graph_keeps_of_a_block_is_less_by_a_quarter() -> None:
+def test_the_graph_of_a_block_saves_a_quarter_less() -> None:
     block, x = SwinBlock(32, 1, 7, 0, 4.0, True, 0.0), torch.randn(1, 14, 14, 32, requires_grad=True)
 
     def kept(forward) -> int:

@@ -1,4 +1,4 @@
-"""Attention computes the same in whatever form, and takes the form that is fastest where it runs."""
+"""Every implementation of attention computes the same, and the fastest for the device is selected."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_values_and_gradients_are_those_of_the_formula(
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-def test_networks_of_timm_leave_the_fused_form_in_bfloat16_on_a_processor() -> None:
+def test_timm_networks_do_not_use_fused_attention_in_bfloat16_on_a_cpu() -> None:
     network = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0)
     images = torch.randn(2, 3, 32, 32)
     fused = network(images)

@@ -1,4 +1,4 @@
-"""What of CvT has a second, faster form computes the same in it."""
+"""CvT's faster implementations compute the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models import cvt
 
 
-def test_the_factor_of_quick_gelu_goes_into_the_layers() -> None:
+def test_folding_the_factor_of_quick_gelu_computes_the_same() -> None:
     plain = cvt.FeedForward(6, 2.0).double()
     folded = copy.deepcopy(plain)
     select_kernels_(folded, torch.float64, torch.device("cpu"))

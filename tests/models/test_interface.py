@@ -1,4 +1,4 @@
-"""Every network of ours has timm's interface and EsViT's."""
+"""Every network has timm's interface and EsViT's."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_images_need_not_be_square(backbone):
 
 
 @torch.no_grad()
-def test_an_image_is_seen_by_itself(backbone):
+def test_images_of_a_batch_do_not_affect_each_other(backbone):
     x = images()
     alone = torch.cat([backbone(image[None]) for image in x])
     torch.testing.assert_close(backbone(x), alone, rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_last_attention_is_a_distribution(backbone, micro):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [16, 24, 32, 48])
-def test_attention_map_shares_out_what_queries_give(backbone, micro, size):
+def test_attention_map_distributes_the_attention_of_the_queries(backbone, micro, size):
     x = images(size)
     heat = backbone.attention_map(x)
     attention = None if micro == "resnet" else backbone.last_attention(x)
@@ -125,7 +125,7 @@ def test_intermediates(backbone, micro):
         torch.testing.assert_close(only[0], last)
 
 
-def test_classifier_can_be_put_on_and_taken_off(make_micro, micro):
+def test_classifier_can_be_added_and_removed(make_micro, micro):
     backbone = make_micro(micro, num_classes=7)
     x = images()
     assert backbone(x).shape == (2, 7)
@@ -146,7 +146,7 @@ def test_feature_extraction_with_timm(make_micro, micro):
 
 @torch.no_grad()
 @pytest.mark.parametrize("indices", [[0, 1], [1], [-1]])
-def test_pruning_keeps_the_maps_that_are_asked_for(make_micro, micro, indices):
+def test_pruning_keeps_the_requested_maps(make_micro, micro, indices):
     backbone = make_micro(micro, num_classes=3).eval()
     x = images()
     whole = backbone.forward_intermediates(x, indices=indices, intermediates_only=True)
@@ -219,7 +219,7 @@ def test_stochastic_depth_rises_to_its_rate(make_micro, micro):
     assert all(m.drop_prob == 0 for m in modules if isinstance(m, DropPath))
 
 
-def test_state_copies_and_caches_do_not_travel(make_micro, micro):
+def test_caches_are_not_part_of_the_state(make_micro, micro):
     backbone = make_micro(micro).eval()
     names = set(backbone.state_dict())
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN compute what torch's do, and only where that is meant."""
+"""Linear layers through oneDNN compute the same as torch's, and are used only in float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_the_product(
 
 
 @onednn
-def test_it_is_taken_in_float32_on_a_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_used_in_float32_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.dtype] = []
     product = module.onednn_linear
     monkeypatch.setattr(module, "onednn_linear", lambda x, *rest: taken.append(x.dtype) or product(x, *rest))
@@ -72,7 +72,7 @@ def test_it_is_taken_in_float32_on_a_processor_alone(monkeypatch: pytest.MonkeyP
 
 
 @onednn
-def test_a_frozen_layer_and_an_input_without_gradient_are_spared_their_products() -> None:
+def test_no_product_is_computed_for_a_frozen_layer_or_an_input_without_gradient() -> None:
     layer = Linear(3, 2)
     layer.weight.requires_grad_(False)
     x = torch.randn(5, 3, requires_grad=True)

@@ -23,7 +23,7 @@ def made(window: int, global_tokens: int, mode: int) -> SparseAttention:
 
 
 def plain_attention(layer: SparseAttention, x: torch.Tensor, height: int, width: int, seen: list[int]) -> torch.Tensor:
-    """Full attention where a token may look at the windows ``seen`` from its own, with biases by distance."""
+    """Full attention in which a token attends to the windows ``seen`` from its own, with biases by distance."""
     G, w = layer.global_tokens, layer.window_size
     q = layer.query(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
     k, v = layer.kv(x).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
@@ -54,7 +54,7 @@ def test_sparse_attention_is_full_attention_with_a_mask(height, width, window, g
     torch.testing.assert_close(layer(x, height, width), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_training_in_mode_1_sees_one_random_neighbour():
+def test_training_in_mode_1_attends_to_one_random_neighbor():
     layer = made(2, 1, mode=1).train()
     x = torch.randn(2, 1 + 36, DIM)
     drawn = set()
@@ -104,7 +104,7 @@ def network(arch: str, **values) -> VisionLongformer:
 SMALL = "l1,h2,d8,n1,s1,g1,p2,f2,a0_l2,h2,d16,n1,s0,g0,p2,f2,a0"
 
 
-def test_global_tokens_can_have_weights_of_their_own():
+def test_global_tokens_can_have_separate_weights():
     shared, own = network(SMALL, mode=0), network(SMALL, mode=0, share_weights=False)
     state = shared.state_dict()
     assert set(state) == set(own.state_dict())  # shared weights carry both names
@@ -118,7 +118,7 @@ def test_global_tokens_can_have_weights_of_their_own():
 
 
 @torch.no_grad()
-def test_absolute_positions_tell_places_apart():
+def test_absolute_positions_distinguish_positions():
     absolute = network(SMALL.replace("a0", "a1").replace("s1", "s0")).eval()
     assert not [name for name in absolute.state_dict() if "relative" in name]
     same = torch.ones(1, 3, 16, 16)
@@ -138,7 +138,7 @@ def test_absolute_positions_tell_places_apart():
     ("mode", "switch", "expected"),
     [(1, 0.75, [1, 1, 1, 0]), (1, 1.0, [1, 1, 1, 1]), (1, 0.0, [0, 0, 0, 0]), (-1, 0.5, [-1] * 4), (0, 0.5, [0] * 4)],
 )
-def test_random_neighbours_end_after_their_share_of_the_epochs(mode, switch, expected):
+def test_random_neighbors_end_after_their_share_of_the_epochs(mode, switch, expected):
     backbone = network(SMALL, mode=mode)
     found = []
     for epoch in range(4):

@@ -127,7 +127,7 @@ def test_published_names_go_both_ways(arch, wrapped):
         ({"arch": "swin", "stages": "l1"}, "model.stages: swin has no such setting"),
     ],
 )
-def test_mistakes_are_told_in_one_line(model, said):
+def test_mistakes_are_reported_in_one_line(model, said):
     with pytest.raises(UserError, match=r"^model") as error:
         create_backbone(ModelConfig.model_validate(model))
     assert said in str(error.value)
@@ -189,14 +189,14 @@ def test_any_network_of_timm_trains_a_step(arch, sizes, layout):
         ("pit_ti_224", 128, "returns no feature map"),  # but the class token
     ],
 )
-def test_a_recipe_is_refused_whose_crops_a_network_of_timm_does_not_take(arch, local, said):
+def test_crop_sizes_that_a_timm_network_does_not_accept_are_refused(arch, local, said):
     crop_sizes = {"global_crops": {"size": 128}, "local_crops": {"size": local}}
     config = Config.from_mapping({**MICRO, "model": {"arch": f"timm:{arch}"}, "augment": crop_sizes})
     with pytest.raises(UserError, match=said):
         build_student_teacher(config)
 
 
-def test_a_bug_in_a_network_of_timm_is_not_taken_for_a_crop_size(monkeypatch):
+def test_a_bug_in_a_timm_network_is_not_reported_as_a_crop_size(monkeypatch):
     config = Config.from_mapping({**MICRO, "model": {"arch": "timm:resnet10t"}})
     backbone = build_student_teacher(config)[0].backbone
 

@@ -1,4 +1,4 @@
-"""A branch that is dropped is not computed, and the sum is that of timm's stochastic depth."""
+"""Dropped branches are not computed, and the sum equals that of timm's stochastic depth."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Branch(nn.Module):
 
 
 def run(drop: float, seed: int, ours: bool, training: bool = True) -> tuple[Branch, list[Tensor], Tensor]:
-    """The branch, the sum with its gradients, and what is drawn next."""
+    """The branch, the sum with its gradients, and the next random number."""
     torch.manual_seed(7)
     branch, x = Branch(), torch.randn(6, 5, 4, requires_grad=True)
     torch.manual_seed(seed)
@@ -54,14 +54,14 @@ def test_sum_and_gradients_are_those_of_timm(drop: float, training: bool) -> Non
         assert counts == {6}
 
 
-def test_where_every_image_drops_the_branch_its_gradients_are_zeros_and_not_missing() -> None:
+def test_if_every_image_drops_the_branch_its_gradients_are_zero_and_not_missing() -> None:
     branch, (out, of_x, *others), _ = run(0.999, 0, True)
     assert branch.images == [1]
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in others)
     torch.testing.assert_close(of_x, 2 * out)
 
 
-def test_as_it_is_built_every_image_is_computed() -> None:
+def test_before_selection_every_image_is_computed() -> None:
     torch.manual_seed(0)
     branch, depth = Branch(), StochasticDepth(0.5)
     depth(torch.randn(6, 5, 4), branch)

@@ -1,4 +1,4 @@
-"""Weights go to stock timm networks and back, and mean the same there."""
+"""Weights convert to stock timm networks and back, and give the same features there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The entries of its state that are not computed."""
+    """The entries of the state that are not computed on construction."""
     return {name: value for name, value in network.state_dict().items() if name.rpartition(".")[2] not in COMPUTED}
 
 

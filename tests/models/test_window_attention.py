@@ -1,4 +1,4 @@
-"""Window attention in C computes what torch's form does: values, and the gradients of all that has one."""
+"""Window attention in C computes the same values and gradients as torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows looked up equal windows made by padding, rolling and cutting; so does the attention over them."""
+"""Windows by index equal windows by padding, rolling and partitioning, and so does the attention over them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def maps(draw) -> tuple[int, int, int, int]:
 
 
 def cut(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
-    """(B, H, W, C) -> (B, windows, N, C) the plain way."""
+    """Partition (B, H, W, C) -> (B, windows, N, C) by reshaping."""
     B, H, W, C = x.shape
     x = F.pad(x, (0, 0, 0, -W % window, 0, -H % window)).roll((-shift, -shift), (1, 2))
     x = x.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3)  # (B, rows, columns, w, w, C)
@@ -31,7 +31,7 @@ def cut(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
 
 
 def paste(windows: torch.Tensor, height: int, width: int, window: int, shift: int) -> torch.Tensor:
-    """The way back."""
+    """The inverse of the partition."""
     rows, columns = -(-height // window), -(-width // window)
     x = windows.unflatten(1, (rows, columns)).unflatten(3, (window, window)).transpose(2, 3)
     x = x.reshape(len(x), rows * window, columns * window, -1)
@@ -60,7 +60,7 @@ def test_gradients_by_finite_differences():
 
 
 def plain_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
-    """The published order: pad, roll, cut, project all, add the bias and the mask, put back."""
+    """The published order: pad, roll, partition, project, add bias and mask, reverse."""
     _, H, W, C = x.shape
     w, shift, heads = layer.window_size, layer.shift_size, layer.num_heads
     windows = cut(x, w, shift)  # (B, windows, N, C)

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the published code, made here."""
+"""Checkpoints in the layout of the published code."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def settings() -> Callable[..., Config]:
 
 
 def published_names(network: MultiCropNetwork, prefix: str, resnet: bool) -> dict[str, torch.Tensor]:
-    """The state as published networks name it: heads beside the backbone's entries, a ResNet's two levels down."""
+    """The state under the published names: heads next to the backbone's entries, a ResNet's two levels down."""
     where = "backbone.backbone." if resnet else ""
     state = {f"{where}{name}": value for name, value in network.backbone.state_dict().items()}
     state |= {f"head.{name}": value for name, value in network.head.state_dict().items()}

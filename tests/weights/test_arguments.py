@@ -1,4 +1,4 @@
-"""Options of the published command line and settings here, there and back."""
+"""Options of the published command line convert to settings and back."""
 
 from __future__ import annotations
 

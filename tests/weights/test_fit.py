@@ -1,4 +1,4 @@
-"""The architecture is found by names and shapes."""
+"""Architectures are recognized by names and shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that try to do something while they are read, and files that are none."""
+"""Files that try to execute code while they are read, and files that are not checkpoints."""
 
 from __future__ import annotations
 

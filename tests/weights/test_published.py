@@ -37,7 +37,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 def through_a_run(path: Path, config: Any, network: Any = build_network) -> dict[str, Any]:
-    """Load a file into the parts of a training of ours; their states afterwards."""
+    """Load a file into the parts of a training, and return their states."""
     snapshot = read_published_checkpoint(path)
     networks = {"student": network(config), "teacher": network(config)}
     assert snapshot.student is not None and snapshot.optimizer is not None
