@@ -17,7 +17,7 @@ SCHEDULERS = {
     "volcano": ("jobs.batch.volcano.sh", "Volcano"),
     "trainjob": ("trainjobs.trainer.kubeflow.org", "the Kubeflow Trainer"),
 }
-LONG = ("training.epochs=120",)
+LONG = ("training.epochs=60",)
 
 
 @pytest.fixture(params=SCHEDULERS)
@@ -80,12 +80,15 @@ def test_two_nodes_and_a_killed_worker(
     assert "false" in injected
     victim = max(pods, key=lambda pod: pod["metadata"]["name"])
     kube.delete_pod(victim, force=True)
-    uid = victim["metadata"]["uid"]
-    began = wait_for(
+    known = {pod["metadata"]["uid"] for pod in pods}
+    back = wait_for(
         "the worker to be back",
-        lambda: next((p for p in trainers(kube, name) if p["metadata"]["name"] == victim["metadata"]["name"]
-                      and p["metadata"]["uid"] != uid), None), 180)  # fmt: skip
-    saw(f"{victim['metadata']['name']} was deleted without grace and is back on {began['spec']['nodeName']}")
+        lambda: next((pod for pod in trainers(kube, name) if pod["metadata"]["uid"] not in known), None),
+        180,
+    )
+    saw(
+        f"{victim['metadata']['name']} was deleted without grace; {back['metadata']['name']} runs on {back['spec']['nodeName']}"
+    )
     follower = runs.pod(run_id, TRAIN_STEP)
     kube.delete_pod(follower, force=True)
     again = wait_for(
