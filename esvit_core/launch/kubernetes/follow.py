@@ -26,6 +26,8 @@ POLL_SECONDS = 2.0
 API_OUTAGE_SECONDS = 1800.0  # the API may fail to answer for so long: the training does not need it
 REMOVAL_SECONDS = 300.0  # an earlier job may take so long to be deleted
 LAST_RUNNING = "esvit.dev/last-running"  # annotation of the job, from which a repeated step counts the waiting time
+# A stopped step may take so long to find out why it is stopped: it has a second or less, which the deletion needs.
+RESCHEDULED_SECONDS = 0.15
 ANNOTATION_INTERVAL = timedelta(minutes=10)
 
 
@@ -106,6 +108,8 @@ class Follower:
         self._last_running: datetime | None = None
         self._annotated: datetime | None = None
         self._last_answer = time.monotonic()
+        self._only_rescheduled = False
+        self._decided = threading.Event()
 
     def run(self) -> Outcome:
         """Follow the job until it ends, or until a signal requests a stop."""
@@ -266,16 +270,20 @@ class Follower:
         Kubeflow ends the container of a stopped step after about a second; a job that is not deleted by then continues.
         """
         self._stop.stopped.wait()
+        asking = threading.Thread(target=self._ask_why_stopped, daemon=True)
+        asking.start()
+        asking.join(RESCHEDULED_SECONDS)
+        self._decided.set()
         with contextlib.suppress(UnreachableError, UserError):  # the follower retries, if it still can
-            if not self._only_rescheduled():
+            if not self._only_rescheduled:
                 self._cluster.delete(self._backend.kind, self._name)
 
-    def _only_rescheduled(self) -> bool:
-        """Return whether the signal came because this pod is being deleted, and not because the run is stopped."""
-        try:
-            return self._cluster.own_pod_deleted()
-        except (UnreachableError, UserError):
-            return False
+    def _ask_why_stopped(self) -> None:
+        """Find out whether the signal came because this pod is being deleted, and not because the run is stopped."""
+        with contextlib.suppress(UnreachableError, UserError):
+            deleted = self._cluster.own_pod_deleted()
+            if not self._decided.is_set():
+                self._only_rescheduled = deleted
 
     def _idle_since(self, job: dict[str, Any]) -> datetime:
         metadata = job["metadata"]
@@ -296,7 +304,8 @@ class Follower:
 
         If only this pod is being deleted, the job stays for the repeated step.
         """
-        if self._only_rescheduled():
+        self._decided.wait(2 * RESCHEDULED_SECONDS)
+        if self._only_rescheduled:
             print(f"train: this pod is being deleted; the {self._title} continues for the repeated step", flush=True)
             return Outcome(self._stop.first)
         print("train: stopping, writing a checkpoint (signal again to stop at once)", flush=True)
