@@ -217,7 +217,7 @@ def test_a_metrics_port_in_use(micro_run: Callable[..., Any]) -> None:
 
 
 def test_a_run_that_does_not_exist(store_env: Any) -> None:
-    with pytest.raises(UserError, match="there is none"):
+    with pytest.raises(UserError, match="no such run"):
         run_training(store_env.uri("runs/none"), StopRequest())
 
 
