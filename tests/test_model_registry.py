@@ -122,7 +122,7 @@ def test_a_model_of_another_bucket_is_left_alone(store: Any, registry: RegistryS
     [
         (503, InfrastructureError, "HTTP status 503"),
         (401, UserError, "HTTP status 401"),
-        (302, UserError, "asks for a login"),
+        (302, UserError, "requires a login"),
     ],
 )
 def test_a_registry_that_fails_or_refuses_is_told_in_one_line(
