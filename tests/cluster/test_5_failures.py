@@ -12,7 +12,7 @@ from evidence import Saw
 from kube import Kube, wait_for
 from runs import ENDED, TRAIN_STEP, Cli, Runs, progress, step_in, wait_for_line, wait_for_step
 
-LONG = 250  # epochs of some tenths of a second
+LONG = 120  # epochs of some tenths of a second
 
 
 def another(runs: Runs, run_id: str, pod: dict, seconds: float = 300) -> dict:
