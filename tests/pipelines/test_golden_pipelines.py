@@ -188,7 +188,7 @@ def test_a_pod_without_accelerators_limits_or_user_is_left_to_the_cluster() -> N
 
 
 def test_an_unknown_pipeline_suggests_the_nearest_name() -> None:
-    with pytest.raises(UserError, match="pipeline pretain: there is none, did you mean 'pretrain'"):
+    with pytest.raises(UserError, match="pipeline pretain: it does not exist, did you mean 'pretrain'"):
         build("pretain", Config())
 
 
