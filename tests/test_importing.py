@@ -130,9 +130,9 @@ def test_the_command_lists_what_it_imported(tiny, tmp_path):
 
 def test_conflicting_options_are_reported(tmp_path):
     for options, said in (
-        (("deit_tiny", "demo", ()), "give one of the two"),
+        (("deit_tiny", "demo", ()), "give only one of --arch and --recipe"),
         ((None, None, ("model.depths=[1]",)), "give --recipe too"),
-        ((None, None, ()), "no such file; expected a .pth"),
+        ((None, None, ()), "the file does not exist; expected a .pth"),
     ):
         with pytest.raises(UserError, match=said):
             import_file(str(tmp_path / "none.pth"), str(tmp_path / "a"), *options, student=False, checkpoint=False)
