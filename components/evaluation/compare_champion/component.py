@@ -11,18 +11,18 @@ def compare_champion(
     results: list[str],
     metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Measure the present champion on the run's own images, so that it and its challenger compare.
+    """Measure the current champion on the run's own images, to compare it with the challenger.
 
-    The figures with which a champion was promoted are of the held-out images of then. Where the run started from
-    the champion they are the run's baseline, and nothing is computed.
+    The metrics recorded when the champion was promoted refer to the held-out images of that time and are not comparable.
+    If the run started from the champion, the champion is the run's baseline and nothing is computed.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
-        results: Addresses of the run's own results; the champion is measured with the same evaluations.
+        results: Addresses of the run's own results; the champion is evaluated with the same protocols.
 
     Returns:
-        metrics: The champion's figures in percent.
-        result: Address of the comparison in the object store; empty where there is nothing to compare.
+        metrics: Metrics of the champion in percent.
+        result: Address of the comparison in the object store; empty if there is nothing to compare.
     """
     from esvit_core.errors import step
 

@@ -10,9 +10,9 @@ def extract_features(
     model: dsl.Input[dsl.Model],
     features: dsl.Output[dsl.Dataset],
 ):
-    """Compute the features of all images, by the trained network and by the baseline, the same network before training.
+    """Extract the features of all images with the trained network and with the baseline (its initial weights).
 
-    Writes features/ of the run: per network and split one safetensors file with the view feature, the features of
+    Writes features/ of the run: one safetensors file per network and split, with the view features, the features of
     the last blocks, and the labels.
 
     Args:

@@ -16,25 +16,25 @@ def import_backbone(
     run_uri: str = "",
     cluster: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
-    """Start a run that measures a backbone which exists, instead of training one.
+    """Start a run that evaluates an existing backbone instead of training one.
 
     Writes the run's config.yaml, backbone/, baseline/ (the same network as drawn from the seed) and measured.json.
-    The architecture and the size of the images are the backbone's. Repeated with the same arguments it finds the
-    run and returns.
+    The backbone determines the architecture and the image size. Rerunning the step with the same arguments
+    finds the run and returns it.
 
     Args:
         backbone: A pointer such as champion, a run, a published backbone, a .pth or .safetensors file, or timm:<name>.
-        source: The images to measure on: folder, tar, zip, or s3://bucket/prefix.
+        source: The images to evaluate on: folder, tar, zip, or s3://bucket/prefix.
         recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
-            {evaluation: {knn_k: [20]}}; its sections model and init do not count.
-        settings: Changes of the recipe, with commas between, such as evaluation.batch_size=32, seed=1.
-        transfer: Labelled sets to measure on, with commas between, such as digits=s3://my-bucket/digits.
+            {evaluation: {knn_k: [20]}}; its sections model and init are ignored.
+        settings: Overrides of the recipe, separated by commas, such as evaluation.batch_size=32, seed=1.
+        transfer: Labelled sets to evaluate on, separated by commas, such as digits=s3://my-bucket/digits.
         run_uri: Address of the run; empty means that backbone, configuration and data determine it.
         cluster: Sections cluster and launch with which the pipeline was compiled, YAML; empty means none.
 
     Returns:
-        model: The backbone; its metadata says where it comes from.
-        run_uri: Where the run lies.
+        model: The backbone; its metadata names its source.
+        run_uri: Address of the run.
     """
     from esvit_core.errors import step
 

@@ -13,7 +13,8 @@ def knn(
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Classify the held-out images by their nearest neighbours among the features (weighted k-NN).
 
-    Writes evaluation/knn.json of the run. Images without labels: the result says that it was left out, and why.
+    Writes evaluation/knn.json of the run. For images without labels the result records that
+    the evaluation was skipped, and why.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.

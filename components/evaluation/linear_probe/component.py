@@ -14,7 +14,8 @@ def linear_probe(
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Train a linear classifier on the frozen features and measure it on the held-out images.
 
-    Writes evaluation/linear.json of the run. Images without labels: the result says that it was left out, and why.
+    Writes evaluation/linear.json of the run. For images without labels the result records that
+    the evaluation was skipped, and why.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.

@@ -12,11 +12,11 @@ def transfer(
     model: dsl.Input[dsl.Model],
     metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Measure how well the features carry over to other labelled sets: logistic regression on frozen features.
+    """Evaluate transfer to other labelled sets: logistic regression on frozen features.
 
     The strength of the L2 penalty is searched on held-out images, as in the paper. The sets of the run's configuration
-    (evaluation.transfer) are measured one after the other; evaluation/transfer-<set>.json of the run is written once
-    for each, so that a repeated step goes on with the next set.
+    (evaluation.transfer) are evaluated in turn. The step writes evaluation/transfer-<set>.json of the run once per set,
+    so a repeated step continues with the next set.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.

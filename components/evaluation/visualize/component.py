@@ -13,9 +13,9 @@ def visualize(
     drawings: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("result", str)]):
-    """Draw which regions of two crops of an image find each other, and where the last block attends.
+    """Draw the correspondence between regions of two crops, and the attention maps of the last block.
 
-    Writes visualization/ of the run: the drawings, and visualization.json with the measured share of right matches.
+    Writes visualization/ of the run: the figures, and visualization.json with the correspondence accuracy.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
@@ -23,8 +23,8 @@ def visualize(
         model: The trained teacher.
 
     Returns:
-        drawings: The drawings.
-        metrics: Share of right matches in percent, correspondence, and of the baseline.
+        drawings: The figures.
+        metrics: Correspondence accuracy in percent, and that of the baseline.
         result: Address of visualization.json in the object store.
     """
     from esvit_core.errors import step
