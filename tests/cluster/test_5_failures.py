@@ -52,7 +52,7 @@ def test_infrastructure_failure_is_repeated(endless: str, runs: Runs, kube: Kube
         "[p.send_signal(signal.SIGKILL) for p in psutil.process_iter() if 'esvit_core.launch.agent' in p.cmdline()]"
     )
     kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", kill)
-    saw(wait_for_line(kube, pod, "again").strip())
+    saw(wait_for_line(kube, pod, "retrying in").strip())
     resumed = wait_for_line(kube, pod, "resuming from step")
     saw(resumed.strip())
     after, _ = pod_of(runs, endless)

@@ -114,7 +114,7 @@ def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube
         kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
     for _ in range(3):
         in_pod(kube, pod, "SIGKILL", module="esvit_core.launch.agent")
-        wait_for_line(kube, pod, "again")
+        wait_for_line(kube, pod, "retrying in")
         time.sleep(20)
     fires(prometheus, "EsvitTrainRestarting", saw)
     runs.terminate(endless)
