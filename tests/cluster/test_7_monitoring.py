@@ -14,7 +14,7 @@ import pytest
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube, wait_for
-from runs import TRAIN_STEP, Cli, Runs, wait_for_line
+from runs import TRAIN_STEP, Cli, Runs
 
 from conftest import ENDLESS, start_training
 from esvit_core.monitoring.alerts import Durations, alert_rules, prometheus_rule
@@ -76,6 +76,11 @@ def in_pod(kube: Kube, pod: dict, signal: str, module: str = "esvit_core.trainin
     kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", code)
 
 
+def resumed(kube: Kube, pod: dict) -> int:
+    """How often the training in a pod has resumed."""
+    return kube.logs(pod["metadata"]["name"]).count("resuming from step")
+
+
 def fires(prometheus: Prometheus, name: str, saw: Saw, seconds: float = 180) -> None:
     """Wait until an alert fires."""
     began = time.monotonic()
@@ -113,9 +118,10 @@ def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube
         kube.run("scale", "statefulset/esvit-object-store", "--replicas=1")
         kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
     for _ in range(3):
+        before = resumed(kube, pod)
         in_pod(kube, pod, "SIGKILL", module="esvit_core.launch.agent")
-        wait_for_line(kube, pod, "retrying in")
-        time.sleep(20)
+        while resumed(kube, pod) == before:
+            time.sleep(3)
     fires(prometheus, "EsvitTrainRestarting", saw)
     runs.terminate(endless)
     fires(prometheus, "EsvitTrainGone", saw)
