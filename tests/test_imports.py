@@ -38,7 +38,7 @@ ALLOWED = {
     "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
     "esvit_core.runs": RUNS,
     # How much a step takes: the launcher of a training needs it, too.
-    "esvit_core.planning.count_operations": NETWORKS,
+    "esvit_core.planning.count_operations": NETWORKS | {"esvit_core.planning.fake_network"},
     "esvit_core.planning.pod_sizes": FOUNDATION | {"esvit_core.planning.count_operations"},
     "esvit_core.launch": RUNS | {"esvit_core.planning.pod_sizes", "esvit_core.torch_private"},
     "esvit_core.training": WORK | {"esvit_core.launch"},
