@@ -175,7 +175,7 @@ def test_the_command_registers_the_champions_and_what_a_rollback_changes(
     }
     done = esvit("champions", "--register", "--bucket", store.bucket, env=environment)
     assert done.returncode == 0, done.stderr
-    assert f"champion in {registry.url}: 2 versions, the champion is second-2" in done.stdout
+    assert f"champion in {registry.url}: 2 versions, champion second-2" in done.stdout
     assert set(registry.tokens) == {"Bearer a-token"} and "a-token" not in done.stdout + done.stderr
     wrong = esvit("champions", "--register", "--bucket", store.bucket, "--registry", "registry:80", env=environment)
     assert wrong.returncode == 2 and "model registry registry:80: expected http(s)://host:port" in wrong.stderr

@@ -24,7 +24,7 @@ from esvit_core.training.optim.optimizer import clip_gradients_, update_teacher_
 
 ROOT = Path(__file__).parent.parent
 LOOKED_UP = [name for name in vars(torch_private) if name.startswith("_") and f"{name} = _" in Path(torch_private.__file__).read_text()]  # fmt: skip
-PLANNING = {"esvit_core/planning/count_operations.py", "esvit_core/planning/feasibility.py"}  # fake tensors
+PLANNING = {"esvit_core/planning/count_operations.py", "esvit_core/planning/fake_network.py"}  # fake tensors
 
 
 @pytest.fixture(params=["private", "public"])
@@ -161,7 +161,7 @@ def test_tensors_of_one_memory_have_one_key(way: str) -> None:
 AGENT = """
 import sys
 from esvit_core import torch_private
-from esvit_core.training import agent
+from esvit_core.launch import agent
 {change}
 sys.exit(agent.main(sys.argv[1:]))
 """
@@ -182,4 +182,4 @@ def test_a_mistake_ends_torchrun_with_its_exit_code(change: str, starts: int, tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 2, done.stderr
     assert len((tmp_path / "starts").read_text()) == starts
-    assert ("tries again whatever failed" in done.stdout) == (starts > 1)
+    assert ("restarts processes even after a user error" in done.stdout) == (starts > 1)

@@ -122,7 +122,7 @@ def test_knn_of_a_run(measured_run, bucket, config):
             assert result["results"][model][f"knn/{k}"] == pytest.approx(top1, abs=1e-4)
             assert result["top5"][model][f"knn/{k}"] == pytest.approx(top5, abs=1e-4)
     assert result["notes"] == [
-        "knn/200: there are only 25 training images, so all of them vote",
+        "knn/200: there are only 25 training images, all of which vote",
         "1 class without held-out images, so not measured: blue",
         "1 class with a single training image: blue",
     ]

@@ -66,7 +66,7 @@ def test_the_output_of_recipe_show_is_a_valid_recipe(name: str, tmp_path: Path) 
     path = tmp_path / "mine.yaml"
     path.write_text(recipe_text(config), encoding="utf-8")
     assert Config.load(path) == config
-    assert "# Global batch: images per step over all processes." in path.read_text()
+    assert "# Global batch size: images per step over all processes." in path.read_text()
 
 
 def test_the_store_starts_and_stops(esvit: Any, tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def test_headers_count_the_steps_and_everything_is_in_the_log() -> None:
     records = KfpRecords(console)
     root = logging.LogRecord("root", logging.INFO, "", 0, "Executing task \x1b[96m'prepare-data'\x1b[0m", None, None)
     assert not records.filter(root)
-    console.write("    prepare  1/2 pict")
-    console.write("ures\n    [KFP Executor x]: secret of the machinery\n\n----------\n")
+    console.write("    prepare  1/2 ima")
+    console.write("ges\n    [KFP Executor x]: secret of the machinery\n\n----------\n")
     root.msg = "Executing task \x1b[96m'knn'\x1b[0m"
     records.filter(root)
     assert screen.getvalue().splitlines() == ["[1/2] prepare data", "  prepare  1/2 images", "[2/2] k-NN"]
@@ -81,6 +81,6 @@ class Closed(io.StringIO):
 def test_a_closed_screen_does_not_stop_the_run() -> None:
     log = io.StringIO()
     console = StepConsole(["k-NN"], Closed(), log)
-    console.begin("knn")
+    console.start_step("knn")
     console.write("    measured\n")
     assert "measured" in log.getvalue()

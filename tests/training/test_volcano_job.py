@@ -197,7 +197,7 @@ def test_a_job_without_a_phase_is_waiting() -> None:
         ),
         (
             ["cluster.train.shared_memory=16Gi", "cluster.train.memory=16Gi"],
-            "expected less than the pod's memory, 16Gi",
+            "expected less than the pod's memory, which is 16Gi",
         ),
         (["cluster.train.cpu=4", "cluster.train.cpu_limit=2"], "cpu_limit 2: expected at least cpu, which is 4"),
         (["cluster.train.memory=4Gi", "cluster.train.memory_limit=2G"], "memory_limit 2G: expected at least memory"),

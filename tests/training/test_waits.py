@@ -56,7 +56,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (gradient,) = ctx.saved_tensors
         return gradient * outer, *(None for _ in ctx.needs_input_grad[1:])
 
-    monkeypatch.setattr(cross_entropy._MatchedCrossEntropy, "backward", staticmethod(backward))
+    monkeypatch.setattr(cross_entropy.MatchedCrossEntropy, "backward", staticmethod(backward))
     monkeypatch.setattr(choose, "StochasticDepth", ())  # no layer is one
 
 

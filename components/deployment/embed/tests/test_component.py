@@ -26,4 +26,4 @@ def test_features_are_published_and_found_again(
     assert f"already done: found {DESTINATION}" in capfd.readouterr().out
     with pytest.raises(SystemExit):
         components.directly(embed, **{**arguments, "regions": False})
-    assert "name another destination" in capfd.readouterr().err
+    assert "choose another destination" in capfd.readouterr().err
