@@ -57,6 +57,7 @@ def test_the_network_that_the_run_started_from_has_its_figures_already(challenge
 def test_a_champion_that_is_gone_cannot_be_compared(challenger, bucket, config):
     gone = champion("gone", "s3://evaluation/runs/gone/backbone")
     own = config.model_copy(update={"promotion": config.promotion.model_copy(update={"pointer": "gone"})})
+    bucket.remove(f"{challenger}/promotion.json")  # of a test that promoted the same run
     bucket.put_json(f"{challenger}/{RETRAINING}", {})
     bucket.swap_pointer("s3://evaluation/pointers/gone", gone, None)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,13 @@ PREPARED = Task("prepare-data", "prepare data", (), "Succeeded", [("Succeeded", 
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace sleeping; returns the requested pauses. The Kubernetes API is unreachable."""
     pauses: list[float] = []
-    monkeypatch.setattr("time.sleep", pauses.append)
+    thread, sleep = threading.current_thread(), time.sleep
+
+    def pause(seconds: float) -> None:
+        """Other threads of this process, such as those of an object store's client, sleep as they did."""
+        pauses.append(seconds) if threading.current_thread() is thread else sleep(seconds)
+
+    monkeypatch.setattr("time.sleep", pause)
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
     return pauses
 
