@@ -30,13 +30,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def exists(link: str, page: Path) -> bool:
-    """Whether a relative link leads to an existing file, and to an existing heading or line of it."""
+    """Whether a relative link leads to an existing file, and to an existing heading of it."""
     file, _, anchor = link.partition("#")
     target = (page.parent / file).resolve() if file else page
     if not target.exists():
         return False
-    if line := re.fullmatch(r"L(\d+)", anchor):
-        return int(line[1]) <= len(target.read_text(encoding="utf-8").splitlines())
     return not anchor or anchor in anchors(target)
 
 
