@@ -36,6 +36,8 @@ POD_SECONDS = 60  # terminationGracePeriodSeconds of a training pod
 JOB_SECONDS = 75.0  # the launching step waits so long for the pods of a job that it has deleted
 RUN_SECONDS = 120.0  # `esvit run` waits so long for the steps after Ctrl-C
 KILL_SECONDS = 15.0  # `esvit run` kills what is left so long after SIGTERM
+# A step whose pod is stopped may take so long to find out why. It has a second or less, which deleting the job needs.
+RESCHEDULED_SECONDS = 0.15
 POLL_SECONDS = 0.1  # a process that waits notices a signal within this time
 
 STOPPED_EXIT_CODE = TRY_AGAIN_EXIT_CODE  # stopped on request with a checkpoint: a restart continues

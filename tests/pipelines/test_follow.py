@@ -29,7 +29,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     def pause(seconds: float) -> None:
         """Other threads of this process, such as those of an object store's client, sleep as they did."""
-        pauses.append(seconds) if threading.current_thread() is thread else sleep(seconds)
+        if threading.current_thread() is thread:
+            pauses.append(seconds)
+        else:
+            sleep(seconds)
 
     monkeypatch.setattr("time.sleep", pause)
     monkeypatch.setenv("KUBECONFIG", "/nowhere")

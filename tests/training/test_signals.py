@@ -22,6 +22,7 @@ def test_every_time_limit_contains_those_of_the_processes_it_waits_for() -> None
     assert (
         2 * signals.LAUNCHER_SECONDS < signals.RUN_SECONDS
     )  # the launcher waits for the agent, then for its processes
+    assert 2 * signals.RESCHEDULED_SECONDS < 0.4  # how soon a stopped pod's container was gone, as seen on a cluster
 
 
 def test_the_agents_time_limit_is_the_one_that_torch_elastic_applies() -> None:

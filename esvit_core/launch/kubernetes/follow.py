@@ -18,7 +18,7 @@ from esvit_core.launch.kubernetes.train_job import TrainJob
 from esvit_core.launch.kubernetes.training_pod import RUN_ANNOTATION, job_name
 from esvit_core.launch.kubernetes.volcano import Volcano
 from esvit_core.launch.outcome import Outcome, conclude
-from esvit_core.launch.signals import JOB_SECONDS, POD_SECONDS, SignalCounter, restored_handlers
+from esvit_core.launch.signals import JOB_SECONDS, POD_SECONDS, RESCHEDULED_SECONDS, SignalCounter, restored_handlers
 from esvit_core.runs.training_summary import read_summary
 from esvit_core.storage import ObjectStore
 
@@ -26,8 +26,6 @@ POLL_SECONDS = 2.0
 API_OUTAGE_SECONDS = 1800.0  # the API may fail to answer for so long: the training does not need it
 REMOVAL_SECONDS = 300.0  # an earlier job may take so long to be deleted
 LAST_RUNNING = "esvit.dev/last-running"  # annotation of the job, from which a repeated step counts the waiting time
-# A stopped step may take so long to find out why it is stopped: it has a second or less, which the deletion needs.
-RESCHEDULED_SECONDS = 0.15
 ANNOTATION_INTERVAL = timedelta(minutes=10)
 
 
