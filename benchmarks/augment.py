@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, Config
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
-from esvit_core.data.ingest.layout import is_ignored
+from esvit_core.data.ingest.file_kinds import is_ignored
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
 from esvit_core.data.shards.reader import decode_image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry, FileReadError, Source
 from esvit_core.data.ingest.decode import BadImage, describe_bad_files, to_stored_image
-from esvit_core.data.ingest.layout import detect_layout, is_ignored
+from esvit_core.data.ingest.file_kinds import ignored_kind
+from esvit_core.data.ingest.ingest_plan import is_other_file, no_images
+from esvit_core.data.ingest.layout import detect_layout
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
+from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import EvalTransform
 from esvit_core.data.shards.reader import decode_image
@@ -103,7 +107,10 @@ class EmbedResult:
     def describe(self) -> str:
         """Describe the file in one line."""
         regions = "" if self.region_map is None else ", regions {} x {} x {}".format(*self.region_map)
-        bad = f"; {len(self.bad):,} bad files left out, listed in {self.bad_list}" if self.bad else ""
+        bad = ""
+        if self.bad:
+            files = "file" if len(self.bad) == 1 else "files"
+            bad = f"; {len(self.bad):,} bad {files} left out, listed in {self.bad_list}"
         return f"{self.images:,} images, view feature {self.width}{regions}, computed in {self.precision}{bad}"
 
 
@@ -137,9 +144,9 @@ def embed(
     precision = choose_precision(settings.precision, device)
     network = FeatureNetwork(backbone.to(device), settings.regions).eval()
     with open_source(source, store) as opened, atomic_write(out) as path:
-        files = [entry for entry in opened.entries if not is_ignored(entry.name)]
+        files = [entry for entry in opened.entries if not is_other_file(entry, settings.max_megapixels)]
         if not files:
-            raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
+            raise no_images(source, Counter(ignored_kind(entry.name) for entry in opened.entries))
         labels = _labels(files, source)
         file = open_feature_file(path)
         bad: list[tuple[str, str]] = []
@@ -158,6 +165,8 @@ def embed(
                 count += len(names)
                 progress.update(read)
             progress.update(len(files) - progress.done)  # bad files at the end
+        if rows is None and not bad:
+            raise no_images(source, Counter(ignored_kind(entry.name) for entry in opened.entries))
         if rows is None:
             raise UserError(f"{source}: none of its {len(files):,} files is an image: {describe_bad_files(bad)}")
         region_map = None if rows.regions is None else rows.regions.shape[1:]
@@ -190,7 +199,7 @@ def _prepare(
     """Return an image as input for the network, (3, S, S), after the steps of a stored image. Runs in several threads."""
     if entry.problem is not None:
         raise FileReadError(entry.problem)
-    stored = to_stored_image(opened.read(entry), max_megapixels, description.get("store_short_side"))
+    stored = to_stored_image(read_image_file(opened, entry), max_megapixels, description.get("store_short_side"))
     return transform(decode_image(stored.data))
 
 
@@ -210,6 +219,8 @@ def _batches(
                 names.append(entry.name)
             except (BadImage, FileReadError) as error:
                 leave_out(entry, str(error))
+            except NotAnImage:
+                pass  # another kind of file
             if len(names) == size:
                 yield names, images, read
                 names, images, read = [], [], 0

@@ -78,7 +78,7 @@ def data_rows(records: RunRecords) -> list[Property]:
         "re-encoded (shrunk, rotated, ...)": manifest.reencoded,
         "bad files": manifest.bad.count,
         "duplicates of another image, kept": manifest.copies,
-        "ignored (.DS_Store and the like)": manifest.ignored,
+        "other files, ignored": manifest.ignored,
         "replaced by a later entry with the same name": manifest.duplicates,
         "not selected (data.max_images)": manifest.not_chosen,
     }

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from esvit_core import __version__
 from esvit_core.config import Config
+from esvit_core.data.ingest.file_kinds import describe_ignored
 from esvit_core.errors import UserError
 from esvit_core.reporting import property_rows, verdict
 from esvit_core.reporting.classes import class_table
@@ -229,7 +230,8 @@ def _left_out(records: RunRecords, samples: list[Sample] | str, bad: list[BadGro
     if manifest is not None and manifest.not_chosen:
         found.append((f"{manifest.not_chosen:,} images", f"data.max_images is {records.config.data.max_images:,}"))
     if manifest is not None and manifest.ignored:
-        found.append((f"{manifest.ignored:,} files", "not images, such as .DS_Store"))
+        kinds = describe_ignored(manifest.ignored_kinds)
+        found.append((f"{manifest.ignored:,} files", f"not images: {kinds}" if kinds else "not images"))
     return found + _remarks(records)
 
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from esvit_core.data.ingest.layout import detect_layout, is_ignored, is_named_as_image, may_be_image
+from esvit_core.data.ingest.layout import detect_layout
 from esvit_core.errors import UserError
 
 
@@ -88,16 +88,3 @@ def test_images_outside_the_split_folders_have_a_problem():
 def test_split_folders_without_train_are_a_user_error():
     with pytest.raises(UserError, match="no train/"):
         detect_layout(["val/a/1.jpg", "test/a/2.jpg"], "source")
-
-
-@pytest.mark.parametrize(
-    "name", [".DS_Store", "a/.hidden.jpg", "__MACOSX/a/._1.jpg", "a/Thumbs.db", "DESKTOP.INI", ".git/objects/1"]
-)
-def test_system_files_are_ignored(name):
-    assert is_ignored(name)
-
-
-def test_names_of_images():
-    assert is_named_as_image("a/b.JPeG") and not is_named_as_image("a.jpg/b") and not is_named_as_image("a.txt")
-    assert may_be_image("a/0123abc") and not may_be_image("a/b.csv")
-    assert not is_ignored("a/1.jpg")

@@ -173,21 +173,31 @@ def test_bad_and_unusual_files_of_a_folder(store, prepared, tmp_path, make):
         "a/text.png": b"not an image at all",
         "a/empty.jpg": b"",
         "a/cut.jpg": make.file(make.pixels(9, 90, 90), "JPEG")[:-400],
-        "b/notes.txt": b"read me",
         "b/huge.png": make.file(Image.new("1", (2000, 1000))),
     }
     quiet = {"a/.DS_Store": b"x", "__MACOSX/a/._1.png": b"y", "b/Thumbs.db": b"z", ".git/config": b"w"}
+    quiet |= {
+        "b/notes.txt": b"read me",
+        "LICENSE": b"text",
+        "a/1.aae": b"<xml>",
+        "clip.mov": b"video",
+        "x.bin": b"data",
+    }
     folder = make.folder(tmp_path / "x", good | odd | bad | quiet)
     (folder / "a/gone.png").symlink_to("nowhere.png")
     manifest = prepared(folder, max_bad_fraction=0.2, max_megapixels=1.5)
     reasons = bad_files(store)
     assert sorted(reasons) == sorted([*bad, "a/gone.png"])
-    assert reasons["a/text.png"] == reasons["b/notes.txt"] == "not an image"
+    assert reasons["a/text.png"] == "not an image"
     assert reasons["a/empty.jpg"] == "empty file" and reasons["a/cut.jpg"].startswith("truncated")
     assert reasons["b/huge.png"] == "too large (2 megapixels)" and reasons["a/gone.png"] == "broken link"
-    assert manifest.bad.count == 6 and sum(manifest.bad.reasons.values()) == 6
-    assert manifest.bad.reasons["not an image"] == 2 and manifest.bad.reasons["too large"] == 1
-    assert manifest.ignored == 4 and manifest.considered == len(good | odd | bad) + 1
+    assert manifest.bad.count == 5 and sum(manifest.bad.reasons.values()) == 5
+    assert manifest.bad.reasons["not an image"] == 1 and manifest.bad.reasons["too large"] == 1
+    assert manifest.ignored_kinds == dict.fromkeys((".DS_Store", ".aae", ".bin", ".db", ".git/", ".mov", ".txt"), 1) | {
+        "__MACOSX/": 1,
+        "no suffix": 1,
+    }
+    assert manifest.ignored == 9 and manifest.considered == len(good | odd | bad) + 1
     found = {name: seen for split in stored(store).values() for name, seen in split.items()}
     assert sorted(map(_nfc, found)) == sorted(map(_nfc, good | odd)) and manifest.classes == ["a", "b"]
     assert found["b/turned.jpg"][1].shape == (30, 20, 3) and manifest.reencoded == 6
@@ -257,7 +267,7 @@ def test_a_choice_of_images_is_balanced_and_fixed(store, prepared, tmp_path, mak
     folder = make.folder(tmp_path / "x", files | {"README.md": b"x"})
     manifest = prepared(folder, max_images=15, val_fraction=0.0, max_bad_fraction=0.1)
     assert manifest.splits["train"].per_class == [6, 6, 3] and manifest.not_chosen == 17
-    assert manifest.considered == 16 and manifest.bad.count == 1
+    assert manifest.considered == 15 and manifest.bad.count == 0 and manifest.ignored_kinds == {".md": 1}
     again = prepared(folder, at="again", max_images=15, val_fraction=0.0, max_bad_fraction=0.1)
     assert again.fingerprint == manifest.fingerprint
 

@@ -136,11 +136,13 @@ def test_bad_images_are_counted_and_listed(backbone: Any, images: Any, tmp_path:
     (made / ".DS_Store").write_bytes(b"ignored")
     settings = EmbedSettings(max_bad_fraction=0.5, batch_size=2)
     done = embed(backbone, str(made), tmp_path / "f.npz", settings)
-    assert done.images == 5 and "2 bad files left out" in done.describe()
+    assert done.images == 5 and "1 bad file left out" in done.describe()
     listed = [json.loads(line) for line in done.bad_list.read_text().splitlines()]
-    assert [entry["name"] for entry in listed] == ["0-002.png", "note.txt"] and listed[1]["reason"] == "not an image"
+    assert [entry["name"] for entry in listed] == ["0-002.png"] and listed[0]["reason"].startswith("truncated")
     assert "0-002.png" not in np.load(done.path)["name"]
-    with pytest.raises(UserError, match=r"of 7 files are bad so far, more than the allowed 5 %: .*--max-bad-fraction"):
+    with pytest.raises(
+        UserError, match=r"1 of 6 files are bad so far, more than the allowed 5 %: .*--max-bad-fraction"
+    ):
         embed(backbone, str(made), tmp_path / "other.npz")
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".esvit-*"))
 
@@ -155,7 +157,7 @@ def test_mistakes_are_user_errors(backbone: Any, folder: Path, tmp_path: Path, m
         (folder, "there.npz", {}, "already exists"),
         (tmp_path / "nowhere", "f.npz", {}, "does not exist"),
         (tmp_path / "empty", "f.npz", {}, "no images in it"),
-        (tmp_path / "none", "f.npz", {"max_bad_fraction": 1.0}, "none of its 1 files is an image"),
+        (tmp_path / "none", "f.npz", {"max_bad_fraction": 1.0}, r"no images in it \(ignored: 1 \.txt\)"),
     ]:
         with pytest.raises(UserError, match=message):
             embed(backbone, str(source), tmp_path / out, EmbedSettings(**settings))

@@ -6,6 +6,7 @@ import bz2
 import contextlib
 import errno
 import gzip
+import io
 import lzma
 import re
 import shutil
@@ -74,6 +75,10 @@ class Source(Protocol):
         """
         ...
 
+    def peek(self, entry: Entry, length: int) -> bytes:
+        """Return the first bytes of a file, fewer if it is shorter; raises as :meth:`read`."""
+        ...
+
 
 class TarSource:
     """The files of a tar. A compressed tar is first decompressed to a temporary file, for random access."""
@@ -94,13 +99,19 @@ class TarSource:
         self.entries, self.duplicates = keep_last(found)
 
     def read(self, entry: Entry) -> bytes:
+        return self._read(entry, -1)
+
+    def peek(self, entry: Entry, length: int) -> bytes:
+        return self._read(entry, length)
+
+    def _read(self, entry: Entry, length: int) -> bytes:
         assert isinstance(entry.handle, tarfile.TarInfo)
         try:
             with self._lock:  # all readers share one file position
                 file = self._tar.extractfile(entry.handle)
                 if file is None:
                     raise FileReadError("not a regular file")
-                return file.read()
+                return file.read(length)
         except KeyError:
             raise FileReadError("broken link") from None
         except RecursionError:
@@ -131,8 +142,19 @@ class ZipSource:
 
     def read(self, entry: Entry) -> bytes:
         assert isinstance(entry.handle, zipfile.ZipInfo)
+        content = io.BytesIO()  # ZipFile.read would hold a large file in memory twice
         try:
-            return self._zip.read(entry.handle)
+            with self._zip.open(entry.handle) as file:
+                shutil.copyfileobj(file, content, 2**20)
+        except (NotImplementedError, RuntimeError, *DAMAGE) as error:
+            raise FileReadError(f"damaged archive entry ({error})") from None
+        return content.getvalue()
+
+    def peek(self, entry: Entry, length: int) -> bytes:
+        assert isinstance(entry.handle, zipfile.ZipInfo)
+        try:
+            with self._zip.open(entry.handle) as file:
+                return file.read(length)
         except (NotImplementedError, RuntimeError, *DAMAGE) as error:
             raise FileReadError(f"damaged archive entry ({error})") from None
 

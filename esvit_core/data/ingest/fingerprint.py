@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from esvit_core.data.ingest.archives import Entry, FileReadError
-from esvit_core.data.ingest.layout import is_ignored
+from esvit_core.data.ingest.file_kinds import is_ignored
 from esvit_core.data.ingest.prefetch import reading_threads
 
 SAMPLE = 4096  # files of a source whose content is read

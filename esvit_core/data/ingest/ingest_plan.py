@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry
+from esvit_core.data.ingest.file_kinds import (
+    UNREADABLE_SUFFIXES,
+    describe_ignored,
+    ignored_kind,
+    is_ignored,
+    is_named_as_image,
+    is_sidecar,
+    may_be_image,
+    suffix,
+)
 from esvit_core.data.ingest.incremental import Base
-from esvit_core.data.ingest.layout import Layout, SplitName, detect_layout, is_ignored, may_be_image
+from esvit_core.data.ingest.layout import Layout, SplitName, detect_layout
 from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
 from esvit_core.errors import UserError
 
@@ -33,7 +44,8 @@ class IngestPlan:
         bad: names and reasons of files that cannot be images.
         classes: names of the classes.
         files: all files of the source except ignored ones.
-        ignored, not_chosen: numbers of files that are left out.
+        ignored: numbers of files that are no images, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
+        not_chosen: number of images that are left out because of ``data.max_images``.
         splits_assigned: whether this program assigned the splits, because the source has no folders for them.
     """
 
@@ -42,7 +54,7 @@ class IngestPlan:
     bad: list[tuple[str, str]]
     classes: list[str]
     files: list[Entry]
-    ignored: int
+    ignored: dict[str, int]
     not_chosen: int
     splits_assigned: bool
 
@@ -59,17 +71,20 @@ def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Bas
     Raises:
         UserError: the source contains no images, or none to train on.
     """
-    files = [entry for entry in entries if not is_ignored(entry.name)]
+    files = [entry for entry in entries if not is_other_file(entry, config.max_megapixels)]
+    kept = {entry.name for entry in files}
+    ignored = Counter(ignored_kind(entry.name) for entry in entries if entry.name not in kept)
     if not files:
-        raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
-    largest = config.max_megapixels * 1e6 * _BYTES_PER_PIXEL
+        raise no_images(source, ignored)
     bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
     readable = [entry for entry in files if entry.problem is None]
     layout = detect_layout([entry.name for entry in readable], source)
     likely: list[int] = []
     rest: list[int] = []
     for number, (entry, assignment) in enumerate(zip(readable, layout.assignments, strict=True)):
-        problem = assignment.problem or (f"file of {entry.size:,} bytes" if entry.size > largest else None)
+        problem = assignment.problem or (
+            f"file of {entry.size:,} bytes" if entry.size > largest_file(config.max_megapixels) else None
+        )
         if problem:
             bad.append((entry.name, problem))
         else:
@@ -88,6 +103,8 @@ def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Bas
         stored = before.split if before else None
         if before is not None and before.status == "bad" and before.is_same(entry):
             bad.append((entry.name, before.reason))
+        elif before is not None and before.status == "ignored" and before.is_same(entry):
+            ignored[ignored_kind(entry.name)] += 1
         elif before is not None and stored and before.is_same(entry):
             labels[entry.name] = label
         elif stored:  # changed; an image that was trained on must not be held out later
@@ -101,10 +118,32 @@ def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Bas
         bad=bad,
         classes=names,
         files=files,
-        ignored=len(entries) - len(files),
+        ignored=dict(ignored),
         not_chosen=len(likely) - len(chosen),
         splits_assigned=splits_assigned,
     )
+
+
+def no_images(source: str, ignored: dict[str, int]) -> UserError:
+    """Return the error for a source without images; it names the files that were ignored."""
+    others = f" (ignored: {describe_ignored(ignored)})" if ignored else ""
+    return UserError(f"{source}: no images in it{others}; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
+
+
+def is_other_file(entry: Entry, max_megapixels: float) -> bool:
+    """Return whether a file is ignored without reading it: nothing about it says that it is an image."""
+    if is_ignored(entry.name) or is_sidecar(entry.name):
+        return True
+    if is_named_as_image(entry.name) or suffix(entry.name) in UNREADABLE_SUFFIXES:
+        return False
+    is_folder = entry.problem is not None and entry.problem.startswith("unreadable folder")
+    unusable = entry.problem is not None and bool(suffix(entry.name)) and not is_folder
+    return unusable or entry.size > largest_file(max_megapixels)
+
+
+def largest_file(max_megapixels: float) -> float:
+    """Return the size in bytes that no image file of so many pixels exceeds."""
+    return max_megapixels * 1e6 * _BYTES_PER_PIXEL
 
 
 def _classes(layout: Layout, base: Base | None) -> list[str]:

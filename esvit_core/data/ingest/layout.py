@@ -1,4 +1,4 @@
-"""Derive from the names of files which are images, and their classes and splits."""
+"""Derive the classes and splits of images from the names of their files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from esvit_core.data.ingest.file_kinds import is_named_as_image, may_be_image
 from esvit_core.errors import UserError
 
 SplitName = Literal["train", "val", "test"]
@@ -17,9 +18,6 @@ SPLIT_FOLDERS: dict[str, SplitName] = {
     "validation": "val",
     "test": "test",
 }
-_IMAGE_ENDINGS = "jpg jpeg jpe jfif mpo png gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 j2k avif"
-IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _IMAGE_ENDINGS.split())
-_SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,6 @@ class Layout:
 
     assignments: list[Assignment]
     classes: list[str]
-
-
-def is_ignored(name: str) -> bool:
-    """Return whether a file is hidden or created by an operating system."""
-    return any((part.startswith(".") and part != "..") or part.casefold() in _SYSTEM_FILES for part in name.split("/"))
-
-
-def suffix(name: str) -> str:
-    """Return the suffix in lower case, ``.jpg`` for ``a/b.JPG``; empty if there is none."""
-    stem, dot, ending = name.rpartition("/")[2].rpartition(".")
-    return f".{ending.lower()}" if dot and stem else ""
-
-
-def is_named_as_image(name: str) -> bool:
-    """Return whether the name has the suffix of an image."""
-    return suffix(name) in IMAGE_SUFFIXES
-
-
-def may_be_image(name: str) -> bool:
-    """Return whether the name has the suffix of an image or none, in which case only the content can tell."""
-    return suffix(name) in IMAGE_SUFFIXES or not suffix(name)
 
 
 def detect_layout(names: Sequence[str], source: str, require_train: bool = True) -> Layout:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from esvit_core.data.ingest.archives import Entry, FileReadError, Source
-from esvit_core.data.ingest.layout import SplitName, is_ignored
+from esvit_core.data.ingest.file_kinds import is_ignored, is_sidecar
+from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.sources import open_source, source_fingerprint
 from esvit_core.storage import ObjectStore
@@ -20,7 +21,7 @@ from esvit_core.storage import ObjectStore
 LISTING = "images.jsonl.gz"
 # If the dates of nearly all files differ, the source is a copy; reading this many of them is enough to make sure.
 _COPY_SAMPLE, _COPY_SHARE = 1000, 0.9
-FileStatus = Literal["train", "val", "test", "bad", "unreadable", "skipped"]
+FileStatus = Literal["train", "val", "test", "bad", "unreadable", "skipped", "ignored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class File:
         size: in bytes.
         stamp: changes with the content, as far as a listing can show.
         status: the split in which the image is stored; ``bad``: not an image; ``unreadable``: could not be read;
-            ``skipped``: not chosen, or outside the folders that are used; None: not decided yet.
+            ``skipped``: not chosen, or outside the folders that are used; ``ignored``: by its content another kind of
+            file; None: not decided yet.
         digest: of the content, 32 hexadecimal digits; empty if the file was not read.
         reason: why it was not stored.
     """
@@ -86,7 +88,7 @@ class Scan:
     """The files of a source at the time it was scanned.
 
     Attributes:
-        files: in the order of their names, without ignored ones.
+        files: in the order of their names, without ignored ones and files that lie beside images.
         fingerprint: see :func:`esvit_core.data.ingest.sources.source_fingerprint`.
     """
 
@@ -102,7 +104,7 @@ def scan_source(source: str, store: ObjectStore) -> Scan:
     """
     with open_source(source, store) as opened:
         entries = sorted(opened.entries, key=lambda entry: entry.name)
-        files = [File(e.name, e.size, e.stamp) for e in entries if not is_ignored(e.name)]
+        files = [File(e.name, e.size, e.stamp) for e in entries if not (is_ignored(e.name) or is_sidecar(e.name))]
         return Scan(files, source_fingerprint(source, store, opened))
 
 

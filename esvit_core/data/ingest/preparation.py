@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Source
 from esvit_core.data.ingest.decode import describe_bad_files, reason_category
+from esvit_core.data.ingest.file_kinds import ignored_kind
 from esvit_core.data.ingest.incremental import Base
-from esvit_core.data.ingest.ingest_plan import IngestPlan
+from esvit_core.data.ingest.ingest_plan import IngestPlan, no_images
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import LISTING, File, encode_listing
 from esvit_core.data.ingest.unfinished import FileResult, UnfinishedPreparation
@@ -30,6 +31,7 @@ class Preparation:
         existing: sizes of the objects below the destination at the start, by name.
         known: results of an unfinished preparation, by file name.
         pending, pending_bad: files whose record is not stored yet: images in the current shard, and bad files.
+        ignored: numbers of files that are no images, by kind.
         written: names of the objects that this preparation stored.
         processed: files with their status, in the order of storage.
     """
@@ -42,6 +44,7 @@ class Preparation:
     destination: str
     base: Base | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
     processed: dict[str, File] = field(default_factory=dict)
     unfinished: UnfinishedPreparation | None = None
     existing: dict[str, int] = field(default_factory=dict)
@@ -59,6 +62,10 @@ class Preparation:
         """Return the address of an object below the destination."""
         return join_uri(self.destination, name)
 
+    def ignore(self, name: str) -> None:
+        """Count a file that is no image."""
+        self.ignored[ignored_kind(name)] += 1
+
     def class_name(self, label: int) -> str:
         """Return the name of a class; empty for -1."""
         return self.plan.classes[label] if label >= 0 else ""
@@ -67,6 +74,8 @@ class Preparation:
 def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
     """Store the indexes and lists that accompany the shards, and build the manifest."""
     if "train" not in job.writers:
+        if not job.bad:
+            raise no_images(job.source, job.ignored)
         raise UserError(
             f"{job.source}: none of its {len(job.plan.files):,} files is an image to train on: {describe_bad_files(job.bad)}; "
             "expected JPEG, PNG, WebP, GIF, BMP or TIFF files"
@@ -92,9 +101,10 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
         classes=job.plan.classes,
         splits=splits,
         bytes=sum(shard.bytes for shard in shards),
-        considered=len(job.plan.files) - job.plan.not_chosen,
+        considered=len(job.plan.files) - job.plan.not_chosen - (job.ignored.total() - sum(job.plan.ignored.values())),
         bad=BadFiles(count=len(bad), reasons=reasons, list=bad_list),
-        ignored=job.plan.ignored,
+        ignored=job.ignored.total(),
+        ignored_kinds=dict(sorted(job.ignored.items())),
         duplicates=job.opened.duplicates,
         copies=job.copies + (before.copies if before else 0),
         not_chosen=job.plan.not_chosen,
@@ -113,7 +123,7 @@ def _files(job: Preparation) -> Iterator[File]:
         if entry.name in job.processed:
             continue
         before = job.base.files.get(entry.name) if job.base else None
-        if before is not None and before.status == "bad" and before.is_same(entry):
+        if before is not None and before.status in ("bad", "ignored") and before.is_same(entry):
             yield before
         else:
             yield File(entry.name, entry.size, entry.stamp, "skipped", reason=reasons.get(entry.name, "not chosen"))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +23,7 @@ from esvit_core.data.ingest.listing import File, FileStatus, Scan, content_diges
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.preparation import Preparation, build_manifest, check_bad_share
 from esvit_core.data.ingest.publish_manifest import find_data, objects_below, publish_data
+from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
 from esvit_core.data.ingest.unfinished import (
     FileResult,
@@ -118,7 +120,7 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
         StaleProgressError: the records do not match this preparation.
     """
     plan = job.plan
-    job.bad = list(plan.bad)
+    job.bad, job.ignored = list(plan.bad), Counter(plan.ignored)
     split_of_digest: dict[str, SplitName] = {}
     with (
         explain_full_temporary_disk("a shard"),
@@ -141,7 +143,10 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
                 progress.update(1)
                 continue
             digest, image = found
-            if isinstance(image, BadImage | FileReadError):
+            if isinstance(image, NotAnImage):
+                job.ignore(candidate.entry.name)
+                job.pending_bad.append(_set_status(job, candidate, "ignored", digest))
+            elif isinstance(image, BadImage | FileReadError):
                 job.bad.append((candidate.entry.name, str(image)))
                 status: FileStatus = "bad" if isinstance(image, BadImage) else "unreadable"
                 job.pending_bad.append(_set_status(job, candidate, status, digest, reason=str(image)))
@@ -181,7 +186,7 @@ def _resume(job: Preparation) -> None:
 
 def _known_or_loaded(
     job: Preparation, candidate: Candidate
-) -> FileResult | tuple[str, StoredImage | BadImage | FileReadError]:
+) -> FileResult | tuple[str, StoredImage | BadImage | FileReadError | NotAnImage]:
     """Return the recorded result of a file, or read it. Runs in several threads."""
     known, entry = job.known.get(candidate.entry.name), candidate.entry
     if known is None:
@@ -205,6 +210,9 @@ def _replay(
         StaleProgressError: this preparation would produce a different result.
     """
     file = job.processed[known.file.name] = known.with_stamp_of(candidate.entry)
+    if file.status == "ignored":
+        job.ignore(file.name)
+        return
     if file.split is None:
         job.bad.append((file.name, file.reason))
         return
@@ -222,11 +230,11 @@ def _replay(
 
 def _load(
     opened: Source, config: DataConfig, candidate: Candidate
-) -> tuple[str, StoredImage | BadImage | FileReadError]:
+) -> tuple[str, StoredImage | BadImage | FileReadError | NotAnImage]:
     """Return the digest of a file, and its image or the reason why it has none. Runs in several threads."""
     try:
-        data = opened.read(candidate.entry)
-    except FileReadError as error:
+        data = read_image_file(opened, candidate.entry)
+    except (FileReadError, NotAnImage, BadImage) as error:
         return "", error
     try:
         return content_digest(data), to_stored_image(data, config.max_megapixels, config.store_short_side)

@@ -17,7 +17,7 @@ from pathlib import Path
 from esvit_core.data.ingest import archives
 from esvit_core.data.ingest import fingerprint as fingerprints
 from esvit_core.data.ingest.archives import Entry, FileReadError, Source, TarSource, ZipSource
-from esvit_core.data.ingest.layout import is_ignored, may_be_image
+from esvit_core.data.ingest.file_kinds import is_ignored, may_be_image
 from esvit_core.errors import UserError
 from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
 from esvit_core.storage.disk import read_at
@@ -39,6 +39,9 @@ class FolderSource:
             return Path(str(entry.handle)).read_bytes()
         except OSError as error:
             raise FileReadError(f"cannot be read ({error.strerror})") from None
+
+    def peek(self, entry: Entry, length: int) -> bytes:
+        return self._read_piece(entry, 0, length)
 
     def fingerprint(self) -> str:
         return fingerprints.listing_fingerprint(self.entries, self._read_piece)
@@ -72,6 +75,9 @@ class PrefixSource:
             raise FileReadError("no longer exists" if isinstance(error, NotFound) else "access denied") from None
         except InvalidAddress:
             raise FileReadError("its key is not valid") from None
+
+    def peek(self, entry: Entry, length: int) -> bytes:
+        return self._read_piece(entry, 0, min(length, entry.size))
 
     def fingerprint(self) -> str:
         return fingerprints.listing_fingerprint(self.entries, self._read_piece)

@@ -103,7 +103,8 @@ class Manifest(_Part):
         bytes: size of all shards, including those of earlier data.
         considered: number of files that could have been images.
         bad: files that are not usable images.
-        ignored: number of files that are never images (``.DS_Store``, ``Thumbs.db``, ...).
+        ignored: number of files that are no images (annotations, videos, ``.DS_Store``, ...).
+        ignored_kinds: the same by suffix, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
         duplicates: number of archive entries that a later entry of the same name replaces.
         copies: number of images that are byte-for-byte identical to another one; they are kept.
         not_chosen: number of images left out because of ``data.max_images``.
@@ -125,6 +126,7 @@ class Manifest(_Part):
     considered: int
     bad: BadFiles
     ignored: int = 0
+    ignored_kinds: dict[str, int] = {}
     duplicates: int = 0
     copies: int = 0
     not_chosen: int = 0
@@ -171,6 +173,8 @@ class Manifest(_Part):
         parts = [f"{self.samples:,} images{classes} ({splits}), {self.bytes / 2**20:,.1f} MiB"]
         if bad := self.bad.count:
             parts.append(f"{bad:,} bad {'file' if bad == 1 else 'files'} left out")
+        if self.ignored:
+            parts.append(f"{self.ignored:,} other {'file' if self.ignored == 1 else 'files'} ignored")
         if self.not_chosen:
             parts.append(f"{self.not_chosen:,} not chosen")
         return "; ".join(parts)
