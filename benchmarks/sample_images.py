@@ -24,7 +24,7 @@ SIDE, HELD_OUT = 32, 0.2
 def measure(source: str) -> dict[str, float | int | str]:
     """Measure the accuracy on the held-out images of one source, percent."""
     with open_source(source) as opened:
-        places = detect_layout([entry.name for entry in opened.entries], source).places
+        places = detect_layout([entry.name for entry in opened.entries], source).assignments
         pixels = np.stack([read(opened.read(entry)) for entry in opened.entries])  # (N, SIDE * SIDE * 3)
     labels = [place.label for place in places]
     held = np.isin(np.arange(len(places)), list(hold_out([place.key for place in places], labels, HELD_OUT)))

@@ -22,6 +22,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], Any]] = {
     "mixup.use": ({"objective": {"region": False}}, True),
     "mixup.cutmix_minmax": ({}, [0.2, 0.8]),
     "augment.deit.rand_augment": ({}, "rand-m7"),
+    "data.labels": ({}, "none"),
     "init.sha256": ({"init": {"source": "weights.pth"}}, 64 * "a"),
     "evaluation.transfer": ({}, [{"name": "a", "source": "b"}]),
     "cluster.image_pull_secrets": ({}, ["registry"]),
@@ -128,6 +129,13 @@ def test_a_run_is_another_one_exactly_if_a_setting_of_its_identity_is_another(ke
     one, other = pair
     assert (run_id(one, "data") == run_id(other, "data")) == is_execution(key)
     assert other.with_execution(one.execution_values()) == (one if is_execution(key) else other)
+
+
+def test_a_setting_that_was_added_does_not_change_the_runs_before_it() -> None:
+    values = Config().identity_values()
+    assert "labels" not in values["data"] and "splits" not in values["data"]
+    changed = Config.from_mapping({"data": {"labels": "depth:2", "splits": {"a": "val"}}}).identity_values()
+    assert changed["data"]["labels"] == "depth:2" and changed["data"]["splits"] == {"a": "val"}
 
 
 def test_what_users_are_told_they_may_change_is_execution() -> None:

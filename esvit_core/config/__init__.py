@@ -27,7 +27,7 @@ from esvit_core.config.launch_settings import LaunchConfig
 from esvit_core.config.promotion_settings import PromotionConfig, RegistryConfig
 from esvit_core.config.promotion_settings import RetrainConfig as RetrainConfig
 from esvit_core.config.recipes import explain, override, parse_yaml, read_recipe
-from esvit_core.config.section import EXECUTION, Section
+from esvit_core.config.section import ADDED, EXECUTION, Section
 from esvit_core.config.training_settings import DiagnosticsConfig as DiagnosticsConfig
 from esvit_core.config.training_settings import ObjectiveConfig as ObjectiveConfig
 from esvit_core.config.training_settings import OptimizerConfig, TrainingConfig
@@ -63,6 +63,19 @@ class DataConfig(Section):
         ge=0,
         lt=1,
         description="Fraction of the images held out for evaluation if the source has no val/ or test/ folder.",
+    )
+    labels: str = Field(
+        "auto",
+        pattern=r"^(auto|none|folder|csv|depth:[1-9])$",
+        description="Where the classes come from. auto: from the folders, see docs/data.md; none: nowhere; folder: the "
+        "folder of each image; depth:N: the Nth folder below the source or the split; csv: a table in the source.",
+        json_schema_extra=ADDED,
+    )
+    splits: Literal["auto", "none"] | dict[str, Literal["train", "val", "test"]] = Field(
+        "auto",
+        description="Where the splits come from. auto: from folders named train, val, test and the like; none: nowhere, "
+        "val_fraction is held out; or the split of each folder by name or pattern, such as {fold_0: val, 'fold_*': train}.",
+        json_schema_extra=ADDED,
     )
 
 

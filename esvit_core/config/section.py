@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 #: ``Field(..., json_schema_extra=EXECUTION)``. It is not part of a run's identity; the latest start of a run sets it.
 #: Every other setting is part of the identity: a run with another value is another run.
 EXECUTION: dict[str, JsonValue] = {"execution": True}
+#: Marks a setting of the identity that was added later. With its default it is not part of the identity, so that runs
+#: which were started before keep their ids.
+ADDED: dict[str, JsonValue] = {"added": True}
 _NULL = ("none", "off")
 
 
@@ -21,7 +24,7 @@ class Section(BaseModel):
 
     def identity_values(self) -> dict[str, Any]:
         """Return the settings that are part of a run's identity, as JSON values."""
-        return self.model_dump(mode="json", exclude=execution_fields(type(self)))
+        return self.model_dump(mode="json", exclude=_not_identity(self))
 
     def execution_values(self) -> dict[str, Any]:
         """Return the other settings, as JSON values."""
@@ -45,6 +48,18 @@ def execution_fields(section: type[BaseModel]) -> dict[str, Any]:
             found[name] = True
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found |= {name: below} if (below := execution_fields(field.annotation)) else {}
+    return found
+
+
+def _not_identity(section: Section) -> dict[str, Any]:
+    """Return the settings of ``section`` that are not part of its identity, in the form of pydantic's ``exclude``."""
+    found = execution_fields(type(section))
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if field.json_schema_extra == ADDED and value == field.default:
+            found[name] = True
+        elif isinstance(value, Section) and found.get(name) is not True and (below := _not_identity(value)):
+            found[name] = below
     return found
 
 

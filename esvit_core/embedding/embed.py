@@ -20,8 +20,8 @@ from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry, FileReadError, Source
 from esvit_core.data.ingest.decode import BadImage, describe_bad_files, to_stored_image
 from esvit_core.data.ingest.file_kinds import ignored_kind
-from esvit_core.data.ingest.ingest_plan import is_other_file, no_images
-from esvit_core.data.ingest.layout import detect_layout
+from esvit_core.data.ingest.ingest_plan import is_other_file, layout_of, no_images
+from esvit_core.data.ingest.layout import LayoutSettings
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.sources import open_source
@@ -147,7 +147,7 @@ def embed(
         files = [entry for entry in opened.entries if not is_other_file(entry, settings.max_megapixels)]
         if not files:
             raise no_images(source, Counter(ignored_kind(entry.name) for entry in opened.entries))
-        labels = _labels(files, source)
+        labels = _labels(files, opened, source)
         file = open_feature_file(path)
         bad: list[tuple[str, str]] = []
 
@@ -181,8 +181,8 @@ def embed(
     return result
 
 
-def _labels(files: list[Entry], source: str) -> dict[str, str | None]:
-    layout = detect_layout([entry.name for entry in files], source, require_train=False)
+def _labels(files: list[Entry], opened: Source, source: str) -> dict[str, str | None]:
+    layout = layout_of(files, opened.entries, source, LayoutSettings(require_train=False), opened.read)
     return {entry.name: assignment.label for entry, assignment in zip(files, layout.assignments, strict=True)}
 
 

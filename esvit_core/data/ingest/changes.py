@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from esvit_core.data.ingest.archives import Entry, Source
+from esvit_core.data.ingest.file_kinds import is_sidecar
 from esvit_core.data.ingest.incremental import Base, read_listing
 from esvit_core.data.ingest.listing import File, Scan, content_reader, hash_touched_files
 from esvit_core.data.shards.manifest import Manifest
@@ -14,7 +15,8 @@ def scanned_entries(opened: Source, scan: Scan | None) -> list[Entry]:
     if scan is None:
         return opened.entries
     scanned = {file.name: file for file in scan.files}
-    return [e for e in opened.entries if e.name in scanned and scanned[e.name].is_same(e)]
+    # Files that are no images are not scanned; a table of labels is used as it is now.
+    return [e for e in opened.entries if is_sidecar(e.name) or (e.name in scanned and scanned[e.name].is_same(e))]
 
 
 def hash_touched_entries(base: Base, entries: list[Entry], scan: Scan | None, opened: Source) -> list[File]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry
+from esvit_core.data.ingest.archives import Entry, FileReadError
 from esvit_core.data.ingest.file_kinds import (
     UNREADABLE_SUFFIXES,
     describe_ignored,
@@ -18,10 +19,11 @@ from esvit_core.data.ingest.file_kinds import (
     suffix,
 )
 from esvit_core.data.ingest.incremental import Base
-from esvit_core.data.ingest.layout import Layout, SplitName, detect_layout
+from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName, detect_layout
 from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
 from esvit_core.errors import UserError
 
+_LARGEST_TABLE = 256 * 2**20  # bytes
 _BYTES_PER_PIXEL = 8  # 16-bit RGBA; image files are rarely much larger than their pixels
 
 
@@ -46,7 +48,9 @@ class IngestPlan:
         files: all files of the source except ignored ones.
         ignored: numbers of files that are no images, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
         not_chosen: number of images that are left out because of ``data.max_images``.
-        splits_assigned: whether this program assigned the splits, because the source has no folders for them.
+        splits_assigned: whether this program held images out, because the source has no folder for them.
+        left_out: names of images that the layout has no place for, with the reasons.
+        messages: how the source was understood.
     """
 
     candidates: list[Candidate]
@@ -57,9 +61,17 @@ class IngestPlan:
     ignored: dict[str, int]
     not_chosen: int
     splits_assigned: bool
+    left_out: dict[str, str]
+    messages: list[str]
 
 
-def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Base | None = None) -> IngestPlan:
+def plan_ingest(
+    entries: list[Entry],
+    source: str,
+    config: DataConfig,
+    base: Base | None = None,
+    read: Callable[[Entry], bytes] | None = None,
+) -> IngestPlan:
     """Decide what happens to every file of a source.
 
     Args:
@@ -67,6 +79,7 @@ def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Bas
         source: for error messages.
         config: the ``data`` section of the configuration.
         base: earlier data of the source, whose images are reused; None: there are none.
+        read: returns the content of a file that may be a table of labels; None: no such file is read.
 
     Raises:
         UserError: the source contains no images, or none to train on.
@@ -78,19 +91,20 @@ def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Bas
         raise no_images(source, ignored)
     bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
     readable = [entry for entry in files if entry.problem is None]
-    layout = detect_layout([entry.name for entry in readable], source)
+    layout = layout_of(readable, entries, source, LayoutSettings(config.labels, config.splits), read)
+    left_out: dict[str, str] = {}
     likely: list[int] = []
     rest: list[int] = []
     for number, (entry, assignment) in enumerate(zip(readable, layout.assignments, strict=True)):
-        problem = assignment.problem or (
-            f"file of {entry.size:,} bytes" if entry.size > largest_file(config.max_megapixels) else None
-        )
-        if problem:
-            bad.append((entry.name, problem))
+        if assignment.problem:
+            left_out[entry.name] = assignment.problem
+            ignored[ignored_kind(entry.name)] += 1
+        elif entry.size > largest_file(config.max_megapixels):
+            bad.append((entry.name, f"file of {entry.size:,} bytes"))
         else:
             (likely if may_be_image(entry.name) else rest).append(number)
     chosen = _chosen(likely, layout, config.max_images)
-    splits_assigned = all(layout.assignments[i].split is None for i in chosen)
+    splits_assigned = all(layout.assignments[i].split != "val" for i in chosen)
     held = _held_out(chosen, layout, config.val_fraction) if splits_assigned else set()
     names = _classes(layout, base)
     classes: dict[str | None, int] = {name: number for number, name in enumerate(names)}
@@ -121,7 +135,38 @@ def plan_ingest(entries: list[Entry], source: str, config: DataConfig, base: Bas
         ignored=dict(ignored),
         not_chosen=len(likely) - len(chosen),
         splits_assigned=splits_assigned,
+        left_out=left_out,
+        messages=layout.messages,
     )
+
+
+def layout_of(
+    images: list[Entry],
+    entries: list[Entry],
+    source: str,
+    settings: LayoutSettings,
+    read: Callable[[Entry], bytes] | None = None,
+) -> Layout:
+    """Determine the layout of a source, with the tables of labels in it.
+
+    Args:
+        images: the files that may be images.
+        entries: all files.
+        read: returns the content of a file; None: no table is read.
+    """
+    names = {entry.name for entry in images}
+    others = {entry.name: entry for entry in entries if entry.name not in names and not is_ignored(entry.name)}
+
+    def read_text(name: str) -> str | None:
+        entry = others[name]
+        if read is None or entry.problem is not None or entry.size > _LARGEST_TABLE:
+            return None
+        try:
+            return read(entry).decode("utf-8-sig", "replace")
+        except FileReadError:
+            return None
+
+    return detect_layout([entry.name for entry in images], source, settings, list(others), read_text)
 
 
 def no_images(source: str, ignored: dict[str, int]) -> UserError:
@@ -161,6 +206,10 @@ def _chosen(likely: list[int], layout: Layout, count: int | None) -> list[int]:
 
 
 def _held_out(chosen: list[int], layout: Layout, fraction: float) -> set[int]:
+    """Choose the images to hold out; with a folder for training, among those that have a label."""
+    chosen = [i for i in chosen if layout.assignments[i].split != "test"]
+    if any(layout.assignments[i].split and layout.assignments[i].label for i in chosen):
+        chosen = [i for i in chosen if layout.assignments[i].label]
     assignments = [layout.assignments[i] for i in chosen]
     held = hold_out(
         [assignment.key for assignment in assignments], [assignment.label for assignment in assignments], fraction

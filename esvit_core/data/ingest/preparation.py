@@ -103,6 +103,7 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
         bytes=sum(shard.bytes for shard in shards),
         considered=len(job.plan.files) - job.plan.not_chosen - (job.ignored.total() - sum(job.plan.ignored.values())),
         bad=BadFiles(count=len(bad), reasons=reasons, list=bad_list),
+        reading=job.plan.messages,
         ignored=job.ignored.total(),
         ignored_kinds=dict(sorted(job.ignored.items())),
         duplicates=job.opened.duplicates,
@@ -118,7 +119,7 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
 def _files(job: Preparation) -> Iterator[File]:
     """Yield every file with its status: stored files in the order of the indexes, then the others."""
     yield from job.processed.values()
-    reasons = dict(job.plan.bad)
+    reasons = dict(job.plan.bad) | job.plan.left_out
     for entry in job.plan.files:
         if entry.name in job.processed:
             continue

@@ -93,9 +93,9 @@ def prepare(
         entries, earlier = scanned_entries(opened, scan), None if base is None else Base.read(store, base)
         if earlier is not None:
             earlier = earlier.with_current_stamps(hash_touched_entries(earlier, entries, scan, opened))
-        job = Preparation(
-            source, opened, plan_ingest(entries, source, config, earlier), config, store, destination, earlier
-        )
+        plan = plan_ingest(entries, source, config, earlier, opened.read)
+        print(*(f"prepare: {line}" for line in plan.messages), sep="\n", flush=True)
+        job = Preparation(source, opened, plan, config, store, destination, earlier)
         job.unfinished = UnfinishedPreparation(store, destination, fingerprint, config, base)
         try:
             _store_images(job)

@@ -105,6 +105,7 @@ class Manifest(_Part):
         bad: files that are not usable images.
         ignored: number of files that are no images (annotations, videos, ``.DS_Store``, ...).
         ignored_kinds: the same by suffix, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
+        reading: how the folders of the source were understood, in lines.
         duplicates: number of archive entries that a later entry of the same name replaces.
         copies: number of images that are byte-for-byte identical to another one; they are kept.
         not_chosen: number of images left out because of ``data.max_images``.
@@ -127,6 +128,7 @@ class Manifest(_Part):
     bad: BadFiles
     ignored: int = 0
     ignored_kinds: dict[str, int] = {}
+    reading: list[str] = []
     duplicates: int = 0
     copies: int = 0
     not_chosen: int = 0
