@@ -79,7 +79,7 @@ def test_what_a_recipe_leaves_out_of_the_crops_is_the_policys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("training.epoch=3", "did you mean 'training.epochs'?"),
         ("epochs=3", "did you mean 'training.epochs'?"),
@@ -94,15 +94,15 @@ def test_what_a_recipe_leaves_out_of_the_crops_is_the_policys() -> None:
         ("optimizer.name=adam", "optimizer.name: input should be 'adamw', 'sgd' or 'lars'"),
     ],
 )
-def test_wrong_overrides_are_refused_in_one_line(override: str, says: str) -> None:
+def test_wrong_overrides_are_refused_in_one_line(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         Config.load("demo", [override])
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("trainng: {epochs: 3}", "did you mean 'training'?"),
         ("training: {epoch: 3}", "did you mean 'training.epochs'?"),
@@ -111,12 +111,12 @@ def test_wrong_overrides_are_refused_in_one_line(override: str, says: str) -> No
         ("evaluation: {transfer: [{name: a, source: x}, {name: a, source: y}]}", "distinct names"),
     ],
 )
-def test_wrong_recipe_files_are_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_wrong_recipe_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     with pytest.raises(UserError) as caught:
         Config.load(recipe)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(recipe) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -156,7 +156,7 @@ def test_a_kind_of_step_keeps_its_own_defaults_where_a_recipe_says_nothing() -> 
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("cluster.train.memory=8GiB", "cluster.train.memory: .*such as 4Gi or 500M.*'8GiB'"),
         ("cluster.train.memory=512K", "units are k, M, G, T .of 1000. and Ki"),
@@ -175,8 +175,8 @@ def test_a_kind_of_step_keeps_its_own_defaults_where_a_recipe_says_nothing() -> 
         ("cluster.priority=high", "priority: no effect without queue"),
     ],
 )
-def test_what_kubernetes_would_refuse_is_refused_in_one_line(override: str, says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught:
+def test_what_kubernetes_would_refuse_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         Config.load("demo", [override])
     assert "\n" not in str(caught.value)
 
@@ -189,15 +189,15 @@ def test_quantities_are_those_of_kubernetes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["launch.nodes=2"], "launch.nodes: no effect with launch.scheduler local.*volcano or trainjob"),
         (["launch.queue=q", "launch.restarts=3"], "launch.queue, launch.restarts: no effect"),
         (["launch.scheduler=trainjob", "launch.ttl_minutes=5"], "launch.ttl_minutes: no effect.*trainjob.*volcano$"),
     ],
 )
-def test_a_setting_without_effect_is_refused(overrides: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_a_setting_without_effect_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Config.load("demo", overrides)
     assert Config.load(
         "demo", ["launch.activation_checkpointing=true", "launch.nodes=1"]

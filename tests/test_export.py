@@ -80,10 +80,10 @@ def test_it_can_be_trained_further_wherever_it_was_loaded(store, published):
 
 
 def test_the_description_contains_the_preprocessing(store, published):
-    told = load_backbone(published, store).backbone_config
-    assert (told["arch"], told["num_features"], told["img_size"]) == ("swin", 32, 32)
-    assert (told["eval_resize"], told["eval_crop"], told["mean"]) == (36, 32, [0.485, 0.456, 0.406])
-    assert (told["run"], told["step"], told["recipe"]) == (store.uri("runs/a"), 7, "tiny")
+    message = load_backbone(published, store).backbone_config
+    assert (message["arch"], message["num_features"], message["img_size"]) == ("swin", 32, 32)
+    assert (message["eval_resize"], message["eval_crop"], message["mean"]) == (36, 32, [0.485, 0.456, 0.406])
+    assert (message["run"], message["step"], message["recipe"]) == (store.uri("runs/a"), 7, "tiny")
 
 
 def test_publishing_again_finds_what_is_there(store, backbone, published):
@@ -175,19 +175,19 @@ def test_missing_weights_are_reported(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"format": "esvit-backbone/9"}, "unknown format 'esvit-backbone/9'; this version reads esvit-backbone/1"),
         ({"model": {"arch": "swin", "colour": 3}}, "this version does not know its architecture"),
         ({"model": {"arch": "swim"}}, "model.arch swim: unknown"),
     ],
 )
-def test_a_description_of_another_version_is_reported(folder, change, told):
+def test_a_description_of_another_version_is_reported(folder, change, message):
     description = json.loads((folder / "backbone.json").read_text())
     (folder / "backbone.json").write_text(json.dumps(description | change))
     with pytest.raises(UserError) as caught:
         load_backbone(folder)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_weights_of_another_network_are_reported(folder):

@@ -129,10 +129,10 @@ def test_the_command_lists_what_it_imported(tiny, tmp_path):
 
 
 def test_conflicting_options_are_reported(tmp_path):
-    for options, said in (
+    for options, message in (
         (("deit_tiny", "demo", ()), "give only one of --arch and --recipe"),
         ((None, None, ("model.depths=[1]",)), "give --recipe too"),
         ((None, None, ()), "the file does not exist; expected a .pth"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             import_file(str(tmp_path / "none.pth"), str(tmp_path / "a"), *options, student=False, checkpoint=False)

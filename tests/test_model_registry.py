@@ -118,7 +118,7 @@ def test_a_model_of_another_bucket_is_left_alone(store: Any, registry: RegistryS
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "said"),
+    ("status", "kind", "output"),
     [
         (503, InfrastructureError, "HTTP status 503"),
         (401, UserError, "HTTP status 401"),
@@ -126,11 +126,11 @@ def test_a_model_of_another_bucket_is_left_alone(store: Any, registry: RegistryS
     ],
 )
 def test_a_registry_that_fails_or_refuses_is_told_in_one_line(
-    store: Any, registry: RegistryServer, status: int, kind: type[Exception], said: str
+    store: Any, registry: RegistryServer, status: int, kind: type[Exception], output: str
 ) -> None:
     promoted(store, "first-1", 30.0)
     registry.fail = status
-    with pytest.raises(kind, match=f"model registry {registry.url}.*{said}") as caught:
+    with pytest.raises(kind, match=f"model registry {registry.url}.*{output}") as caught:
         register_champions(ModelRegistry(registry.url), store, store.bucket, "champion")
     assert "\n" not in str(caught.value)
 
@@ -141,21 +141,23 @@ def test_a_promotion_announces_where_it_is_configured_and_never_fails(
     monkeypatch.delenv("ESVIT_MODEL_REGISTRY_URL", raising=False)
     entry = promoted(store, "first-1", 30.0)
 
-    def told(*settings: str) -> str:
+    def reported(*settings: str) -> str:
         return register_after_promotion(Run(entry["run"], store, Config.load("demo", list(settings))))
 
-    assert told() == "" and not registry.requests
+    assert reported() == "" and not registry.requests
     kind = "registry.kind=kubeflow"
-    message = told(kind)
+    message = reported(kind)
     assert message.startswith("not registered (")
     assert "); retry with `esvit champions --register --pointer champion --bucket " in message
-    assert "no answer" in told(kind, "registry.url=http://127.0.0.1:9")
+    assert "no answer" in reported(kind, "registry.url=http://127.0.0.1:9")
     registry.fail = 500
-    assert "HTTP status 500" in told(kind, f"registry.url={registry.url}")
+    assert "HTTP status 500" in reported(kind, f"registry.url={registry.url}")
     registry.fail = None
-    assert told(kind, f"registry.url={registry.url}") == f"registered as champion, version first-1, in {registry.url}"
+    assert (
+        reported(kind, f"registry.url={registry.url}") == f"registered as champion, version first-1, in {registry.url}"
+    )
     monkeypatch.setenv("ESVIT_MODEL_REGISTRY_URL", registry.url)
-    assert told(kind).startswith("registered as champion")
+    assert reported(kind).startswith("registered as champion")
 
 
 def test_where_champions_are_listed_is_no_part_of_a_run() -> None:

@@ -113,23 +113,23 @@ def test_a_recipe_is_a_name_an_address_yaml_or_a_file(tmp_path: Path) -> None:
     objects = {"s3://b/own.yaml": text.encode()}
     for recipe in (text, "{recipe: own, training: {epochs: 7}}", "s3://b/own.yaml", str(tmp_path / "own.yaml")):
         assert resolve(recipe, read=objects.__getitem__) == Config.from_yaml(text)
-    for wrong, told in {
+    for wrong, message in {
         "": r"recipe \(empty\): neither a preset nor",
         "dmo": "did you mean 'demo'",
         "training: {epochs: [": "not valid YAML",
         "{training: {epoch: 1}}": "unknown key 'training.epoch'",
         "- a\n- b": "expected a mapping",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             resolve(wrong)
 
 
 def test_a_wrong_setting_or_set_is_told_with_the_parameter_s_name() -> None:
-    for settings, told in {
+    for settings, message in {
         "training.epoch=1": "settings training.epoch=1: unknown key",
         "seed": "settings seed: exp",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             resolve("demo", settings)
     for transfer in ("digits", "digits=", "=s3://b/x"):
         with pytest.raises(UserError, match=rf"transfer {transfer}: expected NAME=SOURCE"):

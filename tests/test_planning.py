@@ -118,19 +118,19 @@ def test_a_plan_follows_from_the_count_and_the_gpu(monkeypatch: pytest.MonkeyPat
 
     small = plan_run(config, "a100", 1, images=100)
     assert not small.fits
-    said = advice(config, small)
-    setting = next(line for line in said if "max_images_per_process" in line)
+    output = advice(config, small)
+    setting = next(line for line in output if "max_images_per_process" in line)
     most = int(setting.split("=")[1].split(":")[0])
     again = plan_run(micro(training={"max_images_per_process": most, "precision": "bfloat16"}), "a100", 1, images=100)
     assert again.fits and again.micro_batch == most
-    assert any("launch.activation_checkpointing=true" in line for line in said) and any(
-        line.startswith("--gpus ") for line in said
+    assert any("launch.activation_checkpointing=true" in line for line in output) and any(
+        line.startswith("--gpus ") for line in output
     )
 
 
-@pytest.mark.parametrize(("gpus", "images", "told"), [(1, 15, "--images 15"), (17, 100, "--gpus 17")])
-def test_what_makes_no_step_is_refused(gpus: int, images: int, told: str) -> None:
-    with pytest.raises(UserError, match=f"{told}: expected at .* training.batch_size, which is 16"):
+@pytest.mark.parametrize(("gpus", "images", "message"), [(1, 15, "--images 15"), (17, 100, "--gpus 17")])
+def test_what_makes_no_step_is_refused(gpus: int, images: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}: expected at .* training.batch_size, which is 16"):
         plan_run(micro(), "h200", gpus, images)
 
 

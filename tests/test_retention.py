@@ -136,9 +136,9 @@ def test_the_command_says_what_it_does(
         assert app(["store", "prune", *bounds, *arguments], standalone_mode=False) in (None, 0)
         return capsys.readouterr().out
 
-    said = prune("--dry-run")
-    assert "would remove  a" in said and "keep    b" in said and "pointer champion names it" in said
-    assert "1 of 2 runs would be removed" in said
+    message = prune("--dry-run")
+    assert "would remove  a" in message and "keep    b" in message and "pointer champion names it" in message
+    assert "1 of 2 runs would be removed" in message
     assert store_env.exists(store_env.uri("runs/a/config.yaml"))
     assert "removed  a" in prune()
     assert not store_env.exists(store_env.uri("runs/a/config.yaml"))

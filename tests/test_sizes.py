@@ -83,5 +83,5 @@ def test_sizes_that_cannot_follow_from_a_recipe_are_asked_for() -> None:
     there = Settings("", "s3://b/own.yaml", (), (), Path("out"), None)
     with pytest.raises(UserError, match=r"recipe s3://b/own.yaml: .*cluster.train.memory=16Gi"):
         _ = cluster_request(there).compile_config
-    said = cluster_request(replace(there, overrides=("cluster.train.memory=16Gi",)))
-    assert said.compile_config.cluster.train.memory == "16Gi"
+    message = cluster_request(replace(there, overrides=("cluster.train.memory=16Gi",)))
+    assert message.compile_config.cluster.train.memory == "16Gi"

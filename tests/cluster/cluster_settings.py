@@ -1,4 +1,4 @@
-"""What `make test-cluster` is told about the cluster, from environment variables.
+"""Settings of `make test-cluster`, from environment variables.
 
 ``KUBECONFIG`` names the cluster; everything else has a default that fits Kubeflow Pipelines by itself on kind. A
 capability whose variable is missing is reported as "not run" with the variable that enables it.

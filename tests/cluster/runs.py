@@ -144,12 +144,12 @@ class Runs:
 
     def failure(self, run_id: str) -> str:
         """The last lines of the pods that failed."""
-        told = []
+        message = []
         for pod in self.kube.list("pods", f"pipeline/runid={run_id}"):
             if pod["status"].get("phase") == "Failed":
                 name = pod["metadata"]["name"]
-                told += [f"-- {name}", *self.kube.logs(name).splitlines()[-15:]]
-        return "\n".join(told)
+                message += [f"-- {name}", *self.kube.logs(name).splitlines()[-15:]]
+        return "\n".join(message)
 
 
 def step_in(line: str) -> int:

@@ -37,7 +37,7 @@ def test_register(cli: Cli, saw: Saw) -> None:
 
 @pytest.fixture(scope="module")
 def by_kfp(cli: Cli, settings: Settings, unlabelled: str, stamp: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """What `kfp run create` said of a file that `esvit compile` wrote; its run goes on beside the other tests."""
+    """The output of `kfp run create` for a file that `esvit compile` wrote; its run goes on beside the other tests."""
     changes = [item for one in cli.short for item in ("--set", one)]
     file = tmp_path_factory.mktemp("compiled") / "pretrain.yaml"
     compiled = cli.run("compile", "pretrain", "--recipe", str(cli.recipe), *changes, "-o", str(file))

@@ -70,8 +70,8 @@ def probes(kube: Kube, settings: Settings) -> Iterator[dict[str, dict]]:
 
 def reached(kube: Kube, pod: dict, *targets: str) -> set[str]:
     """The targets that a connection from the pod reaches."""
-    told = kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", CONNECT, *targets)
-    return {line.split()[0] for line in told.splitlines() if line.endswith("open")}
+    message = kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", CONNECT, *targets)
+    return {line.split()[0] for line in message.splitlines() if line.endswith("open")}
 
 
 def test_network_policies(kube: Kube, settings: Settings, probes: dict[str, dict], saw: Saw) -> None:

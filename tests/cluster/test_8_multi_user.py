@@ -88,7 +88,7 @@ def test_run_in_a_profile(
 
 
 def test_over_the_quota(installed: ObjectStore, there: Cli, profile: Kube, stamp: str, saw: Saw) -> None:
-    """What the quota does not let in is said, with the quota's own words."""
+    """A submission over the quota is refused with the quota's own words."""
     data = f"s3://esvit/test/{stamp}/labelled"
     submission = there.submission(
         "pretrain", data, "--namespace", profile.namespace, "--wait", "--name", f"too large {stamp}",

@@ -250,8 +250,8 @@ def wait_until(condition: Callable[[], bool], what: str, running: Any) -> None:
             container.reload()
         late = time.monotonic() > end
         if late or any(container.status != "running" for container in running):
-            said = "".join(f"{container.name}:\n{container.logs(tail=40).decode()}" for container in running)
+            message = "".join(f"{container.name}:\n{container.logs(tail=40).decode()}" for container in running)
             pytest.fail(
-                f"{what}: " + (f"not within {PATIENCE:.0f} s" if late else "a container has ended") + f"\n{said}"
+                f"{what}: " + (f"not within {PATIENCE:.0f} s" if late else "a container has ended") + f"\n{message}"
             )
         time.sleep(0.5)

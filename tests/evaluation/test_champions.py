@@ -74,16 +74,16 @@ def test_after_a_way_back_the_next_challenger_meets_the_one_in_use(store, crowne
 
 
 @pytest.mark.parametrize(
-    ("to", "told"),
+    ("to", "message"),
     [
         (None, "b has no earlier champion"),
         ("x", "no former champion matches; the history of pointer champion has none"),
         ("b", "this run is the current"),
     ],
 )
-def test_where_there_is_none_it_says_so(store, crowned, to, told):
+def test_where_there_is_none_it_says_so(store, crowned, to, message):
     crowned("b")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         back(store, to)
 
 
@@ -110,9 +110,9 @@ def test_of_two_that_go_back_at_once_one_does(store, crowned):
             return str(error)
 
     with ThreadPoolExecutor(4) as pool:
-        told = list(pool.map(attempt, range(4)))
-    assert told.count("a") == 1
-    assert all("in the meantime" in t or "this run is the current champion" in t for t in told if t != "a")
+        message = list(pool.map(attempt, range(4)))
+    assert message.count("a") == 1
+    assert all("in the meantime" in t or "this run is the current champion" in t for t in message if t != "a")
     assert names(store) == ["a", "d", "c", "b", "a"]
 
 

@@ -95,13 +95,13 @@ def test_a_metric_that_was_left_out_is_not_promoted(store, make_run):
 
 
 @pytest.mark.parametrize(
-    ("metric", "told"),
+    ("metric", "message"),
     [("knn/7", "knn has knn/20"), ("linear", "no result linear"), ("transfer/digits", "no result transfer-digits")],
 )
-def test_a_metric_that_was_not_measured_is_not_promoted(store, make_run, metric, told):
+def test_a_metric_that_was_not_measured_is_not_promoted(store, make_run, metric, message):
     config = Config.from_mapping({"promotion": {"metric": metric}})
     decision = promote(make_run("a"), store, config)
-    assert not decision["promoted"] and told in decision["reason"]
+    assert not decision["promoted"] and message in decision["reason"]
 
 
 def test_a_figure_that_is_not_a_number_is_not_promoted(store, make_run):

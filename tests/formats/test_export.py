@@ -54,9 +54,11 @@ def test_onnx_contains_the_preprocessing(described: Any, tmp_path: Path) -> None
     done = export_backbone(described("resnet50"), "onnx", tmp_path / "net.onnx")
     assert run_lines(done.usage)["view"].shape == (1, 40)
     model = onnx.load(tmp_path / "net.onnx")
-    told = {entry.key: entry.value for entry in model.metadata_props}
+    message = {entry.key: entry.value for entry in model.metadata_props}
     assert (
-        json.loads(told["mean"]) == [0.485, 0.456, 0.406] and told["eval_crop"] == "32" and told["arch"] == "resnet50"
+        json.loads(message["mean"]) == [0.485, 0.456, 0.406]
+        and message["eval_crop"] == "32"
+        and message["arch"] == "resnet50"
     )
     assert [(o.domain, o.version) for o in model.opset_import] == [("", onnx_model.OPSET)]
     assert [output.name for output in model.graph.output] == ["view_features"]
@@ -165,13 +167,13 @@ def test_nan_is_refused(described: Any, tmp_path: Path, monkeypatch: pytest.Monk
 def test_mistakes_are_reported_before_any_work(described: Any, tmp_path: Path) -> None:
     backbone = nn.Identity()
     (tmp_path / "there.onnx").touch()
-    for format, out, told in [
+    for format, out, message in [
         ("onxx", "a", "unknown; expected one of safetensors, timm, onnx, torch-export"),
         ("onnx", "there.onnx", "already exists"),
         ("onnx", "a.pt2", "expected a name that ends in .onnx"),
         ("onnx", "there.onnx/a.onnx", "cannot create its folder"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             export_backbone(backbone, format, tmp_path / out)
 
 

@@ -111,7 +111,7 @@ def test_published_names_go_both_ways(arch, wrapped):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ({"arch": "swin_tiny_w8"}, "did you mean 'swin_tiny_w7'"),
         ({"arch": "timm:convnext_tinny"}, "timm has no network convnext_tinny"),
@@ -127,10 +127,10 @@ def test_published_names_go_both_ways(arch, wrapped):
         ({"arch": "swin", "stages": "l1"}, "model.stages: swin has no such setting"),
     ],
 )
-def test_mistakes_are_reported_in_one_line(model, said):
+def test_mistakes_are_reported_in_one_line(model, message):
     with pytest.raises(UserError, match=r"^model") as error:
         create_backbone(ModelConfig.model_validate(model))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 THIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)}
@@ -181,7 +181,7 @@ def test_any_network_of_timm_trains_a_step(arch, sizes, layout):
 
 
 @pytest.mark.parametrize(
-    ("arch", "local", "said"),
+    ("arch", "local", "message"),
     [
         ("convit_tiny", 96, "does not accept crops of 96 x 96 px .*Input height"),  # which asks
         ("csatv2", 50, "does not accept crops of 50 x 50 px .*invalid for input"),  # which fails at a shape
@@ -189,10 +189,10 @@ def test_any_network_of_timm_trains_a_step(arch, sizes, layout):
         ("pit_ti_224", 128, "returns no feature map"),  # but the class token
     ],
 )
-def test_crop_sizes_that_a_timm_network_does_not_accept_are_refused(arch, local, said):
+def test_crop_sizes_that_a_timm_network_does_not_accept_are_refused(arch, local, message):
     crop_sizes = {"global_crops": {"size": 128}, "local_crops": {"size": local}}
     config = Config.from_mapping({**MICRO, "model": {"arch": f"timm:{arch}"}, "augment": crop_sizes})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build_student_teacher(config)
 
 

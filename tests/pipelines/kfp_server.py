@@ -321,8 +321,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.api.kind != "login":
             kind = "application/json"
             try:
-                said = self.api.answer(self.command, url.path, query, body, self.headers.get("authorization"))
-                content = said.encode() if isinstance(said, str) else self.api.text(said)
+                output = self.api.answer(self.command, url.path, query, body, self.headers.get("authorization"))
+                content = output.encode() if isinstance(output, str) else self.api.text(output)
             except RefusalError as refusal:
                 status = refusal.status
                 content = self.api.text({"error": str(refusal), "code": status, "message": str(refusal)})

@@ -108,12 +108,14 @@ def _hash(text: str) -> str:
 
 def handed_over(metrics: Mapping[str, float], outputs: Mapping[str, Any] | None = None) -> str:
     """Return the log lines in which the launcher prints a step's outputs."""
-    said = {
+    output = {
         "artifacts": {"metrics": {"artifacts": [{"name": "metrics", "uri": "s3://b/m", "metadata": dict(metrics)}]}},
         "parameterValues": dict(outputs or {}),
     }
     line = "I1128 10:01:05.123456      18 launcher_v2.go:1230] ExecutorOutput: "
-    return line + json.dumps(said, indent=2) + "\nI1128 10:01:06.000000      18 launcher_v2.go:206] publish success.\n"
+    return (
+        line + json.dumps(output, indent=2) + "\nI1128 10:01:06.000000      18 launcher_v2.go:206] publish success.\n"
+    )
 
 
 def failure(line: str, code: int) -> str:

@@ -90,7 +90,7 @@ def test_runs_option_selects_the_store(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["export", "champion", "--format", "onnx", "--out", "a.onnx", "--runs", "nowhere"],
@@ -103,10 +103,10 @@ def test_runs_option_selects_the_store(
         (["embed", "--model", "no folder", "--data", "nowhere", "--out", "a.csv"], "ends in .parquet or .npz"),
     ],
 )
-def test_mistakes_are_told(arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*VARIABLES, "ESVIT_STORE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         esvit(*arguments)
     assert not list(tmp_path.iterdir())

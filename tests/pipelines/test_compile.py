@@ -158,15 +158,15 @@ def test_with_web_identity_every_step_uses_the_config_map_and_no_secret(audience
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["cluster.token_audience=sts"], "token_audience has no effect with identity: keys"),
         (["cluster.identity=web-identity", "cluster.secret=keys"], "secret: no effect with identity: web-identity"),
         (["cluster.identity=web-identity", "cluster.train.secret=keys"], "train.secret: no effect with identity"),
     ],
 )
-def test_a_setting_without_effect_on_the_identity_is_refused(settings: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_setting_without_effect_on_the_identity_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Config.load("demo", settings)
 
 

@@ -60,8 +60,8 @@ def test_every_pipeline_has_a_golden_file() -> None:
 
 
 def test_the_golden_file_is_current(name: str) -> None:
-    told = "\n".join(changes(golden(name), pipeline_text(name, Config.load(RECIPE)))[:40])
-    assert not told, f"what is compiled now differs from {name}.yaml; if that is meant: make golden\n{told}"
+    message = "\n".join(changes(golden(name), pipeline_text(name, Config.load(RECIPE)))[:40])
+    assert not message, f"what is compiled now differs from {name}.yaml; if that is meant: make golden\n{message}"
 
 
 def test_kfp_reads_both_documents(name: str) -> None:

@@ -124,8 +124,8 @@ def test_the_same_command_resumes_from_the_checkpoint(interrupted: Interrupted) 
 
 
 def test_evaluations_that_need_labels_are_skipped_with_a_reason(interrupted: Interrupted) -> None:
-    said = interrupted.again.stdout
-    assert said.count("skipped: ") >= 2 and "not measured" in said and "promoted  no" in said
+    message = interrupted.again.stdout
+    assert message.count("skipped: ") >= 2 and "not measured" in message and "promoted  no" in message
     (here,) = interrupted.folder.glob("out/my-own-one-*")
     assert (here / "backbone" / "model.safetensors").is_file()
     assert "label" in (here / "report.html").read_text(encoding="utf-8")

@@ -170,16 +170,16 @@ def test_an_unknown_experiment(server: KfpServer, call: Call, compiled: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
         ("v1", "the server is Kubeflow Pipelines 1"),
         ("login", "answers with a web page, probably a login page"),
         ("other", "the server is not Kubeflow Pipelines"),
     ],
 )
-def test_another_kind_of_server_is_an_error(server: KfpServer, call: Call, kind: str, says: str) -> None:
+def test_another_kind_of_server_is_an_error(server: KfpServer, call: Call, kind: str, message: str) -> None:
     server.kind = kind
-    assert_error(call("runs"), server.url, says)
+    assert_error(call("runs"), server.url, message)
 
 
 def test_a_multi_user_server_needs_a_namespace(server: KfpServer, call: Call, compiled: Path) -> None:

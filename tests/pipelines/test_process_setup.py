@@ -77,9 +77,9 @@ def test_a_run_whose_reader_has_exited_finishes_with_one_warning(folder: Path) -
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith("run micro-")
     process.stdout.close()
-    told = process.stderr.read()
-    assert process.wait(1500) == 0, told
-    assert told.splitlines() == [
+    message = process.stderr.read()
+    assert process.wait(1500) == 0, message
+    assert message.splitlines() == [
         "warning: standard output cannot be written to (its reader has exited); the run continues without it"
     ]
     assert list(folder.glob("unread/micro-*/report.html"))
@@ -128,8 +128,8 @@ def test_a_run_whose_folder_is_deleted_ends_with_one_line_and_no_process(folder:
         if "steps" in line:
             break
     shutil.rmtree(folder / "gone", ignore_errors=True)
-    output, told = process.communicate(timeout=900)
+    output, message = process.communicate(timeout=900)
     assert process.returncode not in (0, None), output
-    (line,) = told.splitlines()
-    assert line.startswith("error: ") and "was deleted while in use" in line, told
+    (line,) = message.splitlines()
+    assert line.startswith("error: ") and "was deleted while in use" in line, message
     assert left_over(folder) == []

@@ -104,10 +104,10 @@ def test_each_namespace_has_its_own_pipelines(server: KfpServer, call: Call) -> 
 
 def test_a_refused_service_account_is_an_error(server: KfpServer, call: Call, compiled: Path) -> None:
     server.accounts = {"other"}
-    says = ["service account esvit-pipeline", "403", "ALLOWEDSERVICEACCOUNTS=esvit-pipeline", "--service-account ''"]
-    assert_error(call("submit", compiled, "--data", "s3://b/p"), *says)
+    message = ["service account esvit-pipeline", "403", "ALLOWEDSERVICEACCOUNTS=esvit-pipeline", "--service-account ''"]
+    assert_error(call("submit", compiled, "--data", "s3://b/p"), *message)
     schedule = ["schedule", "create", compiled, "--name", "daily", "--every", "1d", "--data", "s3://b/p"]
-    assert_error(call(*schedule), *says)
+    assert_error(call(*schedule), *message)
     for options in (["--service-account", "other"], ["--service-account", ""]):
         assert call("submit", compiled, "--data", "s3://b/p", *options)[0] == 0
     accounts = [run.service_account for run in server.kept["runs"].values()]

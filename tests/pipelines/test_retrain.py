@@ -107,11 +107,11 @@ def _killed(arguments: list[str], folder: Path, esvit: Any) -> tuple[str, subpro
         stderr=subprocess.STDOUT,
         text=True,
     )
-    said, beside = "", None
+    message, beside = "", None
     try:
         assert process.stdout
         for line in process.stdout:
-            said += line
+            message += line
             if re.search(r"^\[\d+/\d+\] pretrain", line):
                 beside = esvit(*arguments, cwd=folder)
             if "extract features" in line:
@@ -119,8 +119,8 @@ def _killed(arguments: list[str], folder: Path, esvit: Any) -> tuple[str, subpro
     finally:
         process.kill()
         process.wait()
-    assert beside is not None, said
-    return said, beside
+    assert beside is not None, message
+    return message, beside
 
 
 def headers(output: str) -> list[str]:

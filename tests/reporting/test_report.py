@@ -87,7 +87,7 @@ def written(store):
     return lambda run: Page(write_report(run.uri, store, run.config))
 
 
-def said(page: Page) -> str:
+def output(page: Page) -> str:
     return " ".join(page.text.split())
 
 
@@ -112,7 +112,7 @@ def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
         result_uri(run.uri, "knn"),
         {"name": "knn"} | measured("knn/20", {"trained": {"knn/20": 80.0}, "baseline": {"knn/20": 30.0}}, run.classes),
     )
-    text = said(written(run))
+    text = output(written(run))
     assert "Pre-training helped: 20-NN rose from 30.0 % to 80.0 %, by 50.0 points." in text
     assert text.index("Pre-training helped") < text.index("Summary") < text.index("Results Frozen features")
     held_out = Manifest.read(store, f"{run.uri}/data").splits["val"].samples
@@ -121,7 +121,7 @@ def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
 
 
 def test_a_difference_within_chance_is_stated_as_such(page):
-    text = said(page)
+    text = output(page)
     assert "20-NN rose from 30.7 % to 34.9 %, which may be chance." in text
     assert "Better than the baseline in 4 of 5 figures, worse in 1." in text
 
@@ -129,18 +129,18 @@ def test_a_difference_within_chance_is_stated_as_such(page):
 def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_store):
     init = {"source": "s3://esvit/runs/a/backbone", "sha256": "ab" * 32}
     config = Config.from_mapping({**finished_run.config.model_dump(mode="json"), "init": init})
-    told = "the backbone of s3://esvit/runs/a/backbone (SHA-256 abababababab)"
+    message = "the backbone of s3://esvit/runs/a/backbone (SHA-256 abababababab)"
     records = read_run_records(finished_run.uri, shared_store, config)
     rows = {row.name: (row.value, row.published) for row in recipe_rows(records)}
-    assert rows["initial weights"] == (told, "drawn from the seed")
-    assert f"The baseline is the network as this run started: {told}." in judge(records).details
+    assert rows["initial weights"] == (message, "drawn from the seed")
+    assert f"The baseline is the network as this run started: {message}." in judge(records).details
 
 
 def test_a_loss_is_not_hidden(make_run, store, written):
     run = make_run(results=False)
     worse = measured("knn/20", {"trained": {"knn/20": 30.0}, "baseline": {"knn/20": 60.0}}, run.classes)
     store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | worse)
-    text = said(written(run))
+    text = output(written(run))
     assert "Pre-training did not help: 20-NN fell from 60.0 % to 30.0 %, by 30.0 points." in text
     assert "No candidate for promotion." in text and "no better than the baseline" in text.lower()
 
@@ -168,8 +168,8 @@ def test_the_page_loads_nothing_and_runs_nothing(page, finished_html):
 def test_names_of_classes_and_files_are_text(page, finished_html):
     for raw in ("<script", "<b>bugs", "<regions>"):
         assert raw not in finished_html
-    assert ESCAPED in said(page)
-    assert "broken <script>.png" in said(page)
+    assert ESCAPED in output(page)
+    assert "broken <script>.png" in output(page)
     assert "Lines join <regions>." in page.text
     chart = next(
         svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Confusion matrix of 3 classes")
@@ -195,8 +195,8 @@ def test_the_page_is_sound_and_accessible(page):
 def test_the_data_are_described(finished_run, shared_store, page):
     splits = Manifest.read(shared_store, f"{finished_run.uri}/data").splits
     counts = f"training images {splits['train'].samples} held-out images {splits['val'].samples}"
-    for told in (counts, "classes 3", "bad files 6", "clipart"):
-        assert told in said(page)
+    for message in (counts, "classes 3", "bad files 6", "clipart"):
+        assert message in output(page)
     names = next(row for row in page.rows if "empty.jpg" in row[-1])
     assert names[1] == "3"
 
@@ -227,14 +227,14 @@ def test_the_training_is_drawn_and_resumes_are_marked(page):
         assert title in labels
     for title in ("Teacher temperature.", "Teacher momentum.", "Speed."):
         assert title in labels
-    text = said(page)
+    text = output(page)
     assert "resumed from the checkpoint at step 150" in text
     assert "Dashed vertical lines" in text
     assert "time 3:08" in text and "speed 341 images/s" in text
 
 
 def test_missing_records_are_named_with_the_reason(page):
-    text = said(page)
+    text = output(page)
     assert "transfer to shapes: not measured: there is no result in the store" in text
     assert "attention: resnet50 has no attention" in text
     left_out = text[text.index("Omissions and limitations") :]
@@ -244,7 +244,7 @@ def test_missing_records_are_named_with_the_reason(page):
 
 
 def test_a_run_without_labels_says_what_could_not_be_measured(make_run, written):
-    text = said(written(make_run(classes=[], resumes=())))
+    text = output(written(make_run(classes=[], resumes=())))
     assert "Pre-training did not help: Transfer to digits fell from 91.0 % to 88.5 %" in text
     assert "interruptions none" in text and "Dashed vertical lines" not in text
     assert "classes none (unlabelled)" in text
@@ -255,7 +255,7 @@ def test_a_run_without_labels_says_what_could_not_be_measured(make_run, written)
 def test_without_any_measure_the_verdict_says_so(make_run, store, written):
     run = make_run(classes=[])
     store.remove_prefix(f"{run.uri}/evaluation")
-    text = said(written(run))
+    text = output(written(run))
     assert "A backbone was trained, but the quality of its features could not be measured." in text
     assert "52.5 % of the regions find their true match in another crop; 31.2 % do for the baseline" in text
 
@@ -263,13 +263,13 @@ def test_without_any_measure_the_verdict_says_so(make_run, store, written):
 def test_a_run_without_a_training_log(make_run, store, written):
     run = make_run()
     store.remove_prefix(f"{run.uri}/training/log")
-    text = said(written(run))
+    text = output(written(run))
     assert "training has written no log: training/log is empty" in text
     assert "final loss 5.432" in text
 
 
 def test_a_run_that_is_not_finished(make_run, written):
-    text = said(written(make_run(training=False, results=False, drawings=False)))
+    text = output(written(make_run(training=False, results=False, drawings=False)))
     assert "This run is not finished. " in text
     for reason in (
         "training is not finished: training/summary.json is missing",
@@ -281,14 +281,14 @@ def test_a_run_that_is_not_finished(make_run, written):
 
 def test_an_empty_run_still_gives_a_page(store, config):
     page = Page(write_report(store.uri("runs/nothing"), store, config))
-    assert "no data were prepared: data/manifest.json is missing" in said(page)
+    assert "no data were prepared: data/manifest.json is missing" in output(page)
 
 
 def test_damaged_records_are_named_and_do_not_stop_the_report(make_run, store, written):
     run = make_run()
     store.put_json(f"{run.uri}/training/summary.json", {"unknown": 1})
     store.put_bytes(f"{run.uri}/backbone/backbone.json", b"{")
-    text = said(written(run))
+    text = output(written(run))
     assert "not a training summary of this version" in text
     assert "backbone.json: not JSON" in text
 
@@ -300,7 +300,7 @@ def test_a_store_that_does_not_answer_is_an_error_not_an_empty_report(config):
 
 
 def test_the_promotion_is_previewed(page):
-    text = said(page)
+    text = output(page)
     assert "Candidate for promotion to champion. First champion: knn/20 34.94 against 30.69 of the baseline." in text
     assert "the promote step, which follows, decides" in text
 
@@ -311,19 +311,19 @@ def test_a_recorded_decision_and_an_unknown_evaluation_are_shown(make_run, store
     other = measured("robustness", {"trained": {"robustness": 12.5}, "baseline": {"robustness": 10.0}}, [])
     store.put_json(result_uri(run.uri, "robustness"), {"name": "robustness"} | other)
     page = written(run)
-    assert "Promoted: this is the current champion. First champion" in said(page)
+    assert "Promoted: this is the current champion. First champion" in output(page)
     assert page.row("robustness")[1:4] == ["12.5", "10.0", "+2.5"]
 
 
 def test_warnings_of_the_diagnostics_are_shown_with_their_step(page):
-    assert "Step 100: the same distribution for every <image>; lower objective.teacher_temp." in said(page)
+    assert "Step 100: the same distribution for every <image>; lower objective.teacher_temp." in output(page)
 
 
 def test_the_lineage_is_complete(finished_run, page):
-    text = said(page)
+    text = output(page)
     config: Config = finished_run.config
-    for told in (finished_run.uri, config.digest(), "torch 2.14.1", "Example CPU, 2 cores", "c0ffee", "0123abc"):
-        assert told in text
+    for message in (finished_run.uri, config.digest(), "torch 2.14.1", "Example CPU, 2 cores", "c0ffee", "0123abc"):
+        assert message in text
 
 
 def test_the_whole_recipe_is_there(finished_run, page):

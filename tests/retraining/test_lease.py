@@ -28,10 +28,10 @@ def test_one_of_several_owners_gets_the_lease_and_the_others_name_it(find) -> No
     with ThreadPoolExecutor(len(owners)) as pool:
         answers = dict(zip(owners, pool.map(ask, owners), strict=True))
     ((winner, found),) = [item for item in answers.items() if isinstance(item[1], NewData)]
-    told = [str(answer) for answer in answers.values() if answer is not found]
-    assert all(f"retrain: {winner} has held the lease on {found.run} since " in line for line in told)
+    reported = [str(answer) for answer in answers.values() if answer is not found]
+    assert all(f"retrain: {winner} has held the lease on {found.run} since " in line for line in reported)
     assert all(
-        "wait until it finishes, or, if it has died, take over with retrain.lease_hours=0" in line for line in told
+        "wait until it finishes, or, if it has died, take over with retrain.lease_hours=0" in line for line in reported
     )
 
 

@@ -63,9 +63,9 @@ def test_an_exception_comes_before_a_process_that_the_agent_ended(tmp_path: Path
 
 def test_an_outage_keeps_its_reason_and_its_code(tmp_path: Path) -> None:
     outage = failure(tmp_path, 0, TRY_AGAIN_EXIT_CODE, "StoreUnavailable: s3://b/k: no answer")
-    told = first_failure(ChildFailedError("train", {0: outage}))
-    assert (told["exit_code"], told["reason"]) == (TRY_AGAIN_EXIT_CODE, "s3://b/k: no answer")
-    assert not told["consequence"]
+    reported = first_failure(ChildFailedError("train", {0: outage}))
+    assert (reported["exit_code"], reported["reason"]) == (TRY_AGAIN_EXIT_CODE, "s3://b/k: no answer")
+    assert not reported["consequence"]
 
 
 def test_the_reason_of_a_lost_process_precedes_its_consequences(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_the_reason_of_a_lost_process_precedes_its_consequences(tmp_path: Path) 
     assert reason(lost, outage) == "no answer"
     assert reason(lost, failure(tmp_path, 2, 1, "ValueError: wrong shape")) == "process 2: ValueError: wrong shape"
     assert reason(lost, failure(tmp_path, 3, 1)) == "process 3 ended with exit code 1 and no reason"
-    told = first_failure(ChildFailedError("train", {0: lost}))
-    assert (told["exit_code"], told["reason"], told["consequence"]) == (TRY_AGAIN_EXIT_CODE, "gone", True)
+    reported = first_failure(ChildFailedError("train", {0: lost}))
+    assert (reported["exit_code"], reported["reason"], reported["consequence"]) == (TRY_AGAIN_EXIT_CODE, "gone", True)
 
 
 def test_a_requested_stop_is_not_a_process_failure(tmp_path: Path) -> None:

@@ -240,12 +240,12 @@ def test_a_local_checkpoint_is_resumed_from_and_uploaded(store: Any, tmp_path: P
     run, elsewhere = store.uri("runs/a"), tmp_path / "pending"
     saved(store, run, [10])
     silent = ObjectStore(dataclasses.replace(store.address, endpoint="127.0.0.1:9", directory=None), QUICK)
-    stateful, told = things(), []
-    lost = Checkpointer(UploadQueue(silent, run, directory=elsewhere, log=told.append))
+    stateful, message = things(), []
+    lost = Checkpointer(UploadQueue(silent, run, directory=elsewhere, log=message.append))
     stateful["network"].bias.data.fill_(20)
     lost.save(20, stateful)
     assert not lost.wait(0.5)
-    assert "no answer" in told[0] and str(elsewhere) in told[0]
+    assert "no answer" in message[0] and str(elsewhere) in message[0]
 
     next_start = Checkpointer(UploadQueue(store, run, directory=elsewhere))
     restored = next_start.restore()

@@ -86,7 +86,7 @@ if world.rank == 1:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def message(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 1 of three reports."""
     folder = tmp_path_factory.mktemp("rendezvous")
     processes = []
@@ -119,7 +119,7 @@ def expected(scale: float) -> list[Any]:
     return [p.grad.tolist() for p in network.parameters() if p.grad is not None]
 
 
-def test_batch_norms_use_the_global_batch(said: dict[str, Any]) -> None:
+def test_batch_norms_use_the_global_batch(message: dict[str, Any]) -> None:
     names: dict[str, Any] = {}
     exec(BATCH_NORMED, names)
     for name, network, images in names["batch_normed"]():
@@ -128,7 +128,7 @@ def test_batch_norms_use_the_global_batch(said: dict[str, Any]) -> None:
         network.eval()
         grads = [p.grad for p in network.parameters()]
         wanted = [output[2:4], grads, dict(network.state_dict()), network(images)]
-        for found, expected in zip(said["norm"][name], wanted, strict=True):
+        for found, expected in zip(message["norm"][name], wanted, strict=True):
             torch.testing.assert_close(_tensors(found, expected), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -140,25 +140,25 @@ def _tensors(found: Any, like: Any) -> Any:
     return torch.tensor(found, dtype=like.dtype)
 
 
-def test_gradients_are_the_mean_over_the_processes(said: dict[str, Any]) -> None:
-    for scale, grads in zip((1.0, 2.0), said["grads"], strict=True):
+def test_gradients_are_the_mean_over_the_processes(message: dict[str, Any]) -> None:
+    for scale, grads in zip((1.0, 2.0), message["grads"], strict=True):
         for found, wanted in zip(grads, expected(scale), strict=True):
             torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
 
 
-def test_gradients_of_micro_batches_add_up(said: dict[str, Any]) -> None:
-    for found, wanted in zip(said["accumulated"], expected(2.0), strict=True):
+def test_gradients_of_micro_batches_add_up(message: dict[str, Any]) -> None:
+    for found, wanted in zip(message["accumulated"], expected(2.0), strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
 
 
-def test_one_request_makes_all_processes_stop_or_save_after_the_same_step(said: dict[str, Any]) -> None:
-    assert said["stops"] == [[False, False], [True, False], [False, True]]
+def test_one_request_makes_all_processes_stop_or_save_after_the_same_step(message: dict[str, Any]) -> None:
+    assert message["stops"] == [[False, False], [True, False], [False, True]]
 
 
-def test_tensors_are_averaged_and_objects_broadcast(said: dict[str, Any]) -> None:
-    assert said["mean"] == 1.0
-    assert said["rows"] == [[0.0], [10.0], [1.0], [10.0], [2.0], [10.0]]
-    assert said["word"] == {"a": 1}
+def test_tensors_are_averaged_and_objects_broadcast(message: dict[str, Any]) -> None:
+    assert message["mean"] == 1.0
+    assert message["rows"] == [[0.0], [10.0], [1.0], [10.0], [2.0], [10.0]]
+    assert message["word"] == {"a": 1}
 
 
 LOST = """

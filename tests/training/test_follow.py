@@ -69,12 +69,12 @@ def test_a_training_is_followed_to_its_end(
     name = job_name(store_env.uri("runs/a"))
     lines = [line for line in output.out.splitlines() if line.startswith("train: ")]
     assert lines[0] == f"train: created the Volcano job esvit/{name}: nodes 1 to 2, processes on each 1"
-    said = [line.partition(f"esvit/{name}: ")[2] for line in lines[1:] if f"esvit/{name}: " in line]
-    assert said[0] == (
+    message = [line.partition(f"esvit/{name}: ")[2] for line in lines[1:] if f"esvit/{name}: " in line]
+    assert message[0] == (
         "waiting: NotEnoughResources: 1/2 tasks in gang unschedulable: pod group is not ready, 2 Pending, "
         "1 minAvailable; Pending: 2 Unschedulable"
     )
-    assert said[1:] == [
+    assert message[1:] == [
         "waiting",
         "running, 2 pods running",
         "restarting, 1 pod running",

@@ -83,8 +83,8 @@ def test_a_run_continues_from_everything_of_another_run(micro_run, source, capsy
     assert own["state"].keys() == there["optimizer"]["state"].keys()
     assert all(same(own["state"][i], there["optimizer"]["state"][i]) for i in own["state"])
     assert (state.progress.step, state.progress.images) == (there["progress"]["step"], there["progress"]["images"])
-    said = capsys.readouterr().out
-    assert f"starting from {run.uri}" in said and "the optimizer, the progress, epoch 1.5 of 4" in said
+    message = capsys.readouterr().out
+    assert f"starting from {run.uri}" in message and "the optimizer, the progress, epoch 1.5 of 4" in message
     assert new.store.get_json(new.at(RECORD))["step"] == 6
 
 
@@ -112,8 +112,8 @@ def test_two_processes_start_from_the_same_as_one(micro_run, source):
             training={"precision": "float32", "log_steps": 1, "processes": processes},
         )
         process = new.launch()
-        said = process.communicate(timeout=240)[0]
-        assert process.returncode == 0 and said.count(f"starting from {run.uri}") == 1, said
+        message = process.communicate(timeout=240)[0]
+        assert process.returncode == 0 and message.count(f"starting from {run.uri}") == 1, message
         log = read_log(new.store, new.uri)
         assert [line["step"] for line in log] == list(range(7, 13))  # from where the source was
         losses.append([line["loss"] for line in log])
@@ -171,9 +171,11 @@ def test_weights_that_do_not_fit_are_listed_in_one_error(micro_run, source, tmp_
             model={"depths": (2, 1)},
             head={"out_dim": 32},
         )
-    said = str(caught.value)
-    assert "missing: backbone.layers.0.blocks.1.* (13)" in said
-    assert "head.last_layer.weight_v 64x16 in the file, 32x16 in the network" in said and "head.out_dim 32" in said
+    message = str(caught.value)
+    assert "missing: backbone.layers.0.blocks.1.* (13)" in message
+    assert (
+        "head.last_layer.weight_v 64x16 in the file, 32x16 in the network" in message and "head.out_dim 32" in message
+    )
     with pytest.raises(UserError, match=r"unexpected: .*backbone\.layers\.1\.blocks\.0\.\*"):
         started(micro_run, "c", init={"source": str(path)}, model={"depths": (1,), "num_heads": (1,)})
 
@@ -228,7 +230,7 @@ def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("nowhere.pth", "no such file or folder; expected a pointer such as champion"),
         ("nobody", "no such file, and no pointer"),
@@ -237,8 +239,8 @@ def test_a_pointer_is_followed_when_the_run_is_started(store_env, images, micro_
         ("timm:no_such_network", "timm has no such network"),
     ],
 )
-def test_a_missing_source_is_reported(source, said, micro_run, store_env):
-    with pytest.raises(UserError, match=said):
+def test_a_missing_source_is_reported(source, message, micro_run, store_env):
+    with pytest.raises(UserError, match=message):
         run = micro_run("a", init={"source": source.format(bucket=store_env.bucket)})
         pin_source(run.config, store_env)
         started(micro_run, "b", init={"source": source})

@@ -114,12 +114,12 @@ def test_every_preset_trains_a_step(name: str) -> None:
 
 def test_presets_differ_from_the_defaults_as_their_first_line_says() -> None:
     for name in PUBLISHED:
-        said = FIRST_LINE.fullmatch(preset_text(name).splitlines()[0].removeprefix("# "))
-        assert said, name
+        message = FIRST_LINE.fullmatch(preset_text(name).splitlines()[0].removeprefix("# "))
+        assert message, name
         recipe = Config.load(name)
         assert recipe.recipe == name
-        assert recipe.objective.region == (said["task"] == "view + region")
-        assert (recipe.training.epochs, recipe.training.batch_size) == (int(said["epochs"]), int(said["batch"]))
+        assert recipe.objective.region == (message["task"] == "view + region")
+        assert (recipe.training.epochs, recipe.training.batch_size) == (int(message["epochs"]), int(message["batch"]))
         assert "Source: microsoft/esvit" in preset_text(name)
         default = Config().model_dump()
         changed = {section for section, values in recipe.model_dump().items() if values != default[section]}
@@ -130,8 +130,8 @@ def test_the_documented_table_is_that_of_the_presets() -> None:
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = {cells[1].strip("` "): [c.strip() for c in cells[2:-1]] for cells in map(_cells, text.splitlines()) if cells}
     for name in PUBLISHED:
-        said = FIRST_LINE.fullmatch(preset_text(name).splitlines()[0].removeprefix("# "))
-        assert said and rows[name][:7] == list(said.groups()), name
+        message = FIRST_LINE.fullmatch(preset_text(name).splitlines()[0].removeprefix("# "))
+        assert message and rows[name][:7] == list(message.groups()), name
 
 
 def _cells(line: str) -> list[str]:

@@ -124,9 +124,9 @@ def test_prometheus_sees_a_run_collapse_and_stall_and_go(
     assert ("EsvitTrainStalled", "") not in server.firing()
 
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        told = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
+        message = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
     # A warning has no series unless there was one, nor a figure unless this run measures it.
-    due = [q for q in queries() if set(re.findall(r"(?:esvit|process)_\w+", q)) <= told]
+    due = [q for q in queries() if set(re.findall(r"(?:esvit|process)_\w+", q)) <= message]
     assert len(due) > 25 and [query for query in due if not server.query(query)] == []
     status = esvit("status", "watched", "--json", "--bucket", run.store.bucket, env=run.store.address.environment())
     assert status.returncode == 0, status.stderr

@@ -82,11 +82,11 @@ def test_the_job_passes_the_schemas_of_kubernetes(node_job: dict[str, Any], vers
 def test_nodes_meet_at_the_first_and_wait_for_the_fewest(node_job: dict[str, Any]) -> None:
     (container,) = node_job["template"]["spec"]["containers"]
     command, name = container["command"], job_name(RUN)
-    said = dict(itertools.pairwise(command))
-    assert said["--rdzv_endpoint"] == f"{name}-node-0-0.{name}:29500"
-    assert said["--local_addr"] == f"{name}-node-0-$(JOB_COMPLETION_INDEX).{name}"
-    assert (said["--nnodes"], said["--nproc_per_node"]) == ("2:4", "8")
-    assert said["--rdzv_conf"] == "join_timeout=86400"  # as long as launch.pending_minutes
+    message = dict(itertools.pairwise(command))
+    assert message["--rdzv_endpoint"] == f"{name}-node-0-0.{name}:29500"
+    assert message["--local_addr"] == f"{name}-node-0-$(JOB_COMPLETION_INDEX).{name}"
+    assert (message["--nnodes"], message["--nproc_per_node"]) == ("2:4", "8")
+    assert message["--rdzv_conf"] == "join_timeout=86400"  # as long as launch.pending_minutes
     assert len(f"{name}-node-0-999-abcde") <= 63
 
 
@@ -149,8 +149,8 @@ def test_a_training_is_followed_to_its_end(
     ]
     train()
     output, name = capfd.readouterr().out, job_name(store_env.uri("runs/a"))
-    said = [line.partition(f"esvit/{name}: ")[2] for line in output.splitlines() if f"esvit/{name}: " in line]
-    assert said == [
+    message = [line.partition(f"esvit/{name}: ")[2] for line in output.splitlines() if f"esvit/{name}: " in line]
+    assert message == [
         "nodes 1 to 2, processes on each 1",
         "waiting",
         "waiting: Suspended Suspended TrainJob is suspended",

@@ -149,7 +149,7 @@ def test_a_file_with_only_a_linear_probe_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("payload", "said"),
+    ("payload", "message"),
     [
         ([1, 2], "it contains a list"),
         (torch.zeros(3), "it contains a Tensor"),
@@ -159,9 +159,9 @@ def test_a_file_with_only_a_linear_probe_is_refused(tmp_path):
         ({"teacher": {"a": torch.zeros(1)}, "dino_loss": {"center": 3}}, "dino_loss contains"),
     ],
 )
-def test_a_file_that_is_not_a_checkpoint_is_reported(payload, said, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_reported(payload, message, tmp_path):
     torch.save(payload, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_published_checkpoint(tmp_path / "odd.pth")
 
 

@@ -31,8 +31,8 @@ def compare_champion(
         from esvit_core.registry.compare_champion import compare_with_current
         from esvit_core.runs.run import open_run
 
-        address, figures, told = compare_with_current(open_run(run_uri))
+        address, figures, message = compare_with_current(open_run(run_uri))
         log_metrics(metrics, figures)
-        print(told, flush=True)
+        print(message, flush=True)
 
     return (address,)
