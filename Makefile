@@ -10,7 +10,7 @@ READY   = $(VENV)/.ready
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 IMAGE  ?= esvit/trainer:$(VERSION)
 
-.PHONY: demo test test-fast test-cluster golden component-docs chaos images test-containers lint types check format clean help
+.PHONY: demo test test-fast slow-tests test-cluster golden component-docs chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -34,8 +34,12 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --max
 test: $(READY) ## Run all tests, in one process per core (no Docker, no root)
 	@$(PYTEST) $(ARGS)
 
-test-fast: $(READY) ## Run the tests that take less than a second or so each, for the inner loop
+test-fast: $(READY) ## Run the fast tests, for the inner loop: all that tests/slow-tests.txt does not list
 	@$(PYTEST) -m 'not slow' $(ARGS)
+
+slow-tests: $(READY) ## Measure all tests and rewrite tests/slow-tests.txt
+	@$(PYTEST) --record-slow $(ARGS)
+	@$(PYTEST) --record-slow -m 'not slow' $(ARGS)
 
 golden: $(READY) ## Recompile the pipelines into tests/pipelines/golden, after an intended change
 	@for folder in pipelines/*/; do name=$$(basename $$folder); test ! -f $$folder/pipeline.py || \

@@ -22,6 +22,7 @@ import kfp_rules
 import numpy as np
 import psutil
 import pytest
+import slow_tests
 from PIL import Image
 
 from esvit_core.runs.run import Run, open_run
@@ -55,18 +56,36 @@ promotion: {metric: knn/5}
 """
 
 
-# Fixtures that make a finished run, start the command line in a process, run a training, or start Prometheus.
-SLOW_FIXTURES = {"finished_run", "esvit", "micro_run", "prometheus_programs"}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-slow", action="store_true", help="rewrite tests/slow-tests.txt from this run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-slow") and not hasattr(config, "workerinput"):
+        known = slow_tests.listed() if _leaves_out_slow(config) else frozenset()
+        config.pluginmanager.register(slow_tests.Recorder(known))
+
+
+def _leaves_out_slow(config: pytest.Config) -> bool:
+    return bool(config.getoption("markexpr") == "not slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import a file whose tests are all slow and not wanted."""
+    if not _leaves_out_slow(config) or not collection_path.is_relative_to(config.rootpath):
+        return None
+    return collection_path.relative_to(config.rootpath).as_posix() in slow_tests.listed() or None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a slow fixture, and give those of the finished run the time to wait for it."""
+    """Mark the slow tests, and give those of the finished run the time to wait for it."""
+    listed = slow_tests.listed()
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & SLOW_FIXTURES:
+        function = slow_tests.function_of(item.nodeid)
+        if function in listed or function.partition("::")[0] in listed:
             item.add_marker(pytest.mark.slow)
-        if "finished_run" in fixtures:
+        if "finished_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(900))
 
 

@@ -19,8 +19,6 @@ from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.data.loading.sampler import epoch_order
 from esvit_core.errors import InfrastructureError, UserError
 
-pytestmark = pytest.mark.slow
-
 RECIPE = {
     "augment": {
         "global_crops": {"size": 32, "number": 2, "scale": (0.4, 1.0)},

@@ -18,8 +18,6 @@ from esvit_core.weights.backbone import load_backbone
 from esvit_core.weights.formats import onnx_model, timm_folder
 from esvit_core.weights.formats.export import FORMATS, Format, export_backbone
 
-pytestmark = pytest.mark.slow
-
 OURS = ["swin", "cvt_tiny", "vil_2262", "deit_tiny", "resnet50"]
 
 

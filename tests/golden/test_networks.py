@@ -11,8 +11,6 @@ from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models import MultiCropNetwork, ProjectionHead, create_backbone
 from esvit_core.weights.published_names import from_published, to_published
 
-pytestmark = pytest.mark.slow
-
 LOGITS, FEATURES = 1e-4, 1e-3
 
 

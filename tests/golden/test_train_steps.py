@@ -17,8 +17,6 @@ from esvit_core.training.optim.optimizer import (
 from esvit_core.training.optim.schedules import Schedules
 from esvit_core.weights.published_names import to_published
 
-pytestmark = pytest.mark.slow
-
 RELATIVE = 2e-4
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -38,7 +37,6 @@ def _update(rank: int, world: int, address: str, logits: torch.Tensor, out: str)
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_center_covers_the_batch_of_all_processes(tmp_path):
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     mp.spawn(_update, (2, f"file://{tmp_path}/rendezvous", logits, f"{tmp_path}/center"), nprocs=2)

@@ -13,8 +13,6 @@ from timm.models._manipulate import group_parameters
 from esvit_core.config import ModelConfig
 from esvit_core.models import create_backbone
 
-pytestmark = pytest.mark.slow
-
 
 def images(size: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -19,8 +19,6 @@ from esvit_pipelines.cluster.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 from esvit_pipelines.steps import step_names
 
-pytestmark = pytest.mark.slow
-
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
 CHANGES = ["promotion.max_loss=null", "launch.profile_steps=5"]
 PLACE = ["cluster.image=registry.example/esvit:1", "cluster.secret=keys"]

@@ -19,8 +19,6 @@ from kfp_server import KfpServer
 
 from esvit_pipelines.cluster.schedule import cron, interval
 
-pytestmark = pytest.mark.slow
-
 # Submitting
 
 

@@ -15,8 +15,6 @@ import pytest
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.storage.embedded import EmbeddedStore
 
-pytestmark = pytest.mark.slow
-
 GARBLED = b"\x00\x01 this is no archive " * 50
 
 

@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
 from cli_checks import Call, assert_error, only
 from kfp_server import KfpServer
-
-pytestmark = pytest.mark.slow
 
 DIGEST = "1f" * 32
 

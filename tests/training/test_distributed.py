@@ -15,8 +15,6 @@ from torch import nn
 
 from esvit_core.training.distributed.processes import GradientReducer, World
 
-pytestmark = pytest.mark.slow
-
 # Networks with batch norms, by name, and six images for each: a part of the program, and of the test.
 BATCH_NORMED = """
 import torch
