@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import sys
 import threading
 import time
@@ -268,20 +269,21 @@ class Follower:
         Kubeflow ends the container of a stopped step after about a second; a job that is not deleted by then continues.
         """
         self._stop.stopped.wait()
-        asking = threading.Thread(target=self._ask_why_stopped, daemon=True)
-        asking.start()
-        asking.join(RESCHEDULED_SECONDS)
+        answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        threading.Thread(target=self._ask_why_stopped, args=(answer,), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            self._only_rescheduled = answer.get(timeout=RESCHEDULED_SECONDS)
         self._decided.set()
         with contextlib.suppress(UnreachableError, UserError):  # the follower retries, if it still can
             if not self._only_rescheduled:
                 self._cluster.delete(self._backend.kind, self._name)
 
-    def _ask_why_stopped(self) -> None:
+    def _ask_why_stopped(self, answer: queue.SimpleQueue[bool]) -> None:
         """Find out whether the signal came because this pod is being deleted, and not because the run is stopped."""
+        deleted = False
         with contextlib.suppress(UnreachableError, UserError):
             deleted = self._cluster.own_pod_deleted()
-            if not self._decided.is_set():
-                self._only_rescheduled = deleted
+        answer.put(deleted)
 
     def _idle_since(self, job: dict[str, Any]) -> datetime:
         metadata = job["metadata"]
