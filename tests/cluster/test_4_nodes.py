@@ -110,6 +110,7 @@ def test_node_lost_and_terminated(
     run_id, name = two_nodes("lost", "launch.min_nodes=1", f"training.epochs={ENDLESS}")
     pods = trainers(kube, name)
     wait_for_line(kube, first(pods), "images/s")
+    leave_a_node(settings, kube, pods, saw)
     node, reason = node_that_can_go(settings, kube, pods)
     if node:
         stop_and_start(settings, kube, node, first(pods), saw)
@@ -123,6 +124,23 @@ def test_node_lost_and_terminated(
             left = wait_for_none(kube, kind, name)
             assert not left, left
     saw(f"terminated: run {runs.state(run_id)}; no job and no training pod is left")
+
+
+def leave_a_node(settings: Settings, kube: Kube, pods: list[dict], saw: Saw) -> None:
+    """Move the store from the only worker's node that could be stopped, where there is no other."""
+    if not settings.stop_kubelet or node_that_can_go(settings, kube, pods)[0]:
+        return
+    api = {pod["spec"].get("nodeName") for pod in kube.list("pods", "app=ml-pipeline")}
+    node = next((pod["spec"]["nodeName"] for pod in pods if pod["spec"]["nodeName"] not in api), None)
+    if node is None:
+        return
+    kube.run("cordon", node)
+    try:
+        kube.run("delete", "pod", "esvit-object-store-0", "--timeout=120s", seconds=150)
+        kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
+    finally:
+        kube.run("uncordon", node)
+    saw(f"the store was moved away from {node}")
 
 
 def node_that_can_go(settings: Settings, kube: Kube, pods: list[dict]) -> tuple[str, str]:
