@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from esvit_core.registry.champions import roll_back, with_history
 from esvit_core.registry.kubeflow_registry import ModelRegistry, register_after_promotion, register_champions
 from esvit_core.runs.run import Run
 
+REAL = "ESVIT_TEST_MODEL_REGISTRY"  # address of a real registry, to test against it as well
+
 
 @pytest.fixture
 def registry() -> Iterator[RegistryServer]:
@@ -26,13 +31,13 @@ def registry() -> Iterator[RegistryServer]:
     server.server_close()
 
 
-def promoted(store: Any, name: str, value: float, **config: Any) -> dict[str, Any]:
+def promoted(store: Any, name: str, value: float, pointer_name: str = "champion", **config: Any) -> dict[str, Any]:
     """A run that became champion, and the pointer as the promotion leaves it."""
     uri = store.uri(f"runs/{name}")
     store.put_bytes(f"{uri}/config.yaml", yaml.safe_dump({"recipe": "micro", **config}).encode())
     store.put_bytes(f"{uri}/data/manifest.json", json.dumps({"fingerprint": f"print-of-{name}"}).encode())
     store.put_bytes(f"{uri}/backbone/weights", b"x")
-    pointer = store.read_pointer(store.uri("pointers/champion"))
+    pointer = store.read_pointer(store.uri(f"pointers/{pointer_name}"))
     before = None if pointer is None else pointer.value
     entry = {
         "run": uri,
@@ -45,7 +50,7 @@ def promoted(store: Any, name: str, value: float, **config: Any) -> dict[str, An
         "compared": before and {key: before[key] for key in ("run", "metric", "value")},
         "time": "2026-11-28T12:00:00+00:00",
     }
-    assert store.swap_pointer(store.uri("pointers/champion"), with_history(entry, before), pointer)
+    assert store.swap_pointer(store.uri(f"pointers/{pointer_name}"), with_history(entry, before), pointer)
     return entry
 
 
@@ -194,3 +199,29 @@ def test_a_champion_that_was_taken_back_is_marked(store: Any, registry: Registry
     assert values(registry.models[0])["champion"] == "first-1"
     second = next(version for version in registry.versions if version["name"] == "second-2")
     assert "rolled_back_at" in values(second)
+
+
+@pytest.mark.skipif(not os.environ.get(REAL), reason=f"{REAL} does not name a Kubeflow Model Registry")
+def test_a_real_registry_has_the_champions_with_their_lineage(store: Any) -> None:
+    url, name = os.environ[REAL], f"champion-{uuid.uuid4().hex[:8]}"
+    client = ModelRegistry(url)
+    promoted(store, "first-1", 30.0, name)
+    assert register_champions(client, store, store.bucket, name) == ["first-1"]
+    promoted(store, "second-2", 33.25, name, init={"source": store.uri("runs/first-1")})
+    for _ in range(2):  # registering again changes nothing
+        assert register_champions(client, store, store.bucket, name) == ["first-1", "second-2"]
+    model = client.find("/registered_model", name=name)
+    assert model and values(model) == {"pointer": store.uri(f"pointers/{name}"), "champion": "second-2"}
+    versions = _items(url, f"/registered_models/{model['id']}/versions")
+    assert sorted(version["name"] for version in versions) == ["first-1", "second-2"]
+    second = next(version for version in versions if version["name"] == "second-2")
+    assert values(second)["champion_before"] == "first-1" and values(second)["value"] == 33.25
+    assert values(second)["parent"] == store.uri("runs/first-1")
+    (artifact,) = _items(url, f"/model_versions/{second['id']}/artifacts")
+    assert artifact["uri"] == store.uri("runs/second-2/backbone")
+
+
+def _items(url: str, path: str) -> list[Resource]:
+    with urllib.request.urlopen(f"{url}/api/model_registry/v1alpha3{path}", timeout=20) as answer:
+        found: list[Resource] = json.load(answer)["items"]
+    return found

@@ -115,10 +115,11 @@ def kube(settings: Settings) -> Kube:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory, stamp: str) -> Path:
-    """A recipe of a few steps on small images; its name makes the session's runs its own."""
+    """A recipe of a few steps on small images; names make its runs, champion, and lease those of this session."""
     path = tmp_path_factory.mktemp("recipe") / "few-steps.yaml"
     text = (Path(__file__).parent / "few-steps.yaml").read_text(encoding="utf-8")
-    path.write_text(text.replace("recipe: few-steps", f"recipe: few-steps-{stamp}"), encoding="utf-8")
+    text = text.replace("recipe: few-steps", f"recipe: few-steps-{stamp}")
+    path.write_text(text.replace("pointer: champion", f"pointer: champion-{stamp}"), encoding="utf-8")
     return path
 
 
