@@ -121,10 +121,12 @@ class ShardCache:
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _locked(path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)  # the least recently opened shard is removed first
                 if not _is_valid(path, shard):
                     self._download(uri, shard, path)
+                # The least recently opened shard is removed first. The system's own timestamps advance in steps of some
+                # milliseconds, in which several shards can be opened.
+                now = time.time_ns()
+                os.utime(path, ns=(now, now))
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)  # marks the shard as in use while it is open
         except OSError as error:
@@ -164,7 +166,7 @@ class ShardCache:
         over = 0 if everything else used + needed - limit
         if everything or over > 0:
             self._close_all_but(_IN_USE)
-        oldest = time.time() - _KEPT_DAYS * DAY
+        oldest = time.time_ns() - int(_KEPT_DAYS * DAY * 1e9)
         freed = _remove_unfinished(self._directory)
         for shard in cached:
             if (everything or freed < over or shard.opened < oldest) and _try_remove(shard.path):
@@ -178,9 +180,9 @@ class ShardCache:
 
 @dataclass(frozen=True, order=True)
 class _CachedShard:
-    """A shard in the cache: time of its last opening (seconds since 1970), path, size in bytes."""
+    """A shard in the cache: time of its last opening (nanoseconds since 1970), path, size in bytes."""
 
-    opened: float
+    opened: int
     path: Path
     bytes: int
 
@@ -189,7 +191,7 @@ def _cached_shards(directory: Path) -> Iterator[_CachedShard]:
     for path in directory.glob("*.tar"):
         with contextlib.suppress(OSError):  # another process may remove it first
             found = path.stat()
-            yield _CachedShard(found.st_mtime, path, found.st_size)
+            yield _CachedShard(found.st_mtime_ns, path, found.st_size)
 
 
 def _remove_unfinished(directory: Path) -> int:
