@@ -79,14 +79,17 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def outside_modes(cached: Callable[..., Value], *arguments: Any) -> Value:
-    """Call a :func:`functools.lru_cache` function such that no fake tensor of the caller's mode enters the cache.
+    """Call a :func:`functools.lru_cache` function such that no mode of the caller affects the cached value.
 
-    Without the private function, a call under such a mode is not cached.
+    Under a mode of fake tensors, whose device need not exist on this machine, the call is not cached. Without the
+    private function other modes see the function's operations.
     """
-    if _without_modes is not None:
-        with _without_modes():
-            return cached(*arguments)
-    return cached(*arguments) if _tensors_have_values() else cached.__wrapped__(*arguments)  # type: ignore[attr-defined]
+    if not _tensors_have_values():
+        return cached.__wrapped__(*arguments)  # type: ignore[attr-defined]
+    if _without_modes is None:
+        return cached(*arguments)
+    with _without_modes():
+        return cached(*arguments)
 
 
 def draw_below(limit: int) -> int:

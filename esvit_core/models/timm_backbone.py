@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.errors import UserError
+from esvit_core.models.layers.resize import ResizeByProducts
 
 # The options that let a network accept other image sizes have different names in each family.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -74,7 +76,8 @@ class TimmBackbone(nn.Module):
             UserError: the network does not accept images of this size.
         """
         try:
-            return self.model.forward_features(x)
+            with _deterministic_resizing(x):
+                return self.model.forward_features(x)
         except _SIZE_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError) or not self._rejects_size(x):
                 raise
@@ -110,7 +113,8 @@ class TimmBackbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.model.forward_intermediates(x, *args, **kwargs)
+        with _deterministic_resizing(x):
+            return self.model.forward_intermediates(x, *args, **kwargs)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
@@ -139,7 +143,7 @@ class TimmBackbone(nn.Module):
     def last_blocks(self, x: Tensor, n: int = 4) -> Tensor:
         """Return the linear-probe feature: the averages of timm's last ``n`` feature maps, concatenated, (B, D')."""
         try:
-            maps = self.model.forward_intermediates(x, indices=None, intermediates_only=True)[-n:]
+            maps = self.forward_intermediates(x, indices=None, intermediates_only=True)[-n:]
         except AttributeError:  # the network has no forward_intermediates
             return self._regions(self.forward_features(x)).mean(1)
         return torch.cat([y.mean((2, 3)) for y in maps], -1)
@@ -169,6 +173,11 @@ class TimmBackbone(nn.Module):
             return norms.unflatten(1, features.shape[1:3])[:, None]
         height = max(1, round((norms.shape[1] * x.shape[2] / x.shape[3]) ** 0.5))
         return norms.unflatten(1, (height, -1))[:, None]
+
+
+def _deterministic_resizing(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which timm's networks resize their position embeddings on a GPU by :func:`resize`."""
+    return ResizeByProducts() if x.is_cuda else nullcontext()
 
 
 def _create(name: str, img_size: int, arguments: dict[str, Any]) -> Any:

@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
 from esvit_core.models.layers.longformer import FullAttention, SparseAttention
+from esvit_core.models.layers.resize import resize
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.staged_backbone import StagedBackbone
 from esvit_core.models.timm_entrypoints import default_cfg, register
@@ -90,7 +90,7 @@ class PatchEmbed(nn.Module):
             scale = math.sqrt(tokens / (rows * columns))
             square = rows == columns and height == width and int(rows * scale) == height
             size: dict[str, Any] = {"scale_factor": scale} if square else {"size": (height, width)}
-            positions = F.interpolate(positions, mode="bicubic", **size)
+            positions = resize(positions, **size)
         return torch.cat((self.cls_pos_embed, positions.flatten(2).mT), 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import Attention, Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from esvit_core.models.layers.resize import resize
 from esvit_core.models.timm_entrypoints import default_cfg, register
 
 
@@ -64,7 +64,7 @@ class VisionTransformer(TimmVisionTransformer):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, C, H0, W0)
-        patches = F.interpolate(patches, size=(height, width), mode="bicubic")
+        patches = resize(patches, (height, width))
         return torch.cat((cls, patches.flatten(2).mT), 1)  # (1, 1 + N, C)
 
     def views_and_regions(self, x: Tensor) -> tuple[Tensor, Tensor]:

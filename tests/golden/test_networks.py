@@ -9,6 +9,7 @@ import torch
 from esvit_core.config import ModelConfig
 from esvit_core.kernels.choose import select_kernels_
 from esvit_core.models import MultiCropNetwork, ProjectionHead, create_backbone
+from esvit_core.models.layers.resize import resize_by_products
 from esvit_core.weights.published_names import from_published, to_published
 
 LOGITS, FEATURES = 1e-4, 1e-3
@@ -54,3 +55,12 @@ def test_outputs_equal_the_published_ones(golden, forward_arch, form, record):
     if form == "as built":
         record(forward_arch, largest)
     assert not {name: value for name, value in largest.items() if not value <= found[name][1]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["deit_tiny", "vil_2262"])
+def test_resizing_as_on_a_gpu_keeps_the_published_outputs(golden, arch, monkeypatch):
+    for name in ("vil", "vit", "layers.longformer"):
+        monkeypatch.setattr(f"esvit_core.models.{name}.resize", resize_by_products)
+    found = golden.network(arch)(golden.crops()).view_logits
+    assert np.abs(found.numpy() - golden.arrays(arch)["view_logits"]).max() <= LOGITS

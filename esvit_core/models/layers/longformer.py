@@ -23,6 +23,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from esvit_core.models.layers.attention import attend
+from esvit_core.models.layers.resize import resize
 from esvit_core.torch_private import draw_below, outside_modes
 
 # Offsets of the nine windows that a window attends to, row by row; the fifth is the window itself.
@@ -127,7 +128,7 @@ class FullAttention(GlobalBias):
         bias = self.local_relative_position_bias_table[self.relative_position_index.view(-1)]
         bias = bias.view(1, built, built, -1).permute(0, 3, 1, 2)  # (1, heads, built, built)
         if built != tokens:
-            bias = F.interpolate(bias, size=(tokens, tokens), mode="bicubic")
+            bias = resize(bias, (tokens, tokens))
         if self.global_tokens:
             local = torch.cat((self._to_global(tokens), bias[0]), -1)
             bias = torch.cat((self._from_global(tokens), local), 1)[None]
