@@ -13,11 +13,12 @@ from esvit_core.config import Config
 from esvit_core.config.cluster_settings import PodConfig
 from esvit_core.config.kubernetes_names import AUTO, quantity_bytes, quantity_cores
 from esvit_core.errors import UserError
-from esvit_core.planning.count_operations import count_demand
+from esvit_core.planning import pod_sizes
+from esvit_core.planning.count_operations import count_demand, count_parameters
 from esvit_core.planning.pod_sizes import Size, fill_auto, resolve_pod
 from esvit_pipelines.settings import Settings, cluster_request
 
-NEEDED = Size(0.5, 4, 2**30, 2**31)
+NEEDED = Size(0.5, 4, 2**30, 2**31, 50 * 2**30)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_what_is_said_holds_and_auto_fits_to_it(
 
 
 def test_the_recipe_is_not_asked_where_everything_is_said() -> None:
-    pod = PodConfig(cpu="1", cpu_limit="2", memory="1Gi", memory_limit="2Gi")
+    pod = PodConfig(cpu="1", cpu_limit="2", memory="1Gi", memory_limit="2Gi", scratch="5Gi")
     assert fill_auto(pod, lambda: pytest.fail("asked")) is pod
 
 
@@ -46,7 +47,7 @@ def test_the_recipe_is_not_asked_where_everything_is_said() -> None:
 def test_the_demo_fits_on_four_cores(role: str) -> None:
     """Of which Kubernetes and Kubeflow take most."""
     pod = resolve_pod(Config.load("demo"), role)  # type: ignore[arg-type]
-    assert AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit)
+    assert AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit, pod.scratch)
     assert quantity_cores(pod.cpu) <= 0.5 and quantity_bytes(pod.memory) <= 4 * 2**30
     assert quantity_bytes(pod.memory_limit) >= quantity_bytes(pod.memory)
 
@@ -55,6 +56,22 @@ def test_the_memory_holds_what_the_steps_of_all_processes_are_counted_to_take() 
     config = Config.load("demo", ["training.processes=2", "training.batch_size=1024"])
     counted = 2 * count_demand(config, torch.float32, "cpu").bytes(512)
     assert counted < quantity_bytes(resolve_pod(config, "train").memory) < 2 * counted + 4 * 2**30
+
+
+def test_beside_the_shard_cache_there_is_space_for_the_checkpoints_of_the_largest_preset() -> None:
+    config = Config.load("imagenet_swin_base_w14")
+    checkpoint = 16 * count_parameters(config)  # both networks and the averages of AdamW
+    for role, number in (("train", 4), ("evaluate", 1), ("publish", 2)):
+        pod = resolve_pod(config, role)  # type: ignore[arg-type]
+        assert quantity_bytes(pod.scratch) - 2**30 * float(pod.cache_gib) >= number * checkpoint
+
+
+def test_a_network_of_a_billion_parameters_gets_a_larger_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod_sizes, "_parameters", lambda text: 10**9)
+    pod = resolve_pod(Config.load("demo"), "train")
+    assert quantity_bytes(pod.scratch) - 2**30 * float(pod.cache_gib) >= 4 * 16 * 10**9
+    own = resolve_pod(Config.load("demo", ["cluster.train.scratch=2Ti"]), "train")
+    assert (own.scratch, own.cache_gib) == ("2Ti", "1024")
 
 
 def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:

@@ -63,7 +63,11 @@ class PodConfig(Section):
     node_selector: dict[QualifiedName, LabelValue] = Field({}, description="Required labels of the node.")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints of nodes that the pod tolerates.")
     shared_memory: Bytes | None = Field(None, description="Size of /dev/shm, which counts as memory. null: 64 MiB.")
-    scratch: Bytes = Field("10Gi", description="Size limit of each of the writable folders /tmp and /work.")
+    scratch: AutoBytes = Field(
+        AUTO,
+        description="Size limit of /work, where a step keeps caches, checkpoints and temporary files. "
+        "auto: enough for the recipe's checkpoints.",
+    )
     image: str | None = Field(None, description="Image of this kind of step. null: cluster.image.")
     secret: ObjectName | None = Field(
         None, description="Kubernetes secret with the ESVIT_S3_* keys. null: cluster.secret."
@@ -82,6 +86,7 @@ class PodConfig(Section):
     def cache_gib(self) -> str:
         """Size limit of the shard cache, GiB (``ESVIT_CACHE_GIB``): half of the scratch folder; other files need the rest.
 
+        ``scratch`` must be a quantity, as in the pods that :func:`esvit_core.planning.pod_sizes.resolve_pod` returns.
         The cache cannot find the limit out itself: free disk space does not reflect the size limit of a pod's volume.
         """
         return f"{quantity_bytes(self.scratch) / 2 / 2**30:g}"
@@ -107,8 +112,8 @@ def _less(one: str | None, other: str | None, amount: Callable[[str], float]) ->
 
 
 _PODS: dict[Role, PodConfig] = {
-    "prepare": PodConfig(scratch="50Gi", timeout_minutes=24 * 60),
-    "train": PodConfig(shared_memory="1Gi", scratch="50Gi", retries=5),
+    "prepare": PodConfig(timeout_minutes=24 * 60),
+    "train": PodConfig(shared_memory="1Gi", retries=5),
     "evaluate": PodConfig(shared_memory="1Gi", timeout_minutes=12 * 60),
     "publish": PodConfig(timeout_minutes=60),
 }

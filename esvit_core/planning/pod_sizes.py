@@ -1,7 +1,8 @@
 """Compute the resources of a step's pods where the configuration says `auto`.
 
 The memory of a training on processors is counted as in `esvit plan`, plus the measured overhead of a process
-(docs/submit.md). For a training on GPUs the host memory per GPU is an assumption.
+(docs/submit.md). For a training on GPUs the host memory per GPU is an assumption. The scratch folder holds checkpoints
+beside the shard cache, which takes half of it.
 """
 
 from __future__ import annotations
@@ -32,17 +33,22 @@ WORKER_BYTES = 0.5 * GIB
 STATE_COPIES = 2
 GPU_HOST_BYTES = 8 * GIB  # host memory per GPU, an assumption
 GPU_CORES = 4  # cores per GPU that decode and crop images, an assumption
+# Checkpoints on the disk of a training at the same time: one that is written, one that waits for its upload, one that is
+# uploaded, and one that a resume reads.
+CHECKPOINTS_ON_DISK = 4
+MIN_SCRATCH = {"prepare": 50 * GIB, "train": 50 * GIB, "evaluate": 64 * GIB, "publish": 10 * GIB}
 MAX_PROCESSES = 2  # maximum of `training.processes: auto` on processors
 
 
 @dataclass(frozen=True)
 class Size:
-    """Requests and limits: cores, and memory in bytes."""
+    """Requests and limits: cores, and memory in bytes; and the limit of the scratch folder in bytes."""
 
     cores: float
     cores_limit: float
     memory: float
     memory_limit: float
+    scratch: float
 
 
 def resolve_pod(config: Config, role: Role) -> PodConfig:
@@ -69,7 +75,7 @@ def with_pod_sizes(config: Config) -> Config:
 
 def fill_auto(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
     """Replace every `auto` of ``pod`` by the value from ``size``, which is called only if there is one."""
-    if AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit):
+    if AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit, pod.scratch):
         return pod
     needed = size()
     cores = needed.cores if pod.cpu == AUTO else quantity_cores(pod.cpu)
@@ -84,21 +90,22 @@ def fill_auto(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
         "cpu_limit": cores_quantity(max(cores, needed.cores_limit)) if pod.cpu_limit == AUTO else pod.cpu_limit,
         "memory": bytes_quantity(memory) if pod.memory == AUTO else pod.memory,
         "memory_limit": bytes_quantity(memory_limit) if pod.memory_limit == AUTO else pod.memory_limit,
+        "scratch": bytes_quantity(needed.scratch) if pod.scratch == AUTO else pod.scratch,
     }
     return pod.model_copy(update=quantities)
 
 
 def _prepare(config: Config) -> Size:
-    return Size(0.5, 4, GIB, 8 * GIB)
+    return Size(0.5, 4, GIB, 8 * GIB, MIN_SCRATCH["prepare"])
 
 
 def _publish(config: Config) -> Size:
-    return Size(0.25, 2, GIB, 4 * GIB)
+    return Size(0.25, 2, GIB, 4 * GIB, _scratch(config, "publish", 2))  # an import reads one and writes one
 
 
 def _evaluate(config: Config) -> Size:
     small = _parameters(config.to_yaml()) < SMALL_PARAMETERS
-    return Size(0.25 if small else 1, 4, (1.5 if small else 4) * GIB, 16 * GIB)
+    return Size(0.25 if small else 1, 4, (1.5 if small else 4) * GIB, 16 * GIB, _scratch(config, "evaluate", 1))
 
 
 def _train(config: Config) -> Size:
@@ -122,7 +129,16 @@ def _train(config: Config) -> Size:
         memory += processes * (fixed + image * shares(config, min(training.batch_size, nodes * processes))[1])
         cores, cores_limit = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
     memory = MEMORY_STEP * math.ceil(memory / MEMORY_STEP)
-    return Size(cores, cores_limit, memory, 2 * memory)
+    return Size(cores, cores_limit, memory, 2 * memory, _scratch(config, "train", CHECKPOINTS_ON_DISK))
+
+
+def _scratch(config: Config, role: Role, checkpoints: int) -> float:
+    """Bytes of the scratch folder whose half, beside the shard cache, holds that many checkpoints."""
+    from esvit_core.planning.count_operations import BYTES_A_PARAMETER
+
+    # A checkpoint lacks the gradient that is counted here: a fifth to a quarter of headroom.
+    state = BYTES_A_PARAMETER[config.optimizer.name] * _parameters(config.to_yaml())
+    return max(MIN_SCRATCH[role], 2 * GIB * math.ceil(checkpoints * state / GIB))
 
 
 _SIZES: dict[Role, Callable[[Config], Size]] = {

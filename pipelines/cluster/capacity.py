@@ -37,7 +37,7 @@ def size_lines(config: Config) -> list[str]:
     """Return a line per kind of pod with its requests and limits."""
     return [
         f"  {name.removeprefix('cluster.'):10} cpu {pod.cpu} to {pod.cpu_limit or 'any'}, "
-        f"memory {pod.memory} to {pod.memory_limit}"
+        f"memory {pod.memory} to {pod.memory_limit}, disk {pod.scratch}"
         + (f", {pod.accelerators} {pod.accelerator}" if pod.accelerators else "")
         for name, pod in pods_of(config).items()
     ]

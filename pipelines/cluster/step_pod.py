@@ -16,10 +16,14 @@ from esvit_core.launch.pod_metadata import (
     METRICS_LABEL,
     METRICS_PORT,
     METRICS_PORT_VARIABLE,
+    SCRATCH,
+    TEMPORARY,
+    TEMPORARY_SIZE,
     pod_annotations,
     pod_labels,
     pod_security,
     queue_labels,
+    scratch_variables,
 )
 from esvit_core.planning.pod_sizes import resolve_pod
 from esvit_core.repetition import variables
@@ -85,9 +89,10 @@ def configure_pod(task: dsl.PipelineTask, config: Config, role: Role, accelerate
         task.set_env_variable(
             LOST_SECONDS_VARIABLE, f"{POD_LOST_SECONDS:g}"
         )  # Kubernetes gives the pod no time to save
-    task.set_env_variable("ESVIT_CACHE_GIB", pod.cache_gib)
-    for folder in ("tmp", "work"):
-        kubernetes.empty_dir_mount(task, folder, f"/{folder}", size_limit=pod.scratch)
+    for name, value in scratch_variables(pod.cache_gib).items():
+        task.set_env_variable(name, value)
+    for folder, size in ((TEMPORARY, TEMPORARY_SIZE), (SCRATCH, pod.scratch)):
+        kubernetes.empty_dir_mount(task, folder.strip("/"), folder, size_limit=size)
     if pod.shared_memory is not None:
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=pod.shared_memory)
     if cluster.ca_config_map is not None:

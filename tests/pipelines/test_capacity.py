@@ -93,5 +93,5 @@ def test_without_permissions_nothing_is_reported(answers: dict[str, list[dict[st
 
 def test_the_sizes_of_all_pods_are_listed() -> None:
     lines = size_lines(Config.load("demo", [*SIZES, "cluster.train.accelerators=2", "launch.scheduler=volcano"]))
-    assert lines[1] == "  train      cpu 500m to 16, memory 2Gi to 2Gi, 2 nvidia.com/gpu"
-    assert lines[-1] == "  the step that starts the job cpu 100m to 1, memory 512Mi to 2Gi"
+    assert lines[1] == "  train      cpu 500m to 16, memory 2Gi to 2Gi, disk 50Gi, 2 nvidia.com/gpu"
+    assert lines[-1] == "  the step that starts the job cpu 100m to 1, memory 512Mi to 2Gi, disk 2Gi"

@@ -13,6 +13,7 @@ from kfp import components
 from kfp.kubernetes import kubernetes_executor_config_pb2
 
 from esvit_core.config import Config
+from esvit_core.config.kubernetes_names import quantity_bytes
 from esvit_core.errors import UserError
 from esvit_core.launch.pod_metadata import (
     METRICS_LABEL,
@@ -93,7 +94,9 @@ def test_every_step_has_retries_limits_and_writable_volumes(name: str) -> None:
         resources = container["resources"]
         bounds = {f"resource{kind}{bound}" for kind in ("Cpu", "Memory") for bound in ("Request", "Limit")}
         assert bounds <= resources.keys()  # without a memory limit the namespace's default would apply
-        assert {"/tmp", "/work"} <= {mount["mountPath"] for mount in pod["emptyDirMounts"]}
+        volumes = {mount["mountPath"]: mount["sizeLimit"] for mount in pod["emptyDirMounts"]}
+        assert volumes["/tmp"] == "1Gi" and environment["TMPDIR"] == "/work"
+        assert quantity_bytes(volumes["/work"]) == 2 * float(environment["ESVIT_CACHE_GIB"]) * 2**30
         assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
         assert pod_labels("step").items() <= pod["podMetadata"]["labels"].items()
         assert pod["podMetadata"]["annotations"] == pod_annotations()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from esvit_core.config import Config
+from esvit_core.config.kubernetes_names import quantity_bytes
 from esvit_core.errors import UserError
 from esvit_core.launch.kubernetes.client import State
 from esvit_core.launch.kubernetes.training_pod import job_name
@@ -129,6 +130,16 @@ def test_every_pod_meets_the_restricted_standard(job: dict[str, Any]) -> None:
         assert all(set(volume) < {"name", "emptyDir", "configMap"} for volume in spec["volumes"])
         assert "hostNetwork" not in spec
         assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_temporary_files_lie_in_the_volume_that_is_sized_for_checkpoints(job: dict[str, Any]) -> None:
+    for pod in pods(job):
+        (container,) = pod["spec"]["containers"]
+        environment = {item["name"]: item.get("value") for item in container["env"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume["emptyDir"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume}
+        size = quantity_bytes(volumes[mounts[environment["TMPDIR"]]]["sizeLimit"])
+        assert size - 2**30 * float(environment["ESVIT_CACHE_GIB"]) >= 25 * 2**30
 
 
 def test_nodes_meet_at_the_first_which_has_rank_0(job: dict[str, Any]) -> None:

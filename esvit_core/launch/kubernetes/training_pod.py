@@ -17,10 +17,14 @@ from esvit_core.launch.agent import AGENT_MODULE
 from esvit_core.launch.pod_metadata import (
     METRICS_PORT,
     METRICS_PORT_VARIABLE,
+    SCRATCH,
+    TEMPORARY,
+    TEMPORARY_SIZE,
     container_security,
     pod_annotations,
     pod_labels,
     pod_security,
+    scratch_variables,
 )
 from esvit_core.launch.signals import POD_SECONDS
 from esvit_core.planning.pod_sizes import resolve_pod
@@ -34,7 +38,6 @@ TOKEN_SECONDS = 3600  # the kubelet renews it when a fifth is left
 RUN_LABEL = "esvit.dev/run"
 RUN_ANNOTATION = "esvit.dev/run-uri"
 TERMINATION_FILE = "/dev/termination-log"
-SCRATCH, TEMPORARY = "/work", "/tmp"
 
 
 def job_name(run_uri: str) -> str:
@@ -152,7 +155,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
                 if pod.shared_memory
                 else []
             ),
-            {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": TEMPORARY_SIZE}},
             {"name": "work", "emptyDir": {"sizeLimit": pod.scratch}},
         ],
     }
@@ -208,7 +211,7 @@ def literal_environment(config: Config) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HOME": SCRATCH,
         "ESVIT_CACHE_DIR": f"{SCRATCH}/cache",
-        "ESVIT_CACHE_GIB": config.cluster.train.cache_gib,
+        **scratch_variables(resolve_pod(config, "train").cache_gib),
         "ESVIT_PENDING_DIR": f"{SCRATCH}/pending",
         METRICS_PORT_VARIABLE: str(METRICS_PORT),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on GPUs
