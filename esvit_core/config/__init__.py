@@ -53,6 +53,12 @@ class DataConfig(Section):
     max_megapixels: float = Field(
         100.0, gt=0, description="Images with more megapixels are skipped (decompression bombs)."
     )
+    max_aspect_ratio: float = Field(
+        100.0,
+        ge=1,
+        description="Images whose longer side is more than so many times the shorter one are skipped.",
+        json_schema_extra=ADDED,
+    )
     store_short_side: int | None = Field(
         None,
         gt=0,

@@ -48,6 +48,7 @@ class EmbedSettings:
         batch_size: images per batch.
         max_bad_fraction: share of bad files above which it is an error.
         max_megapixels: larger images are bad files.
+        max_aspect_ratio: images whose longer side is more than so many times the shorter one are bad files.
     """
 
     regions: bool = False
@@ -56,6 +57,7 @@ class EmbedSettings:
     batch_size: int = 64
     max_bad_fraction: float = DataConfig().max_bad_fraction
     max_megapixels: float = DataConfig().max_megapixels
+    max_aspect_ratio: float = DataConfig().max_aspect_ratio
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def embed(
             _check_share(source, bad, len(files), settings.max_bad_fraction)
 
         count, rows = 0, None
-        prepare = partial(_prepare, opened, description, eval_transform(description), settings.max_megapixels)
+        prepare = partial(_prepare, opened, description, eval_transform(description), settings)
         with torch.inference_mode(), ProgressLine(len(files), label="embed") as progress:
             for names, images, read in _batches(files, prepare, leave_out, settings.batch_size):
                 features = _compute(network, images, device, precision)
@@ -194,12 +196,17 @@ def eval_transform(description: dict[str, Any]) -> EvalTransform:
 
 
 def _prepare(
-    opened: Source, description: dict[str, Any], transform: EvalTransform, max_megapixels: float, entry: Entry
+    opened: Source, description: dict[str, Any], transform: EvalTransform, settings: EmbedSettings, entry: Entry
 ) -> Tensor:
     """Return an image as input for the network, (3, S, S), after the steps of a stored image. Runs in several threads."""
     if entry.problem is not None:
         raise FileReadError(entry.problem)
-    stored = to_stored_image(read_image_file(opened, entry), max_megapixels, description.get("store_short_side"))
+    stored = to_stored_image(
+        read_image_file(opened, entry),
+        settings.max_megapixels,
+        description.get("store_short_side"),
+        settings.max_aspect_ratio,
+    )
     return transform(decode_image(stored.data))
 
 

@@ -258,6 +258,12 @@ def embed(
         float,
         typer.Option("--max-bad-fraction", min=0, max=1, help="Fail if a larger share of the images is unreadable."),
     ] = 0.05,
+    max_megapixels: Annotated[
+        float, typer.Option("--max-megapixels", min=0.001, help="Skip larger images (decompression bombs).")
+    ] = 100.0,
+    max_aspect_ratio: Annotated[
+        float, typer.Option("--max-aspect-ratio", min=1, help="Skip images whose sides differ by a larger factor.")
+    ] = 100.0,
     runs: RunsOption = DEFAULT_OUT,
 ) -> None:
     """Write the view features of images, and optionally their region features.
@@ -268,7 +274,12 @@ def embed(
     from esvit_pipelines.cli.backbone_commands import embed as embed_images
 
     settings = {"regions": regions, "dtype": dtype, "precision": precision, "batch_size": batch_size}
-    embed_images(model, data, out, {**settings, "max_bad_fraction": max_bad_fraction}, runs)
+    limits = {
+        "max_bad_fraction": max_bad_fraction,
+        "max_megapixels": max_megapixels,
+        "max_aspect_ratio": max_aspect_ratio,
+    }
+    embed_images(model, data, out, settings | limits, runs)
 
 
 cluster_commands.register(app)

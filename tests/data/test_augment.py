@@ -14,7 +14,7 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from esvit_core.config import AugmentConfig, CropConfig, DeitConfig
-from esvit_core.data.loading import photometric
+from esvit_core.data.loading import augment, photometric
 from esvit_core.data.loading.augment import EvalTransform, MultiCrop, Normalize, crop_box, resize, sample_rng
 from esvit_core.data.loading.randomness import seeded
 
@@ -251,3 +251,23 @@ class TestDeit:
         crops = torch.stack([multicrop(image, sample_rng(0, 0, index))[0] for index in range(20)])
         black = -torch.tensor(always.mean) / torch.tensor(always.std)
         assert torch.isclose(crops, black.view(3, 1, 1)).all(1).flatten(1).float().mean(1).max() == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 100_000), (100_000, 1), (1000, 10)])
+def test_no_crop_of_a_very_long_image_is_long(width, height):
+    """The crop is cut out before it is resized, so it bounds the memory."""
+    for index in range(200):
+        rng = sample_rng(0, 0, index)
+        left, top, right, bottom = crop_box(width, height, (0.05, 1.0), rng.random)
+        assert 0 < right - left <= 2 * (bottom - top) and bottom - top <= 2 * (right - left)
+
+
+@pytest.mark.parametrize("shape", [(1, 20000, 3), (20000, 1, 3), (3, 901, 3)])
+def test_the_ends_of_a_very_long_image_are_cut_off_before_it_is_resized(shape, monkeypatch):
+    image = np.zeros(shape, np.uint8)
+    image[shape[0] // 2, shape[1] // 2] = 255
+    sizes = []
+    monkeypatch.setattr(augment, "resize", lambda pixels, *size: sizes.append(size) or resize(pixels, *size))
+    out = EvalTransform(32, 28)(image)
+    assert out.shape == (3, 28, 28) and max(sizes[0]) <= 9 * 32
+    assert out[0].max() > out[0].min()  # the center stays in the center

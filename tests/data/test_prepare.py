@@ -190,7 +190,8 @@ def test_bad_and_unusual_files_of_a_folder(store, prepared, tmp_path, make):
     assert sorted(reasons) == sorted([*bad, "a/gone.png"])
     assert reasons["a/text.png"] == "not an image"
     assert reasons["a/empty.jpg"] == "empty file" and reasons["a/cut.jpg"].startswith("truncated")
-    assert reasons["b/huge.png"] == "too large (2 megapixels)" and reasons["a/gone.png"] == "broken link"
+    assert reasons["b/huge.png"] == "too large (2 megapixels, more than max_megapixels 1.5)"
+    assert reasons["a/gone.png"] == "broken link"
     assert manifest.bad.count == 5 and sum(manifest.bad.reasons.values()) == 5
     assert manifest.bad.reasons["not an image"] == 1 and manifest.bad.reasons["too large"] == 1
     assert manifest.ignored_kinds == dict.fromkeys((".DS_Store", ".aae", ".bin", ".db", ".git/", ".mov", ".txt"), 1) | {

@@ -147,6 +147,16 @@ def test_bad_images_are_counted_and_listed(backbone: Any, images: Any, tmp_path:
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".esvit-*"))
 
 
+def test_the_limits_on_size_and_shape_can_be_raised(backbone: Any, images: Any, tmp_path: Path) -> None:
+    made = images.folder(tmp_path / "images", [""], 2)
+    Image.new("RGB", (1010, 10)).save(made / "long.png")
+    done = embed(backbone, str(made), tmp_path / "a.npz", EmbedSettings(max_bad_fraction=1, max_megapixels=0.01))
+    assert done.bad == [("long.png", "too large (0.0101 megapixels, more than max_megapixels 0.01)")]
+    done = embed(backbone, str(made), tmp_path / "b.npz", EmbedSettings(max_bad_fraction=1))
+    assert done.bad == [("long.png", "too long (1,010 x 10 pixels, more than max_aspect_ratio 100)")]
+    assert embed(backbone, str(made), tmp_path / "c.npz", EmbedSettings(max_aspect_ratio=101)).images == 3
+
+
 def test_mistakes_are_user_errors(backbone: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "there.npz").touch()
     (tmp_path / "empty").mkdir()

@@ -10,16 +10,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # Pillow's formats that are accepted. Some of the others run programs (EPS) or fetch files that they name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 _LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF"})
+MAX_ASPECT_RATIO = 100.0  # default of data.max_aspect_ratio
 _JPEG_QUALITY = 95
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright
-_UPRIGHT = (None, 0, 1)
-# Exceptions that Pillow raises on malformed files.
-_MALFORMED = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError)
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SHOWN = 5  # bad files named in an error message
 _open_lock = threading.Lock()
 
@@ -55,7 +62,9 @@ class StoredImage:
     reencoded: bool
 
 
-def to_stored_image(data: bytes, max_megapixels: float, short_side: int | None) -> StoredImage:
+def to_stored_image(
+    data: bytes, max_megapixels: float, short_side: int | None, max_aspect_ratio: float = MAX_ASPECT_RATIO
+) -> StoredImage:
     """Check a file by decoding it, and convert it to the form that is stored.
 
     JPEG and PNG files that are 8-bit, RGB or grayscale, opaque, upright and not too large keep their bytes. Other images are
@@ -66,9 +75,10 @@ def to_stored_image(data: bytes, max_megapixels: float, short_side: int | None) 
         data: content of the file.
         max_megapixels: larger images are rejected before any pixel is decoded.
         short_side: images whose shorter side is longer are shrunk to it, in pixels; None: images are not shrunk.
+        max_aspect_ratio: images whose longer side is more than so many times the shorter one are rejected.
 
     Raises:
-        BadImage: the file is empty, not an image, too large, truncated, or damaged.
+        BadImage: the file is empty, not an image, too large, too long, truncated, or damaged in any way.
     """
     if not data:
         raise BadImage("empty file")
@@ -77,7 +87,10 @@ def to_stored_image(data: bytes, max_megapixels: float, short_side: int | None) 
         if width < 1 or height < 1:
             raise BadImage("no pixels")
         if width * height > max_megapixels * 1e6:
-            raise BadImage(f"too large ({_megapixels(width * height)} megapixels)")
+            size = f"{_megapixels(width * height)} megapixels"
+            raise BadImage(f"too large ({size}, more than max_megapixels {max_megapixels:g})")
+        if max(width, height) > max_aspect_ratio * min(width, height):
+            raise BadImage(f"too long ({width:,} x {height:,} pixels, more than max_aspect_ratio {max_aspect_ratio:g})")
         fits = short_side is None or min(width, height) <= short_side
         if fits and _is_plain(image, data) and _decodes(image, data):
             return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False)
@@ -111,15 +124,17 @@ def plain_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open an image and read its header; Pillow's exceptions on malformed files become BadImage."""
+    """Open an image and read its header; any exception of a decoder, in the context too, becomes BadImage."""
     try:
         with _open(data) as image:
             yield image
+    except BadImage:
+        raise
     except Image.DecompressionBombError:
         raise BadImage("too large (a decompression bomb)") from None
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
-    except _MALFORMED as error:
+    except Exception as error:  # a malformed file makes decoders raise nearly anything; it must not stop a run
         reason = str(error) or type(error).__name__
         raise BadImage(f"{'truncated' if 'truncated' in reason.lower() else 'damaged'} ({reason[:100]})") from None
 
@@ -138,12 +153,23 @@ def _open(data: bytes) -> Image.Image:
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     if image.format not in ("JPEG", "PNG") or image.mode not in ("RGB", "L"):
         return False
-    if image.getexif().get(_ORIENTATION) not in _UPRIGHT:
+    if _orientation(image) in _TRANSPOSITIONS:
         return False
     if image.format == "JPEG":
         return True
     bit_depth = data[24]  # Pillow reports 16-bit RGB as 8-bit
     return bit_depth == 8 and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 if there is none. Nothing else of a damaged EXIF block matters."""
+    if image.format == "PNG":
+        image.load()  # the block may follow the pixels; here, damaged pixels raise
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises nearly anything on a damaged block
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _decodes(image: Image.Image, data: bytes) -> bool:
@@ -164,8 +190,8 @@ def _reencode(image: Image.Image, short_side: int | None) -> StoredImage:
         # Decode at 1/2, 1/4 or 1/8 of the size if that is still at least twice the wanted size.
         image.draft(None, (2 * short_side, 2 * short_side))
     image.load()
-    upright = ImageOps.exif_transpose(image)
-    plain = plain_rgb(upright)
+    turn = _TRANSPOSITIONS.get(_orientation(image))
+    plain = plain_rgb(image if turn is None else image.transpose(turn))
     if short_side is not None and min(plain.size) > short_side:
         scale = short_side / min(plain.size)
         width, height = (max(1, round(side * scale)) for side in plain.size)
@@ -202,4 +228,4 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _megapixels(pixels: int) -> str:
-    return f"{pixels / 1e6:,.0f}"
+    return f"{pixels / 1e6:,.0f}" if pixels >= 1e7 else f"{pixels / 1e6:.3g}"

@@ -237,7 +237,9 @@ def _load(
     except (FileReadError, NotAnImage, BadImage) as error:
         return "", error
     try:
-        return content_digest(data), to_stored_image(data, config.max_megapixels, config.store_short_side)
+        return content_digest(data), to_stored_image(
+            data, config.max_megapixels, config.store_short_side, config.max_aspect_ratio
+        )
     except BadImage as error:
         return content_digest(data), error
 

@@ -19,6 +19,7 @@ Box = tuple[int, int, int, int]
 Draw = Callable[[], float]  # returns the next random number in [0, 1)
 
 _AUGMENT_STREAM = 1  # separates these random numbers from those of the order, which uses the same seed
+_LONG = 8  # times the shorter side; the ends of longer images are cut off before they are resized
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 _DRAWS = 2 * _ATTEMPTS + 16  # upper bound of the random numbers per crop, which are drawn in one call
@@ -159,6 +160,7 @@ class EvalTransform:
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """Transform an image, (H, W, 3) uint8, to (3, crop, crop) float32."""
+        image = self._center_of_long_image(image)
         height, width = image.shape[:2]
         short = min(height, width)
         # As in torchvision, the longer side is rounded down.
@@ -171,6 +173,13 @@ class EvalTransform:
         out = torch.empty(3, self.crop, self.crop)
         out.copy_(pixels[0, :, top : top + self.crop, left : left + self.crop])
         return self._normalize(out)
+
+    def _center_of_long_image(self, image: np.ndarray) -> np.ndarray:
+        """Cut off the ends of a very long image, which the crop does not show: resized, they would fill the memory."""
+        keep = max(_LONG, 2 * -(-self.crop // self.resize)) * min(image.shape[:2])
+        height, width = image.shape[:2]
+        top, left = max(0, height - keep) // 2, max(0, width - keep) // 2
+        return image[top : height - top, left : width - left]
 
 
 class Normalize:
