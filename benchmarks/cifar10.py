@@ -119,7 +119,7 @@ def measure(data: Path, wanted: Row, recipe: str, work: Path) -> Row:
         others = [setting for setting in settings if not setting.startswith("training.epochs=")]
         before = [f"training.epochs={wanted['after_view']}", *others]
         first = run_pipeline(data, recipe, "view", wanted["seed"], before, work)
-        settings += [f"init.source={first}", "init.take=heads"]
+        settings += [f"init.source={first}", "init.load=heads"]
     start = time.monotonic()
     uri = run_pipeline(data, recipe, wanted["task"], wanted["seed"], settings, work)
     with open_store(work / "store") as store:

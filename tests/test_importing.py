@@ -93,7 +93,7 @@ def test_a_checkpoint_in_the_store_holds_what_the_file_held(store_env, tmp_path)
         load_backbone(imported.backbone, store_env).state_dict(),
         load_backbone(f"{out}/backbone", store_env).state_dict(),
     )
-    init = config.init.model_copy(update={"source": imported.checkpoint, "take": "all"})
+    init = config.init.model_copy(update={"source": imported.checkpoint, "load": "all"})
     snapshot = read_source(init, config, store_env)
     assert (
         snapshot.epoch == 3 and same(snapshot.student, states["student"]) and same(snapshot.teacher, states["teacher"])

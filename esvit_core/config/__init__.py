@@ -120,7 +120,7 @@ class InitConfig(Section):
         description="`champion` or another pointer; s3://bucket/runs/<id>, or a backbone or checkpoint below it; a .pth "
         "or .safetensors file on disk or in the store; a folder with a backbone; or `timm:<name>`.",
     )
-    take: Literal["backbone", "heads", "all"] = Field(
+    load: Literal["backbone", "heads", "all"] = Field(
         "backbone",
         description="backbone: load the teacher's backbone into student and teacher. heads: load both networks with "
         "their heads, and the centers. all: load the optimizer and the progress too.",

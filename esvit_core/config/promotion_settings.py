@@ -46,7 +46,7 @@ class RetrainConfig(Section):
     min_new_images: int = Field(
         100, gt=0, description="Minimum number of new or changed images; with fewer, no run starts."
     )
-    max_gone_fraction: float = Field(
+    max_removed_fraction: float = Field(
         0.5,
         ge=0,
         le=1,

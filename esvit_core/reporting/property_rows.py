@@ -155,7 +155,7 @@ def start_of(config: Config) -> str:
         "all": "both networks, the optimizer and the progress",
     }
     digest = f" (SHA-256 {init.sha256[:12]})" if init.sha256 else ""
-    return f"{taken[init.take]} of {init.source}{digest}"
+    return f"{taken[init.load]} of {init.source}{digest}"
 
 
 def _network(config: Config) -> str:

@@ -64,8 +64,8 @@ def _start(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> t
     try:
         source, _ = find(champion["run"], "heads", config.bucket, store)
     except WeightsNotFound:
-        return {"source": champion["backbone"], "take": "backbone"}, False
-    return {"source": source, "take": "heads"}, True
+        return {"source": champion["backbone"], "load": "backbone"}, False
+    return {"source": source, "load": "heads"}, True
 
 
 def _require_same_network(config: Config, champion: Mapping[str, Any], store: ObjectStore) -> None:

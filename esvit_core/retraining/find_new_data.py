@@ -134,7 +134,7 @@ def _is_of_this_source(earlier: _Earlier, scan: Scan, config: Config) -> bool:
     """Whether the source still has most of the earlier data."""
     difference = compare(earlier.files, scan.files)
     others = len(difference.removed) + len(difference.changed)
-    return others <= config.retrain.max_gone_fraction * earlier.manifest.samples
+    return others <= config.retrain.max_removed_fraction * earlier.manifest.samples
 
 
 def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
@@ -149,10 +149,10 @@ def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
 
 def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, config: Config) -> None:
     gone, before = len(difference.removed), earlier.manifest.samples
-    if gone > config.retrain.max_gone_fraction * before:
+    if gone > config.retrain.max_removed_fraction * before:
         raise UserError(
             f"{source}: {gone:,} of the {before:,} earlier images are gone; correct --data, or, if they were "
-            "removed on purpose, set retrain.max_gone_fraction=1"
+            "removed on purpose, set retrain.max_removed_fraction=1"
         )
 
 

@@ -46,7 +46,7 @@ def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
         "source": init.source,
         "sha256": init.sha256,
         "kind": snapshot.kind,
-        "take": init.take,
+        "load": init.load,
         "loaded": loaded,
         "initialized": initialized,
         "ignored": list(snapshot.ignored),
@@ -84,15 +84,15 @@ def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapsho
             store.fetch(source, local)
             return read_file(local / "model.safetensors", arch)
         if kind is not None:
-            return _read_checkpoint(source, init.take, store, local)
+            return _read_checkpoint(source, init.load, store, local)
         file = local / source.rpartition("/")[2]
         store.get_file(source, file)
         return read_file(file, arch)
 
 
-def _read_checkpoint(uri: str, take: str, store: ObjectStore, folder: Path) -> Snapshot:
-    wanted = ["teacher.pt"] if take == "backbone" else ["student.pt", "teacher.pt", "objective.pt"]
-    wanted += ["optimizer.pt", "progress.pt"] if take == "all" else []
+def _read_checkpoint(uri: str, load: str, store: ObjectStore, folder: Path) -> Snapshot:
+    wanted = ["teacher.pt"] if load == "backbone" else ["student.pt", "teacher.pt", "objective.pt"]
+    wanted += ["optimizer.pt", "progress.pt"] if load == "all" else []
     manifest = store.fetch(uri, folder, [])
     names = [name for name in wanted if name in manifest["files"]]  # an imported checkpoint may lack some
     store.fetch(uri, folder, names)
@@ -123,21 +123,21 @@ def _steps_per_epoch(checkpoint: str, store: ObjectStore) -> int:
 def merge_states(
     snapshot: Snapshot, state: TrainState, init: InitConfig
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Merge ``snapshot`` into the states of a run, as far as ``init.take`` asks for it.
+    """Merge ``snapshot`` into the states of a run, as far as ``init.load`` asks for it.
 
     Returns:
         The states, as in a checkpoint; the names of what was loaded; the names of what keeps its initialization.
 
     Raises:
-        UserError: the source lacks what ``init.take`` asks for, or does not fit.
+        UserError: the source lacks what ``init.load`` asks for, or does not fit.
     """
     states = {name: target.state_dict() for name, target in state.stateful.items()}
-    if init.take == "backbone":
+    if init.load == "backbone":
         for name, network in (("student", state.student), ("teacher", state.teacher)):
             states[name] = _with(network, _only(snapshot.teacher, ("backbone.",)), snapshot, state.config)
         return states, ["the backbone"], ["the heads"]
     if not snapshot.has("head"):
-        raise UserError(f"init.source {snapshot.origin}: it has no heads; set init.take=backbone")
+        raise UserError(f"init.source {snapshot.origin}: it has no heads; set init.load=backbone")
     has_region, source_has_region = state.student.head_dense is not None, snapshot.has("head_dense")
     prefixes = ("backbone.", "head.", "head_dense.") if has_region else ("backbone.", "head.")
     student = snapshot.student or snapshot.teacher
@@ -149,7 +149,7 @@ def merge_states(
     centers = {name: value for name, value in snapshot.centers.items() if name in states["objective"]}
     states["objective"] = {**states["objective"], **centers}
     (loaded if centers else initialized).append("the centers")
-    if init.take == "all":
+    if init.load == "all":
         _continue(states, snapshot, state, loaded, initialized)
     return states, loaded, initialized
 
@@ -171,13 +171,13 @@ def _continue(
     (initialized if optimizer is None else loaded).append("the optimizer")
     if snapshot.epoch is None:
         raise UserError(
-            f"init.source {snapshot.origin}: it does not contain the number of epochs trained; set init.take=heads"
+            f"init.source {snapshot.origin}: it does not contain the number of epochs trained; set init.load=heads"
         )
     epochs, steps = state.config.training.epochs, state.schedules.steps_per_epoch
     if snapshot.epoch >= epochs:
         raise UserError(
             f"init.source {snapshot.origin}: it was trained for {snapshot.epoch:g} epochs, the run has {epochs}; "
-            "raise training.epochs to continue, or set init.take=heads to start at epoch 0"
+            "raise training.epochs to continue, or set init.load=heads to start at epoch 0"
         )
     step = round(snapshot.epoch * steps)
     states["progress"] = {**states["progress"], "step": step, "images": step * state.config.training.batch_size}

@@ -36,7 +36,7 @@ def pin_source(config: Config, store: ObjectStore) -> Config:
     """
     if config.init.source is None:
         return config
-    source, sha256 = find(config.init.source, config.init.take, config.bucket, store)
+    source, sha256 = find(config.init.source, config.init.load, config.bucket, store)
     if config.init.sha256 not in (None, sha256):
         raise UserError(
             f"init.source {source}: it has changed since the run was started (SHA-256 {sha256} instead of "
@@ -50,13 +50,13 @@ class WeightsNotFound(UserError):  # noqa: N818
 
 
 def find(
-    source: str, take: str, bucket: str, store: ObjectStore, setting: str = "init.source"
+    source: str, load: str, bucket: str, store: ObjectStore, setting: str = "init.source"
 ) -> tuple[str, str | None]:
     """Resolve the address of weights and the SHA-256 of their content.
 
     Args:
         source: value of ``init.source``.
-        take: value of ``init.take``; from a run, ``backbone`` takes the published backbone, other values the newest
+        load: value of ``init.load``; from a run, ``backbone`` takes the published backbone, other values the newest
             checkpoint.
         bucket: bucket of the pointers.
         store: object store.
@@ -72,7 +72,7 @@ def find(
     if source.startswith(TIMM):
         return source, None
     if source.startswith("s3://"):
-        return _in_the_store(source.rstrip("/"), take, store, setting)
+        return _in_the_store(source.rstrip("/"), load, store, setting)
     path = Path(source)
     if path.is_dir():
         return str(path.resolve()), _digest_of_folder(path, setting)
@@ -84,7 +84,7 @@ def find(
     pointer = store.read_pointer(uri)
     if pointer is None or not isinstance(pointer.value.get("backbone"), str):
         raise WeightsNotFound(f"{setting} {source}: no such file, and no pointer {uri}; {_EXPECTED}")
-    return _in_the_store(pointer.value["backbone"], take, store, setting)
+    return _in_the_store(pointer.value["backbone"], load, store, setting)
 
 
 def kind_of(uri: str, store: ObjectStore) -> str | None:
@@ -93,7 +93,7 @@ def kind_of(uri: str, store: ObjectStore) -> str | None:
     return None if manifest is None else manifest["format"]
 
 
-def _in_the_store(uri: str, take: str, store: ObjectStore, setting: str) -> tuple[str, str]:
+def _in_the_store(uri: str, load: str, store: ObjectStore, setting: str) -> tuple[str, str]:
     if uri.endswith(FILES):
         return uri, _digest_of_object(uri, store, setting)
     if (manifest := store.read_manifest(uri)) is not None:
@@ -103,7 +103,7 @@ def _in_the_store(uri: str, take: str, store: ObjectStore, setting: str) -> tupl
             )
         return uri, _digest_of(manifest)
     backbone = join_uri(uri, "backbone")
-    if take == "backbone" and (manifest := store.read_manifest(backbone)) is not None:
+    if load == "backbone" and (manifest := store.read_manifest(backbone)) is not None:
         return backbone, _digest_of(manifest)
     root = join_uri(uri, "training/checkpoints")
     steps = {stat.uri.removeprefix(root).strip("/").partition("/")[0] for stat in store.list(root)}

@@ -44,7 +44,7 @@ def import_file(
         print(line)
     print(f"backbone    {imported.backbone}")
     if imported.checkpoint:
-        print(f"checkpoint  {imported.checkpoint}   # --set init.source={imported.checkpoint} --set init.take=all")
+        print(f"checkpoint  {imported.checkpoint}   # --set init.source={imported.checkpoint} --set init.load=all")
     print(f"\nUse it:\n    import esvit_core\n    backbone = esvit_core.load_backbone({imported.backbone!r})")
 
 

@@ -24,7 +24,7 @@ def test_without_a_champion_nothing_changes(store, recipe) -> None:
 
 def test_the_learning_rate_is_lower_and_the_epochs_are_fewer(store, recipe, crown) -> None:
     made = continuation_config(recipe, pointer(crown(store.uri("runs/a"))), store)
-    assert (made.init.source, made.init.take) == (store.uri("runs/a/training/checkpoints/00000010"), "heads")
+    assert (made.init.source, made.init.load) == (store.uri("runs/a/training/checkpoints/00000010"), "heads")
     assert made.init.sha256 is not None
     assert made.training.epochs == 30
     assert made.optimizer.lr == pytest.approx(recipe.optimizer.lr / 10)
@@ -38,7 +38,7 @@ def test_the_learning_rate_is_lower_and_the_epochs_are_fewer(store, recipe, crow
 
 def test_without_a_checkpoint_the_heads_start_from_scratch(store, recipe, crown) -> None:
     made = continuation_config(recipe, pointer(crown(store.uri("runs/a"), checkpoint=False)), store)
-    assert (made.init.source, made.init.take) == (store.uri("runs/a/backbone"), "backbone")
+    assert (made.init.source, made.init.load) == (store.uri("runs/a/backbone"), "backbone")
     assert made.optimizer.freeze_last_layer_epochs == 1 and made.objective.warmup_teacher_temp_epochs == 3
 
 

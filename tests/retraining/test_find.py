@@ -102,9 +102,9 @@ def test_a_source_without_most_of_its_earlier_images_is_an_error(store, find, de
     decide(first)
     for path in (*source.glob("a/*"), source / "b" / "1-000.png"):
         path.unlink()
-    with pytest.raises(UserError, match=r"7 of the 12 earlier images are gone.*max_gone_fraction=1"):
+    with pytest.raises(UserError, match=r"7 of the 12 earlier images are gone.*max_removed_fraction=1"):
         find()
-    assert find(max_gone_fraction=1.0).nothing
+    assert find(max_removed_fraction=1.0).nothing
 
 
 def test_a_source_without_images_is_an_error(find, source) -> None:
@@ -123,7 +123,7 @@ def test_the_first_retraining_knows_the_images_of_the_champion(store, find, crow
     found = find()
     assert found.new == 6 and f"starts from {run}/training/checkpoints/00000010" in found.message
     assert store.get_json(f"{found.run}/{RETRAINING}")["champion"] == run
-    assert open_run(found.run, store).config.init.take == "heads"
+    assert open_run(found.run, store).config.init.load == "heads"
 
 
 def test_a_champion_on_other_images_provides_only_the_weights(store, find, crown, config, images, tmp_path) -> None:

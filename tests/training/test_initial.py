@@ -76,7 +76,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], part: str = "")
 
 def test_a_run_continues_from_everything_of_another_run(micro_run, source, capsys):
     run, there = source("a")
-    new, state, _ = started(micro_run, "b", init={"source": run.uri, "take": "all"}, training={"epochs": 4})
+    new, state, _ = started(micro_run, "b", init={"source": run.uri, "load": "all"}, training={"epochs": 4})
     for name in ("student", "teacher", "objective"):
         assert same(getattr(state, name).state_dict(), there[name])
     own = state.optimizer.state_dict()
@@ -92,7 +92,7 @@ def test_a_run_continues_from_everything_of_another_run(micro_run, source, capsy
 def test_a_run_continues_from_a_published_checkpoint_at_its_epoch(optimizer, micro_run, source, tmp_path):
     run, there = source("a", optimizer={"name": optimizer})
     path = published(run, there, tmp_path / "checkpoint.pth", epoch=2)
-    _, state, _ = started(micro_run, "b", init={"source": str(path), "take": "all"}, optimizer={"name": optimizer})
+    _, state, _ = started(micro_run, "b", init={"source": str(path), "load": "all"}, optimizer={"name": optimizer})
     assert same(state.student.state_dict(), there["student"]) and same(state.teacher.state_dict(), there["teacher"])
     assert same(state.objective.state_dict(), there["objective"])
     own, other = state.optimizer.state_dict()["state"], there["optimizer"]["state"]
@@ -107,7 +107,7 @@ def test_two_processes_start_from_the_same_as_one(micro_run, source):
     for processes in (1, 2):
         new = micro_run(
             f"with-{processes}",
-            init={"source": run.uri, "take": "all"},
+            init={"source": run.uri, "load": "all"},
             model={"drop_path": 0.0},
             training={"precision": "float32", "log_steps": 1, "processes": processes},
         )
@@ -124,7 +124,7 @@ def test_a_view_only_checkpoint_gets_a_region_head_as_published(micro_run, sourc
     """main_esvit.py loads without strictness: head_dense as drawn, center_grid zero, the optimizer anew, the epoch kept."""
     run, there = source("a", objective={"region": False})
     path = published(run, there, tmp_path / "view.pth", epoch=1)
-    _, state, _ = started(micro_run, "b", init={"source": str(path), "take": "all"})
+    _, state, _ = started(micro_run, "b", init={"source": str(path), "load": "all"})
     student, teacher = state.student.state_dict(), state.teacher.state_dict()
     assert same(there["student"], student) and same(there["teacher"], teacher)
     assert same(student, teacher, "head_dense.")
@@ -138,7 +138,7 @@ def test_a_view_only_checkpoint_gets_a_region_head_as_published(micro_run, sourc
 def test_the_backbone_alone_goes_into_student_and_teacher(micro_run, source):
     run, there = source("a")
     fresh, _, _ = started(micro_run, "fresh", init={"source": run.uri})
-    _, state, _ = started(micro_run, "b", init={"source": run.uri, "take": "backbone"})
+    _, state, _ = started(micro_run, "b", init={"source": run.uri, "load": "backbone"})
     student, teacher = state.student.state_dict(), state.teacher.state_dict()
     assert same(there["teacher"], student, "backbone.") and same(there["teacher"], teacher, "backbone.")
     assert not same(there["student"], student, "backbone.") and not same(
@@ -167,7 +167,7 @@ def test_weights_that_do_not_fit_are_listed_in_one_error(micro_run, source, tmp_
         started(
             micro_run,
             "b",
-            init={"source": str(path), "take": "heads"},
+            init={"source": str(path), "load": "heads"},
             model={"depths": (2, 1)},
             head={"out_dim": 32},
         )
@@ -185,16 +185,16 @@ def test_a_source_without_heads_or_beyond_the_last_epoch_is_refused(micro_run, s
     backbone = {n.removeprefix("backbone."): v for n, v in there["teacher"].items() if n.startswith("backbone.")}
     torch.save(backbone, tmp_path / "backbone.pth")
     with pytest.raises(UserError, match="it has no heads; set init"):
-        started(micro_run, "b", init={"source": str(tmp_path / "backbone.pth"), "take": "heads"})
+        started(micro_run, "b", init={"source": str(tmp_path / "backbone.pth"), "load": "heads"})
     path = published(run, there, tmp_path / "late.pth", epoch=3)
     with pytest.raises(UserError, match="trained for 3 epochs, the run has 3; raise"):
-        started(micro_run, "c", init={"source": str(path), "take": "all"})
+        started(micro_run, "c", init={"source": str(path), "load": "all"})
 
 
 def test_a_runs_own_checkpoint_precedes_its_source(micro_run, source, stop_after, tmp_path):
     run, there = source("a")
     path = published(run, there, tmp_path / "checkpoint.pth")
-    made = micro_run("b", init={"source": str(path), "take": "all"})
+    made = micro_run("b", init={"source": str(path), "load": "all"})
     assert run_training(made.uri, stop_after(3)) == STOPPED_EXIT_CODE
     path.unlink()
     assert run_training(made.uri, StopRequest()) == 0
