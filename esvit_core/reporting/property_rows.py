@@ -70,6 +70,8 @@ def data_rows(records: RunRecords) -> list[Property]:
     splits = manifest.splits
     names = {"train": "training images", "val": "held-out images", "test": "test images (not used)"}
     rows = [Property("source", str(manifest.source))]
+    if manifest.reading:
+        rows.append(Property("understood as", "; ".join(manifest.reading)))
     rows += [Property(names.get(name, name), f"{split.samples:,}") for name, split in splits.items()]
     rows.append(Property("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (unlabelled)"))
     shards = sum(len(split.shards) for split in splits.values())

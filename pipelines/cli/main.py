@@ -17,6 +17,7 @@ from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, EsvitError
 from esvit_pipelines.cli import cluster_commands
+from esvit_pipelines.cli.data_commands import data_app
 from esvit_pipelines.cli.options import (
     BucketOption,
     DataOption,
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="List and print recipes, the complete configurations to start from.")
 app.add_typer(store_app, name="store")
+app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 
 

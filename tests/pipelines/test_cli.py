@@ -31,6 +31,7 @@ from esvit_pipelines.cli.recipe_commands import recipe_list, recipe_text
         ["schedule"],
         ["store"],
         ["store", "ls"],
+        ["data", "inspect"],
         ["recipe"],
     ],
 )

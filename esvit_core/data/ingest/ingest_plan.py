@@ -20,6 +20,7 @@ from esvit_core.data.ingest.file_kinds import (
 )
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName, detect_layout
+from esvit_core.data.ingest.source_summary import count_images, describe_counts, find_oddities
 from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
 from esvit_core.errors import UserError
 
@@ -34,6 +35,31 @@ class Candidate:
     entry: Entry
     split: SplitName
     label: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source was understood, from the names and sizes of its files.
+
+    Attributes:
+        files: all files that may be images.
+        readable: those without a known problem; one assignment of the layout each.
+        layout: their splits and classes.
+        images: numbers of the readable files that are named as images, or have no suffix.
+        unclear: numbers of the readable files whose content must decide.
+        bad: names and reasons of files that cannot be images.
+        left_out: names of images that the layout has no place for, with the reasons.
+        ignored: numbers of files that are no images, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
+    """
+
+    files: list[Entry]
+    readable: list[Entry]
+    layout: Layout
+    images: list[int]
+    unclear: list[int]
+    bad: list[tuple[str, str]]
+    left_out: dict[str, str]
+    ignored: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -84,25 +110,10 @@ def plan_ingest(
     Raises:
         UserError: the source contains no images, or none to train on.
     """
-    files = [entry for entry in entries if not is_other_file(entry, config.max_megapixels)]
-    kept = {entry.name for entry in files}
-    ignored = Counter(ignored_kind(entry.name) for entry in entries if entry.name not in kept)
-    if not files:
-        raise no_images(source, ignored)
-    bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
-    readable = [entry for entry in files if entry.problem is None]
-    layout = layout_of(readable, entries, source, LayoutSettings(config.labels, config.splits), read)
-    left_out: dict[str, str] = {}
-    likely: list[int] = []
-    rest: list[int] = []
-    for number, (entry, assignment) in enumerate(zip(readable, layout.assignments, strict=True)):
-        if assignment.problem:
-            left_out[entry.name] = assignment.problem
-            ignored[ignored_kind(entry.name)] += 1
-        elif entry.size > largest_file(config.max_megapixels):
-            bad.append((entry.name, f"file of {entry.size:,} bytes"))
-        else:
-            (likely if may_be_image(entry.name) else rest).append(number)
+    reading = read_names(entries, source, config, LayoutSettings(config.labels, config.splits), read)
+    layout, likely, rest, readable = reading.layout, reading.images, reading.unclear, reading.readable
+    bad, ignored = reading.bad, reading.ignored
+    messages = [*layout.messages, *_counts(reading)]
     chosen = _chosen(likely, layout, config.max_images)
     splits_assigned = all(layout.assignments[i].split != "val" for i in chosen)
     held = _held_out(chosen, layout, config.val_fraction) if splits_assigned else set()
@@ -131,13 +142,62 @@ def plan_ingest(
         labels=labels,
         bad=bad,
         classes=names,
-        files=files,
+        files=reading.files,
         ignored=dict(ignored),
         not_chosen=len(likely) - len(chosen),
         splits_assigned=splits_assigned,
-        left_out=left_out,
-        messages=layout.messages,
+        left_out=reading.left_out,
+        messages=messages,
     )
+
+
+def read_names(
+    entries: list[Entry],
+    source: str,
+    config: DataConfig,
+    settings: LayoutSettings,
+    read: Callable[[Entry], bytes] | None = None,
+) -> Reading:
+    """Understand a source from the names and sizes of its files.
+
+    Args:
+        entries: the files.
+        source: for error messages.
+        config: the ``data`` section of the configuration.
+        settings: how the folders are to be understood.
+        read: returns the content of a file that may be a table of labels; None: no such file is read.
+
+    Raises:
+        UserError: the source contains no images, or the settings do not fit it.
+    """
+    files = [entry for entry in entries if not is_other_file(entry, config.max_megapixels)]
+    kept = {entry.name for entry in files}
+    ignored = Counter(ignored_kind(entry.name) for entry in entries if entry.name not in kept)
+    if not files:
+        raise no_images(source, ignored)
+    bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
+    readable = [entry for entry in files if entry.problem is None]
+    layout = layout_of(readable, entries, source, settings, read)
+    left_out: dict[str, str] = {}
+    likely: list[int] = []
+    rest: list[int] = []
+    for number, (entry, assignment) in enumerate(zip(readable, layout.assignments, strict=True)):
+        if assignment.problem:
+            left_out[entry.name] = assignment.problem
+            ignored[ignored_kind(entry.name)] += 1
+        elif entry.size > largest_file(config.max_megapixels):
+            bad.append((entry.name, f"file of {entry.size:,} bytes"))
+        else:
+            (likely if may_be_image(entry.name) else rest).append(number)
+    return Reading(files, readable, layout, likely, rest, bad, left_out, ignored)
+
+
+def _counts(reading: Reading) -> list[str]:
+    """Describe the numbers of images, and what looks odd about them, in lines."""
+    named = [i for i in reading.images if is_named_as_image(reading.readable[i].name)]
+    images = [reading.layout.assignments[i] for i in named or reading.images]
+    lines = [*describe_counts(count_images(images)), *find_oddities(images)]
+    return [*lines, f"ignored: {describe_ignored(reading.ignored)}"] if reading.ignored else lines
 
 
 def layout_of(

@@ -39,7 +39,8 @@ class Assignment:
 
     Attributes:
         key: path without the folders that all files share; determines the split of the image.
-        split: None if the source has no folders for splits.
+        split: as it is used; None if the source has no folders for splits.
+        source_split: as the source names it: its test images are used as ``val`` if there are no others to measure.
         label: name of its class; None if it has none.
         problem: why the file has no place in the layout; None: it has.
     """
@@ -48,6 +49,7 @@ class Assignment:
     split: SplitName | None = None
     label: str | None = None
     problem: str | None = None
+    source_split: SplitName | None = None
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,17 @@ def _finish(
     found, more = _measured_split(found)
     messages = [*messages, message, *more]
     for problem in (OUTSIDE, ANNOTATION):
-        names = ["/".join(path) for path, each in zip(paths, found, strict=True) if each.problem == problem]
+        names = [
+            "/".join(path)
+            for path, each in zip(paths, found, strict=True)
+            if each.problem == problem and is_named_as_image(path[-1])
+        ]
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             hint = "; data.splits says which folders to use" if problem == OUTSIDE else ""
-            messages.append(f"left out: {len(names):,} images {problem} ({shown}){hint}")
+            messages.append(
+                f"left out: {len(names):,} {'image' if len(names) == 1 else 'images'} {problem} ({shown}){hint}"
+            )
     return Layout(found, sorted({each.label for each in found if each.label}), messages)
 
 
@@ -255,7 +263,7 @@ def _measured_split(found: list[Assignment]) -> tuple[list[Assignment], list[str
     if sizes["test"] and "test" not in apart and (not sizes["val"] or "val" in apart):
         moved["test"] = "val"
         messages.append("there are no validation images: the test images are held out for evaluation")
-    return [replace(each, split=moved.get(each.split, each.split)) for each in found], messages
+    return [replace(e, split=moved.get(e.split, e.split), source_split=e.split) for e in found], messages
 
 
 def _folders_by_parent(folders: object) -> dict[Folders, set[str]]:

@@ -1,0 +1,87 @@
+"""Say in a few lines how a source was understood: its splits, its classes with their sizes, and what looks odd."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from esvit_core.data.ingest.layout import Assignment
+
+_SHOWN = 3  # classes that are named in a line
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of images.
+
+    Attributes:
+        images: of all images that have a place in the layout.
+        splits: by the splits that the source has; empty if it has none.
+        classes: by class, sorted by name.
+    """
+
+    images: int
+    splits: dict[str, int]
+    classes: dict[str, int]
+
+
+def count_images(assignments: Iterable[Assignment]) -> Counts:
+    """Count images by the splits of the source and by class; those without a place in the layout are left out."""
+    placed = [each for each in assignments if each.problem is None]
+    splits = Counter(each.source_split for each in placed)
+    classes = Counter(each.label for each in placed if each.label)
+    return Counts(
+        len(placed),
+        {name: splits[name] for name in ("train", "val", "test") if splits[name]},
+        dict(sorted(classes.items())),
+    )
+
+
+def describe_counts(counts: Counts) -> list[str]:
+    """Describe the numbers of images in lines: by split, and by class with three names."""
+    if counts.splits:
+        lines = [f"images: {counts.images:,} ({', '.join(f'{n} {count:,}' for n, count in counts.splits.items())})"]
+    else:
+        lines = [f"images: {counts.images:,}, without folders for splits"]
+    if counts.classes:
+        sizes = sorted(counts.classes.values())
+        span = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
+        noun = "class" if len(sizes) == 1 else "classes"
+        lines.append(f"classes: {len(sizes):,} {noun} of {span} images: {_examples(counts)}")
+    return lines
+
+
+def find_oddities(assignments: Sequence[Assignment]) -> list[str]:
+    """Describe in lines what looks odd about the splits and classes, as far as names show it."""
+    counts = count_images(assignments)
+    lines = []
+    if counts.splits and "train" not in counts.splits:
+        lines.append(f"there are no images to train on, only {' and '.join(counts.splits)}")
+    labels: dict[str, set[str]] = defaultdict(set)
+    for each in assignments:
+        if each.problem is None and each.label and each.source_split:
+            labels["train" if each.source_split == "train" else "held out"].add(each.label)
+    if labels["train"] and (missing := sorted(labels["held out"] - labels["train"])):
+        lines.append(f"{_number(missing, 'class')} of held-out images without training images ({_names(missing)})")
+    folded: dict[str, list[str]] = defaultdict(list)
+    for name in counts.classes:
+        folded[name.casefold()].append(name)
+    if same := [" and ".join(names) for names in folded.values() if len(names) > 1]:
+        lines.append(f"classes whose names differ only in case ({_names(same)})")
+    if single := [name for name, count in counts.classes.items() if count == 1]:
+        lines.append(f"{_number(single, 'class')} with a single image ({_names(single)})")
+    return [f"odd: {line}" for line in lines]
+
+
+def _examples(counts: Counts) -> str:
+    most = sorted(counts.classes.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]
+    return ", ".join(f"{name} ({count:,})" for name, count in most) + (", ..." if len(counts.classes) > _SHOWN else "")
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _number(items: Sequence[str], noun: str) -> str:
+    return f"{len(items):,} {noun if len(items) == 1 else f'{noun}es'}"
