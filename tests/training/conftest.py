@@ -25,6 +25,7 @@ from esvit_core.storage import ObjectStore
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.state import TrainState, assemble_train_state
 
+CPU = torch.device("cpu")
 MICRO: dict[str, Any] = {
     "recipe": "micro",
     "augment": {
@@ -48,14 +49,17 @@ MICRO: dict[str, Any] = {
 
 @pytest.fixture
 def assembled() -> Callable[..., TrainState]:
-    """Build the state of a micro training without data, with epochs of one step: ``assembled(optimizer={...})``."""
+    """Build the state of a micro training without data, with epochs of one step: ``assembled(optimizer={...})``.
 
-    def assemble_micro(**sections: dict[str, Any]) -> TrainState:
+    Its networks are on the CPU unless a device is passed first.
+    """
+
+    def assemble_micro(device: torch.device = CPU, **sections: dict[str, Any]) -> TrainState:
         config = Config.from_mapping(
             {**MICRO, **{name: MICRO.get(name, {}) | section for name, section in sections.items()}}
         )
         loader = cast(TrainLoader, SimpleNamespace(steps_per_epoch=1))
-        return assemble_train_state(config, World(0, 1, torch.device("cpu"), None), loader)
+        return assemble_train_state(config, World(0, 1, device, None), loader)
 
     return assemble_micro
 

@@ -16,6 +16,7 @@ from esvit_core.training.optim.optimizer import (
     clip_gradients_,
     freeze_last_layer_,
     parameter_groups,
+    restore_after_step_where_,
     set_hyperparameters_,
     update_teacher_,
 )
@@ -50,6 +51,27 @@ def test_step_decays_the_first_group_only(network):
     for name, p in network.named_parameters():
         factor = 1.0 if p.ndim == 1 else 1 - 0.1 * 0.5
         torch.testing.assert_close(p.detach(), factor * before[name])
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_an_undone_step_leaves_no_trace(network, name):
+    """Whether it is the first step, which creates the averages, or a later one."""
+    config = Config.from_mapping({"optimizer": {"name": name}})
+    reference = copy.deepcopy(network)
+    optimizer, plain = build_optimizer(network, config), build_optimizer(reference, config)
+    for by in (optimizer, plain):
+        set_hyperparameters_(by, lr=0.1, weight_decay=0.1)
+    for scale, skip in ((torch.inf, True), (1.0, False), (torch.nan, True), (2.0, False)):
+        network.zero_grad()
+        backward(network, scale)
+        restore_after_step_where_(optimizer, torch.tensor(skip))
+        optimizer.step()
+        if not skip:
+            reference.zero_grad()
+            backward(reference, scale)
+            plain.step()
+        for found, expected in zip(network.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_step_equals_plain_adamw(network):

@@ -64,6 +64,11 @@ def _position_index(queries: Tensor, keys: Tensor, reach: int) -> Tensor:
     return row * (2 * reach + 1) + column
 
 
+def _take(x: Tensor, windows: list[int]) -> Tensor:
+    """Return ``x[:, windows]``. Indexing with a list copies it to the GPU and waits for the copy; this does not."""
+    return torch.stack([x[:, i] for i in windows], 1)
+
+
 class GlobalBias(nn.Module):
     """Mixin: biases between the global tokens and the others."""
 
@@ -207,10 +212,10 @@ class SparseAttention(GlobalBias):
     def _bias(self, windows: list[int], mask: Tensor) -> Tensor:
         """Return position bias plus mask, (windows, heads, w ** 2, G + keys)."""
         w2 = self.window_size**2
-        masked = mask[:, windows].transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
+        masked = _take(mask, windows).transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
         if not self.relative:
             return F.pad(masked, (self.global_tokens, 0))
-        index = self.relative_position_index.view(w2, 9, w2)[:, windows].flatten(1)  # (w2, keys)
+        index = _take(self.relative_position_index.view(w2, 9, w2), windows).flatten(1)  # (w2, keys)
         bias = self.local_relative_position_bias_table[index.view(-1)].view(w2, index.shape[1], -1)
         bias = bias.permute(2, 0, 1) + masked  # (windows, heads, w2, keys)
         if self.global_tokens:

@@ -116,7 +116,7 @@ class FromWindows(torch.autograd.Function):
         layout = ctx.layout
         out = gradient.index_select(1, layout.index)
         if layout.padding is not None:
-            out[:, layout.padding] = 0
+            out.index_fill_(1, layout.padding, 0)  # an assignment of 0 would wait for the GPU
         return out, None
 
 

@@ -71,12 +71,41 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 def skip_step_where_(optimizer: torch.optim.Optimizer, nonfinite: Tensor) -> None:
     """Make the next ``optimizer.step()`` change nothing if ``nonfinite``, a scalar boolean tensor, is true.
 
-    Fused optimizers read it on the device, as for loss scaling. For the others this waits for the device.
+    Fused optimizers read it on the device, as for loss scaling. For the others, weights and averages are restored on the
+    device after the step, so that nothing waits for it; a CPU can be asked.
     """
     if supports_found_inf(optimizer):
         optimizer.found_inf = nonfinite.float()  # type: ignore[attr-defined]
+    elif nonfinite.device.type != "cpu":
+        restore_after_step_where_(optimizer, nonfinite)
     elif nonfinite.item():
         optimizer.zero_grad(set_to_none=True)
+
+
+def restore_after_step_where_(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Make the next ``optimizer.step()`` restore all weights and averages if ``skip``, a scalar boolean tensor, is true.
+
+    Averages that the step creates become zero, which has the same effect on the following step as their absence. Until
+    the step is done, there is a copy of all weights and averages.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    weights = [p.detach().clone() for p in parameters]
+    averages = [{name: mean.clone() for name, mean in _averages(optimizer, p).items()} for p in parameters]
+
+    @torch.no_grad()
+    def restore(*_: Any) -> None:
+        handle.remove()
+        for p, weight, before in zip(parameters, weights, averages, strict=True):
+            torch.where(skip, weight, p, out=p)
+            for name, mean in _averages(optimizer, p).items():
+                torch.where(skip, before.get(name, torch.zeros_like(mean)), mean, out=mean)
+
+    handle = optimizer.register_step_post_hook(restore)
+
+
+def _averages(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the tensors that the optimizer keeps for a parameter, by name."""
+    return {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
 
 
 def freeze_last_layer_(student: nn.Module) -> None:
