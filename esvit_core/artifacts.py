@@ -36,8 +36,12 @@ def describe(artifact: Artifact, **values: Any) -> None:
 
 
 def log_metrics(metrics: Artifact, values: Mapping[str, Any]) -> None:
-    """Write scalar metrics, which the UI displays and compares between runs; values that are not finite are omitted."""
-    describe(metrics, **{name: float(value) for name, value in values.items() if value is not None})
+    """Write metrics, which the UI displays and compares between runs: numbers, and verdicts in words.
+
+    Values that are not finite are omitted.
+    """
+    known = {name: value for name, value in values.items() if value is not None}
+    describe(metrics, **{name: value if isinstance(value, str) else float(value) for name, value in known.items()})
     write_preview(metrics)
 
 
@@ -74,7 +78,7 @@ def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     if result["status"] == "measured":
         values = {model: metrics[result["headline"]] for model, metrics in result["results"].items()}
         text = ", ".join(f"{value:.1f} {result['unit']} {model}" for model, value in values.items())
-        print(f"{result['headline']}: {text}", flush=True)
+        print(f"{result['headline']}: {text}{_compared(result)}", flush=True)
     else:
         print(f"skipped: {result['reason']}", flush=True)
     return {
@@ -82,6 +86,18 @@ def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
         for model, values in result.get("results", {}).items()
         for name, value in values.items()
     }
+
+
+def _compared(result: Mapping[str, Any]) -> str:
+    """Return the difference of the headline metric from the baseline, in words; empty if it was not tested."""
+    found = result.get("differences", {}).get(result["headline"])
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    return (
+        f"; {found['decision']}: {found['points']:+.1f} points, 95 % interval {low:.1f} to {high:.1f}, "
+        f"p {found['p']:.3f}, {found['images']:,} images"
+    )
 
 
 def _known(value: Any, name: str) -> Any:

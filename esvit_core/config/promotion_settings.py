@@ -15,13 +15,19 @@ class PromotionConfig(Section):
     """The conditions under which a backbone becomes the champion."""
 
     metric: str = Field("knn/20", description="Metric to compare: knn/<k>, linear, or transfer/<set>.")
+    rule: Literal["significant", "margin", "always"] = Field(
+        "significant",
+        description="significant: the gain is shown by its 95 % interval and by McNemar's test, and is at least the margin. "
+        "margin: it is at least the margin. always: whatever the figures are.",
+    )
     margin: float = Field(
         0.0, ge=0, description="Percentage points by which a backbone must beat the current champion."
     )
     max_loss: float | None = Field(
         2.0,
         ge=0,
-        description="Maximum loss against the champion on any transfer set, percentage points. null: no limit.",
+        description="Maximum loss against the champion on any transfer set, percentage points; with rule significant only "
+        "losses that are shown count. null: no limit.",
     )
     pointer: str = Field(
         "champion", pattern=POINTER_PATTERN, description="Name of the pointer to the champion; one per task."

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from esvit_core.config import Config
 from esvit_core.evaluation.labels import Task, run_task
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.storage import ObjectStore
 
@@ -106,14 +107,17 @@ def measure_knn(task: Task | str, config: Config) -> Result:
         return left_out(headline, task)
     top1: dict[str, dict[str, float]] = {}
     top5: dict[str, dict[str, float]] = {}
+    correct: dict[str, dict[str, np.ndarray]] = {}
     for model, (train, val) in task.splits.items():
         rankings = rank_classes(train.view, train.labels, val.view, ks, temperature, len(task.classes))
         figures = {f"knn/{k}": ranking_accuracy(ranking, val.labels) for k, ranking in rankings.items()}
         top1[model] = {key: first for key, (first, _) in figures.items()}
         top5[model] = {key: round(fifth, 4) for key, (_, fifth) in figures.items()}
+        correct[model] = {f"knn/{k}": ranking[:, 0].numpy() == val.labels for k, ranking in rankings.items()}
     bank = len(next(iter(task.splits.values()))[0])
     notes = [f"knn/{k}: there are only {bank:,} training images, all of which vote" for k in ks if k > bank]
-    return measured(headline, top1, task.classes, notes=notes + task.notes, top5=top5)
+    result = measured(headline, top1, task.classes, notes=notes + task.notes, top5=top5)
+    return keep_outcomes(result, pack_outcomes(task.held_out, correct))
 
 
 def _normalised(features: Array) -> torch.Tensor:

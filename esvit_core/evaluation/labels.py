@@ -9,6 +9,7 @@ import numpy as np
 
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.evaluation.features import Features, load_features
+from esvit_core.evaluation.outcomes import held_out_digest
 from esvit_core.evaluation.results import MODELS
 from esvit_core.storage import ObjectStore, join_uri
 
@@ -23,11 +24,13 @@ class Task:
         splits: labeled features of each of :data:`MODELS`, for training and for testing.
         classes: names of the classes.
         notes: limits of the figures that a reader must know.
+        held_out: digest of the held-out images.
     """
 
     splits: dict[str, Splits]
     classes: list[str]
     notes: list[str]
+    held_out: str
 
 
 def run_task(run_uri: str, store: ObjectStore) -> Task | str:
@@ -35,20 +38,21 @@ def run_task(run_uri: str, store: ObjectStore) -> Task | str:
     manifest = Manifest.read(store, join_uri(run_uri, "data"))
     return task_of(
         {m: (load_features(store, run_uri, m, "train"), load_features(store, run_uri, m, "val")) for m in MODELS},
-        manifest.classes,
+        manifest,
     )
 
 
-def task_of(splits: Mapping[str, Splits], classes: Sequence[str]) -> Task | str:
-    """Build a task from the features of both models, or return the reason why there is none."""
+def task_of(splits: Mapping[str, Splits], manifest: Manifest) -> Task | str:
+    """Build a task from the features of each model on prepared data, or return the reason why there is none."""
     train, val = next(iter(splits.values()))
     if reason := missing_labels(train.labels, val.labels):
         return reason
-    names = class_names(classes, train.labels, val.labels)
+    names = class_names(manifest.classes, train.labels, val.labels)
     return Task(
         {model: (_labeled(a), _labeled(b)) for model, (a, b) in splits.items()},
         names,
         label_notes(train.labels, val.labels, names),
+        held_out_digest(manifest),
     )
 
 

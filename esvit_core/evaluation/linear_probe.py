@@ -17,6 +17,7 @@ from torch import nn
 
 from esvit_core.config import Config, LinearConfig
 from esvit_core.evaluation.labels import Task, run_task
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore
@@ -134,7 +135,7 @@ def measure_linear(task: Task | str, config: Config) -> Result:
     if classes <= _CONFUSION_CLASSES and "trained" in outcomes:
         truth = task.splits["trained"][1].labels
         more["confusion"] = confusion_matrix(truth, outcomes["trained"].predictions, classes)
-    return measured(
+    result = measured(
         "linear",
         {model: {"linear": o.last, "linear/best": o.best} for model, o in outcomes.items()},
         task.classes,
@@ -143,6 +144,9 @@ def measure_linear(task: Task | str, config: Config) -> Result:
         best_epoch={model: o.best_epoch for model, o in outcomes.items()},
         **more,
     )
+    # The best epoch was chosen on the test images, so a test of its figure would mean nothing.
+    correct = {model: {"linear": o.predictions == task.splits[model][1].labels} for model, o in outcomes.items()}
+    return keep_outcomes(result, pack_outcomes(task.held_out, correct))
 
 
 @contextlib.contextmanager

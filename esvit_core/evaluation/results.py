@@ -2,9 +2,11 @@
 
     {"name": "knn", "status": "measured", "reason": null, "headline": "knn/20", "unit": "%",
      "results": {"trained": {"knn/20": 34.9}, "baseline": {"knn/20": 30.7}},
+     "differences": {"knn/20": {"points": 4.2, "interval": [0.3, 8.1], "p": 0.041, "images": 480, "discordant": 96,
+                                "images_needed": 460, "decision": "better"}},
      "classes": ["cat", ...], "notes": [...], "seconds": 1.2, ...}
 
-What cannot be measured has the status ``left_out`` and a reason.
+``differences`` and ``outcomes`` are described in :mod:`esvit_core.evaluation.outcomes`. What cannot be measured has the status ``left_out`` and a reason.
 """
 
 from __future__ import annotations

@@ -119,6 +119,36 @@ def mean_per_class_difference(
     return _difference(first, second, labels, resamples)
 
 
+def interval_text(difference: Difference) -> str:
+    """Format the 95 % interval of a difference, percentage points."""
+    return f"{difference.low:.1f} to {difference.high:.1f}"
+
+
+def p_text(difference: Difference) -> str:
+    """Format the p-value with its sign of equality."""
+    return "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
+
+
+def describe_difference(difference: Difference) -> str:
+    """Describe a difference in one line: points, interval, p-value, and number of images."""
+    return (
+        f"{difference.points:+.2f} points, 95 % interval {interval_text(difference)}, {p_text(difference)}, "
+        f"{difference.images:,} images"
+    )
+
+
+def too_few(difference: Difference) -> str:
+    """State that the images are too few to show the difference, and how many would; empty if that is not so."""
+    if difference.decision != "no difference shown":
+        return ""
+    images = f"{difference.images:,} images are too few"
+    needed = int(float(f"{difference.images_needed or 0:.2g}"))
+    if difference.discordant < FEWEST_DISCORDANT:
+        few = f"{images} to show anything: the two differ on {difference.discordant}, at least {FEWEST_DISCORDANT} are needed"
+        return few + (f"; about {needed:,} would show a difference of this size" if needed else "")
+    return f"{images} to show a difference of this size; about {needed:,} would" if needed else ""
+
+
 def mcnemar_p(first_only: int, second_only: int) -> float:
     """Return the two-sided p-value of McNemar's exact test, a binomial test of the discordant pairs.
 

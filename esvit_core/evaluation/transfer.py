@@ -22,6 +22,7 @@ from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
 from esvit_core.evaluation.labels import Splits, Task, missing_labels, task_of
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore, join_uri
@@ -50,6 +51,7 @@ class TransferOutcome:
         validation: metric on the validation split for every lambda that was tried.
         converged: whether the final fit converged before the iteration limit.
         searched: False if there were too few images for a validation split, so that lambda is 1.
+        correct: whether each test image was classified correctly, (M,) bool.
     """
 
     figure: float
@@ -57,6 +59,7 @@ class TransferOutcome:
     validation: dict[float, float]
     converged: bool
     searched: bool
+    correct: np.ndarray
 
 
 def search_lambda(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
@@ -125,8 +128,10 @@ def logistic_transfer(
 
             strength, scores = search_lambda(score)
     model = _fit(train, train_labels, strength)
-    figure = metric_of(metric, test_labels, model.predict(test))
-    return TransferOutcome(figure, strength, scores, bool(model.n_iter_.max() < _MAX_ITERATIONS), bool(scores))
+    predicted = model.predict(test)
+    figure = metric_of(metric, test_labels, predicted)
+    converged = bool(model.n_iter_.max() < _MAX_ITERATIONS)
+    return TransferOutcome(figure, strength, scores, converged, bool(scores), predicted == test_labels)
 
 
 def validation_split(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -195,7 +200,7 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
         if not o.converged
     ]
     train, val = next(iter(task.splits.values()))
-    return measured(
+    result = measured(
         key,
         {model: {key: o.figure} for model, o in outcomes.items()},
         task.classes,
@@ -203,6 +208,9 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
         metric=chosen.metric,
         samples={"train": len(train), "val": len(val)},
     ) | {"lambda": {model: o.strength for model, o in outcomes.items()}}
+    correct = {model: {key: o.correct} for model, o in outcomes.items()}
+    labels = val.labels if chosen.metric == "mean_per_class" else None
+    return keep_outcomes(result, pack_outcomes(task.held_out, correct, labels))
 
 
 def transfer_task(
@@ -224,7 +232,7 @@ def transfer_task(
             for split in SPLITS
         )
         splits[model] = (train, val)
-    return task_of(splits, Manifest.read(store, prefix).classes)
+    return task_of(splits, Manifest.read(store, prefix))
 
 
 def _fit(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:

@@ -95,7 +95,12 @@ def _weights(store: ObjectStore, backbone: str) -> str | None:
 
 def _from_baseline(result: Result) -> Result:
     results = result["results"]
-    return {**result, "results": {CHAMPION: results["baseline"]} if results else {}}
+    champion = {**result, "results": {CHAMPION: results["baseline"]} if results else {}}
+    champion.pop("differences", None)  # of the run's own backbone
+    if "outcomes" in result:
+        correct = result["outcomes"]["correct"]["baseline"]
+        champion["outcomes"] = result["outcomes"] | {"correct": {CHAMPION: correct}}
+    return champion
 
 
 def _measure(
@@ -121,7 +126,7 @@ def _measure(
             else empty_features()
             for split in SPLITS
         )
-        task: Task | str = task_of({CHAMPION: (train, val)}, Manifest.read(store, data).classes)
+        task: Task | str = task_of({CHAMPION: (train, val)}, Manifest.read(store, data))
         measures = {"knn": measure_knn, "linear": measure_linear}
         results = {name: measure(task, config) for name, measure in measures.items() if name in names}
     for transfer_set in config.evaluation.transfer:

@@ -1,45 +1,28 @@
 """Promotion: move the ``champion`` pointer to a new backbone that beats the current champion.
 
-A backbone beats the champion if it is better by the margin on ``promotion.metric`` and loses no more than ``max_loss`` on
-any transfer set. The pointer is changed by compare-and-swap: of two runs that finish at the same time one wins, and the
+``promotion_rule.py`` decides whether a backbone beats the champion. The pointer is changed by compare-and-swap: of two runs that finish at the same time one wins, and the
 other is compared with the winner.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from dataclasses import dataclass
 from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.evaluation.results import Result, read_result
+from esvit_core.evaluation.results import read_result
+from esvit_core.evaluation.significance import Difference
 from esvit_core.registry.champions import pointer_uri, timestamp, with_history
-from esvit_core.registry.comparison import CHAMPION, compare_with_champion, is_retraining, read_comparison
+from esvit_core.registry.comparison import compare_with_champion, is_retraining
+from esvit_core.registry.metric_figures import TRAINED, Figure, champion_figure, metric_figure
+from esvit_core.registry.promotion_rule import Judgement, judge_against, judge_first
 from esvit_core.runs.run import PROMOTION
 from esvit_core.storage import ObjectStore, Pointer, join_uri, split_uri
 from esvit_core.storage.store_errors import NotFound
 
 _ATTEMPTS = 20
 _EARLIER = "promoted by an earlier attempt"
-_TOLERANCE = 1e-9  # percentage points; in binary floating point 33.1 - 33.0 is slightly less than 0.1
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric of one run.
-
-    Attributes:
-        value: value of the trained backbone, percent.
-        baseline: of the same network before training, percent.
-        task: digest of the classes; figures of different tasks cannot be compared.
-    """
-
-    value: float
-    baseline: float
-    task: str
 
 
 def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
@@ -50,8 +33,10 @@ def promote(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
 
     Returns:
         The decision, which is also in ``promotion.json``: ``promoted``, ``reason``, ``metric``, ``value``, ``baseline``,
-        ``margin``, ``max_loss``, ``champion`` (run and value of the champion it was compared with; None for the first),
-        ``figures`` (every metric of the run and of the champion, None where not measured), ``pointer``, ``time``.
+        ``rule``, ``margin``, ``max_loss``, ``difference`` (of the metric, with its interval; None if it has none),
+        ``champion`` (run and value of the champion it was compared with; None for the first), ``figures`` (every metric of
+        the run and of the champion, None where not measured), ``differences`` (of these, where they have an interval),
+        ``pointer``, ``time``.
 
     Raises:
         UserError: the pointer changed during every attempt.
@@ -83,39 +68,31 @@ def preview_promotion(run_uri: str, store: ObjectStore, config: Config) -> dict[
     current = store.read_pointer(_pointer_uri(run_uri, config))
     if current is not None and (earlier := _own_entry(current.value, run_uri)):
         return {"promoted": True, "reason": earlier.get("reason", _EARLIER), "decided": False}
-    promoted, reason = _verdict(run_uri, figure, current, store, config)
-    return {"promoted": promoted, "reason": reason, "decided": False}
-
-
-def metric_figure(store: ObjectStore, run_uri: str, metric: str) -> Figure | str:
-    """Return the run's figure of a metric (``knn/<k>``, ``linear``, ``transfer/<set>``), or the reason why it has none."""
-    name = _evaluation(metric)
-    result = read_result(store, run_uri, name)
-    if result is None:
-        return f"{metric} was not measured: the run has no result {name}"
-    return _figure(result, metric, "trained", "baseline")
-
-
-def beats(value: float, champion: float, margin: float) -> bool:
-    """Whether ``value`` is higher than the champion's by at least ``margin``; an equal value is not better."""
-    return value > champion and value - champion >= margin - _TOLERANCE
+    judgement = _judge(run_uri, figure, current, store, config)
+    return {"promoted": judgement.promoted, "reason": judgement.reason, "decided": False}
 
 
 def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
     metric = config.promotion.metric
     pointer = _pointer_uri(run_uri, config)
 
-    def decision(promoted: bool, reason: str, champion: dict[str, Any] | None = None) -> dict[str, Any]:
+    def decision(
+        promoted: bool, reason: str, champion: dict[str, Any] | None = None, difference: Difference | None = None
+    ) -> dict[str, Any]:
+        figures, differences = _side_by_side(run_uri, current, store, config)
         return {
             "promoted": promoted,
             "reason": reason,
             "metric": metric,
             "value": figure.value if isinstance(figure, Figure) else None,
             "baseline": figure.baseline if isinstance(figure, Figure) else None,
+            "rule": config.promotion.rule,
             "margin": config.promotion.margin,
             "max_loss": config.promotion.max_loss,
+            "difference": difference.as_json() if difference else None,
             "champion": champion,
-            "figures": _side_by_side(run_uri, current, store, config),
+            "figures": figures,
+            "differences": differences,
             "pointer": pointer,
             "time": timestamp(),
         }
@@ -135,12 +112,13 @@ def _decide_and_swap(run_uri: str, store: ObjectStore, config: Config) -> dict[s
         champion = _compared(current)
         if retraining and current is not None:
             compare_with_champion(run_uri, store, config, current.value)
-        promoted, reason = _verdict(run_uri, figure, current, store, config)
-        if not promoted:
-            return decision(False, lost + reason, champion)
-        value = _pointer_value(run_uri, figure, metric, lost + reason, current)
+        judgement = _judge(run_uri, figure, current, store, config)
+        reason = lost + judgement.reason
+        if not judgement.promoted:
+            return decision(False, reason, champion, judgement.difference)
+        value = _pointer_value(run_uri, figure, metric, reason, current)
         if store.swap_pointer(pointer, value, current):
-            return decision(True, lost + reason, champion)
+            return decision(True, reason, champion, judgement.difference)
         lost = "another run became champion in the meantime; "
     raise UserError(f"pointer {pointer}: changed during each of {_ATTEMPTS} attempts; run the step again")
 
@@ -149,92 +127,41 @@ def _pointer_uri(run_uri: str, config: Config) -> str:
     return pointer_uri(split_uri(run_uri)[0], config.promotion.pointer)
 
 
-def _verdict(
-    run_uri: str, figure: Figure, current: Pointer | None, store: ObjectStore, config: Config
-) -> tuple[bool, str]:
-    metric, margin = config.promotion.metric, config.promotion.margin
+def _judge(run_uri: str, figure: Figure, current: Pointer | None, store: ObjectStore, config: Config) -> Judgement:
     if current is None:
-        comparison = f"{metric} {figure.value:.2f} against {figure.baseline:.2f} of the baseline"
-        if figure.value > figure.baseline:
-            return True, f"first champion: {comparison}"
-        return False, f"no better than the baseline: {comparison}"
-    champion = _champion_figure(run_uri, current, store, metric)
-    if isinstance(champion, str):
-        return False, f"cannot be compared with the champion {current.value['run']}: {champion}"
-    if champion.task != figure.task:
-        return False, (
-            f"cannot be compared with the champion {current.value['run']}: it was measured on other classes; "
-            "name another promotion.pointer for another task"
-        )
-    comparison = f"{metric} {figure.value:.2f} against {champion.value:.2f} of the champion {current.value['run']}"
-    if not beats(figure.value, champion.value, margin):
-        return False, f"{'no better' if figure.value <= champion.value else f'not better by {margin:g}'}: {comparison}"
-    if losses := _too_much_lost(run_uri, current, store, config):
-        return False, f"better: {comparison}; but {losses}"
-    return True, f"better: {comparison}" + (f", margin {margin:g}" if margin else "")
-
-
-def _too_much_lost(run_uri: str, current: Pointer, store: ObjectStore, config: Config) -> str:
-    """Describe the transfer sets that lose more than ``promotion.max_loss``; empty if there are none."""
-    allowed, losses = config.promotion.max_loss, []
+        return judge_first(figure, config)
+    sets = []
     for transfer_set in config.evaluation.transfer:
         metric = f"transfer/{transfer_set.name}"
-        own, champion = metric_figure(store, run_uri, metric), _champion_figure(run_uri, current, store, metric)
+        own, theirs = metric_figure(store, run_uri, metric), champion_figure(run_uri, current.value, store, metric)
         # A missing figure, or one on other classes, is no evidence of a loss.
-        if isinstance(own, Figure) and isinstance(champion, Figure) and own.task == champion.task:
-            loss = champion.value - own.value
-            if allowed is not None and loss > allowed + _TOLERANCE:
-                losses.append(f"{metric} fell by {loss:.2f} points to {own.value:.2f}")
-    return f"{' and '.join(losses)}, more than the allowed {allowed:g}" if losses else ""
-
-
-def _champion_figure(run_uri: str, current: Pointer, store: ObjectStore, metric: str) -> Figure | str:
-    """Return the champion's figure: on the run's images if it was evaluated on them, else from the pointer if it has
-    this metric, else from the results of its own run.
-    """
-    pointer = current.value
-    if (compared := read_comparison(run_uri, store, pointer)) is not None:
-        result = compared["results"].get(_evaluation(metric))
-        return f"{metric} was not measured" if result is None else _figure(result, metric, CHAMPION, CHAMPION)
-    if pointer.get("metric") == metric and {"value", "baseline", "task"} <= pointer.keys():
-        return Figure(float(pointer["value"]), float(pointer["baseline"]), str(pointer["task"]))
-    return metric_figure(store, str(pointer["run"]), metric)
+        if isinstance(own, Figure) and isinstance(theirs, Figure) and own.task == theirs.task:
+            sets.append((own, theirs))
+    champion = champion_figure(run_uri, current.value, store, config.promotion.metric)
+    return judge_against(figure, champion, str(current.value["run"]), sets, config)
 
 
 def _side_by_side(
     run_uri: str, current: Pointer | None, store: ObjectStore, config: Config
-) -> dict[str, dict[str, float | None]]:
-    """Return every figure of the run with the champion's."""
+) -> tuple[dict[str, dict[str, float | None]], dict[str, dict[str, Any]]]:
+    """Return every figure of the run with the champion's, and their differences where these have an interval."""
     names = ("knn", "linear", *(f"transfer-{s.name}" for s in config.evaluation.transfer))
     results = [result for name in names if (result := read_result(store, run_uri, name)) is not None]
-    found: dict[str, dict[str, float | None]] = {}
-    for metric in (metric for result in results for metric in result["results"].get("trained", {})):
+    figures: dict[str, dict[str, float | None]] = {}
+    differences: dict[str, dict[str, Any]] = {}
+    for metric in (metric for result in results for metric in result["results"].get(TRAINED, {})):
         both = (
             metric_figure(store, run_uri, metric),
-            "there is no champion" if current is None else _champion_figure(run_uri, current, store, metric),
+            "there is no champion" if current is None else champion_figure(run_uri, current.value, store, metric),
         )
         run, champion = (figure.value if isinstance(figure, Figure) else None for figure in both)
-        found[metric] = {"run": run, "champion": champion}
-    return found
-
-
-def _evaluation(metric: str) -> str:
-    """Return the name of the evaluation that measures a metric."""
-    kind, _, rest = metric.partition("/")
-    return f"transfer-{rest}" if kind == "transfer" else kind
-
-
-def _figure(result: Result, metric: str, model: str, baseline: str) -> Figure | str:
-    """Return the figure of a model in a result, or the reason why it has none."""
-    if result["status"] != "measured":
-        return f"{metric} was left out: {result['reason']}"
-    figures = result["results"]
-    if metric not in figures[model]:
-        return f"{metric} was not measured; {result['name']} has {', '.join(figures[model])}"
-    value, compared = float(figures[model][metric]), float(figures[baseline][metric])
-    if not math.isfinite(value) or not math.isfinite(compared):
-        return f"{metric} is not a number: {value} {model}, {compared} {baseline}"
-    return Figure(value, compared, _task_digest(result["classes"]))
+        figures[metric] = {"run": run, "champion": champion}
+        own, theirs = both
+        if isinstance(own, Figure) and isinstance(theirs, Figure) and own.task == theirs.task:
+            compared = own.compared_with(theirs)
+            if isinstance(compared, Difference):
+                differences[metric] = compared.as_json()
+    return figures, differences
 
 
 def _pointer_value(run_uri: str, figure: Figure, metric: str, reason: str, current: Pointer | None) -> dict[str, Any]:
@@ -259,7 +186,3 @@ def _own_entry(pointer: dict[str, Any], run_uri: str) -> dict[str, Any] | None:
 
 def _compared(current: Pointer | None) -> dict[str, Any] | None:
     return None if current is None else {key: current.value.get(key) for key in ("run", "metric", "value")}
-
-
-def _task_digest(classes: list[str]) -> str:
-    return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]

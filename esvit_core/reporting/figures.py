@@ -12,7 +12,7 @@ from esvit_core.storage import NotFound, ObjectStore, join_uri
 _TRAINING = ("final_loss", "epochs", "steps", "images", "seconds", "images_per_second")
 
 
-def figures_of_run(run_uri: str, store: ObjectStore) -> dict[str, float | None]:
+def figures_of_run(run_uri: str, store: ObjectStore) -> dict[str, float | str | None]:
     """Collect the figures of the evaluations, then those of the training; figures that are not in the store are left out.
 
     Args:
@@ -20,12 +20,22 @@ def figures_of_run(run_uri: str, store: ObjectStore) -> dict[str, float | None]:
         store: where the run is.
 
     Returns:
-        Percentages by name: of the trained network such as ``knn/20``, of the baseline such as ``knn/20 (baseline)``.
-        Then the last mean loss, epochs, steps, images, seconds and images per second of the training.
+        Percentages by name: of the trained network such as ``knn/20``, of the baseline such as ``knn/20 (baseline)``. Of
+        main figures also ``(difference)``, ``(low)`` and ``(high)`` of its 95 % interval, percentage points, ``(p)``,
+        ``(images)``, and ``(verdict)``: better, worse, or no difference shown. Then the last mean loss, epochs, steps, images, seconds and images per second of the training.
     """
-    figures: dict[str, float | None] = {}
+    figures: dict[str, float | str | None] = {}
     for row in result_rows(read_results(store, run_uri)):
         figures |= {row.key: row.trained, f"{row.key} (baseline)": row.baseline}
+        if row.headline and (found := row.comparison):
+            figures |= {
+                f"{row.key} (difference)": found.points,
+                f"{row.key} (low)": found.low,
+                f"{row.key} (high)": found.high,
+                f"{row.key} (p)": found.p,
+                f"{row.key} (images)": found.images,
+                f"{row.key} (verdict)": found.decision,
+            }
     with contextlib.suppress(NotFound):
         drawn = store.get_json(join_uri(run_uri, "visualization", "visualization.json"))
         for name, values in drawn["figures"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,13 +15,16 @@ from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.data.ingest.file_kinds import describe_ignored
 from esvit_core.errors import UserError
+from esvit_core.evaluation.significance import interval_text
 from esvit_core.reporting import property_rows, verdict
 from esvit_core.reporting.classes import class_table
 from esvit_core.reporting.images import figure_uri
-from esvit_core.reporting.result_rows import label_of, percent, points, result_rows, typeset
+from esvit_core.reporting.interval_bar import interval_bar, scale_limit
+from esvit_core.reporting.result_rows import Row, label_of, percent, result_rows, set_rows, typeset
 from esvit_core.reporting.run_records import RunRecords, read_run_records
 from esvit_core.reporting.samples import Sample, draw_samples
 from esvit_core.reporting.training_charts import collapse_warnings, in_groups, training_charts
+from esvit_core.runs.events import record_event
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
 REPORT = "report/report.html"
@@ -60,7 +64,7 @@ class BadGroup:
 
 
 def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
-    """Write ``report/report.html`` of a run from its records in the store.
+    """Write ``report/report.html`` of a run from its records in the store, and the verdict into its event log.
 
     Any record may be missing; the report then states what is missing and why. An existing report is replaced.
 
@@ -78,6 +82,7 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
     records = read_run_records(run_uri, store, config)
     html = render(records, _samples(records, store), *_drawings(records, store))
     store.put_bytes(join_uri(run_uri, REPORT), html.encode(), content_type="text/html; charset=utf-8")
+    _record_verdict(records, store)
     return html
 
 
@@ -101,7 +106,7 @@ def render(
     left_out = [(row.label, row.reason) for row in unmeasured] + drawings_missing + _left_out(records, samples, bad)
     crops = records.config.augment
     html = (
-        _environment()
+        _environment(_scale(rows))
         .get_template(TEMPLATE)
         .render(
             records=records,
@@ -114,6 +119,7 @@ def render(
             tiles=verdict.tiles(records),
             measured=measured,
             unmeasured=unmeasured,
+            scale=_scale(rows),
             any_top5=any(row.top5 is not None for row in rows),
             protocols=_protocols(records),
             classes=classes,
@@ -142,6 +148,18 @@ def render(
     return html + "\n"
 
 
+def _record_verdict(records: RunRecords, store: ObjectStore) -> None:
+    found = verdict.judge_results(records.results, records.config)
+    if found is None:
+        return
+    rows = set_rows(result_rows(records.results), records.config.promotion.metric)
+    differences = {row.key: row.comparison.as_json() for row in rows if row.comparison}
+    reason = verdict.plain_text(" ".join([found.sentence, *found.details]))
+    record_event(
+        store, records.run_uri, "evaluated", component="report", reason=reason, facts={"differences": differences}
+    )
+
+
 def usage(records: RunRecords) -> str:
     """Return three lines of Python that load and use the backbone."""
     backbone = records.backbone.value or {}
@@ -153,7 +171,13 @@ def usage(records: RunRecords) -> str:
     )
 
 
-def _environment() -> jinja2.Environment:
+def _scale(rows: Sequence[Row]) -> float | None:
+    """Return the limit of the scale of the table's intervals; None if there are none."""
+    compared = [row.comparison for row in rows if row.comparison]
+    return scale_limit(compared) if compared else None
+
+
+def _environment(scale: float | None) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("esvit_core", "reporting"),
         autoescape=True,  # names of files and classes are user input
@@ -163,7 +187,10 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters.update(
         percent=lambda value: typeset(percent(value)),
-        points=lambda value: typeset(points(value)),
+        typeset=typeset,
+        plain=lambda value: typeset(f"{value:g}"),
+        interval=lambda comparison: typeset(interval_text(comparison)),
+        bar=lambda comparison: interval_bar(comparison, scale or 1.0),
         width=lambda value: f"{min(max(value, 0.0), 100.0):.1f}",
     )
     return environment

@@ -9,6 +9,7 @@ from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.evaluation.results import Result, left_out
+from esvit_core.evaluation.significance import Difference
 from esvit_core.storage import ObjectStore, join_uri
 
 # Order of the evaluations; unknown ones follow by name.
@@ -29,6 +30,7 @@ class Row:
         reason: why there are no figures; empty if there are.
         headline: whether it is the main figure of its evaluation.
         unit: unit of the values.
+        comparison: interval and test of the difference; None if the outcomes of the single images were not kept.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Row:
     reason: str = ""
     headline: bool = False
     unit: str = "%"
+    comparison: Difference | None = None
 
     @property
     def difference(self) -> float | None:
@@ -46,6 +49,21 @@ class Row:
         if self.trained is None or self.baseline is None:
             return None
         return self.trained - self.baseline
+
+    @property
+    def change(self) -> str:
+        """The difference of the two figures as they are shown, so that the reader's subtraction agrees."""
+        return change(self.trained, self.baseline)
+
+    @property
+    def decision(self) -> str:
+        """``better``, ``worse``, ``no difference shown``, or ``not tested``."""
+        return self.comparison.decision if self.comparison else "not tested"
+
+    @property
+    def tone(self) -> str:
+        """``good`` for better, ``bad`` for worse, ``plain`` for everything else."""
+        return {"better": "good", "worse": "bad"}.get(self.decision, "plain")
 
 
 def read_results(store: ObjectStore, run_uri: str, config: Config | None = None) -> list[Result]:
@@ -78,11 +96,37 @@ def result_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
             continue
         baseline = result["results"].get("baseline", {})
         top5 = result.get("top5", {}).get("trained", {})
+        compared = {key: Difference.from_json(each) for key, each in result.get("differences", {}).items()}
         rows += [
-            Row(key, label_of(key), value, baseline.get(key), top5.get(key), headline=key == headline, unit=unit)
+            Row(
+                key,
+                label_of(key),
+                value,
+                baseline.get(key),
+                top5.get(key),
+                headline=key == headline,
+                unit=unit,
+                comparison=compared.get(key),
+            )
             for key, value in trained.items()
         ]
     return rows
+
+
+def decisive_row(rows: Sequence[Row], metric: str) -> Row | None:
+    """Return the figure of ``promotion.metric``, or else the first main figure; None if nothing was compared."""
+    compared = [row for row in rows if row.difference is not None]
+    return next((r for r in compared if r.key == metric), None) or next((r for r in compared if r.headline), None)
+
+
+def set_rows(rows: Sequence[Row], metric: str) -> list[Row]:
+    """Return one figure for each data set: of the run's own data that of ``promotion.metric``, or else the first main
+    figure; and the figure of each transfer set.
+    """
+    compared = [row for row in rows if row.difference is not None]
+    own = [row for row in compared if not row.key.startswith("transfer/")]
+    chosen = decisive_row(own, metric)
+    return ([chosen] if chosen else []) + [row for row in compared if row.key.startswith("transfer/")]
 
 
 def label_of(key: str) -> str:
@@ -105,6 +149,13 @@ def points(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}"
+
+
+def change(value: float | None, baseline: float | None) -> str:
+    """Format the difference of two figures as :func:`percent` shows them, percentage points with a sign."""
+    if value is None or baseline is None or not (math.isfinite(value) and math.isfinite(baseline)):
+        return "-"
+    return points(float(percent(value)) - float(percent(baseline)))
 
 
 def typeset(figure: str) -> str:

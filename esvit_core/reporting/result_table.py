@@ -9,11 +9,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from esvit_core.reporting.result_rows import Row, percent, points, result_rows
+from esvit_core.evaluation.significance import interval_text
+from esvit_core.reporting.result_rows import Row, percent, result_rows
+
+_TONES = {"good": "green", "bad": "red", "plain": ""}
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Build a table of a run's figures and those of its baseline, the same network before training.
+    """Build a table of a run's figures and those of its baseline, the same network with its initial weights.
 
     Args:
         results: results from :func:`~esvit_core.reporting.result_rows.read_results`.
@@ -25,6 +28,8 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("measure")
     for name in ("trained", "baseline", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("95 % interval", no_wrap=True)
+    table.add_column("verdict")
     left_out = []
     for row in result_rows(results):
         if row.trained is None:
@@ -34,10 +39,12 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
             Text(row.label, style="bold" if row.headline else ""),
             _figure(row.trained, row.unit, "bold" if row.headline else ""),
             _figure(row.baseline, row.unit),
-            Text(points(row.difference), style=_tone(row)),
+            Text(row.change, style=_TONES[row.tone]),
+            interval_text(row.comparison) if row.comparison else "-",
+            Text(row.decision if row.difference is not None else "-", style=_TONES[row.tone]),
         )
     for row in left_out:
-        table.add_row(Text(f"{row.label}: not measured"), "-", "-", "-", style="dim")
+        table.add_row(Text(f"{row.label}: not measured"), *["-"] * 5, style="dim")
     if left_out:
         # Text instead of markup, because a reason may contain square brackets.
         table.caption = Text("\n".join(_reasons(left_out)))
@@ -55,9 +62,3 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
 
 def _figure(value: float | None, unit: str, style: str = "") -> Text:
     return Text(f"{percent(value)} {unit}" if value is not None else "-", style=style)
-
-
-def _tone(row: Row) -> str:
-    if row.difference is None or abs(row.difference) < 0.05:
-        return ""
-    return "green" if row.difference > 0 else "red"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from esvit_core.config import Config
+from esvit_core.evaluation.significance import Difference, interval_text, p_text, too_few
 from esvit_core.reporting.property_rows import start_of
-from esvit_core.reporting.result_rows import Row, percent, points, result_rows, typeset
+from esvit_core.reporting.result_rows import (
+    MINUS,
+    Row,
+    change,
+    decisive_row,
+    percent,
+    result_rows,
+    set_rows,
+    typeset,
+)
 from esvit_core.reporting.run_records import RunRecords
 
-_SAME = 0.05  # percentage points; a smaller difference rounds to 0
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -37,8 +47,10 @@ class Tile:
         label: name of the figure.
         value, baseline: percent, of the trained backbone and of the baseline; None where not measured.
         note: text below the figure.
-        tone: ``good``, ``bad`` or ``plain``, from the difference.
+        tone: ``good``, ``bad`` or ``plain``, from the decision.
         unit: unit of the values.
+        decision: ``better``, ``worse``, ``no difference shown`` or ``not tested``.
+        comparison: interval and test of the difference; None if there are none.
     """
 
     label: str
@@ -47,6 +59,8 @@ class Tile:
     note: str
     tone: str
     unit: str = "%"
+    decision: str = ""
+    comparison: Difference | None = None
 
     @property
     def shown(self) -> str:
@@ -54,31 +68,35 @@ class Tile:
 
     @property
     def change(self) -> str:
-        return typeset(points(None if self.value is None or self.baseline is None else self.value - self.baseline))
+        return typeset(change(self.value, self.baseline))
 
 
 def judge(records: RunRecords) -> Verdict:
     """Judge whether the pre-training of a run helped."""
-    rows = [row for row in result_rows(records.results) if row.difference is not None]
-    chosen = _decisive(rows, records)
-    if chosen is None or chosen.trained is None or chosen.baseline is None or chosen.difference is None:
-        return _unmeasured(records)
-    before, after = (f"{percent(v)}{NO_BREAK}{chosen.unit}" for v in (chosen.baseline, chosen.trained))
-    label = _capital(chosen.label)
-    if abs(chosen.difference) < _SAME:
-        verdict = Verdict(
-            "plain", f"Pre-training made no difference: {chosen.label} is {after}, the same as the baseline."
-        )
-    elif _may_be_chance(chosen, records):
-        moved = "rose" if chosen.difference > 0 else "fell"
-        verdict = Verdict("plain", f"{label} {moved} from {before} to {after}, which may be chance.")
-    elif chosen.difference > 0:
-        change = f"by {points(chosen.difference).lstrip('+')} points"
-        verdict = Verdict("good", f"Pre-training helped: {label} rose from {before} to {after}, {change}.")
+    return judge_results(records.results, records.config) or _unmeasured(records)
+
+
+def judge_results(results: Sequence[Mapping[str, Any]], config: Config) -> Verdict | None:
+    """Judge by the figure of ``promotion.metric``, or else the first main figure; None if nothing was measured."""
+    rows, metric = result_rows(results), config.promotion.metric
+    row = decisive_row(rows, metric)
+    if row is None:
+        return None
+    before, after = (f"{percent(v)}{NO_BREAK}{row.unit}" for v in (row.baseline, row.trained))
+    label, size = _capital(row.label), row.change.lstrip("+-")
+    moved = "fell" if row.change.startswith("-") else "rose"
+    course = f"{label} {moved} from {before} to {after}"
+    if row.decision == "better":
+        sentence = f"Pre-training helped: {label} rose from {before} to {after}, by {size} points."
+    elif row.decision == "worse":
+        sentence = f"Pre-training did not help: {label} fell from {before} to {after}, by {size} points."
+    elif row.change == "0.0":
+        sentence = f"Pre-training made no difference: {row.label} is {after}, the same as the baseline."
+    elif row.comparison:
+        sentence = f"No difference shown: {course}, which may be chance."
     else:
-        change = f"by {points(chosen.difference).lstrip('-')} points"
-        verdict = Verdict("bad", f"Pre-training did not help: {label} fell from {before} to {after}, {change}.")
-    return Verdict(verdict.tone, verdict.sentence, [*_tally(rows), *_certainty(chosen, records), *_start(records)])
+        sentence = f"{course}; whether this is chance was not tested."
+    return Verdict(row.tone, sentence, [*_certainty(row), *_tally(rows, metric), *_start(config)])
 
 
 def promotion(records: RunRecords) -> Verdict:
@@ -112,35 +130,24 @@ def tiles(records: RunRecords) -> list[Tile]:
                 value=row.trained,
                 baseline=row.baseline,
                 note=f"{_capital(row.reason)}." if row.reason else "",
-                tone=_tone(row.difference),
+                tone=row.tone,
                 unit=row.unit,
+                decision=row.decision if row.difference is not None else "",
+                comparison=row.comparison,
             )
             for row in rows
         ]
     share = (records.images.value or {}).get("figures", {}).get("correspondence")
     if share:
         chance = f"Chance level {percent(share['chance'])} %." if "chance" in share else ""
-        tone = _tone(share["trained"] - share["baseline"])
-        found.append(Tile("Correspondence", share["trained"], share["baseline"], chance, tone))
+        tile = Tile("Correspondence", share["trained"], share["baseline"], chance, "plain", decision="not tested")
+        found.append(tile)
     return found
 
 
-def held_out(records: RunRecords, row: Row) -> int | None:
-    """Return the number of labelled images on which a figure was measured; None if it is not known."""
-    name = row.key.replace("/", "-", 1) if row.key.startswith("transfer/") else row.key.partition("/")[0]
-    result = next((r for r in records.results if r.get("name") == name), {})
-    if "samples" in result:
-        return int(result["samples"]["val"])
-    manifest = records.manifest.value
-    if manifest is None or "val" not in manifest.splits or not row.key.startswith(("knn", "linear")):
-        return None
-    return sum(manifest.splits["val"].per_class) or None
-
-
-def _decisive(rows: Sequence[Row], records: RunRecords) -> Row | None:
-    """Return the figure of ``promotion.metric``, or else the first main figure."""
-    wanted = records.config.promotion.metric
-    return next((r for r in rows if r.key == wanted), None) or next((r for r in rows if r.headline), None)
+def plain_text(text: str) -> str:
+    """Replace the typographic characters of a sentence by those of a terminal."""
+    return text.replace(NO_BREAK, " ").replace(MINUS, "-")
 
 
 def _unmeasured(records: RunRecords) -> Verdict:
@@ -157,51 +164,33 @@ def _unmeasured(records: RunRecords) -> Verdict:
     return Verdict("plain", "A backbone was trained, but the quality of its features could not be measured.", details)
 
 
-def _tally(rows: Sequence[Row]) -> list[str]:
-    differences = [row.difference for row in rows if row.difference is not None]
-    if len(differences) < 2:
+def _certainty(row: Row) -> list[str]:
+    """State the interval and the test of a difference, and how many images would show one that was not shown."""
+    found = row.comparison
+    if found is None:
+        return ["There is no interval of the difference: the outcomes of the single images were not kept."]
+    between = typeset(interval_text(found))
+    sentence = (
+        f"The 95 % interval of the difference is {between} points, measured on {found.images:,} held-out images "
+        f"({p_text(found)})."
+    )
+    return [sentence] + ([f"{few}."] if (few := too_few(found)) else [])
+
+
+def _tally(rows: Sequence[Row], metric: str) -> list[str]:
+    """Count the data sets, each once."""
+    decisions = [row.decision for row in set_rows(rows, metric)]
+    if len(decisions) < 2:
         return []
-    better = sum(d >= _SAME for d in differences)
-    worse = sum(d <= -_SAME for d in differences)
-    return [
-        f"Better than the baseline in {better} of {len(differences)} figures"
-        + (f", worse in {worse}." if worse else ".")
-    ]
+    sentence = f"Better than the baseline on {decisions.count('better')} of {len(decisions)} data sets"
+    others = [(word, decisions.count(word)) for word in ("worse", "no difference shown", "not tested")]
+    return ["; ".join([sentence, *(f"{word} on {count}" for word, count in others if count)]) + "."]
 
 
-def _start(records: RunRecords) -> list[str]:
+def _start(config: Config) -> list[str]:
     """State what the baseline is if the initial weights were not drawn from the seed."""
-    start = start_of(records.config)
+    start = start_of(config)
     return [f"The baseline is the network as this run started: {start}."] if start else []
-
-
-def _certainty(row: Row, records: RunRecords) -> list[str]:
-    """State the standard error of a figure, from the number of images."""
-    error, count = _standard_error(row, records), held_out(records, row)
-    if error is None:
-        return []
-    sentence = f"Measured on {count:,} held-out images: the standard error of {row.label} is {error:.1f} points"
-    return [sentence + ("; a difference as small as this one may be chance." if _may_be_chance(row, records) else ".")]
-
-
-def _may_be_chance(row: Row, records: RunRecords) -> bool:
-    error = _standard_error(row, records)
-    return error is not None and row.difference is not None and _SAME <= abs(row.difference) < error
-
-
-def _standard_error(row: Row, records: RunRecords) -> float | None:
-    """Standard error of the trained backbone's accuracy, points; None if the number of images is not known."""
-    count = held_out(records, row)
-    if not count or row.trained is None or row.unit != "%":
-        return None
-    share = min(max(row.trained / 100, 0.0), 1.0)
-    return 100 * math.sqrt(share * (1 - share) / count)
-
-
-def _tone(difference: float | None) -> str:
-    if difference is None or abs(difference) < _SAME:
-        return "plain"
-    return "good" if difference > 0 else "bad"
 
 
 def _capital(text: str) -> str:

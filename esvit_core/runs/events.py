@@ -1,4 +1,4 @@
-"""The event log of a run: its starts, stops and failures below ``events/``, one object per event, written once.
+"""The event log of a run: its starts, stops, failures and verdict below ``events/``, one object per event, written once.
 
 An object is named ``<UTC time>-<random>-<kind>.json``, so a listing alone shows how often a run was started, in order.
 What happens at every step is in the training log (``log.py``), not here.
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from esvit_core.storage import ObjectStore, join_uri
 
 EVENTS = "events"
-Kind = Literal["started", "stopped", "failed"]
+Kind = Literal["started", "stopped", "failed", "evaluated"]
 _TIME = "%Y%m%dT%H%M%S"
 
 
@@ -24,12 +24,13 @@ class Event:
     """An event of a run.
 
     Attributes:
-        kind: ``started`` (a training has started or resumed), ``stopped`` (on request), ``failed``.
+        kind: ``started`` (a training has started or resumed), ``stopped`` (on request), ``failed``,
+            ``evaluated`` (the report with the verdict is written).
         time: seconds since 1970.
         host: host name of the machine.
         component: the pipeline step, such as pretrain.
         step: training steps done; None if not known.
-        reason: why the run stopped or failed, in one line.
+        reason: why the run stopped or failed, or the verdict, in one line.
         rank: rank of the process that failed first; None if no process is to blame, or it is not known which.
         facts: further values, by name.
     """

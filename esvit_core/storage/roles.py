@@ -55,6 +55,7 @@ ROLES: Mapping[str, Role] = {
         "report, promotion, export, and the import of a backbone to evaluate: what people and other systems rely on",
         (
             *("runs/*/report/*", "runs/*/promotion.json", "pointers/*", "exports/*"),
+            "runs/*/events/*-evaluated.json",  # the verdict
             # A run that evaluates a backbone creates it first. Whoever can move the champion can choose any backbone anyway.
             *("runs/*/config.yaml", "runs/*/measured.json", "runs/*/backbone/*", "runs/*/baseline/*"),
             "runs/*/runtime",

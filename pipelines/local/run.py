@@ -153,9 +153,14 @@ def _print_results(current: Run, here: Path, seconds: float) -> None:
 
     from esvit_core.reporting.result_rows import read_results
     from esvit_core.reporting.result_table import results_table
+    from esvit_core.reporting.verdict import judge_results, plain_text
 
     print(flush=True)
-    Console().print(results_table(read_results(current.store, current.uri, current.config)))
+    results = read_results(current.store, current.uri, current.config)
+    Console().print(results_table(results))
+    if verdict := judge_results(results, current.config):
+        for number, line in enumerate([verdict.sentence, *verdict.details]):
+            print(f"{'' if number else 'verdict':<10}{plain_text(line)}")
     print(f"report    {here / 'report.html'}")
     print(f"backbone  {here / 'backbone'}")
     print(f"promoted  {_promotion(current)}")

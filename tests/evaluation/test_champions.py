@@ -6,10 +6,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import measured, result_uri
 from esvit_core.registry.champions import champions, roll_back
 from esvit_core.registry.promotion import promote
@@ -26,7 +28,9 @@ def crowned(store):
             run = store.uri(f"runs/{name}")
             value = 50.0 + ord(name)
             figures = {"trained": {"knn/20": value}, "baseline": {"knn/20": 40.0}}
-            store.put_json(result_uri(run, "knn"), {"name": "knn"} | measured("knn/20", figures, ["ant", "bee"]))
+            correct = {model: {"knn/20": np.arange(10_000) < 50 * each["knn/20"]} for model, each in figures.items()}
+            result = keep_outcomes(measured("knn/20", figures, ["ant", "bee"]), pack_outcomes("same", correct))
+            store.put_json(result_uri(run, "knn"), {"name": "knn"} | result)
             store.publish(f"{run}/backbone", {"model.safetensors": name.encode()}, "backbone")
             assert promote(run, store, Config())["promoted"]
 

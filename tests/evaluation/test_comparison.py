@@ -30,6 +30,14 @@ def figures(bucket, run, model):
     return {name: read_result(bucket, run, name)["results"][model] for name in NAMES}
 
 
+def outcomes(bucket, run, model):
+    return {name: read_result(bucket, run, name)["outcomes"]["correct"][model] for name in NAMES}
+
+
+def outcomes_of(found):
+    return {name: found["results"][name]["outcomes"]["correct"]["champion"] for name in NAMES}
+
+
 def champion(name: str, backbone: str) -> dict[str, str]:
     return {"run": f"s3://evaluation/runs/{name}", "backbone": backbone}
 
@@ -41,6 +49,7 @@ def test_another_network_is_measured_as_the_run_s_own_is(challenger, bucket, con
     assert {name: found["results"][name]["results"]["champion"] for name in NAMES} == figures(
         bucket, challenger, "trained"
     )
+    assert outcomes_of(found) == outcomes(bucket, challenger, "trained")
 
 
 def test_the_network_that_the_run_started_from_has_its_figures_already(challenger, bucket, config, monkeypatch):
@@ -51,6 +60,8 @@ def test_the_network_that_the_run_started_from_has_its_figures_already(challenge
     assert {name: found["results"][name]["results"]["champion"] for name in NAMES} == figures(
         bucket, challenger, "baseline"
     )
+    assert outcomes_of(found) == outcomes(bucket, challenger, "baseline")
+    assert "differences" not in found["results"]["knn"]
     assert read_comparison(challenger, bucket, start) == compare_with_champion(challenger, bucket, config, start)
 
 

@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import left_out, measured, result_uri
+from esvit_core.evaluation.significance import Difference, describe_difference
 from esvit_core.registry import champions
-from esvit_core.registry.promotion import beats, preview_promotion, promote
+from esvit_core.registry.promotion import preview_promotion, promote
+from esvit_core.registry.promotion_rule import beats
 
 CONFIG = Config()
 CLASSES = ["ant", "bee"]
+IMAGES = 10_000
+
+
+def with_outcomes(result, images=IMAGES, held_out="same"):
+    """Add outcomes: of two models the better one is right wherever the other is, so that even 0.1 of a point is shown."""
+    correct = {
+        model: {key: np.arange(images) < images * value / 100 for key, value in figures.items() if math.isfinite(value)}
+        for model, figures in result["results"].items()
+    }
+    return keep_outcomes(result, pack_outcomes(held_out, correct)) if all(correct.values()) and correct else result
+
+
+def of_table(first_only, second_only, images):
+    """A result of which the trained model alone and the baseline alone are right on so many images, both on half."""
+    both = images // 2
+    trained = np.repeat(
+        [True, False, True, False], [first_only, second_only, both, images - both - first_only - second_only]
+    )
+    baseline = np.repeat(
+        [False, True, True, False], [first_only, second_only, both, images - both - first_only - second_only]
+    )
+    correct = {"trained": {"knn/20": trained}, "baseline": {"knn/20": baseline}}
+    figures = {model: {"knn/20": 100 * each["knn/20"].mean()} for model, each in correct.items()}
+    return keep_outcomes(measured("knn/20", figures, CLASSES), pack_outcomes("same", correct))
 
 
 @pytest.fixture
 def make_run(store):
     """Publish what a run leaves for the promotion, and give its URI."""
 
-    def make(name, value=50.0, baseline=40.0, result=None, classes=CLASSES, backbone=True):
+    def make(name, value=50.0, baseline=40.0, result=None, classes=CLASSES, backbone=True, held_out="same"):
         run = store.uri(f"runs/{name}")
         if result is None:
             result = measured("knn/20", {"trained": {"knn/20": value}, "baseline": {"knn/20": baseline}}, classes)
+        if "outcomes" not in result and held_out:
+            result = with_outcomes(result, held_out=held_out)
         store.put_json(result_uri(run, "knn"), {"name": "knn"} | result)
         if backbone:
             store.publish(f"{run}/backbone", {"model.safetensors": name.encode()}, "backbone")
@@ -37,8 +68,12 @@ def champion(store):
     return pointer.value if pointer else None
 
 
-def with_margin(margin: float) -> Config:
-    return Config.from_mapping({"promotion": {"margin": margin}})
+def with_margin(margin: float, rule: str = "significant") -> Config:
+    return Config.from_mapping({"promotion": {"margin": margin, "rule": rule}})
+
+
+def with_rule(rule: str) -> Config:
+    return with_margin(0.0, rule)
 
 
 def test_the_first_run_wins_if_it_beats_its_own_baseline(store, make_run):
@@ -74,12 +109,86 @@ def test_an_equal_run_does_not(store, make_run):
     assert champion(store)["run"].endswith("/a")
 
 
+@pytest.mark.parametrize("rule", ["significant", "margin"])
 @pytest.mark.parametrize(("value", "wins"), [(50.4, False), (50.5, True), (49.0, False)])
-def test_the_margin_has_to_be_reached(store, make_run, value, wins):
-    promote(make_run("a", 50), store, with_margin(0.5))
-    decision = promote(make_run("b", value), store, with_margin(0.5))
+def test_the_margin_has_to_be_reached(store, make_run, value, wins, rule):
+    promote(make_run("a", 50), store, with_margin(0.5, rule))
+    decision = promote(make_run("b", value), store, with_margin(0.5, rule))
     assert decision["promoted"] is wins
-    assert decision["margin"] == 0.5
+    assert (decision["margin"], decision["rule"]) == (0.5, rule)
+
+
+def test_the_reason_states_interval_and_number_of_images(store, make_run):
+    decision = promote(make_run("a", result=of_table(60, 25, 400)), store, CONFIG)
+    assert decision["promoted"]
+    assert "knn/20 65.00 against 56.25 of the baseline: +8.75 points, 95 % interval 4." in decision["reason"]
+    assert decision["reason"].endswith("p < 0.001, 400 images")
+    assert decision["difference"]["decision"] == "better" and decision["difference"]["images"] == 400
+
+
+def test_a_gain_that_may_be_chance_is_not_promoted_by_default(store, make_run):
+    run = make_run("a", result=of_table(30, 20, 300))
+    decision = promote(run, store, CONFIG)
+    assert not decision["promoted"] and champion(store) is None
+    assert decision["reason"].startswith("not shown to be better than the baseline: knn/20 60.00 against 56.67")
+    assert decision["reason"].endswith(
+        "p = 0.203, 300 images; 300 images are too few to show a difference of this size; about 1,200 would"
+    )
+
+
+def test_with_the_rule_margin_the_points_alone_decide(store, make_run):
+    assert promote(make_run("a", result=of_table(30, 20, 300)), store, with_rule("margin"))["promoted"]
+    assert not promote(make_run("b", result=of_table(20, 30, 300)), store, with_rule("margin"))["promoted"]
+
+
+def test_with_the_rule_always_every_measured_run_is_promoted(store, make_run):
+    for name, result in (("a", of_table(30, 20, 300)), ("b", of_table(20, 30, 300))):
+        decision = promote(make_run(name, result=result), store, with_rule("always"))
+        assert decision["promoted"] and "promotion.rule is always" in decision["reason"]
+    other = make_run("c", 90, classes=["car", "bus"])
+    decision = promote(other, store, with_rule("always"))
+    assert decision["promoted"] and "not compared with the champion" in decision["reason"]
+    assert not promote(make_run("d", result=left_out("knn/20", "no labels")), store, with_rule("always"))["promoted"]
+
+
+def test_too_few_images_to_show_anything_are_said_to_be_so(store, make_run):
+    decision = promote(make_run("a", result=of_table(4, 0, 20)), store, CONFIG)
+    assert not decision["promoted"]
+    assert (
+        "20 images are too few to show anything: the two differ on 4, at least 6 are needed; about"
+        in decision["reason"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "reason"),
+    [
+        ("other", "the two were measured on different held-out images"),
+        ("", "the outcomes of the single images were not kept"),
+    ],
+)
+def test_a_champion_without_outcomes_of_the_same_images_has_no_interval(store, make_run, held_out, reason):
+    promote(make_run("a", 50, held_out=held_out), store, with_rule("margin"))
+    decision = promote(make_run("b", 60), store, CONFIG)
+    assert not decision["promoted"] and decision["difference"] is None
+    assert (
+        f"{reason}, so there is no interval; with promotion.rule margin the points alone decide" in decision["reason"]
+    )
+    assert promote(make_run("c", 60), store, with_rule("margin"))["promoted"]
+
+
+def test_of_equal_backbones_few_are_promoted():
+    from esvit_core.registry.metric_figures import Figure
+    from esvit_core.registry.promotion_rule import judge_first
+
+    rng, promoted = np.random.default_rng(3), 0
+    for _ in range(300):
+        images, share = int(rng.integers(50, 1000)), rng.uniform(0.05, 0.4)
+        first, second, _ = rng.multinomial(images // 2, [share, share, 1 - 2 * share])
+        result = of_table(first, second, images)
+        values = [result["results"][model]["knn/20"] for model in ("trained", "baseline")]
+        promoted += judge_first(Figure(*values, "task", "knn/20", result, "trained"), CONFIG).promoted
+    assert promoted / 300 <= 0.05
 
 
 def test_a_margin_is_decimal_not_binary():
@@ -205,11 +314,15 @@ def test_foresight_tells_the_decision_and_changes_nothing(store, make_run):
     assert before["reason"] == promote(worse, store, CONFIG)["reason"]
 
 
-def transfers(store, run, **values):
+def text(difference):
+    return describe_difference(Difference.from_json(difference))
+
+
+def transfers(store, run, images=IMAGES, **values):
     """Give a run results on transfer sets, and the configuration that names them."""
     for name, value in values.items():
         figures = {model: {f"transfer/{name}": value} for model in ("trained", "baseline")}
-        result = measured(f"transfer/{name}", figures, CLASSES)
+        result = with_outcomes(measured(f"transfer/{name}", figures, CLASSES), images)
         store.put_json(result_uri(run, f"transfer-{name}"), {"name": f"transfer-{name}"} | result)
     sets = [{"name": name, "source": "unused"} for name in values]
     return Config.from_mapping({"evaluation": {"transfer": sets}, "promotion": {"max_loss": 2.0}})
@@ -227,10 +340,22 @@ def test_a_set_that_loses_more_than_is_allowed_blocks(store, make_run, digits, w
     assert decision["figures"]["knn/20"] == {"run": 55.0, "champion": 50.0}
     if not wins:
         assert decision["reason"] == (
-            f"better: knn/20 55.00 against 50.00 of the champion {a}; "
-            "but transfer/digits fell by 2.10 points to 77.90, more than the allowed 2"
+            f"better: knn/20 55.00 against 50.00 of the champion {a}: {text(decision['difference'])}; "
+            f"but transfer/digits fell to 77.90: {text(decision['differences']['transfer/digits'])}, more than the allowed 2"
         )
         assert champion(store)["run"] == a
+
+
+def test_a_loss_that_may_be_chance_blocks_only_with_the_rule_margin(store, make_run):
+    a, b, c = make_run("a", 50), make_run("b", 55), make_run("c", 60)
+    config = transfers(store, a, images=100, digits=80.0)
+    promote(a, store, config)
+    for run in (b, c):
+        transfers(store, run, images=100, digits=76.0)  # the models differ on four images
+    points = config.model_copy(update={"promotion": config.promotion.model_copy(update={"rule": "margin"})})
+    blocked = promote(c, store, points)
+    assert not blocked["promoted"] and "transfer/digits fell by 4.00 points to 76.00" in blocked["reason"]
+    assert promote(b, store, config)["promoted"]
 
 
 def test_a_set_that_the_champion_was_not_measured_on_blocks_nothing(store, make_run):

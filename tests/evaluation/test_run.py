@@ -21,6 +21,7 @@ from esvit_core.evaluation.features import (
 )
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
 from esvit_core.evaluation.linear_probe import evaluate_linear
+from esvit_core.evaluation.outcomes import unpack_correct
 from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
 from esvit_core.evaluation.visualize import visualize
 from esvit_core.registry.promotion import promote
@@ -153,6 +154,28 @@ def test_transfer_of_a_run(measured_run, bucket, config):
         expected = logistic_transfer(train.view, train.labels, val.view, val.labels, "mean_per_class", config.seed)
         assert result["results"][model]["transfer/stripes"] == pytest.approx(expected.figure, abs=1e-4)
         assert result["lambda"][model] == pytest.approx(expected.strength)
+
+
+def test_the_outcome_of_every_held_out_image_is_kept(measured_run, bucket, config):
+    found = {
+        "knn": evaluate_knn(measured_run, bucket, config),
+        "linear": evaluate_linear(measured_run, bucket, config),
+        "transfer-stripes": evaluate_transfer(measured_run, bucket, config, "stripes"),
+    }
+    assert {key for each in found.values() for key in each["differences"]} == {
+        *("knn/1", "knn/20", "knn/200", "linear", "transfer/stripes")
+    }
+    for name, result in found.items():
+        assert result["outcomes"]["images"] == 11 and ("labels" in result["outcomes"]) == (name == "transfer-stripes")
+        for key, difference in result["differences"].items():
+            trained, baseline = (result["results"][model][key] for model in MODELS)
+            assert difference["points"] == pytest.approx(trained - baseline, abs=1e-3)
+            if name != "transfer-stripes":  # its metric is the mean over the classes
+                for model in MODELS:
+                    correct = unpack_correct(result["outcomes"], model, key)
+                    assert 100 * correct.mean() == pytest.approx(result["results"][model][key], abs=1e-3)
+    # The set holds the same images as the run.
+    assert len({result["outcomes"]["held_out"] for result in found.values()}) == 1
 
 
 def test_transfer_to_an_unlabelled_set_is_left_out(measured_run, bucket, config):

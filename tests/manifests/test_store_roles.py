@@ -43,6 +43,7 @@ OBJECTS = (
     "runs/a/training/checkpoints/00000010/manifest.json",
     "runs/a/training/latest",
     "runs/a/events/20261125T000000-started.json",
+    "runs/a/events/20261125T000001-evaluated.json",
     "runs/a/baseline/manifest.json",
     "runs/a/backbone/manifest.json",
     "runs/a/features/trained-train.safetensors",

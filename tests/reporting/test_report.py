@@ -16,12 +16,16 @@ from esvit_core.config import Config
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import measured, result_uri
+from esvit_core.evaluation.significance import accuracy_difference
 from esvit_core.registry.promotion import promote
+from esvit_core.reporting.figures import figures_of_run
 from esvit_core.reporting.property_rows import recipe_rows
 from esvit_core.reporting.report import write_report
 from esvit_core.reporting.run_records import read_run_records
 from esvit_core.reporting.verdict import judge
+from esvit_core.runs.events import read_events
 from esvit_core.storage import ObjectStore, StoreAddress, StoreError
 from esvit_core.storage.retry import RetryPolicy
 
@@ -75,6 +79,13 @@ class Page(HTMLParser):
         return next(row for row in self.rows if row and row[0] == first)
 
 
+def of_outcomes(trained: list[bool], baseline: list[bool]) -> dict:
+    """A result of 20-NN with the outcome of every image."""
+    correct = {"trained": {"knn/20": np.array(trained)}, "baseline": {"knn/20": np.array(baseline)}}
+    figures = {model: {"knn/20": 100 * float(each["knn/20"].mean())} for model, each in correct.items()}
+    return keep_outcomes(measured("knn/20", figures, []), pack_outcomes("images", correct))
+
+
 @pytest.fixture(scope="session")
 def page(finished_html) -> Page:
     """The report of the finished run."""
@@ -100,30 +111,92 @@ def test_the_numbers_shown_are_the_results(finished_run, page):
         "transfer to digits": "transfer/digits",
     }
     for label, key in labels.items():
-        trained, baseline = finished_run.figures[key]
-        difference = f"{trained - baseline:+.1f}".replace("-", "\N{MINUS SIGN}")
-        assert page.row(label)[1:4] == [f"{trained:.1f}", f"{baseline:.1f}", difference]
-    assert page.row("20-NN")[4] == "81.5"
+        trained, baseline = (f"{value:.1f}" for value in finished_run.figures[key])
+        difference = f"{float(trained) - float(baseline):+.1f}".replace("-", "\N{MINUS SIGN}")
+        assert page.row(label)[1:4] == [trained, baseline, difference]
+    assert page.row("20-NN")[5] == "81.5"
+
+
+def test_every_difference_has_its_interval_as_text_and_as_a_bar(finished_run, shared_store, page):
+    shown = {}
+    for name in ("knn", "linear", "transfer-digits"):
+        shown |= shared_store.get_json(result_uri(finished_run.uri, name))["differences"]
+    labels = {"knn/10": "10-NN", "knn/20": "20-NN", "linear": "linear probe", "transfer/digits": "transfer to digits"}
+    assert shown.keys() == labels.keys()
+    for key, label in labels.items():
+        low, high = (f"{bound:.1f}".replace("-", "\N{MINUS SIGN}") for bound in shown[key]["interval"])
+        assert page.row(label)[4].split() == [*f"{low} to {high}".split(), *shown[key]["decision"].split()]
+    bars = [svg for svg in page.all("svg") if (svg.get("class") or "").startswith("interval")]
+    assert [svg["class"].split()[1] for svg in bars] == ["good", "good", "good", "plain"]
+    assert all("95 % interval" in svg["aria-label"] for svg in bars)
+    assert page.row("linear probe, best epoch")[4].split() == ["not", "tested"]
+
+
+def test_only_better_is_green(page):
+    tiles = {(li.get("class") or "") for li in page.all("li") if "tile" in (li.get("class") or "")}
+    assert tiles == {"tile good", "tile plain"}  # the digits fell by 2.5 points, which may be chance
 
 
 def test_the_verdict_comes_first_and_is_in_words(make_run, store, written):
     run = make_run()
     store.put_json(
         result_uri(run.uri, "knn"),
-        {"name": "knn"} | measured("knn/20", {"trained": {"knn/20": 80.0}, "baseline": {"knn/20": 30.0}}, run.classes),
+        {"name": "knn"} | of_outcomes([True] * 400 + [False] * 100, [True] * 150 + [False] * 350),
     )
     text = output(written(run))
     assert "Pre-training helped: 20-NN rose from 30.0 % to 80.0 %, by 50.0 points." in text
     assert text.index("Pre-training helped") < text.index("Summary") < text.index("Results Frozen features")
-    held_out = Manifest.read(store, f"{run.uri}/data").splits["val"].samples
-    error = 100 * (0.8 * 0.2 / held_out) ** 0.5
-    assert f"Measured on {held_out} held-out images: the standard error of 20-NN is {error:.1f} points" in text
+    found = accuracy_difference(np.arange(500) < 400, np.arange(500) < 150)
+    interval = f"{found.low:.1f} to {found.high:.1f} points"
+    assert f"The 95 % interval of the difference is {interval}, measured on 500 held-out images (p < 0.001)." in text
 
 
-def test_a_difference_within_chance_is_stated_as_such(page):
+def test_a_difference_within_chance_is_stated_as_such(make_run, store, written):
+    run = make_run(drawings=False)
+    trained, baseline = ([True] * few + [False] * (80 - few) for few in (31, 27))
+    chance = of_outcomes(trained, baseline[::-1])
+    store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | chance)
+    text = output(written(run))
+    assert "No difference shown: 20-NN rose from 33.8 % to 38.8 %, which may be chance." in text
+    assert "80 images are too few to show a difference of this size; about 2,300 would." in text
+
+
+def test_data_sets_are_counted_once_each(page):
     text = output(page)
-    assert "20-NN rose from 30.7 % to 34.9 %, which may be chance." in text
-    assert "Better than the baseline in 4 of 5 figures, worse in 1." in text
+    assert "Pre-training helped: 20-NN rose from 30.7 % to 34.9 %, by 4.2 points." in text
+    assert "Better than the baseline on 1 of 2 data sets; no difference shown on 1." in text
+
+
+def test_a_result_without_outcomes_is_not_called_better(make_run, store, written):
+    run = make_run(drawings=False)
+    old = measured("knn/20", {"trained": {"knn/20": 80.0}, "baseline": {"knn/20": 30.0}}, run.classes)
+    store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | old)
+    page = written(run)
+    assert "20-NN rose from 30.0 % to 80.0 %; whether this is chance was not tested." in output(page)
+    assert "the outcomes of the single images were not kept" in output(page)
+    assert page.row("20-NN")[3:5] == ["+50.0", "not tested"]
+
+
+def test_the_verdict_is_in_the_event_log(finished_run, shared_store):
+    event = next(e for e in read_events(shared_store, finished_run.uri) if e.kind == "evaluated")
+    assert event.component == "report" and event.reason.startswith("Pre-training helped: 20-NN rose from 30.7 % to")
+    assert event.facts is not None and event.facts["differences"].keys() == {"knn/20", "transfer/digits"}
+    assert event.facts["differences"]["knn/20"]["decision"] == "better"
+
+
+def test_the_figures_for_kubeflow_have_interval_p_value_number_and_verdict(finished_run, shared_store):
+    figures = figures_of_run(finished_run.uri, shared_store)
+    kept = shared_store.get_json(result_uri(finished_run.uri, "knn"))["differences"]["knn/20"]
+    named = {name: figures[f"knn/20 ({name})"] for name in ("difference", "low", "high", "p", "images", "verdict")}
+    assert named == {
+        "difference": kept["points"],
+        "low": kept["interval"][0],
+        "high": kept["interval"][1],
+        "p": kept["p"],
+        "images": 1600,
+        "verdict": "better",
+    }
+    assert figures["transfer/digits (verdict)"] == "no difference shown" and "knn/10 (verdict)" not in figures
 
 
 def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_store):
@@ -138,7 +211,7 @@ def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_stor
 
 def test_a_loss_is_not_hidden(make_run, store, written):
     run = make_run(results=False)
-    worse = measured("knn/20", {"trained": {"knn/20": 30.0}, "baseline": {"knn/20": 60.0}}, run.classes)
+    worse = of_outcomes([True] * 60 + [False] * 140, [True] * 120 + [False] * 80)
     store.put_json(result_uri(run.uri, "knn"), {"name": "knn"} | worse)
     text = output(written(run))
     assert "Pre-training did not help: 20-NN fell from 60.0 % to 30.0 %, by 30.0 points." in text
@@ -245,7 +318,7 @@ def test_missing_records_are_named_with_the_reason(page):
 
 def test_a_run_without_labels_says_what_could_not_be_measured(make_run, written):
     text = output(written(make_run(classes=[], resumes=())))
-    assert "Pre-training did not help: Transfer to digits fell from 91.0 % to 88.5 %" in text
+    assert "No difference shown: Transfer to digits fell from 91.0 % to 88.5 %, which may be chance." in text
     assert "interruptions none" in text and "Dashed vertical lines" not in text
     assert "classes none (unlabelled)" in text
     assert "20-NN: not measured: the images have no labels" in text
@@ -301,7 +374,10 @@ def test_a_store_that_does_not_answer_is_an_error_not_an_empty_report(config):
 
 def test_the_promotion_is_previewed(page):
     text = output(page)
-    assert "Candidate for promotion to champion. First champion: knn/20 34.94 against 30.69 of the baseline." in text
+    assert (
+        "Candidate for promotion to champion. First champion: knn/20 34.94 against 30.69 of the baseline: +4.25 points"
+        in text
+    )
     assert "the promote step, which follows, decides" in text
 
 

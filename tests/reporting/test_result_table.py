@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 from rich.console import Console
 
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import left_out, measured
 from esvit_core.reporting.result_rows import percent, points, read_results, result_rows, typeset
 from esvit_core.reporting.result_table import results_table
@@ -38,10 +40,17 @@ def test_rows_are_in_the_order_of_the_protocols_with_their_difference():
 def test_the_table_shows_trained_beside_the_baseline():
     text = printed([LINEAR, KNN])
     line = next(line for line in text.splitlines() if "linear probe" in line)
-    assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.8"]
+    assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.7", "-", "not", "tested"]
     line = next(line for line in text.splitlines() if "20-NN" in line)
-    assert line.split()[1:] == ["29.0", "%", "31.0", "%", "-2.0"]
+    assert line.split()[1:] == ["29.0", "%", "31.0", "%", "-2.0", "-", "not", "tested"]
     assert "0.0" in next(line for line in text.splitlines() if "10-NN" in line)
+
+
+def test_a_tested_difference_has_its_interval_and_its_verdict():
+    correct = {"trained": {"linear": np.arange(400) < 165}, "baseline": {"linear": np.arange(400) < 146}}
+    text = printed([keep_outcomes(LINEAR, pack_outcomes("images", correct))])
+    line = next(line for line in text.splitlines() if "linear probe" in line)
+    assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.7", "2.8", "to", "7.0", "better"]
 
 
 def test_what_was_left_out_is_named_with_its_reason_as_it_is():

@@ -12,7 +12,7 @@ def promote(
     report: dsl.Input[dsl.HTML],
     decision: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("promoted", bool), ("reason", str)]):
-    """Make the backbone the champion if its metric exceeds that of the current champion by the margin.
+    """Make the backbone the champion if it beats the current champion by the rule of the recipe (promotion.rule).
 
     The champion is a pointer in the object store, which is changed by a conditional put: of two concurrent runs one wins,
     and the other is compared with the winner. Writes promotion.json of the run with the decision. If the recipe sets

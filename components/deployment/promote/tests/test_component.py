@@ -12,8 +12,8 @@ def test_it_decides_and_says_why(run_there: Run, components: Any) -> None:
     run_there.store.remove(run_there.at("promotion.json"))
     run_there.store.remove("s3://esvit/pointers/champion")
     (promoted, reason), artifacts = components.directly(promote, run_uri=run_there.uri)
-    result = run_there.store.get_json(run_there.at("evaluation/knn.json"))["results"]
-    assert promoted == (result["trained"]["knn/5"] > result["baseline"]["knn/5"])
+    difference = run_there.store.get_json(run_there.at("evaluation/knn.json"))["differences"]["knn/5"]
+    assert promoted == (difference["decision"] == "better")
     assert "knn/5" in reason
     assert artifacts["decision"].uri == run_there.at("promotion.json")
     pointer = run_there.store.read_pointer("s3://esvit/pointers/champion")
