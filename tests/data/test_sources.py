@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 import tarfile
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from esvit_core.data.ingest.archives import FileReadError
+from esvit_core.data.ingest.entry_names import bytes_of_name, name_of_bytes
 from esvit_core.data.ingest.sources import check_source, open_source, source_fingerprint
 from esvit_core.errors import InfrastructureError, UserError
 
@@ -118,10 +124,85 @@ def test_paths_outside_the_archive_are_refused_and_nothing_is_written(tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.zip"]
 
 
-def test_windows_paths_in_a_zip_are_paths(tmp_path):
-    path = zip_of(tmp_path / "a.zip", [("cat/1.png", b"one")])
-    path.write_bytes(path.read_bytes().replace(b"cat/1.png", b"cat\\1.png"))
-    assert contents(path) == {"cat/1.png": b"one"}
+class RawName(zipfile.ZipInfo):
+    """An entry of a zip whose name is written as the given bytes, without the flag for UTF-8."""
+
+    def __init__(self, raw: bytes, system: int = 0, extra: bytes = b"") -> None:
+        super().__init__(raw.decode("cp437").replace("\\", "?"))
+        self.raw, self.create_system, self.extra = raw, system, extra
+
+    def _encodeFilenameFlags(self):  # noqa: N802 (zipfile's name)
+        return self.raw, self.flag_bits & ~0x800
+
+
+def raw_zip(path: Path, names: Iterable[bytes], system: int = 0, extra: bytes = b"") -> Path:
+    """Write a zip with the names as given; the content of each entry is its name."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(RawName(name, system, extra), b"" if name.endswith((b"/", b"\\")) else name)
+    return path
+
+
+def test_a_backslash_separates_folders_only_where_the_archive_was_made_on_windows(tmp_path):
+    names = [b"cat\\", b"cat\\1.png", b"dog/2.png"]
+    assert contents(raw_zip(tmp_path / "a.zip", names)) == {"cat/1.png": names[1], "dog/2.png": names[2]}
+    found = contents(raw_zip(tmp_path / "b.zip", names, system=3))  # made on Unix, where it is a character like others
+    assert found == {"cat\\1.png": names[1], "dog/2.png": names[2]}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "folders"),
+    [
+        ("utf-8", ["grün", "été"]),
+        ("cp437", ["grün", "été", "Möwe"]),
+        ("cp932", ["写真表", "能登半島", "ソ"]),  # two of them contain the byte of a backslash
+        ("gb18030", ["照片", "新建文件夹", "风景"]),
+        ("cp949", ["고양이", "강아지"]),
+        ("cp866", ["кошка", "собака"]),
+    ],
+)
+def test_the_encoding_of_names_in_a_zip_is_detected_and_named(tmp_path, encoding, folders):
+    names = [f"{folder}/{i}.png" for folder in folders for i in range(4)]
+    path = raw_zip(tmp_path / "a.zip", [name.encode(encoding) for name in names])
+    assert contents(path) == {name: name.encode(encoding) for name in names}
+    with open_source(str(path)) as opened:
+        assert (f"read as {encoding} " in " ".join(opened.notes)) == (encoding != "utf-8")
+
+
+def test_a_stated_name_needs_no_detection(tmp_path):
+    raw = "grün.png".encode("cp437")
+    field = b"\x01" + struct.pack("<I", zlib.crc32(raw)) + "写真.png".encode()
+    extra = struct.pack("<HH", 0x7075, len(field)) + field
+    assert list(contents(raw_zip(tmp_path / "a.zip", [raw], extra=extra))) == ["写真.png"]
+    assert list(contents(raw_zip(tmp_path / "b.zip", [b"other" + raw], extra=extra))) == ["othergrün.png"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_names_that_are_not_utf_8_stay_different(tmp_path, kind):
+    """Bytes of two characters each: replaced by one mark each, they would be the same name."""
+    names = [f"{c}.png".encode("gbk") for c in "猫狗鸟鱼马牛羊猪鸡鸭"]
+    if kind == "tar":
+        path = tar_of(tmp_path / "a.tar", [(name.decode("utf-8", "surrogateescape"), name) for name in names])
+    else:
+        path = tmp_path / "folder"
+        path.mkdir()
+        for name in names:
+            (path / os.fsdecode(name)).write_bytes(name)
+    found = contents(path)
+    assert len(found) == 10 and found["%B9%B7.png"] == "狗.png".encode("gbk")
+    assert {bytes_of_name(name): content for name, content in found.items()} == {name: name for name in names}
+
+
+@given(st.lists(st.one_of(st.binary(), st.sampled_from([b"%E4", b"%25E4", b"\xe4", b"%", b"%E4%B8%AD", b"\xe4%E4"]))))
+def test_the_escape_of_names_is_reversible(parts):
+    raw = b"".join(parts)
+    name = name_of_bytes(raw)
+    assert bytes_of_name(name) == raw and name.encode().decode() == name
+
+
+@pytest.mark.parametrize("name", ["a%20b.png", "100%.png", "%E4%B8%AD.png", "grün.png"])
+def test_names_in_utf_8_stay_as_they_are(name):
+    assert name_of_bytes(name.encode()) == name
 
 
 def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
@@ -159,7 +240,7 @@ def test_unusual_files_in_a_folder_have_a_problem(tmp_path, make):
     (folder / "other.png").symlink_to("1.png")
     assert problems(folder) == {"gone.png": "broken link", "pipe.png": "not a regular file"}
     found = contents(folder)
-    assert found["other.png"] == b"one" and found["bad\ufffd.png"] == b"four" and len(found) == 5
+    assert found["other.png"] == b"one" and found["bad%FF.png"] == b"four" and len(found) == 5
 
 
 def test_unreadable_files_and_folders_have_a_problem(tmp_path, make, monkeypatch):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
+from esvit_core.data.ingest.entry_names import is_folder_in_zip, name_of_text, names_in_zip
 from esvit_core.errors import EsvitError, InfrastructureError, UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -61,10 +62,12 @@ class Source(Protocol):
     Attributes:
         entries: the files.
         duplicates: number of entries that were replaced by a later one with the same name.
+        notes: what had to be guessed to list the files, in lines.
     """
 
     entries: list[Entry]
     duplicates: int
+    notes: list[str]
 
     def read(self, entry: Entry) -> bytes:
         """Return the content of a file.
@@ -97,6 +100,7 @@ class TarSource:
             self._file.close()
             raise
         self.entries, self.duplicates = keep_last(found)
+        self.notes: list[str] = []
 
     def read(self, entry: Entry) -> bytes:
         return self._read(entry, -1)
@@ -138,7 +142,12 @@ class ZipSource:
             self._zip = zipfile.ZipFile(path)
         except DAMAGE as error:
             raise damaged_archive(source, error) from None
-        self.entries, self.duplicates = keep_last(_zip_entry(i) for i in self._zip.infolist() if not i.is_dir())
+        infos = self._zip.infolist()
+        names, note = names_in_zip(infos)
+        self.entries, self.duplicates = keep_last(
+            _zip_entry(name, info) for name, info in zip(names, infos, strict=True) if not is_folder_in_zip(name)
+        )
+        self.notes = [note] if note else []
 
     def read(self, entry: Entry) -> bytes:
         assert isinstance(entry.handle, zipfile.ZipInfo)
@@ -185,11 +194,6 @@ def damaged_archive(source: str, why: object) -> EsvitError:
     return UserError(f"{source}: damaged archive ({why}); copy or create it again, or pass the unpacked folder")
 
 
-def readable_name(name: str) -> str:
-    """Return a name that can be encoded as UTF-8, with invalid bytes replaced."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def keep_last(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
     """Keep the last of several entries with the same name, as unpacking does; also return the number of the others."""
     named: dict[str, Entry] = {}
@@ -201,22 +205,21 @@ def keep_last(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
 
 
 def _tar_entry(member: tarfile.TarInfo) -> Entry:
-    entry = _with_safe_name(Entry(member.name, member.size, str(member.mtime), member))
+    entry = _with_safe_name(Entry(name_of_text(member.name), member.size, str(member.mtime), member))
     if entry.problem is None and not (member.isreg() or member.islnk() or member.issym()):
         return replace(entry, problem="not a regular file")
     return entry
 
 
-def _zip_entry(info: zipfile.ZipInfo) -> Entry:
-    # Some tools on Windows write backslashes, although the format forbids them.
-    entry = _with_safe_name(Entry(info.filename.replace("\\", "/"), info.file_size, f"{info.CRC:08x}", info))
+def _zip_entry(name: str, info: zipfile.ZipInfo) -> Entry:
+    entry = _with_safe_name(Entry(name, info.file_size, f"{info.CRC:08x}", info))
     if entry.problem is None and info.flag_bits & 1:
         return replace(entry, problem="encrypted")
     return entry
 
 
 def _with_safe_name(entry: Entry) -> Entry:
-    parts = [part for part in readable_name(entry.name).split("/") if part not in ("", ".")]
+    parts = [part for part in entry.name.split("/") if part not in ("", ".")]
     unsafe = ".." in parts or entry.name.startswith("/") or re.match(r"[A-Za-z]:/", entry.name)
     problem = "path outside the archive" if unsafe else None
     return replace(entry, name="/".join(parts) or "(no name)", problem=problem)

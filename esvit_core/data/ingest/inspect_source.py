@@ -93,9 +93,15 @@ def inspect_source(source: str, config: DataConfig, store: ObjectStore | None = 
             for entry, assignment in zip(reading.readable, reading.layout.assignments, strict=True)
             if entry.name in images and entry.name not in bad
         ]
-        duplicates = opened.duplicates
+        duplicates, notes = opened.duplicates, opened.notes
     counts, listed = count_images(good), sorted(bad.items())
-    lines = [*reading.layout.messages, *describe_counts(counts), *sample.lines(counts.images), *find_oddities(good)]
+    lines = [
+        *notes,
+        *reading.layout.messages,
+        *describe_counts(counts),
+        *sample.lines(counts.images),
+        *find_oddities(good),
+    ]
     if unread:
         lines.append(f"odd: files whose names do not tell their type, not read and not counted: {unread:,}")
     if duplicates:

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def prepare(
         if earlier is not None:
             earlier = earlier.with_current_stamps(hash_touched_entries(earlier, entries, scan, opened))
         plan = plan_ingest(entries, source, config, earlier, opened.read)
+        plan = replace(plan, messages=[*opened.notes, *plan.messages])
         print(*(f"prepare: {line}" for line in plan.messages), sep="\n", flush=True)
         job = Preparation(source, opened, plan, config, store, destination, earlier)
         job.unfinished = UnfinishedPreparation(store, destination, fingerprint, config, base)

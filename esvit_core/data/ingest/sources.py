@@ -17,6 +17,7 @@ from pathlib import Path
 from esvit_core.data.ingest import archives
 from esvit_core.data.ingest import fingerprint as fingerprints
 from esvit_core.data.ingest.archives import Entry, FileReadError, Source, TarSource, ZipSource
+from esvit_core.data.ingest.entry_names import name_of_text
 from esvit_core.data.ingest.file_kinds import is_ignored, may_be_image
 from esvit_core.errors import UserError
 from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
@@ -32,6 +33,7 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         self.duplicates = 0
+        self.notes: list[str] = []
         self.entries = list(_walk(path))
 
     def read(self, entry: Entry) -> bytes:
@@ -60,6 +62,7 @@ class PrefixSource:
 
     def __init__(self, store: ObjectStore, uri: str) -> None:
         self.duplicates = 0
+        self.notes: list[str] = []
         self._store = store
         start = len(join_uri(uri)) + 1
         self.entries = [
@@ -198,12 +201,12 @@ def _walk(root: Path) -> Iterator[Entry]:
             yield _file_entry(path, os.path.relpath(path, root))
     for problem in problems:
         path = str(problem.filename)
-        name = archives.readable_name(os.path.relpath(path, root))
+        name = name_of_text(os.path.relpath(path, root))
         yield Entry(name, 0, "", path, f"unreadable folder ({problem.strerror})")
 
 
 def _file_entry(path: str, name: str) -> Entry:
-    name = archives.readable_name(name)
+    name = name_of_text(name)
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError as error:
