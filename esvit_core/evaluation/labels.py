@@ -13,6 +13,9 @@ from esvit_core.evaluation.outcomes import held_out_digest
 from esvit_core.evaluation.results import MODELS
 from esvit_core.storage import ObjectStore, join_uri
 
+# Spread of the features relative to the largest of them, up to which their differences are rounding errors in float32.
+_ROUNDING = 1e-6
+
 Splits = tuple[Features, Features]
 
 
@@ -47,6 +50,9 @@ def task_of(splits: Mapping[str, Splits], manifest: Manifest) -> Task | str:
     train, val = next(iter(splits.values()))
     if reason := missing_labels(train.labels, val.labels):
         return reason
+    for model, parts in splits.items():
+        if reason := unusable_features(model, *parts):
+            return reason
     names = class_names(manifest.classes, train.labels, val.labels)
     return Task(
         {model: (_labeled(a), _labeled(b)) for model, (a, b) in splits.items()},
@@ -76,6 +82,26 @@ def missing_labels(train_labels: np.ndarray, val_labels: np.ndarray) -> str | No
         return "no images are held out; add a val folder or set data.val_fraction above 0"
     if not (val_labels >= 0).any():
         return "the held-out images have no labels"
+    return None
+
+
+def unusable_features(model: str, train: Features, val: Features) -> str | None:
+    """Return the reason why features cannot be classified; None if they can.
+
+    Args:
+        model: name of the model for the reason.
+        train, val: its features.
+    """
+    for part, images in ((train, "training"), (val, "held-out")):
+        finite = np.isfinite(part.view).all(1) & np.isfinite(part.blocks).all(1)
+        if not finite.all():
+            return (
+                f"the {model} backbone gives NaN or infinite features for {int((~finite).sum()):,} of {len(part):,} "
+                f"{images} images"
+            )
+    spread = np.ptp(train.view, axis=0).max(initial=0)
+    if len(train) > 1 and spread <= _ROUNDING * np.abs(train.view).max(initial=0):
+        return f"the {model} backbone gives all {len(train):,} training images the same features"
     return None
 
 

@@ -33,8 +33,11 @@ _LOWEST_EXPONENT, _DECADES, _STEPS_PER_DECADE = -6, 12, 8
 #: Values of lambda that the search can choose: 96 logarithmic steps over 1e-6 ... 1e6.
 LAMBDAS = 10.0 ** (_LOWEST_EXPONENT + np.arange(_DECADES * _STEPS_PER_DECADE + 1) / _STEPS_PER_DECADE)
 _FIRST_SPACING = 2 * _STEPS_PER_DECADE  # 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6
-_VALIDATION_FRACTION = 0.2
-_MAX_ITERATIONS = 1000
+_FOLDS = 5
+# With more training images, a single fold has at least 1,000 images, and lambda is chosen on it alone.
+_MAX_IMAGES_FOR_ALL_FOLDS = 5_000
+_MAX_ITERATIONS = 1_000
+_MORE_ITERATIONS = 10_000  # of a final fit that did not converge
 _DEFAULT_LAMBDA = 1.0
 # Matrix products with fewer values are faster on one thread: on two busy cores the threads wait for each other,
 # which took fifty times as long for 1,400 x 128 features.
@@ -48,9 +51,9 @@ class TransferOutcome:
     Attributes:
         figure: metric on the test images, percent.
         strength: chosen lambda.
-        validation: metric on the validation split for every lambda that was tried.
+        validation: metric on the validation folds for every lambda that was tried.
         converged: whether the final fit converged before the iteration limit.
-        searched: False if there were too few images for a validation split, so that lambda is 1.
+        searched: False if there were too few images for a validation fold, so that lambda is 1.
         correct: whether each test image was classified correctly, (M,) bool.
     """
 
@@ -69,7 +72,7 @@ def search_lambda(score: Callable[[float], float]) -> tuple[float, dict[float, f
     decade. Among equal scores the strongest regularization is the peak.
 
     Args:
-        score: score of a lambda on the validation split; higher is better.
+        score: score of a lambda on validation images; higher is better.
 
     Returns:
         The best lambda, and the score of every lambda that was tried.
@@ -99,50 +102,65 @@ def logistic_transfer(
     seed: int = 0,
     label: str = "transfer",
 ) -> TransferOutcome:
-    """Choose lambda on a validation split, refit on the whole training set, and measure on the test set.
+    """Choose lambda by cross-validation on the training set, refit on all of it, and measure on the test set.
+
+    Up to 5,000 training images, every image is in one of five validation folds, and the score of a lambda is the metric of
+    the predictions on all folds together. With more images only the first fold is used, a validation split as in CLIP's
+    protocol. Neither depends on the test set.
 
     Args:
         train, test: features, (N, D) and (M, D).
         train_labels, test_labels: classes, (N,) and (M,).
         metric: metric of the search and of the result.
-        seed: seed of the validation split, see :func:`validation_split`.
+        seed: seed of the folds, see :func:`validation_folds`.
         label: first word of the progress lines.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
-    held_out = validation_split(train_labels, seed)
-    fit, fit_labels, validation, wanted = (
-        train[~held_out],
-        train_labels[~held_out],
-        train[held_out],
-        train_labels[held_out],
-    )
+    folds = _folds_to_use(validation_folds(train_labels, seed))
     strength = _DEFAULT_LAMBDA
     scores: dict[float, float] = {}
-    if held_out.any():
+    if folds:
+        truth = np.concatenate([train_labels[held_out] for held_out in folds])
         with ProgressLine(None, unit="regularization strengths", label=label) as progress:
 
             def score(candidate: float) -> float:
-                value = metric_of(metric, wanted, _fit(fit, fit_labels, candidate).predict(validation))
+                predicted = [
+                    _fit(train[~held_out], train_labels[~held_out], candidate).predict(train[held_out])
+                    for held_out in folds
+                ]
+                value = metric_of(metric, truth, np.concatenate(predicted))
                 progress.update(1, validation=value)
                 return value
 
             strength, scores = search_lambda(score)
-    model = _fit(train, train_labels, strength)
+    model = _fit(train, train_labels, strength, _MORE_ITERATIONS)
     predicted = model.predict(test)
     figure = metric_of(metric, test_labels, predicted)
-    converged = bool(model.n_iter_.max() < _MAX_ITERATIONS)
+    converged = bool(model.n_iter_.max() < _MORE_ITERATIONS)
     return TransferOutcome(figure, strength, scores, converged, bool(scores), predicted == test_labels)
 
 
-def validation_split(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Choose a fifth of every class for validation, but never the last image of a class; (N,) bool."""
+def validation_folds(labels: np.ndarray, seed: int, folds: int = _FOLDS) -> np.ndarray:
+    """Distribute the images of each class evenly over the folds at random; fold of each image, (N,).
+
+    The only image of a class is in no fold (-1), so that every fit sees every class.
+    """
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), dtype=bool)
+    fold = np.full(len(labels), -1)
+    start = 0
     for value in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == value))
-        count = min(max(1, round(len(members) * _VALIDATION_FRACTION)), len(members) - 1)
-        chosen[members[:count]] = True
-    return chosen
+        if len(members) > 1:
+            fold[members] = (start + np.arange(len(members))) % folds
+            start += len(members)  # so that the folds of many small classes have the same size
+    return fold
+
+
+def _folds_to_use(fold: np.ndarray) -> list[np.ndarray]:
+    """Return a mask of the validation images of each fold that is used, (N,) bool."""
+    number = _FOLDS if len(fold) <= _MAX_IMAGES_FOR_ALL_FOLDS else 1
+    masks = [fold == i for i in range(number)]
+    return [mask for mask in masks if mask.any()]
 
 
 def metric_of(metric: Metric, truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -194,11 +212,8 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     notes = list(task.notes)
     if not all(o.searched for o in outcomes.values()):
         notes.append("every class has a single training image, so lambda was not searched and is 1")
-    notes += [
-        f"{model}: L-BFGS stopped after {_MAX_ITERATIONS:,} iterations"
-        for model, o in outcomes.items()
-        if not o.converged
-    ]
+    unconverged = [model for model, o in outcomes.items() if not o.converged]
+    notes += [f"{model}: the fit did not converge in {_MORE_ITERATIONS:,} iterations" for model in unconverged]
     train, val = next(iter(task.splits.values()))
     result = measured(
         key,
@@ -207,6 +222,7 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
         notes=notes,
         metric=chosen.metric,
         samples={"train": len(train), "val": len(val)},
+        unconverged={key: unconverged} if unconverged else {},
     ) | {"lambda": {model: o.strength for model, o in outcomes.items()}}
     correct = {model: {key: o.correct} for model, o in outcomes.items()}
     labels = val.labels if chosen.metric == "mean_per_class" else None
@@ -235,8 +251,8 @@ def transfer_task(
     return task_of(splits, Manifest.read(store, prefix))
 
 
-def _fit(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
-    model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=_MAX_ITERATIONS)
+def _fit(x: np.ndarray, labels: np.ndarray, strength: float, iterations: int = _MAX_ITERATIONS) -> LogisticRegression:
+    model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=iterations)
     threads = 1 if x.size < _MIN_VALUES_FOR_THREADS else None
     with warnings.catch_warnings(), threadpool_limits(threads):
         # With weak regularization separable features have no finite optimum; the convergence of the final fit is checked.

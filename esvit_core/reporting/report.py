@@ -294,7 +294,10 @@ def _protocols(records: RunRecords) -> list[str]:
             metric = {"mean_per_class": "mean per class"}.get(result.get("metric", ""), "accuracy")
             counts = result.get("samples", {})
             size = f"{counts['train']:,} images to fit, {counts['val']:,} to measure; " if counts else ""
-            lines.append(f"Transfer to {name.removeprefix('transfer-')}: {size}{metric}; lambda {strengths}.")
+            lines.append(
+                f"Transfer to {name.removeprefix('transfer-')}: {size}{metric}; lambda {strengths}, "
+                "chosen by validation on the images to fit."
+            )
     return lines
 
 

@@ -31,6 +31,7 @@ class Row:
         headline: whether it is the main figure of its evaluation.
         unit: unit of the values.
         comparison: interval and test of the difference; None if the outcomes of the single images were not kept.
+        remark: what a reader must know about the values; usually empty.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Row:
     headline: bool = False
     unit: str = "%"
     comparison: Difference | None = None
+    remark: str = ""
 
     @property
     def difference(self) -> float | None:
@@ -107,6 +109,7 @@ def result_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
                 headline=key == headline,
                 unit=unit,
                 comparison=compared.get(key),
+                remark=_unconverged(result.get("unconverged", {}).get(key, [])),
             )
             for key, value in trained.items()
         ]
@@ -161,6 +164,10 @@ def change(value: float | None, baseline: float | None) -> str:
 def typeset(figure: str) -> str:
     """Convert the output of :func:`percent` or :func:`points` to typographic minus signs and dashes."""
     return DASH if figure == "-" else figure.replace("-", MINUS)
+
+
+def _unconverged(models: Sequence[str]) -> str:
+    return f"{' and '.join(models)}: fit not converged" if models else ""
 
 
 def _expected(config: Config | None) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
             left_out.append(row)
             continue
         table.add_row(
-            Text(row.label, style="bold" if row.headline else ""),
+            _label(row),
             _figure(row.trained, row.unit, "bold" if row.headline else ""),
             _figure(row.baseline, row.unit),
             Text(row.change, style=_TONES[row.tone]),
@@ -58,6 +58,11 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         by_reason.setdefault(row.reason, []).append(row.label)
     return [f"{', '.join(labels)}: {reason}" for reason, labels in by_reason.items()]
+
+
+def _label(row: Row) -> Text:
+    label = Text(row.label, style="bold" if row.headline else "")
+    return label.append(f" ({row.remark})", style="not bold") if row.remark else label
 
 
 def _figure(value: float | None, unit: str, style: str = "") -> Text:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from esvit_core.evaluation.labels import class_names, label_notes, missing_labels
+from esvit_core.evaluation.features import Features
+from esvit_core.evaluation.labels import class_names, label_notes, missing_labels, unusable_features
 
 NONE = np.full(4, -1)
 
@@ -40,3 +41,27 @@ def test_long_lists_are_cut():
 
 def test_classes_without_a_name_get_their_number():
     assert class_names(["ant"], np.array([0, 2])) == ["ant", "1", "2"]
+
+
+def features(view: np.ndarray, blocks: np.ndarray | None = None) -> Features:
+    return Features(view, view if blocks is None else blocks, np.zeros(len(view), int))
+
+
+def test_features_that_cannot_be_classified_have_a_reason():
+    good = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    broken = good.copy()
+    broken[2:4, 1] = np.nan, np.inf
+    assert unusable_features("trained", features(good), features(good)) is None
+    assert unusable_features("trained", features(good), features(good, broken)) == (
+        "the trained backbone gives NaN or infinite features for 2 of 6 held-out images"
+    )
+    collapsed = np.float32(3) + np.float32(2.4e-7) * (np.arange(18).reshape(6, 3) % 2).astype(np.float32)
+    for same in (np.full_like(good, 3), collapsed, np.zeros_like(good)):
+        assert unusable_features("baseline", features(same), features(good)) == (
+            "the baseline backbone gives all 6 training images the same features"
+        )
+    assert unusable_features("trained", features(good * 1e-4), features(good)) is None
+
+
+def test_the_features_of_one_image_are_not_all_the_same():
+    assert unusable_features("trained", features(np.ones((1, 3))), features(np.ones((2, 3)))) is None

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esvit_core.evaluation.transfer import LAMBDAS, logistic_transfer, metric_of, search_lambda, validation_split
+from esvit_core.config import TransferSet
+from esvit_core.evaluation import transfer
+from esvit_core.evaluation.features import Features
+from esvit_core.evaluation.labels import Task
+from esvit_core.evaluation.transfer import (
+    LAMBDAS,
+    evaluate_task,
+    logistic_transfer,
+    metric_of,
+    search_lambda,
+    validation_folds,
+)
 
 
 def test_the_grid_is_96_logarithmic_steps():
@@ -45,12 +56,25 @@ def test_of_equal_scores_the_stronger_regularisation_wins():
     assert best == pytest.approx(10)
 
 
-def test_validation_takes_a_fifth_of_each_class_but_never_its_last_image():
+def test_every_fold_holds_a_fifth_of_each_class_but_never_its_only_image():
     labels = np.repeat([0, 1, 2, 3], [50, 10, 2, 1])
-    chosen = validation_split(labels, seed=0)
-    assert np.bincount(labels[chosen], minlength=4).tolist() == [10, 2, 1, 0]
-    assert (validation_split(labels, seed=0) == chosen).all()
-    assert (validation_split(labels, seed=1) != chosen).any()
+    fold = validation_folds(labels, seed=0)
+    for value, sizes in ((0, [10] * 5), (1, [2] * 5)):
+        assert np.bincount(fold[labels == value]).tolist() == sizes
+    assert sorted(np.bincount(fold[labels == 2], minlength=5)) == [0, 0, 0, 1, 1]
+    assert fold[labels == 3].tolist() == [-1]
+    assert (validation_folds(labels, seed=0) == fold).all()
+    assert (validation_folds(labels, seed=1) != fold).any()
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=2, max_size=12), seed=st.integers(0, 9))
+def test_every_fit_of_the_search_sees_every_class(counts, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    fold = validation_folds(labels, seed)
+    for number in range(5):
+        assert set(labels[fold != number]) == set(labels)
+    sizes = np.bincount(fold[fold >= 0], minlength=5)
+    assert sizes.max() - sizes.min() <= 1
 
 
 def test_metrics():
@@ -81,6 +105,39 @@ def test_separable_classes_transfer(classes):
 def test_the_chosen_strength_is_the_best_on_validation():
     outcome = logistic_transfer(*blobs(0, 90, 3), *blobs(1, 30, 3), metric="mean_per_class")
     assert outcome.validation[outcome.strength] == max(outcome.validation.values())
+
+
+def test_the_test_images_do_not_influence_the_choice():
+    train, labels = blobs(0, 90, 3)
+    test, truth = blobs(1, 30, 3)
+    chosen = logistic_transfer(train, labels, test, truth)
+    wrong = logistic_transfer(train, labels, test[::-1] * 5, (truth + 1) % 3)
+    assert (chosen.strength, chosen.validation) == (wrong.strength, wrong.validation)
+
+
+def test_every_image_of_a_small_set_validates_and_a_fifth_of_a_large_one(monkeypatch):
+    train, labels = blobs(0, 97, 3)
+    hundredth = 100 / 97
+    small = logistic_transfer(train, labels, train, labels)
+    assert all(value / hundredth == pytest.approx(round(value / hundredth)) for value in small.validation.values())
+    monkeypatch.setattr(transfer, "_MAX_IMAGES_FOR_ALL_FOLDS", 96)
+    fifth = 100 / (validation_folds(labels, 0) == 0).sum()
+    large = logistic_transfer(train, labels, train, labels)
+    assert all(value / fifth == pytest.approx(round(value / fifth)) for value in large.validation.values())
+
+
+def test_a_fit_that_does_not_converge_is_named(monkeypatch):
+    def features(seed, count):
+        x, labels = blobs(seed, count, 3)
+        return Features(x, x, labels)
+
+    task = Task({"trained": (features(0, 60), features(1, 20))}, ["a", "b", "c"], [], "images")
+    result = evaluate_task(task, TransferSet(name="blobs", source="unused"), seed=0)
+    assert result["unconverged"] == {} and result["notes"] == []
+    monkeypatch.setattr(transfer, "_MORE_ITERATIONS", 2)
+    result = evaluate_task(task, TransferSet(name="blobs", source="unused"), seed=0)
+    assert result["unconverged"] == {"transfer/blobs": ["trained"]}
+    assert result["notes"] == ["trained: the fit did not converge in 2 iterations"]
 
 
 def test_one_image_a_class_is_fitted_without_a_search():

@@ -372,6 +372,15 @@ def test_a_store_that_does_not_answer_is_an_error_not_an_empty_report(config):
         write_report("s3://bucket/runs/a", ObjectStore(address, RetryPolicy(attempts=1)), config)
 
 
+def test_a_fit_that_did_not_converge_is_named_beside_its_figure(make_run, store, written):
+    run = make_run(drawings=False)
+    uri = result_uri(run.uri, "transfer-digits")
+    store.put_json(uri, store.get_json(uri) | {"unconverged": {"transfer/digits": ["trained"]}})
+    text = output(written(run))
+    assert "transfer to digits (trained: fit not converged) 88.5" in text
+    assert "lambda trained 0.75, baseline 1, chosen by validation on the images to fit." in text
+
+
 def test_the_promotion_is_previewed(page):
     text = output(page)
     assert (

@@ -53,6 +53,13 @@ def test_a_tested_difference_has_its_interval_and_its_verdict():
     assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.7", "2.8", "to", "7.0", "better"]
 
 
+def test_a_fit_that_did_not_converge_is_named_beside_its_figure():
+    text = printed([LINEAR | {"unconverged": {"linear": ["trained", "baseline"]}}, KNN], width=140)
+    line = next(line for line in text.splitlines() if "linear probe" in line)
+    assert line.strip().startswith("linear probe (trained and baseline: fit not converged)")
+    assert "converged" not in next(line for line in text.splitlines() if "20-NN" in line)
+
+
 def test_what_was_left_out_is_named_with_its_reason_as_it_is():
     text = printed([KNN, MISSING])
     assert "transfer to a: not measured" in text
