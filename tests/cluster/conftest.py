@@ -225,7 +225,7 @@ def training(
 @pytest.fixture(scope="session")
 def endless(cli: Cli, runs: Runs, kube: Kube, unlabelled: str, stamp: str) -> Iterator[str]:
     """A training in a step's own pod that goes on until it is terminated, for disturbances in turn; the run's id."""
-    run_id = start_training(cli, unlabelled, stamp, "disturbed", epochs=ENDLESS)
+    run_id = start_training(cli, unlabelled, stamp, "disturbed", "training.workers=1", epochs=ENDLESS)
     wait_for_line(kube, runs.pod(run_id, TRAIN_STEP), "images/s")
     yield run_id
     runs.terminate(run_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,8 @@ class Cli:
             stderr=subprocess.STDOUT,
             text=True,
             env=self.environment(**environment),
+            # A shell's background job ignores SIGINT, and so would its children, which a test interrupts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def environment(self, **more: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 import urllib.parse
@@ -10,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube, wait_for
+from PIL import Image
 from runs import TRAIN_STEP, Cli, Runs
 
-from conftest import ENDLESS, start_training
-from esvit_core.monitoring.alerts import Durations, alert_rules, prometheus_rule
+from conftest import ENDLESS, start_training, upload
+from esvit_core.monitoring.alerts import STORE_KEPT_FREE_GIB, Durations, alert_rules, prometheus_rule
+from esvit_core.storage import ObjectStore
 
 # Ten minutes become twenty seconds, so that a cause is felt within a minute.
 FACTOR = 1 / 30
@@ -34,12 +38,12 @@ class Prometheus:
         with urllib.request.urlopen(f"{self.address}/api/v1/{path}?{query}", timeout=20) as answer:
             return json.load(answer)["data"]
 
-    def firing(self) -> dict[str, str]:
-        """Summary of each alert that fires, by its name and, where it has one, its sign."""
+    def firing(self, **labels: str) -> dict[str, str]:
+        """Summary of each alert that fires with labels that begin so, by the alert's name and, if any, its sign."""
         return {
             "/".join(filter(None, (a["labels"]["alertname"], a["labels"].get("sign")))): a["annotations"]["summary"]
             for a in self.ask("alerts")["alerts"]
-            if a["state"] == "firing"
+            if a["state"] == "firing" and all(a["labels"].get(k, "").startswith(v) for k, v in labels.items())
         }
 
     def targets(self) -> dict[str, str]:
@@ -66,12 +70,13 @@ def prometheus(settings: Settings, kube: Kube) -> Iterator[Prometheus]:
     kube.run("delete", "prometheusrule", "esvit-short", "--ignore-not-found")
 
 
-def in_pod(kube: Kube, pod: dict, signal: str, module: str = "esvit_core.training") -> None:
-    """Send a signal to the training processes of a pod."""
+def in_pod(kube: Kube, pod: dict, signal: str, module: str = "esvit_core.training", *, children: bool = False) -> None:
+    """Send a signal to the training processes of a pod, or to their children, which load the data."""
+    which = "for c in p.children()" if children else "for c in [p]"
     code = (
         "import os, psutil, signal;"
-        f"[p.send_signal(signal.{signal}) for p in psutil.process_iter()"
-        f" if {module!r} in p.cmdline() and p.pid != os.getpid()]"
+        f"[c.send_signal(signal.{signal}) for p in psutil.process_iter()"
+        f" if {module!r} in p.cmdline() and p.pid != os.getpid() {which}]"
     )
     kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", code)
 
@@ -81,10 +86,10 @@ def resumed(kube: Kube, pod: dict) -> int:
     return kube.logs(pod["metadata"]["name"]).count("resuming from step")
 
 
-def fires(prometheus: Prometheus, name: str, saw: Saw, seconds: float = 180) -> None:
-    """Wait until an alert fires."""
+def fires(prometheus: Prometheus, name: str, saw: Saw, seconds: float = 180, **labels: str) -> None:
+    """Wait until an alert fires with labels that begin so."""
     began = time.monotonic()
-    summary = wait_for(f"{name} to fire", lambda: prometheus.firing().get(name), seconds)
+    summary = wait_for(f"{name} to fire", lambda: prometheus.firing(**labels).get(name), seconds)
     saw(f"{name} fires after {time.monotonic() - began:.0f} s: {summary}")
 
 
@@ -100,20 +105,20 @@ def test_targets(prometheus: Prometheus, endless: str, runs: Runs, saw: Saw) -> 
 def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube, runs: Runs, saw: Saw) -> None:
     """Stalled, slow, restarting, store errors, checkpoint too old, gone: one training is disturbed in turn."""
     pod = runs.pod(endless, TRAIN_STEP)
-    in_pod(kube, pod, "SIGSTOP")
-    fires(prometheus, "EsvitTrainStalled", saw)
-    in_pod(kube, pod, "SIGCONT")
+    in_pod(kube, pod, "SIGSTOP", children=True)
+    fires(prometheus, "EsvitTrainStalled", saw, run="disturbed")
+    in_pod(kube, pod, "SIGCONT", children=True)
     time.sleep(40)  # a past to compare with
     end = time.monotonic() + 150
-    while "EsvitTrainSlow" not in prometheus.firing() and time.monotonic() < end:
+    while "EsvitTrainSlow" not in prometheus.firing(run="disturbed") and time.monotonic() < end:
         in_pod(kube, pod, "SIGSTOP")
         time.sleep(2)
         in_pod(kube, pod, "SIGCONT")
-    fires(prometheus, "EsvitTrainSlow", saw, 5)
+    fires(prometheus, "EsvitTrainSlow", saw, 5, run="disturbed")
     kube.run("scale", "statefulset/esvit-object-store", "--replicas=0")
     try:
-        fires(prometheus, "EsvitStoreErrors", saw)
-        fires(prometheus, "EsvitCheckpointTooOld", saw, 240)
+        fires(prometheus, "EsvitStoreErrors", saw, run="disturbed")
+        fires(prometheus, "EsvitCheckpointTooOld", saw, 240, run="disturbed")
     finally:
         kube.run("scale", "statefulset/esvit-object-store", "--replicas=1")
         kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
@@ -122,9 +127,26 @@ def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube
         in_pod(kube, pod, "SIGKILL", module="esvit_core.launch.agent")
         while resumed(kube, pod) == before:
             time.sleep(3)
-    fires(prometheus, "EsvitTrainRestarting", saw)
+    fires(prometheus, "EsvitTrainRestarting", saw, run="disturbed")
     runs.terminate(endless)
-    fires(prometheus, "EsvitTrainGone", saw)
+    fires(prometheus, "EsvitTrainGone", saw, run="disturbed")
+
+
+MAX_VOLUME_GIB = 64
+
+
+def run_of(alert: str) -> str:
+    """What the names of an alert's runs begin with."""
+    return alert.lower().replace("/", "-")
+
+
+def large_images() -> Iterator[tuple[str, bytes]]:
+    """Images whose decoding takes longer than a step of the tests' network."""
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (3000, 3000, 3), np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "JPEG", quality=50)
+        yield f"{number}.jpg", content.getvalue()
 
 
 #: Settings that bring about what an alert is about.
@@ -133,15 +155,18 @@ CAUSES = {
     "EsvitTeacherCollapse/uniform": (
         "objective.teacher_temp=10000", "objective.warmup_teacher_temp=10000", "training.collapse_patience=1000000",
     ),
-    "EsvitTrainDataStarved": ("model.depths=[1]", "model.num_heads=[2]", "augment.local_crops.number=0"),
+    "EsvitTrainDataStarved": (),  # its images are large
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def causes(cli: Cli, runs: Runs, unlabelled: str, stamp: str) -> Iterator[None]:
+def causes(cli: Cli, runs: Runs, store: ObjectStore, unlabelled: str, stamp: str) -> Iterator[None]:
     """A training for each cause, beside each other."""
+    large = upload(store, f"test/{stamp}/large", large_images(), labelled=False)
     started = [
-        start_training(cli, unlabelled, stamp, name.lower().replace("/", "-"), *changes, epochs=ENDLESS)
+        start_training(
+            cli, large if name == "EsvitTrainDataStarved" else unlabelled, stamp, run_of(name), *changes, epochs=ENDLESS
+        )
         for name, changes in CAUSES.items()
     ]
     yield
@@ -151,7 +176,31 @@ def causes(cli: Cli, runs: Runs, unlabelled: str, stamp: str) -> Iterator[None]:
 @pytest.mark.parametrize("name", CAUSES)
 def test_alert_and_its_cause(name: str, prometheus: Prometheus, causes: None, saw: Saw) -> None:
     """An alert fires when its cause is there."""
-    fires(prometheus, name, saw, 400)
+    fires(prometheus, name, saw, 400, run=run_of(name))
+
+
+def test_store_fills_up(prometheus: Prometheus, kube: Kube, saw: Saw) -> None:
+    """The store's volume fills up, first slowly and then nearly to its end."""
+
+    def in_store(command: str) -> str:
+        return kube.run("exec", "esvit-object-store-0", "--", "sh", "-c", command)
+
+    total, available = (int(word) << 10 for word in in_store("df -Pk /data").split("\n")[1].split()[1:4:2])
+    if total > MAX_VOLUME_GIB << 30:
+        pytest.skip(f"the store's volume has {total >> 30} GiB; only one of at most {MAX_VOLUME_GIB} GiB is filled")
+    address = kube.get("pod", "esvit-object-store-0")["status"]["podIP"] + ":"
+    assert "EsvitStoreLowSpace" not in prometheus.firing(instance=address)
+    try:
+        end = time.monotonic() + 400
+        while "EsvitStoreFillingUp" not in prometheus.firing(instance=address) and time.monotonic() < end:
+            in_store("fallocate -o $(stat -c %s /data/filler 2> /dev/null || echo 0) -l 16777216 /data/filler")
+            time.sleep(5)
+        fires(prometheus, "EsvitStoreFillingUp", saw, 5, instance=address)
+        in_store(f"fallocate -l {available - ((STORE_KEPT_FREE_GIB + 1) << 30)} /data/filler")
+        fires(prometheus, "EsvitStoreLowSpace", saw, instance=address)
+    finally:
+        in_store("rm -f /data/filler")
+    wait_for("EsvitStoreLowSpace to end", lambda: "EsvitStoreLowSpace" not in prometheus.firing(instance=address), 120)
 
 
 def test_every_alert_is_tried(saw: Saw) -> None:
