@@ -29,6 +29,7 @@ class Settings:
         overlay: the overlay that is installed.
         image: image of the steps; on the nodes already, or in a registry that they reach.
         prometheus: address of a Prometheus that scrapes the namespace.
+        model_registry: address of a Kubeflow Model Registry that pods reach too.
         multiuser: address of a Kubeflow Pipelines in multi-user mode, behind what says who asks.
         profile: namespace there that is a profile of the one who asks.
         stop_kubelet, start_kubelet: commands, ``{node}`` stands for the node.
@@ -44,6 +45,7 @@ class Settings:
     overlay: Path = field(default_factory=lambda: ROOT / _text("OVERLAY", "manifests/overlays/kind"))
     image: str = field(default_factory=lambda: _text("IMAGE", "esvit/trainer:0.1.0"))
     prometheus: str = field(default_factory=lambda: _text("PROMETHEUS"))
+    model_registry: str = field(default_factory=lambda: _text("MODEL_REGISTRY"))
     multiuser: str = field(default_factory=lambda: _text("MULTIUSER"))
     profile: str = field(default_factory=lambda: _text("PROFILE"))
     stop_kubelet: str = field(default_factory=lambda: _text("STOP_KUBELET"))

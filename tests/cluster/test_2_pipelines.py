@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from cluster_settings import Settings
 from evidence import Saw
+from kube import Kube
 from runs import TRAIN_STEP, Cli, Runs, progress, run_id_in
 
 from conftest import PER_CLASS, drawings, upload
@@ -47,13 +53,39 @@ def growing(store: ObjectStore, stamp: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def beside(cli: Cli, unlabelled: str, growing: str, stamp: str) -> dict[str, str]:
+def registration(settings: Settings, kube: Kube) -> Iterator[tuple[str, ...]]:
+    """Settings of a run that registers its champion, if there is a registry, which the run's steps may reach meanwhile."""
+    if not settings.model_registry:
+        yield ()
+        return
+    address = urllib.parse.urlsplit(settings.model_registry)
+    block = {"cidr": f"{socket.gethostbyname(address.hostname or '')}/32"}
+    port = {"protocol": "TCP", "port": address.port or 80}
+    name = "esvit-test-model-registry"
+    kube.apply(
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": name},
+            "spec": {
+                "podSelector": {"matchLabels": {"app.kubernetes.io/name": "esvit", "esvit.dev/role": "publish"}},
+                "policyTypes": ["Egress"],
+                "egress": [{"to": [{"ipBlock": block}], "ports": [port]}],
+            },
+        }
+    )
+    yield ("registry.kind=kubeflow", f"registry.url={settings.model_registry}")
+    kube.run("delete", "networkpolicy", name, "--ignore-not-found")
+
+
+@pytest.fixture(scope="module")
+def beside(cli: Cli, unlabelled: str, growing: str, registration: tuple[str, ...], stamp: str) -> dict[str, str]:
     """Runs that go on beside the first test, for time's sake; their ids."""
     return {
         "unlabelled": cli.submit(
             "pretrain", unlabelled, "--name", f"unlabelled {stamp}", settings=(f"recipe=unlabelled-{stamp}",)
         ),
-        "retrain": cli.submit("retrain", growing, "--name", f"retrain first {stamp}"),
+        "retrain": cli.submit("retrain", growing, "--name", f"retrain first {stamp}", settings=registration),
     }
 
 
@@ -122,3 +154,34 @@ def test_retrain(
             assert "lease" in str(error) or "another" in str(error), error
     saw(f"two at once: {'; '.join(ends.values())}")
     assert any("SUCCEEDED" in end for end in ends.values())
+
+
+def test_registration(
+    settings: Settings,
+    runs: Runs,
+    store: ObjectStore,
+    beside: dict[str, str],
+    needs: Callable[..., None],
+    stamp: str,
+    saw: Saw,
+) -> None:
+    """The champion of the first retraining is a version in the Kubeflow Model Registry."""
+    needs("model_registry")
+    runs.wait(beside["retrain"])
+    api = f"{settings.model_registry}/api/model_registry/v1alpha3"
+
+    def items(path: str) -> list[dict[str, Any]]:
+        with urllib.request.urlopen(f"{api}/{path}?pageSize=1000", timeout=20) as answer:
+            return json.load(answer)["items"]
+
+    (model,) = [m for m in items("registered_models") if m["name"] == f"champion-{stamp}"]
+    (version,) = items(f"registered_models/{model['id']}/versions")
+    (artifact,) = items(f"model_versions/{version['id']}/artifacts")
+    properties = {
+        key: next(v for k, v in value.items() if k != "metadataType")
+        for key, value in version["customProperties"].items()
+    }
+    saw(
+        f"model {model['name']}, version {version['name']}, {properties['metric']} {properties['value']}, {artifact['uri']}"
+    )
+    assert artifact["uri"].endswith("/backbone") and store.exists(f"{artifact['uri']}/manifest.json")

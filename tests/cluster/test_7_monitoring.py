@@ -72,12 +72,14 @@ def prometheus(settings: Settings, kube: Kube) -> Iterator[Prometheus]:
 
 def in_pod(kube: Kube, pod: dict, signal: str, module: str = "esvit_core.training", *, children: bool = False) -> None:
     """Send a signal to the training processes of a pod, or to their children, which load the data."""
-    which = "for c in p.children()" if children else "for c in [p]"
-    code = (
-        "import os, psutil, signal;"
-        f"[c.send_signal(signal.{signal}) for p in psutil.process_iter()"
-        f" if {module!r} in p.cmdline() and p.pid != os.getpid() {which}]"
-    )
+    code = f"""
+import psutil, signal
+for process in psutil.process_iter():
+    line = process.cmdline()
+    if "-m" in line and line[line.index("-m") + 1 :][:1] == [{module!r}]:
+        for one in {"process.children()" if children else "[process]"}:
+            one.send_signal(signal.{signal})
+"""
     kube.run("exec", pod["metadata"]["name"], "-c", "main", "--", "python", "-c", code)
 
 

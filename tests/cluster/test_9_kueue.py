@@ -96,7 +96,9 @@ def test_queue(
         for line in process.stdout.read().splitlines()[-12:]:
             saw(line)
         done = admitted(kube)
-        saw(f"{sum(done.values())} of {len(done)} workloads admitted: {', '.join(sorted(done))}; pods of {queued}")
+        saw(
+            f"{sum(done.values())} of {len(done)} workloads admitted, of pods with the roles {', '.join(sorted(queued))}"
+        )
         assert process.returncode == 0
         assert any("trainjob" in workload for workload in done) or len(settings) == 2
     except subprocess.TimeoutExpired:
