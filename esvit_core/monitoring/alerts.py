@@ -22,8 +22,7 @@ STARVED_SHARE = 0.25  # share of the step time spent waiting for data
 CHECKPOINT_INTERVALS = 3
 RESTARTS = 3
 STORE_ERRORS = 10
-STORE_FREE_SHARE = 0.1  # of the volume, above the space at which the server rejects writes
-STORE_KEPT_FREE_GIB = 5  # free space at which the server rejects writes: -volume.minFreeSpace of the manifests
+STORE_FREE_SHARE = 0.1  # of the volume
 STORE_DAYS_AHEAD = 3
 
 
@@ -191,23 +190,26 @@ def _safety(at: Durations) -> list[_Alert]:
 
 
 def _store(at: Durations) -> list[_Alert]:
-    """Return the alerts on free space of the store in the cluster, from SeaweedFS's metrics, if there is one."""
-    room = f'SeaweedFS_volumeServer_resource{{type="avail"}} - {STORE_KEPT_FREE_GIB} * 2^30'
+    """Return the alerts on free space of the store in the cluster, from SeaweedFS's metrics, if there is one.
+
+    ``avail`` is what the server still accepts: the free space less ``-volume.minFreeSpace``.
+    """
+    room = 'SeaweedFS_volumeServer_resource{type="avail"}'
     size = 'ignoring (type) SeaweedFS_volumeServer_resource{type="all"}'
     ahead = STORE_DAYS_AHEAD * 86400
     past, hour = _text(at.past), 6 * at.recent
-    left = f'predict_linear(SeaweedFS_volumeServer_resource{{type="avail"}}[{past}], {ahead})'
+    left = f"predict_linear({room}[{past}], {ahead})"
     return [
         _Alert(
             "EsvitStoreLowSpace",
-            f"({room}) / {size} < {STORE_FREE_SHARE:g}",
+            f"{room} / {size} < {STORE_FREE_SHARE:g}",
             at.lasting,
             "critical",
             "the object store at {{ $labels.instance }} has {{ $value | humanizePercentage }} of its volume left",
         ),
         _Alert(
             "EsvitStoreFillingUp",
-            f"{left} < {STORE_KEPT_FREE_GIB} * 2^30",
+            f"{left} < 0",
             hour,
             "warning",
             f"the object store at {{{{ $labels.instance }}}} is full within {STORE_DAYS_AHEAD} days at the pace of {past}",

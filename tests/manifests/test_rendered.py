@@ -16,7 +16,7 @@ import yaml
 from referencing import Registry, Resource
 
 from esvit_core.config.cluster_settings import TOKEN_FOLDER, ClusterConfig
-from esvit_core.monitoring.alerts import STORE_KEPT_FREE_GIB, alert_rules
+from esvit_core.monitoring.alerts import alert_rules
 from esvit_core.storage import StoreAddress
 from esvit_core.storage.web_identity import TOKEN_FILE
 
@@ -149,11 +149,6 @@ def test_the_alert_rules_are_those_made(rendered: dict[str, list[Object]]) -> No
         assert rule["spec"] == alert_rules(), (
             "run `python -m esvit_core.monitoring.alerts --kubernetes > manifests/monitoring/prometheusrule.yaml`"
         )
-
-
-def test_the_alert_on_room_knows_when_the_store_takes_no_more_writes(rendered: dict[str, list[Object]]) -> None:
-    (pod,) = [t["spec"]["template"]["spec"] for t in of_kind(rendered["onprem"], "StatefulSet")]
-    assert f"-volume.minFreeSpace={STORE_KEPT_FREE_GIB}GiB" in pod["containers"][0]["args"]
 
 
 def test_the_dashboard_is_the_one_of_the_laptop(rendered: dict[str, list[Object]]) -> None:
