@@ -99,8 +99,8 @@ def draw_below(limit: int) -> int:
     """
     if _without_modes is not None:
         with _without_modes():
-            return int(torch.randint(limit, ()))
-    return int(torch.randint(limit, ())) if _tensors_have_values() else 0
+            return int(torch.randint(limit, (), device="cpu"))  # whatever the default device is
+    return int(torch.randint(limit, (), device="cpu")) if _tensors_have_values() else 0
 
 
 def _tensors_have_values() -> bool:

@@ -79,6 +79,37 @@ def test_operations_and_bytes_are_those_of_a_real_step() -> None:
     assert demand.bytes(16) == pytest.approx(held + live.peak, rel=0.15)
 
 
+# GB that torch's CUDA allocator had in use at most in a step of 64 images in bfloat16 with fused AdamW and the Triton
+# objective (torch 2.14.1, 2026-11-29). No kernel ran: the allocations of a step do not depend on values.
+ALLOCATED = {
+    "imagenet_swin_tiny_w7": 19.38,
+    "imagenet_swin_tiny_w7_view": 13.77,
+    "imagenet_swin_base_w7": 33.95,
+    "imagenet_swin_base_w14": 39.67,
+    "imagenet_vil_2262": 27.76,
+    "imagenet_cvt_tiny": 22.05,
+    "imagenet_resnet50": 17.04,
+}
+
+
+@pytest.mark.parametrize("recipe", ALLOCATED)
+def test_the_bytes_of_a_gpu_are_those_that_torch_allocates_there(recipe: str) -> None:
+    counted = count_demand(Config.load(recipe), torch.bfloat16, "cuda").bytes(64)
+    assert counted / 1e9 == pytest.approx(ALLOCATED[recipe], rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_bytes_of_a_gpu_are_those_of_a_real_step() -> None:
+    config = Config.load("imagenet_swin_tiny_w7", ["training.batch_size=64", "optimizer.freeze_last_layer_epochs=0"])
+    state = assemble_train_state(config, World(0, 1, torch.device("cuda", 0), None), cast(TrainLoader, OneStep()))
+    batch = Batch([torch.zeros(64, 3, size, size) for size in (*(224,) * 2, *(96,) * 8)], np.arange(64), 0.0)
+    training_step(state, batch, state.schedule_values())  # makes the optimizer's averages
+    torch.cuda.reset_peak_memory_stats()
+    training_step(state, batch, state.schedule_values())
+    counted = count_demand(config, torch.bfloat16, "cuda").bytes(64)
+    assert counted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
 def test_counting_takes_no_tensor_into_the_layouts_that_real_steps_use() -> None:
     windows._window_layout.cache_clear()
     count_demand(micro(), torch.bfloat16)

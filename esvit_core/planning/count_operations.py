@@ -6,12 +6,14 @@ The bytes that the objective keeps follow from the number of rows and prototypes
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,13 +61,13 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     Args:
         config: configuration of the run, including ``launch.activation_checkpointing``.
         dtype: dtype in which the networks compute.
-        device_type: ``cpu`` computes the logits of many prototypes blockwise; a GPU stores them. Attention weights are
-            counted on both, although the kernels of a GPU do not keep them: the memory of a GPU is an upper bound.
+        device_type: ``cpu`` computes the logits of many prototypes blockwise and keeps attention weights; a GPU (``cuda``)
+            stores the logits, keeps no attention weights, and casts other operations under autocast.
 
     Raises:
         UserError: the backbone does not exist or does not take the recipe's crops.
     """
-    with fake_network(config) as student:
+    with fake_network(config, device_type) as student:
         require_crop_sizes(student, config)
         student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
         kinds = (config.augment.global_crops, *config.augment.local_kinds)
@@ -75,7 +77,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         checkpointing = config.launch.activation_checkpointing
         again = _count(lambda: [student.backbone(crop) for crop in fake_crops(2, sizes)]) if checkpointing else 0.0
         student.backbone.set_grad_checkpointing(checkpointing)
-        kept = [_kept(student, fake_crops(n, sizes), dtype) for n in (2, 4)]
+        kept = [_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4)]
         output: NetworkOutput = student(fake_crops(2, sizes))
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -117,14 +119,45 @@ def _count(forward: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def _kept(student: MultiCropNetwork, crops: list[torch.Tensor], dtype: torch.dtype) -> float:
+def _kept(student: MultiCropNetwork, crops: list[torch.Tensor], dtype: torch.dtype, device_type: str) -> float:
     """Bytes that a forward pass saves for the backward pass."""
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-    with LiveBytes() as live, autocast:
+    attention = nullcontext() if device_type == "cpu" else _FusedAttention()
+    with LiveBytes() as live, _autocast(dtype, device_type), attention:
         output = student(crops)
         held = live.bytes
     del output
     return held
+
+
+@contextmanager
+def _autocast(dtype: torch.dtype, device_type: str) -> Iterator[None]:
+    """Do the same as ``torch.autocast``, which refuses ``cuda`` on a machine without a GPU."""
+    torch.autocast_increment_nesting()
+    torch.set_autocast_enabled(device_type, dtype != torch.float32)
+    torch.set_autocast_dtype(device_type, dtype if dtype != torch.float32 else torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, False)
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Selects the attention kernel that a GPU uses with a bias. On fake tensors torch asks a real GPU, or selects none.
+
+    The kernel takes (B, heads, N, d) only; with more dimensions torch keeps the attention weights on a GPU, too.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or args[0].ndim != 4:
+            return func(*args, **kwargs)
+        q, k, v, bias = (*args, kwargs.get("attn_mask"))[:4]
+        if bias is not None:
+            bias = bias.expand(*q.shape[:3], k.shape[2])
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(q, k, v, bias, True, scale=kwargs.get("scale"))[0]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -16,13 +16,17 @@ _REFUSALS = (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexE
 
 
 @contextmanager
-def fake_network(config: Config) -> Iterator[MultiCropNetwork]:
+def fake_network(config: Config, device_type: str = "cpu") -> Iterator[MultiCropNetwork]:
     """Build the student of ``config`` with its heads, in training mode; tensors made in the context are fake too.
+
+    Args:
+        config: configuration of the run.
+        device_type: device of all these tensors; a fake GPU needs no real one.
 
     Raises:
         UserError: the architecture does not exist or refuses the settings of the section ``model``.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device_type):
         try:
             network = build_network(config).train()
         except _REFUSALS as error:
