@@ -6,8 +6,6 @@ Each command imports what it needs when it is called, so that `esvit --help` is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +14,10 @@ import typer
 from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.errors import USER_ERROR_EXIT_CODE, EsvitError
-from esvit_pipelines.cli import cluster_commands
+from esvit_pipelines.cli import cluster_commands, local_commands
 from esvit_pipelines.cli.data_commands import data_app
+from esvit_pipelines.cli.local_commands import INTERRUPTED_EXIT_CODE
 from esvit_pipelines.cli.options import (
-    BucketOption,
     DataOption,
     FollowOption,
     JsonOption,
@@ -31,18 +29,15 @@ from esvit_pipelines.cli.options import (
     RunsBucketOption,
     RunsOption,
     SetOption,
-    TransferOption,
 )
 from esvit_pipelines.cli.store_commands import store_app
 from esvit_pipelines.local.process_setup import (
     ensure_home,
     open_closed_streams,
     redirect_to_null,
-    survive_closed_stdout,
 )
-from esvit_pipelines.settings import DEFAULT_BUCKET, DEFAULT_OUT, DEFAULT_RECIPE, Settings, command
+from esvit_pipelines.settings import DEFAULT_BUCKET, DEFAULT_OUT, DEFAULT_RECIPE
 
-INTERRUPTED_EXIT_CODE = 130
 # The base class of typer's errors about a wrong command line; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -82,64 +77,7 @@ def options(
     group(context)
 
 
-@app.command()
-def run(
-    data: DataOption,
-    recipe: RecipeOption = None,
-    set_: SetOption = None,
-    transfer: TransferOption = None,
-    out: OutOption = DEFAULT_OUT,
-    bucket: BucketOption = None,
-    profile: Annotated[
-        bool,
-        typer.Option("--profile", help="Profile the first training steps; the traces go to profile/ of the run."),
-    ] = False,
-) -> None:
-    """Run the whole pipeline on this machine: prepare, pre-train, evaluate, report, promote.
-
-    Labels are optional; labelled images lie in one folder per class. Ctrl-C stops the run; rerun the command to resume.
-    All data are stored in an object store: the one that ESVIT_S3_ENDPOINT names, or else an embedded one in DIR/store.
-    """
-    from esvit_pipelines.local.run import run as run_locally
-
-    overrides = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
-    settings = Settings(data, recipe, tuple(overrides), tuple(transfer or ()), out, bucket)
-    with _report_interruption(), survive_closed_stdout():
-        run_locally(settings)
-
-
-@app.command()
-def retrain(
-    data: DataOption,
-    recipe: RecipeOption = None,
-    set_: SetOption = None,
-    transfer: TransferOption = None,
-    out: OutOption = DEFAULT_OUT,
-    bucket: BucketOption = None,
-) -> None:
-    """Look for new images, continue training the champion on them, and promote the result if it is better.
-
-    Only new images are read. Champion and challenger are evaluated on the same held-out images. The command ends at
-    once if there are too few new images; the recipe's section retrain sets that minimum and how training continues.
-    Ctrl-C stops the run; rerun the command to resume.
-    """
-    from esvit_pipelines.local.retrain import retrain as retrain_champion
-
-    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
-    with _report_interruption(), survive_closed_stdout():
-        retrain_champion(settings)
-
-
-@contextmanager
-def _report_interruption() -> Iterator[None]:
-    """Print how to resume an interrupted run, and exit."""
-    from esvit_pipelines.local.attempt import StoppedError
-
-    try:
-        yield
-    except (StoppedError, KeyboardInterrupt):
-        print(f"interrupted; rerun the command to resume:\n    {command()}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+local_commands.register(app)
 
 
 @app.command()

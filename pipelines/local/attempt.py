@@ -25,16 +25,25 @@ class StoppedError(Exception):
     """The run was stopped by a signal."""
 
 
-def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int, owner: str | None = None) -> None:
+def run_attempt(
+    data: str,
+    config_file: Path,
+    run_uri: str,
+    log: Path,
+    lock: int,
+    owner: str | None = None,
+    backbone: str | None = None,
+) -> None:
     """Run the pipeline until it ends.
 
     Args:
         data: source of the images.
-        config_file: the resolved configuration; for a retraining, the requested one.
+        config_file: the resolved configuration; for a retraining or an evaluation, the requested one.
         run_uri: address of the run.
         log: file to which every line is written.
         lock: descriptor of the locked file that marks this run as in progress.
         owner: owner of the retraining's lease; None: the run is not a retraining.
+        backbone: the existing backbone that the run evaluates; None: it trains one.
 
     Raises:
         UserError, InfrastructureError: a step ended with this error.
@@ -44,7 +53,7 @@ def run_attempt(data: str, config_file: Path, run_uri: str, log: Path, lock: int
     work = Path(tempfile.mkdtemp(prefix="esvit-run-"))
     try:
         request, error_file = work / "request.json", work / "error.txt"
-        Request(data, str(config_file), run_uri, str(work), str(log), owner).write(request)
+        Request(data, str(config_file), run_uri, str(work), str(log), owner, backbone).write(request)
         with log.open("a", encoding="utf-8") as errors, restored_handlers(TERMINAL_SIGNALS):
             stop = SignalCounter(TERMINAL_SIGNALS)
             runner = subprocess.Popen(

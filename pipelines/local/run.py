@@ -29,7 +29,7 @@ from esvit_core.weights.weight_source import pin_source
 from esvit_pipelines.local.attempt import in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
 
-REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining: the requested configuration
+REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining or an evaluation: the requested configuration
 
 
 def run(settings: Settings) -> None:
@@ -90,11 +90,24 @@ class Retraining:
     config: Config
 
 
-def run_pipeline(settings: Settings, current: Run, retraining: Retraining | None = None) -> None:
-    """Run all steps of a run, copy the report and the backbone out of the store, and print the results.
+@dataclass(frozen=True)
+class Evaluation:
+    """A requested evaluation of an existing backbone.
+
+    Attributes:
+        backbone: address of the backbone.
+        config: the requested configuration, from which that of the run is derived.
+    """
+
+    backbone: str
+    config: Config
+
+
+def run_pipeline(settings: Settings, current: Run, request: Retraining | Evaluation | None = None) -> None:
+    """Run all steps of a run, copy the report and the new backbone out of the store, and print the results.
 
     Args:
-        retraining: None: the run is not a retraining.
+        request: None: the run is a pre-training.
 
     Raises:
         EsvitError, StoppedError: see :func:`run`.
@@ -108,14 +121,23 @@ def run_pipeline(settings: Settings, current: Run, retraining: Retraining | None
     print(f"log {log}", flush=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
-    config_file, owner = here / CONFIG, None
-    if retraining is not None:
-        config_file, owner = here / REQUESTED, retraining.owner
-        config_file.write_text(retraining.config.to_yaml(), encoding="utf-8")
+    config_file = here / CONFIG
+    if request is not None:
+        config_file = here / REQUESTED
+        config_file.write_text(request.config.to_yaml(), encoding="utf-8")
+    owner = request.owner if isinstance(request, Retraining) else None
+    backbone = request.backbone if isinstance(request, Evaluation) else None
     with in_progress(here) as lock, _record_failure(current):
-        run_attempt(settings.data, config_file, current.uri, log, lock, owner)
-    _copy_results(current, here)
-    _print_results(current, here, time.monotonic() - start)
+        run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone)
+    current.store.get_file(current.at("report/report.html"), here / "report.html")
+    _print_results(current, here)
+    if backbone is None:
+        current.store.fetch(current.at("backbone"), here / "backbone")
+        print(f"backbone  {here / 'backbone'}")
+        print(f"promoted  {_promotion(current)}")
+    print(f"finished in {format_duration(time.monotonic() - start)}")
+    if backbone is None:
+        print("\nUse it:", *(f"    {line}" for line in usage((here / "backbone").absolute())), sep="\n")
 
 
 def print_default_recipe(settings: Settings) -> None:
@@ -142,13 +164,7 @@ def _record_failure(current: Run) -> Iterator[None]:
         raise
 
 
-def _copy_results(current: Run, here: Path) -> None:
-    """Copy the report and the backbone from the store to the run's folder."""
-    current.store.get_file(current.at("report/report.html"), here / "report.html")
-    current.store.fetch(current.at("backbone"), here / "backbone")
-
-
-def _print_results(current: Run, here: Path, seconds: float) -> None:
+def _print_results(current: Run, here: Path) -> None:
     from rich.console import Console
 
     from esvit_core.reporting.result_rows import read_results
@@ -162,11 +178,6 @@ def _print_results(current: Run, here: Path, seconds: float) -> None:
         for number, line in enumerate([verdict.sentence, *verdict.details]):
             print(f"{'' if number else 'verdict':<10}{plain_text(line)}")
     print(f"report    {here / 'report.html'}")
-    print(f"backbone  {here / 'backbone'}")
-    print(f"promoted  {_promotion(current)}")
-    print(f"finished in {format_duration(seconds)}\n\nUse it:")
-    for line in usage((here / "backbone").absolute()):
-        print(f"    {line}")
 
 
 def usage(backbone: Path) -> list[str]:

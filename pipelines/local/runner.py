@@ -1,4 +1,4 @@
-"""Run a pipeline with kfp.local: the process that `esvit run` and `esvit retrain` start.
+"""Run a pipeline with kfp.local: the process that `esvit run`, `retrain` and `evaluate` start.
 
 The process leads a session of its own. A Ctrl-C in the terminal reaches only the command line, which forwards it once;
 this process keeps relaying the steps' output until the last step has saved its state and ended.
@@ -33,11 +33,12 @@ class Request:
 
     Args:
         data: source of the images.
-        config: file with the resolved configuration; for a retraining, with the requested one.
+        config: file with the resolved configuration; for a retraining or an evaluation, with the requested one.
         run_uri: address of the run in the object store.
         work: folder for this attempt only, to which ``outcome.json`` is written.
         log: file to which every line is written.
         owner: owner of the retraining's lease; None: the run is not a retraining.
+        backbone: the existing backbone that the run evaluates; None: it trains one.
     """
 
     data: str
@@ -46,6 +47,7 @@ class Request:
     work: str
     log: str
     owner: str | None = None
+    backbone: str | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -133,6 +135,10 @@ def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
         from esvit_pipelines.retrain.pipeline import build_retrain_pipeline
 
         return build_retrain_pipeline(config, owner=request.owner), {}
+    if request.backbone is not None:
+        from esvit_pipelines.evaluate.pipeline import build_evaluate_pipeline
+
+        return build_evaluate_pipeline(config), {"run_uri": request.run_uri, "backbone": request.backbone}
     from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 
     return build_pretrain_pipeline(config), {"run_uri": request.run_uri}

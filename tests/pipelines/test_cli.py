@@ -21,6 +21,7 @@ from esvit_pipelines.cli.recipe_commands import recipe_list, recipe_text
     [
         [],
         ["run"],
+        ["evaluate"],
         ["plan"],
         ["status"],
         ["logs"],

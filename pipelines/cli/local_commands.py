@@ -1,0 +1,117 @@
+"""The commands that run a pipeline on this machine: `esvit run`, `esvit retrain`, `esvit evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from esvit_pipelines.cli.options import (
+    BucketOption,
+    DataOption,
+    OutOption,
+    RecipeOption,
+    SetOption,
+    TransferOption,
+)
+from esvit_pipelines.local.process_setup import survive_closed_stdout
+from esvit_pipelines.settings import DEFAULT_OUT, Settings, command
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command()(run)
+    app.command()(retrain)
+    app.command()(evaluate)
+
+
+def run(
+    data: DataOption,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    transfer: TransferOption = None,
+    out: OutOption = DEFAULT_OUT,
+    bucket: BucketOption = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Profile the first training steps; the traces go to profile/ of the run."),
+    ] = False,
+) -> None:
+    """Run the whole pipeline on this machine: prepare, pre-train, evaluate, report, promote.
+
+    Labels are optional; labelled images lie in one folder per class. Ctrl-C stops the run; rerun the command to resume.
+    All data are stored in an object store: the one that ESVIT_S3_ENDPOINT names, or else an embedded one in DIR/store.
+    """
+    from esvit_pipelines.local.run import run as run_locally
+
+    overrides = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
+    settings = Settings(data, recipe, tuple(overrides), tuple(transfer or ()), out, bucket)
+    with _report_interruption(), survive_closed_stdout():
+        run_locally(settings)
+
+
+def retrain(
+    data: DataOption,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    transfer: TransferOption = None,
+    out: OutOption = DEFAULT_OUT,
+    bucket: BucketOption = None,
+) -> None:
+    """Look for new images, continue training the champion on them, and promote the result if it is better.
+
+    Only new images are read. Champion and challenger are evaluated on the same held-out images. The command ends at
+    once if there are too few new images; the recipe's section retrain sets that minimum and how training continues.
+    Ctrl-C stops the run; rerun the command to resume.
+    """
+    from esvit_pipelines.local.retrain import retrain as retrain_champion
+
+    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    with _report_interruption(), survive_closed_stdout():
+        retrain_champion(settings)
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A pointer (champion), a run, a published backbone, a .pth or .safetensors file, or timm:<name>.",
+        ),
+    ],
+    data: DataOption,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    transfer: TransferOption = None,
+    out: OutOption = DEFAULT_OUT,
+    bucket: BucketOption = None,
+) -> None:
+    """Evaluate an existing backbone on labelled images, compare it with its baseline, and write a report.
+
+    The steps are those of `esvit run` without training and promotion. The backbone determines architecture, image size
+    and normalization; recipe and overrides set the protocols and the share of held-out images. Ctrl-C stops the
+    evaluation; rerun the command to resume.
+    """
+    from esvit_pipelines.local.evaluate import evaluate as evaluate_backbone
+
+    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    with _report_interruption(), survive_closed_stdout():
+        evaluate_backbone(settings, model)
+
+
+@contextmanager
+def _report_interruption() -> Iterator[None]:
+    """Print how to resume an interrupted run, and exit."""
+    from esvit_pipelines.local.attempt import StoppedError
+
+    try:
+        yield
+    except (StoppedError, KeyboardInterrupt):
+        print(f"interrupted; rerun the command to resume:\n    {command()}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None

@@ -1,0 +1,91 @@
+"""`esvit evaluate` on this machine: a published backbone through all steps, and what --model can name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.errors import UserError
+from esvit_core.storage import ObjectStore
+from esvit_pipelines.local.evaluate import backbone_address
+
+Esvit = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def arguments(finished_run: Any, images: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with the backbone of the finished run and other images, and the command that evaluates it there."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    shutil.copytree(finished_run.here / "backbone", folder / "backbone")
+    shutil.copy2(finished_run.folder / "micro.yaml", folder / "micro.yaml")
+    images.folder(folder / "images", ["lines", "waves"], 12)
+    return folder, ["evaluate", "--model", "backbone", "--data", "images", "--recipe", "micro.yaml", "--out", "out"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(arguments: tuple[Path, list[str]], esvit: Esvit) -> str:
+    folder, command = arguments
+    done = esvit(*command, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(done.stdout)
+
+
+def test_a_backbone_in_a_folder_is_evaluated_and_reported(evaluated: str, arguments: tuple[Path, list[str]]) -> None:
+    folder = arguments[0]
+    assert f"which evaluates {folder / 'backbone'}" in evaluated
+    assert re.search(r"^ *5-NN .*%", evaluated, re.MULTILINE)
+    (report,) = folder.glob("out/evaluate-micro-*/report.html")
+    assert f"report    {report.relative_to(folder)}" in evaluated
+    assert "it does not promote" in report.read_text(encoding="utf-8")
+
+
+def test_nothing_is_trained_or_promoted(evaluated: str) -> None:
+    assert "pretrain" not in evaluated
+    assert "promoted" not in evaluated and "Use it:" not in evaluated
+
+
+def test_the_same_command_finds_the_results(evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit) -> None:
+    folder, command = arguments
+    again = esvit(*command, cwd=folder)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(list(folder.glob("out/evaluate-micro-*"))) == 1
+    results = evaluated.rpartition("measure ")[2].partition("finished in")[0]
+    assert "5-NN" in results and results in again.stdout
+
+
+def test_a_missing_backbone_is_one_line(arguments: tuple[Path, list[str]], esvit: Esvit) -> None:
+    folder, command = arguments
+    done = esvit(*[word if word != "backbone" else "nobody" for word in command], cwd=folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: backbone nobody: no such file, and no pointer")
+
+
+@pytest.fixture
+def bucket(store: Any) -> str:
+    """A bucket with three runs, one of which has the name of a pointer."""
+    for name in ("demo-1234", "demo-1299", "champion"):
+        store.put_bytes(store.uri(f"runs/{name}/config.yaml"), b"")
+    return str(store.bucket)
+
+
+def test_a_run_is_named_by_its_name_or_a_prefix(store: ObjectStore, bucket: str) -> None:
+    for name in ("demo-1234", "demo-123"):
+        assert backbone_address(name, bucket, store) == f"s3://{bucket}/runs/demo-1234"
+    with pytest.raises(UserError, match=r"^--model demo-12: 2 runs have this prefix \(.*demo-1234.*\)"):
+        backbone_address("demo-12", bucket, store)
+
+
+def test_a_pointer_precedes_a_run_of_its_name(store: ObjectStore, bucket: str) -> None:
+    assert backbone_address("champion", bucket, store) == f"s3://{bucket}/runs/champion"
+    store.swap_pointer(f"s3://{bucket}/pointers/champion", {"backbone": f"s3://{bucket}/runs/demo-1234/backbone"}, None)
+    assert backbone_address("champion", bucket, store) == "champion"
+
+
+@pytest.mark.parametrize("model", ["s3://b/runs/demo-1234", "timm:resnet18", "folder/weights.pth", "nothing"])
+def test_everything_else_is_left_to_the_import(model: str, store: ObjectStore, bucket: str) -> None:
+    assert backbone_address(model, bucket, store) == model
