@@ -44,6 +44,7 @@ def _linear_pointwise() -> Any:
 _top_hooks = _lookup("_C._autograd._top_saved_tensors_default_hooks")
 _onednn_linear = _linear_pointwise()
 _without_modes = _disable_modes()
+_deregister_triton = _lookup("_native.triton_utils.deregister_op_overrides")
 _foreach_norm = _lookup("_foreach_norm")
 _foreach_mul_ = _lookup("_foreach_mul_")
 _foreach_lerp_ = _lookup("_foreach_lerp_")
@@ -144,6 +145,15 @@ def weight_norm(v: Tensor, g: Tensor) -> Tensor:
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimizer skips a step if its attribute ``found_inf`` is set."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def deregister_triton_kernels() -> None:
+    """Make torch use its kernels in CUDA where it has others in Triton, for a machine on which Triton cannot compile.
+
+    Without the private function nothing changes.
+    """
+    if _deregister_triton is not None:
+        _deregister_triton()
 
 
 def watch_failures(give_up: Callable[[dict[int, Any], int], bool]) -> bool:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from esvit_core.kernels.fused_softmax import C_KERNELS, TORCH_KERNELS, select_so
 from esvit_core.losses.blockwise import blockwise_cross_entropy
 from esvit_core.losses.cross_entropy import Pairs, Teacher, chunked_cross_entropy, triton_cross_entropy
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, Logits
+from esvit_core.torch_private import deregister_triton_kernels
+
+LONGEST_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,37 @@ def select_strategy(device: torch.device, prototypes: int) -> LossStrategy:
     """Select the fastest strategy for a device and a number of prototypes K."""
     if device.type == "cpu" and prototypes >= MIN_LAZY_PROTOTYPES:
         return BLOCKWISE[select_softmax_kernels()]
-    if device.type == "cuda" and has_triton():
-        return TRITON
+    if device.type == "cuda":
+        problem = triton_problem(device)
+        return replace(CHUNKED, name=f"{CHUNKED.name}, because {problem}") if problem else TRITON
     return CHUNKED
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Return whether Triton and the C compiler that it needs are installed.
+def triton_problem(device: torch.device) -> str:
+    """Return why Triton's kernels cannot run on ``device``, as part of a line; "" if they can.
 
-    Triton compiles its driver interface from C at its first kernel, and a container image may have no compiler.
+    Triton compiles its driver interface from C at its first kernel. A container image may have no compiler, or one
+    without Python's headers, so the kernels are tried with two prototypes. If they fail, torch's own kernels in Triton
+    are replaced too, because they would raise in the first step.
     """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return importlib.util.find_spec("triton") is not None and bool(compiler)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler and found none"
+    try:
+        _try_kernels(device)
+    except Exception as error:  # of the compiler, the linker, the driver or Triton
+        deregister_triton_kernels()
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"Triton cannot compile its kernels ({reason[:LONGEST_REASON]})"
+    return ""
+
+
+def _try_kernels(device: torch.device) -> None:
+    from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton
+
+    student = torch.zeros(1, 2, device=device, requires_grad=True)
+    teacher, weights = torch.full((1, 2), 0.5, device=device), torch.ones(1, device=device)
+    match = torch.zeros(1, 1, dtype=torch.long, device=device)
+    MatchedCrossEntropyTriton.apply(student, teacher, weights, 1.0, match).backward()

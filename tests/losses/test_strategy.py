@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,10 +25,43 @@ def test_a_cpu_uses_lazy_logits_from_many_prototypes_on() -> None:
     assert select_strategy(CPU, MIN_LAZY_PROTOTYPES) is BLOCKWISE[select_softmax_kernels()]
 
 
-@pytest.mark.parametrize("available", [True, False])
-def test_a_gpu_uses_triton_where_it_is_installed(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategy, "has_triton", lambda: available)
-    assert select_strategy(GPU, 65536) is (TRITON if available else CHUNKED)
+def test_a_gpu_uses_triton_if_its_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "triton_problem", lambda device: "")
+    assert select_strategy(GPU, 65536) is TRITON
+
+
+def test_a_gpu_on_which_triton_cannot_compile_uses_torch_and_the_reason_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("fatal error: Python.h: No such file or directory\ncompilation terminated.")
+
+    deregistered: list[bool] = []
+    monkeypatch.setattr(strategy, "_try_kernels", fail)
+    monkeypatch.setattr(strategy, "deregister_triton_kernels", lambda: deregistered.append(True))
+    monkeypatch.setattr(strategy, "triton_problem", strategy.triton_problem.__wrapped__)
+    monkeypatch.setenv("CC", "/opt/cc")
+    chosen = select_strategy(GPU, 65536)
+    assert chosen.cross_entropy is CHUNKED.cross_entropy and not chosen.lazy_logits and deregistered
+    assert chosen.name == (
+        "softmax in torch, because Triton cannot compile its kernels (fatal error: Python.h: No such file or directory)"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_with_a_compiler_that_fails_computes_all_in_torch(tmp_path: Path) -> None:
+    """Including outer products, which the backward pass of ViL has and for which torch has a kernel in Triton."""
+    program = """
+import torch
+from esvit_core.losses.strategy import select_strategy
+print(select_strategy(torch.device("cuda", 0), 512).name)
+a, b = torch.ones(2, 3, 1, device="cuda", requires_grad=True), torch.ones(2, 1, 3, device="cuda", requires_grad=True)
+torch.bmm(a, b).sum().backward()
+"""
+    environment = {**os.environ, "CC": "/bin/false", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("softmax in torch, because Triton cannot compile") and done.stdout.count("\n") == 1
 
 
 def test_both_heads_return_lazy_logits_when_enabled() -> None:
