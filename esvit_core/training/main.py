@@ -23,7 +23,7 @@ from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy, WrittenCheckpoint
 from esvit_core.training.checkpoint_interval import CheckpointInterval
-from esvit_core.training.distributed.processes import init_world
+from esvit_core.training.distributed.processes import init_world, require_usable_gpus
 from esvit_core.training.emergency_save import EmergencySave
 from esvit_core.training.initial_weights import initial_states
 from esvit_core.training.loop import train
@@ -52,6 +52,7 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
     if summary := read_summary(run.store, run.uri):
         _print_finished(summary)
         return 0
+    require_usable_gpus("KUBERNETES_SERVICE_HOST" in os.environ and run.config.cluster.train.accelerators > 0)
     if run.config.training.deterministic:
         make_deterministic()
     keep_freed_memory()
