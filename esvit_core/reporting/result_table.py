@@ -24,12 +24,12 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     Example:
         >>> rich.print(results_table(read_results(store, run_uri, config)))
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     table.add_column("measure")
-    for name in ("trained", "baseline", "difference"):
+    for name in ("trained", "baseline", "points"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("95 % interval", no_wrap=True)
-    table.add_column("verdict")
+    for name in ("95 % interval", "verdict"):
+        table.add_column(name, no_wrap=True)
     left_out = []
     for row in result_rows(results):
         if row.trained is None:

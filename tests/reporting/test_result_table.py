@@ -53,6 +53,13 @@ def test_a_tested_difference_has_its_interval_and_its_verdict():
     assert line.split()[2:] == ["41.2", "%", "36.5", "%", "+4.7", "2.8", "to", "7.0", "better"]
 
 
+def test_a_verdict_fits_into_one_line_of_80_columns():
+    correct = {"trained": {"linear": np.arange(400) < 165}, "baseline": {"linear": np.arange(400)[::-1] < 146}}
+    text = printed([keep_outcomes(LINEAR, pack_outcomes("images", correct))], width=80)
+    (line,) = [line for line in text.splitlines() if "linear probe" in line]
+    assert line.endswith("-3.8 to 13.2   no difference shown ")
+
+
 def test_a_fit_that_did_not_converge_is_named_beside_its_figure():
     text = printed([LINEAR | {"unconverged": {"linear": ["trained", "baseline"]}}, KNN], width=140)
     line = next(line for line in text.splitlines() if "linear probe" in line)
