@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -76,6 +77,8 @@ class ObjectStore:
     def check(self) -> None:
         """Check that the server answers and accepts the key.
 
+        A pod tries for some 25 s: a network policy that allows the connection can take effect after the pod has started.
+
         Raises:
             StoreUnavailable: there is no answer, or the server is not an S3 server.
             StoreRefused: the key is not accepted.
@@ -88,7 +91,10 @@ class ObjectStore:
                 if error.code != "AccessDenied":  # the key is valid, but may not list all buckets
                     raise
 
-        self.connection.call("connecting", list_buckets, RetryPolicy(attempts=3))
+        in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+        self.connection.call(
+            "connecting", list_buckets, RetryPolicy(attempts=10) if in_pod else RetryPolicy(attempts=3)
+        )
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create the bucket if it does not exist."""

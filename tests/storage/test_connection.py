@@ -121,6 +121,15 @@ def test_an_unreachable_endpoint_fails_soon_with_one_line() -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_pod_waits_until_the_network_policies_let_it_reach_the_store(scripted, monkeypatch) -> None:
+    server = scripted(*[(503, "")] * 5, (403, "AccessDenied"))
+    with pytest.raises(StoreUnavailable):
+        server.store().check()
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    server.store().check()
+    assert len(server.requests) == 6
+
+
 def test_tls_to_a_plain_server_names_the_setting(store) -> None:
     address = StoreAddress(store.address.endpoint, store.address.access_key, store.address.secret_key, secure=True)
     with pytest.raises(StoreUnavailable, match="ESVIT_S3_SECURE=false"):
