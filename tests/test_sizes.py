@@ -39,7 +39,7 @@ def test_what_is_said_holds_and_auto_fits_to_it(
 
 
 def test_the_recipe_is_not_asked_where_everything_is_said() -> None:
-    pod = PodConfig(cpu="1", cpu_limit="2", memory="1Gi", memory_limit="2Gi", scratch="5Gi")
+    pod = PodConfig(cpu="1", cpu_limit="2", memory="1Gi", memory_limit="2Gi", scratch="5Gi", shared_memory="1Gi")
     assert fill_auto(pod, lambda: pytest.fail("asked")) is pod
 
 
@@ -85,6 +85,18 @@ def test_larger_batches_networks_and_more_accelerators_ask_for_more() -> None:
     gpus = [resolve_pod(Config.load("demo", [f"cluster.train.accelerators={n}"]), "train") for n in (1, 8)]
     assert quantity_bytes(gpus[0].memory) < quantity_bytes(gpus[1].memory)
     assert quantity_cores(gpus[0].cpu) < quantity_cores(gpus[1].cpu)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_shared_memory_holds_the_batches_of_six_workers_per_gpu(gpus: int) -> None:
+    settings = [f"cluster.train.accelerators={gpus}", f"training.batch_size={64 * gpus}"]
+    config = Config.load("imagenet_swin_tiny_w7", settings)
+    pod = resolve_pod(config, "train")
+    batch = 64 * 12 * (2 * 224**2 + 8 * 96**2)
+    shared = quantity_bytes(str(pod.shared_memory))
+    assert gpus * 13 * batch <= shared < gpus * 13 * batch + 2**30
+    assert quantity_bytes(pod.memory) > shared + 8 * gpus * 2**30
+    assert resolve_pod(Config.load("demo"), "train").shared_memory == "1Gi"  # no workers on CPUs
 
 
 def test_a_pipeline_is_compiled_with_sizes_for_the_recipe_that_is_asked_for() -> None:

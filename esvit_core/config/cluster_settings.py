@@ -15,7 +15,6 @@ from esvit_core.config.kubernetes_names import (
     AUTO,
     AutoBytes,
     AutoCpu,
-    Bytes,
     LabelName,
     LabelValue,
     LimitBytes,
@@ -62,7 +61,11 @@ class PodConfig(Section):
     accelerators: int = Field(0, ge=0, description="Number of accelerators.")
     node_selector: dict[QualifiedName, LabelValue] = Field({}, description="Required labels of the node.")
     tolerations: tuple[Toleration, ...] = Field((), description="Taints of nodes that the pod tolerates.")
-    shared_memory: Bytes | None = Field(None, description="Size of /dev/shm, which counts as memory. null: 64 MiB.")
+    shared_memory: AutoBytes | None = Field(
+        None,
+        description="Size of /dev/shm, which counts as memory. auto: enough for the batches of the data-loading workers. "
+        "null: 64 MiB.",
+    )
     scratch: AutoBytes = Field(
         AUTO,
         description="Size limit of /work, where a step keeps caches, checkpoints and temporary files. "
@@ -98,7 +101,7 @@ class PodConfig(Section):
             raise ValueError(f"cpu_limit {self.cpu_limit}: expected at least cpu, which is {self.cpu}")
         if _less(self.memory_limit, self.memory, quantity_bytes):
             raise ValueError(f"memory_limit {self.memory_limit}: expected at least memory, which is {self.memory}")
-        if self.shared_memory == limit or _less(limit, self.shared_memory, quantity_bytes):
+        if self.shared_memory == limit != AUTO or _less(limit, self.shared_memory, quantity_bytes):
             raise ValueError(
                 f"shared_memory {self.shared_memory}: expected less than the pod's memory, which is {limit}"
             )
@@ -113,7 +116,7 @@ def _less(one: str | None, other: str | None, amount: Callable[[str], float]) ->
 
 _PODS: dict[Role, PodConfig] = {
     "prepare": PodConfig(timeout_minutes=24 * 60),
-    "train": PodConfig(shared_memory="1Gi", retries=5),
+    "train": PodConfig(shared_memory=AUTO, retries=5),
     "evaluate": PodConfig(shared_memory="1Gi", timeout_minutes=12 * 60),
     "publish": PodConfig(timeout_minutes=60),
 }

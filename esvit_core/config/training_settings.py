@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from esvit_core.config.section import EXECUTION, Section
 
+WORKERS_PER_GPU = 6  # at most, with training.workers: auto; an assumption
+PREFETCH_FACTOR = 2  # batches that each data-loading worker prepares in advance
+
 
 class ObjectiveConfig(Section):
     """The objective (EsViT, equations 1 to 3)."""
@@ -54,10 +57,10 @@ class TrainingConfig(Section):
         description="Maximum micro-batch: a process splits a larger share of the batch into micro-batches. null: no limit.",
         json_schema_extra=EXECUTION,
     )
-    workers: int = Field(
-        0,
-        ge=0,
-        description="Data-loading worker processes per training process. 0: load in the training process.",
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Data-loading worker processes per training process. 0: load in the training process. auto: 0 on a CPU; "
+        "up to 6 with a GPU, as far as cores and shared memory suffice.",
         json_schema_extra=EXECUTION,
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(

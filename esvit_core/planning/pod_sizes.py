@@ -21,6 +21,7 @@ from esvit_core.config.kubernetes_names import (
     quantity_bytes,
     quantity_cores,
 )
+from esvit_core.config.training_settings import PREFETCH_FACTOR, WORKERS_PER_GPU
 
 GIB = 2**30
 MEMORY_STEP = GIB // 4  # memory is rounded up to a multiple
@@ -42,13 +43,14 @@ MAX_PROCESSES = 2  # maximum of `training.processes: auto` on processors
 
 @dataclass(frozen=True)
 class Size:
-    """Requests and limits: cores, and memory in bytes; and the limit of the scratch folder in bytes."""
+    """Requests and limits: cores, and memory in bytes; the limit of the scratch folder, and shared memory, in bytes."""
 
     cores: float
     cores_limit: float
     memory: float
     memory_limit: float
     scratch: float
+    shared: float = GIB
 
 
 def resolve_pod(config: Config, role: Role) -> PodConfig:
@@ -75,7 +77,8 @@ def with_pod_sizes(config: Config) -> Config:
 
 def fill_auto(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
     """Replace every `auto` of ``pod`` by the value from ``size``, which is called only if there is one."""
-    if AUTO not in (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit, pod.scratch):
+    quantities = (pod.cpu, pod.cpu_limit, pod.memory, pod.memory_limit, pod.scratch, pod.shared_memory)
+    if AUTO not in quantities:
         return pod
     needed = size()
     cores = needed.cores if pod.cpu == AUTO else quantity_cores(pod.cpu)
@@ -85,14 +88,16 @@ def fill_auto(pod: PodConfig, size: Callable[[], Size]) -> PodConfig:
     if pod.memory == AUTO and pod.memory_limit != AUTO:
         memory = min(memory, quantity_bytes(pod.memory_limit))
     memory_limit = max(memory, needed.memory_limit) if pod.memory == AUTO else memory
-    quantities = {
+    shared = min(needed.shared, memory / 2)  # less shared memory means fewer workers
+    filled = {
         "cpu": cores_quantity(cores) if pod.cpu == AUTO else pod.cpu,
         "cpu_limit": cores_quantity(max(cores, needed.cores_limit)) if pod.cpu_limit == AUTO else pod.cpu_limit,
         "memory": bytes_quantity(memory) if pod.memory == AUTO else pod.memory,
         "memory_limit": bytes_quantity(memory_limit) if pod.memory_limit == AUTO else pod.memory_limit,
         "scratch": bytes_quantity(needed.scratch) if pod.scratch == AUTO else pod.scratch,
+        "shared_memory": bytes_quantity(shared) if pod.shared_memory == AUTO else pod.shared_memory,
     }
-    return pod.model_copy(update=quantities)
+    return pod.model_copy(update=filled)
 
 
 def _prepare(config: Config) -> Size:
@@ -119,8 +124,20 @@ def _train(config: Config) -> Size:
         processes, nodes = (usual if training.processes == "auto" else training.processes), 1
     parameters = _parameters(config.to_yaml())
     state = STATE_COPIES * BYTES_A_PARAMETER[config.optimizer.name] * parameters
-    shared = quantity_bytes(pod.shared_memory) if pod.shared_memory and training.workers else 0
-    memory = STEP_BYTES + state + shared + processes * (PROCESS_BYTES + training.workers * WORKER_BYTES)
+    workers = training.workers
+    if workers == "auto":
+        workers = WORKERS_PER_GPU if pod.accelerators else 0
+    images = shares(config, min(training.batch_size, nodes * processes))[0]
+    sizes = [
+        kind.size for kind in (config.augment.global_crops, *config.augment.local_kinds) for _ in range(kind.number)
+    ]
+    crops = 12 * sum(size**2 for size in sizes)  # bytes of an image's crops in float32
+    needed = float(processes * (workers * PREFETCH_FACTOR + 1) * images * crops) if workers else 0.0
+    auto = GIB * math.ceil(max(needed, GIB) / GIB)
+    shared = 0.0
+    if pod.shared_memory and workers:
+        shared = auto if pod.shared_memory == AUTO else quantity_bytes(pod.shared_memory)
+    memory = STEP_BYTES + state + shared + processes * (PROCESS_BYTES + workers * WORKER_BYTES)
     if pod.accelerators:
         memory += processes * GPU_HOST_BYTES
         cores, cores_limit = float(GPU_CORES * pod.accelerators), 2.0 * GPU_CORES * pod.accelerators
@@ -129,7 +146,7 @@ def _train(config: Config) -> Size:
         memory += processes * (fixed + image * shares(config, min(training.batch_size, nodes * processes))[1])
         cores, cores_limit = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
     memory = MEMORY_STEP * math.ceil(memory / MEMORY_STEP)
-    return Size(cores, cores_limit, memory, 2 * memory, _scratch(config, "train", CHECKPOINTS_ON_DISK))
+    return Size(cores, cores_limit, memory, 2 * memory, _scratch(config, "train", CHECKPOINTS_ON_DISK), auto)
 
 
 def _scratch(config: Config, role: Role, checkpoints: int) -> float:

@@ -62,7 +62,7 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
     run = replace(run, config=world.broadcast_object(run.config))
     launch = run.config.launch
     state = build_train_state(run, world)
-    if (line := state.loader.check_shared_memory(round(world.node_share * world.size))) and world.is_main:
+    if (line := state.loader.check_shared_memory(world.node_processes)) and world.is_main:
         print(f"train: {line}", flush=True)
     if launch.activation_checkpointing:
         apply_activation_checkpointing_(state.student, run.config.model.arch)
@@ -275,7 +275,8 @@ def _print_description(state: TrainState) -> None:
         f"{len(state.loader.dataset):,} images, {config.training.epochs} epochs of {state.loader.steps_per_epoch} "
         f"steps of {config.training.batch_size}; {world.size} {processes} on {world.device.type}, "
         f"{torch.get_num_threads()} threads each, {state.precision.name} ({state.precision.reason}); "
-        f"objective: {state.objective.strategy.name}",
+        f"objective: {state.objective.strategy.name}; data loading: "
+        + (f"{state.loader.workers} workers per process" if state.loader.workers else "in the training process"),
         flush=True,
     )
 

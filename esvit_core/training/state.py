@@ -20,6 +20,7 @@ from esvit_core.losses.objective import Objective
 from esvit_core.losses.strategy import select_strategy
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision
+from esvit_core.runs.environment import available_cores
 from esvit_core.runs.run import Run
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.retry import RetryPolicy
@@ -125,7 +126,10 @@ def build_train_state(run: Run, world: World) -> TrainState:
             f"data of {run.uri}: {len(dataset)} training images, expected at least one batch of {batch_size}; "
             f"add images or lower training.batch_size"
         )
-    return assemble_train_state(config, world, TrainLoader(dataset, config, config.seed, world.rank, world.size))
+    loader = TrainLoader(dataset, config, config.seed, world.rank, world.size)
+    if world.device.type == "cuda":
+        loader.use_workers_for_gpu(world.node_processes, available_cores())
+    return assemble_train_state(config, world, loader)
 
 
 def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> TrainState:

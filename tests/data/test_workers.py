@@ -165,6 +165,36 @@ def test_the_needed_shared_memory_is_printed(monkeypatch: pytest.MonkeyPatch) ->
         loader(Images()).check_shared_memory(processes=5)
 
 
+@pytest.mark.parametrize(
+    ("processes", "cores", "batches", "expected"),
+    [
+        (1, 16, 100, 6),
+        (1, 4, 100, 3),
+        (8, 64, 8 * 13, 6),
+        (8, 64, 8 * 12, 5),
+        (8, 16, 1000, 1),
+        (2, 2, 100, 0),
+        (1, 9, 2, 0),
+    ],
+)
+def test_auto_is_six_workers_per_gpu_as_far_as_cores_and_shared_memory_suffice(
+    monkeypatch: pytest.MonkeyPatch, processes: int, cores: int, batches: int, expected: int
+) -> None:
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: batches * BATCH_BYTES)
+    auto = TrainLoader(Images(), Config.from_mapping(RECIPE | {"training": {"batch_size": 64}}), seed=0)
+    assert auto.workers == 0  # on a CPU
+    auto.use_workers_for_gpu(processes, cores)
+    assert auto.workers == expected
+    if expected:
+        assert "shared memory" in auto.check_shared_memory(processes)  # and no error
+
+
+def test_a_number_of_workers_is_used_on_a_gpu_too() -> None:
+    given = loader(Images())
+    given.use_workers_for_gpu(1, 64)
+    assert given.workers == 2
+
+
 def test_without_workers_no_shared_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "free_shared_memory", lambda: 0)
     alone = Config.from_mapping(RECIPE | {"training": {"workers": 0, "batch_size": 64}})

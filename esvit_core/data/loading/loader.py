@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from esvit_core.config import Config
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
 from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_share
-from esvit_core.data.loading.workers import Crops, WorkerBatches, shared_memory_line
+from esvit_core.data.loading.workers import Crops, WorkerBatches, choose_workers, shared_memory_line
 
 
 class ImageDataset(Protocol):
@@ -68,7 +68,9 @@ class TrainLoader:
 
     def __init__(self, dataset: ImageDataset, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
         self.dataset = dataset
-        self._batch_size, self._workers = config.training.batch_size, config.training.workers
+        self._batch_size = config.training.batch_size
+        self._auto = config.training.workers == "auto"
+        self._workers = 0 if config.training.workers == "auto" else config.training.workers
         self._seed, self._rank, self._world = seed, rank, world
         self._batches = _Batches(dataset, MultiCrop(config.augment), seed)
         self._store_grace = 60 * config.training.store_grace_minutes
@@ -94,6 +96,21 @@ class TrainLoader:
             crops = next(loaded)
             yield Batch(crops, indices, time.perf_counter() - start)
 
+    def use_workers_for_gpu(self, processes: int, cores: int) -> None:
+        """With ``training.workers: auto``, use workers, as a GPU would wait for this process; before the first epoch.
+
+        Args:
+            processes: training processes on this machine.
+            cores: cores that they may use.
+        """
+        if self._auto:
+            self._workers = choose_workers(self._batch_bytes, processes, cores)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of this training process."""
+        return self._workers
+
     def check_shared_memory(self, processes: int) -> str:
         """Compare the shared memory that the workers need with what is free, as one line; "" without workers.
 
@@ -105,9 +122,12 @@ class TrainLoader:
         """
         if not self._workers:
             return ""
+        return shared_memory_line(self._workers, self._batch_bytes, processes)
+
+    @property
+    def _batch_bytes(self) -> int:
         share = rank_share(self._batch_size, self._rank, self._world)
-        batch_bytes = (share.stop - share.start) * self._batches.bytes_per_sample
-        return shared_memory_line(self._workers, batch_bytes, processes)
+        return (share.stop - share.start) * self._batches.bytes_per_sample
 
     def _load_in_process(self, keys: Sequence[_Key]) -> Iterator[Crops]:
         # No thread: on a CPU it would take time from the network, and both would wait for the GIL.

@@ -9,6 +9,7 @@ error in place of the batch.
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import pickle
@@ -24,11 +25,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from esvit_core.config.training_settings import PREFETCH_FACTOR, WORKERS_PER_GPU
 from esvit_core.errors import InfrastructureError, UserError
 
 Crops = list[torch.Tensor]
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCH_FACTOR = 2  # batches that each worker prepares in advance
 TIMEOUT_SECONDS = 1200  # without a batch, in addition to the grace period of the store
 SHARED_MEMORY_HELP = "lower training.workers (0 disables workers), or enlarge /dev/shm (cluster.train.shared_memory; in Docker --shm-size)"
 
@@ -188,6 +189,23 @@ def shared_memory_line(workers: int, batch_bytes: int, processes: int) -> str:
         f"data loading: {workers} workers per process use up to {_format_bytes(needed)} of shared memory; "
         f"{_format_bytes(free)} are free in {SHARED_MEMORY}"
     )
+
+
+def choose_workers(batch_bytes: int, processes: int, cores: int) -> int:
+    """Return the number of workers per training process on a GPU for ``training.workers: auto``.
+
+    Each training process keeps a core for itself, and the prepared batches must fit into shared memory.
+
+    Args:
+        batch_bytes: size of a training process's batch of crops.
+        processes: training processes on this machine.
+        cores: cores that they may use.
+    """
+    by_cores = cores // processes - 1
+    free = free_shared_memory()
+    batches = math.inf if free is None else free // (processes * batch_bytes)
+    by_memory = (batches - 1) // PREFETCH_FACTOR
+    return int(max(0, min(WORKERS_PER_GPU, by_cores, by_memory)))
 
 
 def free_shared_memory() -> int | None:

@@ -52,6 +52,11 @@ class World:
         """Share of the processes that run on this node, above 0 and at most 1."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) / self.size
 
+    @property
+    def node_processes(self) -> int:
+        """Number of training processes on this node."""
+        return round(self.node_share * self.size)
+
     def all_reduce_mean_(self, value: Tensor) -> Tensor:
         """Average ``value`` over the processes, in place."""
         if self.size > 1:
