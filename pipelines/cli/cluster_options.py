@@ -33,7 +33,7 @@ SentArgument = Annotated[
     ),
 ]
 DataOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option("--data", metavar="S3", help="Images at s3://bucket/prefix; sets the pipeline's parameter data."),
 ]
 ParameterOption = Annotated[

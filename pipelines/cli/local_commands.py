@@ -16,6 +16,7 @@ from esvit_pipelines.cli.options import (
     RecipeOption,
     SetOption,
     TransferOption,
+    one_source,
 )
 from esvit_pipelines.local.process_setup import survive_closed_stdout
 from esvit_pipelines.settings import DEFAULT_OUT, Settings, command
@@ -50,7 +51,7 @@ def run(
     from esvit_pipelines.local.run import run as run_locally
 
     overrides = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
-    settings = Settings(data, recipe, tuple(overrides), tuple(transfer or ()), out, bucket)
+    settings = Settings(one_source(data), recipe, tuple(overrides), tuple(transfer or ()), out, bucket)
     with _report_interruption(), survive_closed_stdout():
         run_locally(settings)
 
@@ -71,7 +72,7 @@ def retrain(
     """
     from esvit_pipelines.local.retrain import retrain as retrain_champion
 
-    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    settings = Settings(one_source(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
     with _report_interruption(), survive_closed_stdout():
         retrain_champion(settings)
 
@@ -100,7 +101,7 @@ def evaluate(
     """
     from esvit_pipelines.local.evaluate import evaluate as evaluate_backbone
 
-    settings = Settings(data, recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    settings = Settings(one_source(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
     with _report_interruption(), survive_closed_stdout():
         evaluate_backbone(settings, model)
 

@@ -29,6 +29,7 @@ from esvit_pipelines.cli.options import (
     RunsBucketOption,
     RunsOption,
     SetOption,
+    one_source,
 )
 from esvit_pipelines.cli.store_commands import store_app
 from esvit_pipelines.local.process_setup import (
@@ -219,7 +220,7 @@ def embed(
         "max_megapixels": max_megapixels,
         "max_aspect_ratio": max_aspect_ratio,
     }
-    embed_images(model, data, out, settings | limits, runs)
+    embed_images(model, one_source(data), out, settings | limits, runs)
 
 
 cluster_commands.register(app)

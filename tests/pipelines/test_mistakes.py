@@ -54,6 +54,10 @@ MISTAKES = {
     "an out that is a file": (["--data", "good", "--out", "file"], r"--out file"),
     "an out with a comma": (["--data", "good", "--out", "a,b"], r"--out a,b: has a comma in its path.*another folder"),
     "no data": ([], r"--data"),
+    "two sources": (
+        ["--data", "good", "--data", "empty"],
+        r"--data is given 2 times \(good, empty\); expected one source",
+    ),
     "an unknown option": (["--data", "good", "--epochs", "3"], r"--epochs"),
 }
 
