@@ -48,12 +48,12 @@ def run_task(run_uri: str, store: ObjectStore) -> Task | str:
 def task_of(splits: Mapping[str, Splits], manifest: Manifest) -> Task | str:
     """Build a task from the features of each model on prepared data, or return the reason why there is none."""
     train, val = next(iter(splits.values()))
-    if reason := missing_labels(train.labels, val.labels):
+    names = class_names(manifest.classes, train.labels, val.labels)
+    if reason := missing_labels(train.labels, val.labels, names):
         return reason
     for model, parts in splits.items():
         if reason := unusable_features(model, *parts):
             return reason
-    names = class_names(manifest.classes, train.labels, val.labels)
     return Task(
         {model: (_labeled(a), _labeled(b)) for model, (a, b) in splits.items()},
         names,
@@ -69,8 +69,16 @@ def _labeled(features: Features) -> Features:
     return Features(features.view[keep], features.blocks[keep], features.labels[keep])
 
 
-def missing_labels(train_labels: np.ndarray, val_labels: np.ndarray) -> str | None:
-    """Return the reason why these labels (classes from 0, -1: none) cannot be used; None if they can."""
+def missing_labels(train_labels: np.ndarray, val_labels: np.ndarray, classes: Sequence[str]) -> str | None:
+    """Return the reason why these labels cannot be used; None if they can.
+
+    A class that only the held-out images have is such a reason: every image of it would count as wrong, so the figure would
+    describe the split of the data.
+
+    Args:
+        train_labels, val_labels: classes from 0; -1: none.
+        classes: names of the classes.
+    """
     if not len(train_labels):
         return "there are no training images"
     known = train_labels[train_labels >= 0]
@@ -82,6 +90,22 @@ def missing_labels(train_labels: np.ndarray, val_labels: np.ndarray) -> str | No
         return "no images are held out; add a val folder or set data.val_fraction above 0"
     if not (val_labels >= 0).any():
         return "the held-out images have no labels"
+    missing = [classes[number] for number in np.setdiff1d(val_labels[val_labels >= 0], known)]
+    if not np.intersect1d(val_labels, known).size:
+        trained = _shown([classes[number] for number in np.unique(known)])
+        return (
+            f"the held-out images ({_shown(missing)}) have no class in common with the training images ({trained}); "
+            "name the folders of a class alike in both splits"
+        )
+    if len(missing) == 1:
+        return (
+            f"{missing[0]}, a class of held-out images, has no training images; add some, or remove the held-out ones"
+        )
+    if missing:
+        return (
+            f"{len(missing):,} classes of held-out images have no training images: {_shown(missing)}; add some, or "
+            "remove the held-out ones"
+        )
     return None
 
 
@@ -106,12 +130,11 @@ def unusable_features(model: str, train: Features, val: Features) -> str | None:
 
 
 def label_notes(train_labels: np.ndarray, val_labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """Describe the limits of a figure: classes without training or test images, single-image classes, unlabeled images."""
+    """Describe the limits of a figure: classes without held-out images, single-image classes, unlabeled images."""
     train = np.bincount(train_labels[train_labels >= 0], minlength=len(classes))
     val = np.bincount(val_labels[val_labels >= 0], minlength=len(classes))
     notes = [
         _note(classes, (train > 0) & (val == 0), "without held-out images, so not measured"),
-        _note(classes, (train == 0) & (val > 0), "without training images, so always wrong"),
         _note(classes, train == 1, "with a single training image"),
     ]
     unlabeled = int((train_labels < 0).sum() + (val_labels < 0).sum())
@@ -131,5 +154,8 @@ def _note(classes: Sequence[str], which: np.ndarray, what: str) -> str:
     names = [name for name, chosen in zip(classes, which, strict=True) if chosen]
     if not names:
         return ""
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} {what}: {shown}"
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} {what}: {_shown(names)}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -21,7 +21,7 @@ from esvit_core.config import Config, TransferSet
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
-from esvit_core.evaluation.labels import Splits, Task, missing_labels, task_of
+from esvit_core.evaluation.labels import Splits, Task, class_names, missing_labels, task_of
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import ProgressLine
@@ -235,8 +235,12 @@ def transfer_task(
     """Return the task of a dataset with the features of ``networks`` (None: the run's), or the reason why there is none."""
     prefix = join_uri(run_uri, "transfer", set_name)
     datasets = split_datasets(store, prefix)
-    labels = [datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS]
-    if reason := missing_labels(*labels):
+    train_labels, val_labels = (
+        datasets[split].labels if split in datasets else np.zeros(0, np.int64) for split in SPLITS
+    )
+    manifest = Manifest.read(store, prefix)
+    names = class_names(manifest.classes, train_labels, val_labels)
+    if reason := missing_labels(train_labels, val_labels, names):
         return reason
     splits: dict[str, Splits] = {}
     for model in networks or MODELS:
@@ -248,7 +252,7 @@ def transfer_task(
             for split in SPLITS
         )
         splits[model] = (train, val)
-    return task_of(splits, Manifest.read(store, prefix))
+    return task_of(splits, manifest)
 
 
 def _fit(x: np.ndarray, labels: np.ndarray, strength: float, iterations: int = _MAX_ITERATIONS) -> LogisticRegression:

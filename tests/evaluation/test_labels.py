@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
+from esvit_core.config import Config
 from esvit_core.evaluation.features import Features
-from esvit_core.evaluation.labels import class_names, label_notes, missing_labels, unusable_features
+from esvit_core.evaluation.knn import measure_knn
+from esvit_core.evaluation.labels import class_names, label_notes, missing_labels, task_of, unusable_features
 
 NONE = np.full(4, -1)
 
 
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
 def test_labels_on_both_sides_can_be_measured():
-    assert missing_labels(np.array([0, 1]), np.array([1])) is None
+    assert missing_labels(np.array([0, 1]), np.array([1]), NAMES) is None
 
 
 def test_each_gap_has_its_reason():
     two, one = np.array([0, 1, 1]), np.array([2, 2])
-    assert "no labels" in missing_labels(NONE, NONE)
-    assert "belong to one class" in missing_labels(one, two)
-    assert "no images are held out" in missing_labels(two, np.zeros(0, int))
-    assert "held-out images have no labels" in missing_labels(two, NONE)
-    assert "no training images" in missing_labels(np.zeros(0, int), two)
+    assert "no labels" in missing_labels(NONE, NONE, NAMES)
+    assert "belong to one class" in missing_labels(one, two, NAMES)
+    assert "no images are held out" in missing_labels(two, np.zeros(0, int), NAMES)
+    assert "held-out images have no labels" in missing_labels(two, NONE, NAMES)
+    assert "no training images" in missing_labels(np.zeros(0, int), two, NAMES)
 
 
-def test_classes_missing_on_one_side_are_named():
-    notes = label_notes(np.array([0, 0, 1, 1, 2]), np.array([0, 3, -1]), ["ant", "bee", "cat", "dog"])
+def test_a_held_out_class_that_training_lacks_is_a_reason_not_a_low_figure():
+    reason = missing_labels(np.array([0, 1, -1]), np.array([0, 2, 2, -1]), NAMES)
+    assert reason.startswith("cat, a class of held-out images, has no training images; ")
+    reason = missing_labels(np.array([0, 1]), np.array([0, 2, 3]), NAMES)
+    assert reason.startswith("2 classes of held-out images have no training images: cat, dog; ")
+
+
+def test_no_class_in_common_is_a_reason_not_a_zero():
+    reason = missing_labels(np.array([0, 1]), np.array([3, 2, -1]), NAMES)
+    assert reason.startswith(
+        "the held-out images (cat, dog) have no class in common with the training images (ant, bee)"
+    )
+
+
+def test_a_measurement_without_a_common_class_is_left_out_with_the_reason():
+    rng = np.random.default_rng(0)
+
+    def features(*labels):
+        view = rng.standard_normal((len(labels), 4)).astype(np.float32)
+        return Features(view, view, np.array(labels))
+
+    task = task_of({"trained": (features(0, 0, 1, 1), features(2, 3))}, SimpleNamespace(classes=NAMES))
+    result = measure_knn(task, Config())
+    assert (result["status"], result["results"]) == ("left_out", {}) and "no class in common" in result["reason"]
+
+
+def test_limits_of_a_figure_are_named():
+    notes = label_notes(np.array([0, 0, 1, 1, 2]), np.array([0, -1]), NAMES)
     assert notes == [
         "2 classes without held-out images, so not measured: bee, cat",
-        "1 class without training images, so always wrong: dog",
         "1 class with a single training image: cat",
         "1 image without a label not used",
     ]
