@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esvit_core.config import Config
@@ -26,12 +27,32 @@ def fake_network(config: Config, device_type: str = "cpu") -> Iterator[MultiCrop
     Raises:
         UserError: the architecture does not exist or refuses the settings of the section ``model``.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device_type):
-        try:
-            network = build_network(config).train()
-        except _REFUSALS as error:
-            raise UserError(f"model {config.model.arch}: {error}; change the recipe's `model` section") from None
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device(device_type)
+    try:
+        network = _build(config, mode, device)
+    except _REFUSALS as error:
+        raise UserError(f"model {config.model.arch}: {error}; change the recipe's `model` section") from None
+    with mode, device:
         yield network
+
+
+def _build(config: Config, mode: FakeTensorMode, device: torch.device) -> MultiCropNetwork:
+    try:
+        with mode, device:
+            return build_network(config).train()
+    except (UserError, *_REFUSALS):  # timm's ViTs read values while they are built, their drop path rates
+        network = build_network(config).train()
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(_fake(parameter, mode, device), parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, _fake(buffer, mode, device))
+    return network
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def fake_crops(images: int, sizes: Sequence[int]) -> list[torch.Tensor]:
