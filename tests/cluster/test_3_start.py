@@ -106,7 +106,7 @@ def test_user_interface(
         browser.graph(run.run_id, saw)
         browser.step(run.run_id, "knn", saw)
         browser.artifact(run.run_id, "report", "html", "Lineage", saw)
-        browser.artifact(run.run_id, "report", "metrics", "knn/5 (baseline)", saw)
+        browser.artifact(run.run_id, "report", "metrics", "knn/1 (baseline)", saw)
         browser.artifact(run.run_id, "linear-probe", "confusion", "Predicted label", saw)
         ended = [one.run_id for one in runs.client.list_runs(page_size=50, sort_by="created_at desc").runs or []
                  if one.state == "SUCCEEDED" and ("labelled" in one.display_name or one.run_id == run.run_id)]  # fmt: skip

@@ -17,7 +17,7 @@ SCHEDULERS = {
     "volcano": ("jobs.batch.volcano.sh", "Volcano"),
     "trainjob": ("trainjobs.trainer.kubeflow.org", "the Kubeflow Trainer"),
 }
-LONG = ("training.epochs=200",)
+LONG = ("training.epochs=120",)
 
 
 @pytest.fixture(params=SCHEDULERS)
