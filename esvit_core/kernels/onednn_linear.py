@@ -68,9 +68,9 @@ class Linear(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Linear) -> Linear:
         """Create a layer that shares the parameters of another layer."""
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        made.weight, made.bias = layer.weight, layer.bias
-        return made.train(layer.training)
+        linear = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        return linear.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -192,8 +192,8 @@ def _task(
         teacher = teacher_logits[rows]  # once: computing lazy logits takes as long as the rest
         _mark_first_choices(chosen, teacher, center)
         sampled = rows[rows % stride == 0]
-        here = torch.searchsorted(rows, torch.cat((sampled, match[sampled])))
-        needed, where = here.unique(return_inverse=True)
+        positions = torch.searchsorted(rows, torch.cat((sampled, match[sampled])))
+        needed, where = positions.unique(return_inverse=True)
         own, matched = where[: len(sampled)], where[len(sampled) :]
         p, entropies = _sharpened(teacher, needed, center, teacher_temp)
         del teacher  # frees the wide logits before the student's are computed

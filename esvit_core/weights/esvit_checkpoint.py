@@ -99,7 +99,7 @@ def write_published_checkpoint(
     """
     student = to_published(states["student"])
     batch_norms = any(name.endswith("running_mean") for name in student)
-    here = {ours: theirs for theirs, ours in CENTERS.items()}
+    published_names = {ours: theirs for theirs, ours in CENTERS.items()}
     payload = {
         "student": {f"module.{name}": value for name, value in student.items()},
         "teacher": {
@@ -108,7 +108,7 @@ def write_published_checkpoint(
         "optimizer": states["optimizer"],
         "epoch": epoch,
         "args": argparse.Namespace(**published_arguments(config)),
-        "dino_loss": {here[name]: value for name, value in states["objective"].items()},
+        "dino_loss": {published_names[name]: value for name, value in states["objective"].items()},
     }
     if scaler is not None:
         payload["fp16_scaler"] = dict(scaler)

@@ -112,32 +112,32 @@ def run_pipeline(settings: Settings, current: Run, request: Retraining | Evaluat
     Raises:
         EsvitError, StoppedError: see :func:`run`.
     """
-    here = settings.out / current.name
-    here.mkdir(exist_ok=True)
-    mark(here)
-    (here / CONFIG).write_text(current.config.to_yaml(), encoding="utf-8")
-    log = here / LOG
+    folder = settings.out / current.name
+    folder.mkdir(exist_ok=True)
+    mark(folder)
+    (folder / CONFIG).write_text(current.config.to_yaml(), encoding="utf-8")
+    log = folder / LOG
     start = time.monotonic()
     print(f"log {log}", flush=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
-    config_file = here / CONFIG
+    config_file = folder / CONFIG
     if request is not None:
-        config_file = here / REQUESTED
+        config_file = folder / REQUESTED
         config_file.write_text(request.config.to_yaml(), encoding="utf-8")
     owner = request.owner if isinstance(request, Retraining) else None
     backbone = request.backbone if isinstance(request, Evaluation) else None
-    with in_progress(here) as lock, _record_failure(current):
+    with in_progress(folder) as lock, _record_failure(current):
         run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone)
-    current.store.get_file(current.at("report/report.html"), here / "report.html")
-    _print_results(current, here)
+    current.store.get_file(current.at("report/report.html"), folder / "report.html")
+    _print_results(current, folder)
     if backbone is None:
-        current.store.fetch(current.at("backbone"), here / "backbone")
-        print(f"backbone  {here / 'backbone'}")
+        current.store.fetch(current.at("backbone"), folder / "backbone")
+        print(f"backbone  {folder / 'backbone'}")
         print(f"promoted  {_promotion(current)}")
     print(f"finished in {format_duration(time.monotonic() - start)}")
     if backbone is None:
-        print("\nUse it:", *(f"    {line}" for line in usage((here / "backbone").absolute())), sep="\n")
+        print("\nUse it:", *(f"    {line}" for line in usage((folder / "backbone").absolute())), sep="\n")
 
 
 def print_default_recipe(settings: Settings) -> None:
@@ -164,7 +164,7 @@ def _record_failure(current: Run) -> Iterator[None]:
         raise
 
 
-def _print_results(current: Run, here: Path) -> None:
+def _print_results(current: Run, folder: Path) -> None:
     from rich.console import Console
 
     from esvit_core.reporting.result_rows import read_results
@@ -177,7 +177,7 @@ def _print_results(current: Run, here: Path) -> None:
     if verdict := judge_results(results, current.config):
         for number, line in enumerate([verdict.sentence, *verdict.details]):
             print(f"{'' if number else 'verdict':<10}{plain_text(line)}")
-    print(f"report    {here / 'report.html'}")
+    print(f"report    {folder / 'report.html'}")
 
 
 def usage(backbone: Path) -> list[str]:

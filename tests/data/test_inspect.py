@@ -97,9 +97,9 @@ def test_the_last_line_of_the_command_is_json(split_folder, capsys):
 
 def test_the_preparation_says_the_same_and_keeps_it(split_folder, prepared, capsys):
     manifest = prepared(split_folder, max_bad_fraction=0.5)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in manifest.reading:
-        assert f"prepare: {line}" in said
+        assert f"prepare: {line}" in output
     text = "\n".join(manifest.reading)
     assert "images: 17 (train 11, test 6)" in text  # the bad one is not known yet
     assert "classes: 3 classes of 2 to 8 images: cat (8), dog (7), emu (2)" in text

@@ -187,11 +187,11 @@ def _walk(root: Path) -> Iterator[Entry]:
     problems: list[OSError] = []
     visited: set[tuple[int, int]] = set()  # a link to a parent folder would loop forever
     for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
-        here = Path(folder).stat()
-        if (here.st_dev, here.st_ino) in visited:
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
-        visited.add((here.st_dev, here.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         if is_marked(Path(folder), files):  # a store or run folder of this program
             folders.clear()
             continue
