@@ -30,11 +30,7 @@ class Judgement:
 
 def judge_first(figure: Figure, config: Config) -> Judgement:
     """Decide whether a backbone becomes the first champion: it has to beat its own baseline."""
-    compared = figure.compared_with(figure.of_baseline())
-    difference = compared if isinstance(compared, Difference) else None
-    comparison = (
-        f"{figure.metric} {figure.value:.2f} against {figure.baseline:.2f} of the baseline{_interval(difference)}"
-    )
+    compared, difference, comparison = _compare(figure, figure.of_baseline(), "the baseline")
     rule = config.promotion.rule
     if rule == "always":
         return Judgement(True, f"first champion, promotion.rule is always: {comparison}", difference)
@@ -66,11 +62,7 @@ def judge_against(
         if rule == "always":
             return Judgement(True, f"promotion.rule is always; not compared with the champion {name}: {other}")
         return Judgement(False, f"cannot be compared with the champion {name}: {other}")
-    compared = figure.compared_with(champion)
-    difference = compared if isinstance(compared, Difference) else None
-    comparison = (
-        f"{figure.metric} {figure.value:.2f} against {champion.value:.2f} of the champion {name}{_interval(difference)}"
-    )
+    compared, difference, comparison = _compare(figure, champion, f"the champion {name}")
     if rule == "always":
         return Judgement(True, f"promotion.rule is always: {comparison}", difference)
     if figure.value <= champion.value:
@@ -98,8 +90,12 @@ def _not_shown(compared: Difference | str) -> str:
     return too_few(compared) or "the figures do not agree with the outcomes of the single images"
 
 
-def _interval(difference: Difference | None) -> str:
-    return f": {describe_difference(difference)}" if difference else ""
+def _compare(figure: Figure, other: Figure, owner: str) -> tuple[Difference | str, Difference | None, str]:
+    """Return the difference or the reason why it has no interval, the difference if it has one, and both in words."""
+    compared = figure.compared_with(other)
+    difference = compared if isinstance(compared, Difference) else None
+    interval = f": {describe_difference(difference)}" if difference else ""
+    return compared, difference, f"{figure.metric} {figure.value:.2f} against {other.value:.2f} of {owner}{interval}"
 
 
 def _losses(sets: Sequence[tuple[Figure, Figure]], config: Config) -> str:

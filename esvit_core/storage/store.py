@@ -92,9 +92,7 @@ class ObjectStore:
                     raise
 
         in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
-        self.connection.call(
-            "connecting", list_buckets, RetryPolicy(attempts=10) if in_pod else RetryPolicy(attempts=3)
-        )
+        self.connection.call("connecting", list_buckets, RetryPolicy(attempts=10 if in_pod else 3))
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create the bucket if it does not exist."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from esvit_core import __version__
-from esvit_core.config import Config
+from esvit_core.config import Config, DataConfig
 from esvit_core.errors import USER_ERROR_EXIT_CODE, EsvitError
 from esvit_pipelines.cli import cluster_commands, local_commands
 from esvit_pipelines.cli.data_commands import data_app
@@ -198,13 +198,13 @@ def embed(
     max_bad_fraction: Annotated[
         float,
         typer.Option("--max-bad-fraction", min=0, max=1, help="Fail if a larger share of the images is unreadable."),
-    ] = 0.05,
+    ] = DataConfig().max_bad_fraction,
     max_megapixels: Annotated[
         float, typer.Option("--max-megapixels", min=0.001, help="Skip larger images (decompression bombs).")
-    ] = 100.0,
+    ] = DataConfig().max_megapixels,
     max_aspect_ratio: Annotated[
         float, typer.Option("--max-aspect-ratio", min=1, help="Skip images whose sides differ by a larger factor.")
-    ] = 100.0,
+    ] = DataConfig().max_aspect_ratio,
     runs: RunsOption = DEFAULT_OUT,
 ) -> None:
     """Write the view features of images, and optionally their region features.

@@ -8,7 +8,7 @@ from esvit_core.errors import UserError
 from esvit_core.runs.run import MEASURED, run_uri
 from esvit_core.runs.status import run_names
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_pipelines.local.run import Evaluation, open_run_store, print_default_recipe, run_pipeline
+from esvit_pipelines.local.run import open_run_store, print_default_recipe, run_pipeline
 from esvit_pipelines.settings import Settings, resolve
 
 
@@ -33,7 +33,7 @@ def evaluate(settings: Settings, model: str) -> None:
         print_default_recipe(settings)
         backbone = store.get_json(current.at(MEASURED))["backbone"]
         print(f"run {current.name}, which evaluates {backbone}")
-        run_pipeline(settings, current, Evaluation(backbone, config))
+        run_pipeline(settings, current, config, backbone=backbone)
 
 
 def backbone_address(model: str, bucket: str, store: ObjectStore) -> str:

@@ -10,7 +10,7 @@ import psutil
 from esvit_core.planning.feasibility import require_metric
 from esvit_core.retraining.find_new_data import find_new
 from esvit_core.runs.run import open_run
-from esvit_pipelines.local.run import Retraining, open_run_store, print_default_recipe, run_pipeline
+from esvit_pipelines.local.run import open_run_store, print_default_recipe, run_pipeline
 from esvit_pipelines.settings import Settings, resolve
 
 
@@ -32,7 +32,7 @@ def retrain(settings: Settings) -> None:
             return
         print_default_recipe(settings)
         print(found.message)
-        run_pipeline(settings, open_run(found.run, store), Retraining(owner, config))
+        run_pipeline(settings, open_run(found.run, store), config, owner=owner)
 
 
 def _owner(out: Path) -> str:

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,37 +76,20 @@ def open_run_store(settings: Settings, config: Config) -> Iterator[ObjectStore]:
         yield store
 
 
-@dataclass(frozen=True)
-class Retraining:
-    """A requested retraining.
-
-    Attributes:
-        owner: owner of its lease.
-        config: the requested configuration, from which that of the run is derived.
-    """
-
-    owner: str
-    config: Config
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A requested evaluation of an existing backbone.
-
-    Attributes:
-        backbone: address of the backbone.
-        config: the requested configuration, from which that of the run is derived.
-    """
-
-    backbone: str
-    config: Config
-
-
-def run_pipeline(settings: Settings, current: Run, request: Retraining | Evaluation | None = None) -> None:
+def run_pipeline(
+    settings: Settings,
+    current: Run,
+    requested: Config | None = None,
+    *,
+    owner: str | None = None,
+    backbone: str | None = None,
+) -> None:
     """Run all steps of a run, copy the report and the new backbone out of the store, and print the results.
 
     Args:
-        request: None: the run is a pre-training.
+        requested: of a retraining or an evaluation the requested configuration, from which that of the run is derived.
+        owner: owner of the retraining's lease; None: the run is not a retraining.
+        backbone: address of the existing backbone that the run evaluates; None: it trains one.
 
     Raises:
         EsvitError, StoppedError: see :func:`run`.
@@ -122,11 +104,9 @@ def run_pipeline(settings: Settings, current: Run, request: Retraining | Evaluat
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command()}\n")
     config_file = folder / CONFIG
-    if request is not None:
+    if requested is not None:
         config_file = folder / REQUESTED
-        config_file.write_text(request.config.to_yaml(), encoding="utf-8")
-    owner = request.owner if isinstance(request, Retraining) else None
-    backbone = request.backbone if isinstance(request, Evaluation) else None
+        config_file.write_text(requested.to_yaml(), encoding="utf-8")
     with in_progress(folder) as lock, _record_failure(current):
         run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone)
     current.store.get_file(current.at("report/report.html"), folder / "report.html")

@@ -12,10 +12,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from esvit_core.config import DataConfig
+
 # Pillow's formats that are accepted. Some of the others run programs (EPS) or fetch files that they name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 _LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF"})
-MAX_ASPECT_RATIO = 100.0  # default of data.max_aspect_ratio
 _JPEG_QUALITY = 95
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright
 _TRANSPOSITIONS = {
@@ -63,7 +64,7 @@ class StoredImage:
 
 
 def to_stored_image(
-    data: bytes, max_megapixels: float, short_side: int | None, max_aspect_ratio: float = MAX_ASPECT_RATIO
+    data: bytes, max_megapixels: float, short_side: int | None, max_aspect_ratio: float = DataConfig().max_aspect_ratio
 ) -> StoredImage:
     """Check a file by decoding it, and convert it to the form that is stored.
 
