@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import urllib.request
@@ -55,6 +56,34 @@ def test_the_wheels_are_served_on_the_loopback_interface(tmp_path: Path) -> None
     finally:
         server.kill()
         server.wait()
+
+
+def test_the_image_for_gpus_has_what_triton_compiles_with() -> None:
+    last_stage = (ROOT / "images/trainer/Dockerfile").read_text(encoding="utf-8").split("\nFROM ")[-1]
+    installed = last_stage.index("gcc libc6-dev python3-dev")
+    assert last_stage.index("ARG VARIANT") < last_stage.index('"$VARIANT" = cuda') < installed
+    assert installed < last_stage.index("cyclonedx-py") < last_stage.index("check.py --variant")
+
+
+def test_the_check_of_the_image_notices_a_compiler_without_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("check", ROOT / "images/trainer/check.py")
+    assert spec and spec.loader
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check.compiler_problem() == "there is no C compiler"
+    (tmp_path / "gcc").write_text(
+        "#!/bin/sh\necho 'extension.c:1:10: fatal error: Python.h: No such file' >&2; exit 1\n"
+    )
+    (tmp_path / "gcc").chmod(0o755)
+    assert check.compiler_problem().endswith(
+        "cannot compile with Python's headers: extension.c:1:10: fatal error: Python.h: No such file"
+    )
+    (tmp_path / "gcc").write_text("#!/bin/sh\nexit 0\n")
+    assert check.compiler_problem() == ""
 
 
 @pytest.mark.parametrize("command", ["images/build", "images/get-wheels", "images/debian", ".ci/containers"])

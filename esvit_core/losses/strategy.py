@@ -31,20 +31,23 @@ class LossStrategy:
 
     Attributes:
         name: description for the log.
+        form: short name for the metrics, one of a fixed set.
         lazy_logits: whether the heads return lazy logits.
         cross_entropy: ``(student_logits, teacher, pairs, student_temp)``: the weighted sum of the cross-entropies.
     """
 
     name: str
+    form: str
     lazy_logits: bool
     cross_entropy: Callable[[Logits, Teacher, Pairs, float], Tensor]
 
 
-CHUNKED = LossStrategy("softmax in torch", False, chunked_cross_entropy)
-TRITON = LossStrategy("fused Triton kernels", False, triton_cross_entropy)
+CHUNKED = LossStrategy("softmax in torch", "torch", False, chunked_cross_entropy)
+TRITON = LossStrategy("fused Triton kernels", "triton", False, triton_cross_entropy)
 BLOCKWISE = {
     kernels: LossStrategy(
         f"lazy logits, fused softmax in {kernels.name}",
+        f"lazy-{kernels.name.lower()}",
         True,
         functools.partial(blockwise_cross_entropy, kernels=kernels),
     )

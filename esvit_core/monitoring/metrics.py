@@ -97,6 +97,12 @@ class TrainingMetrics:
         self._step = self._gauge(whole, "esvit_train_step", "Steps done.")
         self._gauge(whole, "esvit_train_steps_planned", "Steps of the whole run.").set(total_steps)
         self._gauge(whole, "esvit_train_world_size", "Processes that train.").set(world_size)
+        self._info = Gauge(
+            "esvit_train_info",
+            "Device, precision and form of the objective; always 1.",
+            (*LABELS, "device", "precision", "objective"),
+            registry=whole,
+        )
         self._figures = {key: self._gauge(whole, name, text) for key, (name, text) in _GAUGES.items()}
         self._loss = Gauge("esvit_train_loss", "Loss.", (*LABELS, "term"), registry=whole)
         self._levels = {
@@ -115,6 +121,10 @@ class TrainingMetrics:
         self._gauge(
             whole, "esvit_checkpoint_age_seconds", "Time since the last checkpoint, or since the start."
         ).set_function(lambda: time.time() - (self._saved or self._started))
+
+    def describe(self, device: str, precision: str, objective: str) -> None:
+        """Export how the run computes: type of the device, precision, and form of the objective."""
+        self._info.labels(**self._labels, device=device, precision=precision, objective=objective).set(1)
 
     def started(self, step: int, restarts: int) -> None:
         """Set the step from which the training starts or resumes, and the number of restarts so far."""

@@ -228,6 +228,7 @@ def _start_metrics(run: Run, state: TrainState, interval: CheckpointInterval) ->
         partial(device_memory, state.world.device),
         is_main=state.world.is_main,
     )
+    metrics.describe(state.world.device.type, state.precision.name, state.objective.strategy.form)
     port = os.environ.get(METRICS_PORT_VARIABLE, training.metrics_port)
     if port is not None:
         print(f"train: metrics on {metrics.serve(int(port))}", flush=True)

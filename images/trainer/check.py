@@ -2,7 +2,8 @@
 
     docker run --rm esvit/trainer:0.1.0 python /usr/share/esvit/check.py
 
-Exits with code 1 and prints a line for each failure. Needs no network and no object store, and writes nothing.
+Exits with code 1 and prints a line for each failure. Needs no network and no object store, and writes to a
+temporary folder only.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import platform
 import shutil
+import subprocess
 import sys
+import sysconfig
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +45,8 @@ def main() -> int:
     names = [d.metadata["Name"] for d in metadata.distributions()]
     if variant == "cpu" and any(name.startswith("nvidia-") for name in names):
         failed.append("torch: NVIDIA's libraries are in the CPU image")
+    if variant == "cuda" and (problem := compiler_problem()):
+        failed.append(f"triton: {problem}")
     failed += [f"torch: {error}" for error in compute()]
     failed += [f"{level}: the kernels are not compiled" for level in missing_kernels()]
     versions = {name: metadata.version(name) for name in PACKAGES}
@@ -62,6 +69,21 @@ def compute() -> list[str]:
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     return []
+
+
+def compiler_problem() -> str:
+    """Why Triton could not compile an extension module of Python as it does at its first kernel; "" if it could."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "extension.c")
+        source.write_text("#include <Python.h>\n")
+        include = f"-I{sysconfig.get_path('include')}"
+        command = [compiler, "-shared", "-fPIC", include, str(source), "-o", str(source.with_suffix(".so"))]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stderr.splitlines() if "error" in line] or [f"exit code {result.returncode}"]
+    return f"{compiler} cannot compile with Python's headers: {lines[0]}" if result.returncode else ""
 
 
 def missing_kernels() -> list[str]:

@@ -26,6 +26,7 @@ def exported() -> dict[str, set[str]]:
     keys = [f"{figure}_{level}" for figure in metrics._levels for level in ("view", "region")]
     metrics.line(dict.fromkeys([*keys, "loss", "loss_view", "loss_region"], 1.0))
     metrics.warned("entropy_view")
+    metrics.describe("cpu", "float32", "torch")
     found: dict[str, set[str]] = {}
     for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? ", generate_latest(metrics.registry).decode(), re.MULTILINE):
         found.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))

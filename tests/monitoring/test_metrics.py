@@ -32,6 +32,7 @@ def test_served_metrics_have_conventional_names() -> None:
     metrics.warned("entropy_view")
     metrics.checkpoint(0.5, 1000)
     metrics.started(1, restarts=3)
+    metrics.describe("cuda", "bfloat16", "triton")
     address = metrics.serve(0)
     text = urllib.request.urlopen(address, timeout=5).read().decode()
     assert address.startswith("http://127.0.0.1:")
@@ -50,6 +51,7 @@ def test_served_metrics_have_conventional_names() -> None:
         f"esvit_region_mutual_match_ratio{{{who}}} 0.75",
         f'esvit_train_warnings_total{{{who},sign="entropy_view"}} 1.0',
         f"esvit_train_world_size{{{who}}} 2.0",
+        f'esvit_train_info{{device="cuda",objective="triton",precision="bfloat16",{who}}} 1.0',
         f"esvit_train_restarts_total{{{who}}} 3.0",
         f"esvit_checkpoint_bytes{{{who}}} 1000.0",
     ):
