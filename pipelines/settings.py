@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from esvit_core.config import Config
+from esvit_core.config.auto import AUTO as AUTO_RECIPE
 from esvit_core.config.kubernetes_names import AUTO
 from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_items, to_parameters, with_transfer
 from esvit_core.errors import UserError
 
-DEFAULT_RECIPE = "demo"
+DEFAULT_RECIPE = "demo"  # of all commands but `esvit run`
 DEFAULT_OUT = Path("esvit-runs")
 DEFAULT_BUCKET = "esvit"
 LOG = "run.log"  # below DIR/<run>
@@ -32,6 +33,7 @@ class Settings:
         transfer: items ``NAME=SOURCE``.
         out: folder for everything that the run writes on this machine.
         bucket: bucket of the runs; None: the one in the configuration.
+        hours: time for the run, with the recipe ``auto``; None: the default of the device.
     """
 
     data: str
@@ -40,6 +42,42 @@ class Settings:
     transfer: Sequence[str]
     out: Path
     bucket: str | None
+    hours: float | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration.
+
+    Attributes:
+        config: the configuration.
+        explanation: what the recipe ``auto`` chose and why, in lines; empty with another recipe.
+    """
+
+    config: Config
+    explanation: list[str]
+
+
+def resolve_run(settings: Settings) -> Resolved:
+    """Resolve the settings of a training on this machine, whose default recipe is ``auto``.
+
+    Raises:
+        UserError: see :func:`resolve`; or the data cannot be read, or are too few; or ``hours`` has no effect.
+    """
+    if settings.recipe not in (None, AUTO_RECIPE):
+        if settings.hours is not None:
+            raise UserError(
+                f"--hours {settings.hours:g}: no effect with --recipe {settings.recipe}, whose length is "
+                "training.epochs; leave out one of them"
+            )
+        return Resolved(resolve(settings), [])
+    from esvit_core.planning.auto_recipe import resolve_auto
+
+    if settings.transfer:  # a wrong item is an error before the source is listed
+        with_transfer(Config(), settings.transfer, "--transfer")
+    found = resolve_auto(settings.data, _changes(settings), settings.hours)
+    config = with_transfer(found.config, settings.transfer, "--transfer") if settings.transfer else found.config
+    return Resolved(config, found.lines())
 
 
 def resolve(settings: Settings) -> Config:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-_CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+from esvit_core.cpu_flags import cpu_bfloat16
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,4 @@ def _native_bfloat16(device: torch.device) -> str:
     """Return the name of the hardware that computes bfloat16 natively, or an empty string."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device) if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return ""
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    flags = set(line.group(1).split()) if line else set()
-    return next((name for flag, name in _CPU_FLAGS.items() if flag in flags), "")
+    return cpu_bfloat16()

@@ -38,6 +38,18 @@ def run(
     transfer: TransferOption = None,
     out: OutOption = DEFAULT_OUT,
     bucket: BucketOption = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            "--hours",
+            metavar="H",
+            min=0.05,
+            help="Time for the run, for recipe auto; default: 1 on a CPU, 8 on a GPU.",
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what recipe auto chooses and why, and exit.")
+    ] = False,
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Profile the first training steps; the traces go to profile/ of the run."),
@@ -45,13 +57,18 @@ def run(
 ) -> None:
     """Run the whole pipeline on this machine: prepare, pre-train, evaluate, report, promote.
 
-    Labels are optional; labelled images lie in one folder per class. Ctrl-C stops the run; rerun the command to resume.
+    The default recipe is auto: it chooses network, crops, epochs, batch and the rest from the images, this machine and
+    --hours, and says why. Labels are optional; labelled images lie in one folder per class. Ctrl-C stops the run; rerun the command to resume.
     All data are stored in an object store: the one that ESVIT_S3_ENDPOINT names, or else an embedded one in DIR/store.
     """
+    from esvit_pipelines.local.run import explain as explain_recipe
     from esvit_pipelines.local.run import run as run_locally
 
     overrides = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
-    settings = Settings(one_source(data), recipe, tuple(overrides), tuple(transfer or ()), out, bucket)
+    settings = Settings(one_source(data), recipe, tuple(overrides), tuple(transfer or ()), out, bucket, hours)
+    if explain:
+        explain_recipe(settings)
+        return
     with _report_interruption(), survive_closed_stdout():
         run_locally(settings)
 

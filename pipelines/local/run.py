@@ -26,8 +26,9 @@ from esvit_core.storage.store_errors import NotFound
 from esvit_core.storage.weed import path_problem
 from esvit_core.weights.weight_source import pin_source
 from esvit_pipelines.local.attempt import in_progress, run_attempt
-from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve, sources, store_in
+from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve_run, sources, store_in
 
+DEMO_RECIPE = "demo"
 REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining or an evaluation: the requested configuration
 
 
@@ -40,17 +41,18 @@ def run(settings: Settings) -> None:
         CrashError: a step failed unexpectedly.
         StoppedError: a signal stopped the run; its state is saved.
     """
-    config = resolve(settings)
+    resolved = resolve_run(settings)
+    config = resolved.config
     require_metric(config)
+    print(*resolved.explanation, sep="\n", end="\n" if resolved.explanation else "", flush=True)
     with open_run_store(settings, config) as store:
         config = pin_source(config, store)
         name = identify_run(config, settings.data)
         current = Run(run_uri(config.bucket, name), store, config)
-        print_default_recipe(settings)
         resumed = store.exists(current.at(CONFIG))
         print(f"run {name}" + (", resumed: finished steps are reused" if resumed else ""))
         run_pipeline(settings, current)
-        if config.recipe == DEFAULT_RECIPE and settings.transfer:
+        if config.recipe == DEMO_RECIPE and settings.transfer:
             print(
                 f"\nTo train on your own images:\n    {program()} run --data <folder, tar, zip or s3://bucket/prefix>"
             )
@@ -118,6 +120,21 @@ def run_pipeline(
     print(f"finished in {format_duration(time.monotonic() - start)}")
     if backbone is None:
         print("\nUse it:", *(f"    {line}" for line in usage((folder / "backbone").absolute())), sep="\n")
+
+
+def explain(settings: Settings) -> None:
+    """Print what the recipe ``auto`` chooses for these settings, and why; nothing is started.
+
+    Raises:
+        UserError: see :func:`run`; or another recipe is named.
+    """
+    resolved = resolve_run(settings)
+    if not resolved.explanation:
+        raise UserError(
+            f"--explain: it explains the choices of the recipe auto, not those of {settings.recipe}; "
+            f"`{program()} recipe show {settings.recipe}` prints every setting of it"
+        )
+    print(*resolved.explanation, sep="\n")
 
 
 def print_default_recipe(settings: Settings) -> None:

@@ -21,7 +21,7 @@ GARBLED = b"\x00\x01 this is no archive " * 50
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, images: Any, micro_recipe: Path) -> Path:
     made = tmp_path_factory.mktemp("mistakes")
-    images.folder(made / "good", ["a", "b"], 4)
+    images.folder(made / "good", ["a", "b"], 25)
     (made / "empty").mkdir()
     (made / "empty" / "notes.txt").write_text("no images here")
     (made / "broken.zip").write_bytes(GARBLED)
@@ -53,6 +53,9 @@ MISTAKES = {
     "a transfer set with a bad name": (["--data", "good", "--transfer", "A b=good"], r"--transfer.*'A b'"),
     "an out that is a file": (["--data", "good", "--out", "file"], r"--out file"),
     "an out with a comma": (["--data", "good", "--out", "a,b"], r"--out a,b: has a comma in its path.*another folder"),
+    "too few images": (["--data", "garbage"], r"garbage: 4 images; a training needs at least 50; add images"),
+    "hours for a recipe with epochs": (["--data", "good", "--recipe", "demo", "--hours", "2"], r"--hours 2: no effect"),
+    "an explanation of another recipe": (["--data", "good", "--recipe", "demo", "--explain"], r"recipe show demo"),
     "no data": ([], r"--data"),
     "two sources": (
         ["--data", "good", "--data", "empty"],
