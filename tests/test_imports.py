@@ -10,52 +10,6 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).parent.parent
-# What each package may import of ours. A part of esvit_core imports only what stands below it.
-FOUNDATION = {"esvit_core.config", "esvit_core.errors"}
-STORAGE = FOUNDATION | {"esvit_core.storage"}
-NETWORKS = FOUNDATION | {
-    "esvit_core.collectives",
-    "esvit_core.cpu_flags",
-    "esvit_core.kernels",
-    "esvit_core.losses",
-    "esvit_core.models",
-    "esvit_core.torch_private",
-}
-RUNS = STORAGE | {"esvit_core", "esvit_core.data", "esvit_core.monitoring", "esvit_core.runs", "esvit_core.weights"}
-WORK = RUNS | NETWORKS
-ALLOWED = {
-    "esvit_core.repetition": set(),
-    "esvit_core.errors": {"esvit_core.repetition"},
-    "esvit_core.artifacts": set(),
-    "esvit_core.cpu_flags": set(),
-    "esvit_core.collectives": {"esvit_core.errors"},
-    "esvit_core.torch_private": set(),
-    "esvit_core.config": {"esvit_core.errors"},
-    "esvit_core.storage": FOUNDATION,
-    "esvit_core.kernels": NETWORKS,
-    "esvit_core.losses": NETWORKS,
-    "esvit_core.models": NETWORKS,
-    "esvit_core.weights": STORAGE | {"esvit_core.data", "esvit_core.models"},
-    "esvit_core.monitoring": STORAGE,
-    "esvit_core.data": STORAGE | {"esvit_core.monitoring"},
-    "esvit_core.runs": RUNS,
-    # How much a step takes: the launcher of a training needs it, too.
-    "esvit_core.planning.count_operations": NETWORKS | {"esvit_core.planning.fake_network"},
-    "esvit_core.planning.pod_sizes": FOUNDATION | {"esvit_core.planning.count_operations"},
-    "esvit_core.launch": RUNS | {"esvit_core.planning.pod_sizes", "esvit_core.torch_private"},
-    "esvit_core.training": WORK | {"esvit_core.launch"},
-    "esvit_core.planning": WORK | {"esvit_core.launch", "esvit_core.training"},
-    "esvit_core.embedding": WORK,
-    "esvit_core.evaluation": WORK | {"esvit_core.training"},
-    "esvit_core.registry": RUNS | {"esvit_core.evaluation"},
-    "esvit_core.retraining": RUNS | {"esvit_core.registry"},
-    "esvit_core.reporting": RUNS | {"esvit_core.evaluation", "esvit_core.registry"},
-    "esvit_core": {"esvit_core"},
-    "esvit_components": {"esvit_core"},
-    "esvit_pipelines": {"esvit_core", "esvit_components"},
-}
-FOLDERS = {"esvit_core": "esvit_core", "esvit_components": "components", "esvit_pipelines": "pipelines"}
-NETWORK_LIBRARIES = {"torch", "timm", "numpy", "triton"}  # Triton comes with torch where there are GPUs
 # These start fast: the command line and the steps that find their work done import them.
 LIGHT = [
     "esvit_core",
