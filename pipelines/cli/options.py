@@ -29,7 +29,7 @@ BucketOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataOption = Annotated[
-    list[str], typer.Option("--data", metavar="SOURCE", help="The images: a folder, tar, zip, or s3://bucket/prefix.")
+    list[str], typer.Option("--data", metavar="SOURCE", help="The images: a folder, tar, zip, table, or s3://bucket/prefix.")
 ]
 OutOption = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Folder for the embedded store, the reports and the backbones.")

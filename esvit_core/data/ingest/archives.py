@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from esvit_core.data.ingest.entry_names import is_folder_in_zip, name_of_text, names_in_zip
+from esvit_core.data.ingest.split_folders import SplitName
 from esvit_core.errors import EsvitError, InfrastructureError, UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -38,6 +39,19 @@ class FileReadError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """What a source itself says about an image, beside its name.
+
+    Attributes:
+        label: name of its class; None: it has none.
+        split: None: the folders say it.
+    """
+
+    label: str | None = None
+    split: SplitName | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file of a source.
 
@@ -47,6 +61,7 @@ class Entry:
         stamp: changes with the content, as far as a listing can show.
         handle: the source's own reference to the file.
         problem: why the file cannot be an image; None: it may be one.
+        given: label and split that the source states, such as a table or a WebDataset; None: the folders say them.
     """
 
     name: str
@@ -54,6 +69,7 @@ class Entry:
     stamp: str
     handle: object
     problem: str | None = None
+    given: Given | None = None
 
 
 class Source(Protocol):
@@ -89,6 +105,7 @@ class TarSource:
     def __init__(self, source: str, path: Path) -> None:
         self._lock = threading.Lock()
         self._file = _plain_tar(source, path)
+        self.is_compressed = self._file.name not in (path, str(path))
         try:
             self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115
             found = [_tar_entry(member) for member in self._tar if not member.isdir()]
@@ -122,6 +139,11 @@ class TarSource:
             raise FileReadError("circular link") from None
         except DAMAGE as error:
             raise FileReadError(f"damaged archive entry ({error})") from None
+
+    def position(self, entry: Entry) -> int | None:
+        """Return the offset of a regular file in the tar that is not compressed; None if the entry is a link."""
+        assert isinstance(entry.handle, tarfile.TarInfo)
+        return entry.handle.offset_data if entry.handle.isreg() else None
 
     def close(self) -> None:
         self._tar.close()

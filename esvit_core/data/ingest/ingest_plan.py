@@ -226,7 +226,8 @@ def layout_of(
         except FileReadError:
             return None
 
-    return detect_layout([entry.name for entry in images], source, settings, list(others), read_text)
+    given = [entry.given for entry in images] if any(entry.given for entry in images) else ()
+    return detect_layout([entry.name for entry in images], source, settings, list(others), read_text, given)
 
 
 def no_images(source: str, ignored: dict[str, int]) -> UserError:

@@ -12,7 +12,7 @@ from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.split_folders import SplitName, exact_role
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
-_LABEL_COLUMNS = (
+LABEL_COLUMNS = (
     "label",
     "labels",
     "class",
@@ -25,7 +25,7 @@ _LABEL_COLUMNS = (
     "species",
     "breed",
 )
-_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
 _TRIED = 50  # tables that are read
 _MATCHING = 0.9  # share of the rows that must name a known class
 _AMBIGUOUS = -1
@@ -106,7 +106,7 @@ def _read(text: str, images: dict[str, int], known: Collection[str] | None) -> d
         return {}
     columns = [c for c in range(width) if c != file_column]
     labels = _known_labels(named, columns, known) if known is not None else _label_column(named, columns, header)
-    split = next((c for c in columns if c < len(header) and header[c] in _SPLIT_COLUMNS), None)
+    split = next((c for c in columns if c < len(header) and header[c] in SPLIT_COLUMNS), None)
     splits = [None if split is None else _split(_cell(row, split)) for _, row in named]
     return {n: (label, s) for (n, _), label, s in zip(named, labels, splits, strict=True) if label}
 
@@ -126,7 +126,7 @@ def _known_labels(named: list[tuple[int, Row]], columns: list[int], known: Colle
 
 
 def _label_column(named: list[tuple[int, Row]], columns: list[int], header: list[str]) -> list[str | None]:
-    by_name = [c for word in _LABEL_COLUMNS for c in columns if c < len(header) and header[c] == word]
+    by_name = [c for word in LABEL_COLUMNS for c in columns if c < len(header) and header[c] == word]
     if not by_name and len(columns) == 1:
         by_name = columns
     if not by_name:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from esvit_core.data.ingest.archives import Given
 from esvit_core.data.ingest.class_folders import (
     Classes,
     classes_as_set,
@@ -88,6 +89,7 @@ def detect_layout(
     settings: LayoutSettings | None = None,
     others: Sequence[str] = (),
     read_text: Callable[[str], str | None] | None = None,
+    given: Sequence[Given | None] = (),
 ) -> Layout:
     """Determine the splits and classes of a source from its folders.
 
@@ -99,6 +101,7 @@ def detect_layout(
         settings: None: everything is detected.
         others: paths of the files that are no images; they show which folders hold annotations.
         read_text: returns the text of one of the others, which may be a table of labels; None if it is too large.
+        given: what the source itself says about each of the images; empty: nothing.
 
     Raises:
         UserError: there are folders for evaluation but none to train on, or the settings do not fit the source.
@@ -143,7 +146,24 @@ def detect_layout(
             role = roles.get(chain) if chain is not None else None
             label = classes.label(below[chain]) if chain in considered and role != "extra" else None
             found.append(Assignment(key, "train" if role == "extra" else role, label))
+    if any(given):
+        found, classes = _with_given(found, classes, given, settings)
     return _finish(paths, found, classes, settings, messages, others, read_text, source)
+
+
+def _with_given(
+    found: list[Assignment], classes: Classes, given: Sequence[Given | None], settings: LayoutSettings
+) -> tuple[list[Assignment], Classes]:
+    """Apply the labels and splits that the source itself states, unless the settings say otherwise."""
+    if settings.splits == "auto" and any(each and each.split for each in given):
+        found = [
+            replace(each, split=says.split or each.split, problem=None) if says else each
+            for each, says in zip(found, given, strict=True)
+        ]
+    if settings.labels == "auto" and any(each and each.label for each in given):
+        found = [replace(each, label=says.label if says else None) for each, says in zip(found, given, strict=True)]
+        classes = replace(classes, message="labels: those that the source states")
+    return found, classes
 
 
 def _splits(

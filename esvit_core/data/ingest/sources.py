@@ -1,4 +1,4 @@
-"""Sources of images: a folder, a tar, a zip, or a prefix in an object store.
+"""Sources of images: a folder, archives and other files of images, a table, or a prefix in an object store.
 
 The files are listed first, then read one at a time in any order. Archives are never unpacked to the paths they contain.
 """
@@ -14,82 +14,23 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from esvit_core.data.ingest import archives
+from esvit_core.data.ingest import archives, arrow_files
 from esvit_core.data.ingest import fingerprint as fingerprints
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source, TarSource, ZipSource
-from esvit_core.data.ingest.entry_names import name_of_text
-from esvit_core.data.ingest.file_kinds import is_ignored, may_be_image
+from esvit_core.data.ingest.archives import Entry, Source, TarSource, ZipSource
+from esvit_core.data.ingest.arrow_files import holds_images, require_pyarrow
+from esvit_core.data.ingest.container_sets import ContainerSet, find_containers, is_container_name, open_container
+from esvit_core.data.ingest.file_kinds import is_ignored, may_be_image, suffix
+from esvit_core.data.ingest.listed_sources import EXPECTED, FolderSource, ListedSource, PrefixSource, walk
+from esvit_core.data.ingest.path_tables import PathTable, is_path_table
+from esvit_core.data.ingest.published_files import TSV_HEAD, is_image_tsv
+from esvit_core.data.ingest.sample_labels import with_sample_labels
+from esvit_core.data.ingest.source_patterns import is_pattern, list_pattern
 from esvit_core.errors import UserError
-from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri, split_uri
+from esvit_core.storage import ObjectStore, split_uri
 from esvit_core.storage.disk import read_at
-from esvit_core.storage.marker import is_marked
+from esvit_core.storage.uri import SCHEME
 
-SCHEME = "s3://"
-_EXPECTED = "expected a folder, a tar (.gz, .bz2, .xz), a zip, or s3://bucket/prefix"
-
-
-class FolderSource:
-    """The files below a folder; links are followed."""
-
-    def __init__(self, path: Path) -> None:
-        self.duplicates = 0
-        self.notes: list[str] = []
-        self.entries = list(_walk(path))
-
-    def read(self, entry: Entry) -> bytes:
-        try:
-            return Path(str(entry.handle)).read_bytes()
-        except OSError as error:
-            raise FileReadError(f"cannot be read ({error.strerror})") from None
-
-    def peek(self, entry: Entry, length: int) -> bytes:
-        return self._read_piece(entry, 0, length)
-
-    def fingerprint(self) -> str:
-        return fingerprints.listing_fingerprint(self.entries, self._read_piece)
-
-    @staticmethod
-    def _read_piece(entry: Entry, offset: int, length: int) -> bytes:
-        try:
-            with Path(str(entry.handle)).open("rb") as file:
-                return read_at(file.fileno(), length, offset)
-        except OSError as error:
-            raise FileReadError(f"cannot be read ({error.strerror})") from None
-
-
-class PrefixSource:
-    """The objects below a prefix."""
-
-    def __init__(self, store: ObjectStore, uri: str) -> None:
-        self.duplicates = 0
-        self.notes: list[str] = []
-        self._store = store
-        start = len(join_uri(uri)) + 1
-        self.entries = [
-            Entry(found.uri[start:], found.size, found.etag, handle=found.uri)
-            for found in store.list(uri)
-            if not found.uri.endswith("/")  # folder markers that some tools create
-        ]
-
-    def read(self, entry: Entry) -> bytes:
-        try:
-            return self._store.get_bytes(str(entry.handle))
-        except (NotFound, StoreRefused) as error:
-            raise FileReadError("no longer exists" if isinstance(error, NotFound) else "access denied") from None
-        except InvalidAddress:
-            raise FileReadError("its key is not valid") from None
-
-    def peek(self, entry: Entry, length: int) -> bytes:
-        return self._read_piece(entry, 0, min(length, entry.size))
-
-    def fingerprint(self) -> str:
-        return fingerprints.listing_fingerprint(self.entries, self._read_piece)
-
-    def _read_piece(self, entry: Entry, offset: int, length: int) -> bytes:
-        try:
-            return self._store.read_range(str(entry.handle), offset, length)
-        except (NotFound, StoreRefused):
-            raise FileReadError("cannot be read") from None
+_FILE_SUFFIXES = (*archives.SUFFIXES, *arrow_files.SUFFIXES, ".csv", ".tsv")
 
 
 @contextlib.contextmanager
@@ -97,35 +38,31 @@ def open_source(source: str, store: ObjectStore | None = None) -> Iterator[Sourc
     """List a source and make its files readable.
 
     Args:
-        source: folder, tar, zip, ``s3://bucket/prefix``, or ``s3://bucket/key`` of a tar or zip.
+        source: folder, tar, zip, table, ``s3://bucket/prefix``, ``s3://bucket/key`` of a file, or a pattern of archives;
+            ``docs/data.md`` lists the forms.
         store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
 
     Raises:
         UserError: the source does not exist, cannot be read, is damaged, or is of another type.
     """
-    if source.startswith(SCHEME):
-        store = store or ObjectStore.from_env()
-        if not _is_archive_object(store, source):
-            yield PrefixSource(store, source)
-            return
-        with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-            path = Path(folder) / source.rpartition("/")[2]
-            store.get_file(source, path)
-            with _open_archive(source, path) as opened:
-                yield opened
-    elif _is_folder(source):
-        yield FolderSource(Path(source))
-    else:
-        _require_file(source)
-        with _open_archive(source, Path(source)) as opened:
+    listed = _list(source, store)
+    if listed is None:
+        with _local_file(source, store) as path, _open_file(source, path, store) as opened:
             yield opened
+    elif containers := find_containers(listed):
+        with contextlib.closing(ContainerSet(source, listed, containers)) as opened:
+            yield opened
+    elif is_pattern(source):
+        raise UserError(f"{source}: matches no archives; expected a pattern such as shards/train-*.tar, or a folder")
+    else:
+        yield listed
 
 
 def is_listed(source: str, store: ObjectStore | None = None) -> bool:
-    """Return whether a source is a folder or a prefix, not an archive."""
-    if source.startswith(SCHEME):
-        return not _is_archive_object(store or ObjectStore.from_env(), source)
-    return _is_folder(source)
+    """Return whether the listing of a source gives its fingerprint: not that of a file of images."""
+    if source.startswith(SCHEME) and not is_pattern(source):
+        return is_path_table(source) or not _is_file_object(store or ObjectStore.from_env(), source)
+    return is_pattern(source) or _is_folder(source) or (is_path_table(source) and not _holds_images(Path(source)))
 
 
 def check_source(source: str) -> None:
@@ -134,10 +71,17 @@ def check_source(source: str) -> None:
     Raises:
         UserError: the source does not exist, cannot be read, is neither folder nor archive, or contains no images.
     """
+    may_be_containers = False
     with _iterate_names(source) as names:
         for name in names:
             if not is_ignored(name) and may_be_image(name):
                 return
+            may_be_containers = may_be_containers or is_container_name(name)
+    listed = _list(source, None) if may_be_containers else None
+    if listed is not None and (containers := find_containers(listed)):
+        if any(suffix(entry.name) in arrow_files.SUFFIXES for entry in containers):
+            require_pyarrow(source)
+        return
     raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
 
 
@@ -157,64 +101,36 @@ def source_fingerprint(source: str, store: ObjectStore | None = None, opened: So
     Raises:
         UserError: the source does not exist or cannot be read.
     """
-    if isinstance(opened, FolderSource | PrefixSource):
+    if isinstance(opened, ListedSource):
         return opened.fingerprint()
+    if (listed := _list(source, store)) is not None:
+        return listed.fingerprint()
     if source.startswith(SCHEME):
         store = store or ObjectStore.from_env()
-        if not _is_archive_object(store, source):
-            return PrefixSource(store, source).fingerprint()
+        if is_listed(source, store):
+            with open_source(source, store) as table:
+                return source_fingerprint(source, store, table)
         return fingerprints.archive_fingerprint(store.stat(source).size, partial(store.read_range, source))
-    if _is_folder(source):
-        return FolderSource(Path(source)).fingerprint()
     _require_file(source)
+    if is_listed(source):
+        with open_source(source, store) as table:
+            return source_fingerprint(source, store, table)
     try:
         with Path(source).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return fingerprints.archive_fingerprint(size, lambda offset, length: read_at(file.fileno(), length, offset))
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that is readable") from None
+        raise UserError(f"{source}: cannot be read ({error.strerror}); {EXPECTED} that is readable") from None
 
 
-def _walk(root: Path) -> Iterator[Entry]:
-    """Yield all files below ``root`` in the order of their names; an unreadable folder is yielded with a problem.
-
-    Folders that this program created are left out.
-    """
-    try:
-        os.scandir(root).close()
-    except OSError as error:
-        raise UserError(f"{root}: cannot be read ({error.strerror}); {_EXPECTED} that is readable") from None
-    problems: list[OSError] = []
-    visited: set[tuple[int, int]] = set()  # a link to a parent folder would loop forever
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        if is_marked(Path(folder), files):  # a store or run folder of this program
-            folders.clear()
-            continue
-        folders.sort()
-        for file in sorted(files):
-            path = os.path.join(folder, file)  # noqa: PTH118 (Path objects are slow for a million files)
-            yield _file_entry(path, os.path.relpath(path, root))
-    for problem in problems:
-        path = str(problem.filename)
-        name = name_of_text(os.path.relpath(path, root))
-        yield Entry(name, 0, "", path, f"unreadable folder ({problem.strerror})")
-
-
-def _file_entry(path: str, name: str) -> Entry:
-    name = name_of_text(name)
-    try:
-        found = os.stat(path)  # noqa: PTH116
-    except OSError as error:
-        reason = "broken link" if os.path.islink(path) else f"cannot be read ({error.strerror})"  # noqa: PTH114
-        return Entry(name, 0, "", path, reason)
-    if not stat.S_ISREG(found.st_mode):
-        return Entry(name, 0, "", path, "not a regular file")
-    return Entry(name, found.st_size, str(found.st_mtime_ns), path)
+def _list(source: str, store: ObjectStore | None) -> FolderSource | PrefixSource | None:
+    """List the files of a folder, a prefix or a pattern; None if the source is a single file."""
+    if is_pattern(source):
+        return list_pattern(source, store)
+    if source.startswith(SCHEME):
+        store = store or ObjectStore.from_env()
+        return None if _is_file_object(store, source) else PrefixSource(store, source)
+    return FolderSource(Path(source)) if _is_folder(source) else None
 
 
 def _is_folder(source: str) -> bool:
@@ -225,31 +141,62 @@ def _require_file(source: str) -> None:
     path = Path(source)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block forever
-            raise UserError(f"{source}: neither a folder nor a regular file; {_EXPECTED}")
+            raise UserError(f"{source}: neither a folder nor a regular file; {EXPECTED}")
         with path.open("rb"):
             pass
     except FileNotFoundError:
-        raise UserError(f"{source}: does not exist; {_EXPECTED}") from None
+        raise UserError(f"{source}: does not exist; {EXPECTED}") from None
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); {_EXPECTED} that is readable") from None
+        raise UserError(f"{source}: cannot be read ({error.strerror}); {EXPECTED} that is readable") from None
 
 
 @contextlib.contextmanager
-def _open_archive(source: str, path: Path) -> Iterator[Source]:
-    kind = archives.archive_type(path)
-    if kind is None:
-        raise UserError(f"{source}: neither a folder nor an archive; {_EXPECTED}")
-    with contextlib.closing(TarSource(source, path) if kind == "tar" else ZipSource(source, path)) as opened:
+def _local_file(source: str, store: ObjectStore | None) -> Iterator[Path]:
+    """Yield a source that is a file, as a file on this machine."""
+    if not source.startswith(SCHEME):
+        _require_file(source)
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        path = Path(folder) / source.rpartition("/")[2]
+        (store or ObjectStore.from_env()).get_file(source, path)
+        yield path
+
+
+@contextlib.contextmanager
+def _open_file(source: str, path: Path, store: ObjectStore | None) -> Iterator[Source]:
+    if is_path_table(source) and not _holds_images(path):
+        yield PathTable(source, path.read_bytes(), store)
+        return
+    with contextlib.closing(open_container(source, path)) as opened:
+        if isinstance(opened, TarSource | ZipSource):
+            opened.entries = with_sample_labels(opened.entries, opened.read)
         yield opened
+
+
+def _holds_images(path: Path) -> bool:
+    """Return whether a TSV or Parquet file holds images, and does not only name them."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".parquet":
+        return holds_images(path)
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".tsv" and is_image_tsv(file.read(TSV_HEAD))
 
 
 @contextlib.contextmanager
 def _iterate_names(source: str) -> Iterator[Iterator[str]]:
     """Iterate over the names in a source, reading no more of it than necessary."""
+    if is_pattern(source) or source.startswith(SCHEME):
+        if (listed := _list(source, None)) is not None:
+            yield _names(listed.entries)
+        else:
+            with open_source(source) as opened:
+                yield _names(opened.entries)
+        return
     path = Path(source)
-    if source.startswith(SCHEME) or _is_folder(source):
-        with open_source(source) if source.startswith(SCHEME) else contextlib.nullcontext() as opened:
-            yield (entry.name for entry in (opened.entries if opened else _walk(path)))
+    if _is_folder(source):
+        yield _names(walk(path))
         return
     _require_file(source)
     if archives.archive_type(path) == "tar":
@@ -259,10 +206,13 @@ def _iterate_names(source: str) -> Iterator[Iterator[str]]:
         except archives.DAMAGE as error:
             raise archives.damaged_archive(source, error) from None
         return
-    with _open_archive(source, path) as opened:
-        yield iter([entry.name for entry in opened.entries])
+    with _open_file(source, path, None) as opened:
+        yield _names(opened.entries)
 
 
-def _is_archive_object(store: ObjectStore, uri: str) -> bool:
-    key = split_uri(uri)[1]
-    return key.lower().endswith(archives.SUFFIXES) and store.exists(uri)
+def _names(entries: Iterator[Entry] | list[Entry]) -> Iterator[str]:
+    return (entry.name for entry in entries)
+
+
+def _is_file_object(store: ObjectStore, uri: str) -> bool:
+    return split_uri(uri)[1].lower().endswith(_FILE_SUFFIXES) and store.exists(uri)
