@@ -46,6 +46,8 @@ class Samples:
                     flat.thumbnail((64, 64))
                     self._images.append(np.asarray(flat.convert("RGB")))
 
+    weights = None
+
     @property
     def shard_sizes(self) -> list[int]:
         return [len(self)]

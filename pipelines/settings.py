@@ -14,6 +14,7 @@ from esvit_core.config import Config
 from esvit_core.config.auto import AUTO as AUTO_RECIPE
 from esvit_core.config.kubernetes_names import AUTO
 from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_items, to_parameters, with_transfer
+from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 
 DEFAULT_RECIPE = "demo"  # of all commands but `esvit run`
@@ -156,7 +157,7 @@ def _changes(settings: Settings) -> list[str]:
 
 def sources(config: Config, data: str) -> list[str]:
     """List all sources of images: the data and the transfer sets."""
-    return [data, *(s.source for s in config.evaluation.transfer)]
+    return [*split_sources(data), *(s.source for s in config.evaluation.transfer)]
 
 
 def program() -> str:

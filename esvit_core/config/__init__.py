@@ -83,6 +83,13 @@ class DataConfig(Section):
         "val_fraction is held out; or the split of each folder by name or pattern, such as {fold_0: val, 'fold_*': train}.",
         json_schema_extra=ADDED,
     )
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="How often an epoch of training takes an image of each source, for several --data in their order: [2, 1, "
+        "0.5]. null: once.",
+        json_schema_extra=ADDED,
+    )
 
 
 class ModelConfig(Section):

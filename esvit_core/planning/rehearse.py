@@ -132,6 +132,8 @@ class Noise:
         Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(file, "JPEG", quality=90)
         self._image, self._count = file.getvalue(), count
 
+    weights = None
+
     @property
     def shard_sizes(self) -> list[int]:
         return [self._count]

@@ -36,7 +36,7 @@ def export_published(run: Run, out: Path) -> Exported:
     if restored is None:
         raise UserError(f"run {run.uri}: it has no checkpoint; format published needs one, with student and optimizer")
     train = Manifest.read(run.store, run.at("data")).splits["train"]
-    epoch = restored.step // (train.samples // run.config.training.batch_size)
+    epoch = restored.step // (train.epoch_samples // run.config.training.batch_size)
     with atomic_write(out) as written:
         write_published_checkpoint(written, restored.states, run.config, epoch)
         _compare(written, restored.states, out)

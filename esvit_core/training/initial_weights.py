@@ -117,7 +117,7 @@ def _steps_per_epoch(checkpoint: str, store: ObjectStore) -> int:
     """Return the steps per epoch of the run that a checkpoint belongs to."""
     source = open_run(checkpoint.partition(CHECKPOINTS)[0], store)
     train = Manifest.read(store, source.at("data")).splits["train"]
-    return train.samples // source.config.training.batch_size
+    return train.epoch_samples // source.config.training.batch_size
 
 
 def merge_states(

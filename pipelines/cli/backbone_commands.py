@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 from esvit_core.storage.session import open_store
 from esvit_pipelines.settings import store_in
@@ -119,7 +120,7 @@ def _load(model: str, store: ObjectStore | None) -> nn.Module:
 @contextmanager
 def _store_for(runs: Path, model: str, data: str = "") -> Iterator[ObjectStore | None]:
     """Open the object store if ``model`` or ``data`` lies in one: that of ESVIT_S3_ENDPOINT, or that of ``runs``."""
-    remote = [address for address in (model, data) if address.startswith("s3://")]
+    remote = [address for address in (model, *split_sources(data)) if address.startswith("s3://")]
     if _is_pointer(model):
         remote.append(model)
     directory: Any = None

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from esvit_core.data.ingest.source_lists import join_sources
 from esvit_core.errors import UserError
 from esvit_pipelines.cli.cluster_options import (
     DEFAULT_EXPERIMENT,
@@ -35,7 +36,7 @@ from esvit_pipelines.cli.cluster_options import (
     warn_about_capacity,
     warn_about_local_sources,
 )
-from esvit_pipelines.cli.options import BucketOption, RecipeOption, SetOption, TransferOption, one_source
+from esvit_pipelines.cli.options import BucketOption, RecipeOption, SetOption, TransferOption
 from esvit_pipelines.cli.run_commands import runs_app
 from esvit_pipelines.cli.schedule_commands import schedule_app
 
@@ -163,7 +164,7 @@ def submit(
         raise UserError("--resubmit: it needs --wait, which detects that the run failed; add --wait")
     request = request_of(recipe, set_, transfer, bucket)
     with (
-        prepare_submission(pipeline, request, one_source(data) if data else None, parameter) as (made, values),
+        prepare_submission(pipeline, request, join_sources(data) if data else None, parameter) as (made, values),
         connect(host, namespace, token_file, ca_file, ui) as server,
         compatible_package(server, pipeline, made, request) as package,
     ):

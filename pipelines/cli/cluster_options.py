@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from esvit_core.config import Config
+from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.planning.feasibility import require_metric
 from esvit_pipelines.settings import DEFAULT_OUT, ClusterRequest, Settings, cluster_request, resolve
 
@@ -34,7 +35,9 @@ SentArgument = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="S3", help="Images at s3://bucket/prefix; sets the pipeline's parameter data."),
+    typer.Option(
+        "--data", metavar="S3", help="Images at s3://bucket/prefix; sets the pipeline's parameter data. Repeatable."
+    ),
 ]
 ParameterOption = Annotated[
     list[str] | None,
@@ -204,7 +207,7 @@ def service_account_of(given: str | None, config: Config) -> str | None:
 def warn_about_local_sources(config: Config, data: str | None = None) -> None:
     """Warn about sources on this machine, which a cluster cannot read."""
     sources = [(f"transfer set {s.name}", s.source) for s in config.evaluation.transfer]
-    sources += [] if data is None else [("the images", data)]
+    sources += [] if data is None else [("the images", part) for part in split_sources(data)]
     for name, source in sources:
         if not source.startswith("s3://"):
             print(

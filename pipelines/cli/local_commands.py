@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from esvit_core.data.ingest.source_lists import join_sources
 from esvit_pipelines.cli.options import (
     BucketOption,
     DataOption,
@@ -16,7 +17,6 @@ from esvit_pipelines.cli.options import (
     RecipeOption,
     SetOption,
     TransferOption,
-    one_source,
 )
 from esvit_pipelines.local.process_setup import survive_closed_stdout
 from esvit_pipelines.settings import DEFAULT_OUT, Settings, command
@@ -65,7 +65,7 @@ def run(
     from esvit_pipelines.local.run import run as run_locally
 
     overrides = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
-    settings = Settings(one_source(data), recipe, tuple(overrides), tuple(transfer or ()), out, bucket, hours)
+    settings = Settings(join_sources(data), recipe, tuple(overrides), tuple(transfer or ()), out, bucket, hours)
     if explain:
         explain_recipe(settings)
         return
@@ -89,7 +89,7 @@ def retrain(
     """
     from esvit_pipelines.local.retrain import retrain as retrain_champion
 
-    settings = Settings(one_source(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    settings = Settings(join_sources(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
     with _report_interruption(), survive_closed_stdout():
         retrain_champion(settings)
 
@@ -118,7 +118,7 @@ def evaluate(
     """
     from esvit_pipelines.local.evaluate import evaluate as evaluate_backbone
 
-    settings = Settings(one_source(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
+    settings = Settings(join_sources(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
     with _report_interruption(), survive_closed_stdout():
         evaluate_backbone(settings, model)
 

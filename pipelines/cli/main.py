@@ -13,6 +13,7 @@ import typer
 
 from esvit_core import __version__
 from esvit_core.config import Config, DataConfig
+from esvit_core.data.ingest.source_lists import join_sources
 from esvit_core.errors import USER_ERROR_EXIT_CODE, EsvitError
 from esvit_pipelines.cli import cluster_commands, local_commands
 from esvit_pipelines.cli.data_commands import data_app
@@ -29,7 +30,6 @@ from esvit_pipelines.cli.options import (
     RunsBucketOption,
     RunsOption,
     SetOption,
-    one_source,
 )
 from esvit_pipelines.cli.store_commands import store_app
 from esvit_pipelines.local.process_setup import (
@@ -220,7 +220,7 @@ def embed(
         "max_megapixels": max_megapixels,
         "max_aspect_ratio": max_aspect_ratio,
     }
-    embed_images(model, one_source(data), out, settings | limits, runs)
+    embed_images(model, join_sources(data), out, settings | limits, runs)
 
 
 cluster_commands.register(app)

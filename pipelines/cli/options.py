@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from esvit_core.errors import UserError
 
 RecipeOption = Annotated[
     str | None,
@@ -29,7 +26,10 @@ BucketOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataOption = Annotated[
-    list[str], typer.Option("--data", metavar="SOURCE", help="The images: a folder, tar, zip, table, or s3://bucket/prefix.")
+    list[str],
+    typer.Option(
+        "--data", metavar="SOURCE", help="The images: a folder, tar, zip, table, or s3://bucket/prefix. Repeatable."
+    ),
 ]
 OutOption = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Folder for the embedded store, the reports and the backbones.")
@@ -47,17 +47,3 @@ RunsOption = Annotated[
     Path,
     typer.Option("--runs", metavar="DIR", help="Folder of the runs on this machine, whose store holds the backbone."),
 ]
-
-
-def one_source(data: Sequence[str]) -> str:
-    """Return the value of ``--data``.
-
-    Raises:
-        UserError: it was given several times.
-    """
-    if len(data) > 1:
-        raise UserError(
-            f"--data is given {len(data)} times ({', '.join(data)}); expected one source: "
-            "put the images, or links to them, below one folder or prefix"
-        )
-    return data[0]

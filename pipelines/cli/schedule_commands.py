@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from esvit_core.data.ingest.source_lists import join_sources
 from esvit_core.errors import UserError
 from esvit_pipelines.cli.cluster_options import (
     DEFAULT_EXPERIMENT,
@@ -32,7 +33,7 @@ from esvit_pipelines.cli.cluster_options import (
     service_account_of,
     warn_about_capacity,
 )
-from esvit_pipelines.cli.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption, one_source
+from esvit_pipelines.cli.options import BucketOption, JsonOption, RecipeOption, SetOption, TransferOption
 
 schedule_app = typer.Typer(help="Manage recurring runs on a cluster, at fixed times or intervals.")
 
@@ -86,7 +87,7 @@ def schedule_create(
     trigger = _trigger(cron, every)
     request = request_of(recipe, set_, transfer, bucket)
     with (
-        prepare_submission(pipeline, request, one_source(data) if data else None, parameter) as (made, values),
+        prepare_submission(pipeline, request, join_sources(data) if data else None, parameter) as (made, values),
         connect(host, namespace, token_file, ca_file, ui) as server,
         compatible_package(server, pipeline, made, request) as package,
     ):

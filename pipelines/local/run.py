@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_core.config import Config
+from esvit_core.data.ingest.source_lists import require_weights
 from esvit_core.data.ingest.sources import check_source
 from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.progress_line import format_duration
@@ -66,6 +67,7 @@ def open_run_store(settings: Settings, config: Config) -> Iterator[ObjectStore]:
         UserError: a source, the folder or the store cannot be used.
     """
     local = [s for s in sources(config, settings.data) if not s.startswith("s3://")]
+    require_weights(settings.data, config.data)
     for source in local:
         check_source(source)
     _make_folder(settings.out)

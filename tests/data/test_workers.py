@@ -34,6 +34,7 @@ class Images:
     """Sixteen batches; a worker that loads image ``index`` does what ``happens`` says."""
 
     shard_sizes = (1024,)
+    weights = None
 
     def __init__(self, index: int = -1, happens=None) -> None:
         self.index, self.happens, self.parent = index, happens, os.getpid()

@@ -57,9 +57,10 @@ MISTAKES = {
     "hours for a recipe with epochs": (["--data", "good", "--recipe", "demo", "--hours", "2"], r"--hours 2: no effect"),
     "an explanation of another recipe": (["--data", "good", "--recipe", "demo", "--explain"], r"recipe show demo"),
     "no data": ([], r"--data"),
-    "two sources": (
-        ["--data", "good", "--data", "empty"],
-        r"--data is given 2 times \(good, empty\); expected one source",
+    "two sources, one of which has no images": (["--data", "good", "--data", "empty"], r"empty: no images in it"),
+    "weights of other sources": (
+        ["--data", "good", "--data", "good", "--set", "data.weights=[1, 2, 3]"],
+        r"data\.weights has 3 weights, and there are 2 sources.*expected one weight each",
     ),
     "an unknown option": (["--data", "good", "--epochs", "3"], r"--epochs"),
 }

@@ -62,6 +62,7 @@ class Entry:
         handle: the source's own reference to the file.
         problem: why the file cannot be an image; None: it may be one.
         given: label and split that the source states, such as a table or a WebDataset; None: the folders say them.
+        part: number of its source if the files are those of several, from 1; 0: there is only one.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Entry:
     handle: object
     problem: str | None = None
     given: Given | None = None
+    part: int = 0
 
 
 class Source(Protocol):

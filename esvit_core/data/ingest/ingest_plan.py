@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry, FileReadError
+from esvit_core.data.ingest.combined_layout import combine_layouts
 from esvit_core.data.ingest.file_kinds import (
     UNREADABLE_SUFFIXES,
     describe_ignored,
@@ -20,6 +21,7 @@ from esvit_core.data.ingest.file_kinds import (
 )
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName, detect_layout
+from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.data.ingest.source_summary import count_images, describe_counts, find_oddities
 from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
 from esvit_core.errors import UserError
@@ -116,7 +118,7 @@ def plan_ingest(
     messages = [*layout.messages, *_counts(reading)]
     chosen = _chosen(likely, layout, config.max_images)
     splits_assigned = all(layout.assignments[i].split != "val" for i in chosen)
-    held = _held_out(chosen, layout, config.val_fraction) if splits_assigned else set()
+    held = _held_out(chosen, layout, config.val_fraction, any(e.part for e in readable)) if splits_assigned else set()
     names = _classes(layout, base)
     classes: dict[str | None, int] = {name: number for number, name in enumerate(names)}
     labels: dict[str, int] = {}
@@ -214,6 +216,16 @@ def layout_of(
         entries: all files.
         read: returns the content of a file; None: no table is read.
     """
+    parts = [entry.part for entry in images]
+    if any(parts):
+        sources = split_sources(source)
+
+        def detect(part: int, settings: LayoutSettings) -> Layout:
+            of_part = [replace(entry, part=0) for entry in images if entry.part == part]
+            beside = [replace(entry, part=0) for entry in entries if entry.part == part]
+            return layout_of(of_part, beside, sources[part - 1], settings, read)
+
+        return combine_layouts(parts, source, settings, detect)
     names = {entry.name for entry in images}
     others = {entry.name: entry for entry in entries if entry.name not in names and not is_ignored(entry.name)}
 
@@ -266,10 +278,10 @@ def _chosen(likely: list[int], layout: Layout, count: int | None) -> list[int]:
     return [likely[i] for i in choose_images([assignment.key for assignment in assignments], groups, count)]
 
 
-def _held_out(chosen: list[int], layout: Layout, fraction: float) -> set[int]:
-    """Choose the images to hold out; with a folder for training, among those that have a label."""
+def _held_out(chosen: list[int], layout: Layout, fraction: float, several: bool) -> set[int]:
+    """Choose the images to hold out; with a folder for training or several sources, among those that have a label."""
     chosen = [i for i in chosen if layout.assignments[i].split != "test"]
-    if any(layout.assignments[i].split and layout.assignments[i].label for i in chosen):
+    if any((several or layout.assignments[i].split) and layout.assignments[i].label for i in chosen):
         chosen = [i for i in chosen if layout.assignments[i].label]
     assignments = [layout.assignments[i] for i in chosen]
     held = hold_out(

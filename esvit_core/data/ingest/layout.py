@@ -76,11 +76,13 @@ class LayoutSettings:
         labels: ``auto``, ``none``, ``folder``, ``depth:N`` or ``csv``.
         splits: ``auto``, ``none``, or the split of each folder.
         require_train: whether images to train on are required; False: folders for evaluation may stand alone.
+        is_part: whether the source is one of several, so that others may have what it lacks.
     """
 
     labels: str = "auto"
     splits: Literal["auto", "none"] | Mapping[str, SplitName] = "auto"
     require_train: bool = True
+    is_part: bool = False
 
 
 def detect_layout(
@@ -172,6 +174,8 @@ def _splits(
     """Return the role of each folder, the folders without those of the splits, and messages."""
     if not isinstance(settings.splits, str):
         given = dict(assigned_split_folders(settings.splits, chains))
+        if not given and settings.is_part:
+            return {}, {chain: chain for chain in chains}, []
         if not given:
             names = ", ".join(sorted({"/".join(chain) for chain in chains if chain})[:3]) or "none"
             raise UserError(f"{source}: data.splits matches none of its folders; it has {names}")
@@ -246,7 +250,7 @@ def _finish(
                 found[i] = replace(found[i], label=label, split=split or found[i].split)
             if settings.labels == "auto":
                 messages.append(f"labels of {len(tables.rows):,} held-out images: {tables.file}")
-    found, more = _measured_split(found)
+    found, more = (found, []) if settings.is_part else measured_split(found)
     messages = [*messages, message, *more]
     for problem in (OUTSIDE, ANNOTATION):
         names = [
@@ -267,7 +271,7 @@ def _lacks_label(assignment: Assignment, settings: LayoutSettings) -> bool:
     return settings.labels == "csv" or (assignment.split in ("val", "test") and assignment.label is None)
 
 
-def _measured_split(found: list[Assignment]) -> tuple[list[Assignment], list[str]]:
+def measured_split(found: list[Assignment]) -> tuple[list[Assignment], list[str]]:
     """Make ``val`` the split that is measured: the test images if there is no other.
 
     Held-out images without labels beside labelled training images cannot be measured. They stay apart, as ``test``.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Source
@@ -16,9 +19,11 @@ from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import IngestPlan, no_images
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import LISTING, File, encode_listing
+from esvit_core.data.ingest.source_lists import part_of_name
 from esvit_core.data.ingest.unfinished import FileResult, UnfinishedPreparation
+from esvit_core.data.loading.sampler import weighted_length
 from esvit_core.data.shards.format import ShardWriter
-from esvit_core.data.shards.manifest import BadFiles, Manifest, StoredFile, content_addressed_name
+from esvit_core.data.shards.manifest import BadFiles, Manifest, StoredFile, Weights, content_addressed_name
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
 
@@ -85,6 +90,8 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
     for name, writer in sorted(job.writers.items()):
         index = _put(job, f"index/{name}.npy", writer.index())
         splits[name] = writer.describe(index, len(job.plan.classes))
+    if job.config.weights is not None:
+        splits["train"] = splits["train"].model_copy(update={"weights": _put_weights(job, job.config.weights)})
     bad = sorted(job.bad)
     lines = (json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in bad)
     bad_list = _put(job, "bad_files.jsonl", "".join(lines).encode())
@@ -114,6 +121,17 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
         listing=listing,
         base=job.base.prefix if job.base else None,
     )
+
+
+def _put_weights(job: Preparation, weights: Sequence[float]) -> Weights:
+    """Store the weights of the training images, which are those of their sources."""
+    names = [file.name for file in job.processed.values() if file.status == "train"]
+    parts = [part_of_name(name) if len(weights) > 1 else 1 for name in names]
+    found = np.array([weights[part - 1] for part in parts], dtype=np.float32)
+    content = io.BytesIO()
+    np.save(content, found)
+    file = _put(job, "index/train-weights.npy", content.getvalue())
+    return Weights(file=file, epoch_samples=weighted_length(found))
 
 
 def _files(job: Preparation) -> Iterator[File]:

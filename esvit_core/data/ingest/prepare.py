@@ -25,6 +25,7 @@ from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.preparation import Preparation, build_manifest, check_bad_share
 from esvit_core.data.ingest.publish_manifest import find_data, objects_below, publish_data
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
+from esvit_core.data.ingest.source_lists import require_weights
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
 from esvit_core.data.ingest.unfinished import (
     FileResult,
@@ -81,6 +82,7 @@ def prepare(
             the destination holds other data.
         StoreFull: a disk is full.
     """
+    require_weights(source, config)
     with contextlib.ExitStack() as stack:
         # Folders and prefixes are opened immediately, archives only if they have to be read.
         opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None

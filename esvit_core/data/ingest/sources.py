@@ -6,6 +6,7 @@ The files are listed first, then read one at a time in any order. Archives are n
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import tarfile
@@ -18,12 +19,14 @@ from esvit_core.data.ingest import archives, arrow_files
 from esvit_core.data.ingest import fingerprint as fingerprints
 from esvit_core.data.ingest.archives import Entry, Source, TarSource, ZipSource
 from esvit_core.data.ingest.arrow_files import holds_images, require_pyarrow
+from esvit_core.data.ingest.combined_source import CombinedSource
 from esvit_core.data.ingest.container_sets import ContainerSet, find_containers, is_container_name, open_container
 from esvit_core.data.ingest.file_kinds import is_ignored, may_be_image, suffix
 from esvit_core.data.ingest.listed_sources import EXPECTED, FolderSource, ListedSource, PrefixSource, walk
 from esvit_core.data.ingest.path_tables import PathTable, is_path_table
 from esvit_core.data.ingest.published_files import TSV_HEAD, is_image_tsv
 from esvit_core.data.ingest.sample_labels import with_sample_labels
+from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.data.ingest.source_patterns import is_pattern, list_pattern
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, split_uri
@@ -39,12 +42,17 @@ def open_source(source: str, store: ObjectStore | None = None) -> Iterator[Sourc
 
     Args:
         source: folder, tar, zip, table, ``s3://bucket/prefix``, ``s3://bucket/key`` of a file, or a pattern of archives;
-            ``docs/data.md`` lists the forms.
+            or several of them, see :mod:`esvit_core.data.ingest.source_lists`. ``docs/data.md`` lists the forms.
         store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
 
     Raises:
         UserError: the source does not exist, cannot be read, is damaged, or is of another type.
     """
+    parts = split_sources(source)
+    if len(parts) > 1:
+        with contextlib.ExitStack() as stack:
+            yield CombinedSource([stack.enter_context(open_source(part, store)) for part in parts])
+        return
     listed = _list(source, store)
     if listed is None:
         with _local_file(source, store) as path, _open_file(source, path, store) as opened:
@@ -60,6 +68,9 @@ def open_source(source: str, store: ObjectStore | None = None) -> Iterator[Sourc
 
 def is_listed(source: str, store: ObjectStore | None = None) -> bool:
     """Return whether the listing of a source gives its fingerprint: not that of a file of images."""
+    parts = split_sources(source)
+    if len(parts) > 1:
+        return all(is_listed(part, store) for part in parts)
     if source.startswith(SCHEME) and not is_pattern(source):
         return is_path_table(source) or not _is_file_object(store or ObjectStore.from_env(), source)
     return is_pattern(source) or _is_folder(source) or (is_path_table(source) and not _holds_images(Path(source)))
@@ -71,6 +82,11 @@ def check_source(source: str) -> None:
     Raises:
         UserError: the source does not exist, cannot be read, is neither folder nor archive, or contains no images.
     """
+    parts = split_sources(source)
+    if len(parts) > 1:
+        for part in parts:
+            check_source(part)
+        return
     may_be_containers = False
     with _iterate_names(source) as names:
         for name in names:
@@ -101,6 +117,11 @@ def source_fingerprint(source: str, store: ObjectStore | None = None, opened: So
     Raises:
         UserError: the source does not exist or cannot be read.
     """
+    parts = split_sources(source)
+    if len(parts) > 1:
+        each = opened.parts if isinstance(opened, CombinedSource) else [None] * len(parts)
+        prints = [source_fingerprint(part, store, one) for part, one in zip(parts, each, strict=True)]
+        return hashlib.sha256("\n".join(prints).encode()).hexdigest()
     if isinstance(opened, ListedSource):
         return opened.fingerprint()
     if (listed := _list(source, store)) is not None:

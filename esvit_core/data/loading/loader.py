@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from esvit_core.config import Config
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
-from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_share
+from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_share, weighted_length
 from esvit_core.data.loading.workers import Crops, WorkerBatches, choose_workers, shared_memory_line
 
 
@@ -22,6 +22,8 @@ class ImageDataset(Protocol):
 
     @property
     def shard_sizes(self) -> list[int]: ...
+    @property
+    def weights(self) -> np.ndarray | None: ...
     def __len__(self) -> int: ...
     def image(self, index: int) -> np.ndarray: ...
 
@@ -35,7 +37,7 @@ class Batch:
 
     Attributes:
         crops: global crops, then local crops, each (B, 3, S, S) float32; B is this rank's share of the batch.
-        indices: numbers of the samples, (B,).
+        indices: numbers of the samples, (B,); see :func:`~esvit_core.data.loading.sampler.epoch_order`.
         wait_seconds: time that the training waited for this batch.
     """
 
@@ -78,7 +80,8 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.dataset) // self._batch_size
+        weights = self.dataset.weights
+        return (len(self.dataset) if weights is None else weighted_length(weights)) // self._batch_size
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch.
@@ -87,7 +90,7 @@ class TrainLoader:
             epoch: from 0.
             start_step: number of steps to skip because they were done before.
         """
-        order = epoch_order(self._seed, epoch, self.dataset.shard_sizes)
+        order = epoch_order(self._seed, epoch, self.dataset.shard_sizes, weights=self.dataset.weights)
         batches = rank_batches(order, self._batch_size, self._rank, self._world)[start_step:]
         keys = [(epoch, indices) for indices in batches]
         loaded = self._load_in_workers(keys) if self._workers else self._load_in_process(keys)
@@ -154,5 +157,5 @@ class _Batches(Dataset[Crops]):
         crops = [torch.empty(len(indices), 3, size, size) for size in self._multicrop.sizes]
         for row, index in enumerate(indices.tolist()):
             rng = sample_rng(self._seed, epoch, index)
-            self._multicrop.write(self._dataset.image(index), rng, [crop[row] for crop in crops])
+            self._multicrop.write(self._dataset.image(index % len(self._dataset)), rng, [crop[row] for crop in crops])
         return crops

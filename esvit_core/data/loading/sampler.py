@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1)
 _ORDER_STREAM = 0  # separates these random numbers from those of the augmentation, which uses the same seed
 
 
-def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int = 8) -> np.ndarray:
+def epoch_order(
+    seed: int, epoch: int, shard_sizes: Sequence[int], window: int = 8, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Return the order of an epoch: shards are shuffled, then samples within windows of shards.
 
     Only the shards of one window are needed at a time, so reading stays sequential for data larger than the disk cache.
@@ -20,9 +23,11 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int =
         epoch: from 0.
         shard_sizes: number of samples in each shard.
         window: number of shards whose samples are mixed.
+        weights: how often each sample occurs in an epoch, on average over the epochs, (N,); None: once.
 
     Returns:
-        Every sample's number exactly once, (sum of the sizes,) int64.
+        Every sample's number exactly once, (sum of the sizes,) int64. With weights, the k-th further occurrence of sample i
+        is the number ``i + k * N``, so that its crops differ, and the length is the sum of the weights, rounded down.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
@@ -32,8 +37,26 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int =
     parts = []
     for begin in range(0, len(shards), window):
         numbers = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[begin : begin + window]])
+        if weights is not None:
+            numbers = _repeated(numbers, weights, epoch)
         parts.append(rng.permutation(numbers))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return order if weights is None else np.resize(order, weighted_length(weights))
+
+
+def weighted_length(weights: np.ndarray) -> int:
+    """Return the number of samples in an epoch of weighted samples."""
+    return max(1, int(weights.sum(dtype=np.float64) + 1e-6))
+
+
+def _repeated(numbers: np.ndarray, weights: np.ndarray, epoch: int) -> np.ndarray:
+    """Repeat samples by their weights; fractions are spread over the epochs, at different ones for different samples."""
+    weight = weights[numbers].astype(np.float64)
+    phase = numbers * _GOLDEN % 1.0
+    counts = (np.floor((epoch + 1) * weight + phase) - np.floor(epoch * weight + phase)).astype(np.int64)
+    occurrence = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    repeated: np.ndarray = np.repeat(numbers, counts) + occurrence * len(weights)
+    return repeated
 
 
 def rank_share(batch_size: int, rank: int, world: int) -> slice:

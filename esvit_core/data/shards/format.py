@@ -166,19 +166,29 @@ class ShardWriter:
         self._path.unlink()
 
 
+def read_array(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
+    """Read the array ``name`` of the prepared data at ``prefix`` and check it against the manifest.
+
+    Raises:
+        IntegrityError: the object differs from the manifest.
+    """
+    uri = join_uri(prefix, name)
+    data = store.get_bytes(uri)
+    if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
+        raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
+    found: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return found
+
+
 def read_index(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
     """Read the index ``name`` of the prepared data at ``prefix`` and check it against the manifest.
 
     Raises:
         IntegrityError: the object differs from the manifest, or is not an index.
     """
-    uri = join_uri(prefix, name)
-    data = store.get_bytes(uri)
-    if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-        raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
-    index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    index = read_array(store, prefix, name, manifest)
     if index.dtype != INDEX_DTYPE:
-        raise IntegrityError(f"{uri}: not an index of shards; prepare the data again")
+        raise IntegrityError(f"{join_uri(prefix, name)}: not an index of shards; prepare the data again")
     return index
 
 

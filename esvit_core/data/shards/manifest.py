@@ -55,6 +55,18 @@ class Shard(StoredFile):
         return self.name if self.is_external else join_uri(prefix, self.name)
 
 
+class Weights(_Part):
+    """How often the images of a split occur in an epoch.
+
+    Attributes:
+        file: object with the weight of each image, (N,) float32.
+        epoch_samples: number of images in an epoch.
+    """
+
+    file: str
+    epoch_samples: int = Field(gt=0)
+
+
 class Split(_Part):
     """The images of one split, in the order of their numbers.
 
@@ -64,6 +76,7 @@ class Split(_Part):
         shards: the shards that contain the images.
         index: object with the position of each image in the shards (see :mod:`esvit_core.data.shards.format`).
         per_class: number of images of each class, in the order of ``Manifest.classes``.
+        weights: weights of the images in training; None: an epoch takes each once.
     """
 
     samples: int = Field(ge=0)
@@ -71,6 +84,12 @@ class Split(_Part):
     shards: list[Shard]
     index: str
     per_class: list[int]
+    weights: Weights | None = None
+
+    @property
+    def epoch_samples(self) -> int:
+        """Number of images in an epoch of training."""
+        return self.samples if self.weights is None else self.weights.epoch_samples
 
 
 class BadFiles(_Part):

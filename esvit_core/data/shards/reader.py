@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import Image
 
 from esvit_core.data.shards.cache import ShardCache, default_cache
-from esvit_core.data.shards.format import read_index
+from esvit_core.data.shards.format import read_array, read_index
 from esvit_core.data.shards.manifest import Manifest, Split
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, ObjectStore
@@ -48,6 +48,10 @@ class ShardDataset:
             raise IntegrityError(f"{prefix}: the index of {split} does not match the manifest; prepare the data again")
         self.labels: np.ndarray = index["label"].astype(np.int64)
         self._index = index
+        #: Weight of each image in training, (N,) float32; None: all have the weight 1.
+        self.weights: np.ndarray | None = None
+        if (weights := splits[split].weights) is not None:
+            self.weights = read_array(store, prefix, weights.file, manifest)
         self._files = ShardCache(store, cache or default_cache(store))
 
     def __len__(self) -> int:
