@@ -304,4 +304,6 @@ def test_shards_are_prepared_like_a_folder_of_the_same_images(store, prepared, t
     shards(tmp_path / "set", make)
     manifest = prepared(tmp_path / "set", val_fraction=0)
     assert manifest.samples == 6 and manifest.classes == ["0", "1"] and manifest.splits["train"].labeled
-    assert manifest.ignored_kinds == {".cls": 6, ".txt": 6} and any("images in 3 .tar" in line for line in manifest.reading)
+    assert manifest.ignored_kinds == {".cls": 6, ".txt": 6} and any(
+        "images in 3 .tar" in line for line in manifest.reading
+    )
