@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, cast
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from esvit_core.data.ingest.entry_names import is_folder_in_zip, name_of_text, names_in_zip
 from esvit_core.data.ingest.split_folders import SplitName
@@ -68,7 +68,7 @@ class Entry:
     name: str
     size: int
     stamp: str
-    handle: object
+    handle: Any
     problem: str | None = None
     given: Given | None = None
     part: int = 0

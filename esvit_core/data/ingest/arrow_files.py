@@ -65,9 +65,9 @@ class ArrowImages:
 
     def read(self, entry: Entry) -> bytes:
         if self._copy is not None:
-            start, size = entry.handle  # type: ignore[misc]
+            start, size = entry.handle
             return read_at(self._copy.fileno(), size, start)
-        chunk, row = entry.handle  # type: ignore[misc]
+        chunk, row = entry.handle
         data = self._chunks[chunk][row].as_py()
         if data is None:
             raise FileReadError("the row has no image")

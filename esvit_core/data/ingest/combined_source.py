@@ -26,9 +26,9 @@ class CombinedSource:
         self.notes = [f"source {number}: {note}" for number, part in enumerate(parts, start=1) for note in part.notes]
 
     def read(self, entry: Entry) -> bytes:
-        part, inner = entry.handle  # type: ignore[misc]
+        part, inner = entry.handle
         return bytes(part.read(inner))
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        part, inner = entry.handle  # type: ignore[misc]
+        part, inner = entry.handle
         return bytes(part.peek(inner, length))

@@ -80,11 +80,11 @@ class ContainerSet:
         self.notes.append("images in " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
 
     def read(self, entry: Entry) -> bytes:
-        opened, inner = entry.handle  # type: ignore[misc]
+        opened, inner = entry.handle
         return bytes(opened.read(inner))
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        opened, inner = entry.handle  # type: ignore[misc]
+        opened, inner = entry.handle
         return bytes(opened.peek(inner, length))
 
     def fingerprint(self) -> str:
@@ -130,7 +130,7 @@ class _Ranges:
     def _piece(self, entry: Entry, length: int) -> bytes:
         if entry.handle is None:
             raise FileReadError("a link in a shard")
-        data = self._read(entry.handle, length)  # type: ignore[arg-type]
+        data = self._read(entry.handle, length)
         if len(data) < length:
             raise FileReadError("the shard ends before it")
         return data

@@ -39,11 +39,11 @@ class TsvImages:
             ]
 
     def read(self, entry: Entry) -> bytes:
-        start, end = entry.handle  # type: ignore[misc]
+        start, end = entry.handle
         return self._decoded(start, end)
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        start, end = entry.handle  # type: ignore[misc]
+        start, end = entry.handle
         return self._decoded(start, min(end, start + 4 * -(-length // 3)))[:length]
 
     def _decoded(self, start: int, end: int) -> bytes:
