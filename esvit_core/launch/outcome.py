@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,16 @@ def mark_consequence() -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["message"]["extraInfo"][CONSEQUENCE] = True
         path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def report_blocked() -> None:
+    """Report, for the agent and in the log, that this process ends because of another one while it is blocked."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    error = LostPeerError("another training process was lost, and this one is blocked behind it")
+    get_error_handler().record_exception(error)
+    mark_consequence()
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def is_consequence(failure: Any) -> bool:

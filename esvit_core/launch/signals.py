@@ -50,23 +50,30 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """SIGTERM and SIGINT of a training process, as a flag that the training loop reads between steps.
+    """The reasons for which a training process ends early: a signal, as a flag that the loop reads, or a lost process.
 
-    Before :meth:`arm` there is nothing to save: a signal ends the process at once. Afterwards the process has
-    ``ESVIT_GRACE_SECONDS`` to finish its step and write a checkpoint. Then it ends regardless, so that a process that
-    waits for a dead one does not stay.
+    A thread watches for both, because the main thread may be blocked: in a launch on a GPU whose queue is full since
+    another process died, Python runs no signal handler. Before :meth:`arm` there is nothing to save, and a signal ends the
+    process at once. Afterwards the process has ``ESVIT_GRACE_SECONDS`` to finish its step and write a checkpoint, or
+    to fail by itself because another process was lost, while pending uploads continue. Then it ends regardless.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._deadline: float | None = None
         self._armed = False
+        self._on_signal: Callable[[], None] = lambda: None
         self.grace = float(os.environ.get(GRACE_VARIABLE, TRAINER_SECONDS))
 
     def install(self) -> None:
-        """Install the handlers."""
+        """Install the handlers, and start the thread that watches for signals; for the main thread."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # The interpreter writes each signal's number there at once; Python's own handlers wait for the main thread.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
     @property
     def requested(self) -> bool:
@@ -74,7 +81,7 @@ class StopRequest:
         return self.signal is not None
 
     def seconds_left(self) -> float | None:
-        """Return the seconds left for uploads; None if no stop was requested."""
+        """Return the seconds left for uploads; None if the process has no reason to end early."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic() - EXIT_MARGIN_SECONDS)
 
     def arm(self, on_signal: Callable[[], None] = lambda: None) -> None:
@@ -83,30 +90,46 @@ class StopRequest:
         Args:
             on_signal: called in a separate thread as soon as a signal arrives, even while a step computes.
         """
+        self._on_signal = on_signal
         self._armed = True
-        if threading.current_thread() is threading.main_thread():
-            reader, writer = os.pipe()
-            os.set_blocking(writer, False)
-            # The interpreter writes each signal's number there at once; Python's own handlers wait for the main thread.
-            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-            threading.Thread(target=_call_on_signal, args=(reader, on_signal), name="signals", daemon=True).start()
+
+    def lost_peer(self, on_timeout: Callable[[], None]) -> None:
+        """Give the main thread the grace to fail because another training process was lost, then end the process.
+
+        Args:
+            on_timeout: called, in a separate thread, before the process ends because its main thread is blocked.
+        """
+        self._end_after_grace(on_timeout)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._armed:
             os._exit(STOPPED_EXIT_CODE)
         if self.signal is None:
             self.signal = signal.Signals(number)
+            self._end_after_grace(lambda: None)
+
+    def _watch(self, reader: int) -> None:
+        called = False
+        while number := os.read(reader, 1):
+            if number[0] not in STOP_SIGNALS:
+                continue
+            self._handle(number[0], None)  # the main thread may do the same, or be blocked
+            if not called:
+                called = True
+                self._on_signal()
+
+    def _end_after_grace(self, on_timeout: Callable[[], None]) -> None:
+        def end() -> None:
+            try:
+                on_timeout()
+            finally:
+                os._exit(STOPPED_EXIT_CODE)
+
+        if self._deadline is None:
             self._deadline = time.monotonic() + self.grace
-            timer = threading.Timer(self.grace, os._exit, (STOPPED_EXIT_CODE,))
+            timer = threading.Timer(self.grace, end)
             timer.daemon = True
             timer.start()
-
-
-def _call_on_signal(reader: int, call: Callable[[], None]) -> None:
-    while number := os.read(reader, 1):
-        if number[0] in STOP_SIGNALS:
-            call()
-            return
 
 
 class SignalCounter:

@@ -36,14 +36,20 @@ class EmergencySave:
         self.log: LogWriter | None = None
         self.stop_recorded = False
 
-    def save(self) -> None:
-        """Upload everything; what fails is left to the regular end of the training."""
+    def flush(self) -> None:
+        """Upload the pending small objects; what fails is left to the regular end of the training."""
         if self._uploads is None:
             return
         with contextlib.suppress(EsvitError):
             if self.log is not None:
                 self.log.flush()
             self._uploads.flush_objects()
+
+    def save(self) -> None:
+        """Upload the pending small objects and, in a step's own pod, record that the run was stopped."""
+        self.flush()
+        if self._uploads is None:
+            return
         if LOST_SECONDS_VARIABLE in os.environ:
             with contextlib.suppress(EsvitError):
                 step, reason = self._state.progress.step, "asked to stop"

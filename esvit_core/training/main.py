@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from esvit_core.launch.outcome import report_blocked
 from esvit_core.launch.pod_metadata import METRICS_PORT_VARIABLE
 from esvit_core.launch.signals import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.monitoring.metrics import TrainingMetrics
@@ -23,6 +24,7 @@ from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy, WrittenCheckpoint
 from esvit_core.training.checkpoint_interval import CheckpointInterval
+from esvit_core.training.distributed.lost_peers import PeerWatch
 from esvit_core.training.distributed.processes import init_world, require_usable_gpus
 from esvit_core.training.emergency_save import EmergencySave
 from esvit_core.training.initial_weights import initial_states
@@ -179,6 +181,7 @@ def _train(
     if uploads:
         state.guard.on_record = partial(_save_nonfinite, uploads, metrics)
     steps = state.schedules.steps
+    peers = PeerWatch(state.world.sockets, partial(_on_lost_peer, stop, emergency_save))
     try:
         while True:
             line = ProgressLine(steps, unit="steps", label="train", initial=state.progress.step) if log else None
@@ -193,11 +196,18 @@ def _train(
         if line:
             line.close()
     finally:
+        peers.stop()  # the main thread is not blocked, and other processes may end
         if log and uploads and checkpointer:
             log.flush()
             checkpointer.wait(stop.seconds_left())
             uploads.close(stop.seconds_left())
     return finished, logger.last_line
+
+
+def _on_lost_peer(stop: StopRequest, emergency_save: EmergencySave) -> None:
+    """End this process after the grace, if the main thread does not notice the loss itself."""
+    stop.lost_peer(report_blocked)
+    emergency_save.flush()
 
 
 def _save_nonfinite(uploads: UploadQueue, metrics: TrainingMetrics | None, record: dict[str, Any]) -> None:

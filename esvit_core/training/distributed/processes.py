@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from esvit_core.collectives import collective
 from esvit_core.errors import UserError
 from esvit_core.launch.signals import RENDEZVOUS_VARIABLE
+from esvit_core.training.distributed.lost_peers import detect_lost_nodes, tcp_connections
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 BUCKET_BYTES = 16 << 20
@@ -30,12 +31,14 @@ class World:
         size: number of processes.
         device: device of this process's networks.
         control: gloo group for control messages on the CPU; None if there is only one process.
+        sockets: file descriptors of the connections of ``control`` to the other processes.
     """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup | None
+    sockets: tuple[int, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -168,9 +171,12 @@ def init_world(patience: float = 0.0) -> World:
             world_size=size,
             timeout=timeout,
         )
+        before = tcp_connections()
         control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
-    return World(rank, size, device, control)
+    sockets = tuple(tcp_connections() - before)
+    detect_lost_nodes(tcp_connections())
+    return World(rank, size, device, control, sockets)
 
 
 class GradientReducer:
