@@ -94,9 +94,10 @@ def _compared(result: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     low, high = found["interval"]
+    p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
     return (
         f"; {found['decision']}: {found['points']:+.1f} points, 95 % interval {low:.1f} to {high:.1f}, "
-        f"p {found['p']:.3f}, {found['images']:,} images"
+        f"{p}, {found['images']:,} images"
     )
 
 

@@ -125,7 +125,8 @@ class InitConfig(Section):
     source: str | None = Field(
         None,
         description="`champion` or another pointer; s3://bucket/runs/<id>, or a backbone or checkpoint below it; a .pth "
-        "or .safetensors file on disk or in the store; a folder with a backbone; or `timm:<name>`.",
+        "or .safetensors file on disk or in the store; a folder with a backbone; `timm:<name>`, or `timm:<name>:<file>` "
+        "for a file with weights of timm's network.",
     )
     load: Literal["backbone", "heads", "all"] = Field(
         "backbone",

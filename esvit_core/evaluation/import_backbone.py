@@ -19,14 +19,15 @@ from esvit_core.config import Config, InitConfig
 from esvit_core.data.ingest.sources import source_fingerprint
 from esvit_core.models.factory import create_backbone
 from esvit_core.runs.run import MEASURED, Run, open_run, run_id, run_uri, start_run
-from esvit_core.storage import ObjectStore
+from esvit_core.storage import NotFound, ObjectStore, join_uri
 from esvit_core.training.initial_weights import read_source
-from esvit_core.weights.backbone import BACKBONE_FORMAT, describe_backbone, load_backbone, save_backbone
+from esvit_core.weights.backbone import BACKBONE_FORMAT, DESCRIPTION, describe_backbone, load_backbone, save_backbone
 from esvit_core.weights.fit import fit_weights
 from esvit_core.weights.import_checkpoint import import_weights
 from esvit_core.weights.snapshot import part_of
 from esvit_core.weights.weight_source import CHECKPOINT, CHECKPOINTS, find, kind_of
 
+_RECIPE_PREFIX = "evaluate "
 _ORIGIN_KEYS = ("run", "step", "imported")  # entries of a description that say where the backbone comes from
 
 
@@ -36,22 +37,28 @@ def import_backbone(
     config: Config,
     uri: str = "",
     store: ObjectStore | None = None,
+    *,
+    setting: str = "backbone",
 ) -> Run:
     """Start a run with an existing backbone, or return the run that was started with the same arguments.
 
     Args:
         backbone: a pointer such as ``champion``; a run ``s3://bucket/runs/<id>``, whose newest checkpoint is used until it
-            has published a backbone; a published backbone; a ``.pth`` or ``.safetensors`` file; or ``timm:<name>``.
+            has published a backbone; a published backbone; a ``.pth`` or ``.safetensors`` file; ``timm:<name>``, or
+            ``timm:<name>:<file>`` for weights of a file in timm's network.
         source: images to evaluate on.
         config: the user's configuration; its sections ``model`` and ``init`` are ignored.
         uri: address of the run; empty: derived from backbone, configuration and data.
         store: object store; default: the store named by ``ESVIT_S3_*``.
+        setting: what the backbone was given as, for error messages.
 
     Raises:
         UserError: there is no such backbone, or the run exists with another configuration.
     """
     store = store or ObjectStore.from_env()
-    location, sha256 = find(backbone, "backbone", config.bucket, store, setting="backbone")
+    location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
+    if uri and (description := _imported(uri, location, sha256, store)) is not None:
+        return start_run(_configuration(config, description), source, uri, store)
     network, description = _load(location, store)
     config = _configuration(config, description)
     if not uri:
@@ -65,6 +72,19 @@ def import_backbone(
     record = {"backbone": location, "sha256": sha256, **origin}
     store.put_if_absent(run.at(MEASURED), (json.dumps(record, indent=1) + "\n").encode())
     return run
+
+
+def _imported(uri: str, location: str, sha256: str | None, store: ObjectStore) -> dict[str, Any] | None:
+    """Return the content of ``backbone.json`` if the run at ``uri`` has imported this backbone; otherwise None."""
+    try:
+        record = store.get_json(join_uri(uri, MEASURED))
+        if (record["backbone"], record["sha256"]) != (location, sha256):
+            return None
+        description: dict[str, Any] = store.get_json(join_uri(uri, "backbone", DESCRIPTION))
+        # The run has published it under its own recipe, which is named after that of the backbone.
+        return description | {"recipe": description["recipe"].removeprefix(_RECIPE_PREFIX)}
+    except NotFound:
+        return None
 
 
 def _load(location: str, store: ObjectStore) -> tuple[nn.Module, dict[str, Any]]:
@@ -103,7 +123,7 @@ def _configuration(config: Config, description: Mapping[str, Any]) -> Config:
     """Replace the architecture and the preprocessing in ``config`` by those of the backbone."""
     values = config.model_dump(mode="json")
     crop = description["img_size"]
-    values["recipe"] = f"evaluate {description.get('recipe', 'backbone')}"
+    values["recipe"] = f"{_RECIPE_PREFIX}{description.get('recipe', 'backbone')}"
     values["model"] = description["model"] | {"img_size": crop}
     values["init"] = InitConfig().model_dump()
     values["augment"]["global_crops"]["size"] = crop

@@ -67,7 +67,13 @@ def unpack_correct(outcomes: Outcomes, model: str, key: str) -> np.ndarray | Non
 
 
 def compare_outcomes(
-    key: str, first: Mapping[str, Any], first_model: str, second: Mapping[str, Any], second_model: str
+    key: str,
+    first: Mapping[str, Any],
+    first_model: str,
+    second: Mapping[str, Any],
+    second_model: str,
+    *,
+    same_images: bool = False,
 ) -> Difference | str:
     """Compare two models on the same held-out images.
 
@@ -75,6 +81,8 @@ def compare_outcomes(
         key: the figure, such as ``knn/20``.
         first, second: results of the same evaluation; they may be the same result.
         first_model, second_model: model of each result.
+        same_images: the caller knows that both were measured on the same images, which may be stored in different sizes;
+            otherwise their digests must be equal.
 
     Returns:
         The difference, first minus second; or the reason why it has no interval.
@@ -82,7 +90,7 @@ def compare_outcomes(
     one, other = first.get("outcomes"), second.get("outcomes")
     if not one or not other:
         return "the outcomes of the single images were not kept"
-    if (one["held_out"], one["images"]) != (other["held_out"], other["images"]):
+    if one["images"] != other["images"] or (not same_images and one["held_out"] != other["held_out"]):
         return "the two were measured on different held-out images"
     correct, compared = unpack_correct(one, first_model, key), unpack_correct(other, second_model, key)
     if correct is None or compared is None:

@@ -111,6 +111,7 @@ def render(
         .render(
             records=records,
             run_id=records.run_id,
+            kind="evaluation" if records.existing else "pre-training",
             recipe=records.config.recipe,
             version=__version__,
             css=_style(),
@@ -149,7 +150,7 @@ def render(
 
 
 def _record_verdict(records: RunRecords, store: ObjectStore) -> None:
-    found = verdict.judge_results(records.results, records.config)
+    found = verdict.judge_results(records.results, records.config, records.existing is not None)
     if found is None:
         return
     rows = set_rows(result_rows(records.results), records.config.promotion.metric)

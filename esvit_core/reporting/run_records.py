@@ -50,7 +50,11 @@ class BadFile:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of a run that the report shows."""
+    """The records of a run that the report shows.
+
+    Attributes:
+        existing: address of the existing backbone that the run evaluates; None if it trains one.
+    """
 
     run_uri: str
     config: Config
@@ -64,6 +68,7 @@ class RunRecords:
     promotion: Record[dict[str, Any]]
     versions: dict[str, str]
     commit: str | None
+    existing: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -109,6 +114,7 @@ def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRec
         else _record(lambda: preview_promotion(run_uri, store, config), ""),
         versions=(training.value.versions if training.value else {}) or versions(),
         commit=source_commit(),
+        existing=str(measured["backbone"]) if measured else None,
     )
 
 

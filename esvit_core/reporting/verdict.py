@@ -72,31 +72,58 @@ class Tile:
 
 
 def judge(records: RunRecords) -> Verdict:
-    """Judge whether the pre-training of a run helped."""
-    return judge_results(records.results, records.config) or _unmeasured(records)
+    """Judge whether the pre-training of a run helped, or whether the backbone that it evaluates beats its baseline."""
+    return judge_results(records.results, records.config, records.existing is not None) or _unmeasured(records)
 
 
-def judge_results(results: Sequence[Mapping[str, Any]], config: Config) -> Verdict | None:
-    """Judge by the figure of ``promotion.metric``, or else the first main figure; None if nothing was measured."""
+def judge_results(results: Sequence[Mapping[str, Any]], config: Config, existing: bool = False) -> Verdict | None:
+    """Judge by the figure of ``promotion.metric``, or else the first main figure; None if nothing was measured.
+
+    Args:
+        results: results of the run.
+        config: configuration of the run.
+        existing: the run evaluates an existing backbone instead of training one.
+    """
     rows, metric = result_rows(results), config.promotion.metric
     row = decisive_row(rows, metric)
     if row is None:
         return None
-    before, after = (f"{percent(v)}{NO_BREAK}{row.unit}" for v in (row.baseline, row.trained))
+    sentence = _sentence_of_existing(row) if existing else _sentence_of_training(row)
+    return Verdict(row.tone, sentence, [*_certainty(row), *_tally(rows, metric), *_start(config)])
+
+
+def _sentence_of_training(row: Row) -> str:
+    before, after = _with_unit(row.baseline, row), _with_unit(row.trained, row)
     label, size = _capital(row.label), row.change.lstrip("+-")
     moved = "fell" if row.change.startswith("-") else "rose"
     course = f"{label} {moved} from {before} to {after}"
     if row.decision == "better":
-        sentence = f"Pre-training helped: {label} rose from {before} to {after}, by {size} points."
-    elif row.decision == "worse":
-        sentence = f"Pre-training did not help: {label} fell from {before} to {after}, by {size} points."
-    elif row.change == "0.0":
-        sentence = f"Pre-training made no difference: {row.label} is {after}, the same as the baseline."
-    elif row.comparison:
-        sentence = f"No difference shown: {course}, which may be chance."
-    else:
-        sentence = f"{course}; whether this is chance was not tested."
-    return Verdict(row.tone, sentence, [*_certainty(row), *_tally(rows, metric), *_start(config)])
+        return f"Pre-training helped: {label} rose from {before} to {after}, by {size} points."
+    if row.decision == "worse":
+        return f"Pre-training did not help: {label} fell from {before} to {after}, by {size} points."
+    if row.change == "0.0":
+        return f"Pre-training made no difference: {row.label} is {after}, the same as the baseline."
+    if row.comparison:
+        return f"No difference shown: {course}, which may be chance."
+    return f"{course}; whether this is chance was not tested."
+
+
+def _sentence_of_existing(row: Row) -> str:
+    figure = f"{_capital(row.label)} is {_with_unit(row.trained, row)}"
+    against, size = f"the same network with random weights ({_with_unit(row.baseline, row)})", row.change.lstrip("+-")
+    if row.decision in ("better", "worse"):
+        side = "above" if row.decision == "better" else "below"
+        return f"The backbone is {row.decision} than its baseline: {figure}, {size} points {side} {against}."
+    if row.change == "0.0":
+        return f"The backbone does not differ from its baseline: {figure}, the same as {against}."
+    side = "below" if row.change.startswith("-") else "above"
+    if row.comparison:
+        return f"No difference shown: {figure}, {size} points {side} {against}, which may be chance."
+    return f"{figure}, {size} points {side} {against}; whether this is chance was not tested."
+
+
+def _with_unit(value: float | None, row: Row) -> str:
+    return f"{percent(value)}{NO_BREAK}{row.unit}"
 
 
 def promotion(records: RunRecords) -> Verdict:
@@ -161,7 +188,12 @@ def _unmeasured(records: RunRecords) -> Verdict:
             f"A measure without labels: {percent(share['trained'])} % of the regions find their true match in another crop; "
             f"{percent(share['baseline'])} % do for the baseline."
         )
-    return Verdict("plain", "A backbone was trained, but the quality of its features could not be measured.", details)
+    trained = (
+        "The backbone could not be evaluated."
+        if records.existing
+        else "A backbone was trained, but the quality of its features could not be measured."
+    )
+    return Verdict("plain", trained, details)
 
 
 def _certainty(row: Row) -> list[str]:

@@ -22,7 +22,7 @@ from esvit_core.storage import ObjectStore
 from esvit_core.training.state import TrainState
 from esvit_core.weights.fit import fit_weights
 from esvit_core.weights.optimizer_state import optimized_names, renumber_state
-from esvit_core.weights.read_file import from_timm_registry, read_file
+from esvit_core.weights.read_file import from_timm_source, read_file
 from esvit_core.weights.snapshot import Snapshot, Weights
 from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source
 
@@ -73,7 +73,7 @@ def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapsho
     """Read the weights that ``init.source`` names, with the parameter names of this library."""
     source, arch = str(init.source), config.model.arch
     if source.startswith(TIMM):
-        return from_timm_registry(source.removeprefix(TIMM), arch)
+        return from_timm_source(source, arch)
     if not source.startswith("s3://"):
         path = Path(source)
         return read_file(path / "model.safetensors" if path.is_dir() else path, arch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -20,9 +21,9 @@ from esvit_core.storage.parallel_transfer import sha256_of
 from esvit_core.weights.arguments import settings_of
 from esvit_core.weights.backbone import describe_backbone, save_backbone, write_backbone
 from esvit_core.weights.fit import fit_weights, recognize_architecture
-from esvit_core.weights.read_file import from_timm_registry, load_file, to_snapshot
+from esvit_core.weights.read_file import from_timm_source, load_file, timm_settings, to_snapshot
 from esvit_core.weights.snapshot import Snapshot, part_of
-from esvit_core.weights.weight_source import TIMM
+from esvit_core.weights.weight_source import TIMM, split_timm
 
 NETWORKS = ("teacher", "student")
 
@@ -55,11 +56,13 @@ def import_weights(
     """Read weights and publish the backbone; :func:`esvit_core.load_backbone` loads it.
 
     Args:
-        file: a local or ``s3://`` ``.pth`` or ``.safetensors`` file, or ``timm:<name>``.
+        file: a local or ``s3://`` ``.pth`` or ``.safetensors`` file; ``timm:<name>``; or ``timm:<name>:<file>``, a file with
+            weights of this network of timm.
         out: folder or ``s3://bucket/prefix``; the backbone goes to its ``backbone/``, the checkpoint to ``checkpoint/``.
         store: object store; required if ``file`` or ``out`` is at ``s3://``.
         config: configuration whose ``model`` section names the architecture; None: recognize the architecture by names
-            and shapes, and take the settings of the command line stored in the file.
+            and shapes, and take the settings of the command line stored in the file; a network of timm that this project
+            does not have is ``timm:<name>``, with the preprocessing that timm states for it.
         network: network whose backbone is imported, ``teacher`` or ``student``.
         checkpoint: also write a checkpoint for ``init.source`` of a run; only supported in the object store.
 
@@ -72,6 +75,7 @@ def import_weights(
             f"--out {out}: a checkpoint can only be written to the object store; to start a run from a file, set init.source to the file"
         )
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        config = config or _timm_configuration(file)
         snapshot, sha256 = _read(file, "swin" if config is None else config.model.arch, store, Path(folder))
         config = config or _configuration(snapshot)
         backbone, messages = _backbone(snapshot, config, network)
@@ -91,7 +95,8 @@ def import_weights(
 
 def _read(file: str, arch: str, store: ObjectStore | None, folder: Path) -> tuple[Snapshot, str | None]:
     if file.startswith(TIMM):
-        return from_timm_registry(file.removeprefix(TIMM), arch), None
+        named = split_timm(file)[1]
+        return from_timm_source(file, arch), None if named is None else sha256_of(Path(named))
     path = Path(file)
     if file.startswith("s3://"):
         if store is None:
@@ -102,6 +107,22 @@ def _read(file: str, arch: str, store: ObjectStore | None, folder: Path) -> tupl
         except NotFound:
             raise UserError(f"weights {file}: there is no such object") from None
     return to_snapshot(load_file(path), arch, file), sha256_of(path)
+
+
+def _timm_configuration(file: str) -> Config | None:
+    """Return the configuration of ``timm:<name>`` or ``timm:<name>:<file>``; None if its names are recognized later."""
+    if not file.startswith(TIMM):
+        return None
+    name, path = split_timm(file)
+    settings = timm_settings(name)
+    if path is None and _is_ours(name):
+        return None
+    return Config.from_mapping(settings, origin=file)
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether this project has the network of timm, so that its architecture is recognized by its weights."""
+    return recognize_architecture(timm.create_model(name, pretrained=False).state_dict()) is not None
 
 
 def _configuration(snapshot: Snapshot) -> Config:

@@ -15,6 +15,7 @@ from esvit_core.weights.esvit_checkpoint import from_payload
 from esvit_core.weights.pickled import load_pickled
 from esvit_core.weights.snapshot import Snapshot, part_of
 from esvit_core.weights.timm_names import from_timm
+from esvit_core.weights.weight_source import split_timm
 
 _TIMM = "timm:"
 
@@ -66,8 +67,7 @@ def from_timm_registry(name: str, arch: str) -> Snapshot:
     Raises:
         UserError: timm has no such network or no weights for it, or they cannot be downloaded.
     """
-    if not timm.is_model(name):
-        raise UserError(f"timm:{name}: timm has no such network; `timm.list_models()` lists them")
+    _require_network(name)
     try:
         weights = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # network, cache and timm errors have no common base class
@@ -76,6 +76,55 @@ def from_timm_registry(name: str, arch: str) -> Snapshot:
             "without network access use a .pth or .safetensors file"
         ) from None
     return Snapshot(f"timm:{name}", "weights of timm", _below_backbone(from_timm(arch, weights)))
+
+
+def from_timm_source(source: str, arch: str) -> Snapshot:
+    """Load ``timm:<name>`` from timm's registry or cache, or ``timm:<name>:<file>`` from a file.
+
+    Args:
+        source: the source of the weights.
+        arch: value of ``model.arch``.
+
+    Raises:
+        UserError: timm has no such network, or the weights cannot be read.
+    """
+    name, file = split_timm(source)
+    if file is None:
+        return from_timm_registry(name, arch)
+    _require_network(name)
+    return to_snapshot(load_file(Path(file)), arch, source)
+
+
+def timm_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a network of timm: its architecture, and the preprocessing that timm states for it.
+
+    Raises:
+        UserError: timm has no such network.
+    """
+    _require_network(name)
+    stated = timm.get_pretrained_cfg(name)
+    augment: dict[str, Any] = {}
+    evaluation = {}
+    if stated is not None:
+        size = stated.test_input_size or stated.input_size
+        share = stated.test_crop_pct or stated.crop_pct
+        augment = {
+            "global_crops": {"size": size[-1]},
+            "mean": [float(value) for value in stated.mean],
+            "std": [float(value) for value in stated.std],
+        }
+        evaluation = {"crop": size[-1], "resize": round(size[-1] / share)}
+    return {
+        "recipe": "imported",
+        "model": {"arch": f"{_TIMM}{name}"},
+        "augment": augment,
+        "evaluation": evaluation,
+    }
+
+
+def _require_network(name: str) -> None:
+    if not timm.is_model(name):
+        raise UserError(f"timm:{name}: timm has no such network; `timm.list_models()` lists them")
 
 
 def _below_backbone(weights: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ TIMM = "timm:"
 FILES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 BACKBONE, CHECKPOINT = "esvit-backbone/1", "esvit-checkpoint/1"
 CHECKPOINTS = "/training/checkpoints/"  # in the address of a run's checkpoint
+_TIMM_SOURCE = re.compile(r"timm:([^:/]+)(?::(.+))?")
 _POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 _EXPECTED = "expected a pointer such as champion, s3://bucket/runs/<id>, a .pth or .safetensors file, or timm:<name>"
 
@@ -63,14 +64,14 @@ def find(
         setting: name of the source in error messages.
 
     Returns:
-        A file, a folder, an ``s3://`` address of a file, backbone or checkpoint, or ``timm:<name>``, which has no digest
-        because timm's registry defines its content.
+        A file, a folder, an ``s3://`` address of a file, backbone or checkpoint, ``timm:<name>:<file>``, or
+        ``timm:<name>``, which has no digest because timm's registry defines its content.
 
     Raises:
         WeightsNotFound: the source does not exist.
     """
     if source.startswith(TIMM):
-        return source, None
+        return _of_timm(source, setting)
     if source.startswith("s3://"):
         return _in_the_store(source.rstrip("/"), load, store, setting)
     path = Path(source)
@@ -87,10 +88,31 @@ def find(
     return _in_the_store(pointer.value["backbone"], load, store, setting)
 
 
+def split_timm(source: str) -> tuple[str, str | None]:
+    """Split ``timm:<name>`` or ``timm:<name>:<file>`` into the name and the file; None if there is no file.
+
+    Raises:
+        WeightsNotFound: there is no name.
+    """
+    found = _TIMM_SOURCE.fullmatch(source)
+    if found is None:
+        raise WeightsNotFound(f"weights {source}: expected timm:<name>, or timm:<name>:<file> for weights of a file")
+    return found[1], found[2]
+
+
 def kind_of(uri: str, store: ObjectStore) -> str | None:
     """Return the format of the complete publication at ``uri``, backbone or checkpoint; None if there is none."""
     manifest = store.read_manifest(uri)
     return None if manifest is None else manifest["format"]
+
+
+def _of_timm(source: str, setting: str) -> tuple[str, str | None]:
+    name, file = split_timm(source)
+    if file is None:
+        return source, None
+    if not Path(file).is_file():
+        raise WeightsNotFound(f"{setting} {source}: no such file {file}; expected timm:<name>:<file>, a file on disk")
+    return f"{TIMM}{name}:{Path(file).resolve()}", sha256_of(Path(file))
 
 
 def _in_the_store(uri: str, load: str, store: ObjectStore, setting: str) -> tuple[str, str]:

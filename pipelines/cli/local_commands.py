@@ -1,4 +1,4 @@
-"""The commands that run a pipeline on this machine: `esvit run`, `esvit retrain`, `esvit evaluate`."""
+"""The commands that run a pipeline on this machine, `esvit run`, `retrain` and `evaluate`; and `esvit compare`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from esvit_core.data.ingest.source_lists import join_sources
 from esvit_pipelines.cli.options import (
     BucketOption,
     DataOption,
+    JsonOption,
     OutOption,
     RecipeOption,
+    RunsBucketOption,
     SetOption,
     TransferOption,
 )
 from esvit_pipelines.local.process_setup import survive_closed_stdout
-from esvit_pipelines.settings import DEFAULT_OUT, Settings, command
+from esvit_pipelines.settings import DEFAULT_BUCKET, DEFAULT_OUT, Settings, command
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -29,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(retrain)
     app.command()(evaluate)
+    app.command()(compare)
 
 
 def run(
@@ -96,31 +99,64 @@ def retrain(
 
 def evaluate(
     model: Annotated[
-        str,
+        list[str],
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="A pointer (champion), a run, a published backbone, a .pth or .safetensors file, or timm:<name>.",
+            help="A pointer (champion), a run, a published backbone, a .pth or .safetensors file, timm:<name>, or "
+            "timm:<name>:<file>. Repeatable.",
         ),
     ],
     data: DataOption,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline",
+            metavar="MODEL",
+            help="Backbone to compare each model with; default: the first model. Repeatable.",
+        ),
+    ] = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     transfer: TransferOption = None,
     out: OutOption = DEFAULT_OUT,
     bucket: BucketOption = None,
 ) -> None:
-    """Evaluate an existing backbone on labelled images, compare it with its baseline, and write a report.
+    """Evaluate existing backbones on labelled images, compare them, and write a report.
 
-    The steps are those of `esvit run` without training and promotion. The backbone determines architecture, image size
-    and normalization; recipe and overrides set the protocols and the share of held-out images. Ctrl-C stops the
+    The steps are those of `esvit run` without training and promotion. Each backbone determines architecture, image size
+    and normalization, and is compared with the same network with random weights; recipe and overrides set the protocols
+    and the share of held-out images. Several backbones are compared on the same held-out images. Ctrl-C stops the
     evaluation; rerun the command to resume.
     """
     from esvit_pipelines.local.evaluate import evaluate as evaluate_backbone
 
     settings = Settings(join_sources(data), recipe, tuple(set_ or ()), tuple(transfer or ()), out, bucket)
     with _report_interruption(), survive_closed_stdout():
-        evaluate_backbone(settings, model)
+        evaluate_backbone(settings, model, baseline or ())
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of finished runs, or prefixes of them.")],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline", metavar="RUN", help="Run to compare the others with; default: the first. Repeatable."
+        ),
+    ] = None,
+    out: OutOption = DEFAULT_OUT,
+    bucket: RunsBucketOption = DEFAULT_BUCKET,
+    json: JsonOption = False,
+) -> None:
+    """Compare the figures of finished runs, with the interval and the test of each difference.
+
+    Two runs are compared image by image if they measured the same held-out images with the same settings; otherwise the
+    command prints why a difference was not tested. It writes comparison.html, .md and .json to a folder in DIR.
+    """
+    from esvit_pipelines.cli.compare_command import compare as compare_runs
+    from esvit_pipelines.cli.status_commands import RunLocation
+
+    compare_runs(RunLocation(out, bucket), runs, baseline or (), json)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def run_pipeline(
     with in_progress(folder) as lock, _record_failure(current):
         run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone)
     current.store.get_file(current.at("report/report.html"), folder / "report.html")
-    _print_results(current, folder)
+    _print_results(current, folder, backbone is not None)
     if backbone is None:
         current.store.fetch(current.at("backbone"), folder / "backbone")
         print(f"backbone  {folder / 'backbone'}")
@@ -163,7 +163,7 @@ def _record_failure(current: Run) -> Iterator[None]:
         raise
 
 
-def _print_results(current: Run, folder: Path) -> None:
+def _print_results(current: Run, folder: Path, existing: bool) -> None:
     from rich.console import Console
 
     from esvit_core.reporting.result_rows import read_results
@@ -173,7 +173,7 @@ def _print_results(current: Run, folder: Path) -> None:
     print(flush=True)
     results = read_results(current.store, current.uri, current.config)
     Console().print(results_table(results))
-    if verdict := judge_results(results, current.config):
+    if verdict := judge_results(results, current.config, existing):
         for number, line in enumerate([verdict.sentence, *verdict.details]):
             print(f"{'' if number else 'verdict':<10}{plain_text(line)}")
     print(f"report    {folder / 'report.html'}")

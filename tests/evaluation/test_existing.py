@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from esvit_core.config import Config, ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.evaluation.import_backbone import import_backbone
+from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
+from esvit_core.evaluation.results import measured
 from esvit_core.models.factory import create_backbone
 from esvit_core.reporting import verdict
 from esvit_core.reporting.run_records import read_run_records
@@ -104,3 +108,38 @@ def test_a_champion_that_has_moved_is_another_run(trained: Run, arguments: Any) 
 def test_a_missing_backbone_is_reported_in_one_line(arguments: Any) -> None:
     with pytest.raises(UserError, match=r"^backbone nobody: no such file"):
         import_backbone("nobody", **arguments)
+    with pytest.raises(UserError, match=r"^--baseline nobody: no such file"):
+        import_backbone("nobody", **arguments, setting="--baseline")
+
+
+def test_the_weights_are_read_once(trained: Run, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = import_backbone(trained.uri, **arguments)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the weights are read again")
+
+    monkeypatch.setattr("esvit_core.evaluation.import_backbone.load_backbone", fail)
+    assert import_backbone(trained.at("backbone"), **arguments, uri=run.uri).config == run.config
+
+
+def test_weights_of_a_file_in_a_network_of_timm(trained: Run, arguments: Any, tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("test_resnet.r160_in1k", num_classes=7).state_dict(), tmp_path / "weights.pth")
+    run = import_backbone(f"timm:test_resnet.r160_in1k:{tmp_path / 'weights.pth'}", **arguments)
+    stated = timm.get_pretrained_cfg("test_resnet.r160_in1k")
+    assert run.config.model.arch == "timm:test_resnet.r160_in1k"
+    assert (run.config.evaluation.crop, list(run.config.augment.mean)) == (stated.input_size[-1], list(stated.mean))
+    with pytest.raises(UserError, match=r"^backbone timm:resnet18:none.pth: no such file none.pth"):
+        import_backbone("timm:resnet18:none.pth", **arguments)
+
+
+def test_the_verdict_on_an_existing_backbone_does_not_speak_of_a_training(trained: Run, arguments: Any) -> None:
+    run = import_backbone(trained.uri, **arguments)
+    correct = {"trained": {"linear": np.arange(400) < 165}, "baseline": {"linear": np.arange(400) < 146}}
+    figures = {"trained": {"linear": 41.25}, "baseline": {"linear": 36.5}}
+    result = {"name": "linear"} | keep_outcomes(measured("linear", figures, ["a"]), pack_outcomes("images", correct))
+    run.store.put_bytes(run.at("evaluation/linear.json"), json.dumps(result).encode())
+    sentence = verdict.judge(read_run_records(run.uri, run.store, run.config)).sentence
+    assert sentence.startswith("The backbone is better than its baseline: Linear probe is 41.2")
+    assert "4.7 points above the same network with random weights" in sentence

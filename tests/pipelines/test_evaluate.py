@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -58,11 +59,38 @@ def test_the_same_command_finds_the_results(evaluated: str, arguments: tuple[Pat
     assert "5-NN" in results and results in again.stdout
 
 
+def test_two_backbones_are_compared_on_the_same_images(
+    evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit
+) -> None:
+    folder, command = arguments
+    baseline = f"timm:test_resnet.r160_in1k:{_random_weights(folder)}"
+    done = esvit(*command, "--baseline", baseline, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"backbone is better than {baseline} on" in done.stdout
+    (page,) = folder.glob("out/comparison-*/comparison.html")
+    pairs = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["differences"]
+    assert {pair["figure"] for pair in pairs} >= {"knn/5", "linear"}
+    assert all("interval" in pair for pair in pairs if pair["figure"] != "linear/best")
+    names = sorted(path.parent.name for path in folder.glob("out/evaluate-*/report.html"))
+    compared = esvit("compare", *names, "--out", "out", cwd=folder)
+    assert compared.returncode == 0 and "compared with" in compared.stdout
+    alone = esvit("compare", names[0], "--out", "out", cwd=folder)
+    assert alone.returncode == 2 and "it cannot be compared with itself" in alone.stderr
+
+
+def _random_weights(folder: Path) -> str:
+    import timm
+    import torch
+
+    torch.save(timm.create_model("test_resnet.r160_in1k", num_classes=3).state_dict(), folder / "timm.pth")
+    return str(folder / "timm.pth")
+
+
 def test_a_missing_backbone_is_one_line(arguments: tuple[Path, list[str]], esvit: Esvit) -> None:
     folder, command = arguments
     done = esvit(*[word if word != "backbone" else "nobody" for word in command], cwd=folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: backbone nobody: no such file, and no pointer")
+    assert done.stderr.splitlines()[-1].startswith("error: --model nobody: no such file, and no pointer")
 
 
 @pytest.fixture
