@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from esvit_core import kernels
-from esvit_core.kernels import build, fused_softmax, window_attention
+from esvit_core.kernels import build, fused_softmax, image_ops, window_attention
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
 
@@ -112,6 +113,7 @@ def test_the_kernels_of_a_level_compute_the_formulas(
     library = kernels.library.__wrapped__()
     assert isinstance(library, ctypes.CDLL)
     monkeypatch.setattr(kernels, "library", lambda: library)
+    monkeypatch.setattr(image_ops, "library", lambda: library)
     torch.manual_seed(0)
 
     z, center, out = torch.randn(8, 1000), torch.randn(1, 1000), torch.empty(8, 1000)
@@ -131,3 +133,9 @@ def test_the_kernels_of_a_level_compute_the_formulas(
         expected.backward(outer.double())
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
         torch.testing.assert_close(qkv.grad.double(), exact.grad, rtol=0, atol=1e-4)
+
+    image, out = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8), torch.empty(3, 33, 33)
+    crop = image_ops.describe_crop((5, 3, 85, 64), False, (), False, None, False, out)
+    image_ops.make_crops(image.numpy(), [crop], torch.ones(3), torch.zeros(3))
+    pixels = image.permute(2, 0, 1)[None, :, 3:64, 5:85]
+    assert torch.equal(out, F.interpolate(pixels, (33, 33), mode="bicubic", antialias=True)[0].float())

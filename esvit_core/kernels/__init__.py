@@ -1,4 +1,4 @@
-"""Fused CPU kernels in C, ``fused_softmax.c`` and ``window_attention.h``, compiled on first use.
+"""Fused CPU kernels in C, compiled on first use: ``fused_softmax.c``, ``window_attention.h``, ``crop_resize.c``, ``photometric.c``.
 
 An installation may include them precompiled for the levels x86-64-v3 and x86-64-v4 (``build.py``); the container images
 do. Otherwise they are compiled for the local CPU on first use, if there is a C compiler. Without a compiler torch
@@ -66,6 +66,8 @@ def library() -> ctypes.CDLL | None:
     ):
         attend.argtypes = [args, size, size, pointer, pointer]
         backward.argtypes = [args, size, size, pointer, pointer, pointer, pointer, pointer]
+    if hasattr(loaded, "make_crops"):  # not without AVX2
+        loaded.make_crops.argtypes = [pointer, size, size, pointer, size, pointer, pointer]
     return loaded
 
 

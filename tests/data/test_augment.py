@@ -7,16 +7,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from esvit_core.config import AugmentConfig, CropConfig, DeitConfig
+from esvit_core.config import AugmentConfig, Config, CropConfig, DeitConfig
 from esvit_core.data.loading import augment, photometric
 from esvit_core.data.loading.augment import EvalTransform, MultiCrop, Normalize, crop_box, resize, sample_rng
 from esvit_core.data.loading.randomness import seeded
+from esvit_core.kernels import image_ops
 
 SMALL = AugmentConfig(
     global_crops=CropConfig(size=32, number=2, scale=(0.4, 1.0)),
@@ -105,31 +106,23 @@ def test_the_first_crop_of_a_plain_recipe_is_the_geometric_one(make):
     assert torch.equal(crops[0], MultiCrop(PLAIN).geometric_crop(image, np.random.default_rng(4))[0])
 
 
-def test_probabilities_and_factors_match_the_recipe(monkeypatch, make):
+def test_probabilities_and_factors_match_the_recipe():
     """Counts over 500 samples of 2 global and 3 local crops, within four standard deviations."""
-    calls: list[tuple[str, float]] = []
-    monkeypatch.setattr(photometric, "grayscale", lambda x: calls.append(("grey", 0)))
-    monkeypatch.setattr(photometric, "gaussian_blur", lambda x, sigma: calls.append(("blur", sigma)))
-    monkeypatch.setattr(photometric, "solarize", lambda x: calls.append(("solarize", 0)))
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
-    jitter = tuple((lambda x, f, n=name: calls.append((n, f))) for name in names)
-    monkeypatch.setattr("esvit_core.data.loading.augment._JITTER", jitter)
-    multicrop, image, orders = MultiCrop(SMALL), make.pixels(), set()
     counts = {name: np.zeros(5) for name in (*names, "grey", "blur", "solarize")}
     factors: dict[str, list[float]] = {name: [] for name in counts}
-    marks: list[int] = []  # normalization is the last operation of a crop
-    monkeypatch.setattr(multicrop, "_normalize", lambda crop: marks.append(len(calls)))
+    orders = set()
     for index in range(500):
-        calls.clear()
-        marks.clear()
-        multicrop(image, sample_rng(0, 0, index))
-        for number, (start, stop) in enumerate(zip([0, *marks], marks, strict=False)):
-            for name, factor in calls[start:stop]:
-                counts[name][number] += 1
+        for number, drawn in enumerate(MultiCrop(SMALL).draw(64, 48, sample_rng(0, 0, index))):
+            jitter = [(names[which], factor) for which, factor in drawn.jitter]
+            blur = [] if drawn.blur_sigma is None else [("blur", drawn.blur_sigma)]
+            for name, factor in (*jitter, *blur):
                 factors[name].append(factor)
-            jittered = tuple(name for name, _ in calls[start:stop] if name in names)
-            if jittered:
-                orders.add(jittered)
+                counts[name][number] += 1
+            counts["grey"][number] += drawn.grayscale
+            counts["solarize"][number] += drawn.solarize
+            if jitter:
+                orders.add(tuple(name for name, _ in jitter))
     _check_counts(counts, factors, orders)
 
 
@@ -271,3 +264,48 @@ def test_the_ends_of_a_very_long_image_are_cut_off_before_it_is_resized(shape, m
     out = EvalTransform(32, 28)(image)
     assert out.shape == (3, 28, 28) and max(sizes[0]) <= 9 * 32
     assert out[0].max() > out[0].min()  # the center stays in the center
+
+
+needs_kernels = pytest.mark.skipif(not image_ops.can_make_crops(), reason="no kernels for crops on this machine")
+
+
+@needs_kernels
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(1, 300), height=st.integers(1, 300), size=st.integers(1, 70), flip=st.booleans(), data=st.data()
+)
+def test_the_kernel_resizes_exactly_as_torch(width, height, size, flip, data):
+    image = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box = left, top, data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
+    out = torch.full((3, size, size), -1.0)
+    crop = image_ops.describe_crop(box, flip, (), False, None, False, out)
+    image_ops.make_crops(image, [crop], torch.ones(3), torch.zeros(3))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None, :, box[1] : box[3], box[0] : box[2]]
+    expected = resize(pixels, size, size)[0].float()
+    assert torch.equal(out, expected.flip(-1) if flip else expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("recipe", ["demo", "imagenet_swin_tiny_w7"])
+def test_the_kernels_and_numpy_make_the_same_crops(make, recipe):
+    """All operations occur within so many crops. The luma may differ in its last bit."""
+    ours, reference = MultiCrop(Config.load(recipe).augment), MultiCrop(Config.load(recipe).augment)
+    reference._has_kernels = False
+    for index in range(12):
+        image = make.pixels(index, 150 + 7 * index, 200 - 9 * index)
+        pairs = zip(ours(image, sample_rng(0, 0, index)), reference(image, sample_rng(0, 0, index)), strict=True)
+        assert all(torch.allclose(crop, expected, rtol=0, atol=1e-4) for crop, expected in pairs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 2.0, 5.0, 30.0])
+def test_the_kernel_blurs_as_numpy(make, sigma):
+    """Boxes of one to many neighbors, also wider than the crop."""
+    image = make.pixels(3, 40, 40)
+    out = torch.empty(3, 40, 40)
+    crop = image_ops.describe_crop((0, 0, 40, 40), False, (), False, photometric.blur_factors(sigma), False, out)
+    image_ops.make_crops(image, [crop], torch.ones(3), torch.zeros(3))
+    expected = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
+    photometric.gaussian_blur(expected, sigma)
+    np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-3)

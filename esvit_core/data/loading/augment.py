@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from esvit_core.config import AugmentConfig, CropConfig
+from esvit_core.config import AugmentConfig
 from esvit_core.data.loading import photometric
 from esvit_core.data.loading.randomness import seeded
+from esvit_core.kernels import image_ops
 
 Box = tuple[int, int, int, int]
 Draw = Callable[[], float]  # returns the next random number in [0, 1)
@@ -30,6 +32,26 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, _AUGMENT_STREAM, epoch, index))
 
 
+class CropDraw(NamedTuple):
+    """What was drawn for a crop.
+
+    Attributes:
+        box: left, top, right, bottom, pixels.
+        flip: mirror the crop.
+        jitter: operations of the color jitter (indexes of ``_JITTER``) and their factors, in order.
+        grayscale: set all channels to the luma.
+        blur_sigma: of the Gaussian blur, pixels; None: no blur.
+        solarize: invert bright values.
+    """
+
+    box: Box
+    flip: bool
+    jitter: tuple[tuple[int, float], ...] = ()
+    grayscale: bool = False
+    blur_sigma: float | None = None
+    solarize: bool = False
+
+
 class MultiCrop:
     """Makes the crops of an image: global crops first, then local crops.
 
@@ -38,12 +60,15 @@ class MultiCrop:
     crops but the first, solarization. Finally the crop is normalized. With the policy ``deit``, each crop goes through
     :func:`~esvit_core.data.loading.randaugment.deit_transform` instead.
 
+    Kernels in C make the crops where they are available (:mod:`esvit_core.kernels.image_ops`), else torch and NumPy do.
+
     Args:
         config: sizes, numbers and probabilities.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
         self.config = config
+        self._has_kernels = image_ops.can_make_crops()
         self._kinds = [kind for kind in (config.global_crops, *config.local_kinds) for _ in range(kind.number)]
         self._normalize = Normalize(config.mean, config.std)
         self._deit: list[Callable[[Image.Image], Tensor]] | None = None
@@ -78,15 +103,40 @@ class MultiCrop:
                 for transform, crop in zip(self._deit, crops, strict=True):
                     crop.copy_(transform(Image.fromarray(image)))
             return
-        config = self.config
+        draws = self.draw(image.shape[1], image.shape[0], rng)
+        if self._has_kernels:
+            described = [
+                image_ops.describe_crop(
+                    drawn.box,
+                    drawn.flip,
+                    drawn.jitter,
+                    drawn.grayscale,
+                    None if drawn.blur_sigma is None else photometric.blur_factors(drawn.blur_sigma),
+                    drawn.solarize,
+                    crop,
+                )
+                for drawn, crop in zip(draws, crops, strict=True)
+            ]
+            image_ops.make_crops(np.ascontiguousarray(image), described, self._normalize.scale, self._normalize.shift)
+            return
         pixels = _as_tensor(image)
-        for number, (kind, crop) in enumerate(zip(self._kinds, crops, strict=True)):
+        for drawn, crop in zip(draws, crops, strict=True):
+            _cut(pixels, drawn.box, drawn.flip, crop)
+            _change_colors(crop.numpy(), drawn)
+            self._normalize(crop)
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> list[CropDraw]:
+        """Draw everything that is random in the crops of an image with these sides, in pixels."""
+        config = self.config
+        draws = []
+        for number, kind in enumerate(self._kinds):
             draw = _drawer(rng)
-            self._cut(pixels, kind, draw, crop)
+            box, flip = crop_box(width, height, kind.scale, draw), draw() < config.flip
             is_global = number < config.global_crops.number
             blur = config.blur[min(number, 1) if is_global else 2]
-            self._photometric(crop.numpy(), draw, blur, config.solarize if is_global and number else 0.0)
-            self._normalize(crop)
+            solarize = config.solarize if is_global and number else 0.0
+            draws.append(CropDraw(box, flip, *self._draw_colors(draw, blur, solarize)))
+        return draws
 
     def geometric_crop(
         self, image: np.ndarray, rng: np.random.Generator
@@ -97,22 +147,18 @@ class MultiCrop:
             The normalized crop (3, S, S); left, top, right, bottom as fractions of the image's sides; whether it is flipped.
         """
         config = self.config.global_crops
-        crop = torch.empty(3, config.size, config.size)
-        (x0, y0, x1, y1), flipped = self._cut(_as_tensor(image), config, _drawer(rng), crop)
         height, width = image.shape[:2]
-        return self._normalize(crop), (x0 / width, y0 / height, x1 / width, y1 / height), flipped
+        crop, draw = torch.empty(3, config.size, config.size), _drawer(rng)
+        x0, y0, x1, y1 = box = crop_box(width, height, config.scale, draw)
+        flip = draw() < self.config.flip
+        _cut(_as_tensor(image), box, flip, crop)
+        return self._normalize(crop), (x0 / width, y0 / height, x1 / width, y1 / height), flip
 
-    def _cut(self, pixels: Tensor, kind: CropConfig, draw: Draw, out: Tensor) -> tuple[Box, bool]:
-        """Cut out a crop, levels 0 to 255, into ``out``; return its box and whether it is flipped."""
-        height, width = pixels.shape[2:]
-        left, top, right, bottom = box = crop_box(width, height, kind.scale, draw)
-        crop = resize(pixels[:, :, top:bottom, left:right], kind.size, kind.size)
-        flipped = draw() < self.config.flip
-        out.copy_((crop.flip(-1) if flipped else crop)[0])
-        return box, flipped
-
-    def _photometric(self, x: np.ndarray, draw: Draw, blur: float, solarize: float) -> None:
+    def _draw_colors(
+        self, draw: Draw, blur: float, solarize: float
+    ) -> tuple[tuple[tuple[int, float], ...], bool, float | None, bool]:
         config = self.config
+        jitter: tuple[tuple[int, float], ...] = ()
         if draw() < config.jitter:
             factors = [
                 _between(max(0.0, 1 - config.brightness), 1 + config.brightness, draw),
@@ -121,14 +167,28 @@ class MultiCrop:
                 _between(-config.hue, config.hue, draw),
             ]
             order = [draw() for _ in factors]
-            for which in sorted(range(4), key=order.__getitem__):
-                _JITTER[which](x, factors[which])
-        if draw() < config.grayscale:
-            photometric.grayscale(x)
-        if draw() < blur:
-            photometric.gaussian_blur(x, _between(*config.blur_sigma, draw))
-        if draw() < solarize:
-            photometric.solarize(x)
+            jitter = tuple((which, factors[which]) for which in sorted(range(4), key=order.__getitem__))
+        grayscale = draw() < config.grayscale
+        sigma = _between(*config.blur_sigma, draw) if draw() < blur else None
+        return jitter, grayscale, sigma, draw() < solarize
+
+
+def _cut(pixels: Tensor, box: Box, flip: bool, out: Tensor) -> None:
+    """Cut out a box and resize it, levels 0 to 255, into ``out``."""
+    left, top, right, bottom = box
+    crop = resize(pixels[:, :, top:bottom, left:right], out.shape[1], out.shape[2])
+    out.copy_((crop.flip(-1) if flip else crop)[0])
+
+
+def _change_colors(x: np.ndarray, drawn: CropDraw) -> None:
+    for which, factor in drawn.jitter:
+        _JITTER[which](x, factor)
+    if drawn.grayscale:
+        photometric.grayscale(x)
+    if drawn.blur_sigma is not None:
+        photometric.gaussian_blur(x, drawn.blur_sigma)
+    if drawn.solarize:
+        photometric.solarize(x)
 
 
 _JITTER = (
@@ -190,12 +250,12 @@ class Normalize:
     """
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
-        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(3, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
+        self.scale = torch.tensor([1 / (255 * s) for s in std]).view(3, 1, 1)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalize levels 0 to 255, (3, H, W) float32."""
-        return x.mul_(self._scale).add_(self._shift)
+        return x.mul_(self.scale).add_(self.shift)
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], draw: Draw) -> Box:

@@ -95,20 +95,25 @@ def gaussian_blur(x: np.ndarray, sigma: float) -> None:
         x: the image.
         sigma: standard deviation, pixels (PIL's ``radius``).
     """
-    reach, inner, edge = _box(sigma)
+    reach, ratio, weight = blur_factors(sigma)
     margin = reach + 1
     channels, height, width = x.shape
     padded = np.zeros((channels, height + 2 * margin, width + 2 * margin), np.float32)
     padded[:, margin:-margin, margin:-margin] = x
     row = padded.reshape(-1)
-    ratio = np.float32(edge / inner)
     for lines, distance in ((padded.transpose(2, 0, 1), 1), (padded.transpose(1, 0, 2), width + 2 * margin)):
         for _ in range(_BLUR_PASSES):
             lines[:margin] = lines[margin]
             lines[-margin:] = lines[-margin - 1]
-            _add_neighbors(row, reach, distance, ratio)
+            _add_neighbors(row, reach, distance, np.float32(ratio))
     # The weights of all six box blurs are applied once, to the sum.
-    np.multiply(padded[:, margin:-margin, margin:-margin], np.float32(inner ** (2 * _BLUR_PASSES)), out=x)
+    np.multiply(padded[:, margin:-margin, margin:-margin], np.float32(weight), out=x)
+
+
+def blur_factors(sigma: float) -> tuple[int, float, float]:
+    """Return the reach of the box blurs, the weight of the neighbors beyond it relative to the others, and of the sum."""
+    reach, inner, edge = _box(sigma)
+    return reach, edge / inner, inner ** (2 * _BLUR_PASSES)
 
 
 def solarize(x: np.ndarray) -> None:
