@@ -8,6 +8,8 @@ state, because its parameters differ.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from esvit_core.training.state import TrainState
 from esvit_core.weights.fit import fit_weights
 from esvit_core.weights.optimizer_state import optimized_names, renumber_state
 from esvit_core.weights.read_file import from_timm_source, read_file
+from esvit_core.weights.resize import resize_weights
 from esvit_core.weights.snapshot import Snapshot, Weights
 from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source
 
@@ -41,6 +44,7 @@ def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
     if init.source is None:
         return None
     snapshot = read_source(init, run.config, run.store)
+    snapshot, resized = _resized(snapshot, state)
     states, loaded, initialized = merge_states(snapshot, state, init)
     record = {
         "source": init.source,
@@ -48,6 +52,8 @@ def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
         "kind": snapshot.kind,
         "load": init.load,
         "loaded": loaded,
+        "entries": sum(name.startswith("backbone.") for name in snapshot.teacher),
+        "resized": resized,
         "initialized": initialized,
         "ignored": list(snapshot.ignored),
         "step": states["progress"]["step"],
@@ -61,7 +67,14 @@ def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
 def describe_record(record: dict[str, Any]) -> list[str]:
     """Describe what a run starts from, as lines for the log."""
     digest = f", SHA-256 {record['sha256'][:12]}" if record["sha256"] else ""
-    lines = [f"starting from {record['source']} ({record['kind']}{digest}): {', '.join(record['loaded'])}"]
+    loaded = ", ".join(record["loaded"])
+    if "entries" in record:
+        loaded = loaded.replace("the backbone", f"the backbone ({record['entries']} entries)", 1)
+    lines = [f"starting from {record['source']} ({record['kind']}{digest}): {loaded}"]
+    if resized := record.get("resized"):
+        kinds = Counter(change.partition(" ")[0].rpartition(".")[2] for change in resized)
+        changed = ", ".join(f"{name} ({number})" for name, number in kinds.items())
+        lines.append(f"resized to the image and window sizes of this run: {changed}")
     if record["initialized"]:
         lines.append(f"newly initialized: {', '.join(record['initialized'])}")
     if record["ignored"]:
@@ -152,6 +165,14 @@ def merge_states(
     if init.load == "all":
         _continue(states, snapshot, state, loaded, initialized)
     return states, loaded, initialized
+
+
+def _resized(snapshot: Snapshot, state: TrainState) -> tuple[Snapshot, list[str]]:
+    """Resize position embeddings and bias tables to those of the run; return also what was resized."""
+    own = state.teacher.state_dict()
+    teacher, resized = resize_weights(own, snapshot.teacher)
+    student = None if snapshot.student is None else resize_weights(own, snapshot.student)[0]
+    return replace(snapshot, teacher=teacher, student=student), resized
 
 
 def _continue(

@@ -8,7 +8,9 @@
     dino_loss    the centers, ``center`` and, with the region task, ``center_grid``
     fp16_scaler  state of torch's gradient scaler, if half precision was used
 
-Related files are supported, too: the teacher alone, one network in ``model`` or ``state_dict``, and a plain state dict.
+Related files are supported, too: the teacher alone, one network in ``model`` or ``state_dict``, and a plain state dict; of
+timm's and DeiT's training scripts the moving average (``state_dict_ema``, ``model_ema``), checkpoints of Lightning, and the
+names of transformers. Prefixes that wrappers add are removed, see :mod:`esvit_core.weights.wrappers`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,21 @@ from torch import Tensor
 from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.weights.arguments import published_arguments
+from esvit_core.weights.huggingface_names import from_huggingface, is_huggingface
 from esvit_core.weights.pickled import load_pickled
 from esvit_core.weights.published_names import from_published, to_published
 from esvit_core.weights.snapshot import Snapshot, Weights
+from esvit_core.weights.wrappers import unwrap
 
 CENTERS = {"center": "center_view.value", "center_grid": "center_region.value"}
-_NETWORKS = ("teacher", "model", "state_dict")
+_NETWORKS = ("teacher", "state_dict_ema", "model_ema", "model", "state_dict")
 _TRAINING_KEYS = ("student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler")
+# What other tools store beside the network: timm's and DeiT's training scripts, and Lightning.
+_OTHER_TRAINING_KEYS = (
+    *("arch", "version", "metric", "amp_scaler", "scaler", "lr_scheduler", "lr_schedulers", "optimizer_states"),
+    *("global_step", "pytorch-lightning_version", "loops", "callbacks", "hparams_name", "hparams_type"),
+    *("hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision"),
+)
 # Classifiers of supervised training and of the linear probe, which are ignored.
 _CLASSIFIERS = (
     "head.weight",
@@ -82,6 +92,11 @@ def from_payload(payload: Any, origin: str) -> Snapshot:
     )
 
 
+def network_entry(payload: Mapping[str, Any]) -> Any:
+    """Return the entry of a checkpoint file that is a network, the moving average if there is one; else the whole."""
+    return next((payload[name] for name in _NETWORKS if name in payload), payload)
+
+
 def write_published_checkpoint(
     path: Path, states: Mapping[str, Any], config: Config, epoch: int, scaler: Mapping[str, Any] | None = None
 ) -> None:
@@ -124,13 +139,16 @@ def _network(state: Any, origin: str, where: str) -> tuple[Weights, tuple[str, .
     """Return the entries of a network under this project's names, and the ignored names."""
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"checkpoint {origin}: {where} is not the state of a network; expected names and tensors")
-    named = {str(name).removeprefix("module."): value for name, value in state.items()}
+    named, outside = unwrap(state)
     wrong = [name for name, value in named.items() if not _is_plain(value)]
     if wrong:
         raise UserError(
             f"checkpoint {origin}: {where} is not the state of a network: {', '.join(wrong[:3])} are not tensors; "
             "expected student, teacher, model, state_dict, or a plain state dict"
         )
+    if is_huggingface(named):
+        named, pooler = from_huggingface(named)
+        outside = (*outside, *pooler)
     bare = {name: name.removeprefix("backbone.").removeprefix("backbone.") for name in named}
     ignored = tuple(name for name in named if bare[name].startswith(_CLASSIFIERS))
     kept = {name: value for name, value in named.items() if name not in ignored}
@@ -139,7 +157,7 @@ def _network(state: Any, origin: str, where: str) -> tuple[Weights, tuple[str, .
             f"checkpoint {origin}: {where} contains only a classifier ({', '.join(ignored)}); "
             "expected the backbone it was trained on"
         )
-    return from_published(kept), ignored
+    return from_published(kept), (*ignored, *outside)
 
 
 def _is_plain(value: Any) -> bool:
@@ -157,4 +175,4 @@ def _arguments(namespace: Any) -> dict[str, Any]:
 
 
 def _unknown(payload: Mapping[str, Any], key: str | None) -> list[str]:
-    return [str(name) for name in payload if name not in (*_TRAINING_KEYS, key)]
+    return [str(name) for name in payload if name not in (*_TRAINING_KEYS, *_OTHER_TRAINING_KEYS, key)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.models.factory import architecture_names, create_backbone
+from esvit_core.weights.resize import RESIZABLE
 from esvit_core.weights.snapshot import Weights, part_of
 from esvit_core.weights.timm_names import COMPUTED, from_timm
 
@@ -72,17 +73,26 @@ def group_by_block(names: Iterable[str]) -> list[str]:
     return [group[0] if len(group) == 1 else f"{block}.* ({len(group)})" for block, group in blocks.items()]
 
 
-def recognize_architecture(weights: Mapping[str, Tensor]) -> str | None:
+def recognize_architecture(weights: Mapping[str, Tensor], *, resizable: bool = False) -> str | None:
     """Return the architecture whose backbone has exactly these names and shapes, or None.
 
     Args:
         weights: weights of a backbone, under this project's names or timm's.
+        resizable: position embeddings and bias tables may have other sizes, if no architecture fits exactly.
     """
     families = [family for family, name in _FAMILIES.items() if any(key.startswith(name) for key in weights)]
     # The bare name of a family does not determine the sizes.
     named = [arch for arch in architecture_names() if arch not in _FAMILIES]
     candidates = [arch for arch in named if arch.startswith(tuple(families))]
-    return next((arch for arch in candidates if _own_shapes(arch) == _shapes(from_timm(arch, weights))), None)
+    exact = (arch for arch in candidates if _own_shapes(arch) == _shapes(from_timm(arch, weights)))
+    if (found := next(exact, None)) is not None or not resizable:
+        return found
+    return next((a for a in candidates if _fixed(_own_shapes(a)) == _fixed(_shapes(from_timm(a, weights)))), None)
+
+
+def _fixed(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes, without the sizes that can be changed."""
+    return {name: shape[-1:] if name.endswith(RESIZABLE) else shape for name, shape in shapes.items()}
 
 
 @functools.cache

@@ -44,11 +44,18 @@ def _numpy_number(kind: _NumpyType, data: Any) -> float | int | bool:
     return struct.unpack(kind.order + _FORMATS[kind.code], raw)[0]
 
 
+# Lightning keeps the hyperparameters of a module in a dictionary of its own class.
+_LIGHTNING_DICTIONARIES = (
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
 _ALLOWED: list[Any] = [
     argparse.Namespace,
     (_NumpyType, "numpy.dtype"),
     (_numpy_number, "numpy.core.multiarray.scalar"),
     (_numpy_number, "numpy._core.multiarray.scalar"),  # NumPy 2
+    *((dict, name) for name in _LIGHTNING_DICTIONARIES),
 ]
 
 

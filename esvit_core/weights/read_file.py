@@ -11,7 +11,7 @@ import timm
 from safetensors import SafetensorError
 
 from esvit_core.errors import UserError
-from esvit_core.weights.esvit_checkpoint import from_payload
+from esvit_core.weights.esvit_checkpoint import from_payload, network_entry
 from esvit_core.weights.pickled import load_pickled
 from esvit_core.weights.snapshot import Snapshot, part_of
 from esvit_core.weights.timm_names import from_timm
@@ -48,9 +48,10 @@ def load_file(path: Path) -> Any:
 def to_snapshot(payload: Any, arch: str, origin: str) -> Snapshot:
     """Convert the output of :func:`load_file` to a snapshot with the names of ``arch``."""
     if arch.startswith(_TIMM) and isinstance(payload, dict) and not _is_ours(payload):
-        plain = from_payload(payload.get("model", payload.get("state_dict", payload)), origin)  # checks and renames
+        plain = from_payload(network_entry(payload), origin)  # checks and renames
         weights = {name.removeprefix("backbone."): value for name, value in plain.teacher.items()}
-        return Snapshot(origin, "weights of timm", _below_backbone(from_timm(arch, weights)))
+        kept = _below_backbone(from_timm(arch, weights))
+        return Snapshot(origin, "weights of timm", kept, ignored=plain.ignored)
     snapshot = from_payload(payload, origin)
     if snapshot.student is not None or snapshot.has("head"):
         return snapshot
@@ -72,8 +73,8 @@ def from_timm_registry(name: str, arch: str) -> Snapshot:
         weights = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # network, cache and timm errors have no common base class
         raise UserError(
-            f"timm:{name}: its weights cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "without network access use a .pth or .safetensors file"
+            f"timm:{name}: its weights cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r}); on a "
+            f"machine with network access fetch {weights_address(name)}, copy the file here, and name it: timm:{name}:FILE"
         ) from None
     return Snapshot(f"timm:{name}", "weights of timm", _below_backbone(from_timm(arch, weights)))
 
@@ -120,6 +121,15 @@ def timm_settings(name: str) -> dict[str, Any]:
         "augment": augment,
         "evaluation": evaluation,
     }
+
+
+def weights_address(name: str) -> str:
+    """Return the address of the file with the weights of a timm network, for a machine without network access."""
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.hf_hub_id:
+        return f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
+    url = config.url if config is not None else None
+    return url if isinstance(url, str) and url else f"the weights of {name}"
 
 
 def _require_network(name: str) -> None:

@@ -21,12 +21,14 @@ from esvit_core.storage import NotFound, ObjectStore, join_uri
 from esvit_core.storage.parallel_transfer import sha256_of
 
 TIMM = "timm:"
-FILES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
+FILES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 BACKBONE, CHECKPOINT = "esvit-backbone/1", "esvit-checkpoint/1"
 CHECKPOINTS = "/training/checkpoints/"  # in the address of a run's checkpoint
 _TIMM_SOURCE = re.compile(r"timm:([^:/]+)(?::(.+))?")
 _POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
-_EXPECTED = "expected a pointer such as champion, s3://bucket/runs/<id>, a .pth or .safetensors file, or timm:<name>"
+_EXPECTED = (
+    "expected a pointer such as champion, s3://bucket/runs/<id>, a .pth or .safetensors file, or timm:<name>[:<file>]"
+)
 
 
 def pin_source(config: Config, store: ObjectStore) -> Config:
