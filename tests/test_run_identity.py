@@ -23,6 +23,8 @@ SPECIAL: dict[str, tuple[dict[str, Any], Any]] = {
     "mixup.cutmix_minmax": ({}, [0.2, 0.8]),
     "augment.deit.rand_augment": ({}, "rand-m7"),
     "data.labels": ({}, "none"),
+    "data.intensity": ({}, "0..4095"),
+    "data.bands": ({}, [3, 2, 1]),
     "init.sha256": ({"init": {"source": "weights.pth"}}, 64 * "a"),
     "evaluation.transfer": ({}, [{"name": "a", "source": "b"}]),
     "cluster.image_pull_secrets": ({}, ["registry"]),
@@ -133,7 +135,7 @@ def test_a_run_is_another_one_exactly_if_a_setting_of_its_identity_is_another(ke
 
 def test_a_setting_that_was_added_does_not_change_the_runs_before_it() -> None:
     values = Config().identity_values()
-    assert not {"labels", "splits", "max_aspect_ratio", "weights"} & values["data"].keys()
+    assert not {"labels", "splits", "max_aspect_ratio", "weights", "intensity", "bands"} & values["data"].keys()
     changed = Config.from_mapping({"data": {"labels": "depth:2", "splits": {"a": "val"}}}).identity_values()
     assert changed["data"]["labels"] == "depth:2" and changed["data"]["splits"] == {"a": "val"}
 

@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from esvit_core.config.cluster_settings import ClusterConfig as ClusterConfig
 from esvit_core.config.crop_settings import AugmentConfig, MixupConfig
@@ -83,6 +83,19 @@ class DataConfig(Section):
         "val_fraction is held out; or the split of each folder by name or pattern, such as {fold_0: val, 'fold_*': train}.",
         json_schema_extra=ADDED,
     )
+    intensity: str = Field(
+        "auto",
+        pattern=r"^(auto|-?\d+(\.\d+)?\.\.-?\d+(\.\d+)?)$",
+        description="Values that become black and white in images of more than 8 bits: LOW..HIGH, such as 0..4095. auto: one "
+        "scale for the whole source, found from a sample and recorded.",
+        json_schema_extra=ADDED,
+    )
+    bands: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="Bands that are used, from 1: three of them as red, green and blue, such as [4, 3, 2], or one. null: the "
+        "first three.",
+        json_schema_extra=ADDED,
+    )
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None,
         min_length=1,
@@ -90,6 +103,20 @@ class DataConfig(Section):
         "0.5]. null: once.",
         json_schema_extra=ADDED,
     )
+
+    @field_validator("intensity")
+    @classmethod
+    def _intensity_is_a_range(cls, value: str) -> str:
+        if value != "auto" and float(value.partition("..")[0]) >= float(value.partition("..")[2]):
+            raise ValueError("expected LOW..HIGH with LOW below HIGH")
+        return value
+
+    @field_validator("bands")
+    @classmethod
+    def _one_or_three_bands(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and len(value) not in (1, 3):
+            raise ValueError("expected one or three numbers of bands")
+        return value
 
 
 class ModelConfig(Section):

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Entry, FileReadError, Source
 from esvit_core.data.ingest.decode import BadImage, describe_bad_files, to_stored_image
-from esvit_core.data.ingest.file_kinds import ignored_kind
+from esvit_core.data.ingest.file_kinds import ignored_kind, suffix
 from esvit_core.data.ingest.ingest_plan import is_other_file, layout_of, no_images
+from esvit_core.data.ingest.intensity_scale import find_scales
 from esvit_core.data.ingest.layout import LayoutSettings
+from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.sources import open_source
@@ -158,7 +160,8 @@ def embed(
             _check_share(source, bad, len(files), settings.max_bad_fraction)
 
         count, rows = 0, None
-        prepare = partial(_prepare, opened, description, eval_transform(description), settings)
+        pixels = _pixel_settings(opened, files, description, settings)
+        prepare = partial(_prepare, opened, description, eval_transform(description), settings, pixels)
         with torch.inference_mode(), ProgressLine(len(files), label="embed") as progress:
             for names, images, read in _batches(files, prepare, leave_out, settings.batch_size):
                 features = _compute(network, images, device, precision)
@@ -195,8 +198,28 @@ def eval_transform(description: dict[str, Any]) -> EvalTransform:
     )
 
 
+def _pixel_settings(
+    opened: Source, files: list[Entry], description: dict[str, Any], settings: EmbedSettings
+) -> PixelSettings:
+    """Return how deep pixels are converted: as for the training, otherwise by a sample of the images."""
+    recorded = description.get("pixels", {})
+    bands = recorded.get("bands")
+    config = DataConfig(
+        max_megapixels=settings.max_megapixels,
+        intensity=recorded.get("intensity", "auto"),
+        bands=None if bands is None else tuple(bands),
+    )
+    scales = {kind: (low, high) for kind, (low, high) in recorded.get("scales", {}).items()}
+    return PixelSettings.of(config, find_scales(opened, files, config) | scales)
+
+
 def _prepare(
-    opened: Source, description: dict[str, Any], transform: EvalTransform, settings: EmbedSettings, entry: Entry
+    opened: Source,
+    description: dict[str, Any],
+    transform: EvalTransform,
+    settings: EmbedSettings,
+    pixels: PixelSettings,
+    entry: Entry,
 ) -> Tensor:
     """Return an image as input for the network, (3, S, S), after the steps of a stored image. Runs in several threads."""
     if entry.problem is not None:
@@ -206,6 +229,8 @@ def _prepare(
         settings.max_megapixels,
         description.get("store_short_side"),
         settings.max_aspect_ratio,
+        pixels,
+        suffix(entry.name),
     )
     return transform(decode_image(stored.data))
 

@@ -123,7 +123,7 @@ def resume(run: Run, state: TrainState, checkpointer: Checkpointer | None) -> No
     else:
         if run.config.training.on_nonfinite == "rollback":
             checkpointer.save(0, state.stateful)  # a rollback before the first checkpoint returns to this one
-        save_backbone(run.store, run.at("baseline"), state.teacher.backbone, run.config, {"run": run.uri, "step": 0})
+        save_backbone(run.store, run.at("baseline"), state.teacher.backbone, run.config, _origin(run, state, 0))
     _print_description(state)
 
 
@@ -141,11 +141,17 @@ def roll_back(state: TrainState, checkpointer: Checkpointer | None) -> None:
         print(f"train: rolled back to step {progress.step:,}; learning rate x {lr_scale:g} from here", flush=True)
 
 
+def _origin(run: Run, state: TrainState, step: int) -> dict[str, Any]:
+    """Return the entries of ``backbone.json`` that say where the weights come from, and how deep images were read."""
+    pixels = getattr(state.loader.dataset, "pixels", {})
+    return {"run": run.uri, "step": step, **({"pixels": pixels} if pixels else {})}
+
+
 def finish(run: Run, state: TrainState, last_line: dict[str, float | int | None]) -> TrainingSummary:
     """Publish the trained teacher, then write the summary, which marks the run as finished."""
     progress, world = state.progress, state.world
     backbone = run.at("backbone")
-    save_backbone(run.store, backbone, state.teacher.backbone, run.config, {"run": run.uri, "step": progress.step})
+    save_backbone(run.store, backbone, state.teacher.backbone, run.config, _origin(run, state, progress.step))
     if not last_line:  # an earlier process trained to the end, but did not finish the run
         last_line = (read_log(run.store, run.uri) or [{}])[-1]
     summary = TrainingSummary(

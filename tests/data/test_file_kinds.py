@@ -105,13 +105,13 @@ def test_a_file_is_bad_only_if_its_name_or_its_first_bytes_say_image(prepared, f
             "class0/image.dat": make.file(900),  # another name, but an image
             "class0/cut.dat": image[: len(image) // 2],  # begins as an image
             "class0/no.png": b"text",
-            "class0/photo.HEIC": b"\0\0\0\x18ftypheic",
+            "class0/photo.PSD": b"8BPS",
             "class0/no.dat": b"text",
         },
     )
     manifest = prepared(folder, max_bad_fraction=0.5)
     assert manifest.samples == 19 and manifest.bad.count == 3 and manifest.ignored_kinds == {".dat": 1}
-    assert manifest.bad.reasons["no reader for .heic"] == manifest.bad.reasons["not an image"] == 1
+    assert manifest.bad.reasons["no reader for .psd"] == manifest.bad.reasons["not an image"] == 1
 
 
 def test_a_source_of_other_files_names_them(prepared, tmp_path, make):

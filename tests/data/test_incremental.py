@@ -39,7 +39,7 @@ def grow(store, monkeypatch):
     def run(source, at, base=None, config=CONFIG, scan=None):
         read: list[str] = []
         load = module._load
-        monkeypatch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
+        monkeypatch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
         base_uri = store.uri(base) if base else None
         manifest = prepare(str(source), store, store.uri(at), config, scan=scan, base=base_uri)
         monkeypatch.setattr(module, "_load", load)

@@ -20,10 +20,10 @@ def inspect(source, **settings):
 
 @pytest.fixture
 def split_folder(tmp_path, make):
-    """Two classes in train, three in test; a bad image, a HEIC file, two sidecars and a LICENSE."""
+    """Two classes in train, three in test; a bad image, a Photoshop file, two sidecars and a LICENSE."""
     images = {f"train/{c}/{i}.png": make.file(i) for c in ("cat", "dog") for i in range(5)}
     images |= {f"test/{c}/{i}.png": make.file(90 + i) for c in ("cat", "dog", "emu") for i in range(2)}
-    others = {"train/cat/9.jpg": b"x", "train/cat/8.heic": b"x", "train/cat/1.txt": b"x", "train/dog/1.xml": b"x"}
+    others = {"train/cat/9.jpg": b"x", "train/cat/8.psd": b"x", "train/cat/1.txt": b"x", "train/dog/1.xml": b"x"}
     return make.folder(tmp_path / "source", images | others | {"train/LICENSE": b"text"})
 
 
@@ -41,7 +41,7 @@ def test_the_summary_counts_images_splits_classes_and_other_files(split_folder):
     assert "images: 16 (train 10, test 6)" in text
     assert "classes: 3 classes of 2 to 7 images: cat (7), dog (7), emu (2)" in text
     assert "odd: 1 class of held-out images without training images (emu)" in text
-    assert "train/cat/9.jpg (not an image)" in text and "no reader for .heic" in text
+    assert "train/cat/9.jpg (not an image)" in text and "no reader for .psd" in text
 
 
 def test_only_the_splits_that_are_there_are_named(folder):

@@ -36,7 +36,7 @@ def run(store, source, monkeypatch):
         read: list[str] = []
         load = module._load
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
+            patch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
             manifest = prepare(str(source), store, store.uri(at), config, base=base and store.uri(base))
         return manifest, sorted(read)
 

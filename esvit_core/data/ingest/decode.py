@@ -7,16 +7,30 @@ import io
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from esvit_core.config import DataConfig
+from esvit_core.data.ingest.deep_pixels import is_deep, is_dicom, is_tiff, read_deep, read_dicom, read_raw, read_tiff
+from esvit_core.data.ingest.optional_formats import RAW_SUFFIXES, register_formats
+from esvit_core.data.ingest.pixels import (
+    PixelError,
+    Pixels,
+    PixelSettings,
+    Scale,
+    choose_bands,
+    kind_of,
+    looks_empty,
+    span,
+    to_8_bit,
+)
 
 # Pillow's formats that are accepted. Some of the others run programs (EPS) or fetch files that they name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-_LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF"})
+_LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF", "JXL"})
 _JPEG_QUALITY = 95
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright
 _TRANSPOSITIONS = {
@@ -56,20 +70,61 @@ class StoredImage:
         data: the encoded image.
         suffix: ``jpg`` or ``png``.
         reencoded: whether the bytes differ from the file's.
+        odd: what a user should know about the image, in words: ``dark``, ``bright`` (nearly black or white), ``bands``,
+            ``frames`` (others are left out), ``reduced`` (a package is missing that reads all of it).
     """
 
     data: bytes
     suffix: str
     reencoded: bool
+    odd: tuple[str, ...] = ()
+
+
+class DeepImage:
+    """An image of more than 8 bits or with further bands.
+
+    Attributes:
+        pixels: as decoded.
+        odd: see :class:`StoredImage`.
+    """
+
+    def __init__(self, pixels: Pixels, odd: tuple[str, ...] = ()) -> None:
+        self.pixels, self.odd = pixels, odd
+
+    @classmethod
+    def of(cls, image: Image.Image) -> DeepImage:
+        """Return an 8-bit image, whose bands can be chosen."""
+        return cls(Pixels(np.asarray(image)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, in pixels."""
+        return self.pixels.values.shape[1], self.pixels.values.shape[0]
+
+    def plain(self, settings: PixelSettings) -> Image.Image:
+        """Return the image in 8-bit RGB or grayscale.
+
+        Raises:
+            PixelError: it lacks a band of the settings.
+        """
+        chosen, left_out = choose_bands(self.pixels, settings.bands)
+        if left_out and settings.bands is None:
+            self.odd = (*self.odd, "bands")
+        return plain_rgb(Image.fromarray(np.ascontiguousarray(to_8_bit(chosen, settings.scales))))
 
 
 def to_stored_image(
-    data: bytes, max_megapixels: float, short_side: int | None, max_aspect_ratio: float = DataConfig().max_aspect_ratio
+    data: bytes,
+    max_megapixels: float,
+    short_side: int | None,
+    max_aspect_ratio: float = DataConfig().max_aspect_ratio,
+    pixels: PixelSettings | None = None,
+    ending: str = "",
 ) -> StoredImage:
     """Check a file by decoding it, and convert it to the form that is stored.
 
     JPEG and PNG files that are 8-bit, RGB or grayscale, opaque, upright and not too large keep their bytes. Other images are
-    converted: transparency is composited onto white, 16 bits are reduced to 8, and the first of several frames is used.
+    converted: transparency is composited onto white, more than 8 bits are scaled to 8, and the first of several frames is used.
     Images from lossy formats are stored as JPEG (quality 95, no chroma subsampling), all others as PNG.
 
     Args:
@@ -77,26 +132,53 @@ def to_stored_image(
         max_megapixels: larger images are rejected before any pixel is decoded.
         short_side: images whose shorter side is longer are shrunk to it, in pixels; None: images are not shrunk.
         max_aspect_ratio: images whose longer side is more than so many times the shorter one are rejected.
+        pixels: how deep pixels and several bands are converted; None: by the usual ranges, and the first three bands.
+        ending: suffix of the file, which tells camera RAW from TIFF.
 
     Raises:
         BadImage: the file is empty, not an image, too large, too long, truncated, or damaged in any way.
     """
     if not data:
         raise BadImage("empty file")
-    with _opened(data) as image:
-        width, height = image.size
-        if width < 1 or height < 1:
-            raise BadImage("no pixels")
-        if width * height > max_megapixels * 1e6:
-            size = f"{_megapixels(width * height)} megapixels"
-            raise BadImage(f"too large ({size}, more than max_megapixels {max_megapixels:g})")
-        if max(width, height) > max_aspect_ratio * min(width, height):
-            raise BadImage(f"too long ({width:,} x {height:,} pixels, more than max_aspect_ratio {max_aspect_ratio:g})")
-        fits = short_side is None or min(width, height) <= short_side
-        if fits and _is_plain(image, data) and _decodes(image, data):
-            return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False)
-    with _opened(data) as image:  # decoding has consumed the first one
-        return _reencode(image, short_side)
+    pixels = pixels or PixelSettings()
+    with _opened(data, max_megapixels, ending) as image:
+        _require_size(*image.size, max_megapixels, max_aspect_ratio)
+        if isinstance(image, DeepImage):
+            return _encode(image.plain(pixels), short_side, lossy=False, odd=image.odd)
+        fits = short_side is None or min(image.size) <= short_side
+        if fits and pixels.bands is None and _is_plain(image, data) and (decoded := _decode(image, data)) is not None:
+            odd = looks_empty(decoded)
+            return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False, (odd,) if odd else ())
+    with _opened(data, max_megapixels, ending) as image:  # decoding has consumed the first one
+        return _reencode(image, data, short_side, pixels)
+
+
+def deep_span(data: bytes, max_megapixels: float, pixels: PixelSettings) -> tuple[str, Scale] | None:
+    """Return the type of the pixels of an image and the span of their values; None if it has 8 bits.
+
+    Raises:
+        BadImage: as :func:`to_stored_image`.
+    """
+    with _opened(data, max_megapixels, "") as image:
+        if isinstance(image, Image.Image):
+            _require_size(*image.size, max_megapixels, float("inf"))
+            if not is_deep(image, data):
+                return None
+            image.load()
+            image = DeepImage(read_deep(image, data))
+        chosen, _ = choose_bands(image.pixels, pixels.bands)
+        found, kind = span(chosen), kind_of(chosen.values)
+        return None if found is None or kind == "8-bit" else (kind, found)
+
+
+def _require_size(width: int, height: int, max_megapixels: float, max_aspect_ratio: float) -> None:
+    if width < 1 or height < 1:
+        raise BadImage("no pixels")
+    if width * height > max_megapixels * 1e6:
+        size = f"{_megapixels(width * height)} megapixels"
+        raise BadImage(f"too large ({size}, more than max_megapixels {max_megapixels:g})")
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        raise BadImage(f"too long ({width:,} x {height:,} pixels, more than max_aspect_ratio {max_aspect_ratio:g})")
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
@@ -112,7 +194,7 @@ def plain_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image.convert("L")
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bit(np.asarray(image)))
+        return Image.fromarray(to_8_bit(Pixels(np.asarray(image)), {}))
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode in ("LA", "La", "PA", "RGBa"):
@@ -124,13 +206,24 @@ def plain_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _opened(data: bytes, max_megapixels: float, ending: str) -> Iterator[Image.Image | DeepImage]:
     """Open an image and read its header; any exception of a decoder, in the context too, becomes BadImage."""
     try:
-        with _open(data) as image:
-            yield image
+        limit = max_megapixels * 1e6
+        if ending in RAW_SUFFIXES:
+            yield DeepImage.of(read_raw(data, limit))
+        elif is_dicom(data):
+            found, several = read_dicom(data, limit)
+            yield DeepImage(found, ("frames",) if several else ())
+        elif (image := _open(data)) is None:
+            yield DeepImage(read_tiff(data, limit))
+        else:
+            with image:
+                yield image
     except BadImage:
         raise
+    except PixelError as error:
+        raise BadImage(str(error)) from None
     except Image.DecompressionBombError:
         raise BadImage("too large (a decompression bomb)") from None
     except UnidentifiedImageError:
@@ -140,13 +233,19 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise BadImage(f"{'truncated' if 'truncated' in reason.lower() else 'damaged'} ({reason[:100]})") from None
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> Image.Image | None:
+    """Open an image; None if it is a TIFF that Pillow does not know, such as one with many bands."""
+    names = (*FORMATS, *register_formats())
     # Pillow's limit on pixels is global; the user's limit is applied once the size is known.
     with _open_lock:
         Image.init()
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+            return Image.open(io.BytesIO(data), formats=[name for name in names if name in Image.OPEN])
+        except UnidentifiedImageError:
+            if is_tiff(data):
+                return None
+            raise
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -173,59 +272,73 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _decodes(image: Image.Image, data: bytes) -> bool:
-    """Return whether the decoder used in training reads these bytes to the end without an error."""
+def _decode(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Return the pixels if the decoder used in training reads these bytes to the end without an error."""
     if image.format == "JPEG":
         try:
-            simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
         except ValueError:
-            return False
-        return True
+            return None
     image.load()
-    return True
+    return np.asarray(image)
 
 
-def _reencode(image: Image.Image, short_side: int | None) -> StoredImage:
+def _reencode(
+    image: Image.Image | DeepImage, data: bytes, short_side: int | None, pixels: PixelSettings
+) -> StoredImage:
+    assert isinstance(image, Image.Image)
     lossy = image.format in _LOSSY
-    if short_side is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+    odd: list[str] = []
+    if short_side is not None and image.format == "JPEG" and image.mode in ("RGB", "L") and pixels.bands is None:
         # Decode at 1/2, 1/4 or 1/8 of the size if that is still at least twice the wanted size.
         image.draft(None, (2 * short_side, 2 * short_side))
     image.load()
     turn = _TRANSPOSITIONS.get(_orientation(image))
-    plain = plain_rgb(image if turn is None else image.transpose(turn))
+    if is_deep(image, data) or pixels.bands is not None:
+        deep = DeepImage(read_deep(image, data) if is_deep(image, data) else _bands_of(image))
+        if is_deep(image, data) and find_spec("tifffile") is None and image.mode in ("RGB", "RGBA"):
+            odd.append("reduced")
+        plain = deep.plain(pixels)
+        odd += deep.odd
+    else:
+        plain = plain_rgb(image)
+    plain = plain if turn is None else plain.transpose(turn)
+    if _has_frames(image):
+        odd.append("frames")
+    return _encode(plain, short_side, lossy, odd)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Return whether there are frames or pages after the first, thumbnails of cameras excepted; call it last."""
+    if image.format in ("JPEG", "MPO", "AVIF", "HEIF"):
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # damage after the first frame
+        return False
+
+
+def _encode(plain: Image.Image, short_side: int | None, lossy: bool, odd: Iterable[str]) -> StoredImage:
     if short_side is not None and min(plain.size) > short_side:
         scale = short_side / min(plain.size)
         width, height = (max(1, round(side * scale)) for side in plain.size)
         plain = plain.resize((width, height), Image.Resampling.BICUBIC)
+    empty = looks_empty(np.asarray(plain))
+    found = (*odd, *([empty] if empty else []))
     file = io.BytesIO()
     if lossy:
         plain.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-        return StoredImage(file.getvalue(), "jpg", True)
+        return StoredImage(file.getvalue(), "jpg", True, found)
     plain.info.clear()  # color profiles and comments
     plain.save(file, "PNG")
-    return StoredImage(file.getvalue(), "png", True)
+    return StoredImage(file.getvalue(), "png", True, found)
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Convert gray values of 16 or 32 bits to 8 bits.
-
-    16-bit integers lose their low byte, whatever range an image uses, so that brightness stays comparable between images.
-    Floating-point and 32-bit values have no agreed range: 0..1 and 0..255 are used as such, other ranges are stretched.
-    """
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return (values >> 8).astype(np.uint8)
-    is_float = values.dtype.kind == "f"
-    values = np.nan_to_num(values.astype(np.float64))
-    low, high = float(values.min()), float(values.max())
-    if is_float and low >= 0 and high <= 1:
-        scaled = values * 255
-    elif low >= 0 and high <= 255:
-        scaled = values
-    elif low >= 0 and high <= 65535:
-        scaled = values / 256
-    else:
-        scaled = (values - low) * (255 / max(high - low, 1e-12))
-    return scaled.astype(np.uint8)
+def _bands_of(image: Image.Image) -> Pixels:
+    """Return the bands of an 8-bit image, for settings that choose among them."""
+    if image.mode in ("1", "P", "PA", "La", "RGBa"):
+        image = plain_rgb(image)
+    return Pixels(np.asarray(image), has_alpha=image.mode in ("LA", "RGBA"))
 
 
 def _megapixels(pixels: int) -> str:

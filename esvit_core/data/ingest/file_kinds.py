@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
+from esvit_core.data.ingest.optional_formats import why_unreadable
+
 _IMAGE_ENDINGS = "jpg jpeg jpe jfif mpo png gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 j2k avif"
-# Formats of images that no reader is installed for. Such a file is a bad file with a reason, never ignored.
-_UNREADABLE_ENDINGS = "heic heif jxl dcm dicom dng cr2 cr3 nef arw orf rw2 raf exr hdr psd"
+# Formats of images that only a package of the extra `formats` reads, or none. Where it is not installed, such a file is a
+# bad file with a reason, never ignored.
+_UNREADABLE_ENDINGS = "heic heif hif jxl dcm dicom dng cr2 cr3 nef arw orf rw2 raf exr hdr psd"
 IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _IMAGE_ENDINGS.split())
 UNREADABLE_SUFFIXES = frozenset(f".{ending}" for ending in _UNREADABLE_ENDINGS.split())
 # Files that lie beside images and are ignored without being read. Files of other names are ignored if their first bytes
@@ -28,14 +32,15 @@ _SYSTEM_FILES = frozenset(
         *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "@tmp", "@sharebin"),
     }
 )
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SIGNATURES = (
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", *TIFF_SIGNATURES),
     *(b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n"),
 )
 _PPM = re.compile(rb"P[1-6]\s+[0-9#]")
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes of the header that follows
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-HEAD = 64  # first bytes that :func:`is_image_head` looks at
+HEAD = 132  # first bytes that :func:`is_image_head` looks at
 
 
 def is_ignored(name: str) -> bool:
@@ -56,12 +61,18 @@ def suffix(name: str) -> str:
 
 def is_named_as_image(name: str) -> bool:
     """Return whether the name has the suffix of an image that can be read."""
-    return suffix(name) in IMAGE_SUFFIXES
+    return suffix(name) in IMAGE_SUFFIXES or _is_optional(suffix(name))
 
 
 def may_be_image(name: str) -> bool:
     """Return whether the name has the suffix of an image or none, in which case only the content can tell."""
-    return suffix(name) in IMAGE_SUFFIXES or not suffix(name)
+    return is_named_as_image(name) or not suffix(name)
+
+
+@functools.cache
+def _is_optional(ending: str) -> bool:
+    """Return whether a package is installed that reads files with this suffix."""
+    return ending in UNREADABLE_SUFFIXES and why_unreadable(ending) is None
 
 
 def is_image_head(head: bytes) -> bool:
@@ -70,6 +81,8 @@ def is_image_head(head: bytes) -> bool:
         return True
     if head.startswith(b"RIFF"):
         return head[8:12] == b"WEBP"
+    if head[128:132] == b"DICM":
+        return True
     if head[4:8] == b"ftyp":
         return head[8:12] in _IMAGE_BRANDS
     if head.startswith(b"BM"):  # also the start of a word

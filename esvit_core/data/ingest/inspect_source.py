@@ -26,7 +26,10 @@ from esvit_core.data.ingest.file_kinds import (
     suffix,
 )
 from esvit_core.data.ingest.ingest_plan import Reading, read_names
+from esvit_core.data.ingest.intensity_scale import describe_scales, find_scales
 from esvit_core.data.ingest.layout import LayoutSettings
+from esvit_core.data.ingest.optional_formats import why_unreadable
+from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.source_summary import Counts, count_images, describe_counts, find_oddities
@@ -85,8 +88,11 @@ def inspect_source(source: str, config: DataConfig, store: ObjectStore | None = 
         images, others, unread = _told_by_head(opened, reading)
         ignored = reading.ignored + Counter(ignored_kind(name) for name in others)
         bad = dict(reading.bad)
-        bad |= {name: f"no reader for {suffix(name)}" for name in images if suffix(name) in UNREADABLE_SUFFIXES}
-        sample = _decode_sample(opened, [entry for name, entry in images.items() if name not in bad], config)
+        optional = (name for name in images if suffix(name) in UNREADABLE_SUFFIXES)
+        bad |= {name: reason for name in optional if (reason := why_unreadable(suffix(name))) is not None}
+        entries = [entry for name, entry in images.items() if name not in bad]
+        scales = find_scales(opened, entries, config)
+        sample = _decode_sample(opened, entries, config, PixelSettings.of(config, scales))
         bad |= sample.bad
         good = [
             assignment
@@ -99,6 +105,7 @@ def inspect_source(source: str, config: DataConfig, store: ObjectStore | None = 
         *notes,
         *reading.layout.messages,
         *describe_counts(counts),
+        *describe_scales(scales, config if scales else DataConfig()),
         *sample.lines(counts.images),
         *find_oddities(good),
     ]
@@ -157,7 +164,7 @@ class _Sample:
         return found
 
 
-def _decode_sample(opened: Source, entries: list[Entry], config: DataConfig) -> _Sample:
+def _decode_sample(opened: Source, entries: list[Entry], config: DataConfig, pixels: PixelSettings) -> _Sample:
     """Decode images that their names choose, as many as the time allows."""
     chosen = heapq.nsmallest(_SAMPLE, entries, key=lambda e: (zlib.crc32(e.name.encode("utf-8", "replace")), e.name))
     sizes: list[tuple[int, int]] = []
@@ -166,7 +173,9 @@ def _decode_sample(opened: Source, entries: list[Entry], config: DataConfig) -> 
     def decode(entry: Entry) -> tuple[int, int] | None:
         try:
             data = read_image_file(opened, entry)
-            stored = to_stored_image(data, config.max_megapixels, None, config.max_aspect_ratio)
+            stored = to_stored_image(
+                data, config.max_megapixels, None, config.max_aspect_ratio, pixels, suffix(entry.name)
+            )
         except NotAnImage:
             return None
         with Image.open(io.BytesIO(stored.data)) as image:

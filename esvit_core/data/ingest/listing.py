@@ -37,6 +37,7 @@ class File:
             file; None: not decided yet.
         digest: of the content, 32 hexadecimal digits; empty if the file was not read.
         reason: why it was not stored.
+        odd: what a user should know about the image, see :class:`~esvit_core.data.ingest.decode.StoredImage`, in words.
     """
 
     name: str
@@ -45,6 +46,7 @@ class File:
     status: FileStatus | None = None
     digest: str = ""
     reason: str = ""
+    odd: str = ""
 
     @property
     def split(self) -> SplitName | None:

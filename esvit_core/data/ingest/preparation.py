@@ -19,7 +19,9 @@ from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import IngestPlan, no_images
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import LISTING, File, encode_listing
+from esvit_core.data.ingest.pixels import Scale
 from esvit_core.data.ingest.source_lists import part_of_name
+from esvit_core.data.ingest.source_summary import describe_odd_images
 from esvit_core.data.ingest.unfinished import FileResult, UnfinishedPreparation
 from esvit_core.data.loading.sampler import weighted_length
 from esvit_core.data.shards.format import ShardWriter
@@ -35,6 +37,7 @@ class Preparation:
     Attributes:
         existing: sizes of the objects below the destination at the start, by name.
         known: results of an unfinished preparation, by file name.
+        scales: values that become black and white in images of more than 8 bits, by the type of their pixels.
         pending, pending_bad: files whose record is not stored yet: images in the current shard, and bad files.
         ignored: numbers of files that are no images, by kind.
         written: names of the objects that this preparation stored.
@@ -57,6 +60,7 @@ class Preparation:
     pending: dict[SplitName, list[FileResult]] = field(default_factory=dict)
     pending_bad: list[File] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    scales: dict[str, Scale] = field(default_factory=dict)
     reencoded: int = 0
     copies: int = 0
     writers: dict[SplitName, ShardWriter] = field(default_factory=dict)
@@ -110,7 +114,8 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
         bytes=sum(shard.bytes for shard in shards),
         considered=len(job.plan.files) - job.plan.not_chosen - (job.ignored.total() - sum(job.plan.ignored.values())),
         bad=BadFiles(count=len(bad), reasons=reasons, list=bad_list),
-        reading=job.plan.messages,
+        reading=[*job.plan.messages, *describe_odd_images(job.processed.values())],
+        intensity=job.scales,
         ignored=job.ignored.total(),
         ignored_kinds=dict(sorted(job.ignored.items())),
         duplicates=job.opened.duplicates,

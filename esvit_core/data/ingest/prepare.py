@@ -14,18 +14,22 @@ from functools import partial
 from pathlib import Path
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import FileReadError, Source
+from esvit_core.data.ingest.archives import FileReadError
 from esvit_core.data.ingest.changes import hash_touched_entries, scanned_entries, warn_of_edits
 from esvit_core.data.ingest.decode import BadImage, StoredImage, to_stored_image
+from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import Candidate, plan_ingest
+from esvit_core.data.ingest.intensity_scale import describe_scales, find_scales
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import File, FileStatus, Scan, content_digest
+from esvit_core.data.ingest.pixels import PixelSettings, Scale
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.preparation import Preparation, build_manifest, check_bad_share
 from esvit_core.data.ingest.publish_manifest import find_data, objects_below, publish_data
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.source_lists import require_weights
+from esvit_core.data.ingest.source_summary import describe_odd_images
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
 from esvit_core.data.ingest.unfinished import (
     FileResult,
@@ -100,6 +104,7 @@ def prepare(
         plan = replace(plan, messages=[*opened.notes, *plan.messages])
         print(*(f"prepare: {line}" for line in plan.messages), sep="\n", flush=True)
         job = Preparation(source, opened, plan, config, store, destination, earlier)
+        job.scales = _scales(job)
         job.unfinished = UnfinishedPreparation(store, destination, fingerprint, config, base)
         try:
             _store_images(job)
@@ -107,11 +112,28 @@ def prepare(
             print(
                 "prepare: the source differs from the records of an unfinished preparation; starting over", flush=True
             )
-            job = Preparation(source, opened, job.plan, config, store, destination, earlier, unfinished=job.unfinished)
+            before = job
+            job = Preparation(
+                source, opened, before.plan, config, store, destination, earlier, unfinished=before.unfinished
+            )
+            job.scales = before.scales
             _store_images(job, fresh=True)
         manifest = publish_data(store, destination, build_manifest(job, fingerprint), job.written)
+    for line in describe_odd_images(job.processed.values()):
+        print(f"prepare: {line}", flush=True)
     print(f"prepare: {manifest.describe()}", flush=True)
     return manifest
+
+
+def _scales(job: Preparation) -> dict[str, Scale]:
+    """Return the scales of deep pixels: those of the earlier data that are built on, and others from a sample."""
+    known = dict(job.base.manifest.intensity) if job.base else {}
+    found = find_scales(job.opened, [candidate.entry for candidate in job.plan.candidates], job.config)
+    scales = found | known
+    if lines := describe_scales(scales, job.config) if scales or job.config.intensity != "auto" else []:
+        print(*(f"prepare: {line}" for line in lines), sep="\n", flush=True)
+        job.plan.messages.extend(lines)
+    return scales
 
 
 def _store_images(job: Preparation, fresh: bool = False) -> None:
@@ -194,7 +216,7 @@ def _known_or_loaded(
     """Return the recorded result of a file, or read it. Runs in several threads."""
     known, entry = job.known.get(candidate.entry.name), candidate.entry
     if known is None:
-        return _load(job.opened, job.config, candidate)
+        return _load(job, candidate)
     if known.file.digest and not known.file.is_same(entry):  # only its date may have changed
         try:
             same = entry.size == known.file.size and content_digest(job.opened.read(entry)) == known.file.digest
@@ -232,17 +254,21 @@ def _replay(
     job.reencoded += known.reencoded
 
 
-def _load(
-    opened: Source, config: DataConfig, candidate: Candidate
-) -> tuple[str, StoredImage | BadImage | FileReadError | NotAnImage]:
+def _load(job: Preparation, candidate: Candidate) -> tuple[str, StoredImage | BadImage | FileReadError | NotAnImage]:
     """Return the digest of a file, and its image or the reason why it has none. Runs in several threads."""
     try:
-        data = read_image_file(opened, candidate.entry)
+        data = read_image_file(job.opened, candidate.entry)
     except (FileReadError, NotAnImage, BadImage) as error:
         return "", error
     try:
+        config = job.config
         return content_digest(data), to_stored_image(
-            data, config.max_megapixels, config.store_short_side, config.max_aspect_ratio
+            data,
+            config.max_megapixels,
+            config.store_short_side,
+            config.max_aspect_ratio,
+            PixelSettings.of(config, job.scales),
+            suffix(candidate.entry.name),
         )
     except BadImage as error:
         return content_digest(data), error
@@ -269,7 +295,7 @@ def _write(
     stored = hashlib.sha256(image.data).hexdigest()
     _update_content_digest(job, split, number, candidate.label, stored)
     job.reencoded += image.reencoded
-    file = _set_status(job, candidate, split, digest)
+    file = _set_status(job, candidate, split, digest, odd=" ".join(image.odd))
     job.pending[split].append(FileResult(file, number, stored, image.reencoded, writer.last_row))
 
 
@@ -287,9 +313,11 @@ def _new_writer(
     return writer
 
 
-def _set_status(job: Preparation, candidate: Candidate, status: FileStatus, digest: str = "", reason: str = "") -> File:
+def _set_status(
+    job: Preparation, candidate: Candidate, status: FileStatus, digest: str = "", reason: str = "", odd: str = ""
+) -> File:
     entry = candidate.entry
-    file = job.processed[entry.name] = File(entry.name, entry.size, entry.stamp, status, digest, reason)
+    file = job.processed[entry.name] = File(entry.name, entry.size, entry.stamp, status, digest, reason, odd)
     return file
 
 

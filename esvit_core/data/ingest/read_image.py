@@ -5,6 +5,7 @@ from __future__ import annotations
 from esvit_core.data.ingest.archives import Entry, Source
 from esvit_core.data.ingest.decode import BadImage
 from esvit_core.data.ingest.file_kinds import HEAD, UNREADABLE_SUFFIXES, is_image_head, is_named_as_image, suffix
+from esvit_core.data.ingest.optional_formats import why_unreadable
 
 _LARGE = 2**20  # bytes; of a larger file the first bytes are read first
 _LARGE_IMAGE = 32 * 2**20  # the same for files with the suffix of an image
@@ -23,8 +24,11 @@ def read_image_file(opened: Source, entry: Entry) -> bytes:
         FileReadError: it cannot be read.
         UserError: the source cannot be read any more.
     """
-    if suffix(entry.name) in UNREADABLE_SUFFIXES:
-        raise BadImage(f"no reader for {suffix(entry.name)} (convert it to JPEG, PNG or TIFF)")
+    optional = suffix(entry.name) in UNREADABLE_SUFFIXES
+    if optional and (reason := why_unreadable(suffix(entry.name))) is not None:
+        raise BadImage(reason)
+    if optional:  # their first bytes have many forms
+        return opened.read(entry)
     named = is_named_as_image(entry.name)
     if entry.size > (_LARGE_IMAGE if named else _LARGE):
         head = opened.peek(entry, HEAD)

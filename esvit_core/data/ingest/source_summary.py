@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from esvit_core.data.ingest.layout import Assignment
+from esvit_core.data.ingest.listing import File
 
 _SHOWN = 3  # classes that are named in a line
 
@@ -72,6 +73,31 @@ def find_oddities(assignments: Sequence[Assignment]) -> list[str]:
     if single := [name for name, count in counts.classes.items() if count == 1]:
         lines.append(f"{_number(single, 'class')} with a single image ({_names(single)})")
     return [f"odd: {line}" for line in lines]
+
+
+_ODD = {
+    "frames": "have several pages or frames, of which the first is used",
+    "bands": "have more bands than red, green and blue, which are not used; data.bands chooses",
+    "reduced": "have more bits or bands than are read here; install the extra esvit[formats]",
+    "dark": "are nearly black; if that is wrong, set data.intensity",
+    "bright": "are nearly white; if that is wrong, set data.intensity",
+}
+_FEW = 0.01  # images that are nearly black or white are mentioned from this share on
+
+
+def describe_odd_images(files: Iterable[File]) -> list[str]:
+    """Describe in lines what was lost or looks wrong in the stored images, with examples."""
+    stored = 0
+    found: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        stored += file.split is not None
+        for word in file.odd.split():
+            found[word].append(file.name)
+    return [
+        f"odd: {len(names):,} of {stored:,} images {text} ({_names(sorted(names))})"
+        for word, text in _ODD.items()
+        if (names := found[word]) and (word not in ("dark", "bright") or len(names) >= _FEW * stored)
+    ]
 
 
 def _examples(counts: Counts) -> str:

@@ -124,6 +124,8 @@ class Manifest(_Part):
         bad: files that are not usable images.
         ignored: number of files that are no images (annotations, videos, ``.DS_Store``, ...).
         ignored_kinds: the same by suffix, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
+        intensity: values that become black and white in images of more than 8 bits, by the type of their pixels; empty if
+            there are none, or if ``data.intensity`` sets them.
         reading: how the folders of the source were understood, in lines.
         duplicates: number of archive entries that a later entry of the same name replaces.
         copies: number of images that are byte-for-byte identical to another one; they are kept.
@@ -147,6 +149,7 @@ class Manifest(_Part):
     bad: BadFiles
     ignored: int = 0
     ignored_kinds: dict[str, int] = {}
+    intensity: dict[str, tuple[float, float]] = {}
     reading: list[str] = []
     duplicates: int = 0
     copies: int = 0

@@ -47,6 +47,10 @@ class ShardDataset:
         if len(index) != splits[split].samples:
             raise IntegrityError(f"{prefix}: the index of {split} does not match the manifest; prepare the data again")
         self.labels: np.ndarray = index["label"].astype(np.int64)
+        #: How images of more than 8 bits and with many bands were read, for ``backbone.json``; empty: none of this was set.
+        self.pixels: dict[str, Any] = {k: v for k, v in manifest.settings.items() if k in ("intensity", "bands")}
+        if manifest.intensity:
+            self.pixels["scales"] = manifest.intensity
         self._index = index
         #: Weight of each image in training, (N,) float32; None: all have the weight 1.
         self.weights: np.ndarray | None = None
