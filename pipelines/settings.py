@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 
 DEFAULT_RECIPE = "demo"  # of all commands but `esvit run`
+INIT = "init.source"
 DEFAULT_OUT = Path("esvit-runs")
 DEFAULT_BUCKET = "esvit"
 LOG = "run.log"  # below DIR/<run>
@@ -73,10 +75,17 @@ def resolve_run(settings: Settings) -> Resolved:
             )
         return Resolved(resolve(settings), [])
     from esvit_core.planning.auto_recipe import resolve_auto
+    from esvit_core.planning.start_network import needs_store
 
     if settings.transfer:  # a wrong item is an error before the source is listed
         with_transfer(Config(), settings.transfer, "--transfer")
-    found = resolve_auto(settings.data, _changes(settings), settings.hours)
+    with ExitStack() as stack:
+        store = None
+        if (source := _init_source(settings)) is not None and needs_store(source):
+            from esvit_core.storage.session import open_store
+
+            store = stack.enter_context(open_store(store_in(settings.out)))
+        found = resolve_auto(settings.data, _changes(settings), settings.hours, init_store=store)
     config = with_transfer(found.config, settings.transfer, "--transfer") if settings.transfer else found.config
     return Resolved(config, found.lines())
 
@@ -149,6 +158,12 @@ def cluster_request(settings: Settings) -> ClusterRequest:
     parameters = Parameters(settings.recipe, join_items(run_changes), join_items(settings.transfer))
     known = Config.load("{}", [item for item in changes if sections[item] in COMPILED_SECTIONS])
     return ClusterRequest(known, asdict(parameters), explicit, complete=False)
+
+
+def _init_source(settings: Settings) -> str | None:
+    """Return the source of initial weights that the overrides name; the last one counts."""
+    named = [item.partition("=")[2].strip() for item in settings.overrides if item.partition("=")[0].strip() == INIT]
+    return named[-1] if named else None
 
 
 def _changes(settings: Settings) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from esvit_core.config import Config
-from esvit_core.config.auto import MIN_PASSES, MIN_STEPS, Choice, Facts, choose, require_enough
+from esvit_core.config.auto import MIN_PASSES, MIN_STEPS, Facts, choose, require_enough
+from esvit_core.config.auto_choice import Choice
 from esvit_core.config.auto_networks import NETWORKS, images_per_second
 from esvit_core.data.ingest.survey import survey_source
 from esvit_core.errors import UserError

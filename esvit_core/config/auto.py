@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from esvit_core.config.auto_choice import Choice, Row, count
 from esvit_core.config.auto_networks import NETWORKS, PROCESS_BYTES, Device, Network, images_per_second
 from esvit_core.errors import UserError
 
@@ -22,6 +23,7 @@ MIN_PASSES = 10  # epochs, for which some images are left out if the time does n
 MAX_EPOCHS, MAX_EPOCHS_FROM_WEIGHTS = 400, 100
 MIN_STEPS = 1500  # the run of docs/cifar10.md, which gained six points, had 1,560
 LONG_STEPS = 50_000  # from here on the published temperatures and the region task are used
+LAYER_DECAY = 0.9  # of runs from weights, an assumption
 MEMORY_SHARE = 0.8
 _DISAGREEMENT = 0.2  # share of held-out images on which two backbones disagree, an assumption
 
@@ -57,52 +59,6 @@ class Facts:
     hours: float | None = None
     multiprocessors: int = 0
     capability: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what was chosen, its value, the reason, and the setting that changes it."""
-
-    what: str
-    value: str
-    reason: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A recipe that was chosen.
-
-    Attributes:
-        values: the recipe, as a nested mapping.
-        rows: the choices for the user.
-        seconds: estimated time of the whole run.
-        memory: estimated memory of one GPU, or of the machine, bytes.
-        rate: estimated images per second.
-        source: where the estimated speed comes from.
-    """
-
-    values: dict[str, Any]
-    rows: tuple[Row, ...]
-    seconds: float
-    memory: float
-    rate: float
-    source: str
-
-    def lines(self, given: Mapping[str, str] | None = None) -> list[str]:
-        """Return the choices as an aligned table, and the plan.
-
-        Args:
-            given: values of the settings that the user has set, by key.
-        """
-        set_ = given or {}
-        rows = [replace(row, value=set_[row.key], reason="given") if row.key in set_ else row for row in self.rows]
-        what, value = (max(len(getattr(row, name)) for row in rows) for name in ("what", "value"))
-        return [
-            *(f"  {row.what:{what}}  {row.value:{value}}  {row.reason}" for row in rows),
-            f"  {'plan':{what}}  about {duration(self.seconds)}, {self.memory / 1e9:.1f} GB of memory; "
-            f"{self.rate:,.0f} images/s ({self.source})",
-        ]
 
 
 def require_enough(images: int, source: str) -> None:
@@ -142,9 +98,9 @@ def choose(
     train = max(1, facts.images - held_out)
     reason_network = "given, or that of the initial weights"
     if network is None:
-        network, reason_network = _network(facts, train, hours)
+        network, reason_network = _network(facts, train)
     rate, source = _rate(facts, network)
-    samples = TRAINING_SHARE * 3600 * hours * rate
+    samples = allowed_samples(facts, network)
     used = train
     if epochs is None and samples < MIN_PASSES * train:
         used = min(train, max(1000, _two_digits(samples / MIN_PASSES)))
@@ -175,14 +131,10 @@ def choose(
     return Choice(values, rows, chosen_epochs * used / rate / TRAINING_SHARE, memory, rate, source)
 
 
-def duration(seconds: float) -> str:
-    """Return a time in words, such as ``45 minutes`` or ``7.5 hours``."""
-    return count(max(1, round(seconds / 60)), "minute") if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``1 epoch`` or ``40 epochs``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def allowed_samples(facts: Facts, network: Network) -> float:
+    """Return how many samples, images times epochs, a training on this machine takes in the given time."""
+    hours = facts.hours or DEFAULT_HOURS[facts.device]
+    return TRAINING_SHARE * 3600 * hours * _rate(facts, network)[0]
 
 
 @dataclass(frozen=True)
@@ -234,6 +186,11 @@ class _Chosen:
                 "warmup_epochs": min(5 if self.from_weights else 10, warm_up, epochs - 1),
                 "freeze_last_layer_epochs": min(1, epochs - 1),
                 "teacher_momentum": self._momentum(),
+                **(
+                    {"layer_decay": LAYER_DECAY, "freeze_backbone_epochs": int(epochs >= 5)}
+                    if self.from_weights
+                    else {}
+                ),
             },
             "training": {
                 "epochs": epochs,
@@ -263,7 +220,14 @@ class _Chosen:
         pace = "as published" if self.long else f"fewer than {LONG_STEPS:,} steps"
         slow = "a slow teacher, which protects the initial weights" if self.from_weights else f"{self.steps:,} steps"
         cores = max(1, self.facts.cores // self.facts.devices)
+        protection = Row(
+            "protection",
+            f"layer decay {LAYER_DECAY:g}, heads alone for {count(optimizer.get('freeze_backbone_epochs', 0), 'epoch')}",
+            "early blocks change less, and random heads do not spoil the weights",
+            "optimizer.layer_decay",
+        )
         return (
+            *([protection] if self.from_weights else []),
             Row("prototypes", f"{values['head']['out_dim']:,}", "at most one for two images", "head.out_dim"),
             Row("learning rate", f"{optimizer['lr']:g} per 256 images", first, "optimizer.lr"),
             Row(
@@ -290,12 +254,11 @@ class _Chosen:
         )
 
 
-def _network(facts: Facts, train: int, hours: float) -> tuple[Network, str]:
+def _network(facts: Facts, train: int) -> tuple[Network, str]:
     """Choose the largest network for which images are large enough and the time suffices."""
     smaller = ""
     for network in reversed(NETWORKS):
-        rate, _ = _rate(facts, network)
-        samples = TRAINING_SHARE * 3600 * hours * rate
+        samples = allowed_samples(facts, network)
         possible = min(samples, MAX_EPOCHS * train)
         if facts.short_side < network.min_side:
             smaller = f"the images are too small for {network.side} pixels"

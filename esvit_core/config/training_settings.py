@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from esvit_core.config.section import EXECUTION, Section
+from esvit_core.config.section import ADDED, EXECUTION, Section
 
 WORKERS_PER_GPU = 6  # at most, with training.workers: auto; an assumption
 PREFETCH_FACTOR = 2  # batches that each data-loading worker prepares in advance
@@ -35,6 +35,20 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.04, ge=0, description="Initial weight decay.")
     weight_decay_end: float = Field(0.4, ge=0, description="Weight decay at the end of the cosine schedule.")
     clip_grad: float = Field(3.0, ge=0, description="Maximum gradient norm of each parameter; 0: no clipping.")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each block to the one before it; the last block and the heads have "
+        "the full rate. 1: the same rate for all.",
+        json_schema_extra=ADDED,
+    )
+    freeze_backbone_epochs: int = Field(
+        0,
+        ge=0,
+        description="Epochs in which only the heads are trained, so that random heads do not spoil initial weights.",
+        json_schema_extra=ADDED,
+    )
     freeze_last_layer_epochs: int = Field(1, ge=0, description="Epochs in which the prototypes are frozen.")
     teacher_momentum: float = Field(
         0.996, ge=0, le=1, description="Initial momentum of the teacher's moving average; it rises to 1."

@@ -10,16 +10,20 @@ from typing import Any
 import psutil
 
 from esvit_core.config import Config, DataConfig, merge, valid_keys
-from esvit_core.config.auto import Choice, Facts, choose, require_enough
+from esvit_core.config.auto import Facts, allowed_samples, choose, require_enough
+from esvit_core.config.auto_choice import Choice
 from esvit_core.config.auto_networks import Network, network_like
 from esvit_core.config.recipes import override
 from esvit_core.cpu_flags import cpu_bfloat16
 from esvit_core.data.ingest.survey import survey_source
+from esvit_core.errors import UserError
+from esvit_core.planning.start_network import StartNetwork, find_network
 from esvit_core.runs.environment import available_cores
 from esvit_core.storage import ObjectStore
 
 _COUNTED = ("model", "augment", "head")  # sections that change the operations of a step
 _MEMORY_UNIT = 2**30
+MIN_SAMPLES_FROM_WEIGHTS = 20_000  # images times epochs, below which smaller crops are chosen; an assumption
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def resolve_auto(
     overrides: Iterable[str] = (),
     hours: float | None = None,
     store: ObjectStore | None = None,
+    init_store: ObjectStore | None = None,
 ) -> AutoRecipe:
     """Choose a recipe for the images of a source on this machine.
 
@@ -66,18 +71,25 @@ def resolve_auto(
         overrides: items ``key=value``, which take precedence.
         hours: time for the whole run; None: one on a CPU, eight on a GPU.
         store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
+        init_store: store of the initial weights, if they are in one.
 
     Raises:
-        UserError: the source cannot be read or has too few images, or an override is invalid.
+        UserError: the source cannot be read or has too few images, an override is invalid, or the network of the initial
+            weights is not known.
     """
     items, known = tuple(overrides), list(valid_keys())
     given: dict[str, Any] = {}
     for item in items:
         override(given, item, known)
     # A wrong value is an error before the source is listed. The region task excludes mixup, and may not be chosen.
-    data = Config.from_mapping(merge({"objective": {"region": False}}, given), "--set").data
-    facts = replace(machine_facts(), **data_facts(source, data, store), hours=hours)
-    choice = _choose(facts, given)
+    valid = Config.from_mapping(merge({"objective": {"region": False}}, given), "--set")
+    if valid.init.source is not None and valid.init.load != "backbone":
+        raise UserError(
+            f"init.load {valid.init.load}: recipe auto starts from a backbone, with new heads; name the recipe of the source "
+            "with --recipe, such as esvit-runs/<run id>/config.yaml"
+        )
+    facts = replace(machine_facts(), **data_facts(source, valid.data, store), hours=hours)
+    choice = _choose(facts, given, valid, init_store)
     config = Config.from_mapping(merge(choice.values, given), origin="recipe auto")
     return AutoRecipe(config, choice, items)
 
@@ -120,29 +132,63 @@ def machine_facts() -> Facts:
     return Facts(**nothing, device="cpu", devices=1, memory=_whole(memory), cores=cores, bfloat16=bool(cpu_bfloat16()))
 
 
-def _choose(facts: Facts, given: dict[str, Any]) -> Choice:
+def _choose(facts: Facts, given: dict[str, Any], valid: Config, store: ObjectStore | None) -> Choice:
     training = given.get("training", {})
-    fixed = {name: training[name] for name in ("epochs", "batch_size") if isinstance(training.get(name), int)}
-    network = None
+    fixed: dict[str, Any] = {
+        name: training[name] for name in ("epochs", "batch_size") if isinstance(training.get(name), int)
+    }
+    network, source = None, valid.init.source
+    if source is not None and "arch" not in given.get("model", {}):
+        network = _start_network(facts, find_network(source, valid.bucket, store), fixed)
     if any(section in given for section in _COUNTED):
-        network = _with_overrides(facts, choose(facts, **fixed), given)
-    return choose(facts, network, **fixed)
+        network = _with_overrides(facts, choose(facts, network, from_weights=source is not None, **fixed), given)
+    return choose(facts, network, from_weights=source is not None, **fixed)
+
+
+def _start_network(facts: Facts, start: StartNetwork, fixed: dict[str, Any]) -> Network:
+    """Return the network of the initial weights, with the largest crops for which the time suffices."""
+    kinds = start.crops(facts.short_side)
+    side, local = kinds[0]
+    base = choose(facts, **fixed).values
+    crops = {"global_crops": {"size": side}, "local_crops": {"size": local[0], "number": local[1]}}
+    largest = _counted(facts, {**base, "model": start.model, "augment": crops})
+    for side, local in kinds:
+        share = _pixels(side, local) / _pixels(*kinds[0])
+        network = replace(
+            largest,
+            side=side,
+            local=local,
+            flops=share * largest.flops,
+            image_bytes=(share * largest.image_bytes[0], share * largest.image_bytes[1]),
+        )
+        if allowed_samples(facts, network) >= MIN_SAMPLES_FROM_WEIGHTS:
+            break
+    return network
+
+
+def _pixels(side: int, local: tuple[int, int]) -> int:
+    """Return the pixels of an image's crops, weighted by the operations: the student's count three times."""
+    return 4 * 2 * side**2 + 3 * local[1] * local[0] ** 2
 
 
 def _with_overrides(facts: Facts, choice: Choice, given: dict[str, Any]) -> Network:
     """Count the operations of the chosen network with the overrides of the user."""
+    values = choice.values
+    if "arch" in given.get("model", {}):  # the sizes belong to the chosen architecture
+        values = {**values, "model": {}}
+    return _counted(facts, merge(values, given))
+
+
+def _counted(facts: Facts, values: dict[str, Any]) -> Network:
+    """Count the operations and bytes of the network of a recipe."""
     import torch
 
     from esvit_core.planning.count_operations import count_demand
 
-    values = choice.values
-    if "arch" in given.get("model", {}):  # the sizes belong to the chosen architecture
-        values = {**values, "model": {}}
-    config = Config.from_mapping(merge(values, given), origin="recipe auto")
+    config = Config.from_mapping(values, origin="recipe auto")
     dtype = torch.bfloat16 if facts.bfloat16 and config.training.precision != "float32" else torch.float32
     demand = count_demand(config, dtype, facts.device)
     model = {name: value for name, value in config.model.model_dump(mode="json").items() if value is not None}
-    image = demand.image_bytes / (1 if dtype == torch.bfloat16 else 2)
     kinds = config.augment.local_kinds
     return network_like(
         name=f"{config.model.arch}, {demand.parameters / 1e6:.1f} M parameters with heads",
@@ -150,7 +196,7 @@ def _with_overrides(facts: Facts, choice: Choice, given: dict[str, Any]) -> Netw
         side=config.augment.global_crops.size,
         local=(kinds[0].size, sum(kind.number for kind in kinds)) if kinds else None,
         flops=demand.flops,
-        image_bytes=image,
+        image_bytes=demand.image_bytes / (1 if dtype == torch.bfloat16 else 2),
         fixed_bytes=demand.fixed_bytes,
     )
 

@@ -17,6 +17,7 @@ from esvit_core.training.metrics_logger import MetricsLogger, StepOutputs
 from esvit_core.training.nonfinite import backward
 from esvit_core.training.optim.optimizer import (
     clip_gradients_,
+    freeze_backbone_,
     freeze_last_layer_,
     set_hyperparameters_,
     update_teacher_,
@@ -114,6 +115,8 @@ def training_step(state: TrainState, batch: Batch, schedule: ScheduleValues) -> 
     grad_norm = clip_gradients_(student.parameters(), config.optimizer.clip_grad)
     if schedule.epoch < config.optimizer.freeze_last_layer_epochs:
         freeze_last_layer_(student)
+    if schedule.epoch < config.optimizer.freeze_backbone_epochs:
+        freeze_backbone_(student)
     state.guard.skip_if_nonfinite(grad_norm)
     set_hyperparameters_(state.optimizer, schedule.lr, schedule.weight_decay)
     state.optimizer.step()

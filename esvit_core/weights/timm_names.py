@@ -37,6 +37,8 @@ _STOCK = {
     "resnet50": "resnet50",
 }
 
+_SAME_NETWORK = {"vit_tiny_patch16_224": "deit_tiny", "vit_small_patch16_224": "deit_small"}
+
 
 def stock_network(arch: str) -> tuple[str, dict[str, Any]]:
     """Return the stock timm network that computes the same as ``arch`` at 224 pixels.
@@ -63,6 +65,18 @@ def stock_network(arch: str) -> tuple[str, dict[str, Any]]:
         f"model.arch {arch}: stock timm has no equivalent network; it has equivalents of {', '.join(_STOCK)}, "
         "swin_{tiny,small,base,large}_w{7,14}"
     )
+
+
+def arch_of_timm(name: str) -> str | None:
+    """Return the architecture of this project that has the weights of a stock timm network; None: there is none.
+
+    Args:
+        name: name of the network, with or without the tag of its weights, such as ``vit_small_patch16_224.dino``.
+    """
+    stock = name.partition(".")[0]
+    if found := re.fullmatch(r"swin_(tiny|small|base|large)_patch4_window7_224", stock):
+        return f"swin_{found[1]}_w7"
+    return {**{timms: ours for ours, timms in _STOCK.items()}, **_SAME_NETWORK}.get(stock)
 
 
 def from_timm(arch: str, state: Mapping[str, Value]) -> dict[str, Value]:

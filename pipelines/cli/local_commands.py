@@ -50,6 +50,15 @@ def run(
             help="Time for the run, for recipe auto; default: 1 on a CPU, 8 on a GPU.",
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="SOURCE",
+            help="Start from weights: timm:<name>[:<file>], champion, a run, or a .pth or .safetensors file. "
+            "Same as --set init.source=SOURCE.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what recipe auto chooses and why, and exit.")
     ] = False,
@@ -61,13 +70,17 @@ def run(
     """Run the whole pipeline on this machine: prepare, pre-train, evaluate, report, promote.
 
     The default recipe is auto: it chooses network, crops, epochs, batch and the rest from the images, this machine and
-    --hours, and says why. Labels are optional; labelled images lie in one folder per class. Ctrl-C stops the run; rerun the command to resume.
-    All data are stored in an object store: the one that ESVIT_S3_ENDPOINT names, or else an embedded one in DIR/store.
+    --hours, and says why. Labels are optional; labelled images lie in one folder per class. Ctrl-C stops the run; rerun
+    the command to resume. All data are stored in an object store: the one that ESVIT_S3_ENDPOINT names, or else an embedded one in DIR/store.
     """
     from esvit_pipelines.local.run import explain as explain_recipe
     from esvit_pipelines.local.run import run as run_locally
 
-    overrides = [*(set_ or ()), *(["launch.profile_steps=10"] if profile else [])]
+    overrides = [
+        *([] if init is None else [f"init.source={init}"]),
+        *(set_ or ()),
+        *(["launch.profile_steps=10"] if profile else []),
+    ]
     settings = Settings(join_sources(data), recipe, tuple(overrides), tuple(transfer or ()), out, bucket, hours)
     if explain:
         explain_recipe(settings)

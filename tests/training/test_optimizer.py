@@ -10,10 +10,12 @@ from torch import nn
 
 from esvit_core.config import Config
 from esvit_core.models.heads import ProjectionHead
+from esvit_core.models.multicrop import MultiCropNetwork, build_network
 from esvit_core.training.optim.lars import LARS
 from esvit_core.training.optim.optimizer import (
     build_optimizer,
     clip_gradients_,
+    freeze_backbone_,
     freeze_last_layer_,
     parameter_groups,
     restore_after_step_where_,
@@ -189,3 +191,60 @@ def test_teacher_is_a_moving_average_of_the_student(network):
             torch.testing.assert_close(ours, theirs.detach())
     update_teacher_(network, teacher, 1.0)
     assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before, strict=True))
+
+
+def with_backbone(**optimizer: object) -> tuple[MultiCropNetwork, Config]:
+    model = {"arch": "swin", "patch_size": 2, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 1), "window_size": 4}
+    crops = {"global_crops": {"size": 16}, "local_crops": {"size": 8}}
+    head = {"out_dim": 8, "hidden_dim": 8, "bottleneck_dim": 4}
+    config = Config.from_mapping({"model": model, "augment": crops, "head": head, "optimizer": optimizer})
+    torch.manual_seed(0)
+    return build_network(config), config
+
+
+def test_with_layer_decay_early_blocks_learn_more_slowly():
+    network, config = with_backbone(layer_decay=0.5)
+    optimizer = build_optimizer(network, config)
+    set_hyperparameters_(optimizer, lr=0.1, weight_decay=0.25)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in network.named_parameters() if p.requires_grad}
+    assert {rate for name, rate in named.items() if name.startswith("head")} == {0.1}
+    blocks = [
+        named[f"backbone.{name}.norm1.weight"]
+        for name in ("layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1")
+    ]
+    assert blocks == pytest.approx([0.025, 0.05, 0.1])
+    assert named["backbone.patch_embed.proj.weight"] == pytest.approx(0.0125)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            assert decays[id(p)] == (0.0 if name.endswith(".bias") or p.ndim == 1 else 0.25), name
+
+
+@pytest.mark.parametrize("arch", ["deit_tiny", "cvt_tiny", "vil_2262", "resnet50", "timm:convnext_atto"])
+def test_every_family_has_blocks_for_layer_decay(arch):
+    config = Config.from_mapping({"model": {"arch": arch}, "optimizer": {"layer_decay": 0.9}, "head": {"out_dim": 8}})
+    with torch.device("meta"):
+        network = build_network(config)
+    groups = parameter_groups(network, 0.9)
+    factors = {group["lr_factor"] for group in groups}
+    assert max(factors) == 1 and len(factors) > 4
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in network.parameters())
+
+
+def test_without_layer_decay_the_groups_are_those_of_the_published_code():
+    network, _ = with_backbone()
+    assert [sorted(group) for group in parameter_groups(network)] == [["params"], ["params", "weight_decay"]]
+
+
+def test_a_frozen_backbone_stays_and_the_heads_learn():
+    network, config = with_backbone()
+    optimizer = build_optimizer(network, config)
+    set_hyperparameters_(optimizer, lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    freeze_backbone_(network)
+    optimizer.step()
+    changed = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and not any(name.startswith("backbone.") for name in changed)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from esvit_core.config import Config
@@ -18,14 +19,45 @@ from esvit_core.training.optim.lars import LARS
 MOMENTUM = 0.9  # of SGD and LARS, as published
 
 
-def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
-    """Return two groups: parameters with weight decay, and those without (biases and one-dimensional parameters)."""
+def parameter_groups(student: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Return two groups: parameters with weight decay, and those without (biases and one-dimensional parameters).
+
+    Args:
+        student: the network.
+        layer_decay: factor of the learning rate from each block to the one before it. If it is not 1, there are two groups
+            per block; their entry ``lr_factor`` is the factor of the learning rate.
+    """
+    if layer_decay != 1:
+        return _groups_by_block(student, layer_decay)
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (undecayed if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
     return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def _groups_by_block(student: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    factors = _block_factors(student, layer_decay)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor, decayed = factors.get(name, 1.0), not (name.endswith(".bias") or parameter.ndim == 1)
+        group = {"params": [], "weight_decay": 0.0, "lr_factor": factor, "decayed": decayed}
+        groups.setdefault((factor, decayed), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _block_factors(student: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the factor of the learning rate of each parameter of the backbone, by name."""
+    inner: Any = student.get_submodule("backbone")
+    prefix = "backbone."
+    if hasattr(inner, "model"):  # a network of timm
+        inner, prefix = inner.model, "backbone.model."
+    numbers = group_parameters(inner, inner.group_matcher(coarse=False), reverse=True)
+    last = max(numbers.values())
+    return {f"{prefix}{name}": layer_decay ** (last - number) for name, number in numbers.items()}
 
 
 def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -35,7 +67,7 @@ def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer
         student: the network, wrapped or not.
         config: the run's configuration.
     """
-    groups = parameter_groups(student)
+    groups = parameter_groups(student, config.optimizer.layer_decay)
     match config.optimizer.name:
         case "adamw":
             return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
@@ -47,10 +79,11 @@ def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer
 
 
 def set_hyperparameters_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the schedules' values of a step: the learning rate of all groups, the weight decay of the first."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    """Set the schedules' values of a step: the learning rate of all groups, the weight decay of those that decay."""
+    for number, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+        if group.get("decayed", number == 0):
+            group["weight_decay"] = weight_decay
 
 
 @torch.no_grad()
@@ -112,6 +145,13 @@ def freeze_last_layer_(student: nn.Module) -> None:
     """Remove the gradients of the prototypes, so that the optimizer skips them (first epochs of a run)."""
     for name, parameter in student.named_parameters():
         if "last_layer" in name:
+            parameter.grad = None
+
+
+def freeze_backbone_(student: nn.Module) -> None:
+    """Remove the gradients of the backbone, so that the optimizer trains the heads only."""
+    for name, parameter in student.named_parameters():
+        if name.startswith("backbone."):
             parameter.grad = None
 
 
