@@ -14,8 +14,10 @@ class TransferSet(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Name in results and reports.")
     source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder per class.")
-    metric: Literal["accuracy", "mean_per_class"] = Field(
-        "accuracy", description="Share of correct images, or its mean over the classes."
+    metric: Literal["accuracy", "mean_per_class", "map_11_point", "roc_auc"] = Field(
+        "accuracy",
+        description="Share of correct images, or its mean over the classes; 11-point mAP as in PASCAL VOC 2007; or the "
+        "area under the ROC curve of two classes.",
     )
 
 

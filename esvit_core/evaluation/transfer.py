@@ -6,42 +6,36 @@ Lambda is the weight of ``|w|^2 / 2`` relative to the sum of the losses, scikit-
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from esvit_core.config import Config, TransferSet
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
 from esvit_core.evaluation.labels import Splits, Task, class_names, missing_labels, task_of
+from esvit_core.evaluation.logistic_regression import LogisticProblem
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
+from esvit_core.evaluation.transfer_metrics import OF_CLASSES, Metric, metric_of
+from esvit_core.evaluation.validation import folds_to_use, validation_folds
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore, join_uri
-
-Metric = Literal["accuracy", "mean_per_class"]
 
 _LOWEST_EXPONENT, _DECADES, _STEPS_PER_DECADE = -6, 12, 8
 #: Values of lambda that the search can choose: 96 logarithmic steps over 1e-6 ... 1e6.
 LAMBDAS = 10.0 ** (_LOWEST_EXPONENT + np.arange(_DECADES * _STEPS_PER_DECADE + 1) / _STEPS_PER_DECADE)
 _FIRST_SPACING = 2 * _STEPS_PER_DECADE  # 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6
-_FOLDS = 5
-# With more training images, a single fold has at least 1,000 images, and lambda is chosen on it alone.
-_MAX_IMAGES_FOR_ALL_FOLDS = 5_000
 _MAX_ITERATIONS = 1_000
-_MORE_ITERATIONS = 10_000  # of a final fit that did not converge
+_MORE_ITERATIONS = 10_000  # of the final fit
+# Largest gradient at the end of a fit: in the search as in scikit-learn, and in the final fit.
+_SEARCH_TOLERANCE, _FINAL_TOLERANCE = 1e-4, 1e-7
+_SEARCH_DECREASE = 1e-6
 _DEFAULT_LAMBDA = 1.0
-# Matrix products with fewer values are faster on one thread: on two busy cores the threads wait for each other,
-# which took fifty times as long for 1,400 x 128 features.
-_MIN_VALUES_FOR_THREADS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,8 @@ class TransferOutcome:
         validation: metric on the validation folds for every lambda that was tried.
         converged: whether the final fit converged before the iteration limit.
         searched: False if there were too few images for a validation fold, so that lambda is 1.
-        correct: whether each test image was classified correctly, (M,) bool.
+        correct: whether each test image was classified correctly, (M,) bool; None if the metric is not a share of correct
+            images.
     """
 
     figure: float
@@ -62,17 +57,17 @@ class TransferOutcome:
     validation: dict[float, float]
     converged: bool
     searched: bool
-    correct: np.ndarray
+    correct: np.ndarray | None
 
 
-def search_lambda(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+def search_lambda(score: Callable[[list[float]], list[float]]) -> tuple[float, dict[float, float]]:
     """Search the regularization strength by parametric binary search.
 
     The search starts with 1e-6, 1e-4, ..., 1e6 and halves the interval around the peak until it has eight steps per
     decade. Among equal scores the strongest regularization is the peak.
 
     Args:
-        score: score of a lambda on validation images; higher is better.
+        score: returns the scores of several lambdas on validation images; higher is better.
 
     Returns:
         The best lambda, and the score of every lambda that was tried.
@@ -80,9 +75,9 @@ def search_lambda(score: Callable[[float], float]) -> tuple[float, dict[float, f
     scores: dict[int, float] = {}
 
     def peak(candidates: list[int]) -> int:
-        for i in candidates:
-            if 0 <= i < len(LAMBDAS) and i not in scores:
-                scores[i] = score(float(LAMBDAS[i]))
+        new = [i for i in candidates if 0 <= i < len(LAMBDAS) and i not in scores]
+        if new:
+            scores.update(zip(new, score([float(LAMBDAS[i]) for i in new]), strict=True))
         return max(scores, key=lambda i: (scores[i], i))
 
     spacing = _FIRST_SPACING
@@ -110,66 +105,93 @@ def logistic_transfer(
 
     Args:
         train, test: features, (N, D) and (M, D).
-        train_labels, test_labels: classes, (N,) and (M,).
+        train_labels, test_labels: classes, (N,) and (M,); or, for ``map_11_point``, 1, 0 (ignored by the metric) or -1 of
+            each image and class, (N, C) and (M, C).
         metric: metric of the search and of the result.
-        seed: seed of the folds, see :func:`validation_folds`.
+        seed: seed of the folds, see :func:`esvit_core.evaluation.validation.validation_folds`.
         label: first word of the progress lines.
     """
-    train, test = train.astype(np.float64), test.astype(np.float64)
-    folds = _folds_to_use(validation_folds(train_labels, seed))
+    if metric == "map_11_point" and train_labels.ndim == 1:
+        train_labels, test_labels = _one_against_all(train_labels, test_labels)
+    regression = _Regression(train, train_labels, metric, seed)
     strength = _DEFAULT_LAMBDA
     scores: dict[float, float] = {}
-    if folds:
-        truth = np.concatenate([train_labels[held_out] for held_out in folds])
+    if regression.folds:
         with ProgressLine(None, unit="regularization strengths", label=label) as progress:
 
-            def score(candidate: float) -> float:
-                predicted = [
-                    _fit(train[~held_out], train_labels[~held_out], candidate).predict(train[held_out])
-                    for held_out in folds
-                ]
-                value = metric_of(metric, truth, np.concatenate(predicted))
-                progress.update(1, validation=value)
-                return value
+            def score(candidates: list[float]) -> list[float]:
+                values = regression.score(candidates)
+                for value in values:
+                    progress.update(1, validation=value)
+                return values
 
             strength, scores = search_lambda(score)
-    model = _fit(train, train_labels, strength, _MORE_ITERATIONS)
-    predicted = model.predict(test)
-    figure = metric_of(metric, test_labels, predicted)
-    converged = bool(model.n_iter_.max() < _MORE_ITERATIONS)
-    return TransferOutcome(figure, strength, scores, converged, bool(scores), predicted == test_labels)
+    logits, converged = regression.test_logits(strength, test)
+    answers = regression.answers(logits)
+    figure = metric_of(metric, regression.truth(test_labels), answers)
+    correct = answers == test_labels if metric in OF_CLASSES else None
+    return TransferOutcome(figure, strength, scores, converged, bool(scores), correct)
 
 
-def validation_folds(labels: np.ndarray, seed: int, folds: int = _FOLDS) -> np.ndarray:
-    """Distribute the images of each class evenly over the folds at random; fold of each image, (N,).
+class _Regression:
+    """The regressions of one training set, each of which starts from that with the nearest lambda."""
 
-    The only image of a class is in no fold (-1), so that every fit sees every class.
-    """
-    rng = np.random.default_rng(seed)
-    fold = np.full(len(labels), -1)
-    start = 0
-    for value in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == value))
-        if len(members) > 1:
-            fold[members] = (start + np.arange(len(members))) % folds
-            start += len(members)  # so that the folds of many small classes have the same size
-    return fold
+    def __init__(self, features: np.ndarray, labels: np.ndarray, metric: Metric, seed: int) -> None:
+        self._labels, self._metric = labels, metric
+        self.folds = folds_to_use(validation_folds(labels, seed))
+        if labels.ndim == 2:
+            self._classes, targets = None, labels == 1
+        else:
+            self._classes, targets = np.unique(labels, return_inverse=True)
+        self._problem = LogisticProblem(features, targets)
+        self._found: dict[float, Tensor] = {}  # parameters of the fit to each fold, by lambda
+
+    def score(self, strengths: list[float]) -> list[float]:
+        """Return the metric of the predictions on all folds together, for each lambda; all are fitted at once."""
+        count = len(self.folds)
+        used = np.tile(~np.stack(self.folds, 1), len(strengths))
+        start = torch.cat([self._nearest(strength) for strength in strengths], 1) if self._found else None
+        fits = self._problem.fit(
+            np.repeat(strengths, count), used, start, _SEARCH_TOLERANCE, _MAX_ITERATIONS, _SEARCH_DECREASE
+        )
+        truth = self.truth(np.concatenate([self._labels[held_out] for held_out in self.folds]))
+        values = []
+        for number, strength in enumerate(strengths):
+            self._found[strength] = fits.parameters[:, number * count : (number + 1) * count]
+            logits = [
+                self._problem.decisions(fits, number * count + i)[held_out] for i, held_out in enumerate(self.folds)
+            ]
+            values.append(metric_of(self._metric, truth, self.answers(np.concatenate(logits))))
+        return values
+
+    def test_logits(self, strength: float, test: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Fit to all images; return the logits of the test images, and whether the fit has converged."""
+        start = self._nearest(strength)[:, :1] if self._found else None
+        fits = self._problem.fit(np.array([strength]), None, start, _FINAL_TOLERANCE, _MORE_ITERATIONS)
+        weights, biases = self._problem.coefficients(fits, 0)
+        return test.astype(np.float64) @ weights + biases, bool(fits.converged[0])
+
+    def answers(self, logits: np.ndarray) -> np.ndarray:
+        """Return what the metric takes: classes or logits."""
+        if self._metric not in OF_CLASSES or self._classes is None:
+            return logits
+        return self._classes[self._problem.classes_of(logits)]
+
+    def truth(self, labels: np.ndarray) -> np.ndarray:
+        """Return labels as the metric takes them."""
+        if self._metric == "roc_auc" and self._classes is not None:
+            return (labels == self._classes[-1]).astype(np.int64)
+        return labels
+
+    def _nearest(self, strength: float) -> Tensor:
+        return self._found[min(self._found, key=lambda known: abs(np.log(known / strength)))]
 
 
-def _folds_to_use(fold: np.ndarray) -> list[np.ndarray]:
-    """Return a mask of the validation images of each fold that is used, (N,) bool."""
-    number = _FOLDS if len(fold) <= _MAX_IMAGES_FOR_ALL_FOLDS else 1
-    masks = [fold == i for i in range(number)]
-    return [mask for mask in masks if mask.any()]
-
-
-def metric_of(metric: Metric, truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute accuracy, or mean accuracy over the classes that occur; percent."""
-    correct = truth == predicted
-    if metric == "accuracy":
-        return int(correct.sum()) * 100 / len(correct)
-    _, index, count = np.unique(truth, return_inverse=True, return_counts=True)
-    return float((np.bincount(index, weights=correct) / count).mean() * 100)
+def _one_against_all(train_labels: np.ndarray, test_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return 1 for the class of each image and -1 for the others."""
+    classes = np.unique(train_labels)
+    first, second = (np.where(labels[:, None] == classes, 1, -1) for labels in (train_labels, test_labels))
+    return first, second
 
 
 def evaluate_transfer(run_uri: str, store: ObjectStore, config: Config, set_name: str) -> Result:
@@ -197,6 +219,9 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     key = f"transfer/{chosen.name}"
     if isinstance(task, str):
         return left_out(key, task) | {"metric": chosen.metric}
+    if chosen.metric == "roc_auc" and len(task.classes) != 2:
+        reason = f"the metric roc_auc needs two classes, the set has {len(task.classes):,}; choose another metric"
+        return left_out(key, reason) | {"metric": chosen.metric}
     outcomes = {
         model: logistic_transfer(
             train.view,
@@ -224,7 +249,9 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
         samples={"train": len(train), "val": len(val)},
         unconverged={key: unconverged} if unconverged else {},
     ) | {"lambda": {model: o.strength for model, o in outcomes.items()}}
-    correct = {model: {key: o.correct} for model, o in outcomes.items()}
+    correct = {model: {key: o.correct} for model, o in outcomes.items() if o.correct is not None}
+    if not correct:
+        return result
     labels = val.labels if chosen.metric == "mean_per_class" else None
     return keep_outcomes(result, pack_outcomes(task.held_out, correct, labels))
 
@@ -253,12 +280,3 @@ def transfer_task(
         )
         splits[model] = (train, val)
     return task_of(splits, manifest)
-
-
-def _fit(x: np.ndarray, labels: np.ndarray, strength: float, iterations: int = _MAX_ITERATIONS) -> LogisticRegression:
-    model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=iterations)
-    threads = 1 if x.size < _MIN_VALUES_FOR_THREADS else None
-    with warnings.catch_warnings(), threadpool_limits(threads):
-        # With weak regularization separable features have no finite optimum; the convergence of the final fit is checked.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(x, labels)

@@ -38,6 +38,7 @@ CITATION = """\
   year      = {2022}
 }"""
 _CLASSES_SHOWN = 100
+_METRICS = {"mean_per_class": "mean per class", "map_11_point": "11-point mAP", "roc_auc": "area under the ROC curve"}
 _NAMES_SHOWN = 5
 # Dashes of the legend: those of charts.py, in the units of the legend.
 _LEGEND_DASHES = ("none", "8 3", "2 2.5")
@@ -292,7 +293,7 @@ def _protocols(records: RunRecords) -> list[str]:
     for name, result in measured.items():
         if name.startswith("transfer-") and "lambda" in result:
             strengths = ", ".join(f"{model} {strength:.3g}" for model, strength in result["lambda"].items())
-            metric = {"mean_per_class": "mean per class"}.get(result.get("metric", ""), "accuracy")
+            metric = _METRICS.get(result.get("metric", ""), "accuracy")
             counts = result.get("samples", {})
             size = f"{counts['train']:,} images to fit, {counts['val']:,} to measure; " if counts else ""
             lines.append(

@@ -8,19 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 
 from esvit_core.config import TransferSet
-from esvit_core.evaluation import transfer
+from esvit_core.evaluation import transfer, validation
 from esvit_core.evaluation.features import Features
 from esvit_core.evaluation.labels import Task
-from esvit_core.evaluation.transfer import (
-    LAMBDAS,
-    evaluate_task,
-    logistic_transfer,
-    metric_of,
-    search_lambda,
-    validation_folds,
-)
+from esvit_core.evaluation.transfer import LAMBDAS, evaluate_task, logistic_transfer, search_lambda
+from esvit_core.evaluation.validation import validation_folds
 
 
 def test_the_grid_is_96_logarithmic_steps():
@@ -31,28 +26,28 @@ def test_the_grid_is_96_logarithmic_steps():
 
 @given(peak=st.floats(-7, 7), width=st.floats(0.1, 10))
 def test_the_search_finds_what_exhaustive_search_finds(peak, width):
-    def score(strength):
-        return -abs(np.log10(strength) - peak) / width
+    def score(strengths):
+        return [-abs(np.log10(strength) - peak) / width for strength in strengths]
 
     best, tried = search_lambda(score)
-    assert score(best) == pytest.approx(max(score(s) for s in LAMBDAS))
+    assert score([best])[0] == pytest.approx(max(score(LAMBDAS)))
     assert len(tried) <= 7 + 4 * 2
 
 
 def test_the_search_starts_with_every_second_decade():
     order = []
-    search_lambda(lambda strength: order.append(strength) or 0.0)
+    search_lambda(lambda strengths: order.extend(strengths) or [0.0] * len(strengths))
     assert order[:7] == pytest.approx([1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6])
 
 
 def test_no_strength_is_tried_twice():
     order = []
-    search_lambda(lambda strength: order.append(strength) or -abs(np.log10(strength)))
+    search_lambda(lambda strengths: order.extend(strengths) or [-abs(np.log10(s)) for s in strengths])
     assert len(order) == len(set(order))
 
 
 def test_of_equal_scores_the_stronger_regularisation_wins():
-    best, _ = search_lambda(lambda strength: float(strength <= 10))
+    best, _ = search_lambda(lambda strengths: [float(strength <= 10) for strength in strengths])
     assert best == pytest.approx(10)
 
 
@@ -75,16 +70,6 @@ def test_every_fit_of_the_search_sees_every_class(counts, seed):
         assert set(labels[fold != number]) == set(labels)
     sizes = np.bincount(fold[fold >= 0], minlength=5)
     assert sizes.max() - sizes.min() <= 1
-
-
-def test_metrics():
-    truth, predicted = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
-    assert metric_of("accuracy", truth, predicted) == 75
-    assert metric_of("mean_per_class", truth, predicted) == 50
-
-
-def test_mean_per_class_skips_classes_without_test_images():
-    assert metric_of("mean_per_class", np.array([3, 3, 7]), np.array([3, 0, 7])) == 75
 
 
 def blobs(seed: int, count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +105,7 @@ def test_every_image_of_a_small_set_validates_and_a_fifth_of_a_large_one(monkeyp
     hundredth = 100 / 97
     small = logistic_transfer(train, labels, train, labels)
     assert all(value / hundredth == pytest.approx(round(value / hundredth)) for value in small.validation.values())
-    monkeypatch.setattr(transfer, "_MAX_IMAGES_FOR_ALL_FOLDS", 96)
+    monkeypatch.setattr(validation, "MAX_IMAGES_FOR_ALL_FOLDS", 96)
     fifth = 100 / (validation_folds(labels, 0) == 0).sum()
     large = logistic_transfer(train, labels, train, labels)
     assert all(value / fifth == pytest.approx(round(value / fifth)) for value in large.validation.values())
@@ -134,10 +119,10 @@ def test_a_fit_that_does_not_converge_is_named(monkeypatch):
     task = Task({"trained": (features(0, 60), features(1, 20))}, ["a", "b", "c"], [], "images")
     result = evaluate_task(task, TransferSet(name="blobs", source="unused"), seed=0)
     assert result["unconverged"] == {} and result["notes"] == []
-    monkeypatch.setattr(transfer, "_MORE_ITERATIONS", 2)
+    monkeypatch.setattr(transfer, "_MORE_ITERATIONS", 0)
     result = evaluate_task(task, TransferSet(name="blobs", source="unused"), seed=0)
     assert result["unconverged"] == {"transfer/blobs": ["trained"]}
-    assert result["notes"] == ["trained: the fit did not converge in 2 iterations"]
+    assert result["notes"] == ["trained: the fit did not converge in 0 iterations"]
 
 
 def test_one_image_a_class_is_fitted_without_a_search():
@@ -152,3 +137,47 @@ def test_the_outcome_depends_on_the_seed_only():
     first, second = (asdict(logistic_transfer(*data, seed=3)) for _ in range(2))
     assert np.array_equal(first.pop("correct"), second.pop("correct"))
     assert first == second
+
+
+def test_a_round_of_the_search_is_fitted_at_once(monkeypatch):
+    rounds = []
+    fit = transfer.LogisticProblem.fit
+
+    def counted(self, strengths, used=None, *rest):
+        rounds.append((len(strengths), used is not None))
+        return fit(self, strengths, used, *rest)
+
+    monkeypatch.setattr(transfer.LogisticProblem, "fit", counted)
+    outcome = logistic_transfer(*blobs(0, 90, 3), *blobs(1, 30, 3))
+    assert rounds[0] == (7 * 5, True) and rounds[-1] == (1, False)
+    assert sum(count for count, in_folds in rounds if in_folds) == 5 * len(outcome.validation) <= 5 * 16
+
+
+def test_the_search_finds_the_score_of_the_sweep_with_scikit_learn():
+    x, labels = blobs(0, 60, 3)
+    x += np.random.default_rng(7).standard_normal(x.shape) * 3
+    outcome = logistic_transfer(x, labels, x, labels)
+    fold = validation_folds(labels, 0)
+    scores = []
+    for strength in LAMBDAS[::4]:
+        predicted = np.empty_like(labels)
+        for number in range(5):
+            model = LogisticRegression(C=1 / strength, max_iter=1_000).fit(x[fold != number], labels[fold != number])
+            predicted[fold == number] = model.predict(x[fold == number])
+        scores.append(100 * (predicted == labels).mean())
+    assert max(outcome.validation.values()) >= max(scores) - 100 / 60
+
+
+def test_the_area_under_the_curve_and_the_average_precision_rank_the_test_images():
+    two, five = (*blobs(0, 80, 2), *blobs(1, 60, 2)), (*blobs(0, 100, 5), *blobs(1, 60, 5))
+    auc = logistic_transfer(*two, metric="roc_auc")
+    assert auc.figure > 95 and auc.correct is None
+    precision = logistic_transfer(*five, metric="map_11_point")
+    assert precision.figure > 90 and precision.correct is None
+
+
+def test_the_area_under_the_curve_of_more_than_two_classes_is_left_out():
+    x, labels = blobs(0, 60, 3)
+    task = Task({"trained": (Features(x, x, labels),) * 2}, ["a", "b", "c"], [], "images")
+    result = evaluate_task(task, TransferSet(name="blobs", source="unused", metric="roc_auc"), seed=0)
+    assert result["status"] == "left_out" and "needs two classes, the set has 3" in result["reason"]

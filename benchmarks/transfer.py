@@ -1,0 +1,145 @@
+"""Compare the search of lambda with scikit-learn's sweep over all 97 values, on five sets.
+
+    python benchmarks/transfer.py [--cifar cifar-10-python.tar.gz] [--images 5000] [--sets digits samples ...]
+
+The features are the pixels of the images, resized to 12 x 12 in colour (digits: scikit-learn's 8 x 8), and two made sets.
+For each set, scikit-learn's L-BFGS fits every lambda on every validation fold, and so does the batched solver for those of
+the parametric binary search. The table gives the best validation score of both, the numbers of lambdas, and the times.
+The last line is JSON: on how many of the sets the scores are equal, and the smallest ratios of fits and of time.
+
+CIFAR-10 is read from the archive that its authors distribute, or from a tar of ``train/<class>/*.jpg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import tarfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import describe
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from esvit_core.data.ingest.layout import detect_layout
+from esvit_core.data.ingest.sources import open_source
+from esvit_core.evaluation.transfer import LAMBDAS, logistic_transfer
+from esvit_core.evaluation.transfer_metrics import metric_of
+from esvit_core.evaluation.validation import folds_to_use, validation_folds
+
+SIDE = 12
+SAMPLES = Path(__file__).parent.parent / "samples" / "clipart.zip"
+Labelled = tuple[np.ndarray, np.ndarray]
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float32).ravel() / 255
+
+
+def samples() -> Labelled:
+    with open_source(str(SAMPLES)) as opened:
+        places = detect_layout([entry.name for entry in opened.entries], str(SAMPLES)).assignments
+        return np.stack([pixels(opened.read(entry)) for entry in opened.entries]), np.array([p.label for p in places])
+
+
+def cifar(path: Path, images: int) -> Labelled:
+    """Read the first training images of CIFAR-10, in equal numbers per class."""
+    found: dict[str, list[np.ndarray]] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = member.name
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None:
+                continue
+            if "/data_batch_" in name:
+                batch = pickle.load(content, encoding="bytes")
+                for row, label in zip(batch[b"data"], batch[b"labels"], strict=True):
+                    image = Image.fromarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
+                    small = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+                    found.setdefault(str(label), []).append(np.asarray(small, dtype=np.float32).ravel() / 255)
+            elif "train/" in name and name.endswith((".jpg", ".png")):
+                of_class = found.setdefault(name.split("/")[-2], [])
+                if len(of_class) < images:
+                    of_class.append(pixels(content.read()))
+    each = images // len(found)
+    x = np.concatenate([np.stack(values[:each]) for _, values in sorted(found.items())])
+    return x, np.repeat(np.arange(len(found)), [len(values[:each]) for _, values in sorted(found.items())])
+
+
+def made(seed: int, classes: int, width: int, count: int, spread: float) -> Labelled:
+    """Draw Gaussian classes whose features differ in scale by a factor of up to ten."""
+    rng = np.random.default_rng(seed)
+    scales = 10.0 ** rng.uniform(-0.5, 0.5, width)
+    labels = np.arange(count) % classes
+    x = rng.standard_normal((classes, width))[labels] + spread * rng.standard_normal((count, width))
+    return (x * scales).astype(np.float32), labels
+
+
+def sweep(x: np.ndarray, y: np.ndarray, seed: int) -> float:
+    """Return the best validation score of all lambdas with scikit-learn, on the same folds."""
+    folds = folds_to_use(validation_folds(y, seed))
+    truth = np.concatenate([y[held_out] for held_out in folds])
+    best, wide = 0.0, x.astype(np.float64)
+    for strength in LAMBDAS:
+        predicted = []
+        for held_out in folds:
+            model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=1_000)
+            predicted.append(model.fit(wide[~held_out], y[~held_out]).predict(wide[held_out]))
+        best = max(best, metric_of("accuracy", truth, np.concatenate(predicted)))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar", type=Path, help="archive of CIFAR-10; without it, the set is left out")
+    parser.add_argument("--images", type=int, default=5_000, help="largest number of images of a set")
+    parser.add_argument("--sets", nargs="+", help="names of the sets to measure; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the folds")
+    arguments = parser.parse_args()
+    loaders: dict[str, Callable[[], Labelled]] = {
+        "digits": lambda: load_digits(return_X_y=True),
+        "samples": samples,
+        "made, 10 classes": lambda: made(1, 10, 128, 2_000, 2.0),
+        "made, 50 classes": lambda: made(2, 50, 256, 3_000, 2.0),
+    }
+    if arguments.cifar is not None:
+        loaders["cifar-10"] = lambda: cifar(arguments.cifar, arguments.images)
+    chosen = arguments.sets or list(loaders)
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    print(describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")), flush=True)
+    print(f"{'set':<18}{'images':>8}{'sweep':>9}{'search':>9}{'fits':>8}{'sweep, s':>11}{'search, s':>11}")
+    same, fits, times = 0, [], []
+    for name in chosen:
+        x, y = loaders[name]()
+        keep = np.random.default_rng(0).permutation(len(x))[: arguments.images]
+        x, y = x[keep].astype(np.float32), y[keep].astype(np.int64)
+        start = time.perf_counter()
+        found = logistic_transfer(x, y, x[:1], y[:1], seed=arguments.seed, label=name)
+        middle = time.perf_counter()
+        expected = sweep(x, y, arguments.seed)
+        end = time.perf_counter()
+        best = max(found.validation.values())
+        same += bool(abs(best - expected) < 1e-9)
+        fits.append(len(LAMBDAS) / len(found.validation))
+        times.append((end - middle) / (middle - start))
+        print(
+            f"{name:<18}{len(x):>8,}{expected:>9.2f}{best:>9.2f}{len(found.validation):>8}{end - middle:>11.1f}"
+            f"{middle - start:>11.1f}",
+            flush=True,
+        )
+    result = {"sets": len(chosen), "same_validation_score": same, "fits": min(fits), "time": min(times)}
+    print(json.dumps({key: round(value, 2) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
