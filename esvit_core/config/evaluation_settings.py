@@ -24,8 +24,13 @@ class TransferSet(Section):
 class LinearConfig(Section):
     """The linear probe on frozen features."""
 
+    protocol: Literal["grid", "published"] = Field(
+        "grid",
+        description="grid: feature and learning rate are chosen on validation images, on one pass of features; published: "
+        "a random crop and flip of every image in every epoch, with the learning rate lr.",
+    )
     epochs: int = Field(100, gt=0, description="Number of epochs.")
-    lr: float = Field(0.001, gt=0, description="Learning rate per 256 images of the batch.")
+    lr: float = Field(0.001, gt=0, description="Learning rate of the published protocol per 256 images of the batch.")
     batch_size: int = Field(1024, gt=0, description="Batch size, images.")
     last_blocks: int = Field(4, gt=0, description="Number of last blocks whose averaged features are concatenated.")
 

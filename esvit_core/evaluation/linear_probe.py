@@ -1,14 +1,17 @@
 """Linear probe: a linear classifier on frozen features (EsViT, section 4; ``eval_linear.py`` of the published code).
 
-It differs from the published protocol in one point: it trains on features of the evaluation transform, computed once,
-whereas the published code draws a new random crop and flip of every image in every epoch.
+There are two protocols (``evaluation.linear.protocol``). ``grid`` trains on features of the evaluation transform, computed
+once; the feature and the learning rate are chosen on validation images, see :mod:`esvit_core.evaluation.linear_grid`.
+``published`` is that of the paper: every epoch computes the features of a new random crop and flip of every image, and the
+learning rate is given.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from torch import nn
 
 from esvit_core.config import Config, LinearConfig
 from esvit_core.evaluation.labels import Task, run_task
+from esvit_core.evaluation.linear_grid import Choice, choose_probe, has_class_token, probe_features
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import ProgressLine
@@ -55,6 +59,7 @@ def linear_probe(
     config: LinearConfig,
     seed: int = 0,
     label: str = "linear probe",
+    features_of_epoch: Callable[[int], np.ndarray] | None = None,
 ) -> ProbeOutcome:
     """Train a linear classifier with SGD (momentum 0.9, no weight decay, cosine schedule to 0 by epoch).
 
@@ -67,6 +72,7 @@ def linear_probe(
         config: batch size, learning rate and epochs.
         seed: seed of the weights (normal, 0.01) and of the order of the images; there is no other randomness.
         label: first word of the progress lines.
+        features_of_epoch: returns the training features of an epoch, from 0; None: they are ``train`` in all epochs.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +80,8 @@ def linear_probe(
     nn.init.normal_(probe.weight, std=0.01, generator=generator)
     nn.init.zeros_(probe.bias)
     probe.to(device)
-    x, y = torch.as_tensor(train).to(device), torch.as_tensor(train_labels).to(device)
+    x, y = torch.as_tensor(train), torch.as_tensor(train_labels).to(device)
+    x = x if features_of_epoch else x.to(device)
     x_test, truth = torch.as_tensor(test).to(device), torch.as_tensor(test_labels).to(device)
     batch = min(config.batch_size, len(x))
     optimizer = torch.optim.SGD(probe.parameters(), lr=config.lr * batch / _REFERENCE_BATCH, momentum=0.9)
@@ -82,6 +89,8 @@ def linear_probe(
     best, best_epoch, ranking = -1.0, 0, torch.empty(0)
     with _threads_for(batch * train.shape[1]), ProgressLine(config.epochs, unit="epochs", label=label) as progress:
         for epoch in range(1, config.epochs + 1):
+            if features_of_epoch is not None:
+                x = torch.as_tensor(features_of_epoch(epoch - 1)).to(device)
             for chosen in torch.randperm(len(x), generator=generator).to(device).split(batch):
                 loss = F.cross_entropy(probe(x[chosen]), y[chosen])
                 optimizer.zero_grad()
@@ -99,13 +108,57 @@ def linear_probe(
 
 
 def evaluate_linear(run_uri: str, store: ObjectStore, config: Config) -> Result:
-    """Evaluate a linear probe of both backbones on the averages of their last blocks.
+    """Evaluate a linear probe of both backbones.
 
     The result is written once to ``evaluation/linear.json``: ``linear`` is the accuracy after the last epoch, which does
-    not depend on the test images; ``linear/best`` is that of the best epoch, the figure of the published code.
-    ``confusion`` counts the predictions of the trained backbone (rows: true class, columns: predicted).
+    not depend on the test images. With the protocol ``grid``, ``chosen`` and ``validation`` describe the choice of feature
+    and learning rate; with ``published``, ``linear/best`` is the accuracy of the best epoch, the figure of the published
+    code. ``confusion`` counts the predictions of the trained backbone (rows: true class, columns: predicted).
     """
-    return measure_once(store, run_uri, "linear", lambda: measure_linear(run_task(run_uri, store), config))
+
+    def measure() -> Result:
+        task = run_task(run_uri, store)
+        if isinstance(task, str) or config.evaluation.linear.protocol == "grid":
+            return measure_linear(task, config)
+        from esvit_core.evaluation.features import load_model
+
+        networks = {model: load_model(run_uri, model, store) for model in task.splits}
+        return measure_linear(task, config, augmented_features(networks, run_uri, store, config))
+
+    return measure_once(store, run_uri, "linear", measure)
+
+
+def augmented_features(
+    networks: Mapping[str, nn.Module], run_uri: str, store: ObjectStore, config: Config
+) -> dict[str, Callable[[int], np.ndarray]]:
+    """Return for each network a function that computes the features of an epoch of the published protocol.
+
+    The features are those of the labeled training images of the run, each after a random crop and flip, which depend on
+    the seed, the epoch and the image.
+    """
+    from esvit_core.evaluation.features import compute_features, split_datasets
+    from esvit_core.evaluation.random_crops import RandomCrops
+    from esvit_core.storage import join_uri
+
+    dataset = split_datasets(store, join_uri(run_uri, "data"))["train"]
+    labeled = np.flatnonzero(dataset.labels >= 0)
+
+    def features_of(model: str, network: nn.Module) -> Callable[[int], np.ndarray]:
+        def of_epoch(epoch: int) -> np.ndarray:
+            crops = RandomCrops(dataset, labeled, config, epoch)
+            return compute_features(
+                network,
+                crops,
+                crops.normalize,
+                config.evaluation.batch_size,
+                config.evaluation.linear.last_blocks,
+                precision="bfloat16" if config.training.precision == "bfloat16" else "float32",
+                label=f"linear probe: features of the {model} backbone, epoch {epoch + 1}",
+            ).blocks
+
+        return of_epoch
+
+    return {model: features_of(model, network) for model, network in networks.items()}
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:
@@ -113,35 +166,61 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes).tolist()
 
 
-def measure_linear(task: Task | str, config: Config) -> Result:
-    """Measure the task for every model in it."""
+def measure_linear(
+    task: Task | str, config: Config, augmented: Mapping[str, Callable[[int], np.ndarray]] | None = None
+) -> Result:
+    """Measure the task for every model in it.
+
+    Args:
+        task: the task, or the reason why there is none.
+        config: configuration of the run.
+        augmented: of :func:`augmented_features`, for the protocol ``published``; unused by ``grid``.
+    """
     if isinstance(task, str):
         return left_out("linear", task)
-    classes = len(task.classes)
-    outcomes = {
-        model: linear_probe(
-            train.blocks,
-            train.labels,
-            val.blocks,
-            val.labels,
-            classes,
-            config.evaluation.linear,
-            config.seed,
-            label=f"linear probe of the {model} backbone",
+    settings, classes = config.evaluation.linear, len(task.classes)
+    outcomes: dict[str, ProbeOutcome] = {}
+    choices: dict[str, Choice] = {}
+    notes = list(task.notes)
+    for model, (train, val) in task.splits.items():
+        label, of_model, x, x_val = f"linear probe of the {model} backbone", settings, train.blocks, val.blocks
+        if settings.protocol == "grid":
+            class_token = has_class_token(train.view, train.blocks)
+            features = probe_features(train.view, train.blocks, class_token)
+            choice = choose_probe(
+                features, train.labels, classes, settings.epochs, settings.batch_size, config.seed, f"{label}, grid"
+            )
+            if choice is not None:
+                choices[model] = choice
+                of_model = settings.model_copy(update={"lr": choice.rate})
+                x, x_val = features[choice.feature], probe_features(val.view, val.blocks, class_token)[choice.feature]
+        of_epoch = augmented[model] if augmented and settings.protocol == "published" else None
+        outcomes[model] = linear_probe(
+            x, train.labels, x_val, val.labels, classes, of_model, config.seed, label, of_epoch
         )
-        for model, (train, val) in task.splits.items()
-    }
-    more = {}
+    if settings.protocol == "grid" and not choices:
+        notes.append(
+            f"every class has a single training image, so the learning rate was not chosen and is {settings.lr:g}"
+        )
+    more: dict[str, Any] = {"protocol": settings.protocol}
+    if choices:
+        more["chosen"] = {model: {"feature": c.feature, "lr": c.rate} for model, c in choices.items()}
+        more["validation"] = {
+            model: {name: {f"{rate:g}": round(v, 4) for rate, v in of.items()} for name, of in c.validation.items()}
+            for model, c in choices.items()
+        }
     if classes <= _CONFUSION_CLASSES and "trained" in outcomes:
         truth = task.splits["trained"][1].labels
         more["confusion"] = confusion_matrix(truth, outcomes["trained"].predictions, classes)
+    published = settings.protocol == "published"
+    if published:
+        more["best_epoch"] = {model: o.best_epoch for model, o in outcomes.items()}
     result = measured(
         "linear",
-        {model: {"linear": o.last, "linear/best": o.best} for model, o in outcomes.items()},
+        {model: {"linear": o.last} | ({"linear/best": o.best} if published else {}) for model, o in outcomes.items()},
         task.classes,
-        notes=task.notes,
+        notes=notes,
         top5={model: {"linear": round(o.top5, 4)} for model, o in outcomes.items()},
-        best_epoch={model: o.best_epoch for model, o in outcomes.items()},
         **more,
     )
     # The best epoch was chosen on the test images, so a test of its figure would mean nothing.

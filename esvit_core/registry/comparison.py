@@ -111,7 +111,7 @@ def _measure(
     from esvit_core.evaluation.features import SPLITS, empty_features, features_of, split_datasets
     from esvit_core.evaluation.knn import measure_knn
     from esvit_core.evaluation.labels import Task, task_of
-    from esvit_core.evaluation.linear_probe import measure_linear
+    from esvit_core.evaluation.linear_probe import augmented_features, measure_linear
     from esvit_core.evaluation.transfer import evaluate_task, transfer_task
     from esvit_core.weights.backbone import load_backbone
 
@@ -127,8 +127,12 @@ def _measure(
             for split in SPLITS
         )
         task: Task | str = task_of({CHAMPION: (train, val)}, Manifest.read(store, data))
-        measures = {"knn": measure_knn, "linear": measure_linear}
-        results = {name: measure(task, config) for name, measure in measures.items() if name in names}
+        if "knn" in names:
+            results["knn"] = measure_knn(task, config)
+        if "linear" in names:
+            results["linear"] = measure_linear(
+                task, config, augmented_features({CHAMPION: network}, run_uri, store, config)
+            )
     for transfer_set in config.evaluation.transfer:
         if (name := f"transfer-{transfer_set.name}") in names:
             found = transfer_task(run_uri, store, config, transfer_set.name, {CHAMPION: network})

@@ -285,11 +285,7 @@ def _protocols(records: RunRecords) -> list[str]:
             f"k-NN: votes weighted by exp(cosine / {evaluation.knn_temperature:g}); the training images are the bank."
         )
     if "linear" in measured:
-        lines.append(
-            f"Linear probe: {evaluation.linear.epochs} epochs on features computed once, without the random crops of the "
-            "published protocol. The figure is that of the last epoch; the best epoch was selected on the same "
-            "held-out images and is optimistic."
-        )
+        lines.append(_linear_protocol(measured["linear"], evaluation.linear.epochs))
     for name, result in measured.items():
         if name.startswith("transfer-") and "lambda" in result:
             strengths = ", ".join(f"{model} {strength:.3g}" for model, strength in result["lambda"].items())
@@ -301,6 +297,22 @@ def _protocols(records: RunRecords) -> list[str]:
                 "chosen by validation on the images to fit."
             )
     return lines
+
+
+def _linear_protocol(result: dict[str, Any], epochs: int) -> str:
+    if result.get("protocol") == "published":
+        return (
+            f"Linear probe: the published protocol, {epochs} epochs with a new random crop and flip of every image in each. "
+            "The figure is that of the last epoch; the best epoch was selected on the same held-out images and is "
+            "optimistic."
+        )
+    if chosen := result.get("chosen"):
+        choices = "; ".join(f"{model}: {each['feature']}, {each['lr']:g}" for model, each in chosen.items())
+        return (
+            f"Linear probe: {epochs} epochs on features computed once. Feature and learning rate were chosen on validation "
+            f"images of the training set ({choices})."
+        )
+    return f"Linear probe: {epochs} epochs on features computed once."
 
 
 def _split_names(records: RunRecords) -> list[str]:

@@ -20,7 +20,7 @@ from esvit_core.evaluation.features import (
     load_features,
 )
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
-from esvit_core.evaluation.linear_probe import evaluate_linear
+from esvit_core.evaluation.linear_probe import augmented_features, evaluate_linear
 from esvit_core.evaluation.outcomes import unpack_correct
 from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
 from esvit_core.evaluation.visualize import visualize
@@ -133,10 +133,21 @@ def test_linear_of_a_run(measured_run, bucket, config):
     result = evaluate_linear(measured_run, bucket, config)
     assert (result["status"], result["headline"]) == ("measured", "linear")
     for model in MODELS:
-        assert 0 <= result["results"][model]["linear"] <= result["results"][model]["linear/best"] <= 100
+        assert 0 <= result["results"][model]["linear"] <= 100
+        assert result["chosen"][model]["feature"] in ("last block", "last blocks")
     confusion = np.array(result["confusion"])
     assert confusion.sum(1).tolist() == [0, 5, 6]
     assert np.trace(confusion) / 11 * 100 == pytest.approx(result["results"]["trained"]["linear"], abs=1e-4)
+
+
+def test_the_published_linear_probe_sees_new_crops_in_every_epoch(measured_run, bucket, config):
+    linear = config.evaluation.linear.model_copy(update={"protocol": "published", "epochs": 2})
+    asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"linear": linear})})
+    network = load_backbone(f"{measured_run}/backbone", bucket)
+    of_epoch = augmented_features({"trained": network}, measured_run, bucket, asked)["trained"]
+    first, second, again = of_epoch(0), of_epoch(1), of_epoch(0)
+    assert first.shape == load_features(bucket, measured_run, "trained", "train").blocks.shape
+    assert np.array_equal(first, again) and not np.allclose(first, second, atol=1e-3)
 
 
 def test_transfer_of_a_run(measured_run, bucket, config):
