@@ -15,6 +15,7 @@ from esvit_core.config import Config
 from esvit_core.config.auto import AUTO as AUTO_RECIPE
 from esvit_core.config.kubernetes_names import AUTO
 from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_items, to_parameters, with_transfer
+from esvit_core.config.recipes import domain_names
 from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 
@@ -64,10 +65,13 @@ class Resolved:
 def resolve_run(settings: Settings) -> Resolved:
     """Resolve the settings of a training on this machine, whose default recipe is ``auto``.
 
+    A recipe for a kind of images, such as ``grey``, changes some settings of what ``auto`` chooses.
+
     Raises:
         UserError: see :func:`resolve`; or the data cannot be read, or are too few; or ``hours`` has no effect.
     """
-    if settings.recipe not in (None, AUTO_RECIPE):
+    domain = settings.recipe if settings.recipe in domain_names() else None
+    if settings.recipe not in (None, AUTO_RECIPE, domain):
         if settings.hours is not None:
             raise UserError(
                 f"--hours {settings.hours:g}: no effect with --recipe {settings.recipe}, whose length is "
@@ -85,7 +89,7 @@ def resolve_run(settings: Settings) -> Resolved:
             from esvit_core.storage.session import open_store
 
             store = stack.enter_context(open_store(store_in(settings.out)))
-        found = resolve_auto(settings.data, _changes(settings), settings.hours, init_store=store)
+        found = resolve_auto(settings.data, _changes(settings), settings.hours, domain=domain, init_store=store)
     config = with_transfer(found.config, settings.transfer, "--transfer") if settings.transfer else found.config
     return Resolved(config, found.lines())
 

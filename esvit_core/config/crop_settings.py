@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from esvit_core.config.section import Section
+from esvit_core.config.section import ADDED, Section
 
 
 class CropConfig(Section):
@@ -55,6 +55,13 @@ class AugmentConfig(Section):
     )
     deit: DeitConfig = DeitConfig()
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    rotate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability of turning a crop by 90, 180 or 270 degrees, for images without an up; policy dino only.",
+        json_schema_extra=ADDED,
+    )
     jitter: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter.")
     brightness: float = Field(0.4, ge=0, description="Strength of brightness jitter.")
     contrast: float = Field(0.4, ge=0, description="Strength of contrast jitter.")

@@ -24,6 +24,17 @@ def preset_text(name: str) -> str:
     return str((_presets() / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
+def domain_names() -> list[str]:
+    """List the names of the recipes for kinds of images; each only has the settings in which it differs from others."""
+    folder = _presets() / "domains"
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def domain_text(name: str) -> str:
+    """Return the YAML of the recipe for a kind of images; its first line is a comment that says what it changes and why."""
+    return str((_presets() / "domains" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
 def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict[str, Any]:
     """Read the keys of a preset, of a YAML file on disk or at ``s3://``, or of YAML text.
 
@@ -36,6 +47,8 @@ def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict
     """
     if recipe in preset_names():
         return parse_yaml(preset_text(recipe), f"preset {recipe}")
+    if recipe in domain_names():
+        return {"recipe": recipe, **parse_yaml(domain_text(recipe), f"recipe {recipe}")}
     if "{" in recipe or "\n" in recipe or ": " in recipe:
         return parse_yaml(recipe, "recipe")
     try:
@@ -44,7 +57,7 @@ def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict
         elif Path(recipe).is_file():
             text = Path(recipe).read_text(encoding="utf-8")
         else:
-            names = preset_names()
+            names = [*preset_names(), *domain_names()]
             raise UserError(
                 f"recipe {recipe or '(empty)'}: neither a preset{_nearest(recipe, names)} nor a YAML file, an s3:// "
                 f"address of one, or YAML such as {{training: {{epochs: 50}}}}; presets: {', '.join(names)}"

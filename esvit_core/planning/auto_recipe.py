@@ -13,7 +13,7 @@ from esvit_core.config import Config, DataConfig, merge, valid_keys
 from esvit_core.config.auto import Facts, allowed_samples, choose, require_enough
 from esvit_core.config.auto_choice import Choice
 from esvit_core.config.auto_networks import Network, network_like
-from esvit_core.config.recipes import override
+from esvit_core.config.recipes import domain_text, override, read_recipe
 from esvit_core.cpu_flags import cpu_bfloat16
 from esvit_core.data.ingest.survey import survey_source
 from esvit_core.errors import UserError
@@ -34,16 +34,19 @@ class AutoRecipe:
         config: the configuration, with the overrides of the user.
         choice: what was chosen and why.
         overrides: the overrides of the user.
+        domain: recipe for a kind of images; None: there is none.
     """
 
     config: Config
     choice: Choice
     overrides: tuple[str, ...]
+    domain: str | None = None
 
     def lines(self) -> list[str]:
         """Return the choice for the user; the overrides take precedence."""
         given = [f"  given: {', '.join(self.overrides)}"] if self.overrides else []
-        return ["recipe auto (change a line with --set):", *self.choice.lines(self._overridden()), *given]
+        kind = [] if self.domain is None else [f"  {self.domain}: {_first_line(self.domain)}"]
+        return ["recipe auto (change a line with --set):", *self.choice.lines(self._overridden()), *kind, *given]
 
     def _overridden(self) -> dict[str, str]:
         """Return the values of the overridden settings, by key."""
@@ -61,6 +64,8 @@ def resolve_auto(
     source: str,
     overrides: Iterable[str] = (),
     hours: float | None = None,
+    *,
+    domain: str | None = None,
     store: ObjectStore | None = None,
     init_store: ObjectStore | None = None,
 ) -> AutoRecipe:
@@ -70,6 +75,7 @@ def resolve_auto(
         source: folder, tar, zip, or ``s3://bucket/prefix``.
         overrides: items ``key=value``, which take precedence.
         hours: time for the whole run; None: one on a CPU, eight on a GPU.
+        domain: recipe for a kind of images, whose settings precede the choice.
         store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
         init_store: store of the initial weights, if they are in one.
 
@@ -78,7 +84,7 @@ def resolve_auto(
             weights is not known.
     """
     items, known = tuple(overrides), list(valid_keys())
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {} if domain is None else read_recipe(domain)
     for item in items:
         override(given, item, known)
     # A wrong value is an error before the source is listed. The region task excludes mixup, and may not be chosen.
@@ -91,7 +97,7 @@ def resolve_auto(
     facts = replace(machine_facts(), **data_facts(source, valid.data, store), hours=hours)
     choice = _choose(facts, given, valid, init_store)
     config = Config.from_mapping(merge(choice.values, given), origin="recipe auto")
-    return AutoRecipe(config, choice, items)
+    return AutoRecipe(config, choice, items, domain)
 
 
 def data_facts(source: str, data: DataConfig, store: ObjectStore | None = None) -> dict[str, Any]:
@@ -132,6 +138,11 @@ def machine_facts() -> Facts:
     return Facts(**nothing, device="cpu", devices=1, memory=_whole(memory), cores=cores, bfloat16=bool(cpu_bfloat16()))
 
 
+def _first_line(domain: str) -> str:
+    """Return what a recipe for a kind of images changes, and why."""
+    return domain_text(domain).splitlines()[0].removeprefix("#").strip()
+
+
 def _choose(facts: Facts, given: dict[str, Any], valid: Config, store: ObjectStore | None) -> Choice:
     training = given.get("training", {})
     fixed: dict[str, Any] = {
@@ -140,9 +151,16 @@ def _choose(facts: Facts, given: dict[str, Any], valid: Config, store: ObjectSto
     network, source = None, valid.init.source
     if source is not None and "arch" not in given.get("model", {}):
         network = _start_network(facts, find_network(source, valid.bucket, store), fixed)
-    if any(section in given for section in _COUNTED):
+    if any(section in given for section in _COUNTED if section != "augment") or _crops(given):
         network = _with_overrides(facts, choose(facts, network, from_weights=source is not None, **fixed), given)
     return choose(facts, network, from_weights=source is not None, **fixed)
+
+
+def _crops(given: dict[str, Any]) -> bool:
+    """Return whether sizes or numbers of crops are given."""
+    augment = given.get("augment", {})
+    kinds = [augment.get("global_crops", {}), augment.get("local_crops", {})]
+    return any(not isinstance(kind, dict) or {"size", "number"} & kind.keys() for kind in kinds)
 
 
 def _start_network(facts: Facts, start: StartNetwork, fixed: dict[str, Any]) -> Network:

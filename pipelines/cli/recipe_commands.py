@@ -6,14 +6,19 @@ import yaml
 from pydantic import BaseModel
 
 from esvit_core.config import Config
-from esvit_core.config.recipes import preset_names, preset_text
+from esvit_core.config.auto import AUTO
+from esvit_core.config.recipes import domain_names, domain_text, preset_names, preset_text
 
 _COMMENT_COLUMN = 44
 
 
 def recipe_list() -> str:
     """Return one line per recipe: its name and the first line of its file."""
-    first_lines = {name: preset_text(name).splitlines()[0].removeprefix("#").strip() for name in preset_names()}
+    texts = {name: preset_text(name) for name in preset_names()} | {name: domain_text(name) for name in domain_names()}
+    first_lines = {
+        AUTO: "The default of `esvit run`: network, crops, epochs and the rest are chosen from images and machine."
+    }
+    first_lines |= {name: text.splitlines()[0].removeprefix("#").strip() for name, text in texts.items()}
     width = max(map(len, first_lines))
     return "\n".join(f"{name:{width}}  {line}" for name, line in first_lines.items())
 

@@ -11,7 +11,7 @@ import pytest
 
 from esvit_core import __version__
 from esvit_core.config import Config
-from esvit_core.config.recipes import preset_names
+from esvit_core.config.recipes import domain_names, preset_names
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_pipelines.cli.recipe_commands import recipe_list, recipe_text
 
@@ -58,11 +58,11 @@ def test_version(esvit: Any) -> None:
 
 def test_recipes_are_listed_with_a_description() -> None:
     lines = recipe_list().splitlines()
-    assert [line.split()[0] for line in lines] == preset_names()
+    assert [line.split()[0] for line in lines] == ["auto", *preset_names(), *domain_names()]
     assert all(len(line.split()) > 4 for line in lines)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", [*preset_names(), *domain_names()])
 def test_the_output_of_recipe_show_is_a_valid_recipe(name: str, tmp_path: Path) -> None:
     config = Config.load(name)
     path = tmp_path / "mine.yaml"

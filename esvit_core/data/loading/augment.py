@@ -42,6 +42,7 @@ class CropDraw(NamedTuple):
         grayscale: set all channels to the luma.
         blur_sigma: of the Gaussian blur, pixels; None: no blur.
         solarize: invert bright values.
+        turns: quarter turns, 0 to 3.
     """
 
     box: Box
@@ -50,6 +51,7 @@ class CropDraw(NamedTuple):
     grayscale: bool = False
     blur_sigma: float | None = None
     solarize: bool = False
+    turns: int = 0
 
 
 class MultiCrop:
@@ -57,7 +59,8 @@ class MultiCrop:
 
     Each crop is cut out at random (:func:`crop_box`), resized (bicubic, antialiased) and flipped with probability ``flip``.
     Then follow, each with its own probability, color jitter in random order, grayscale, Gaussian blur, and, for all global
-    crops but the first, solarization. Finally the crop is normalized. With the policy ``deit``, each crop goes through
+    crops but the first, solarization. Finally the crop is normalized, and turned by 90, 180 or 270 degrees with probability
+    ``rotate``. With the policy ``deit``, each crop goes through
     :func:`~esvit_core.data.loading.randaugment.deit_transform` instead.
 
     Kernels in C make the crops where they are available (:mod:`esvit_core.kernels.image_ops`), else torch and NumPy do.
@@ -118,12 +121,15 @@ class MultiCrop:
                 for drawn, crop in zip(draws, crops, strict=True)
             ]
             image_ops.make_crops(np.ascontiguousarray(image), described, self._normalize.scale, self._normalize.shift)
-            return
-        pixels = _as_tensor(image)
+        else:
+            pixels = _as_tensor(image)
+            for drawn, crop in zip(draws, crops, strict=True):
+                _cut(pixels, drawn.box, drawn.flip, crop)
+                _change_colors(crop.numpy(), drawn)
+                self._normalize(crop)
         for drawn, crop in zip(draws, crops, strict=True):
-            _cut(pixels, drawn.box, drawn.flip, crop)
-            _change_colors(crop.numpy(), drawn)
-            self._normalize(crop)
+            if drawn.turns:
+                crop.copy_(torch.rot90(crop, drawn.turns, (1, 2)).clone())
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> list[CropDraw]:
         """Draw everything that is random in the crops of an image with these sides, in pixels."""
@@ -135,7 +141,10 @@ class MultiCrop:
             is_global = number < config.global_crops.number
             blur = config.blur[min(number, 1) if is_global else 2]
             solarize = config.solarize if is_global and number else 0.0
-            draws.append(CropDraw(box, flip, *self._draw_colors(draw, blur, solarize)))
+            colors = self._draw_colors(draw, blur, solarize)
+            # Without rotation nothing is drawn for it: the other random numbers stay the same.
+            turns = 1 + int(3 * rng.random()) if config.rotate and rng.random() < config.rotate else 0
+            draws.append(CropDraw(box, flip, *colors, turns))
         return draws
 
     def geometric_crop(
