@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from esvit_core.config import Config
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
 from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_share, weighted_length
+from esvit_core.data.loading.shard_prefetch import AHEAD, ShardPrefetcher, StoredImages, first_uses
 from esvit_core.data.loading.workers import Crops, WorkerBatches, choose_workers, shared_memory_line
 
 
@@ -77,6 +78,7 @@ class TrainLoader:
         self._batches = _Batches(dataset, MultiCrop(config.augment), seed)
         self._store_grace = 60 * config.training.store_grace_minutes
         self._worker_batches: WorkerBatches | None = None
+        self._prefetcher = ShardPrefetcher(dataset) if isinstance(dataset, StoredImages) else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,14 +92,23 @@ class TrainLoader:
             epoch: from 0.
             start_step: number of steps to skip because they were done before.
         """
-        order = epoch_order(self._seed, epoch, self.dataset.shard_sizes, weights=self.dataset.weights)
-        batches = rank_batches(order, self._batch_size, self._rank, self._world)[start_step:]
+        batches = self._rank_batches(epoch)[start_step:]
         keys = [(epoch, indices) for indices in batches]
         loaded = self._load_in_workers(keys) if self._workers else self._load_in_process(keys)
-        for indices in batches:
+        for position, indices in enumerate(batches):
             start = time.perf_counter()
             crops = next(loaded)
+            if self._prefetcher is not None:  # after the workers have been forked: no thread may run then
+                if position == 0:
+                    following = first_uses(self._rank_batches(epoch + 1), self.dataset.shard_sizes)[:AHEAD]
+                    uses = first_uses(batches, self.dataset.shard_sizes)
+                    self._prefetcher.plan(uses + [(len(batches) + step, shard) for step, shard in following])
+                self._prefetcher.reach(position)
             yield Batch(crops, indices, time.perf_counter() - start)
+
+    def _rank_batches(self, epoch: int) -> list[np.ndarray]:
+        order = epoch_order(self._seed, epoch, self.dataset.shard_sizes, weights=self.dataset.weights)
+        return rank_batches(order, self._batch_size, self._rank, self._world)
 
     def use_workers_for_gpu(self, processes: int, cores: int) -> None:
         """With ``training.workers: auto``, use workers, as a GPU would wait for this process; before the first epoch.

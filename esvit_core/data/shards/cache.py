@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from esvit_core.data.shards.manifest import Shard
 from esvit_core.errors import UserError
@@ -66,7 +66,8 @@ def size_limit() -> int | None:
 class ShardCache:
     """Cache of shards, named by their content, so that all users of a shard share one file.
 
-    If a download would exceed the size limit, the least recently opened shards are removed first. A shard that a process has
+    A shard is verified after its download; that it is verified is recorded with the size and the time of the file, so that
+    it is verified again only if the file has changed. If a download would exceed the size limit, the least recently opened shards are removed first. A shard that a process has
     open is locked and stays, so shards in use can exceed the limit. A cache may be used from several threads, forked, and
     pickled.
 
@@ -116,27 +117,42 @@ class ShardCache:
             )
         return data
 
+    def fetch(self, uri: str, shard: Shard) -> None:
+        """Download a shard that will be needed, if it is not there; for a thread beside the one that reads.
+
+        Raises:
+            IntegrityError, StoreFull, UserError: as for :meth:`read`.
+        """
+        with self._verified(uri, shard):
+            pass
+
     def _add(self, uri: str, shard: Shard) -> int:
+        with self._verified(uri, shard) as path:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # marks the shard as in use while it is open
+        self._open[shard.sha256] = descriptor
+        self._close_all_but(_OPEN_FILES)
+        return descriptor
+
+    @contextlib.contextmanager
+    def _verified(self, uri: str, shard: Shard) -> Iterator[Path]:
+        """Hold the lock of a shard whose file is there, verified, and the most recently used one."""
         path = self._directory / f"{shard.sha256}.tar"
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with _locked(path):
-                if not _is_valid(path, shard):
+            with _locked(path) as lock:
+                if not _is_recorded(lock, path, shard) and not _is_valid(path, shard):
                     self._download(uri, shard, path)
-                # The least recently opened shard is removed first. The system's own timestamps advance in steps of some
+                # The least recently used shard is removed first. The system's own timestamps advance in steps of some
                 # milliseconds, in which several shards can be opened.
-                now = time.time_ns()
-                os.utime(path, ns=(now, now))
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)  # marks the shard as in use while it is open
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                _record(lock, path)
+                yield path
         except OSError as error:
             raise UserError(
                 f"{self._directory}: cannot store shards ({error.strerror or error}); "
                 f"set {CACHE_VARIABLE} to a writable directory"
             ) from None
-        self._open[shard.sha256] = descriptor
-        self._close_all_but(_OPEN_FILES)
-        return descriptor
 
     def _download(self, uri: str, shard: Shard, path: Path) -> None:
         path.unlink(missing_ok=True)  # an existing file is damaged
@@ -191,7 +207,7 @@ def _cached_shards(directory: Path) -> Iterator[_CachedShard]:
     for path in directory.glob("*.tar"):
         with contextlib.suppress(OSError):  # another process may remove it first
             found = path.stat()
-            yield _CachedShard(found.st_mtime_ns, path, found.st_size)
+            yield _CachedShard(found.st_atime_ns, path, found.st_size)
 
 
 def _remove_unfinished(directory: Path) -> int:
@@ -217,15 +233,42 @@ def _try_remove(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a shard, which one process at a time checks, downloads or removes.
+def _locked(path: Path, wait: bool = True) -> Iterator[TextIO]:
+    """Hold the lock of a shard, which one process at a time checks, downloads or removes; yield the lock's file.
 
     Raises:
         BlockingIOError: another process holds the lock and ``wait`` is false.
     """
-    with path.with_suffix(".lock").open("a") as lock:
+    with path.with_suffix(".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        try:
+            yield lock
+        finally:
+            lock.flush()
+            # Closing the file would not suffice: a process that was forked meanwhile has it open, too.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _stamp(path: Path) -> str:
+    """Return what changes when a file is replaced or written to."""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def _record(lock: TextIO, path: Path) -> None:
+    """Record in the file of its lock that a shard is verified."""
+    lock.seek(0)
+    lock.truncate()
+    lock.write(_stamp(path))
+
+
+def _is_recorded(lock: TextIO, path: Path, shard: Shard) -> bool:
+    """Return whether the shard was verified and its file is the same since."""
+    lock.seek(0)
+    try:
+        return lock.read() == _stamp(path) and path.stat().st_size == shard.bytes
+    except FileNotFoundError:
+        return False
 
 
 def _is_valid(path: Path, shard: Shard) -> bool:

@@ -56,7 +56,8 @@ class ShardDataset:
         self.weights: np.ndarray | None = None
         if (weights := splits[split].weights) is not None:
             self.weights = read_array(store, prefix, weights.file, manifest)
-        self._files = ShardCache(store, cache or default_cache(store))
+        self._store, self._cache = store, cache or default_cache(store)
+        self._files = ShardCache(self._store, self._cache)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -65,6 +66,11 @@ class ShardDataset:
     def shard_sizes(self) -> list[int]:
         """Number of samples in each shard."""
         return [shard.samples for shard in self.shards]
+
+    def fetch_shard(self, number: int) -> None:
+        """Download a shard to the cache if it is not there."""
+        entry = self.shards[number]
+        ShardCache(self._store, self._cache).fetch(entry.address(self.prefix), entry)
 
     def encoded(self, index: int) -> bytes:
         """Return the stored JPEG or PNG."""
