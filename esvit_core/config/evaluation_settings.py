@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from esvit_core.config.section import EXECUTION, Section
+from esvit_core.config.section import ADDED, EXECUTION, Section
+
+_FEW = re.compile(r"([0-9]+|[0-9]+\.[0-9]+(?=%))(%?)")
 
 
 class TransferSet(Section):
@@ -48,6 +51,21 @@ class EvaluationConfig(Section):
     knn_temperature: float = Field(0.07, gt=0, description="Temperature of the weights of the neighbours.")
     linear: LinearConfig = LinearConfig()
     transfer: tuple[TransferSet, ...] = Field((), description="Data sets for the transfer protocol.")
+    few_shot: tuple[str, ...] = Field(
+        (),
+        description="Few-shot settings: images per class, such as 5, or a percentage of the training images, such as 10%; "
+        "each is repeated with five seeds.",
+        json_schema_extra=ADDED,
+    )
+    retrieval: bool = Field(
+        False, description="Measure retrieval: mAP and R@k of the held-out images.", json_schema_extra=ADDED
+    )
+    segmentation: str | None = Field(
+        None,
+        description="Images with masks, on which a linear head on the regions is measured by mIoU: folder, tar, zip or "
+        "s3://bucket/prefix. null: none.",
+        json_schema_extra=ADDED,
+    )
     visualization: int = Field(6, ge=0, description="Number of images in the correspondence and attention figures.")
     correspondence_images: int = Field(256, gt=0, description="Number of images on which correspondence is measured.")
 
@@ -57,6 +75,22 @@ class EvaluationConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"transfer: expected sets with distinct names, got {', '.join(names)}")
         return self
+
+    @field_validator("few_shot", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return tuple(str(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+    @field_validator("few_shot")
+    @classmethod
+    def _possible_numbers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            found = _FEW.fullmatch(item)
+            if found is None or not float(found[1]) > 0 or (found[2] and float(found[1]) > 100):
+                raise ValueError(
+                    f"few_shot: expected images per class, such as 5, or a percentage, such as 10%, got {item}"
+                )
+        return value
 
     @model_validator(mode="after")
     def _distinct_neighbours(self) -> Self:

@@ -135,7 +135,7 @@ def read_subject(store: ObjectStore, run_uri: str, config: Config, name: str) ->
     Raises:
         UserError: the run has no results.
     """
-    places = {"knn": "data", "linear": "data"}
+    places = dict.fromkeys(("knn", "linear", "retrieval", "few-shot", "segmentation"), "data")
     places |= {f"transfer-{s.name}": f"transfer/{s.name}" for s in config.evaluation.transfer}
     found = {evaluation: read_result(store, run_uri, evaluation) for evaluation in places}
     results = {evaluation: result for evaluation, result in found.items() if result is not None}
@@ -204,6 +204,8 @@ def _protocol(name: str, config: Config) -> Mapping[str, Any]:
         return {"evaluation.knn_temperature": evaluation.knn_temperature}
     if name == "linear":
         return {f"evaluation.linear.{key}": value for key, value in evaluation.linear.model_dump(mode="json").items()}
+    if not name.startswith("transfer-"):
+        return {"evaluation.segmentation": evaluation.segmentation} if name == "segmentation" else {}
     chosen = {s.name: s for s in evaluation.transfer}[name.removeprefix("transfer-")]
     return {"metric": chosen.metric}
 

@@ -13,7 +13,8 @@ from esvit_core.evaluation.significance import Difference
 from esvit_core.storage import ObjectStore, join_uri
 
 # Order of the evaluations; unknown ones follow by name.
-_ORDER = ("knn", "linear", "transfer")
+_ORDER = ("knn", "retrieval", "linear", "few-shot", "transfer", "segmentation")
+_MEASURES = {"map": "mAP", "r@1": "R@1", "r@5": "R@5", "r@10": "R@10"}
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
@@ -139,6 +140,16 @@ def label_of(key: str) -> str:
         return f"{rest}-NN" if rest else "k-NN"
     if kind == "linear":
         return f"linear probe, {rest} epoch" if rest else "linear probe"
+    if kind == "retrieval" and rest:
+        return f"retrieval, {_MEASURES.get(rest, rest)}"
+    if kind == "few-shot" and rest:
+        return (
+            f"few-shot, {rest.removesuffix('%')} % of the images"
+            if rest.endswith("%")
+            else f"few-shot, {rest} per class"
+        )
+    if kind == "segmentation":
+        return "segmentation, mIoU"
     return f"transfer to {rest}" if kind == "transfer" and rest else key
 
 
@@ -173,13 +184,20 @@ def _unconverged(models: Sequence[str]) -> str:
 def _expected(config: Config | None) -> list[tuple[str, str]]:
     if config is None:
         return []
-    sets = [s.name for s in config.evaluation.transfer]
-    return [("knn", "knn/20"), ("linear", "linear"), *((f"transfer-{name}", f"transfer/{name}") for name in sets)]
+    evaluation = config.evaluation
+    sets = [s.name for s in evaluation.transfer]
+    optional = [
+        *([("retrieval", "retrieval/map")] if evaluation.retrieval else []),
+        *([("few-shot", f"few-shot/{evaluation.few_shot[-1]}")] if evaluation.few_shot else []),
+        *([("segmentation", "segmentation")] if evaluation.segmentation else []),
+    ]
+    transfer = [(f"transfer-{name}", f"transfer/{name}") for name in sets]
+    return [("knn", "knn/20"), ("linear", "linear"), *transfer, *optional]
 
 
 def _sort_key(result: Mapping[str, Any]) -> tuple[int, str]:
     name = str(result.get("name"))
-    kind = name.partition("-")[0]
+    kind = name if name in _ORDER else name.partition("-")[0]
     return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), name)
 
 

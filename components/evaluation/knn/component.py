@@ -13,7 +13,7 @@ def knn(
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Classify the held-out images by their nearest neighbours among the features (weighted k-NN).
 
-    Writes evaluation/knn.json of the run. For images without labels the result records that
+    Writes evaluation/knn.json of the run, and evaluation/retrieval.json if evaluation.retrieval is set. For images without labels the result records that
     the evaluation was skipped, and why.
 
     Args:
@@ -38,5 +38,13 @@ def knn(
             evaluate_knn(run.uri, run.store, run.config)
 
         log_metrics(metrics, evaluation_metrics(run.once("evaluation/knn.json", measure)))
+        if run.config.evaluation.retrieval:
+
+            def retrieve():
+                from esvit_core.evaluation.retrieval import evaluate_retrieval
+
+                evaluate_retrieval(run.uri, run.store, run.config)
+
+            log_metrics(metrics, evaluation_metrics(run.once("evaluation/retrieval.json", retrieve)))
 
     return (run.at("evaluation/knn.json"),)

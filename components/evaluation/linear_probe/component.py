@@ -14,7 +14,7 @@ def linear_probe(
 ) -> NamedTuple("Outputs", [("result", str)]):
     """Train a linear classifier on the frozen features and measure it on the held-out images.
 
-    Writes evaluation/linear.json of the run. For images without labels the result records that
+    Writes evaluation/linear.json of the run, and evaluation/few-shot.json if evaluation.few_shot names settings. For images without labels the result records that
     the evaluation was skipped, and why.
 
     Args:
@@ -41,6 +41,14 @@ def linear_probe(
 
         result = run.once("evaluation/linear.json", measure)
         log_metrics(metrics, evaluation_metrics(result))
+        if run.config.evaluation.few_shot:
+
+            def measure_few():
+                from esvit_core.evaluation.few_shot import evaluate_few_shot
+
+                evaluate_few_shot(run.uri, run.store, run.config)
+
+            log_metrics(metrics, evaluation_metrics(run.once("evaluation/few-shot.json", measure_few)))
         # KFP keeps a confusion matrix among an artifact's metadata, which has to stay small.
         if result.get("confusion") and len(result["classes"]) <= 100:
             confusion.log_confusion_matrix(result["classes"], result["confusion"])

@@ -16,7 +16,8 @@ def transfer(
 
     The strength of the L2 penalty is searched on held-out images, as in the paper. The sets of the run's configuration
     (evaluation.transfer) are evaluated in turn. The step writes evaluation/transfer-<set>.json of the run once per set,
-    so a repeated step continues with the next set.
+    so a repeated step continues with the next set. If evaluation.segmentation names images with masks, it also writes
+    evaluation/segmentation.json.
 
     Args:
         run_uri: The run, s3://bucket/runs/name.
@@ -43,6 +44,14 @@ def transfer(
                 evaluate_transfer(run.uri, run.store, run.config, name)
 
             log_metrics(metrics, evaluation_metrics(run.once(f"evaluation/transfer-{name}.json", measure)))
+        if run.config.evaluation.segmentation is not None:
+
+            def segment():
+                from esvit_core.evaluation.segmentation import evaluate_segmentation
+
+                evaluate_segmentation(run.uri, run.store, run.config)
+
+            log_metrics(metrics, evaluation_metrics(run.once("evaluation/segmentation.json", segment)))
         log_metrics(metrics, {})
         if not names:
             print("nothing to do: the run has no transfer sets", flush=True)
