@@ -30,6 +30,18 @@ class BucketStore(ObjectStore):
         return f"s3://{self.bucket}/{key}"
 
 
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Restore torch's settings, because a training makes torch deterministic for the whole process."""
+    import torch  # not by every test
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
     """A real S3 server, one for all tests."""

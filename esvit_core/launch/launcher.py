@@ -80,15 +80,19 @@ def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
     conclude(store, run_uri, outcome)
 
 
-def divide_cores(config: Config) -> tuple[int, int]:
+def divide_cores(config: Config, use_gpus: bool = True) -> tuple[int, int]:
     """Return the number of processes on this machine and the threads of each; together they use every core once.
 
     ``training.processes`` "auto" is one per GPU, otherwise one per core up to 2. The number always divides the batch,
     because the process with the largest share would slow down the others.
+
+    Args:
+        config: configuration of the run.
+        use_gpus: whether the processes may use this machine's GPUs.
     """
     cores, batch_size, wanted = available_cores(), config.training.batch_size, config.training.processes
     if wanted == "auto":
-        most = _gpus() or min(cores, 2)
+        most = (_gpus() if use_gpus else 0) or min(cores, 2)
         processes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
     else:
         processes = wanted

@@ -83,7 +83,7 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
     Raises:
         UserError: a process fails.
     """
-    processes, threads = divide_cores(config)
+    processes, threads = divide_cores(config, use_gpus=False)
     share = -(-config.training.batch_size // processes)
     most = min(share, config.training.max_images_per_process or share)
     larger = int(min(most, max(4, MAX_FLOPS // flops)))
@@ -151,7 +151,7 @@ def main(recipe: str, steps: str, *sizes: str) -> None:
     keep_freed_memory()
     if config.training.deterministic:
         make_deterministic()
-    world = init_world()
+    world = init_world(use_gpus=False)
     seconds, memory = [], []
     for images in map(int, sizes):
         batch_size = images * world.size

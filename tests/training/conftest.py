@@ -64,16 +64,6 @@ def assembled() -> Callable[..., TrainState]:
     return assemble_micro
 
 
-@pytest.fixture
-def torch_settings() -> Iterator[None]:
-    """Restore torch's settings, because a training makes torch deterministic for the whole process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
 class StopAfter(StopRequest):
     """Requests a stop after ``requested`` has been read ``steps`` times."""
 

@@ -144,3 +144,6 @@ def test_processes_and_threads_use_every_core_once(monkeypatch: pytest.MonkeyPat
     assert divided(2, processes=2, batch_size=63) == (2, 1)  # but may be told to: 31 and 32
     with pytest.raises(UserError, match=r"expected at least training\.processes, 2"):
         divided(2, processes=2, batch_size=1)
+    monkeypatch.setattr(launch, "_gpus", lambda: 4)
+    assert divided(8) == (4, 2)
+    assert divide_cores(Config(), use_gpus=False) == (2, 4)

@@ -7,6 +7,7 @@ backward pass: a third of all saved activations in Swin. The recomputed values a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +24,12 @@ def checkpoint_activation(function: Callable[[Tensor], Tensor], x: Tensor, then:
         function: deterministic function of ``x`` alone, such as a norm or an activation. Memory is only saved if ``x``
             itself is saved for the backward pass, by ``function`` or by another layer.
         x: argument of ``function``.
-        then: one or more layers.
+        then: one or more layers, of which the first is a linear one.
     """
+    if (dtype := _autocast_dtype(x.device)) is not None:
+        activation = function
+        # Autocast would cast the float32 output of a norm within `then`, and save that copy, which is not y.
+        function = lambda t: activation(t).to(dtype)  # noqa: E731
     y = function(x)
     # If hooks are set already, the whole block is checkpointed and saves nothing.
     if not y.requires_grad or torch.compiler.is_compiling() or hooks_on_saved_tensors():
@@ -42,8 +47,19 @@ def checkpoint_activation(function: Callable[[Tensor], Tensor], x: Tensor, then:
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        with torch.no_grad():
+        autocast = torch.autocast(argument.device.type, dtype) if dtype is not None else nullcontext()
+        with torch.no_grad(), autocast:
             return function(argument).view(packed)
 
     with saved_tensors_hooks(pack, unpack):
         return then(y)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype to which autocast casts the input of a linear layer on a GPU; None on a CPU or without autocast.
+
+    On a CPU the kernels of the following layers are chosen by the dtype of their input.
+    """
+    if device.type == "cpu" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -141,7 +141,7 @@ def _cuda_problem() -> str:
     return "it finds no GPU"
 
 
-def init_world(patience: float = 0.0) -> World:
+def init_world(patience: float = 0.0, use_gpus: bool = True) -> World:
     """Initialize the process group of the processes that torchrun has started; without torchrun, of this one alone.
 
     The backend is NCCL between GPUs and gloo between CPUs. The rendezvous is at ``MASTER_ADDR``, or in a file on a
@@ -149,11 +149,12 @@ def init_world(patience: float = 0.0) -> World:
 
     Args:
         patience: seconds added to the time limit of collectives, because rank 0 may wait for the store.
+        use_gpus: whether each process computes on a GPU if torch can use one.
     """
     timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=patience)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if use_gpus and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if size == 1:
