@@ -14,7 +14,9 @@ from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.storage import ObjectStore
 
-# Values per chunk of similarities or votes: 16 M float32 take 64 MB.
+# Queries and features of the bank that are compared at once: 2 M similarities in float32 take 8 MB.
+_QUERIES, _BANK = 128, 16_384
+# Values per chunk of votes: 16 M float32 take 64 MB.
 _CHUNK_VALUES = 1 << 24
 
 Array = np.ndarray | torch.Tensor
@@ -66,20 +68,36 @@ def rank_classes(
     Returns:
         For each ``k`` the classes, most votes first, (M, min(5, classes)).
     """
-    bank, queries, labels = _normalised(train), _normalised(test), _labels(train_labels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank, queries, labels = _normalised(train, device), _normalised(test, device), _labels(train_labels).to(device)
     if not len(bank) or not len(queries):
         raise ValueError(f"k-NN needs at least one training and one test feature, got {len(bank)} and {len(queries)}")
-    rows = max(1, _CHUNK_VALUES // max(len(bank), classes))
     rankings: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
-    for part in queries.split(rows):
-        nearest = (part @ bank.T).topk(min(max(ks), len(bank)))  # (M', k)
+    for part in queries.split(max(1, min(_QUERIES, _CHUNK_VALUES // classes))):
+        cosines, nearest = _nearest(part, bank, min(max(ks), len(bank)))  # (M', k)
         # The common factor exp(-largest cosine / temperature) changes no rank and avoids overflow at low temperatures.
-        weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()  # (M', k)
-        neighbor_labels = labels[nearest.indices]  # (M', k)
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # (M', k)
+        neighbor_labels = labels[nearest]  # (M', k)
         for k in ks:
-            votes = torch.zeros(len(part), classes).scatter_add_(1, neighbor_labels[:, :k], weights[:, :k])  # (M', C)
-            rankings[k].append(votes.argsort(dim=1, descending=True, stable=True)[:, :5])
+            votes = torch.zeros(len(part), classes, device=device)
+            votes.scatter_add_(1, neighbor_labels[:, :k], weights[:, :k])  # (M', C)
+            rankings[k].append(votes.argsort(dim=1, descending=True, stable=True)[:, :5].cpu())
     return {k: torch.cat(parts) for k, parts in rankings.items()}
+
+
+def _nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosines and the positions of the k features of the bank that are nearest to each query, (M', k) each."""
+    best: tuple[torch.Tensor, torch.Tensor] | None = None
+    for number, block in enumerate(bank.split(_BANK)):
+        cosines, positions = (queries @ block.T).topk(min(k, len(block)))
+        positions += number * _BANK
+        if best is not None:
+            both = torch.cat([best[0], cosines], dim=1)
+            cosines, order = both.topk(min(k, both.shape[1]))
+            positions = torch.cat([best[1], positions], dim=1).gather(1, order)
+        best = cosines, positions
+    assert best is not None
+    return best
 
 
 def ranking_accuracy(ranking: torch.Tensor, test_labels: Array) -> tuple[float, float]:
@@ -120,8 +138,8 @@ def measure_knn(task: Task | str, config: Config) -> Result:
     return keep_outcomes(result, pack_outcomes(task.held_out, correct))
 
 
-def _normalised(features: Array) -> torch.Tensor:
-    return F.normalize(torch.as_tensor(features).float(), dim=1)
+def _normalised(features: Array, device: torch.device) -> torch.Tensor:
+    return F.normalize(torch.as_tensor(features).float().to(device), dim=1)
 
 
 def _labels(labels: Array) -> torch.Tensor:

@@ -55,11 +55,12 @@ def test_several_k_at_once_are_those_one_by_one():
         assert ranking_accuracy(ranking, truth) == weighted_knn(train, labels, test, truth, k, 0.07)
 
 
-def test_chunks_do_not_change_the_ranking(monkeypatch):
+def test_blocks_do_not_change_the_ranking(monkeypatch):
     rng = np.random.default_rng(1)
     train, test, labels = rng.standard_normal((30, 4)), rng.standard_normal((17, 4)), rng.integers(0, 6, 30)
     whole = rank_classes(train, labels, test, (5,), 0.07, classes=6)[5]
-    monkeypatch.setattr("esvit_core.evaluation.knn._CHUNK_VALUES", 90)
+    monkeypatch.setattr("esvit_core.evaluation.knn._QUERIES", 4)
+    monkeypatch.setattr("esvit_core.evaluation.knn._BANK", 7)  # the last block has fewer than k
     assert torch.equal(rank_classes(train, labels, test, (5,), 0.07, classes=6)[5], whole)
 
 
