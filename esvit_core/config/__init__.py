@@ -96,6 +96,12 @@ class DataConfig(Section):
         "first three.",
         json_schema_extra=ADDED,
     )
+    drop_duplicates: Literal["none", "exact", "near"] = Field(
+        "none",
+        description="Images of which only the first is stored, training images first. exact: files with the same content; "
+        "near: images that look alike, too (needs imagehash: the extra esvit[duplicates]).",
+        json_schema_extra=ADDED,
+    )
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None,
         min_length=1,

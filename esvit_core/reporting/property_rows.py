@@ -13,6 +13,7 @@ from esvit_core.reporting.run_records import RunRecords
 from esvit_core.runs.training_summary import TrainingSummary
 
 _AUGMENTATION = {"dino": "colour jitter, greyscale, blur, solarisation", "deit": "RandAugment, random erasing"}
+_MODES = 6  # formats that are named
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
 
 
@@ -76,7 +77,9 @@ def data_rows(records: RunRecords) -> list[Property]:
     rows.append(Property("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (unlabelled)"))
     shards = sum(len(split.shards) for split in splits.values())
     rows.append(Property("stored", f"{size(manifest.bytes)} in {shards:,} {_plural(shards, 'shard')}"))
+    rows += _statistics_rows(records.statistics) if records.statistics else []
     counts = {
+        "duplicates, dropped (data.drop_duplicates)": manifest.dropped,
         "re-encoded (shrunk, rotated, ...)": manifest.reencoded,
         "bad files": manifest.bad.count,
         "duplicates of another image, kept": manifest.copies,
@@ -85,6 +88,46 @@ def data_rows(records: RunRecords) -> list[Property]:
         "not selected (data.max_images)": manifest.not_chosen,
     }
     return rows + [Property(name, f"{count:,}") for name, count in counts.items() if count or name == "bad files"]
+
+
+def _statistics_rows(found: dict[str, Any]) -> list[Property]:
+    """Build the rows of the statistics of the images."""
+    rows = []
+    if found["width"]:
+        sides = [
+            f"{name} {s['min']:,} to {s['max']:,}, median {s['median']:,}"
+            for name in ("width", "height")
+            if (s := found[name])
+        ]
+        rows.append(Property("sizes, pixels", "; ".join(sides)))
+        aspect = found["aspect"]
+        rows.append(
+            Property("width / height", f"{aspect['min']:.2f} to {aspect['max']:.2f}, median {aspect['median']:.2f}")
+        )
+        modes = [f"{mode} ({count:,})" for mode, count in found["modes"].items()]
+        rows.append(Property("formats", ", ".join(modes[:_MODES]) + (", ..." if len(modes) > _MODES else "")))
+        rows.append(Property("mean color", "RGB {:.0f}, {:.0f}, {:.0f} of 255".format(*found["color"])))
+    if classes := found["per_class"]:
+        rows.append(
+            Property(
+                "training images per class", f"{classes['min']:,} to {classes['max']:,}, median {classes['median']:,}"
+            )
+        )
+    for key, name in (("duplicates", "identical images"), ("near_duplicates", "images that look alike")):
+        if "left_out" in found[key]:
+            rows.append(Property(name, f"not counted: {found[key]['left_out']}"))
+        else:
+            groups = found[key]["groups"]
+            text = f"{found[key]['images']:,} in {groups:,} {_plural(groups, 'group')}" if groups else "none"
+            rows.append(Property(name, text))
+    overlap = found["overlap"]
+    rows.append(
+        Property(
+            "held-out images that are also training images",
+            f"{overlap['identical']:,} identical, {overlap['alike']:,} that look alike",
+        )
+    )
+    return rows
 
 
 def lineage_rows(records: RunRecords) -> list[Property]:

@@ -18,6 +18,7 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.significance import interval_text
 from esvit_core.reporting import property_rows, verdict
 from esvit_core.reporting.classes import class_table
+from esvit_core.reporting.contact_sheet import Thumbnail, draw_contact_sheet, draw_duplicates
 from esvit_core.reporting.images import figure_uri
 from esvit_core.reporting.interval_bar import interval_bar, scale_limit
 from esvit_core.reporting.result_rows import Row, label_of, percent, result_rows, set_rows, typeset
@@ -81,14 +82,20 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
         StoreUnavailable, StoreRefused: the store cannot be read or written.
     """
     records = read_run_records(run_uri, store, config)
-    html = render(records, _samples(records, store), *_drawings(records, store))
+    sheet, duplicates = _contact_sheet(records, store)
+    html = render(records, _samples(records, store), *_drawings(records, store), sheet, duplicates)
     store.put_bytes(join_uri(run_uri, REPORT), html.encode(), content_type="text/html; charset=utf-8")
     _record_verdict(records, store)
     return html
 
 
 def render(
-    records: RunRecords, samples: list[Sample] | str, drawings: list[Drawing], drawings_missing: list[tuple[str, str]]
+    records: RunRecords,
+    samples: list[Sample] | str,
+    drawings: list[Drawing],
+    drawings_missing: list[tuple[str, str]],
+    sheet: Sequence[Thumbnail] = (),
+    duplicates: Sequence[Sequence[Thumbnail]] = (),
 ) -> str:
     """Render the page.
 
@@ -96,6 +103,8 @@ def render(
         samples: images with their crops, or the reason why there are none.
         drawings: figures of correspondence and attention.
         drawings_missing: missing figures, and the reasons.
+        sheet: small training images.
+        duplicates: groups of images that are identical or look alike.
     """
     rows = result_rows(records.results)
     measured = [row for row in rows if row.trained is not None]
@@ -132,6 +141,8 @@ def render(
             classes_counted=_classes_counted(records),
             splits=_split_names(records),
             samples=samples,
+            sheet=sheet,
+            duplicates=duplicates,
             crop_sizes=(crops.global_crops.size, max((kind.size for kind in crops.local_kinds), default=0)),
             bad=bad,
             training_rows=property_rows.training_rows(training, log) if training else [],
@@ -214,6 +225,19 @@ def _samples(records: RunRecords, store: ObjectStore) -> list[Sample] | str:
         raise
     except UserError as error:
         return str(error)
+
+
+def _contact_sheet(records: RunRecords, store: ObjectStore) -> tuple[list[Thumbnail], list[list[Thumbnail]]]:
+    manifest = records.manifest.value
+    if manifest is None or "train" not in manifest.splits or not manifest.splits["train"].samples:
+        return [], []
+    try:
+        duplicates = draw_duplicates(store, records.run_uri, records.statistics) if records.statistics else []
+        return draw_contact_sheet(store, records.run_uri), duplicates
+    except (StoreUnavailable, StoreRefused):
+        raise
+    except UserError:
+        return [], []  # the section "Images and their crops" gives the reason
 
 
 def _drawings(records: RunRecords, store: ObjectStore) -> tuple[list[Drawing], list[tuple[str, str]]]:

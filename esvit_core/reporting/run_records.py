@@ -54,6 +54,7 @@ class RunRecords:
 
     Attributes:
         existing: address of the existing backbone that the run evaluates; None if it trains one.
+        statistics: of the images, see :mod:`esvit_core.data.ingest.statistics`; None: an older version prepared them.
     """
 
     run_uri: str
@@ -69,6 +70,7 @@ class RunRecords:
     versions: dict[str, str]
     commit: str | None
     existing: str | None = None
+    statistics: dict[str, Any] | None = None
 
     @property
     def run_id(self) -> str:
@@ -115,6 +117,7 @@ def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRec
         versions=(training.value.versions if training.value else {}) or versions(),
         commit=source_commit(),
         existing=str(measured["backbone"]) if measured else None,
+        statistics=_record(lambda: _statistics(store, run_uri), "").value,
     )
 
 
@@ -162,6 +165,12 @@ def _record(read: Callable[[], T | None], absent: str) -> Record[T]:
 def _published(store: ObjectStore, run_uri: str, folder: str, name: str) -> dict[str, Any] | None:
     prefix = join_uri(run_uri, folder)
     return store.get_json(join_uri(prefix, name)) if store.read_manifest(prefix) is not None else None
+
+
+def _statistics(store: ObjectStore, run_uri: str) -> dict[str, Any] | None:
+    data = join_uri(run_uri, "data")
+    name = Manifest.read(store, data).statistics
+    return None if name is None else dict(store.get_json(join_uri(data, name)))
 
 
 def _bad_files(store: ObjectStore, run_uri: str) -> list[BadFile]:

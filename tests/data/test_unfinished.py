@@ -155,7 +155,9 @@ def test_a_preparation_resumes_wherever_it_was_killed(store, source, run, tmp_pa
     undisturbed, all_files = run("undisturbed")
     shards = [shard for split in undisturbed.splits.values() for shard in split.shards]
     assert len(shards) >= 5 and len(all_files) == 20
-    puts = 2 * len(shards) + len(undisturbed.splits) + 3  # shards with their records; indexes, two lists, the manifest
+    puts = (
+        2 * len(shards) + len(undisturbed.splits) + 4
+    )  # shards with their records; indexes, two lists, statistics, the manifest
     assert kill_at_put(store, source, "whole", puts + 1) == 0
     for number in range(1, puts + 1):
         at = f"killed{number}"

@@ -268,7 +268,7 @@ def test_the_page_is_sound_and_accessible(page):
 def test_the_data_are_described(finished_run, shared_store, page):
     splits = Manifest.read(shared_store, f"{finished_run.uri}/data").splits
     counts = f"training images {splits['train'].samples} held-out images {splits['val'].samples}"
-    for message in (counts, "classes 3", "bad files 6", "clipart"):
+    for message in (counts, "classes 3", "bad files 6", "clipart", "sizes, pixels", "mean color", "identical images"):
         assert message in output(page)
     names = next(row for row in page.rows if "empty.jpg" in row[-1])
     assert names[1] == "3"

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.deep_pixels import is_deep, is_dicom, is_tiff, read_deep, read_dicom, read_raw, read_tiff
+from esvit_core.data.ingest.image_facts import ImageFacts, facts_of
 from esvit_core.data.ingest.optional_formats import RAW_SUFFIXES, register_formats
 from esvit_core.data.ingest.pixels import (
     PixelError,
@@ -31,6 +32,7 @@ from esvit_core.data.ingest.pixels import (
 # Pillow's formats that are accepted. Some of the others run programs (EPS) or fetch files that they name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 _LOSSY = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF", "JXL"})
+_DTYPES = {"F": "f4", "I": "i4"}  # of Pillow's modes; 16 bits in all others that are deep
 _JPEG_QUALITY = 95
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright
 _TRANSPOSITIONS = {
@@ -72,12 +74,14 @@ class StoredImage:
         reencoded: whether the bytes differ from the file's.
         odd: what a user should know about the image, in words: ``dark``, ``bright`` (nearly black or white), ``bands``,
             ``frames`` (others are left out), ``reduced`` (a package is missing that reads all of it).
+        facts: its size, color and the like.
     """
 
     data: bytes
     suffix: str
     reencoded: bool
     odd: tuple[str, ...] = ()
+    facts: ImageFacts | None = None
 
 
 class DeepImage:
@@ -86,15 +90,16 @@ class DeepImage:
     Attributes:
         pixels: as decoded.
         odd: see :class:`StoredImage`.
+        format: name of the file's format.
     """
 
-    def __init__(self, pixels: Pixels, odd: tuple[str, ...] = ()) -> None:
-        self.pixels, self.odd = pixels, odd
+    def __init__(self, pixels: Pixels, odd: tuple[str, ...] = (), format: str = "") -> None:
+        self.pixels, self.odd, self.format = pixels, odd, format
 
     @classmethod
-    def of(cls, image: Image.Image) -> DeepImage:
+    def of(cls, image: Image.Image, format: str) -> DeepImage:
         """Return an 8-bit image, whose bands can be chosen."""
-        return cls(Pixels(np.asarray(image)))
+        return cls(Pixels(np.asarray(image)), format=format)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -144,11 +149,13 @@ def to_stored_image(
     with _opened(data, max_megapixels, ending) as image:
         _require_size(*image.size, max_megapixels, max_aspect_ratio)
         if isinstance(image, DeepImage):
-            return _encode(image.plain(pixels), short_side, lossy=False, odd=image.odd)
+            mode = f"{image.format} {kind_of(image.pixels.values)}"
+            return _encode(image.plain(pixels), short_side, False, image.odd, image.size, mode)
         fits = short_side is None or min(image.size) <= short_side
         if fits and pixels.bands is None and _is_plain(image, data) and (decoded := _decode(image, data)) is not None:
             odd = looks_empty(decoded)
-            return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False, (odd,) if odd else ())
+            facts = facts_of(decoded, image.size, f"{image.format} {image.mode}")
+            return StoredImage(data, "jpg" if image.format == "JPEG" else "png", False, (odd,) if odd else (), facts)
     with _opened(data, max_megapixels, ending) as image:  # decoding has consumed the first one
         return _reencode(image, data, short_side, pixels)
 
@@ -211,12 +218,12 @@ def _opened(data: bytes, max_megapixels: float, ending: str) -> Iterator[Image.I
     try:
         limit = max_megapixels * 1e6
         if ending in RAW_SUFFIXES:
-            yield DeepImage.of(read_raw(data, limit))
+            yield DeepImage.of(read_raw(data, limit), "RAW")
         elif is_dicom(data):
             found, several = read_dicom(data, limit)
-            yield DeepImage(found, ("frames",) if several else ())
+            yield DeepImage(found, ("frames",) if several else (), "DICOM")
         elif (image := _open(data)) is None:
-            yield DeepImage(read_tiff(data, limit))
+            yield DeepImage(read_tiff(data, limit), format="TIFF")
         else:
             with image:
                 yield image
@@ -289,6 +296,7 @@ def _reencode(
     assert isinstance(image, Image.Image)
     lossy = image.format in _LOSSY
     odd: list[str] = []
+    size = image.size
     if short_side is not None and image.format == "JPEG" and image.mode in ("RGB", "L") and pixels.bands is None:
         # Decode at 1/2, 1/4 or 1/8 of the size if that is still at least twice the wanted size.
         image.draft(None, (2 * short_side, 2 * short_side))
@@ -305,7 +313,19 @@ def _reencode(
     plain = plain if turn is None else plain.transpose(turn)
     if _has_frames(image):
         odd.append("frames")
-    return _encode(plain, short_side, lossy, odd)
+    mode = f"{image.format} {kind if (kind := _depth(image, data)) else image.mode}"
+    return _encode(plain, short_side, lossy, odd, size, mode)
+
+
+def _depth(image: Image.Image, data: bytes) -> str:
+    """Return the type of deep pixels; empty for 8 bits."""
+    if image.format == "PNG" and data[24] == 16:
+        return "16-bit"
+    return (
+        ""
+        if not (image.mode == "F" or image.mode.startswith("I"))
+        else kind_of(np.empty(0, _DTYPES.get(image.mode, "u2")))
+    )
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -318,20 +338,23 @@ def _has_frames(image: Image.Image) -> bool:
         return False
 
 
-def _encode(plain: Image.Image, short_side: int | None, lossy: bool, odd: Iterable[str]) -> StoredImage:
+def _encode(
+    plain: Image.Image, short_side: int | None, lossy: bool, odd: Iterable[str], size: tuple[int, int], mode: str
+) -> StoredImage:
     if short_side is not None and min(plain.size) > short_side:
         scale = short_side / min(plain.size)
         width, height = (max(1, round(side * scale)) for side in plain.size)
         plain = plain.resize((width, height), Image.Resampling.BICUBIC)
     empty = looks_empty(np.asarray(plain))
     found = (*odd, *([empty] if empty else []))
+    facts = facts_of(plain, size, mode)
     file = io.BytesIO()
     if lossy:
         plain.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-        return StoredImage(file.getvalue(), "jpg", True, found)
+        return StoredImage(file.getvalue(), "jpg", True, found, facts)
     plain.info.clear()  # color profiles and comments
     plain.save(file, "PNG")
-    return StoredImage(file.getvalue(), "png", True, found)
+    return StoredImage(file.getvalue(), "png", True, found, facts)
 
 
 def _bands_of(image: Image.Image) -> Pixels:

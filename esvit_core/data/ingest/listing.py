@@ -21,7 +21,8 @@ from esvit_core.storage import ObjectStore
 LISTING = "images.jsonl.gz"
 # If the dates of nearly all files differ, the source is a copy; reading this many of them is enough to make sure.
 _COPY_SAMPLE, _COPY_SHARE = 1000, 0.9
-FileStatus = Literal["train", "val", "test", "bad", "unreadable", "skipped", "ignored"]
+_UNKNOWN = (("width", 0), ("height", 0))
+FileStatus = Literal["train", "val", "test", "bad", "unreadable", "skipped", "ignored", "duplicate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class File:
         stamp: changes with the content, as far as a listing can show.
         status: the split in which the image is stored; ``bad``: not an image; ``unreadable``: could not be read;
             ``skipped``: not chosen, or outside the folders that are used; ``ignored``: by its content another kind of
-            file; None: not decided yet.
+            file; ``duplicate``: left out because of another image; None: not decided yet.
         digest: of the content, 32 hexadecimal digits; empty if the file was not read.
         reason: why it was not stored.
         odd: what a user should know about the image, see :class:`~esvit_core.data.ingest.decode.StoredImage`, in words.
+        width, height, mode, color, look: of a stored image, see :class:`~esvit_core.data.ingest.image_facts.ImageFacts`.
     """
 
     name: str
@@ -47,6 +49,11 @@ class File:
     digest: str = ""
     reason: str = ""
     odd: str = ""
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    color: str = ""
+    look: str = ""
 
     @property
     def split(self) -> SplitName | None:
@@ -189,7 +196,12 @@ def compare(before: Iterable[File], now: Iterable[File]) -> Difference:
 
 def encode_listing(files: Iterable[File]) -> bytes:
     """Encode a listing as an object's content; the same files give the same bytes."""
-    lines = ("".join((json.dumps({k: v for k, v in asdict(f).items() if v not in (None, "")}), "\n")) for f in files)
+    lines = (
+        "".join(
+            (json.dumps({k: v for k, v in asdict(f).items() if v not in (None, "") and (k, v) not in _UNKNOWN}), "\n")
+        )
+        for f in files
+    )
     return gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0)
 
 

@@ -19,15 +19,18 @@ from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import IngestPlan, no_images
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import LISTING, File, encode_listing
+from esvit_core.data.ingest.near_duplicates import SeenImages
 from esvit_core.data.ingest.pixels import Scale
 from esvit_core.data.ingest.source_lists import part_of_name
 from esvit_core.data.ingest.source_summary import describe_odd_images
+from esvit_core.data.ingest.statistics import describe_statistics, image_statistics
 from esvit_core.data.ingest.unfinished import FileResult, UnfinishedPreparation
 from esvit_core.data.loading.sampler import weighted_length
 from esvit_core.data.shards.format import ShardWriter
 from esvit_core.data.shards.manifest import BadFiles, Manifest, StoredFile, Weights, content_addressed_name
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage.json_text import encode_json
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Preparation:
     Attributes:
         existing: sizes of the objects below the destination at the start, by name.
         known: results of an unfinished preparation, by file name.
+        dropped: number of images that were left out because of ``data.drop_duplicates``.
+        seen: the stored images, to recognize their duplicates; None: duplicates are kept.
         scales: values that become black and white in images of more than 8 bits, by the type of their pixels.
         pending, pending_bad: files whose record is not stored yet: images in the current shard, and bad files.
         ignored: numbers of files that are no images, by kind.
@@ -63,9 +68,20 @@ class Preparation:
     scales: dict[str, Scale] = field(default_factory=dict)
     reencoded: int = 0
     copies: int = 0
+    dropped: int = 0
+    seen: SeenImages | None = field(init=False)
     writers: dict[SplitName, ShardWriter] = field(default_factory=dict)
     content: dict[SplitName, hashlib._Hash] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        drop = self.config.drop_duplicates
+        self.seen = None if drop == "none" else SeenImages(near=drop == "near")
+
+    def remember(self, file: File) -> None:
+        """Remember a stored image, if later duplicates of it are to be dropped."""
+        if self.seen is not None:
+            self.seen.add(file.name, file.digest, file.look)
 
     def uri(self, name: str) -> str:
         """Return the address of an object below the destination."""
@@ -100,6 +116,8 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
     lines = (json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in bad)
     bad_list = _put(job, "bad_files.jsonl", "".join(lines).encode())
     listing = _put(job, LISTING, encode_listing(_files(job)))
+    statistics = image_statistics(job.processed.values(), splits["train"].per_class)
+    found = _put(job, "statistics.json", encode_json(statistics))
     shards = [shard for split in splits.values() for shard in split.shards]
     before = job.base.manifest if job.base else None
     prints = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(job.content.items()))
@@ -114,7 +132,13 @@ def build_manifest(job: Preparation, fingerprint: str) -> Manifest:
         bytes=sum(shard.bytes for shard in shards),
         considered=len(job.plan.files) - job.plan.not_chosen - (job.ignored.total() - sum(job.plan.ignored.values())),
         bad=BadFiles(count=len(bad), reasons=reasons, list=bad_list),
-        reading=[*job.plan.messages, *describe_odd_images(job.processed.values())],
+        reading=[
+            *job.plan.messages,
+            *describe_odd_images(job.processed.values()),
+            *describe_statistics(statistics),
+        ],
+        statistics=found,
+        dropped=job.dropped,
         intensity=job.scales,
         ignored=job.ignored.total(),
         ignored_kinds=dict(sorted(job.ignored.items())),

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from esvit_core.data.ingest.archives import FileReadError
 from esvit_core.data.ingest.changes import hash_touched_entries, scanned_entries, warn_of_edits
 from esvit_core.data.ingest.decode import BadImage, StoredImage, to_stored_image
 from esvit_core.data.ingest.file_kinds import suffix
+from esvit_core.data.ingest.image_facts import can_compare_looks
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import Candidate, plan_ingest
 from esvit_core.data.ingest.intensity_scale import describe_scales, find_scales
@@ -29,7 +30,6 @@ from esvit_core.data.ingest.preparation import Preparation, build_manifest, chec
 from esvit_core.data.ingest.publish_manifest import find_data, objects_below, publish_data
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.source_lists import require_weights
-from esvit_core.data.ingest.source_summary import describe_odd_images
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
 from esvit_core.data.ingest.unfinished import (
     FileResult,
@@ -40,6 +40,7 @@ from esvit_core.data.ingest.unfinished import (
 )
 from esvit_core.data.shards.format import Sample, ShardWriter
 from esvit_core.data.shards.manifest import Manifest, Shard
+from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.disk import explain_full_temporary_disk
@@ -87,6 +88,8 @@ def prepare(
         StoreFull: a disk is full.
     """
     require_weights(source, config)
+    if config.drop_duplicates == "near" and not can_compare_looks():
+        raise UserError("data.drop_duplicates=near: needs imagehash; install the extra esvit[duplicates]")
     with contextlib.ExitStack() as stack:
         # Folders and prefixes are opened immediately, archives only if they have to be read.
         opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None
@@ -119,7 +122,7 @@ def prepare(
             job.scales = before.scales
             _store_images(job, fresh=True)
         manifest = publish_data(store, destination, build_manifest(job, fingerprint), job.written)
-    for line in describe_odd_images(job.processed.values()):
+    for line in manifest.reading[len(job.plan.messages) :]:
         print(f"prepare: {line}", flush=True)
     print(f"prepare: {manifest.describe()}", flush=True)
     return manifest
@@ -178,6 +181,10 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
                 job.pending_bad.append(_set_status(job, candidate, status, digest, reason=str(image)))
                 if len(job.bad) >= _CHECK_BAD_SHARE_AFTER:
                     check_bad_share(job)
+            elif (kept := _duplicate_of(job, digest, image)) is not None:
+                job.dropped += 1
+                file = _set_status(job, candidate, "duplicate", digest, reason=f"duplicate of {kept}")
+                job.pending_bad.append(file)
             else:
                 split = _assign_split(job, split_of_digest, digest, candidate)
                 _write(job, candidate, split, digest, image, Path(folder))
@@ -198,6 +205,7 @@ def _reuse_base(job: Preparation, split_of_digest: dict[str, SplitName], folder:
             name = job.class_name(job.plan.labels[file.name])
             job.content[split].update(f"{number:09d}\0{name}\0{file.digest}\n".encode())
             split_of_digest.setdefault(file.digest, split)
+            job.remember(file)
             job.processed[file.name] = file
 
 
@@ -239,6 +247,9 @@ def _replay(
     if file.status == "ignored":
         job.ignore(file.name)
         return
+    if file.status == "duplicate":
+        job.dropped += 1
+        return
     if file.split is None:
         job.bad.append((file.name, file.reason))
         return
@@ -251,6 +262,7 @@ def _replay(
     except ValueError:
         raise StaleProgressError from None
     _update_content_digest(job, split, known.number, candidate.label, known.stored)
+    job.remember(file)
     job.reencoded += known.reencoded
 
 
@@ -295,7 +307,8 @@ def _write(
     stored = hashlib.sha256(image.data).hexdigest()
     _update_content_digest(job, split, number, candidate.label, stored)
     job.reencoded += image.reencoded
-    file = _set_status(job, candidate, split, digest, odd=" ".join(image.odd))
+    file = _set_status(job, candidate, split, digest, image=image)
+    job.remember(file)
     job.pending[split].append(FileResult(file, number, stored, image.reencoded, writer.last_row))
 
 
@@ -313,11 +326,27 @@ def _new_writer(
     return writer
 
 
+def _duplicate_of(job: Preparation, digest: str, image: StoredImage) -> str | None:
+    """Return the name of a stored image that makes this one superfluous; None if it is to be stored."""
+    if job.seen is None:
+        return None
+    return job.seen.find(digest, image.facts.look if image.facts else "")
+
+
 def _set_status(
-    job: Preparation, candidate: Candidate, status: FileStatus, digest: str = "", reason: str = "", odd: str = ""
+    job: Preparation,
+    candidate: Candidate,
+    status: FileStatus,
+    digest: str = "",
+    reason: str = "",
+    image: StoredImage | None = None,
 ) -> File:
     entry = candidate.entry
-    file = job.processed[entry.name] = File(entry.name, entry.size, entry.stamp, status, digest, reason, odd)
+    file = File(entry.name, entry.size, entry.stamp, status, digest, reason)
+    if image is not None:
+        facts = {} if image.facts is None else asdict(image.facts)
+        file = replace(file, odd=" ".join(image.odd), **facts)
+    job.processed[entry.name] = file
     return file
 
 

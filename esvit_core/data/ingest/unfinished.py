@@ -25,7 +25,7 @@ from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.parallel_transfer import PARALLEL
 
 UNFINISHED = "unfinished"
-_VERSION = 1
+_VERSION = 2
 _DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, zlib.error)
 
 

@@ -129,11 +129,13 @@ class Manifest(_Part):
         reading: how the folders of the source were understood, in lines.
         duplicates: number of archive entries that a later entry of the same name replaces.
         copies: number of images that are byte-for-byte identical to another one; they are kept.
+        dropped: number of duplicates that were left out because of ``data.drop_duplicates``.
         not_chosen: number of images left out because of ``data.max_images``.
         reencoded: number of images stored in a form other than the original (rotated, shrunk, converted to RGB, ...).
         files: every object below the manifest's folder. Names contain digests of the content, so concurrent preparations do
             not overwrite each other's objects.
         listing: object that lists the files of the source, see :mod:`esvit_core.data.ingest.listing`; None: there is none.
+        statistics: object with the statistics of the images, see :mod:`esvit_core.data.ingest.statistics`; None: there is none.
         base: folder of the earlier data that these build on; None: there are none.
     """
 
@@ -153,10 +155,12 @@ class Manifest(_Part):
     reading: list[str] = []
     duplicates: int = 0
     copies: int = 0
+    dropped: int = 0
     not_chosen: int = 0
     reencoded: int = 0
     files: dict[str, StoredFile]
     listing: str | None = None
+    statistics: str | None = None
     base: str | None = None
 
     @property
@@ -199,6 +203,8 @@ class Manifest(_Part):
             parts.append(f"{bad:,} bad {'file' if bad == 1 else 'files'} left out")
         if self.ignored:
             parts.append(f"{self.ignored:,} other {'file' if self.ignored == 1 else 'files'} ignored")
+        if self.dropped:
+            parts.append(f"{self.dropped:,} {'duplicate' if self.dropped == 1 else 'duplicates'} dropped")
         if self.not_chosen:
             parts.append(f"{self.not_chosen:,} not chosen")
         return "; ".join(parts)

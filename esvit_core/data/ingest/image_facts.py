@@ -1,0 +1,59 @@
+"""Facts about an image that a data set's statistics need: size, mode, mean color, and a perceptual hash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+from PIL import Image
+
+_SIDE = 128  # pixels; the color and the hash are computed from an image of about this size
+_FLAT = 4.0  # of 255: the hash of an image with a smaller standard deviation says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """Facts about an image.
+
+    Attributes:
+        width, height: of the file, in pixels.
+        mode: format and type of the pixels, such as ``JPEG RGB`` or ``TIFF 16-bit``.
+        color: mean color as ``rrggbb``.
+        look: perceptual hash, 16 hexadecimal digits; images that look alike differ in few bits. Empty if imagehash is not
+            installed, or if the image is nearly of one color.
+    """
+
+    width: int
+    height: int
+    mode: str
+    color: str
+    look: str
+
+
+def facts_of(image: np.ndarray | Image.Image, size: tuple[int, int], mode: str) -> ImageFacts:
+    """Return the facts about a decoded image.
+
+    Args:
+        image: its pixels, 8-bit grayscale or RGB.
+        size: width and height of the file.
+        mode: see :class:`ImageFacts`.
+    """
+    pixels = np.asarray(image)
+    step = max(1, min(pixels.shape[:2]) // _SIDE)
+    small = np.ascontiguousarray(pixels[::step, ::step])
+    mean = small.reshape(-1, small.shape[2] if small.ndim == 3 else 1).mean(0).round().astype(int)
+    red, green, blue = (mean if len(mean) == 3 else mean.repeat(3)).tolist()
+    look = "" if small.std() < _FLAT or not can_compare_looks() else _look(small)
+    return ImageFacts(*size, mode, f"{red:02x}{green:02x}{blue:02x}", look)
+
+
+def can_compare_looks() -> bool:
+    """Return whether the package for perceptual hashes is installed."""
+    return find_spec("imagehash") is not None
+
+
+def _look(pixels: np.ndarray) -> str:
+    import imagehash
+
+    return str(imagehash.phash(Image.fromarray(pixels)))
