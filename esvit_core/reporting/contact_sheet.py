@@ -47,7 +47,7 @@ def draw_duplicates(store: ObjectStore, run_uri: str, statistics: dict[str, Any]
     """
     kinds = ("overlap", "duplicates", "near_duplicates")
     groups = [group for kind in kinds for group in statistics[kind].get("examples", [])]
-    shown = []
+    shown: list[list[dict[str, Any]]] = []
     seen: set[str] = set()
     for group in groups:
         if len(shown) < _GROUPS and not seen & {each["name"] for each in group}:
