@@ -1,4 +1,4 @@
-"""`esvit export` and `esvit embed`: commands that use a published backbone."""
+"""`esvit export`, `esvit embed` and `esvit search`: commands that use a published backbone."""
 
 from __future__ import annotations
 
@@ -71,6 +71,37 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
     print(f"{done.path}  {done.describe()}\n\nUse it:")
     for line in done.usage:
         print(f"    {line}")
+
+
+def search(model: str, data: str, queries: list[str], out: Path, count: int, runs: Path) -> None:
+    """Find the images that are most similar to each query; print them, and write a contact sheet.
+
+    Args:
+        model: pointer, ``s3://`` prefix, folder, or a file that `esvit import` accepts.
+        data: folder, archive or ``s3://`` prefix.
+        queries: files, or names of images of ``data``.
+        out: image to write.
+        count: number of images per query.
+        runs: folder of the runs on this machine, whose store is searched.
+
+    Raises:
+        UserError: the backbone, the images or a query do not exist, or the file cannot be written.
+    """
+    from esvit_core.data.contact_sheet import save_sheet
+    from esvit_core.data.ingest.sources import check_source
+
+    with _store_for(runs, model, data) as store:
+        check_source(data)
+        from esvit_core.embedding.search import search as search_images
+
+        found = search_images(_load(model, store), data, queries, count, store)
+    save_sheet(found.sheet, out)
+    for query, matches in zip(found.queries, found.matches, strict=True):
+        print(f"\n{query}")
+        width = max((len(match.name) for match in matches), default=0)
+        for number, match in enumerate(matches, 1):
+            print(f"{number:4}  {match.similarity:.3f}  {match.name:{width}}  {match.label}".rstrip())
+    print(f"\nsheet  {out}")
 
 
 def _exported(model: str, format: str, out: Path, regions: bool, store: ObjectStore | None) -> Exported:

@@ -1,4 +1,4 @@
-"""The command line: `esvit run`, `plan`, `retrain`, `status`, `logs`, `import`, `export`, `embed`, and command groups.
+"""The command line: `esvit run`, `plan`, `retrain`, `status`, `logs`, `import`, `export`, `embed`, `search`, and command groups.
 
 Each command imports what it needs when it is called, so that `esvit --help` is fast.
 """
@@ -221,6 +221,27 @@ def embed(
         "max_aspect_ratio": max_aspect_ratio,
     }
     embed_images(model, join_sources(data), out, settings | limits, runs)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Option("--model", metavar="BACKBONE", help=ModelHelp)],
+    data: DataOption,
+    query: Annotated[
+        list[str],
+        typer.Option("--query", metavar="FILE", help="An image file, or the name of an image of --data. Repeatable."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Contact sheet to write.")] = Path("nearest.png"),
+    count: Annotated[int, typer.Option("--count", min=1, max=50, metavar="N", help="Number of images per query.")] = 8,
+    runs: RunsOption = DEFAULT_OUT,
+) -> None:
+    """Find the images that are most similar to a given one; print them, and draw a contact sheet.
+
+    Similarity is the cosine of the view features. The features of all images of --data are computed each time.
+    """
+    from esvit_pipelines.cli.backbone_commands import search as search_images
+
+    search_images(model, join_sources(data), query, out, count, runs)
 
 
 cluster_commands.register(app)

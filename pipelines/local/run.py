@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_core.config import Config
-from esvit_core.data.ingest.source_lists import require_weights
+from esvit_core.data.ingest.source_lists import require_weights, split_sources
 from esvit_core.data.ingest.sources import check_source
 from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.progress_line import format_duration
@@ -121,7 +122,9 @@ def run_pipeline(
         print(f"promoted  {_promotion(current)}")
     print(f"finished in {format_duration(time.monotonic() - start)}")
     if backbone is None:
-        print("\nUse it:", *(f"    {line}" for line in usage((folder / "backbone").absolute())), sep="\n")
+        place = (folder / "backbone").absolute()
+        print("\nUse it:", *(f"    {line}" for line in usage(place)), sep="\n")
+        print("\nFind similar images:", f"    {search_command(place, settings.data)}", sep="\n")
 
 
 def explain(settings: Settings) -> None:
@@ -188,6 +191,12 @@ def usage(backbone: Path) -> list[str]:
         f"backbone = esvit_core.load_backbone({str(backbone)!r})",
         f"features = backbone(torch.rand(1, 3, {size}, {size}))  # (1, {width}); real images: backbone.backbone_config",
     ]
+
+
+def search_command(backbone: Path, data: str) -> str:
+    """Return the command that finds similar images with the published backbone in a folder."""
+    sources = " ".join(f"--data {shlex.quote(source)}" for source in split_sources(data))
+    return f"{program()} search --model {shlex.quote(str(backbone))} {sources} --query IMAGE"
 
 
 def _promotion(current: Run) -> str:

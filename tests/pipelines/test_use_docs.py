@@ -42,9 +42,9 @@ def test_what_the_page_says_works(
             made.append({})
             exec(text, made[-1])
     assert [{"view", "regions", "mean"} & names.keys() for names in made] == [
-        {"view", "regions"}, {"view", "regions"}, {"view", "regions"}, {"view", "regions"}, {"view", "regions"}, {"mean"}
+        {"view", "regions"}, {"view", "regions"}, {"view", "regions"}, {"view", "regions"}, {"view", "regions"}, {"mean"}, set()
     ]  # fmt: skip
-    timm, onnx, _, _, parquet, streamed = made
+    timm, onnx, _, _, parquet, streamed, classifier = made
     row = parquet["table"]["name"].to_pylist().index(f"bars/{first.name}")
     # Pillow resizes in integers, hence the tolerance.
     np.testing.assert_allclose(onnx["view"][0], parquet["view"][row], atol=0.05)
@@ -52,3 +52,6 @@ def test_what_the_page_says_works(
     np.testing.assert_allclose(onnx["regions"][0], parquet["regions"][row], atol=0.2)
     assert parquet["nearest"][0] == 0 and parquet["best"][0] == 0
     np.testing.assert_allclose(streamed["mean"], parquet["view"].mean(0), atol=1e-5)
+    assert sum(classifier["losses"][-2:]) < sum(classifier["losses"][:2]), "the classifier learns"
+    assert len(classifier["right"]) == 12
+    assert (tmp_path / "nearest.png").exists()
