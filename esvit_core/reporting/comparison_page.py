@@ -17,6 +17,7 @@ from esvit_core import __version__
 from esvit_core.evaluation.side_by_side import Comparison, Pair
 from esvit_core.evaluation.significance import interval_text, p_text, too_few
 from esvit_core.reporting.interval_bar import interval_bar, scale_limit
+from esvit_core.reporting.markdown import escape, table
 from esvit_core.reporting.result_rows import change, label_of, percent, typeset
 
 TEMPLATE, STYLE = "comparison.html.jinja", "report.css"
@@ -72,19 +73,19 @@ def comparison_html(comparison: Comparison) -> str:
 def comparison_markdown(comparison: Comparison) -> str:
     """Render the comparison as Markdown."""
     names = [subject.name for subject in comparison.subjects]
-    lines = [f"# {_escape(_title(comparison))}", ""]
-    lines += [f"- {_escape(sentence(comparison, *each))}" for each in comparison.combinations()]
+    lines = [f"# {escape(_title(comparison))}", ""]
+    lines += [f"- {escape(sentence(comparison, *each))}" for each in comparison.combinations()]
     lines += ["", "Figures in percent; differences in percentage points with their 95 % intervals.", ""]
-    lines += _table(["metric", *names], [_figures(comparison, key) for key in comparison.figures])
+    lines += table(["metric", *names], [_figures(comparison, key) for key in comparison.figures])
     for model, reference in comparison.combinations():
-        lines += ["", f"## {_escape(model)} compared with {_escape(reference)}", ""]
+        lines += ["", f"## {escape(model)} compared with {escape(reference)}", ""]
         rows = [
             [label_of(pair.key), _change(comparison, pair), _interval(pair), _p(pair), pair.decision]
             for pair in comparison.between(model, reference)
         ]
-        lines += _table(["metric", "points", "95 % interval", "p", "verdict"], rows)
+        lines += table(["metric", "points", "95 % interval", "p", "verdict"], rows)
         lines += _notes([_note(pair) for pair in comparison.between(model, reference)])
-    lines += _notes([f"{_escape(what)}: {_escape(reason)}" for what, reason in _missing(comparison)])
+    lines += _notes([f"{escape(what)}: {escape(reason)}" for what, reason in _missing(comparison)])
     return "\n".join(lines) + "\n"
 
 
@@ -170,15 +171,3 @@ def _missing(comparison: Comparison) -> list[tuple[str, str]]:
 def _notes(notes: Sequence[str]) -> list[str]:
     kept = [f"- {note}" for note in dict.fromkeys(notes) if note]
     return ["", *kept] if kept else []
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return [f"| {' | '.join(cell if n == 1 else _escape(cell) for cell in row)} |" for n, row in enumerate(cells)]
-
-
-def _escape(text: str) -> str:
-    """Escape what Markdown and HTML would take for markup."""
-    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("*", "\\*"), ("`", "\\`")):
-        text = text.replace(character, escaped)
-    return text.replace("[", "\\[")

@@ -21,6 +21,7 @@ from esvit_core.reporting.classes import class_table
 from esvit_core.reporting.contact_sheet import Thumbnail, draw_contact_sheet, draw_duplicates
 from esvit_core.reporting.images import figure_uri
 from esvit_core.reporting.interval_bar import interval_bar, scale_limit
+from esvit_core.reporting.report_text import model_card, report_json, report_markdown
 from esvit_core.reporting.result_rows import Row, label_of, percent, result_rows, set_rows, typeset
 from esvit_core.reporting.run_records import RunRecords, read_run_records
 from esvit_core.reporting.samples import Sample, draw_samples
@@ -28,7 +29,8 @@ from esvit_core.reporting.training_charts import collapse_warnings, in_groups, t
 from esvit_core.runs.events import record_event
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
-REPORT = "report/report.html"
+REPORT, MARKDOWN, JSON = "report/report.html", "report/report.md", "report/report.json"
+MODEL_CARD = "report/model-card.md"
 TEMPLATE, STYLE = "report.html.jinja", "report.css"
 CITATION = """\
 @inproceedings{li2022esvit,
@@ -66,9 +68,11 @@ class BadGroup:
 
 
 def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
-    """Write ``report/report.html`` of a run from its records in the store, and the verdict into its event log.
+    """Write the report of a run from its records in the store, and the verdict into its event log.
 
-    Any record may be missing; the report then states what is missing and why. An existing report is replaced.
+    The report is ``report/report.html``, and the same in short as ``report.md`` and ``report.json``; ``model-card.md``
+    beside it describes the backbone. Any record may be missing; the report then states what is missing and why. An
+    existing report is replaced.
 
     Args:
         run_uri: ``s3://bucket/runs/<id>``.
@@ -84,7 +88,13 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
     records = read_run_records(run_uri, store, config)
     sheet, duplicates = _contact_sheet(records, store)
     html = render(records, _samples(records, store), *_drawings(records, store), sheet, duplicates)
-    store.put_bytes(join_uri(run_uri, REPORT), html.encode(), content_type="text/html; charset=utf-8")
+    for name, (text, content_type) in {
+        MARKDOWN: (report_markdown(records), "text/markdown; charset=utf-8"),
+        JSON: (report_json(records), "application/json"),
+        MODEL_CARD: (model_card(records), "text/markdown; charset=utf-8"),
+        REPORT: (html, "text/html; charset=utf-8"),  # last: it makes the report complete
+    }.items():
+        store.put_bytes(join_uri(run_uri, name), text.encode(), content_type=content_type)
     _record_verdict(records, store)
     return html
 

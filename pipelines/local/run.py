@@ -115,9 +115,12 @@ def run_pipeline(
     with in_progress(folder) as lock, _record_failure(current):
         run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone)
     current.store.get_file(current.at("report/report.html"), folder / "report.html")
+    _copy(current, "report/report.md", folder / "report.md")
+    _copy(current, "report/report.json", folder / "report.json")
     _print_results(current, folder, backbone is not None)
     if backbone is None:
         current.store.fetch(current.at("backbone"), folder / "backbone")
+        _copy(current, "report/model-card.md", folder / "backbone" / "README.md")
         print(f"backbone  {folder / 'backbone'}")
         print(f"promoted  {_promotion(current)}")
     print(f"finished in {format_duration(time.monotonic() - start)}")
@@ -180,6 +183,12 @@ def _print_results(current: Run, folder: Path, existing: bool) -> None:
         for number, line in enumerate([verdict.sentence, *verdict.details]):
             print(f"{'' if number else 'verdict':<10}{plain_text(line)}")
     print(f"report    {folder / 'report.html'}")
+
+
+def _copy(current: Run, name: str, path: Path) -> None:
+    """Copy an object of the run to a file; a run that an older version reported lacks some."""
+    with suppress(NotFound):
+        current.store.get_file(current.at(name), path)
 
 
 def usage(backbone: Path) -> list[str]:

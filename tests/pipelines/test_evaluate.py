@@ -45,6 +45,16 @@ def test_a_backbone_in_a_folder_is_evaluated_and_reported(evaluated: str, argume
     assert "it does not promote" in report.read_text(encoding="utf-8")
 
 
+def test_the_figures_and_the_model_card_are_files_beside_the_report(evaluated: str, arguments: Any) -> None:
+    folder = arguments[0]
+    (report,) = folder.glob("out/evaluate-micro-*/report.html")
+    values = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    assert {"knn/5", "linear"} <= {row["figure"] for row in values["results"]}
+    assert "## Results" in report.with_suffix(".md").read_text(encoding="utf-8")
+    card = (folder / "backbone" / "README.md").read_text(encoding="utf-8")  # copied with the run's backbone
+    assert card.startswith("---\nlibrary_name: esvit") and "## Intended use" in card
+
+
 def test_nothing_is_trained_or_promoted(evaluated: str) -> None:
     assert "pretrain" not in evaluated
     assert "promoted" not in evaluated and "Use it:" not in evaluated

@@ -7,7 +7,8 @@ from esvit_components.image import BASE_IMAGE
 def report(run_uri: str, results: list[str], html: dsl.Output[dsl.HTML], metrics: dsl.Output[dsl.Metrics]):
     """Write the report of a run to one self-contained HTML file: data, recipe, curves, tables with baselines, images.
 
-    Writes report/report.html of the run. The report lists skipped evaluations with the reason.
+    Writes report/report.html of the run, report.md and report.json with the figures, and the model card of the backbone,
+    model-card.md. The report lists skipped evaluations with the reason.
 
     Args:
         run_uri: Address of the run, s3://bucket/runs/name.
