@@ -7,6 +7,8 @@ products for all of them. The test images have no part in the choice.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from esvit_core.monitoring.progress_line import ProgressLine
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 _REFERENCE_BATCH = 256
 _MOMENTUM = 0.9
+_MANY_PRODUCTS = 1 << 28  # of a step: some 10 ms on one core
 _SAME = 1e-5  # relative difference of two features that are the same up to rounding
 
 
@@ -104,7 +107,8 @@ def choose_probe(
     validation: dict[str, dict[float, float]] = {}
     with ProgressLine(len(features) * epochs, unit="epochs", label=label) as progress:
         for name, values in features.items():
-            predicted = _train(values, labels, classes, folds, epochs, batch_size, seed, progress)  # (R, images)
+            with _threads_for(values.shape[1] * classes * len(LEARNING_RATES) * len(folds) * batch_size):
+                predicted = _train(values, labels, classes, folds, epochs, batch_size, seed, progress)  # (R, images)
             truth = np.concatenate([labels[held_out] for held_out in folds])
             scores = (predicted == truth).sum(1) * 100 / len(truth)
             validation[name] = {rate: float(score) for rate, score in zip(LEARNING_RATES, scores, strict=True)}
@@ -113,6 +117,17 @@ def choose_probe(
         (name, rate) for name, scores_of in validation.items() for rate, score in scores_of.items() if score == best
     )
     return Choice(feature, rate, validation)
+
+
+@contextlib.contextmanager
+def _threads_for(products: int) -> Iterator[None]:
+    """Use one thread for steps of so few multiplications that threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if products < _MANY_PRODUCTS else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(
