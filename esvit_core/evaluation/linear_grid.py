@@ -107,7 +107,7 @@ def choose_probe(
     validation: dict[str, dict[float, float]] = {}
     with ProgressLine(len(features) * epochs, unit="epochs", label=label) as progress:
         for name, values in features.items():
-            with _threads_for(values.shape[1] * classes * len(LEARNING_RATES) * len(folds) * batch_size):
+            with threads_for(values.shape[1] * classes * len(LEARNING_RATES) * len(folds) * batch_size):
                 predicted = _train(values, labels, classes, folds, epochs, batch_size, seed, progress)  # (R, images)
             truth = np.concatenate([labels[held_out] for held_out in folds])
             scores = (predicted == truth).sum(1) * 100 / len(truth)
@@ -120,8 +120,8 @@ def choose_probe(
 
 
 @contextlib.contextmanager
-def _threads_for(products: int) -> Iterator[None]:
-    """Use one thread for steps of so few multiplications that threads would mostly wait for each other."""
+def threads_for(products: int) -> Iterator[None]:
+    """Use one thread for steps of so few multiplications that the threads of a busy machine would mostly wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if products < _MANY_PRODUCTS else threads)
     try:

@@ -8,8 +8,7 @@ learning rate is given.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from esvit_core.config import Config, LinearConfig
 from esvit_core.evaluation.labels import Task, run_task
-from esvit_core.evaluation.linear_grid import Choice, choose_probe, has_class_token, probe_features
+from esvit_core.evaluation.linear_grid import Choice, choose_probe, has_class_token, probe_features, threads_for
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import ProgressLine
@@ -28,7 +27,6 @@ from esvit_core.storage import ObjectStore
 
 _REFERENCE_BATCH = 256  # batch size that the configured learning rate refers to
 _CONFUSION_CLASSES = 100  # maximum number of classes of a confusion matrix
-_MIN_VALUES_FOR_THREADS = 1 << 20  # of a batch
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,10 @@ def linear_probe(
     optimizer = torch.optim.SGD(probe.parameters(), lr=config.lr * batch / _REFERENCE_BATCH, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs, eta_min=0)
     best, best_epoch, ranking = -1.0, 0, torch.empty(0)
-    with _threads_for(batch * train.shape[1]), ProgressLine(config.epochs, unit="epochs", label=label) as progress:
+    with (
+        threads_for(batch * train.shape[1] * classes),
+        ProgressLine(config.epochs, unit="epochs", label=label) as progress,
+    ):
         for epoch in range(1, config.epochs + 1):
             if features_of_epoch is not None:
                 x = torch.as_tensor(features_of_epoch(epoch - 1)).to(device)
@@ -226,17 +227,6 @@ def measure_linear(
     # The best epoch was chosen on the test images, so a test of its figure would mean nothing.
     correct = {model: {"linear": o.predictions == task.splits[model][1].labels} for model, o in outcomes.items()}
     return keep_outcomes(result, pack_outcomes(task.held_out, correct))
-
-
-@contextlib.contextmanager
-def _threads_for(values: int) -> Iterator[None]:
-    """Use one thread for steps on few values, in which the threads of a busy machine mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if values < _MIN_VALUES_FOR_THREADS else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _percent(correct: torch.Tensor) -> float:
