@@ -175,8 +175,11 @@ def _changes(settings: Settings) -> list[str]:
 
 
 def sources(config: Config, data: str) -> list[str]:
-    """List all sources of images: the data and the transfer sets."""
-    return [*split_sources(data), *(s.source for s in config.evaluation.transfer)]
+    """List all sources of images: the data and the transfer sets.
+
+    Sets of the paper in the layout in which they are distributed are left out: some have no image files.
+    """
+    return [*split_sources(data), *(s.source for s in config.evaluation.transfer if s.layout is None)]
 
 
 def program() -> str:

@@ -12,16 +12,67 @@ from esvit_core.config.section import ADDED, EXECUTION, Section
 _FEW = re.compile(r"([0-9]+|[0-9]+\.[0-9]+(?=%))(%?)")
 
 
+#: The layouts of the transfer sets of the paper, and the metric of each (EsViT, section 4.2; CLIP's linear-probe suite).
+PUBLISHED_METRICS: dict[str, str] = {
+    "food101": "accuracy",
+    "cifar10": "accuracy",
+    "cifar100": "accuracy",
+    "sun397": "accuracy",
+    "stanford-cars": "accuracy",
+    "fgvc-aircraft": "mean_per_class",
+    "voc2007": "map_11_point",
+    "dtd": "accuracy",
+    "pets": "mean_per_class",
+    "caltech101": "mean_per_class",
+    "flowers102": "mean_per_class",
+    "mnist": "accuracy",
+    "fer2013": "accuracy",
+    "stl10": "accuracy",
+    "gtsrb": "accuracy",
+    "patch-camelyon": "accuracy",
+    "ucf101": "accuracy",
+    "hateful-memes": "roc_auc",
+}
+
+
 class TransferSet(Section):
-    """A labelled data set for the transfer protocol."""
+    """A labelled data set for the transfer protocol.
+
+    A source ``<layout>:<source>``, such as ``voc2007:VOCdevkit``, sets the layout, and the metric if that is not given.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="Name in results and reports.")
-    source: str = Field(description="Folder, tar, zip or s3://bucket/prefix with one folder per class.")
+    source: str = Field(
+        description="Folder, tar, zip or s3://bucket/prefix with one folder per class; or <layout>:<source> for a set of "
+        "the paper as it is distributed, such as voc2007:VOCdevkit."
+    )
+    layout: str | None = Field(
+        None,
+        description="Layout of a set of the paper, such as food101; null: one folder per class.",
+        json_schema_extra=ADDED,
+    )
     metric: Literal["accuracy", "mean_per_class", "map_11_point", "roc_auc"] = Field(
         "accuracy",
         description="Share of correct images, or its mean over the classes; 11-point mAP as in PASCAL VOC 2007; or the "
         "area under the ROC curve of two classes.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layout_of_source(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("source"), str):
+            return values
+        layout, colon, source = values["source"].partition(":")
+        if not colon or layout not in PUBLISHED_METRICS:
+            return values
+        return {"metric": PUBLISHED_METRICS[layout]} | values | {"layout": layout, "source": source}
+
+    @field_validator("layout")
+    @classmethod
+    def _known_layout(cls, value: str | None) -> str | None:
+        if value is not None and value not in PUBLISHED_METRICS:
+            raise ValueError(f"layout: expected one of {', '.join(PUBLISHED_METRICS)}, got {value}")
+        return value
 
 
 class LinearConfig(Section):

@@ -28,12 +28,15 @@ class Task:
         classes: names of the classes.
         notes: limits of the figures that a reader must know.
         held_out: digest of the held-out images.
+        several_labels: of a set with several labels per image, 1, 0 (difficult) or -1 of each class, (N, C) for training and
+            (M, C) for testing; None: each image has one label.
     """
 
     splits: dict[str, Splits]
     classes: list[str]
     notes: list[str]
     held_out: str
+    several_labels: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def run_task(run_uri: str, store: ObjectStore) -> Task | str:

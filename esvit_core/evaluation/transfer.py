@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esvit_core.config import Config, TransferSet
+from esvit_core.data.ingest.transfer_set import several_labels_uri
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
-from esvit_core.evaluation.labels import Splits, Task, class_names, missing_labels, task_of
+from esvit_core.evaluation.labels import Splits, Task, class_names, missing_labels, task_of, unusable_features
 from esvit_core.evaluation.logistic_regression import LogisticProblem
-from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
+from esvit_core.evaluation.outcomes import held_out_digest, keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
 from esvit_core.evaluation.transfer_metrics import OF_CLASSES, Metric, metric_of
 from esvit_core.evaluation.validation import folds_to_use, validation_folds
 from esvit_core.monitoring.progress_line import ProgressLine
-from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage import NotFound, ObjectStore, join_uri
 
 _LOWEST_EXPONENT, _DECADES, _STEPS_PER_DECADE = -6, 12, 8
 #: Values of lambda that the search can choose: 96 logarithmic steps over 1e-6 ... 1e6.
@@ -222,12 +224,15 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     if chosen.metric == "roc_auc" and len(task.classes) != 2:
         reason = f"the metric roc_auc needs two classes, the set has {len(task.classes):,}; choose another metric"
         return left_out(key, reason) | {"metric": chosen.metric}
+    if task.several_labels is not None and chosen.metric != "map_11_point":
+        reason = f"its images have several labels, and {chosen.metric} needs one per image; use the metric map_11_point"
+        return left_out(key, reason) | {"metric": chosen.metric}
     outcomes = {
         model: logistic_transfer(
             train.view,
-            train.labels,
+            train.labels if task.several_labels is None else task.several_labels[0],
             val.view,
-            val.labels,
+            val.labels if task.several_labels is None else task.several_labels[1],
             chosen.metric,
             seed,
             label=f"transfer to {chosen.name} of the {model} backbone",
@@ -267,7 +272,8 @@ def transfer_task(
     )
     manifest = Manifest.read(store, prefix)
     names = class_names(manifest.classes, train_labels, val_labels)
-    if reason := missing_labels(train_labels, val_labels, names):
+    several = _several_labels(store, prefix)
+    if several is None and (reason := missing_labels(train_labels, val_labels, names)):
         return reason
     splits: dict[str, Splits] = {}
     for model in networks or MODELS:
@@ -279,4 +285,22 @@ def transfer_task(
             for split in SPLITS
         )
         splits[model] = (train, val)
-    return task_of(splits, manifest)
+    if several is None:
+        return task_of(splits, manifest)
+    for model, parts in splits.items():
+        if reason := unusable_features(model, *parts):
+            return reason
+    train_targets, val_targets = (
+        np.array([several["labels"][datasets[split].name(i).rpartition("/")[2]] for i in range(len(datasets[split]))])
+        for split in SPLITS
+    )
+    return Task(splits, several["classes"], [], held_out_digest(manifest), (train_targets, val_targets))
+
+
+def _several_labels(store: ObjectStore, prefix: str) -> dict[str, Any] | None:
+    """Return the classes, and the labels of each image by its name, of a set with several labels per image."""
+    try:
+        found: dict[str, Any] = store.get_json(several_labels_uri(prefix))
+    except NotFound:
+        return None
+    return found

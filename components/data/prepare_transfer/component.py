@@ -21,7 +21,7 @@ def prepare_transfer(run_uri: str, sets: dsl.Output[dsl.Dataset]):
 
     with step("prepare transfer sets"):
         from esvit_core.artifacts import point_to
-        from esvit_core.data.ingest.prepare import prepare
+        from esvit_core.data.ingest.transfer_set import prepare_transfer_set
         from esvit_core.retraining.prepare_new_data import earlier_set
         from esvit_core.runs.run import open_run
 
@@ -32,7 +32,8 @@ def prepare_transfer(run_uri: str, sets: dsl.Output[dsl.Dataset]):
         for transfer_set in run.config.evaluation.transfer:
             print(f"{transfer_set.name}: {transfer_set.source}", flush=True)
             base = earlier_set(run, transfer_set.name, limits)
-            manifest = prepare(transfer_set.source, run.store, run.at("transfer", transfer_set.name), limits, base=base)
+            where = run.at("transfer", transfer_set.name)
+            manifest = prepare_transfer_set(transfer_set, run.store, where, limits, base)
             prepared[transfer_set.name] = manifest.summary()
         if not prepared:
             print("nothing to do: the run has no transfer sets", flush=True)
