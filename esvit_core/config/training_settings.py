@@ -73,8 +73,8 @@ class TrainingConfig(Section):
     )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="Data-loading worker processes per training process. 0: load in the training process. auto: 0 on a CPU; "
-        "up to 6 with a GPU, as far as cores and shared memory suffice.",
+        description="Data-loading worker processes per training process, and of an evaluation step. 0: load in the process "
+        "itself. auto: 0 on a CPU; up to 6 for each GPU, as far as cores and shared memory suffice.",
         json_schema_extra=EXECUTION,
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(

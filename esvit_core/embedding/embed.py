@@ -34,6 +34,7 @@ from esvit_core.errors import UserError
 from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.models.region_map import FeatureNetwork
 from esvit_core.monitoring.progress_line import ProgressLine
+from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.atomic_write import atomic_write, require_absent
 
@@ -144,7 +145,7 @@ def embed(
     if out.suffix == ".parquet":
         require_pyarrow()
     description: dict[str, Any] = backbone.backbone_config  # type: ignore[assignment]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     precision = choose_precision(settings.precision, device)
     network = FeatureNetwork(backbone.to(device), settings.regions).eval()
     with open_source(source, store) as opened, atomic_write(out) as path:

@@ -13,25 +13,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from torch.utils.data import Dataset
 
 from esvit_core.config import Config
+from esvit_core.config.training_settings import WORKERS_PER_GPU
 from esvit_core.data.loading.augment import EvalTransform
+from esvit_core.data.loading.workers import WorkerBatches, choose_workers
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.results import MODELS
 from esvit_core.monitoring.progress_line import ProgressLine
+from esvit_core.runs.environment import available_cores
+from esvit_core.runs.gpus import accelerators_setting, computing_devices
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.disk import explain_write_errors
 
 SPLITS = ("train", "val")
+STORE_GRACE_SECONDS = 600.0  # that a worker may wait for the store
 # Prefix of each model in the run.
 _PREFIXES = {"trained": "backbone", "baseline": "baseline"}
 
@@ -73,6 +79,7 @@ def compute_features(
     precision: str = "float32",
     label: str = "features",
     devices: Sequence[torch.device] | None = None,
+    workers: int | Literal["auto"] = "auto",
 ) -> Features:
     """Compute the features of every image, in order.
 
@@ -87,8 +94,10 @@ def compute_features(
         label: first word of the progress lines.
         devices: devices that process the batches in turn, each with a copy of the backbone; None: all GPUs of this
             machine, or the CPU.
+        workers: processes that load batches, which changes no feature; auto: some for each GPU, none for a CPU. There are
+            never more than shared memory has room for.
     """
-    devices = devices or _devices()
+    devices = devices or computing_devices()
     from esvit_core.kernels.choose import select_kernels_  # imports timm, which reading features does not need
 
     select_kernels_(backbone, getattr(torch, precision), devices[0])
@@ -101,10 +110,14 @@ def compute_features(
             view, block = network.view_and_last_blocks(x, blocks)  # type: ignore[operator]  # (B, D), (B, D')
             return view.float().cpu().numpy(), block.float().cpu().numpy()
 
+    keys = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
+    loaded = _EvalBatches(dataset, transform)
+    number = _workers(workers, loaded, keys, devices)
+    batches = _load_in_workers(loaded, keys, number) if number else _load_in_thread(loaded, keys)
     views: list[np.ndarray] = []
     last: list[np.ndarray] = []
     with ProgressLine(len(dataset), label=label) as progress:
-        for view, block in _in_turn(compute, _batches(dataset, transform, batch_size), len(devices)):
+        for view, block in _in_turn(compute, batches, len(devices)):
             views.append(view)
             last.append(block)
             progress.update(len(view))
@@ -154,6 +167,8 @@ def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str
         config.evaluation.linear.last_blocks,
         precision="bfloat16" if config.training.precision == "bfloat16" else "float32",
         label=label,
+        devices=computing_devices(accelerators_setting(config, "evaluate")),
+        workers=config.training.workers,
     )
 
 
@@ -210,10 +225,6 @@ def eval_transform(config: Config) -> EvalTransform:
     )
 
 
-def _devices() -> list[torch.device]:
-    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
-
-
 def _in_turn(
     compute: Callable[[int, torch.Tensor], tuple[np.ndarray, np.ndarray]], batches: Iterator[torch.Tensor], workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -237,22 +248,43 @@ def _autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-def _batches(
-    dataset: Images, transform: Callable[[np.ndarray], torch.Tensor], batch_size: int
-) -> Iterator[torch.Tensor]:
+class _EvalBatches(Dataset[list[torch.Tensor]]):
+    """Batches of transformed images, by the numbers of the images."""
+
+    def __init__(self, dataset: Images, transform: Callable[[np.ndarray], torch.Tensor]) -> None:
+        self._dataset, self._transform = dataset, transform
+
+    def __getitem__(self, numbers: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.stack([self._transform(self._dataset.image(i)) for i in numbers])]
+
+
+def _workers(
+    wanted: int | Literal["auto"], batches: _EvalBatches, keys: Sequence[range], devices: Sequence[torch.device]
+) -> int:
+    if wanted == 0 or not keys or (wanted == "auto" and devices[0].type == "cpu"):
+        return 0
+    most = WORKERS_PER_GPU * len(devices) if wanted == "auto" else wanted
+    batch_bytes = len(keys[0]) * batches[range(1)][0].nbytes
+    return min(len(keys), choose_workers(batch_bytes, 1, available_cores() if wanted == "auto" else most + 1, most))
+
+
+def _load_in_workers(batches: _EvalBatches, keys: Sequence[range], workers: int) -> Iterator[torch.Tensor]:
+    processes = WorkerBatches(batches, workers, STORE_GRACE_SECONDS)
+    try:
+        for (batch,) in processes.load(keys):
+            yield batch
+    finally:
+        processes.close()
+
+
+def _load_in_thread(batches: _EvalBatches, keys: Sequence[range]) -> Iterator[torch.Tensor]:
     """Yield batches in order; the next batch is decoded while the network processes the current one."""
-
-    def load(start: int) -> torch.Tensor:
-        stop = min(start + batch_size, len(dataset))
-        return torch.stack([transform(dataset.image(i)) for i in range(start, stop)])
-
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = None
-        for start in range(0, len(dataset), batch_size):
-            ready = upcoming.result() if upcoming else load(start)
-            following = start + batch_size
-            upcoming = pool.submit(load, following) if following < len(dataset) else None
-            yield ready
+        for position, key in enumerate(keys):
+            ready = upcoming.result() if upcoming else batches[key]
+            upcoming = pool.submit(batches.__getitem__, keys[position + 1]) if position + 1 < len(keys) else None
+            yield ready[0]
 
 
 def _save(features: Features, path: Path) -> None:

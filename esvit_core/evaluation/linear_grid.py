@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esvit_core.evaluation.validation import folds_to_use, validation_folds
 from esvit_core.monitoring.progress_line import ProgressLine
+from esvit_core.runs.gpus import computing_device
 
 #: Learning rates per 256 images of the batch: those of DINOv2's linear evaluation.
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -141,7 +142,7 @@ def _train(
     progress: ProgressLine,
 ) -> np.ndarray:
     """Train a probe per learning rate and fold; return the classes of all validation images, fold after fold, (R, M)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     generator = torch.Generator().manual_seed(seed)
     rates = torch.tensor(LEARNING_RATES, device=device)
     probes, width = (len(folds), len(rates), classes), features.shape[1]

@@ -23,6 +23,7 @@ from esvit_core.evaluation.linear_grid import Choice, choose_probe, has_class_to
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.monitoring.progress_line import ProgressLine
+from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore
 
 _REFERENCE_BATCH = 256  # batch size that the configured learning rate refers to
@@ -72,7 +73,7 @@ def linear_probe(
         label: first word of the progress lines.
         features_of_epoch: returns the training features of an epoch, from 0; None: they are ``train`` in all epochs.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     generator = torch.Generator().manual_seed(seed)
     probe = nn.Linear(train.shape[1], classes)
     nn.init.normal_(probe.weight, std=0.01, generator=generator)

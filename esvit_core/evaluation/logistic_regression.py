@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esvit_core.runs.gpus import computing_device
+
 _MEMORY = 10  # pairs of steps and gradient changes, as in scikit-learn
 _BATCH_VALUES = 1 << 25  # logits of the fits that run at once: 256 MiB
 _SUFFICIENT = 1e-4  # Armijo's constant
@@ -60,7 +62,7 @@ class LogisticProblem:
     """
 
     def __init__(self, features: np.ndarray, targets: np.ndarray, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or computing_device()
         self.several_labels = targets.ndim == 2
         classes = targets.shape[1] if self.several_labels else int(targets.max(initial=-1)) + 1
         if not self.several_labels and classes < 2:

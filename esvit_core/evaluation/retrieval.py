@@ -14,6 +14,7 @@ from esvit_core.config import Config
 from esvit_core.evaluation.labels import Task, run_task
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
+from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore
 
 NAME, HEADLINE = "retrieval", "retrieval/map"
@@ -53,7 +54,7 @@ def rank_gallery(
     Returns:
         The average precision of each query, (M,) from 0 to 1, and the rank of its first relevant image from 0, (M,).
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     bank = F.normalize(torch.as_tensor(gallery).float(), dim=1).to(device)
     labels = torch.as_tensor(gallery_labels).to(device)
     ranks = torch.arange(1, len(bank) + 1, device=device)

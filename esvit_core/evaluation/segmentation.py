@@ -31,6 +31,7 @@ from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once
 from esvit_core.evaluation.significance import ALPHA, Difference
 from esvit_core.evaluation.transfer import search_lambda
 from esvit_core.monitoring.progress_line import ProgressLine
+from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore
 
 NAME = "segmentation"
@@ -288,7 +289,7 @@ def read_masked_images(
 
 def _regions(items: Sequence[MaskedImage], backbone: nn.Module, config: Config, label: str) -> Iterator[np.ndarray]:
     """Yield the region features of each batch, (B, h * w, D) float32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     backbone.to(device)
     normalize, size = Normalize(config.augment.mean, config.augment.std), config.evaluation.batch_size
     with ProgressLine(len(items), label=label) as progress:

@@ -26,6 +26,7 @@ from esvit_core.evaluation.correspondence import (
 )
 from esvit_core.evaluation.features import eval_transform, load_model, split_datasets
 from esvit_core.monitoring.progress_line import ProgressLine
+from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore, join_uri
 
 INDEX = "visualization.json"
@@ -198,4 +199,4 @@ def _shown(inputs: torch.Tensor, config: Config) -> list[np.ndarray]:
 
 
 def _on_device(backbone: nn.Module) -> nn.Module:
-    return backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    return backbone.to(computing_device())

@@ -16,6 +16,7 @@ from esvit_core.monitoring.metrics import TrainingMetrics
 from esvit_core.monitoring.progress_line import ProgressLine, format_duration
 from esvit_core.runs.environment import device_memory, hardware, versions
 from esvit_core.runs.events import count_starts, record_event
+from esvit_core.runs.gpus import accelerators_setting, require_usable_gpus
 from esvit_core.runs.log import LogWriter, read_log
 from esvit_core.runs.run import Run, open_run
 from esvit_core.runs.training_summary import SUMMARY, TrainingSummary, read_summary
@@ -25,7 +26,7 @@ from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy, WrittenCheckpoint
 from esvit_core.training.checkpoint_interval import CheckpointInterval
 from esvit_core.training.distributed.lost_peers import PeerWatch
-from esvit_core.training.distributed.processes import init_world, require_usable_gpus
+from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.emergency_save import EmergencySave
 from esvit_core.training.initial_weights import initial_states
 from esvit_core.training.loop import train
@@ -54,7 +55,7 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
     if summary := read_summary(run.store, run.uri):
         _print_finished(summary)
         return 0
-    require_usable_gpus("KUBERNETES_SERVICE_HOST" in os.environ and run.config.cluster.train.accelerators > 0)
+    require_usable_gpus(accelerators_setting(run.config, "train"))
     if run.config.training.deterministic:
         make_deterministic()
     keep_freed_memory()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import signal
 
 import numpy as np
 import pytest
@@ -80,6 +82,41 @@ def test_features_of_several_devices_are_those_of_one(measured_run, bucket, tmp_
     assert len(two) == len(dataset) == 11
     for kind in ("view", "blocks", "labels"):
         assert np.array_equal(getattr(one, kind), getattr(two, kind))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_features_are_the_same_bit_for_bit_with_any_number_of_workers(
+    measured_run, bucket, tmp_path, config, workers: int
+) -> None:
+    backbone = load_backbone(f"{measured_run}/backbone", bucket)
+    dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
+    handler, children = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    alone, shared = (
+        compute_features(backbone, dataset, eval_transform(config), 3, 2, workers=number) for number in (0, workers)
+    )
+    for kind in ("view", "blocks", "labels"):
+        assert np.array_equal(getattr(alone, kind), getattr(shared, kind))
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    assert multiprocessing.active_children() == children
+
+
+def test_an_error_in_a_worker_ends_the_extraction(measured_run, bucket, config) -> None:
+    class Damaged:
+        labels = np.zeros(9)
+
+        def __len__(self) -> int:
+            return 9
+
+        def image(self, index: int) -> np.ndarray:
+            if index == 4:
+                raise UserError("image 4 is damaged")
+            return np.zeros((64, 64, 3), np.uint8)
+
+    backbone = load_backbone(f"{measured_run}/backbone", bucket)
+    children = multiprocessing.active_children()
+    with pytest.raises(UserError, match="image 4 is damaged"):
+        compute_features(backbone, Damaged(), eval_transform(config), 2, 2, workers=2)
+    assert multiprocessing.active_children() == children
 
 
 def test_features_in_bfloat16_point_where_those_in_float32_do(measured_run, bucket, tmp_path, config):

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from esvit_core.errors import UserError
-from esvit_core.training.distributed.processes import GradientReducer, World, require_usable_gpus
+from esvit_core.training.distributed.processes import GradientReducer, World
 
 # Networks with batch norms, by name, and six images for each: a part of the program, and of the test.
 BATCH_NORMED = """
@@ -193,24 +192,3 @@ def test_losing_another_process_raises_lost_peer_error(tmp_path: Path) -> None:
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert processes[0].returncode == 0 and outputs[0].split() == ["lost", "lost"]
-
-
-def test_a_gpu_that_torch_cannot_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    require_usable_gpus(devices=tmp_path)  # there is none
-    with pytest.raises(
-        UserError, match=r"accelerators: this pod was given GPUs, and torch .* can use none \(.+\); inst"
-    ):
-        require_usable_gpus(True, tmp_path)
-    (tmp_path / "nvidia0").touch()
-    with pytest.raises(UserError, match=r'this machine has a GPU, and torch .*CUDA_VISIBLE_DEVICES="" to train'):
-        require_usable_gpus(devices=tmp_path)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    require_usable_gpus(True, tmp_path)
-
-
-def test_a_gpu_that_torch_can_use_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    require_usable_gpus(True, tmp_path)

@@ -48,6 +48,7 @@ class WorkerBatches:
         self._limit = TIMEOUT_SECONDS + store_grace
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._waiting = False
+        self._handler: Any = signal.SIG_DFL
         self._loader: DataLoader[Any] = DataLoader(
             _Shared(batches),
             sampler=self._keys,
@@ -76,12 +77,20 @@ class WorkerBatches:
                 raise item
             yield item
 
+    def close(self) -> None:
+        """End the workers, and restore the signal handler of this process."""
+        if self._processes and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self._handler)
+        del self._loader  # which ends its workers, unless the traceback of an exception still refers to it
+        self._kill_workers()
+        self._processes = []
+
     def _start(self) -> Iterator[Any]:
         """Start the workers, or let the running ones begin with the current keys."""
         if self._processes:
             return iter(self._loader)
         others = set(multiprocessing.active_children())
-        handler = signal.getsignal(signal.SIGCHLD)
+        handler = self._handler = signal.getsignal(signal.SIGCHLD)
         loaded = iter(self._loader)
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
         if threading.current_thread() is threading.main_thread():
@@ -191,7 +200,7 @@ def shared_memory_line(workers: int, batch_bytes: int, processes: int) -> str:
     )
 
 
-def choose_workers(batch_bytes: int, processes: int, cores: int) -> int:
+def choose_workers(batch_bytes: int, processes: int, cores: int, most: int = WORKERS_PER_GPU) -> int:
     """Return the number of workers per training process on a GPU for ``training.workers: auto``.
 
     Each training process keeps a core for itself, and the prepared batches must fit into shared memory.
@@ -200,12 +209,13 @@ def choose_workers(batch_bytes: int, processes: int, cores: int) -> int:
         batch_bytes: size of a training process's batch of crops.
         processes: training processes on this machine.
         cores: cores that they may use.
+        most: upper limit.
     """
     by_cores = cores // processes - 1
     free = free_shared_memory()
     batches = math.inf if free is None else free // (processes * batch_bytes)
     by_memory = (batches - 1) // PREFETCH_FACTOR
-    return int(max(0, min(WORKERS_PER_GPU, by_cores, by_memory)))
+    return int(max(0, min(most, by_cores, by_memory)))
 
 
 def free_shared_memory() -> int | None:

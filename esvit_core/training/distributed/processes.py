@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esvit_core.collectives import collective
-from esvit_core.errors import UserError
 from esvit_core.launch.signals import RENDEZVOUS_VARIABLE
 from esvit_core.training.distributed.lost_peers import detect_lost_nodes, tcp_connections
 
@@ -105,40 +104,6 @@ class World:
         """Destroy the process group."""
         if self.size > 1:
             dist.destroy_process_group()
-
-
-def require_usable_gpus(requested: bool = False, devices: Path = Path("/dev")) -> None:
-    """Return if torch can use the GPUs of this machine, or if it has none.
-
-    Otherwise a training would run on the CPU, many times slower, and nobody would notice. ``CUDA_VISIBLE_DEVICES=""``
-    states that this is wanted.
-
-    Args:
-        requested: whether this process's pod was given GPUs.
-        devices: folder of the device files, one per NVIDIA GPU.
-
-    Raises:
-        UserError: torch can use no GPU although there is one, or although the pod was given some.
-    """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
-    present = any(devices.glob("nvidia[0-9]*"))
-    if hidden or not (present or requested) or torch.cuda.is_available():
-        return
-    subject = "this machine has a GPU" if present else "cluster.train.accelerators: this pod was given GPUs"
-    raise UserError(
-        f"{subject}, and torch {torch.__version__} can use none ({_cuda_problem()}); install a driver and a torch that "
-        'fit each other, or set CUDA_VISIBLE_DEVICES="" to train on the CPU'
-    )
-
-
-def _cuda_problem() -> str:
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "it is built for CPUs only"
-    try:
-        torch.cuda.init()
-    except Exception as error:  # RuntimeError, AssertionError or DeferredCudaCallError
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return "it finds no GPU"
 
 
 def init_world(patience: float = 0.0, use_gpus: bool = True) -> World:
