@@ -30,6 +30,10 @@ SPECIAL: dict[str, tuple[dict[str, Any], Any]] = {
     "cluster.image_pull_secrets": ({}, ["registry"]),
     "diagnostics.steps": ({}, 20),
     "launch.min_nodes": ({"launch": {"scheduler": "volcano", "nodes": 4}}, 2),
+    "launch.allocator": ({}, "expandable_segments:True"),
+    "launch.one_pod_per_node": ({"launch": {"scheduler": "volcano", "nodes": 2}}, True),
+    "launch.nccl": ({"launch": {"scheduler": "volcano"}, "cluster": {"train": {"accelerators": 8}}}, {"DEBUG": "INFO"}),
+    "launch.resources": ({"launch": {"scheduler": "volcano"}}, {"rdma/hca": 1}),
     "cluster.token_audience": ({"cluster": {"identity": "web-identity"}}, "other"),
     "cluster.priority": ({"cluster": {"queue": "team"}}, "high"),
 }

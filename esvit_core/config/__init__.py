@@ -226,6 +226,19 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _accelerator_settings_have_an_effect(self) -> Self:
+        launch, train = self.launch, self.cluster.train
+        if launch.scheduler != "local" and not train.accelerators:
+            given = {"launch.nccl": launch.nccl, "launch.allocator": launch.allocator}
+            if idle := [name for name, value in given.items() if value]:
+                raise ValueError(
+                    f"{', '.join(idle)}: no effect without accelerators; set cluster.train.accelerators, or leave out"
+                )
+        if train.accelerator in launch.resources:
+            raise ValueError(f"launch.resources {train.accelerator}: set by cluster.train.accelerators; leave out")
+        return self
+
     @property
     def node_processes(self) -> int:
         """Training processes per pod of a job."""

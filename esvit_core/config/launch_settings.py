@@ -6,7 +6,7 @@ The section ``cluster.train`` defines the resources of the pods in either case.
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,8 @@ from esvit_core.config.kubernetes_names import EnvironmentName, LabelName, Label
 from esvit_core.config.section import Section
 
 _CREDENTIAL = re.compile(r"^ESVIT_S3_|(^|_)(KEY|SECRET|TOKEN|PASSWORD)(_|$)", re.IGNORECASE)
-_USED_BY_ALL = {"scheduler", "activation_checkpointing", "profile_steps"}
+_USED_BY_ALL = {"scheduler", "activation_checkpointing", "profile_steps", "allocator"}
+_RESERVED = ("cpu", "memory", "ephemeral-storage")  # set by cluster.train
 _VOLCANO_ONLY = {"ttl_minutes"}
 
 
@@ -53,6 +54,30 @@ class LaunchConfig(Section):
     env: dict[EnvironmentName, str] = Field(
         {}, description="Additional environment variables of the pods, such as NCCL_IB_HCA; no credentials."
     )
+    nccl: dict[EnvironmentName, str] = Field(
+        {},
+        description="Settings of NCCL, without the prefix NCCL_, such as {IB_HCA: mlx5}; for pods with accelerators.",
+    )
+    resources: dict[QualifiedName, Annotated[int, Field(gt=0)]] = Field(
+        {}, description="Additional resources of each pod, such as {rdma/hca_shared_devices_a: 1}."
+    )
+    annotations: dict[QualifiedName, str] = Field(
+        {}, description="Additional annotations of the pods, such as {k8s.v1.cni.cncf.io/networks: rdma-net}."
+    )
+    ipc_lock: bool = Field(
+        False,
+        description="Add the capability IPC_LOCK to the pods, with which RDMA may lock memory; the pod security standards "
+        "baseline and restricted refuse it.",
+    )
+    one_pod_per_node: bool = Field(
+        False, description="Never place two pods of the job on the same node. false: avoid it where possible."
+    )
+    allocator: str | None = Field(
+        None,
+        pattern=r"^[a-z_]+:[^,\s]+(,[a-z_]+:[^,\s]+)*$",
+        description="Settings of torch's allocator of GPU memory (PYTORCH_CUDA_ALLOC_CONF), such as "
+        "expandable_segments:True. null: torch's defaults.",
+    )
     restarts: int = Field(
         20, ge=0, description="Maximum number of restarts, of processes and of pods, before the training fails."
     )
@@ -77,6 +102,22 @@ class LaunchConfig(Section):
         """Minimum number of pods of the job."""
         return self.min_nodes or self.nodes
 
+    @field_validator("resources")
+    @classmethod
+    def _additional_resources(cls, resources: dict[str, int]) -> dict[str, int]:
+        for name in resources:
+            if name in _RESERVED:
+                raise ValueError(f"{name}: set by cluster.train.{name if name != 'ephemeral-storage' else 'scratch'}")
+        return resources
+
+    @field_validator("nccl")
+    @classmethod
+    def _without_prefix(cls, settings: dict[str, str]) -> dict[str, str]:
+        for name in settings:
+            if name.upper().startswith("NCCL_"):
+                raise ValueError(f"{name}: leave out the prefix NCCL_, which is added")
+        return settings
+
     @field_validator("env")
     @classmethod
     def _no_credentials(cls, env: dict[str, str]) -> dict[str, str]:
@@ -92,6 +133,10 @@ class LaunchConfig(Section):
     def _sizes_fit(self) -> Self:
         if self.fewest_nodes > self.nodes:
             raise ValueError(f"min_nodes {self.min_nodes}: expected at most nodes, which is {self.nodes}")
+        if self.one_pod_per_node and self.nodes == 1:
+            raise ValueError("one_pod_per_node: no effect with one node; leave out, or set nodes")
+        if twice := [f"NCCL_{name}" for name in self.nccl if f"NCCL_{name}" in self.env]:
+            raise ValueError(f"{', '.join(twice)}: given in nccl and in env; leave one out")
         return self
 
     @model_validator(mode="after")

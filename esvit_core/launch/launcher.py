@@ -32,7 +32,7 @@ from esvit_core.launch.signals import (
     SignalCounter,
     restored_handlers,
 )
-from esvit_core.runs.environment import available_cores
+from esvit_core.runs.environment import allocator_variables, available_cores
 from esvit_core.runs.training_summary import TrainingSummary, read_summary
 from esvit_core.storage import ObjectStore
 
@@ -76,7 +76,7 @@ def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
     many = "process" if processes == 1 else "processes"
     print(f"train: starting {processes} {many} with {threads} threads each", flush=True)
     with tempfile.TemporaryDirectory(prefix="esvit-train-", ignore_cleanup_errors=True) as folder:
-        outcome = _run(run_uri, processes, threads, Path(folder))
+        outcome = _run(run_uri, processes, threads, Path(folder), allocator_variables(config.launch.allocator))
     conclude(store, run_uri, outcome)
 
 
@@ -103,13 +103,13 @@ def divide_cores(config: Config, use_gpus: bool = True) -> tuple[int, int]:
     return processes, max(1, cores // processes)
 
 
-def _run(run_uri: str, processes: int, threads: int, folder: Path) -> Outcome:
+def _run(run_uri: str, processes: int, threads: int, folder: Path, variables: dict[str, str]) -> Outcome:
     from torchx.components.dist import ddp
     from torchx.runner import get_runner
 
     name = run_uri.rstrip("/").rsplit("/", 1)[-1]
     app = ddp("--run-uri", run_uri, m=MODULE, name=f"esvit/{name}", j=f"1x{processes}", cpu=threads * processes, tee=0)
-    app.roles[0].env.update(_environment(threads, folder))
+    app.roles[0].env.update(_environment(threads, folder) | variables)
     _start_through_agent(app.roles[0], folder)
     with restored_handlers(), get_runner() as runner:
         request = runner.dryrun(app, SCHEDULER, cfg={"log_dir": str(folder / "logs")})

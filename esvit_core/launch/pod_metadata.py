@@ -52,12 +52,13 @@ def pod_annotations() -> dict[str, str]:
     return dict(NO_SIDECAR)
 
 
-def container_security() -> dict[str, Any]:
-    """Return the security context of each container."""
+def container_security(*capabilities: str) -> dict[str, Any]:
+    """Return the security context of each container, which has only the given capabilities."""
+    added = {"add": list(capabilities)} if capabilities else {}
     return {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
+        "capabilities": {"drop": ["ALL"], **added},
     }
 
 

@@ -23,7 +23,13 @@ TORCH_ENVIRONMENT = {
     # An idle OpenMP thread spins for 0.2 ms instead of 3 ms, during which it slows down other threads.
     "GOMP_SPINCOUNT": "20000",
 }
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def allocator_variables(settings: str | None) -> dict[str, str]:
+    """Return the environment with the settings of torch's allocator of GPU memory (``launch.allocator``)."""
+    return {} if settings is None else {ALLOCATOR_VARIABLE: settings}
 
 
 def available_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:

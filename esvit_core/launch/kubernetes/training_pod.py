@@ -28,6 +28,7 @@ from esvit_core.launch.pod_metadata import (
 )
 from esvit_core.launch.signals import POD_SECONDS
 from esvit_core.planning.pod_sizes import resolve_pod
+from esvit_core.runs.environment import allocator_variables
 from esvit_core.runs.run import name_of_run
 from esvit_core.storage.address import pod_variables
 from esvit_core.storage.web_identity import TOKEN_FILE
@@ -35,6 +36,7 @@ from esvit_core.storage.web_identity import TOKEN_FILE
 MODULE = "esvit_core.training"
 RENDEZVOUS_PORT = 29500
 TOKEN_SECONDS = 3600  # the kubelet renews it when a fifth is left
+HOST_LABEL = "kubernetes.io/hostname"
 RUN_LABEL = "esvit.dev/run"
 RUN_ANNOTATION = "esvit.dev/run-uri"
 TERMINATION_FILE = "/dev/termination-log"
@@ -114,13 +116,14 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
     launch, pod, spec = config.launch, resolve_pod(config, "train"), template["spec"]
     metadata = template.setdefault("metadata", {})
     metadata["labels"] = {**metadata.get("labels", {}), **labels(run_uri)}
-    metadata["annotations"] = {**metadata.get("annotations", {}), **pod_annotations()}
+    metadata["annotations"] = {**metadata.get("annotations", {}), **launch.annotations, **pod_annotations()}
+    same_job = {"matchLabels": {RUN_LABEL: labels(run_uri)[RUN_LABEL]}}
     (container,) = spec["containers"]
     container |= {
         "image": pod.image or config.cluster.image,
         "imagePullPolicy": config.cluster.image_pull_policy,
         "env": _environment(container.get("env", []), config),
-        "resources": _resources(pod),
+        "resources": _resources(pod, launch.resources),
         "ports": [
             {"name": "c10d", "containerPort": RENDEZVOUS_PORT},
             {"name": "metrics", "containerPort": METRICS_PORT},
@@ -130,7 +133,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
             {"name": "tmp", "mountPath": TEMPORARY},
             {"name": "work", "mountPath": SCRATCH},
         ],
-        "securityContext": container_security(),
+        "securityContext": container_security(*(["IPC_LOCK"] if launch.ipc_lock else [])),
         "terminationMessagePath": TERMINATION_FILE,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
@@ -146,7 +149,7 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
                 "maxSkew": 1,
                 "topologyKey": launch.spread_over,
                 "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": {RUN_LABEL: labels(run_uri)[RUN_LABEL]}},
+                "labelSelector": same_job,
             }
         ],
         "volumes": [
@@ -159,7 +162,10 @@ def complete_pod(template: dict[str, Any], run_uri: str, config: Config) -> None
             {"name": "work", "emptyDir": {"sizeLimit": pod.scratch}},
         ],
     }
+    apart = [{"topologyKey": HOST_LABEL, "labelSelector": same_job}]
     chosen = {
+        "affinity": launch.one_pod_per_node
+        and {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": apart}},
         "nodeSelector": pod.node_selector,
         "tolerations": [toleration.model_dump(exclude_none=True) for toleration in pod.tolerations],
         "imagePullSecrets": [{"name": name} for name in config.cluster.image_pull_secrets],
@@ -222,14 +228,17 @@ def literal_environment(config: Config) -> dict[str, str]:
     }
     if config.cluster.train.accelerators:
         environment["NCCL_DEBUG"] = "WARN"
+    environment |= {f"NCCL_{name}": value for name, value in launch.nccl.items()}
+    environment |= allocator_variables(launch.allocator)
     if launch.interface:
         environment |= {"NCCL_SOCKET_IFNAME": launch.interface, "GLOO_SOCKET_IFNAME": launch.interface}
     return environment
 
 
-def _resources(pod: PodConfig) -> dict[str, Any]:
+def _resources(pod: PodConfig, additional: dict[str, int]) -> dict[str, Any]:
     """Return requests and limits, always with a memory limit: otherwise the namespace's default would apply."""
     accelerators = {pod.accelerator: str(pod.accelerators)} if pod.accelerators else {}
+    accelerators |= {name: str(number) for name, number in additional.items()}
     cpu_limit = {"cpu": pod.cpu_limit} if pod.cpu_limit is not None else {}
     return {
         "requests": {"cpu": pod.cpu, "memory": pod.memory, **accelerators},
