@@ -50,6 +50,12 @@ class DataConfig(Section):
         description="Maximum fraction of unreadable images; more than this is an error.",
         json_schema_extra=EXECUTION,
     )
+    processes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="Processes that check and convert images during the preparation. auto: one per core from 1,000 images "
+        "on. 0: threads of the preparing process. The result is the same.",
+        json_schema_extra=EXECUTION,
+    )
     max_megapixels: float = Field(
         100.0, gt=0, description="Images with more megapixels are skipped (decompression bombs)."
     )

@@ -307,7 +307,7 @@ def test_few_images_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypatc
     monkeypatch.setattr(module, "_load", counted_load)
     monkeypatch.setattr(module, "_write", counted_write)
     prepared(folder)
-    assert peak <= module._READ_AHEAD * reading_threads() + 1
+    assert peak <= module._READ_AHEAD * max(module._REQUESTS, reading_threads()) + 1
 
 
 @pytest.mark.parametrize("where", ["put_file", "put_if_absent"])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esvit_core.data.shards.format import INDEX_DTYPE, Sample, ShardWriter
+from esvit_core.data.shards.manifest import Shard
 
 samples = st.lists(
     st.builds(
@@ -27,9 +28,12 @@ samples = st.lists(
 
 def write(directory: Path, samples: list[Sample], max_bytes: int) -> tuple[ShardWriter, dict[str, bytes]]:
     kept: dict[str, bytes] = {}
-    writer = ShardWriter(
-        "train", directory, max_bytes, lambda shard, path: kept.__setitem__(shard.name, path.read_bytes())
-    )
+
+    def keep(shard: Shard, path: Path) -> None:
+        kept[shard.name] = path.read_bytes()
+        path.unlink()
+
+    writer = ShardWriter("train", directory, max_bytes, keep)
     assert [writer.add(sample) for sample in samples] == list(range(len(samples)))
     writer.close()
     return writer, kept

@@ -22,7 +22,7 @@ def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Man
     """Prepare the images of a run; return the manifest and the names of the files that were read."""
     read: list[str] = []
     load = module._load
-    monkeypatch.setattr(module, "_load", lambda o, c, x: (read.append(x.entry.name), load(o, c, x))[1])
+    monkeypatch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
     manifest = prepare_new(open_run(run, store))
     monkeypatch.setattr(module, "_load", load)
     return manifest, sorted(read)

@@ -14,6 +14,7 @@ import numpy as np
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Source
 from esvit_core.data.ingest.decode import describe_bad_files, reason_category
+from esvit_core.data.ingest.decoders import Decoders
 from esvit_core.data.ingest.file_kinds import ignored_kind
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.ingest_plan import IngestPlan, no_images
@@ -21,6 +22,7 @@ from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import LISTING, File, encode_listing
 from esvit_core.data.ingest.near_duplicates import SeenImages
 from esvit_core.data.ingest.pixels import Scale
+from esvit_core.data.ingest.shard_uploads import ShardUploads
 from esvit_core.data.ingest.source_lists import part_of_name
 from esvit_core.data.ingest.source_summary import describe_odd_images
 from esvit_core.data.ingest.statistics import describe_statistics, image_statistics
@@ -42,6 +44,8 @@ class Preparation:
         known: results of an unfinished preparation, by file name.
         dropped: number of images that were left out because of ``data.drop_duplicates``.
         seen: the stored images, to recognize their duplicates; None: duplicates are kept.
+        decoders: check and convert images.
+        uploads: uploads of finished shards.
         scales: values that become black and white in images of more than 8 bits, by the type of their pixels.
         pending, pending_bad: files whose record is not stored yet: images in the current shard, and bad files.
         ignored: numbers of files that are no images, by kind.
@@ -70,6 +74,8 @@ class Preparation:
     copies: int = 0
     dropped: int = 0
     seen: SeenImages | None = field(init=False)
+    decoders: Decoders = field(init=False)
+    uploads: ShardUploads = field(init=False)
     writers: dict[SplitName, ShardWriter] = field(default_factory=dict)
     content: dict[SplitName, hashlib._Hash] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
@@ -77,6 +83,7 @@ class Preparation:
     def __post_init__(self) -> None:
         drop = self.config.drop_duplicates
         self.seen = None if drop == "none" else SeenImages(near=drop == "near")
+        self.uploads = ShardUploads()
 
     def remember(self, file: File) -> None:
         """Remember a stored image, if later duplicates of it are to be dropped."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import FileReadError
 from esvit_core.data.ingest.changes import hash_touched_entries, scanned_entries, warn_of_edits
-from esvit_core.data.ingest.decode import BadImage, StoredImage, to_stored_image
+from esvit_core.data.ingest.decode import BadImage, StoredImage
+from esvit_core.data.ingest.decoders import Decoders, DecodeSettings, choose_processes
 from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.image_facts import can_compare_looks
 from esvit_core.data.ingest.incremental import Base
@@ -46,7 +47,8 @@ from esvit_core.storage import ObjectStore
 from esvit_core.storage.disk import explain_full_temporary_disk
 
 _CHECK_BAD_SHARE_AFTER = 100  # bad files; with fewer, a large share could be an accident
-_READ_AHEAD = 4  # images in memory per thread
+_REQUESTS = 16  # files that are read at the same time: a store answers slowly, whatever the number of cores
+_READ_AHEAD = 2  # images in memory per thread
 
 
 def prepare(
@@ -151,11 +153,15 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
     plan = job.plan
     job.bad, job.ignored = list(plan.bad), Counter(plan.ignored)
     split_of_digest: dict[str, SplitName] = {}
+    settings = DecodeSettings.of(job.config, PixelSettings.of(job.config, job.scales))
+    threads = max(_REQUESTS, reading_threads())
     with (
         explain_full_temporary_disk("a shard"),
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
-        ThreadPoolExecutor(reading_threads(), thread_name_prefix="prepare") as pool,
+        job.uploads,
+        Decoders(settings, choose_processes(job.config, len(plan.candidates))) as job.decoders,
+        ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool,
         ProgressLine(len(plan.candidates), unit="images", label="prepare") as progress,
     ):
         warnings.filterwarnings("ignore", module="PIL")  # about malformed files; bad files are listed
@@ -163,9 +169,7 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
         job.existing = objects_below(job.store, job.destination)
         if not fresh:
             _resume(job)
-        for candidate, future in prefetch(
-            pool, partial(_known_or_loaded, job), plan.candidates, _READ_AHEAD * reading_threads()
-        ):
+        for candidate, future in prefetch(pool, partial(_known_or_loaded, job), plan.candidates, _READ_AHEAD * threads):
             found = future.result()
             if isinstance(found, FileResult):
                 _replay(job, split_of_digest, candidate, found, Path(folder))
@@ -191,6 +195,7 @@ def _store_images(job: Preparation, fresh: bool = False) -> None:
             progress.update(1)
         for writer in job.writers.values():
             writer.close()
+        job.uploads.finish()
 
 
 def _reuse_base(job: Preparation, split_of_digest: dict[str, SplitName], folder: Path) -> None:
@@ -273,15 +278,7 @@ def _load(job: Preparation, candidate: Candidate) -> tuple[str, StoredImage | Ba
     except (FileReadError, NotAnImage, BadImage) as error:
         return "", error
     try:
-        config = job.config
-        return content_digest(data), to_stored_image(
-            data,
-            config.max_megapixels,
-            config.store_short_side,
-            config.max_aspect_ratio,
-            PixelSettings.of(config, job.scales),
-            suffix(candidate.entry.name),
-        )
+        return content_digest(data), job.decoders.decode(data, suffix(candidate.entry.name))
     except BadImage as error:
         return content_digest(data), error
 
@@ -351,10 +348,16 @@ def _set_status(
 
 
 def _store_shard(job: Preparation, split: SplitName, shard: Shard, path: Path) -> None:
-    """Store a finished shard, and the record from which another preparation can resume after it."""
-    assert job.unfinished is not None
-    if job.existing.get(shard.name) != shard.bytes:  # otherwise an identical shard is already stored
-        job.store.put_file(job.uri(shard.name), path)
-        job.written.add(shard.name)
-    job.written.add(job.unfinished.save(ShardRecord(split, shard, job.pending[split], job.pending_bad)))
+    """Store a finished shard, and the record from which another preparation can resume after it, soon."""
+    record = ShardRecord(split, shard, job.pending[split], job.pending_bad)
     job.pending[split], job.pending_bad = [], []
+
+    def upload() -> None:
+        assert job.unfinished is not None
+        if job.existing.get(shard.name) != shard.bytes:  # otherwise an identical shard is already stored
+            job.store.put_file(job.uri(shard.name), path)
+            job.written.add(shard.name)
+        path.unlink()
+        job.written.add(job.unfinished.save(record))
+
+    job.uploads.submit(upload)

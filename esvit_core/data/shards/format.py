@@ -56,9 +56,9 @@ class ShardWriter:
 
     Args:
         split: first part of the shards' names.
-        directory: local folder; holds one shard at a time.
+        directory: local folder for the shards.
         max_bytes: upper bound of a shard's size; a larger sample gets a shard of its own.
-        on_shard: called with each finished shard and its file, which is deleted afterwards.
+        on_shard: called with each finished shard and its file, which then belongs to the caller.
         shards, rows: samples of earlier data, which precede the added ones.
     """
 
@@ -163,7 +163,6 @@ class ShardWriter:
         self.shards.append(shard)
         self._in_shard = 0
         self._on_shard(shard, self._path)
-        self._path.unlink()
 
 
 def read_array(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:

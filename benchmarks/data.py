@@ -1,0 +1,254 @@
+"""Measure the preparation and the loading of data, as ratios within one run.
+
+    python benchmarks/data.py --images TAR [--limit 2000] [--counts 10000 400000] [--rounds 3]
+
+TAR holds photographs, at least a few thousand for steady figures. Needs two cores and Linux. The last line is JSON:
+
+- crops: decoding and crops of our pipeline, without photometrics, against the whole published pipeline (PIL and torchvision),
+  images per second of processor time of one thread. cpu_photometrics: the same with photometrics.
+- prepare_cores: preparation of the photographs on two cores against one, images per second.
+- prepare_s3: preparation from a prefix in the object store, each request of which takes 30 ms longer, against the folder.
+- train_s3: batches of the training loader with an empty cache and 30 ms longer requests, against a full cache.
+- restart_reuse: share of the uploaded shards that a preparation reuses after another was killed at a random moment.
+- memory_growth: peak memory of the preparation of the second of --counts images against the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from augment import ours, plain, read
+from machine import describe, peak_memory, reset_peak_memory
+from PIL import Image
+
+from esvit_core.config import AugmentConfig, Config, DataConfig
+from esvit_core.data.ingest import prepare as prepare_module
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.ingest.sources import open_source
+from esvit_core.data.loading.loader import TrainLoader
+from esvit_core.data.shards.reader import ShardDataset
+from esvit_core.storage import ObjectStore
+from esvit_core.storage.connection import Connection
+from esvit_core.storage.session import open_store
+
+LATENCY = 0.03  # seconds
+BUCKET = "benchmark"
+_CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, metavar="TAR")
+    parser.add_argument("--limit", type=int, default=2000, help="photographs that are used")
+    parser.add_argument("--counts", type=int, nargs=2, default=[10_000, 400_000], help="tiny images for memory_growth")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(describe(_CPU), flush=True)
+    figures: dict[str, float] = {}
+    encoded = read(arguments.images, arguments.limit)
+    figures |= rates_of_crops(encoded[:64], arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder, open_store(Path(folder) / "store") as store:
+        assert store is not None
+        store.ensure_bucket(BUCKET)
+        work = Path(folder)
+        source = unpack(arguments.images, work / "photographs", arguments.limit)
+        figures["prepare_cores"] = best_ratio(
+            lambda: rate(store, str(source), cores=2), lambda: rate(store, str(source), cores=1), arguments.rounds
+        )
+        prefix = upload(store, source)
+        figures["prepare_s3"] = best_ratio(
+            lambda: rate(store, prefix, latency=LATENCY), lambda: rate(store, str(source)), arguments.rounds
+        )
+        figures["train_s3"] = train_ratio(store, str(source), work)
+        figures["restart_reuse"] = restart_reuse(store, str(source))
+        peaks = [peak_of(store, tiny_images(work / f"{count}.tar", count)) for count in arguments.counts]
+        print(f"peak memory: {', '.join(f'{peak / 2**20:.0f} MiB' for peak in peaks)}", flush=True)
+        figures["memory_growth"] = peaks[1] / peaks[0]
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+def rates_of_crops(encoded: list[bytes], rounds: int) -> dict[str, float]:
+    """Compare our pipeline, without and with photometrics, with the published one."""
+    config = Config.load("imagenet_swin_tiny_w7").augment
+    off = {"jitter": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": 0.0}
+    bare = AugmentConfig.model_validate(config.model_dump() | off)
+    paths = {"crops": ours(bare), "cpu_photometrics": ours(config), "published": plain(config)}
+    best = dict.fromkeys(paths, 0.0)
+    for _ in range(rounds):
+        for name, path in paths.items():
+            start = time.process_time()
+            for number, data in enumerate(encoded):
+                path(data, number)
+            best[name] = max(best[name], len(encoded) / (time.process_time() - start))
+    print("crops, images/s of a core: " + ", ".join(f"{name} {value:.0f}" for name, value in best.items()), flush=True)
+    return {name: best[name] / best["published"] for name in ("crops", "cpu_photometrics")}
+
+
+def best_ratio(one: Callable[[], float], other: Callable[[], float], rounds: int) -> float:
+    """Return the ratio of the highest rates of two measurements that take turns."""
+    pairs = [(one(), other()) for _ in range(rounds)]
+    best = max(first for first, _ in pairs), max(second for _, second in pairs)
+    print(f"{best[0]:.0f} against {best[1]:.0f} images/s", flush=True)
+    return best[0] / best[1]
+
+
+def rate(store: ObjectStore, source: str, cores: int = 2, latency: float = 0.0) -> float:
+    """Return the images per second of a preparation in a process of its own."""
+
+    def measured(destination: str) -> float:
+        with slow_requests(latency):
+            start = time.perf_counter()
+            manifest = prepare(source, store, destination, DataConfig(processes=cores if cores > 1 else 0))
+            return manifest.samples / (time.perf_counter() - start)
+
+    return float(in_process(store, measured, cores))
+
+
+def train_ratio(store: ObjectStore, source: str, work: Path) -> float:
+    """Return the rate of the training loader with an empty cache and slow requests against that with a full cache."""
+
+    def measured(destination: str) -> list[float]:
+        prepare(source, store, destination, DataConfig(shard_mib=8))
+        values = {"training": {"batch_size": 32, "workers": 2}}
+        config = Config.from_mapping({**Config.load("imagenet_swin_tiny_w7").model_dump(mode="json"), **values})
+        rates = []
+        for latency in (LATENCY, 0.0):  # the second time, the cache is full
+            with slow_requests(latency):
+                dataset = ShardDataset(store, destination, "train", work / "cache")
+                loader = TrainLoader(dataset, config, seed=0)
+                start = time.perf_counter()
+                batches = sum(1 for _ in loader.epoch(0))
+                rates.append(32 * batches / (time.perf_counter() - start))
+        return rates
+
+    slow, local = in_process(store, measured, 2)
+    print(f"loader: {slow:.0f} against {local:.0f} images/s", flush=True)
+    return float(slow / local)
+
+
+def restart_reuse(store: ObjectStore, source: str) -> float:
+    """Kill a preparation at a random moment, and return the share of its uploaded shards that the next one reuses."""
+    config = DataConfig(shard_mib=1)
+
+    def undisturbed(destination: str) -> int:
+        return sum(len(split.shards) for split in prepare(source, store, destination, config).splits.values())
+
+    def uploaded() -> int:
+        return sum("/shards/" in found.uri for found in store.list(destination))
+
+    shards = in_process(store, undisturbed, 2)
+    wanted = random.randrange(1, max(2, shards - 1))
+    destination = f"s3://{BUCKET}/killed"
+    process = multiprocessing.get_context("fork").Process(target=prepare, args=(source, store, destination, config))
+    process.start()
+    while uploaded() < wanted and process.is_alive():
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    there = uploaded()
+    reused: list[int] = []
+    count = prepare_module.count_shards
+    prepare_module.count_shards = lambda results: (reused.append(count(list(results))), reused[-1])[1]
+    prepare(source, store, destination, config)
+    prepare_module.count_shards = count
+    store.remove_prefix(destination)
+    if not reused:
+        raise SystemExit("the preparation ended before it could be killed; more photographs are needed")
+    print(f"{reused[0]} of {there} uploaded shards reused", flush=True)
+    return reused[0] / there
+
+
+def peak_of(store: ObjectStore, source: str) -> int:
+    """Return the peak memory of a preparation, bytes."""
+
+    def measured(destination: str) -> int:
+        reset_peak_memory(_CPU)
+        prepare(source, store, destination, DataConfig(processes=0))
+        return peak_memory(_CPU)
+
+    return int(in_process(store, measured, 2))
+
+
+def in_process(store: ObjectStore, work: Callable[[str], Any], cores: int) -> Any:
+    """Return the result of ``work(destination)`` in a process of its own on so many cores; remove what it stored."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    destination = f"s3://{BUCKET}/{random.getrandbits(64):016x}"
+
+    def child() -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        results.put(work(destination))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"a measurement failed with exit code {process.exitcode}")
+    store.remove_prefix(destination)
+    return results.get()
+
+
+@contextmanager
+def slow_requests(seconds: float) -> Iterator[None]:
+    """Let every request to the object store take longer."""
+    call = Connection.call
+
+    def slow(self: Connection, *arguments: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return call(self, *arguments, **named)
+
+    if seconds:
+        Connection.call = slow  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Connection.call = call  # type: ignore[method-assign]
+
+
+def unpack(source: str, folder: Path, limit: int) -> Path:
+    folder.mkdir()
+    with open_source(source) as opened:
+        for number, entry in enumerate(opened.entries[:limit]):
+            ending = Path(entry.name).suffix
+            (folder / f"{number:06d}{ending}").write_bytes(opened.read(entry))
+    return folder
+
+
+def upload(store: ObjectStore, folder: Path) -> str:
+    prefix = f"s3://{BUCKET}/photographs"
+    for path in sorted(folder.iterdir()):
+        store.put_bytes(f"{prefix}/{path.name}", path.read_bytes())
+    return prefix
+
+
+def tiny_images(path: Path, count: int) -> str:
+    """Write a tar of different images of 8 x 8 pixels."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8), (number % 256, number // 256 % 256, number // 65536)).save(content, "PNG")
+            entry = tarfile.TarInfo(f"{number // 1000:04d}/{number:07d}.png")
+            entry.size = content.tell()
+            content.seek(0)
+            tar.addfile(entry, content)
+    return str(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Preparation in several processes, with uploads while the next shard is filled, and killed at any moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+from esvit_core.config import DataConfig
+from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest.decoders import Decoders, DecodeSettings, choose_processes
+from esvit_core.data.ingest.pixels import PixelSettings
+from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.ingest.shard_uploads import ShardUploads
+from esvit_core.errors import InfrastructureError
+from esvit_core.storage import ObjectStore
+
+SMALL = {"val_fraction": 0.1, "shard_mib": 0.01, "max_bad_fraction": 0.5}
+
+
+def names_below(store, at: str) -> set[str]:
+    return {stat.uri.removeprefix(store.uri(f"{at}/")) for stat in store.list(store.uri(at))}
+
+
+@pytest.fixture
+def images(tmp_path, make):
+    """120 images, ten of which are converted, and three bad files."""
+    files = {f"class{i % 3}/{i}.png": make.file(i) for i in range(110)}
+    files |= {f"class0/{i}.webp": make.file(i, "WEBP") for i in range(10)}
+    files |= {f"class1/bad{i}.png": b"no image" for i in range(3)}
+    return make.folder(tmp_path / "source", files)
+
+
+def test_the_number_of_processes_changes_nothing(store, prepared, images):
+    alone = prepared(images, at="alone", processes=0, **SMALL)
+    assert len(alone.splits["train"].shards) > 10 and alone.bad.count == 3 and alone.reencoded == 10
+    for processes in (1, 3):
+        assert prepared(images, at=f"by {processes}", processes=processes, **SMALL) == alone
+
+
+def test_so_many_processes_are_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert choose_processes(DataConfig(), 10_000) == 6 and choose_processes(DataConfig(), 10) == 0
+    assert choose_processes(DataConfig(processes=2), 10) == 2 and choose_processes(DataConfig(processes=0), 10_000) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert choose_processes(DataConfig(), 10_000) == 0
+
+
+def test_a_process_that_dies_is_an_error_that_names_the_setting(make):
+    with Decoders(DecodeSettings.of(DataConfig(), PixelSettings()), 2) as decoders:
+        assert decoders.decode(make.file(0), ".png").data == make.file(0)
+        for process in decoders._all:
+            process.kill()
+            process.wait()
+        with pytest.raises(InfrastructureError, match=r"SIGKILL \(out of memory\?\); run again.*data\.processes"):
+            decoders.decode(make.file(0), ".png")
+
+
+def test_the_processes_end_with_the_preparation(prepared, images, monkeypatch):
+    started: list = []
+    enter = Decoders.__enter__
+    monkeypatch.setattr(Decoders, "__enter__", lambda self: (enter(self), started.extend(self._all))[0])
+    monkeypatch.setattr(module, "build_manifest", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepared(images, processes=2, **SMALL)
+    assert len(started) == 2 and all(process.poll() == 0 for process in started)
+
+
+def test_uploads_keep_their_order_and_wait_for_each_other():
+    done: list[int] = []
+    go = threading.Event()
+    with ShardUploads() as uploads:
+        uploads.submit(lambda: go.wait(20) and done.append(0))
+        uploads.submit(lambda: done.append(1))
+        threading.Timer(0.05, go.set).start()
+        uploads.submit(lambda: done.append(2))  # waits, so that shards do not pile up
+        assert done[0] == 0
+        uploads.finish()
+    assert done == [0, 1, 2]
+
+
+def test_an_upload_that_fails_ends_the_preparation(store, prepared, images, monkeypatch):
+    put = ObjectStore.put_file
+
+    def failing(self, uri, path, **named):
+        if "train-000003" in uri:
+            raise InfrastructureError("the store is gone")
+        put(self, uri, path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "put_file", failing)
+        with pytest.raises(InfrastructureError, match="the store is gone"):
+            prepared(images, **SMALL)
+    assert not store.exists(store.uri("data/manifest.json"))
+    assert prepared(images, **SMALL) == prepared(images, at="undisturbed", **SMALL)
+
+
+def _prepare_slowly(store, source: str, at: str) -> None:
+    put = ObjectStore.put_file
+    ObjectStore.put_file = lambda self, uri, path, **named: (time.sleep(0.01), put(self, uri, path, **named))[1]  # type: ignore[method-assign]
+    prepare(source, store, store.uri(at), DataConfig(**SMALL, processes=2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_preparation_killed_at_a_random_moment_reuses_what_it_uploaded(store, prepared, images, monkeypatch, seed):
+    undisturbed = prepared(images, at="undisturbed", **SMALL)
+    everything = {shard.name for split in undisturbed.splits.values() for shard in split.shards}
+    process = multiprocessing.get_context("fork").Process(target=_prepare_slowly, args=(store, str(images), "killed"))
+    process.start()
+    wanted = random.Random(seed).randrange(2, len(everything) - 3)
+    end = time.monotonic() + 60
+    while len(uploaded := names_below(store, "killed") & everything) < wanted and time.monotonic() < end:
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    uploaded = names_below(store, "killed") & everything
+    again: list[str] = []
+    put = ObjectStore.put_file
+    monkeypatch.setattr(
+        ObjectStore, "put_file", lambda self, uri, path, **named: (again.append(uri), put(self, uri, path, **named))[1]
+    )
+    read: list[str] = []
+    load = module._load
+    monkeypatch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
+    assert prepared(images, at="killed", **SMALL) == undisturbed
+    sent = {uri.removeprefix(store.uri("killed/")) for uri in again}
+    assert len(uploaded - sent) >= 0.95 * len(uploaded), "uploaded shards are not uploaded again"
+    # The images of a shard are read again only if its record had not arrived: that of one shard at most.
+    per_shard = undisturbed.samples / len(everything)
+    assert len(read) <= undisturbed.samples + 3 - (len(uploaded) - 2) * per_shard
