@@ -13,9 +13,9 @@ from pathlib import Path
 
 from esvit_core.config import Config
 from esvit_core.config.auto import AUTO as AUTO_RECIPE
+from esvit_core.config.auto import split_recipe
 from esvit_core.config.kubernetes_names import AUTO
 from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_items, to_parameters, with_transfer
-from esvit_core.config.recipes import domain_names
 from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 
@@ -70,8 +70,8 @@ def resolve_run(settings: Settings) -> Resolved:
     Raises:
         UserError: see :func:`resolve`; or the data cannot be read, or are too few; or ``hours`` has no effect.
     """
-    domain = settings.recipe if settings.recipe in domain_names() else None
-    if settings.recipe not in (None, AUTO_RECIPE, domain):
+    auto = split_recipe(settings.recipe or AUTO_RECIPE)
+    if auto is None:
         if settings.hours is not None:
             raise UserError(
                 f"--hours {settings.hours:g}: no effect with --recipe {settings.recipe}, whose length is "
@@ -89,7 +89,9 @@ def resolve_run(settings: Settings) -> Resolved:
             from esvit_core.storage.session import open_store
 
             store = stack.enter_context(open_store(store_in(settings.out)))
-        found = resolve_auto(settings.data, _changes(settings), settings.hours, domain=domain, init_store=store)
+        domain, hours = auto
+        hours = settings.hours or hours
+        found = resolve_auto(settings.data, _changes(settings), hours, domain=domain, init_store=store)
     config = with_transfer(found.config, settings.transfer, "--transfer") if settings.transfer else found.config
     return Resolved(config, found.lines())
 
@@ -147,20 +149,26 @@ class ClusterRequest:
 def cluster_request(settings: Settings) -> ClusterRequest:
     """Resolve the settings for a pipeline on a cluster, whose first step resolves the configuration.
 
-    A recipe at an ``s3://`` address is read on the cluster. The section ``cluster`` belongs to the compiled pipeline.
+    A recipe at an ``s3://`` address is read on the cluster, and ``auto`` chooses there; pods are then sized for the largest
+    network that it may choose. The section ``cluster`` belongs to the compiled pipeline.
 
     Raises:
         UserError: see :func:`resolve`.
     """
     explicit = bool(settings.recipe or settings.overrides or settings.transfer or settings.bucket)
-    if settings.recipe is None or not settings.recipe.startswith("s3://"):
+    if settings.recipe is None or not (settings.recipe.startswith("s3://") or split_recipe(settings.recipe)):
         config = resolve(settings)
         return ClusterRequest(config, asdict(to_parameters(config, ("cluster",))), explicit)
     changes = _changes(settings)
+    auto = split_recipe(settings.recipe)
     sections = {item: item.partition(".")[0].strip() for item in changes}
     run_changes = [item for item in changes if sections[item] != "cluster"]
     parameters = Parameters(settings.recipe, join_items(run_changes), join_items(settings.transfer))
     known = Config.load("{}", [item for item in changes if sections[item] in COMPILED_SECTIONS])
+    if auto is not None:
+        from esvit_core.planning.auto_pods import sizing_config
+
+        return ClusterRequest(sizing_config(known, auto[1]), asdict(parameters), explicit)
     return ClusterRequest(known, asdict(parameters), explicit, complete=False)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from esvit_core.config.auto_choice import Choice, Row, count
 from esvit_core.config.auto_networks import NETWORKS, PROCESS_BYTES, Device, Network, images_per_second
+from esvit_core.config.recipes import domain_names
 from esvit_core.errors import UserError
 
 AUTO = "auto"
@@ -61,6 +62,28 @@ class Facts:
     capability: int = 0
 
 
+def split_recipe(recipe: str) -> tuple[str | None, float | None] | None:
+    """Split ``auto``, ``auto:hours=8``, or the same with a recipe for a kind of images, such as ``grey:hours=8``.
+
+    Returns:
+        The recipe for a kind of images, None with ``auto``; the hours, None if there are none. None: it is another recipe.
+
+    Raises:
+        UserError: what follows the colon is not a number of hours.
+    """
+    name, colon, rest = recipe.partition(":")
+    if name != AUTO and name not in domain_names():
+        return None
+    key, _, text = rest.partition("=")
+    try:
+        hours = float(text) if colon else None
+    except ValueError:
+        hours = 0.0
+    if colon and (key.strip() != "hours" or not hours or not 0 < hours < 10_000):
+        raise UserError(f"recipe {recipe}: expected {name}, or {name}:hours=H with a number of hours")
+    return (None if name == AUTO else name), hours
+
+
 def require_enough(images: int, source: str) -> None:
     """Return if there are images enough to train on some and to hold out others.
 
@@ -107,8 +130,7 @@ def choose(
     most = MAX_EPOCHS_FROM_WEIGHTS if from_weights else MAX_EPOCHS
     chosen_epochs = epochs or min(most, max(1, _two_digits(samples / used)))
     batch, reason_batch = _batch(network, used, chosen_epochs, batch_size)
-    processes = facts.devices if facts.device == "cuda" else min(2, facts.cores)
-    memory, micro_batch = _memory(facts, network, batch, processes)
+    memory, micro_batch = _memory(facts, network, batch, _processes(facts))
     steps = max(1, used // batch) * chosen_epochs
     limit = None if used == train else round(used * facts.images / train)
     chosen = _Chosen(facts, network, used, chosen_epochs, batch, steps, from_weights)
@@ -256,11 +278,13 @@ class _Chosen:
 
 def _network(facts: Facts, train: int) -> tuple[Network, str]:
     """Choose the largest network for which images are large enough and the time suffices."""
-    smaller = ""
+    smaller, processes = "", _processes(facts)
     for network in reversed(NETWORKS):
         samples = allowed_samples(facts, network)
         possible = min(samples, MAX_EPOCHS * train)
-        if facts.short_side < network.min_side:
+        if _memory(facts, network, 2 * processes, processes)[0] > facts.memory:
+            smaller = "for the next larger one there is too little memory"
+        elif facts.short_side < network.min_side:
             smaller = f"the images are too small for {network.side} pixels"
         elif possible < network.min_samples:
             what = "hours" if samples <= MAX_EPOCHS * train else "images"
@@ -268,6 +292,10 @@ def _network(facts: Facts, train: int) -> tuple[Network, str]:
         else:
             break
     return network, smaller or "the largest, and there are time and images enough for it"
+
+
+def _processes(facts: Facts) -> int:
+    return facts.devices if facts.device == "cuda" else min(2, facts.cores)
 
 
 def _rate(facts: Facts, network: Network) -> tuple[float, str]:

@@ -115,6 +115,11 @@ def to_parameters(config: Config, without: Sequence[str] = ()) -> Parameters:
     raise AssertionError("unreachable: the last candidate is the whole configuration")
 
 
+def parse_cluster(cluster: str) -> dict[str, Any]:
+    """Parse the output of :func:`compiled_sections_yaml`."""
+    return parse_yaml(cluster, "cluster")
+
+
 def compiled_sections_yaml(config: Config) -> str:
     """The sections :data:`COMPILED_SECTIONS` as the argument ``cluster`` of :func:`resolve`: the values that differ from the defaults, as YAML in one line."""
     changes = _differences(config.model_dump(mode="json"), Config().model_dump(mode="json"))

@@ -49,6 +49,10 @@ def read_recipe(recipe: str, read: Callable[[str], bytes] | None = None) -> dict
         return parse_yaml(preset_text(recipe), f"preset {recipe}")
     if recipe in domain_names():
         return {"recipe": recipe, **parse_yaml(domain_text(recipe), f"recipe {recipe}")}
+    if recipe.partition(":")[0] == "auto":
+        raise UserError(
+            f"recipe {recipe}: only `esvit run` and the pipeline pretrain choose a recipe from the images; name a preset or a file"
+        )
     if "{" in recipe or "\n" in recipe or ": " in recipe:
         return parse_yaml(recipe, "recipe")
     try:

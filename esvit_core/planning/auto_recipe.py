@@ -66,6 +66,7 @@ def resolve_auto(
     hours: float | None = None,
     *,
     domain: str | None = None,
+    machine: Facts | None = None,
     store: ObjectStore | None = None,
     init_store: ObjectStore | None = None,
 ) -> AutoRecipe:
@@ -76,6 +77,7 @@ def resolve_auto(
         overrides: items ``key=value``, which take precedence.
         hours: time for the whole run; None: one on a CPU, eight on a GPU.
         domain: recipe for a kind of images, whose settings precede the choice.
+        machine: what trains; None: this machine.
         store: store of an ``s3://`` source; None: the one that ``ESVIT_S3_*`` name.
         init_store: store of the initial weights, if they are in one.
 
@@ -94,7 +96,7 @@ def resolve_auto(
             f"init.load {valid.init.load}: recipe auto starts from a backbone, with new heads; name the recipe of the source "
             "with --recipe, such as esvit-runs/<run id>/config.yaml"
         )
-    facts = replace(machine_facts(), **data_facts(source, valid.data, store), hours=hours)
+    facts = replace(machine or machine_facts(), **data_facts(source, valid.data, store), hours=hours)
     choice = _choose(facts, given, valid, init_store)
     config = Config.from_mapping(merge(choice.values, given), origin="recipe auto")
     return AutoRecipe(config, choice, items, domain)

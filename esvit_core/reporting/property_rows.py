@@ -41,7 +41,8 @@ def recipe_rows(records: RunRecords) -> list[Property]:
             ),
         ]
         rows[1:1] = size
-    return rows
+    chosen = "; ".join(" ".join(line.split()) for line in records.choice[1:])
+    return [*rows, Property("chosen by the recipe auto", chosen)] if chosen else rows
 
 
 def training_rows(training: TrainingSummary, log: list[dict[str, Any]]) -> list[Property]:

@@ -7,6 +7,7 @@ so the same command finds the same run and continues it.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 from esvit_core.config import Config, TransferSet
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.store_errors import NotFound
+from esvit_core.storage.store_errors import NotFound, StoreRefused
 from esvit_core.weights.weight_source import pin_source
 
 CONFIG = "config.yaml"
 RUNTIME = "runtime"  # pointer: execution settings of the latest start of the run
 MEASURED = "measured.json"  # which backbone is measured, in a run that measures one trained elsewhere
+CHOICE = "auto.json"  # what the recipe auto chose and why, in lines
 RETRAINING = "retrain.json"  # new images found, in a retraining
 PROMOTION = "promotion.json"  # whether the run was promoted, and why
 LEASES = "leases"  # folder beside the runs: the lease on the retraining of each champion
@@ -53,6 +55,19 @@ class Run:
     def at(self, *parts: str) -> str:
         """Return the address of an object of this run."""
         return join_uri(self.uri, *parts)
+
+    def record_choice(self, lines: list[str]) -> None:
+        """Print and store what the recipe ``auto`` chose and why, in lines; nothing with another recipe."""
+        if not lines:
+            return
+        print(*lines, sep="\n", flush=True)
+        try:
+            self.store.put_if_absent(self.at(CHOICE), json.dumps(lines, ensure_ascii=False).encode())
+        except StoreRefused:  # keys that were made before there was this object
+            print(
+                f"note: this key may not write {CHOICE}, so the report lacks these lines; make the keys again",
+                flush=True,
+            )
 
     def transfer_set(self, name: str) -> TransferSet:
         """Return the transfer set of that name.

@@ -38,7 +38,7 @@ ROLES: Mapping[str, Role] = {
     "prepare": Role(
         "steps that turn images into shards",
         (
-            *("runs/*/config.yaml", "runs/*/runtime", "runs/*/data/*", "runs/*/transfer/*"),
+            *("runs/*/config.yaml", "runs/*/auto.json", "runs/*/runtime", "runs/*/data/*", "runs/*/transfer/*"),
             # A retraining starts by scanning the source and by claiming the lease.
             *("runs/*/retrain.json", "runs/*/retrain/*", "leases/*"),
         ),

@@ -46,12 +46,12 @@ def run(settings: Settings) -> None:
     resolved = resolve_run(settings)
     config = resolved.config
     require_metric(config)
-    print(*resolved.explanation, sep="\n", end="\n" if resolved.explanation else "", flush=True)
     with open_run_store(settings, config) as store:
         config = pin_source(config, store)
         name = identify_run(config, settings.data)
         current = Run(run_uri(config.bucket, name), store, config)
         resumed = store.exists(current.at(CONFIG))
+        current.record_choice(resolved.explanation)
         print(f"run {name}" + (", resumed: finished steps are reused" if resumed else ""))
         run_pipeline(settings, current)
         if config.recipe == DEMO_RECIPE and settings.transfer:

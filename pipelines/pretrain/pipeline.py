@@ -52,8 +52,9 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
         Args:
             data: Images: s3://bucket/prefix, or a folder, tar or zip that the steps can read. Labelled images lie in one
                 folder per class.
-            recipe: Training settings: the name of a recipe, such as demo or imagenet_swin_tiny_w7 (`esvit recipe list`);
-                the s3:// address of a YAML file; or YAML in one line, such as {model: {arch: swin_tiny_w7}}.
+            recipe: Training settings: auto, or auto:hours=8, to choose them from the images and the pods; the name of a
+                recipe, such as demo or imagenet_swin_tiny_w7 (`esvit recipe list`); the s3:// address of a YAML file; or
+                YAML in one line, such as {model: {arch: swin_tiny_w7}}.
             settings: Overrides of the recipe, separated by commas: training.epochs=50, seed=1. A setting can be null:
                 promotion.max_loss=null. All other settings are those of the recipe, including nulls.
             transfer: Additional labelled sets to evaluate on, separated by commas: digits=s3://my-bucket/digits. Empty

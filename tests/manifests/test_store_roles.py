@@ -53,6 +53,7 @@ OBJECTS = (
     "runs/a/promotion.json",
     "runs/a/measured.json",
     "runs/a/runtime",
+    "runs/a/auto.json",
     "runs/a/retrain.json",
     "runs/a/retrain/images.jsonl.gz",
     "runs/a/comparison/b.json",

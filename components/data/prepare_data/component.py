@@ -22,8 +22,9 @@ def prepare_data(
 
     Args:
         source: Folder, tar, zip, or s3://bucket/prefix; labelled images lie in one folder per class.
-        recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
-            {training: {epochs: 50}}; empty means that the run at run_uri exists.
+        recipe: auto, or auto:hours=8: chosen from the images and the training's pods. Or the name of a recipe (`esvit
+            recipe list`), s3:// address of a YAML file, or YAML such as {training: {epochs: 50}}; empty means that the
+            run at run_uri exists.
         settings: Overrides of the recipe, separated by commas, such as training.epochs=50, seed=1.
         transfer: Labelled sets to evaluate on, separated by commas, such as digits=s3://my-bucket/digits.
         run_uri: Address of the run, s3://bucket/runs/name; empty means derived from configuration and data.
@@ -37,7 +38,6 @@ def prepare_data(
 
     with step("prepare data"):
         from esvit_core.artifacts import point_to
-        from esvit_core.config.parameters import resolve
         from esvit_core.data.ingest.prepare import prepare
         from esvit_core.runs.run import open_run, start_run
         from esvit_core.storage import ObjectStore
@@ -46,10 +46,12 @@ def prepare_data(
         if run_uri and not recipe:
             run = open_run(run_uri, store)
         else:
+            from esvit_core.planning.auto_pods import resolve_parameters
             from esvit_core.planning.feasibility import require_possible
 
-            config = resolve(recipe, settings, transfer, cluster, store.get_bytes)
+            config, chosen = resolve_parameters(recipe, settings, transfer, cluster, source, store)
             run = start_run(config, source, run_uri, store, check=require_possible)
+            run.record_choice(chosen)
         manifest = prepare(source, run.store, run.at("data"), run.config.data, run.config.seed)
         point_to(dataset, run.at("data"), **manifest.summary())
 

@@ -1,0 +1,36 @@
+"""`esvit run --data DIR` with nothing else: it says what it chose, and the same command finds the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_core.config import Config
+
+SHORT = ["--set", "training.epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, images: Any) -> Path:
+    made = tmp_path_factory.mktemp("auto run")
+    images.folder(made / "images", ["lines", "waves"], 30)
+    return made
+
+
+def test_a_run_without_a_recipe_explains_itself_and_is_found_again(folder: Path, esvit: Any) -> None:
+    explained = esvit("run", "--data", "images", *SHORT, "--explain", cwd=folder)
+    assert explained.returncode == 0, explained.stderr
+    assert not (folder / "esvit-runs").exists(), "nothing was started"
+    first = esvit("run", "--data", "images", *SHORT, cwd=folder)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert explained.stdout in first.stdout
+    (here,) = (folder / "esvit-runs").glob("auto-*")
+    config = Config.load(here / "config.yaml")
+    assert (config.recipe, config.training.epochs) == ("auto", 2)
+    assert "verdict" in first.stdout and "esvit_core.load_backbone" in first.stdout
+    again = esvit("run", "--data", "images", *SHORT, cwd=folder)
+    assert f"run {here.name}, resumed: finished steps are reused" in again.stdout
+    elsewhere = esvit("run", "--data", "images", "--recipe", here / "config.yaml", cwd=folder)
+    assert f"run {here.name}, resumed" in elsewhere.stdout, "the stored recipe names the same run"
