@@ -72,8 +72,6 @@ def data_rows(records: RunRecords) -> list[Property]:
     splits = manifest.splits
     names = {"train": "training images", "val": "held-out images", "test": "test images (not used)"}
     rows = [Property("source", str(manifest.source))]
-    if manifest.reading:
-        rows.append(Property("understood as", "; ".join(manifest.reading)))
     rows += [Property(names.get(name, name), f"{split.samples:,}") for name, split in splits.items()]
     rows.append(Property("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (unlabelled)"))
     shards = sum(len(split.shards) for split in splits.values())
@@ -124,7 +122,7 @@ def _statistics_rows(found: dict[str, Any]) -> list[Property]:
     overlap = found["overlap"]
     rows.append(
         Property(
-            "held-out images that are also training images",
+            "overlap with training images",
             f"{overlap['identical']:,} identical, {overlap['alike']:,} that look alike",
         )
     )

@@ -53,6 +53,7 @@ def report_markdown(records: RunRecords) -> str:
     lines += ["## Results", "", *_results(records), "", "## Data and training", ""]
     training, log = records.training.value, records.log.value or []
     properties = [*property_rows.data_rows(records), *(property_rows.training_rows(training, log) if training else [])]
+    lines += [f"- {escape(line)}" for line in (records.manifest.value.reading if records.manifest.value else [])]
     lines += [f"- {escape(property.name)}: {escape(property.value)}" for property in properties]
     lines += ["", "## Lineage", ""]
     lines += [f"- {escape(p.name)}: {escape(p.value)}" for p in property_rows.lineage_rows(records)]
