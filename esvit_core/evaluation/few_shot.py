@@ -14,6 +14,7 @@ from esvit_core.config import Config
 from esvit_core.evaluation.labels import Task, run_task
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
 from esvit_core.evaluation.transfer import logistic_transfer
+from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.storage import ObjectStore
 
 NAME = "few-shot"
@@ -59,22 +60,19 @@ def measure_few_shot(task: Task | str, config: Config) -> Result:
         return left_out(headline, task)
     figures: dict[str, dict[str, float]] = {model: {} for model in task.splits}
     deviation: dict[str, dict[str, float]] = {model: {} for model in task.splits}
-    for model, (train, val) in task.splits.items():
-        for setting in settings:
-            found = []
-            for seed in SEEDS:
-                few = draw_few(train.labels, setting, seed)
-                outcome = logistic_transfer(
-                    train.view[few],
-                    train.labels[few],
-                    val.view,
-                    val.labels,
-                    seed=seed,
-                    label=f"few-shot, {setting}, of the {model} backbone",
-                )
-                found.append(outcome.figure)
-            figures[model][f"{NAME}/{setting}"] = float(np.mean(found))
-            deviation[model][f"{NAME}/{setting}"] = round(float(np.std(found, ddof=1)), 4)
+    with ProgressLine(len(task.splits) * len(settings) * len(SEEDS), unit="draws", label="few-shot") as progress:
+        for model, (train, val) in task.splits.items():
+            for setting in settings:
+                found = []
+                for seed in SEEDS:
+                    few = draw_few(train.labels, setting, seed)
+                    outcome = logistic_transfer(
+                        train.view[few], train.labels[few], val.view, val.labels, seed=seed, label=None
+                    )
+                    found.append(outcome.figure)
+                    progress.update(1, accuracy=outcome.figure)
+                figures[model][f"{NAME}/{setting}"] = float(np.mean(found))
+                deviation[model][f"{NAME}/{setting}"] = round(float(np.std(found, ddof=1)), 4)
     notes = [*task.notes, *_small_classes(next(iter(task.splits.values()))[0].labels, settings)]
     return measured(headline, figures, task.classes, notes=notes, deviation=deviation, seeds=len(SEEDS))
 

@@ -7,6 +7,7 @@ Lambda is the weight of ``|w|^2 / 2`` relative to the sum of the losses, scikit-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def logistic_transfer(
     test_labels: np.ndarray,
     metric: Metric = "accuracy",
     seed: int = 0,
-    label: str = "transfer",
+    label: str | None = "transfer",
 ) -> TransferOutcome:
     """Choose lambda by cross-validation on the training set, refit on all of it, and measure on the test set.
 
@@ -111,7 +112,7 @@ def logistic_transfer(
             each image and class, (N, C) and (M, C).
         metric: metric of the search and of the result.
         seed: seed of the folds, see :func:`esvit_core.evaluation.validation.validation_folds`.
-        label: first word of the progress lines.
+        label: first word of the progress lines; None: there are none.
     """
     if metric == "map_11_point" and train_labels.ndim == 1:
         train_labels, test_labels = _one_against_all(train_labels, test_labels)
@@ -119,12 +120,14 @@ def logistic_transfer(
     strength = _DEFAULT_LAMBDA
     scores: dict[float, float] = {}
     if regression.folds:
-        with ProgressLine(None, unit="regularization strengths", label=label) as progress:
+        line = ProgressLine(None, unit="regularization strengths", label=label) if label else nullcontext()
+        with line as progress:
 
             def score(candidates: list[float]) -> list[float]:
                 values = regression.score(candidates)
-                for value in values:
-                    progress.update(1, validation=value)
+                if progress is not None:
+                    for value in values:
+                        progress.update(1, validation=value)
                 return values
 
             strength, scores = search_lambda(score)

@@ -143,11 +143,7 @@ def label_of(key: str) -> str:
     if kind == "retrieval" and rest:
         return f"retrieval, {_MEASURES.get(rest, rest)}"
     if kind == "few-shot" and rest:
-        return (
-            f"few-shot, {rest.removesuffix('%')} % of the images"
-            if rest.endswith("%")
-            else f"few-shot, {rest} per class"
-        )
+        return f"few-shot, {rest.removesuffix('%')} %" if rest.endswith("%") else f"{rest}-shot"
     if kind == "segmentation":
         return "segmentation, mIoU"
     return f"transfer to {rest}" if kind == "transfer" and rest else key

@@ -21,9 +21,11 @@ from esvit_core.evaluation.features import (
     features_of,
     load_features,
 )
+from esvit_core.evaluation.few_shot import evaluate_few_shot
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
 from esvit_core.evaluation.linear_probe import augmented_features, evaluate_linear
 from esvit_core.evaluation.outcomes import unpack_correct
+from esvit_core.evaluation.retrieval import evaluate_retrieval
 from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
 from esvit_core.evaluation.visualize import visualize
 from esvit_core.registry.promotion import promote
@@ -224,6 +226,23 @@ def test_the_outcome_of_every_held_out_image_is_kept(measured_run, bucket, confi
                     assert 100 * correct.mean() == pytest.approx(result["results"][model][key], abs=1e-3)
     # The set holds the same images as the run.
     assert len({result["outcomes"]["held_out"] for result in found.values()}) == 1
+
+
+def test_few_shot_and_retrieval_of_a_run_are_written_once(measured_run, bucket, config):
+    asked = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"few_shot": ("1", "50%"), "retrieval": True})}
+    )
+    few, retrieval = (evaluate(measured_run, bucket, asked) for evaluate in (evaluate_few_shot, evaluate_retrieval))
+    assert set(few["results"]["trained"]) == {"few-shot/1", "few-shot/50%"} and few["seeds"] == 5
+    assert set(retrieval["results"]["baseline"]) == {
+        "retrieval/map",
+        "retrieval/r@1",
+        "retrieval/r@5",
+        "retrieval/r@10",
+    }
+    assert retrieval["outcomes"]["images"] == 11
+    assert evaluate_few_shot(measured_run, bucket, asked) == few
+    assert evaluate_retrieval(measured_run, bucket, asked) == retrieval
 
 
 def test_transfer_to_an_unlabelled_set_is_left_out(measured_run, bucket, config):

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore
@@ -25,7 +27,20 @@ def arguments(finished_run: Any, images: Any, tmp_path_factory: pytest.TempPathF
     shutil.copytree(finished_run.here / "backbone", folder / "backbone")
     shutil.copy2(finished_run.folder / "micro.yaml", folder / "micro.yaml")
     images.folder(folder / "images", ["lines", "waves"], 12)
-    return folder, ["evaluate", "--model", "backbone", "--data", "images", "--recipe", "micro.yaml", "--out", "out"]
+    _images_with_masks(folder / "shapes")
+    command = ["evaluate", "--model", "backbone", "--data", "images", "--recipe", "micro.yaml", "--out", "out"]
+    settings = ("retrieval=true", "few_shot=[2]", f"segmentation={folder / 'shapes'}")
+    return folder, [*command, *(word for setting in settings for word in ("--set", f"evaluation.{setting}"))]
+
+
+def _images_with_masks(folder: Path) -> None:
+    """Six gray images with a white square, and masks of the square."""
+    for number in range(6):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[4 * number : 4 * number + 12, 8:20] = 1
+        for place, pixels in (("images", 100 + 155 * mask), ("masks", mask)):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / place / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +68,11 @@ def test_the_figures_and_the_model_card_are_files_beside_the_report(evaluated: s
     assert "## Results" in report.with_suffix(".md").read_text(encoding="utf-8")
     card = (folder / "backbone" / "README.md").read_text(encoding="utf-8")  # copied with the run's backbone
     assert card.startswith("---\nlibrary_name: esvit") and "## Intended use" in card
+
+
+def test_what_is_off_by_default_is_measured_when_it_is_asked_for(evaluated: str) -> None:
+    for label in ("retrieval, mAP", "retrieval, R@1", "2-shot", "segmentation, mIoU"):
+        assert re.search(rf"^ *{label} .*%", evaluated, re.MULTILINE), label
 
 
 def test_nothing_is_trained_or_promoted(evaluated: str) -> None:
