@@ -145,7 +145,7 @@ def label_of(key: str) -> str:
     if kind == "few-shot" and rest:
         return f"few-shot, {rest.removesuffix('%')} %" if rest.endswith("%") else f"{rest}-shot"
     if kind == "segmentation":
-        return "segmentation, mIoU"
+        return "region mIoU"
     return f"transfer to {rest}" if kind == "transfer" and rest else key
 
 

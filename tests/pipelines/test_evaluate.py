@@ -71,7 +71,7 @@ def test_the_figures_and_the_model_card_are_files_beside_the_report(evaluated: s
 
 
 def test_what_is_off_by_default_is_measured_when_it_is_asked_for(evaluated: str) -> None:
-    for label in ("retrieval, mAP", "retrieval, R@1", "2-shot", "segmentation, mIoU"):
+    for label in ("retrieval, mAP", "retrieval, R@1", "2-shot", "region mIoU"):
         assert re.search(rf"^ *{label} .*%", evaluated, re.MULTILINE), label
 
 
