@@ -256,7 +256,14 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
         metric=chosen.metric,
         samples={"train": len(train), "val": len(val)},
         unconverged={key: unconverged} if unconverged else {},
-    ) | {"lambda": {model: o.strength for model, o in outcomes.items()}}
+    ) | {
+        "lambda": {model: o.strength for model, o in outcomes.items()},
+        "validation": {
+            model: {f"{strength:.6g}": round(score, 4) for strength, score in o.validation.items()}
+            for model, o in outcomes.items()
+            if o.validation
+        },
+    }
     correct = {model: {key: o.correct} for model, o in outcomes.items() if o.correct is not None}
     if not correct:
         return result

@@ -75,8 +75,9 @@ def curve(
     reference: tuple[float, str] | None = None,
     from_zero: bool = False,
     wide: bool = False,
+    axis: str = "step",
 ) -> Chart | None:
-    """Draw lines over the training steps; None if none of them has a point.
+    """Draw lines over the training steps or over another axis; None if none of them has a point.
 
     Args:
         name: id that is unique on the page.
@@ -84,11 +85,12 @@ def curve(
         reference: a value to draw as a horizontal line, and its name.
         from_zero: start the axis at 0.
         wide: also draw it for wide pages.
+        axis: what the horizontal axis shows, for the description.
     """
     drawn = [line for line in lines if line is not None]
     if not drawn:
         return None
-    label = f"{title}. " + "; ".join(_describe(line) for line in drawn)
+    label = f"{title}. " + "; ".join(_describe(line, axis) for line in drawn)
 
     def draw(size: tuple[int, int], suffix: str) -> Markup:
         with matplotlib.rc_context(settings()):
@@ -205,8 +207,9 @@ def _thinned(line: Line) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def _describe(line: Line) -> str:
-    return f"{line.name}: {_tick(line.values[0])} at step {line.steps[0]:,.0f}, {_tick(line.values[-1])} at step {line.steps[-1]:,.0f}"
+def _describe(line: Line, axis: str) -> str:
+    first, last = (f"{_tick(line.values[i])} at {axis} {_tick(line.steps[i])}" for i in (0, -1))
+    return f"{line.name}: {first}, {last}"
 
 
 def _tick(value: float) -> str:

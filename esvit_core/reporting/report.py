@@ -17,6 +17,7 @@ from esvit_core.data.ingest.file_kinds import describe_ignored
 from esvit_core.errors import UserError
 from esvit_core.evaluation.significance import interval_text
 from esvit_core.reporting import property_rows, verdict
+from esvit_core.reporting.choice_charts import choice_charts
 from esvit_core.reporting.classes import class_table
 from esvit_core.reporting.contact_sheet import Thumbnail, draw_contact_sheet, draw_duplicates
 from esvit_core.reporting.images import figure_uri
@@ -143,6 +144,7 @@ def render(
             scale=_scale(rows),
             any_top5=any(row.top5 is not None for row in rows),
             protocols=_protocols(records),
+            choices=choice_charts(records.results),
             classes=classes,
             class_limit=_CLASSES_SHOWN,
             drawings=drawings,
