@@ -19,7 +19,7 @@ from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_ite
 from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 
-DEFAULT_RECIPE = "demo"  # of all commands but `esvit run`
+DEFAULT_RECIPE = "demo"  # of all commands but `esvit run` and `esvit retrain`
 INIT = "init.source"
 DEFAULT_OUT = Path("esvit-runs")
 DEFAULT_BUCKET = "esvit"

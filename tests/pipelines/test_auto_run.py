@@ -30,6 +30,8 @@ def test_a_run_without_a_recipe_explains_itself_and_is_found_again(folder: Path,
     config = Config.load(here / "config.yaml")
     assert (config.recipe, config.training.epochs) == ("auto", 2)
     assert "verdict" in first.stdout and "esvit_core.load_backbone" in first.stdout
+    report = (here / "report.html").read_text(encoding="utf-8")
+    assert "chosen by the recipe auto" in report and "half of the images have a shorter side" in report
     again = esvit("run", "--data", "images", *SHORT, cwd=folder)
     assert f"run {here.name}, resumed: finished steps are reused" in again.stdout
     elsewhere = esvit("run", "--data", "images", "--recipe", here / "config.yaml", cwd=folder)

@@ -202,6 +202,18 @@ def test_a_runs_own_checkpoint_precedes_its_source(micro_run, source, stop_after
     assert same(baseline.state_dict(), {n.removeprefix("backbone."): v for n, v in there["teacher"].items()})
 
 
+@pytest.mark.parametrize(("epochs", "changes"), [(1, False), (2, True)])
+def test_the_heads_are_trained_alone_first(epochs, changes, micro_run, source, stop_after):
+    run, there = source("a")
+    protected = {"layer_decay": 0.5, "freeze_backbone_epochs": 1, "warmup_epochs": 0}
+    made = micro_run("b", init={"source": run.uri}, optimizer=protected, training={"epochs": epochs})
+    assert run_training(made.uri, stop_after(2)) == STOPPED_EXIT_CODE
+    assert run_training(made.uri, StopRequest()) == 0  # the groups of layer decay are in the checkpoint
+    trained = load_backbone(f"{made.uri}/backbone", made.store).state_dict()
+    before = {n.removeprefix("backbone."): v for n, v in there["teacher"].items() if n.startswith("backbone.")}
+    assert same(trained, before) is not changes
+
+
 def test_the_same_weights_elsewhere_make_the_same_run(store_env, images, tmp_path):
     weights = tmp_path / "a.pth"
     torch.save({"a": torch.zeros(1)}, weights)
