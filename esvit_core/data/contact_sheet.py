@@ -18,7 +18,9 @@ from esvit_core.data.ingest.archives import Entry, FileReadError, Source
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
 from esvit_core.data.ingest.file_kinds import is_named_as_image, suffix
 from esvit_core.data.ingest.ingest_plan import read_names
+from esvit_core.data.ingest.intensity_scale import find_scales
 from esvit_core.data.ingest.layout import LayoutSettings
+from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
@@ -70,8 +72,9 @@ def sample_images(source: str, config: Config, images: int, store: ObjectStore |
         reading = read_names(opened.entries, source, data, settings, opened.read)
         named = [reading.readable[i] for i in reading.images if is_named_as_image(reading.readable[i].name)]
         candidates = named or [reading.readable[i] for i in reading.images]
+        settings_of_pixels = PixelSettings.of(data, find_scales(opened, candidates, data))
         for entry in heapq.nsmallest(4 * images, candidates, key=_order):
-            if found < images and (pixels := _decode(opened, entry, config)) is not None:
+            if found < images and (pixels := _decode(opened, entry, config, settings_of_pixels)) is not None:
                 found += 1
                 yield pixels
 
@@ -118,12 +121,17 @@ def _order(entry: Entry) -> tuple[int, str]:
     return zlib.crc32(entry.name.encode("utf-8", "replace")), entry.name
 
 
-def _decode(opened: Source, entry: Entry, config: Config) -> np.ndarray | None:
+def _decode(opened: Source, entry: Entry, config: Config, pixels: PixelSettings) -> np.ndarray | None:
     data = config.data
     try:
         content = read_image_file(opened, entry)
         stored = to_stored_image(
-            content, data.max_megapixels, data.store_short_side, data.max_aspect_ratio, ending=suffix(entry.name)
+            content,
+            data.max_megapixels,
+            data.store_short_side,
+            data.max_aspect_ratio,
+            pixels,
+            suffix(entry.name),
         )
     except (NotAnImage, BadImage, FileReadError):
         return None

@@ -95,6 +95,22 @@ def test_the_death_of_a_worker_is_raised_while_waiting_and_not_during_a_step(tmp
         list(batches)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, FileNotFoundError, EOFError])
+def test_a_worker_that_dies_while_it_hands_over_a_batch(error: type[Exception]) -> None:
+    made = loader(Images())
+    next(made.epoch(0))
+    workers = made._worker_batches
+    assert workers is not None
+
+    def answer() -> None:
+        workers._waiting = False  # its exit is not seen by the signal handler first
+        os.kill(workers._processes[0].pid or 0, signal.SIGKILL)
+        raise error
+
+    with pytest.raises(InfrastructureError, match="killed by SIGKILL"):
+        workers._wait(answer)
+
+
 def workers_have_died() -> bool:
     states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children()]
     return "Z" in states

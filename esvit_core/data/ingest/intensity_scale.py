@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import warnings
 import zlib
 from collections import defaultdict
@@ -20,7 +21,8 @@ from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
 _SAMPLE = 256  # files that may be deep
 _HEAD = 32  # bytes of a PNG that show its depth
 _MAYBE_DEEP = frozenset({".tif", ".tiff", ".png", ".ppm", ".pgm", ".pnm", ".jp2", ".j2k", ".dcm", ".dicom", ""})
-_DECODED = 64
+_DECODED = 64  # images of more than 8 bits that are enough
+_BYTES = 4 * 2**30  # that are read at most; of a PNG of 8 bits only the head is read
 
 
 def find_scales(opened: Source, entries: Iterable[Entry], config: DataConfig) -> dict[str, Scale]:
@@ -39,6 +41,8 @@ def find_scales(opened: Source, entries: Iterable[Entry], config: DataConfig) ->
     if config.intensity != "auto" or not maybe:
         return {}
     sample = heapq.nsmallest(_SAMPLE, maybe, key=lambda e: (zlib.crc32(e.name.encode("utf-8", "replace")), e.name))
+    read_so_far = itertools.accumulate(0 if suffix(entry.name) == ".png" else entry.size for entry in sample)
+    sample = [entry for entry, size in zip(sample, read_so_far, strict=True) if size <= _BYTES] or sample[:1]
     spans: dict[str, list[Scale]] = defaultdict(list)
 
     def read(entry: Entry) -> tuple[str, Scale] | None:

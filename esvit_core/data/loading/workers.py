@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -31,6 +32,7 @@ from esvit_core.errors import InfrastructureError, UserError
 Crops = list[torch.Tensor]
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 1200  # without a batch, in addition to the grace period of the store
+_DEATH_SECONDS = 5.0  # that a worker which closed its connection takes to exit
 SHARED_MEMORY_HELP = "lower training.workers (0 disables workers), or enlarge /dev/shm (cluster.train.shared_memory; in Docker --shm-size)"
 
 
@@ -115,7 +117,10 @@ class WorkerBatches:
             if self._exited():
                 raise _WorkerDiedError
             return answer()
-        except RuntimeError:  # from our signal handler or from torch
+        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+            # From our signal handler, from torch, or because the worker died while it handed over a batch.
+            if not isinstance(error, RuntimeError):
+                self._wait_for_an_exit()
             dead, seconds = self._exited(), time.monotonic() - start
             if not dead and seconds < self._limit:
                 raise
@@ -125,6 +130,13 @@ class WorkerBatches:
             raise InfrastructureError(message) from None
         finally:
             self._waiting = False
+
+    def _wait_for_an_exit(self) -> None:
+        """Wait until a worker that has closed its connection has exited, too."""
+        ended = multiprocessing.connection.wait([process.sentinel for process in self._processes], _DEATH_SECONDS)
+        for process in self._processes:
+            if process.sentinel in ended:  # which is closed before the exit code can be read
+                process.join(_DEATH_SECONDS)
 
     def _kill_workers(self) -> None:
         """Kill all workers, including hanging ones: otherwise this process would wait for them when it exits."""
