@@ -8,7 +8,8 @@ time on a machine without a GPU, with a stand-in for the CUDA runtime that accep
 stand-in is preloaded and counts launches in an exported function ``long fake_launches()``; on a real GPU, torch's profiler
 counts them.
 
-- launches: kernels, copies and fills of one step after two warm-up steps
+- launches: kernels, copies and fills of one step after two warm-up steps; with a stand-in, which has no cuDNN, a
+  convolution and its backward pass count as one each
 - waits: calls that wait for the device, as reported by ``torch.cuda.set_sync_debug_mode``
 - bytes: sizes of the operands and results of torch's operators; views count nothing, a Triton kernel counts nothing, and
   every library kernel counts as one operator
@@ -101,6 +102,21 @@ class MovedBytes(TorchDispatchMode):
         return result
 
 
+class _Convolutions(TorchDispatchMode):
+    """Counts what convolutions launch beyond one kernel each: without cuDNN they are loops over images."""
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        super().__init__()
+        self._count, self.excess = count, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self._count()
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+            self.excess += self._count() - before - 1
+        return result
+
+
 def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
     """Count one step of ``config`` on ``batch_size`` images of zeros on ``device``, a GPU."""
     training = config.training.model_copy(update={"batch_size": batch_size})
@@ -137,16 +153,17 @@ def _count_waits(step: Callable[[], None]) -> int:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def _count_launches(step: Callable[[], None]) -> int | None:
     count = getattr(ctypes.CDLL(None), "fake_launches", None)
     if count is not None:  # of a preloaded stand-in for the CUDA runtime
         count.restype = ctypes.c_long
-        before = count()
-        step()
-        return int(count() - before)
+        with _Convolutions(count) as convolutions:
+            before = count()
+            step()
+            return int(count() - before - convolutions.excess)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 from plain_networks import plainly
@@ -140,3 +141,42 @@ def test_a_step_in_bfloat16_is_close_to_float32(prototypes: int) -> None:
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=5e-3)
     assert (rounded - exact).norm() < 0.05 * exact.norm()
     assert torch.cosine_similarity(rounded, exact, 0) > 0.999
+
+
+def test_the_parts_of_the_gpu_benchmark_fail_and_time_out_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path), "--recipe", "no-such-recipe"])
+    monkeypatch.setitem(gpu.LIMITS, "loader", 6.0)
+    script = tmp_path / "gpu.py"
+    script.write_text(
+        "import sys, time\n"
+        "part = sys.argv[-1]\n"
+        "if part == 'loader': time.sleep(600)\n"
+        "print('{\"images_per_second\": 5.0}') if part == 'resume' else sys.exit(3)\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    results = gpu.run_parts(["step", "loader", "resume"], 60.0)
+    assert results == {
+        "step": {"left_out": "failed with exit code 3, see above"},
+        "loader": {"left_out": "not done within 6 s"},
+        "resume": {"images_per_second": 5.0},
+    }
+    assert gpu.run_parts(["step"], 1.0) == {"step": {"left_out": "no time is left"}}
+    text = gpu.markdown("a GPU", "python benchmarks/gpu.py", results)
+    assert "| loader | not measured: not done within 6 s |" in text
+
+
+def test_the_gpu_benchmark_writes_a_table() -> None:
+    step = {"seconds": 0.05, "images_per_second": 1280.0, "mfu": 0.25, "peak_bytes": 18e9, "planned_bytes": 18.4e9}
+    results = {
+        "step": {"64": step | {"precision": "bfloat16", "objective": "fused Triton kernels"}},
+        "loader": {"workers": 6, "cores": 16, "images_per_second": 1500.0},
+        "resume": {"resumed_from": [4], "seconds_to_first_step_after_kill": 9.5},
+        "compare": {"table": ["seconds"], "step_bfloat16": 3.2},
+    }
+    lines = gpu.markdown("one GPU", "python benchmarks/gpu.py", results).splitlines()
+    assert "| step of 64 images, bfloat16, fused Triton kernels | 50.0 ms, 1,280 images/s, 25 % of the peak, 18.0 GB (planned 18.4) |" in lines  # fmt: skip
+    assert "| loader, worker processes 6, cores 16 | 1,500 images/s |" in lines
+    assert "| killed and started again | first step after 9.5 s, from [4] |" in lines
+    assert "| our step, times as fast as the other | 3.20 |" in lines
