@@ -97,6 +97,8 @@ def test_a_run_leaves_no_process_and_no_temporary_files(finished_run: Any) -> No
         "backbone",
         "config.yaml",
         "report.html",
+        "report.json",
+        "report.md",
         "run.log",
     ]
     assert sorted(p.name for p in finished_run.out.iterdir()) == [finished_run.name, "store"]
