@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from esvit_core.config import Config
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
 from esvit_core.data.ingest.file_kinds import is_named_as_image, suffix
 from esvit_core.data.ingest.ingest_plan import read_names
@@ -73,7 +72,7 @@ def sample_images(source: str, config: Config, images: int, store: ObjectStore |
         named = [reading.readable[i] for i in reading.images if is_named_as_image(reading.readable[i].name)]
         candidates = named or [reading.readable[i] for i in reading.images]
         settings_of_pixels = PixelSettings.of(data, find_scales(opened, candidates, data))
-        for entry in heapq.nsmallest(4 * images, candidates, key=_order):
+        for entry in heapq.nsmallest(4 * images, candidates, key=sampling_key):
             if found < images and (pixels := _decode(opened, entry, config, settings_of_pixels)) is not None:
                 found += 1
                 yield pixels
@@ -115,10 +114,6 @@ def save_sheet(sheet: Image.Image, out: Path) -> None:
         raise UserError(f"--out {out}: unknown kind of image; name a .png or .jpg file") from None
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
-
-
-def _order(entry: Entry) -> tuple[int, str]:
-    return zlib.crc32(entry.name.encode("utf-8", "replace")), entry.name
 
 
 def _decode(opened: Source, entry: Entry, config: Config, pixels: PixelSettings) -> np.ndarray | None:

@@ -12,6 +12,7 @@ from esvit_core.config import Config
 from esvit_core.evaluation.labels import Task, run_task
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
 from esvit_core.evaluation.results import Result, left_out, measure_once, measured
+from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore
 
 # Queries and features of the bank that are compared at once: 2 M similarities in float32 take 8 MB.
@@ -68,7 +69,7 @@ def rank_classes(
     Returns:
         For each ``k`` the classes, most votes first, (M, min(5, classes)).
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     bank, queries, labels = _normalised(train, device), _normalised(test, device), _labels(train_labels).to(device)
     if not len(bank) or not len(queries):
         raise ValueError(f"k-NN needs at least one training and one test feature, got {len(bank)} and {len(queries)}")

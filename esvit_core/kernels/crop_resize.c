@@ -138,28 +138,25 @@ static inline void sum_pairs(const uint8_t *input, int64_t step, int groups, con
 #endif
 }
 
+/* A stage of a transposition: the bytes of the vectors i and i + 8 in turn. */
+static inline void merge_halves(const __m128i *in, __m128i *out)
+{
+    for (int i = 0; i < 8; i++) {
+        out[2 * i] = _mm_unpacklo_epi8(in[i], in[i + 8]);
+        out[2 * i + 1] = _mm_unpackhi_epi8(in[i], in[i + 8]);
+    }
+}
+
 /* Transpose 16 x 16 bytes. */
 static inline void transpose(const uint8_t *in, int64_t in_stride, uint8_t *out, int64_t out_stride)
 {
     __m128i a[16], b[16];
     for (int i = 0; i < 16; i++)
         a[i] = _mm_loadu_si128((const __m128i *)(in + i * in_stride));
-    for (int i = 0; i < 8; i++) {
-        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
-    }
-    for (int i = 0; i < 8; i++) {
-        a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
-        a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
-    }
-    for (int i = 0; i < 8; i++) {
-        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
-    }
-    for (int i = 0; i < 8; i++) {
-        a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
-        a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
-    }
+    merge_halves(a, b);
+    merge_halves(b, a);
+    merge_halves(a, b);
+    merge_halves(b, a);
     for (int i = 0; i < 16; i++)
         _mm_storeu_si128((__m128i *)(out + i * out_stride), a[i]);
 }

@@ -74,6 +74,11 @@ class Entry:
     part: int = 0
 
 
+def sampling_key(entry: Entry) -> tuple[int, str]:
+    """Return a key whose order is that of no folder and always the same: the first files make a sample."""
+    return zlib.crc32(entry.name.encode("utf-8", "replace")), entry.name
+
+
 class Source(Protocol):
     """Files that can be listed, and read in any order and from several threads.
 

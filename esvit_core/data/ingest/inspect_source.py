@@ -6,7 +6,6 @@ import heapq
 import io
 import time
 import warnings
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
 from esvit_core.data.ingest.file_kinds import (
     HEAD,
@@ -166,7 +165,7 @@ class _Sample:
 
 def _decode_sample(opened: Source, entries: list[Entry], config: DataConfig, pixels: PixelSettings) -> _Sample:
     """Decode images that their names choose, as many as the time allows."""
-    chosen = heapq.nsmallest(_SAMPLE, entries, key=lambda e: (zlib.crc32(e.name.encode("utf-8", "replace")), e.name))
+    chosen = heapq.nsmallest(_SAMPLE, entries, key=sampling_key)
     sizes: list[tuple[int, int]] = []
     bad: dict[str, str] = {}
 

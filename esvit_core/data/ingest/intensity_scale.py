@@ -5,13 +5,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import warnings
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, deep_span
 from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.pixels import PixelSettings, Scale, usual_scale
@@ -40,7 +39,7 @@ def find_scales(opened: Source, entries: Iterable[Entry], config: DataConfig) ->
     maybe = [entry for entry in entries if suffix(entry.name) in _MAYBE_DEEP and entry.problem is None]
     if config.intensity != "auto" or not maybe:
         return {}
-    sample = heapq.nsmallest(_SAMPLE, maybe, key=lambda e: (zlib.crc32(e.name.encode("utf-8", "replace")), e.name))
+    sample = heapq.nsmallest(_SAMPLE, maybe, key=sampling_key)
     read_so_far = itertools.accumulate(0 if suffix(entry.name) == ".png" else entry.size for entry in sample)
     sample = [entry for entry, size in zip(sample, read_so_far, strict=True) if size <= _BYTES] or sample[:1]
     spans: dict[str, list[Scale]] = defaultdict(list)

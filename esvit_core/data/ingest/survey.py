@@ -6,13 +6,12 @@ import heapq
 import io
 import statistics
 import warnings
-import zlib
 from dataclasses import dataclass
 
 from PIL import Image
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
 from esvit_core.data.ingest.file_kinds import is_named_as_image
 from esvit_core.data.ingest.ingest_plan import read_names
 from esvit_core.data.ingest.layout import LayoutSettings
@@ -67,7 +66,7 @@ def survey_source(source: str, config: DataConfig, store: ObjectStore | None = N
 
 def _short_side(opened: Source, entries: list[Entry]) -> int:
     """Return the median of the shorter sides of a sample, pixels."""
-    chosen = heapq.nsmallest(SAMPLE, entries, key=lambda e: (zlib.crc32(e.name.encode("utf-8", "replace")), e.name))
+    chosen = heapq.nsmallest(SAMPLE, entries, key=sampling_key)
     sides = [side for entry in chosen if (side := _side(opened, entry)) is not None]
     return int(statistics.median_low(sides)) if sides else _USUAL_SIDE
 
