@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -85,7 +86,7 @@ class ShardPrefetcher:
                 self._images.fetch_shard(shard)
             except Exception as error:  # whoever reads the shard meets the same error
                 logger.debug("shard %d was not fetched ahead: %s", shard, error)
-                threading.Event().wait(_PAUSE_SECONDS)
+                time.sleep(_PAUSE_SECONDS)
 
     def _is_due(self) -> bool:
         return self._next < min(len(self._shards), bisect.bisect(self._positions, self._position) + AHEAD)
