@@ -95,17 +95,28 @@ def test_the_death_of_a_worker_is_raised_while_waiting_and_not_during_a_step(tmp
         list(batches)
 
 
+@pytest.mark.parametrize("seen", [False, True], ids=["unseen", "seen by the signal handler"])
 @pytest.mark.parametrize("error", [ConnectionResetError, FileNotFoundError, EOFError])
-def test_a_worker_that_dies_while_it_hands_over_a_batch(error: type[Exception]) -> None:
+def test_a_worker_that_dies_while_it_hands_over_a_batch(
+    error: type[Exception], seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = loader(Images())
     next(made.epoch(0))
     workers = made._worker_batches
     assert workers is not None
 
     def answer() -> None:
-        workers._waiting = False  # its exit is not seen by the signal handler first
-        os.kill(workers._processes[0].pid or 0, signal.SIGKILL)
         raise error
+
+    wait_for_an_exit = workers._wait_for_an_exit
+
+    def wait() -> None:
+        os.kill(workers._processes[0].pid or 0, signal.SIGKILL)
+        if seen:
+            time.sleep(0.2)  # the signal of its exit arrives here
+        wait_for_an_exit()
+
+    monkeypatch.setattr(workers, "_wait_for_an_exit", wait)
 
     with pytest.raises(InfrastructureError, match="killed by SIGKILL"):
         workers._wait(answer)

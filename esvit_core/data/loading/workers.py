@@ -112,24 +112,24 @@ class WorkerBatches:
     def _wait(self, answer: Callable[[], Any]) -> Any:
         """Return the result of ``answer``, which waits for the workers."""
         start = time.monotonic()
-        self._waiting = True
         try:
-            if self._exited():
-                raise _WorkerDiedError
-            return answer()
+            self._waiting = True
+            try:
+                if self._exited():
+                    raise _WorkerDiedError
+                return answer()
+            finally:
+                self._waiting = False  # from here on, our signal handler raises nothing
         except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
             # From our signal handler, from torch, or because the worker died while it handed over a batch.
+            self._waiting = False
             if not isinstance(error, RuntimeError):
                 self._wait_for_an_exit()
             dead, seconds = self._exited(), time.monotonic() - start
             if not dead and seconds < self._limit:
                 raise
-            message = _exit_message(dead[0]) if dead else _timeout_message(seconds)
-            self._waiting = False
             self._kill_workers()
-            raise InfrastructureError(message) from None
-        finally:
-            self._waiting = False
+            raise InfrastructureError(_exit_message(dead[0]) if dead else _timeout_message(seconds)) from None
 
     def _wait_for_an_exit(self) -> None:
         """Wait until a worker that has closed its connection has exited, too."""
