@@ -148,6 +148,10 @@ class ShardCache:
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
                 _record(lock, path)
                 yield path
+        except FileNotFoundError:
+            raise UserError(
+                f"{self._directory}: the folder of the shard cache was deleted while in use; start again"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"{self._directory}: cannot store shards ({error.strerror or error}); "
