@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.launch.signals import outlive_signals
+from esvit_pipelines.local.step_server import step_server
 
 if TYPE_CHECKING:
     from esvit_core.config import Config
@@ -86,8 +86,10 @@ def main(arguments: list[str]) -> int:
     _stop_when_parent_ends()
     request = Request(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     work = Path(request.work)
-    _wrap_interpreter(work / "bin")
-    outcome = run_steps(request)
+    programs = work / "bin"
+    programs.mkdir()
+    with step_server(programs):
+        outcome = run_steps(request)
     outcome.write(work)
     return 0 if outcome.finished else 1
 
@@ -142,21 +144,6 @@ def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
     from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 
     return build_pretrain_pipeline(config), {"run_uri": request.run_uri}
-
-
-def _wrap_interpreter(folder: Path) -> None:
-    """Make kfp.local start the steps with this Python, whatever the paths of Python and of the images.
-
-    kfp.local replaces every ``python3`` in a step's command with ``sys.executable``, unquoted and also in arguments. A
-    path with a space, or an image folder with "python3" in its name, would break. With a wrapper called ``python3`` on
-    the search path, the replacement changes nothing.
-    """
-    folder.mkdir(parents=True)
-    wrapper = folder / "python3"
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
-    wrapper.chmod(0o755)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    sys.executable = "python3"
 
 
 def _stop_when_parent_ends() -> None:

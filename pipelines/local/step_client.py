@@ -1,0 +1,45 @@
+"""Run a step of a local run in a fork of the step server, or in a process of its own if there is no server (yet).
+
+This program is started without ``site``, in milliseconds, and imports the standard library only.
+
+    python -IS step_client.py SOCKET PYTHON -m kfp.dsl.executor_main ...
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+EXECUTOR = ["-m", "kfp.dsl.executor_main"]
+
+
+def main(address: str, python: str, *arguments: str) -> int:
+    server = _connect(address) if list(arguments[:2]) == EXECUTOR else None
+    if server is None:
+        os.execv(python, [python, *arguments])
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)
+    folder = os.getcwd()  # noqa: PTH109 (pathlib takes time to import)
+    content = json.dumps({"arguments": arguments[2:], "environment": dict(os.environ), "folder": folder}).encode()
+    socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(content)
+    if not server.recv(1):
+        return 1
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)  # from now on the step gets them too, and this process ends after it
+    return int(server.recv(16) or 1)
+
+
+def _connect(address: str) -> "socket.socket | None":
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        server.connect(address)
+    except OSError:
+        return None
+    return server
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""Start the steps of a local run as forks of a process that has imported their libraries.
+
+A step of a small run computes for a second, but importing PyTorch, timm, KFP and matplotlib takes three to eight. The
+server imports them once, while the first step runs in a process of its own, and forks for each later step. It computes
+nothing and starts no threads before it forks. Linux only: elsewhere, libraries do not survive a fork.
+
+    python -m esvit_pipelines.local.step_server SOCKET
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from esvit_core.launch.signals import TERMINAL_SIGNALS, end_with_parent, outlive_signals
+
+# What the steps import, besides small modules.
+PRELOADED = (
+    "kfp.dsl.executor_main",
+    "esvit_core.artifacts",
+    "esvit_core.models.factory",
+    "esvit_core.data.ingest.prepare",
+    "esvit_core.evaluation.features",
+    "esvit_core.evaluation.linear_probe",
+    "esvit_core.evaluation.visualize",
+    "esvit_core.reporting.report",
+)
+
+
+@contextlib.contextmanager
+def step_server(folder: Path) -> Iterator[None]:
+    """Let ``python3`` on the search path run the steps: in a fork of a server as soon as there is one.
+
+    kfp.local replaces every ``python3`` in a step's command with ``sys.executable``, unquoted and also in arguments. A
+    path with a space, or an image folder with "python3" in its name, would break. With a program called ``python3`` on
+    the search path, the replacement changes nothing.
+
+    Args:
+        folder: an empty folder of this user only.
+    """
+    address, client = folder / "socket", Path(__file__).with_name("step_client.py")
+    python = sys.executable
+    wrapper = folder / "python3"
+    words = shlex.join([python, "-IS", str(client), str(address), python])
+    wrapper.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
+    wrapper.chmod(0o755)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    sys.executable = "python3"
+    if sys.platform != "linux":
+        yield
+        return
+    server = subprocess.Popen(
+        [python, "-m", __spec__.name, str(address)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def main(address: str) -> None:
+    """Serve until the runner ends; in the fork of a step, run the step and end this process as KFP's executor does."""
+    end_with_parent(os.getppid(), signal.SIGKILL)
+    outlive_signals()  # a signal to the group is for the steps
+    for name in PRELOADED:
+        importlib.import_module(name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind(address)
+        except OSError:  # the path is too long for a socket: the steps import for themselves
+            return
+        listener.listen()
+        _serve(listener)
+    from kfp.dsl.executor_main import executor_main
+
+    executor_main()
+
+
+def _serve(listener: socket.socket) -> None:
+    """Fork for one step after the other, and report each one's exit code; returns in the forks."""
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            server = os.getpid()
+            signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
+            process = os.fork()
+            if process == 0:
+                end_with_parent(server)
+                _become(connection)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL_SIGNALS)
+            if process == 0:
+                return
+            _, status = os.waitpid(process, 0)
+            code = os.waitstatus_to_exitcode(status)
+            with contextlib.suppress(OSError):  # the client may be gone
+                connection.sendall(b"%d" % (code if code >= 0 else 128 - code))
+
+
+def _become(connection: socket.socket) -> None:
+    """Take over the client's arguments, environment, folder, standard streams and signals.
+
+    A client that a signal has ended meanwhile ends this process, too, by the error of the answer.
+    """
+    for number in TERMINAL_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    header, streams, _, _ = socket.recv_fds(connection, 8, 3, socket.MSG_WAITALL)
+    with connection.makefile("rb") as sent:
+        request = json.loads(sent.read(int.from_bytes(header, "big")))
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv[1:] = request["arguments"]
+    connection.sendall(b"+")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

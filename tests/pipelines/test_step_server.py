@@ -1,0 +1,151 @@
+"""Steps run in forks of a server exactly as in processes of their own, and end with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from esvit_pipelines.local import step_client
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a step server on Linux only")
+SERVER = """
+import sys
+from esvit_pipelines.local import step_server
+step_server.PRELOADED = ("kfp.dsl.executor_main",)
+step_server.main(sys.argv[1])
+"""
+STEP = """
+import os, signal, sys, time
+
+def step(what: str):
+    print("step", what, os.environ.get("OF_THE_CLIENT"), os.getcwd(), os.getppid(), flush=True)
+    print("an error message", file=sys.stderr, flush=True)
+    if what == "exit":
+        sys.exit(7)
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "wait":
+        time.sleep(60)
+    if what == "raise":
+        raise ValueError("from the step")
+"""
+
+
+class Client:
+    """Starts steps as the runner does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.address = folder, folder / "socket"
+        (folder / "component.py").write_text(STEP)
+
+    def start(self, what: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-IS", step_client.__file__, str(self.address), sys.executable]
+        inputs = {"inputs": {"parameterValues": {"what": what}}, "outputs": {"outputFile": str(self.folder / "out")}}
+        component = ["--component_module_path", str(self.folder / "component.py"), "--function_to_execute", "step"]
+        return subprocess.Popen(
+            [*command, *step_client.EXECUTOR, *component, "--executor_input", json.dumps(inputs)],
+            cwd=self.folder,
+            env=os.environ | {"OF_THE_CLIENT": "\udcff ü"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="surrogateescape",
+        )
+
+    def run(self, what: str) -> tuple[int, str]:
+        process = self.start(what)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    return Client(tmp_path)
+
+
+@pytest.fixture
+def server(client: Client) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(client.address)])
+    _wait_until(client.address.exists)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def _wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "line"),
+    [
+        ("succeed", 0, "Wrote executor output file"),
+        ("exit", 7, "an error message"),
+        ("raise", 1, "ValueError: from the step"),
+        ("killed", 128 + signal.SIGKILL, "an error message"),
+    ],
+)
+def test_a_step_ends_as_in_a_process_of_its_own(
+    what: str, code: int, line: str, client: Client, request: pytest.FixtureRequest
+) -> None:
+    alone = client.run(what)
+    server = request.getfixturevalue("server")
+    forked = client.run(what)
+    for returncode, output in (alone, forked):
+        assert returncode % 256 == code % 256 or returncode == -signal.SIGKILL
+        assert f"step {what} \udcff ü {client.folder}" in output and line in output
+    assert f"{client.folder} {server.pid}\n" in forked[1], "it is a fork of the server"
+    assert f"{client.folder} {server.pid}\n" not in alone[1]
+
+
+def test_a_step_ends_with_the_server(server: subprocess.Popen[bytes], client: Client) -> None:
+    process = client.start("wait")
+    assert process.stdout is not None
+    _wait_until(lambda: process.stdout.readline().startswith("step wait"))
+    (step,) = psutil.Process(server.pid).children()
+    server.kill()
+    assert process.wait(30) == 1
+    _wait_until(lambda: not step.is_running())
+
+
+def test_a_signal_before_the_step_begins_ends_it(client: Client) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(client.address))
+        listener.listen()
+        process = client.start("succeed")
+        connection, _ = listener.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == -signal.SIGTERM
+
+
+def test_a_signal_to_the_group_reaches_the_step_and_not_the_server(
+    server: subprocess.Popen[bytes], client: Client
+) -> None:
+    process = client.start("wait")
+    assert process.stdout is not None
+    _wait_until(lambda: process.stdout.readline().startswith("step wait"))
+    (step,) = psutil.Process(server.pid).children()
+    for each in (server, process, step):
+        os.kill(each.pid, signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert client.run("succeed")[0] == 0, "the server serves on"
+
+
+def test_other_programs_are_started_directly(server: subprocess.Popen[bytes], client: Client) -> None:
+    command = [sys.executable, "-IS", step_client.__file__, str(client.address), sys.executable, "-c", "print(6 * 7)"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "42\n"
