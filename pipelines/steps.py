@@ -104,7 +104,8 @@ def evaluate(steps: Steps, run: Any, dataset: Any, model: Any, sets: dsl.Pipelin
 
 def step_names(pipeline: Any) -> list[str]:
     """List the names of the pipeline's steps in topological order, including those below a condition."""
-    return list(_names(pipeline.pipeline_spec, pipeline.pipeline_spec.root.dag))
+    spec = pipeline.pipeline_spec  # of a loaded pipeline, parsed at each access
+    return list(_names(spec, spec.root.dag))
 
 
 def _names(spec: Any, dag: Any) -> Iterator[str]:

@@ -72,13 +72,13 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
         kinds = (config.augment.global_crops, *config.augment.local_kinds)
         sizes = [kind.size for kind in kinds for _ in range(kind.number)]
-        forward = _count(lambda: student(fake_crops(2, sizes)))
-        teacher = _count(lambda: student(fake_crops(2, sizes[:2])))
+        output: NetworkOutput
+        output, forward = _count(lambda: student(fake_crops(2, sizes)))
+        teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
         checkpointing = config.launch.activation_checkpointing
-        again = _count(lambda: [student.backbone(crop) for crop in fake_crops(2, sizes)]) if checkpointing else 0.0
+        again = _count(lambda: [student.backbone(crop) for crop in fake_crops(2, sizes)])[1] if checkpointing else 0.0
         student.backbone.set_grad_checkpointing(checkpointing)
         kept = [_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4)]
-        output: NetworkOutput = student(fake_crops(2, sizes))
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     optimizer = BYTES_A_PARAMETER[config.optimizer.name]
@@ -112,11 +112,11 @@ def shares(config: Config, processes: int) -> tuple[int, int]:
     return images, -(-images // -(-images // most))
 
 
-def _count(forward: Callable[[], Any]) -> float:
-    """FLOPs of a forward pass."""
+def _count(forward: Callable[[], Any]) -> tuple[Any, float]:
+    """Output and FLOPs of a forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward()
-    return float(counter.get_total_flops())
+        output = forward()
+    return output, float(counter.get_total_flops())
 
 
 def _kept(student: MultiCropNetwork, crops: list[torch.Tensor], dtype: torch.dtype, device_type: str) -> float:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kfp_server import KfpServer
@@ -32,15 +33,17 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def stacks_without_source() -> Iterator[None]:
-    """Compile pipelines as fast as outside pytest.
+def fast_compilation() -> Iterator[None]:
+    """Compile pipelines as fast as outside pytest, and load them with libyaml's parser, which KFP does not use.
 
     KFP calls ``inspect.stack()`` whenever a task is configured, to name a method in an error message. By default that
     reads the source of every frame and searches all modules for it, which takes seconds in a stack as deep as pytest's.
     """
-    from kfp.dsl import pipeline_task
+    from kfp.dsl import pipeline_task, structures
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structures.yaml, "safe_load_all", functools.partial(yaml.load_all, Loader=loader))
         patch.setattr(pipeline_task, "inspect", SimpleNamespace(stack=functools.partial(inspect.stack, 0)))
         yield
 
