@@ -79,7 +79,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, and give those of the finished run the time to wait for it."""
+    """Mark the slow tests, give those of the finished run the time to wait for it, and begin with the longest files.
+
+    pytest-xdist hands out files in this order, so that no process is left with a long one at the end.
+    """
+    items.sort(key=_expected_length)
     listed = slow_tests.listed()
     for item in items:
         function = slow_tests.function_of(item.nodeid)
@@ -87,6 +91,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if "finished_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(900))
+
+
+def _expected_length(item: pytest.Item) -> int:
+    """Rank of an item's file, the longest first: those of the finished run, of other runs and trainings, long single ones."""
+    folder = item.path.parent.relative_to(item.config.rootpath).as_posix()
+    if _uses_finished_run(item.path):
+        return 0
+    return {"tests/pipelines": 1, "tests/training": 2, "tests": 3}.get(folder, 4)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -172,15 +172,18 @@ def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str
     )
 
 
-def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> Features:
+def load_features(
+    store: ObjectStore, run_uri: str, model: str, split: str, *, most_bytes: float = float("inf")
+) -> Features:
     """Load features that :func:`extract_features` wrote; empty if the data has no such split.
 
     Args:
         model: ``trained`` or ``baseline``.
         split: ``train`` or ``val``.
+        most_bytes: size of the largest file to read.
 
     Raises:
-        UserError: the features have not been extracted.
+        UserError: the features have not been extracted, or are larger than ``most_bytes``.
     """
     prefix = join_uri(run_uri, "features")
     manifest = store.read_manifest(prefix)
@@ -189,6 +192,8 @@ def load_features(store: ObjectStore, run_uri: str, model: str, split: str) -> F
     name = f"{model}-{split}.safetensors"
     if name not in manifest["files"]:
         return empty_features()
+    if (size := manifest["files"][name]["bytes"]) > most_bytes:
+        raise UserError(f"features of {run_uri}: {name} has {size / 1e9:.1f} GB, more than is read here")
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         store.fetch(prefix, Path(folder), names=[name])
         arrays = load_file(Path(folder) / name)

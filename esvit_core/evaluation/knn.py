@@ -75,10 +75,10 @@ def rank_classes(
         raise ValueError(f"k-NN needs at least one training and one test feature, got {len(bank)} and {len(queries)}")
     rankings: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
     for part in queries.split(max(1, min(_QUERIES, _CHUNK_VALUES // classes))):
-        cosines, nearest = _nearest(part, bank, min(max(ks), len(bank)))  # (M', k)
+        cosines, neighbors = nearest(part, bank, min(max(ks), len(bank)))  # (M', k)
         # The common factor exp(-largest cosine / temperature) changes no rank and avoids overflow at low temperatures.
         weights = ((cosines - cosines[:, :1]) / temperature).exp()  # (M', k)
-        neighbor_labels = labels[nearest]  # (M', k)
+        neighbor_labels = labels[neighbors]  # (M', k)
         for k in ks:
             votes = torch.zeros(len(part), classes, device=device)
             votes.scatter_add_(1, neighbor_labels[:, :k], weights[:, :k])  # (M', C)
@@ -86,8 +86,14 @@ def rank_classes(
     return {k: torch.cat(parts) for k, parts in rankings.items()}
 
 
-def _nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and the positions of the k features of the bank that are nearest to each query, (M', k) each."""
+def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and position of the k features of the bank that are nearest to each query, (M, k) each.
+
+    Args:
+        queries: normalized features, (M, D).
+        bank: normalized features, (N, D).
+        k: number of neighbors, at most N.
+    """
     best: tuple[torch.Tensor, torch.Tensor] | None = None
     for number, block in enumerate(bank.split(_BANK)):
         cosines, positions = (queries @ block.T).topk(min(k, len(block)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,8 +18,10 @@ from PIL import Image
 
 from esvit_core.evaluation.correspondence import Crop, Matches, Pair, region_centers
 
+# Colors of classes, readable on light and dark pages.
+CLASS_COLORS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#a16207", "#ec4899", "#0ea5a4")
 # Mid-gray text has a contrast of at least 4 on white and on near-black.
-_INK = "#7d8590"
+INK = "#7d8590"
 _CORRECT, _WRONG = "#1a9f4b", "#e0453c"
 _GAP = 0.42  # between the two crops, in units of a crop's side
 _LINES = 16  # more lines than this hide the image
@@ -49,10 +52,10 @@ def correspondence_figure(
     for column, (model, of_model) in enumerate(matches.items()):
         for row, pair in enumerate(pairs):
             _draw_pair(axes[row, column], pair, of_model[row])
-        axes[0, column].set_title(f"{model}: {accuracies[model]:.1f} % correct", color=_INK, fontsize=17, pad=10)
+        axes[0, column].set_title(f"{model}: {accuracies[model]:.1f} % correct", color=INK, fontsize=17, pad=10)
     top, bottom = 1 - 0.55 / figure.get_figheight(), 0.3 / figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, wspace=0.06, hspace=0.2)
-    return _png(figure)
+    return png(figure)
 
 
 def heads_shown(heads: int) -> int:
@@ -85,10 +88,10 @@ def attention_figure(
         for ax, heat in zip(axes[row, 1:], maps, strict=True):
             _frame(ax).imshow(heat_over(image, heat))
     for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, color=_INK, fontsize=16, pad=7)
+        ax.set_title(title, color=INK, fontsize=16, pad=7)
     top = 1 - 0.45 / figure.get_figheight()
     figure.subplots_adjust(left=0.005, right=0.995, top=top, bottom=0.005, wspace=0.05, hspace=0.05)
-    return _png(figure)
+    return png(figure)
 
 
 def heat_over(image: np.ndarray, heat: np.ndarray, side: int = 160) -> np.ndarray:
@@ -115,7 +118,7 @@ def _draw_pair(ax: Axes, pair: Pair, matches: Matches) -> None:
     offset = 1 + _GAP
     for crop, x in ((pair.a, 0.0), (pair.b, offset)):
         ax.imshow(cut(pair.image, crop), extent=(x, x + 1, 1, 0), interpolation="lanczos")
-        ax.add_patch(Rectangle((x, 0), 1, 1, fill=False, edgecolor=_INK, linewidth=1))
+        ax.add_patch(Rectangle((x, 0), 1, 1, fill=False, edgecolor=INK, linewidth=1))
     side = math.isqrt(len(pair.queries))
     centers = region_centers(side)
     queries = np.flatnonzero(pair.queries)
@@ -139,14 +142,14 @@ def _draw_pair(ax: Axes, pair: Pair, matches: Matches) -> None:
         )
     ax.set(xlim=(-0.01, offset + 1.01), ylim=(1.01, -0.01), aspect="equal")
     label = f"{int(matches.correct[queries].sum())} of {len(queries)}"
-    ax.text(1 + _GAP / 2, 1.05, label, color=_INK, fontsize=14, ha="center", va="top")
+    ax.text(1 + _GAP / 2, 1.05, label, color=INK, fontsize=14, ha="center", va="top")
     ax.axis("off")
 
 
 def _frame(ax: Axes) -> Axes:
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
-        spine.set(color=_INK, linewidth=0.8)
+        spine.set(color=INK, linewidth=0.8)
     return ax
 
 
@@ -155,7 +158,13 @@ def _stretch(heat: np.ndarray) -> np.ndarray:
     return (heat - low) / max(high - low, 1e-12)
 
 
-def _png(figure: Figure) -> bytes:
+def text_settings() -> AbstractContextManager[None]:
+    """Draw names as they are: a class called $x$ is not a formula."""
+    return rc_context({"text.parse_math": False})
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG with a transparent background."""
     buffer = io.BytesIO()
     # Leave out the program's name, so that equal figures give equal files.
     figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})

@@ -14,21 +14,19 @@ from markupsafe import Markup
 from esvit_core import __version__
 from esvit_core.config import Config
 from esvit_core.data.ingest.file_kinds import describe_ignored
-from esvit_core.errors import UserError
 from esvit_core.evaluation.significance import interval_text
 from esvit_core.reporting import property_rows, verdict
 from esvit_core.reporting.choice_charts import choice_charts
 from esvit_core.reporting.classes import class_table
-from esvit_core.reporting.contact_sheet import Thumbnail, draw_contact_sheet, draw_duplicates
-from esvit_core.reporting.images import figure_uri
 from esvit_core.reporting.interval_bar import interval_bar, scale_limit
+from esvit_core.reporting.page_images import PageImages, read_page_images
 from esvit_core.reporting.report_text import model_card, report_json, report_markdown
 from esvit_core.reporting.result_rows import Row, label_of, percent, result_rows, set_rows, typeset
 from esvit_core.reporting.run_records import RunRecords, read_run_records
-from esvit_core.reporting.samples import Sample, draw_samples
+from esvit_core.reporting.samples import Sample
 from esvit_core.reporting.training_charts import collapse_warnings, in_groups, training_charts
 from esvit_core.runs.events import record_event
-from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, join_uri
+from esvit_core.storage import ObjectStore, join_uri
 
 REPORT, MARKDOWN, JSON = "report/report.html", "report/report.md", "report/report.json"
 MODEL_CARD = "report/model-card.md"
@@ -46,17 +44,6 @@ _METRICS = {"mean_per_class": "mean per class", "map_11_point": "11-point mAP", 
 _NAMES_SHOWN = 5
 # Dashes of the legend: those of charts.py, in the units of the legend.
 _LEGEND_DASHES = ("none", "8 3", "2 2.5")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure of the run, as a data URI."""
-
-    title: str
-    caption: str
-    uri: str
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -87,8 +74,7 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
         StoreUnavailable, StoreRefused: the store cannot be read or written.
     """
     records = read_run_records(run_uri, store, config)
-    sheet, duplicates = _contact_sheet(records, store)
-    html = render(records, _samples(records, store), *_drawings(records, store), sheet, duplicates)
+    html = render(records, read_page_images(records, store))
     for name, (text, content_type) in {
         MARKDOWN: (report_markdown(records), "text/markdown; charset=utf-8"),
         JSON: (report_json(records), "application/json"),
@@ -100,23 +86,8 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
     return html
 
 
-def render(
-    records: RunRecords,
-    samples: list[Sample] | str,
-    drawings: list[Drawing],
-    drawings_missing: list[tuple[str, str]],
-    sheet: Sequence[Thumbnail] = (),
-    duplicates: Sequence[Sequence[Thumbnail]] = (),
-) -> str:
-    """Render the page.
-
-    Args:
-        samples: images with their crops, or the reason why there are none.
-        drawings: figures of correspondence and attention.
-        drawings_missing: missing figures, and the reasons.
-        sheet: small training images.
-        duplicates: groups of images that are identical or look alike.
-    """
+def render(records: RunRecords, images: PageImages) -> str:
+    """Render the page."""
     rows = result_rows(records.results)
     measured = [row for row in rows if row.trained is not None]
     unmeasured = [row for row in rows if row.trained is None]
@@ -124,7 +95,9 @@ def render(
     resumes = training.resumes if training else []
     bad = _bad_groups(records)
     classes = class_table(records.results)
-    left_out = [(row.label, row.reason) for row in unmeasured] + drawings_missing + _left_out(records, samples, bad)
+    left_out = (
+        [(row.label, row.reason) for row in unmeasured] + images.missing + _left_out(records, images.samples, bad)
+    )
     crops = records.config.augment
     html = (
         _environment(_scale(rows))
@@ -147,14 +120,11 @@ def render(
             choices=choice_charts(records.results),
             classes=classes,
             class_limit=_CLASSES_SHOWN,
-            drawings=drawings,
-            drawings_missing=[f"{what}: {reason}" for what, reason in drawings_missing],
+            images=images,
+            drawings_missing=[f"{what}: {reason}" for what, reason in images.missing],
             data_rows=property_rows.data_rows(records),
             classes_counted=_classes_counted(records),
             splits=_split_names(records),
-            samples=samples,
-            sheet=sheet,
-            duplicates=duplicates,
             crop_sizes=(crops.global_crops.size, max((kind.size for kind in crops.local_kinds), default=0)),
             bad=bad,
             training_rows=property_rows.training_rows(training, log) if training else [],
@@ -223,44 +193,6 @@ def _environment(scale: float | None) -> jinja2.Environment:
 
 def _style() -> str:
     return Markup((resources.files("esvit_core") / "reporting" / STYLE).read_text(encoding="utf-8"))
-
-
-def _samples(records: RunRecords, store: ObjectStore) -> list[Sample] | str:
-    manifest = records.manifest.value
-    if manifest is None:
-        return records.manifest.reason
-    if "train" not in manifest.splits or not manifest.splits["train"].samples:
-        return "there are no training images"
-    try:
-        return draw_samples(store, records.run_uri, records.config, manifest.classes)
-    except (StoreUnavailable, StoreRefused):
-        raise
-    except UserError as error:
-        return str(error)
-
-
-def _contact_sheet(records: RunRecords, store: ObjectStore) -> tuple[list[Thumbnail], list[list[Thumbnail]]]:
-    manifest = records.manifest.value
-    if manifest is None or "train" not in manifest.splits or not manifest.splits["train"].samples:
-        return [], []
-    try:
-        duplicates = draw_duplicates(store, records.run_uri, records.statistics) if records.statistics else []
-        return draw_contact_sheet(store, records.run_uri), duplicates
-    except (StoreUnavailable, StoreRefused):
-        raise
-    except UserError:
-        return [], []  # the section "Images and their crops" gives the reason
-
-
-def _drawings(records: RunRecords, store: ObjectStore) -> tuple[list[Drawing], list[tuple[str, str]]]:
-    index = records.images.value
-    if index is None:
-        return [], [("correspondence and attention", records.images.reason)]
-    drawn = []
-    for image in index.get("images", []):
-        uri, width, height = figure_uri(store.get_bytes(join_uri(records.run_uri, "visualization", image["file"])))
-        drawn.append(Drawing(image["title"], image["caption"], uri, width, height))
-    return drawn, [(entry["what"], entry["reason"]) for entry in index.get("left_out", [])]
 
 
 def _bad_groups(records: RunRecords) -> list[BadGroup]:

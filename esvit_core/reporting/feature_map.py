@@ -1,0 +1,86 @@
+"""A map of the held-out images by their features: the first two principal components, colored by class."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from esvit_core.evaluation.features import load_features
+from esvit_core.evaluation.plots import CLASS_COLORS, INK, png, text_settings
+from esvit_core.reporting.svg import drawable
+from esvit_core.storage import ObjectStore
+
+TITLE = "Feature map"
+_IMAGES = 2_000
+_MODELS = ("baseline", "trained")  # left to right: before and after training
+_MOST_BYTES = 1e9  # of a file of features
+
+
+def draw_feature_map(store: ObjectStore, run_uri: str, classes: list[str]) -> tuple[bytes, str] | None:
+    """Draw the view features of both backbones; returns a PNG and its caption, or None for fewer than three images.
+
+    Raises:
+        UserError: the features have not been extracted, or are too large.
+    """
+    found = {m: load_features(store, run_uri, m, "val", most_bytes=_MOST_BYTES) for m in _MODELS}
+    labels = found["trained"].labels[:_IMAGES]
+    if len(labels) < 3:
+        return None
+    maps = {model: principal_components(features.view[:_IMAGES]) for model, features in found.items()}
+    shares = ", ".join(f"{model} {100 * share:.0f} %" for model, (_, share) in maps.items())
+    caption = (
+        f"The first two principal components of the view features of {len(labels):,} held-out images, normalized to "
+        f"length one. Share of the variance that they hold: {shares}."
+    )
+    if (labels >= 0).any() and len(np.unique(labels)) > len(CLASS_COLORS):
+        caption += f" Colored: the {len(CLASS_COLORS)} classes with the most images."
+    return _draw({model: points for model, (points, _) in maps.items()}, labels, classes), caption
+
+
+def principal_components(features: np.ndarray) -> tuple[np.ndarray, float]:
+    """Project features (N, D), normalized to length one, onto their first two principal components.
+
+    Returns:
+        The coordinates (N, 2), and the share of the variance that they hold, 0..1.
+    """
+    x = features.astype(np.float64)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    x -= x.mean(0)
+    values, vectors = np.linalg.eigh(x.T @ x)  # ascending
+    axes = vectors[:, ::-1][:, :2]
+    axes = axes * np.where(
+        axes[np.abs(axes).argmax(0), range(axes.shape[1])] < 0, -1, 1
+    )  # a sign that is always the same
+    total = float(values.sum())
+    return x @ axes, float(values[::-1][:2].sum()) / total if total > 0 else 0.0
+
+
+def _draw(maps: dict[str, np.ndarray], labels: np.ndarray, classes: list[str]) -> bytes:
+    present, counts = np.unique(labels[labels >= 0], return_counts=True)
+    colored = present[np.argsort(-counts, kind="stable")][: len(CLASS_COLORS)]
+    with text_settings():
+        figure = Figure(figsize=(9.4, 4.9))
+        for axes, (model, points) in zip(figure.subplots(1, 2), maps.items(), strict=True):
+            others = ~np.isin(labels, colored)
+            axes.scatter(*points[others].T, s=9, color=INK, alpha=0.5, linewidths=0)
+            for color, each in zip(CLASS_COLORS, colored, strict=False):
+                name = drawable(classes[each]) if each < len(classes) else str(each)
+                axes.scatter(*points[labels == each].T, s=11, color=color, alpha=0.8, linewidths=0, label=name)
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(model, color=INK, fontsize=14)
+            for spine in axes.spines.values():
+                spine.set_color(INK)
+        if len(colored):
+            handles, names = figure.axes[0].get_legend_handles_labels()
+            figure.legend(
+                handles,
+                [n[:24] for n in names],
+                loc="lower center",
+                ncols=4,
+                frameon=False,
+                labelcolor=INK,
+                markerscale=2,
+            )
+        rows = -(-len(colored) // 4)
+        figure.subplots_adjust(left=0.01, right=0.99, top=0.92, bottom=0.02 + 0.052 * rows, wspace=0.04)
+        return png(figure)
