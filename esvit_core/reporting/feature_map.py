@@ -58,29 +58,33 @@ def principal_components(features: np.ndarray) -> tuple[np.ndarray, float]:
 def _draw(maps: dict[str, np.ndarray], labels: np.ndarray, classes: list[str]) -> bytes:
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     colored = present[np.argsort(-counts, kind="stable")][: len(CLASS_COLORS)]
+    area = min(70.0, max(14.0, 12_000 / len(labels)))  # of a point
     with text_settings():
         figure = Figure(figsize=(9.4, 4.9))
         for axes, (model, points) in zip(figure.subplots(1, 2), maps.items(), strict=True):
             others = ~np.isin(labels, colored)
-            axes.scatter(*points[others].T, s=9, color=INK, alpha=0.5, linewidths=0)
+            axes.scatter(*points[others].T, s=0.8 * area, color=INK, alpha=0.5, linewidths=0)
             for color, each in zip(CLASS_COLORS, colored, strict=False):
                 name = drawable(classes[each]) if each < len(classes) else str(each)
-                axes.scatter(*points[labels == each].T, s=11, color=color, alpha=0.8, linewidths=0, label=name)
+                axes.scatter(*points[labels == each].T, s=area, color=color, alpha=0.8, linewidths=0, label=name)
             axes.set(xticks=[], yticks=[])
-            axes.set_title(model, color=INK, fontsize=14)
+            axes.set_title(model, color=INK, fontsize=17)
             for spine in axes.spines.values():
                 spine.set_color(INK)
         if len(colored):
             handles, names = figure.axes[0].get_legend_handles_labels()
             figure.legend(
                 handles,
-                [n[:24] for n in names],
+                [n[:20] for n in names],
                 loc="lower center",
                 ncols=4,
                 frameon=False,
                 labelcolor=INK,
-                markerscale=2,
+                markerscale=1.2,
+                fontsize=15,
+                handletextpad=0.1,
+                columnspacing=1,
             )
         rows = -(-len(colored) // 4)
-        figure.subplots_adjust(left=0.01, right=0.99, top=0.92, bottom=0.02 + 0.052 * rows, wspace=0.04)
+        figure.subplots_adjust(left=0.01, right=0.99, top=0.91, bottom=0.03 + 0.07 * rows, wspace=0.04)
         return png(figure)
