@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from esvit_core import kernels
-from esvit_core.kernels import build, fused_softmax, image_ops, window_attention
+from esvit_core.kernels import build, compiled, fused_softmax, image_ops, window_attention
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
 
@@ -51,6 +53,73 @@ def test_a_compiler_that_fails_is_named_and_torch_computes(
     with caplog.at_level(logging.INFO, kernels.__name__):
         assert kernels.library.__wrapped__() is None
     assert str(compiler) in caplog.text and "torch computes" in caplog.text
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that writes a line to this file for each compilation, and an empty folder of libraries."""
+    calls, compiler = tmp_path / "calls", tmp_path / "cc"
+    calls.touch()
+    compiler.write_text(f'#!/bin/sh\ncase "$1" in --version) ;; *) echo "$@" >> {calls};; esac\nexec cc "$@"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv(compiled.FOLDER_VARIABLE, str(tmp_path / "kernels"))
+    return calls
+
+
+@needs_compiler
+def test_kernels_are_compiled_once_and_again_when_damaged(counted: Path, tmp_path: Path) -> None:
+    flags = ["avx2"]
+    first = compiled.compiled_library(str(counted.with_name("cc")), flags)
+    again = compiled.compiled_library(str(counted.with_name("cc")), flags)
+    assert first._name == again._name and len(counted.read_text().splitlines()) == 1
+    folder = Path(first._name).parent
+    assert folder == tmp_path / "kernels" and folder.stat().st_mode & 0o777 == 0o700
+    content = Path(first._name).read_bytes()
+    for damaged in (content[:-1], content[:4000] + bytes([content[4000] ^ 1]) + content[4001:]):
+        (folder / "damaged").write_bytes(damaged)  # replaced as a whole: this process has the other one mapped
+        (folder / "damaged").replace(first._name)
+        compiled.compiled_library(str(counted.with_name("cc")), flags)
+        assert compiled._is_whole(Path(first._name), Path(first._name).with_suffix(".sha256"))
+    assert len(counted.read_text().splitlines()) == 3
+    other = compiled.compiled_library(str(counted.with_name("cc")), [*flags, "fma"])
+    assert other._name != first._name, "another CPU has a library of its own"
+
+
+@needs_compiler
+def test_concurrent_processes_compile_once(counted: Path) -> None:
+    script = "from esvit_core import kernels; assert kernels._compile() is not None"
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(counted.read_text().splitlines()) == 1
+
+
+@needs_compiler
+def test_a_folder_that_others_can_write_is_not_used(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    library = compiled.compiled_library(str(counted.with_name("cc")), [])
+    assert Path(library._name).parent == tmp_path / f"esvit-kernels-{os.geteuid()}"
+    (tmp_path / f"esvit-kernels-{os.geteuid()}").chmod(0o777)
+    library = compiled.compiled_library(str(counted.with_name("cc")), [])
+    assert not Path(library._name).exists(), "it was compiled into a folder of its own, which is removed"
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+@needs_compiler
+def test_only_the_newest_libraries_are_kept(counted: Path, tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir(mode=0o700)
+    for number in range(12):
+        for suffix in (".so", ".sha256"):
+            (tmp_path / "kernels" / f"old-{number}{suffix}").write_text("x")
+        os.utime(tmp_path / "kernels" / f"old-{number}.so", (number, number))
+    library = compiled.compiled_library(str(counted.with_name("cc")), [])
+    kept = {path.name for path in (tmp_path / "kernels").glob("*.so")}
+    assert kept == {Path(library._name).name, *(f"old-{number}.so" for number in range(5, 12))}
+    assert len(list((tmp_path / "kernels").glob("*.sha256"))) == len(kept)
 
 
 @needs_compiler

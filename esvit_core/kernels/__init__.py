@@ -1,7 +1,7 @@
 """Fused CPU kernels in C, compiled on first use: ``fused_softmax.c``, ``window_attention.h``, ``crop_resize.c``, ``photometric.c``.
 
 An installation may include them precompiled for the levels x86-64-v3 and x86-64-v4 (``build.py``); the container images
-do. Otherwise they are compiled for the local CPU on first use, if there is a C compiler. Without a compiler torch
+do. Otherwise they are compiled for the local CPU on first use, if there is a C compiler (``compiled.py``). Without a compiler torch
 computes the same up to float32 rounding; a training is therefore reproducible bit for bit between machines that use the
 same kernels.
 """
@@ -12,7 +12,6 @@ import ctypes
 import functools
 import logging
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esvit_core.kernels.build import LEVELS, SOURCES, compile_kernels, file_name, find_compiler
+from esvit_core.kernels.build import LEVELS, SOURCES, file_name, find_compiler
+from esvit_core.kernels.compiled import compiled_library
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,7 @@ def _compile() -> ctypes.CDLL | None:
     if not compiler:
         return None
     try:
-        with tempfile.TemporaryDirectory() as folder:  # takes a second; a cached file would have to be trusted
-            binary = Path(folder) / "esvit.so"
-            compile_kernels(compiler, "native", binary)
-            return ctypes.CDLL(str(binary))
+        return compiled_library(compiler, _cpu_flags())
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", b"") or str(error).encode()
         logger.info(

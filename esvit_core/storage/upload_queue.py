@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from esvit_core.private_folders import private_folder
 from esvit_core.storage.connection import Connection
 from esvit_core.storage.disk import disk_error_class, is_full, require_folder
-from esvit_core.storage.private_folders import private_folder
 from esvit_core.storage.publication import MANIFEST
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from esvit_core.private_folders import private_folder
+
 
 def open_closed_streams() -> None:
     """Open ``/dev/null`` for standard streams that are closed (``>&-``).
@@ -43,8 +45,6 @@ def ensure_home() -> None:
     try:
         Path.home()
     except RuntimeError:
-        from esvit_core.storage.private_folders import private_folder  # imports the store client, which is slow
-
         os.environ["HOME"] = str(private_folder("home", "HOME"))
     try:
         getpass.getuser()

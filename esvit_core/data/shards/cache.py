@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 from esvit_core.data.shards.manifest import Shard
 from esvit_core.errors import UserError
+from esvit_core.private_folders import private_folder
 from esvit_core.storage import IntegrityError, ObjectStore, StoreFull
 from esvit_core.storage.disk import free_bytes, read_at
-from esvit_core.storage.private_folders import private_folder
 
 CACHE_VARIABLE = "ESVIT_CACHE_DIR"
 LIMIT_VARIABLE = "ESVIT_CACHE_GIB"

@@ -30,7 +30,7 @@ def private_folder(purpose: str, variable: str) -> Path:
         found = path.lstat()
     except OSError as error:
         raise UserError(f"{path}: cannot be created ({error.strerror}); set {variable} to a writable folder") from None
-    problem = _problem(found)
+    problem = folder_problem(found)
     if problem:
         raise UserError(f"{path}: {problem}; expected a private folder: remove it, or set {variable} to another one")
     if found.st_mode & _BITS_OF_OTHERS:
@@ -38,7 +38,8 @@ def private_folder(purpose: str, variable: str) -> Path:
     return path
 
 
-def _problem(found: os.stat_result) -> str | None:
+def folder_problem(found: os.stat_result) -> str | None:
+    """Return why a path is not a folder that only this user can write; None if it is one."""
     if stat.S_ISLNK(found.st_mode):
         return "is a link"
     if not stat.S_ISDIR(found.st_mode):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from esvit_core.errors import UserError
+from esvit_core.private_folders import private_folder
 from esvit_core.storage import ObjectStore, StoreAddress
-from esvit_core.storage.private_folders import private_folder
 from esvit_core.storage.upload_queue import pending_folder
 
 NAME = f"esvit-things-{os.geteuid()}"
