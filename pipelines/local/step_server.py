@@ -10,8 +10,10 @@ nothing and starts no threads before it forks. Linux only: elsewhere, libraries 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -69,41 +71,46 @@ def step_server(folder: Path) -> Iterator[None]:
 
 
 def main(address: str) -> None:
-    """Serve until the runner ends; in the fork of a step, run the step and end this process as KFP's executor does."""
+    """Serve until the runner ends."""
     end_with_parent(os.getppid(), signal.SIGKILL)
     outlive_signals()  # a signal to the group is for the steps
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a fork would copy all that was imported
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
             listener.bind(address)
         except OSError:  # the path is too long for a socket: the steps import for themselves
             return
         listener.listen()
-        _serve(listener)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                code = _fork(connection)
+                with contextlib.suppress(OSError):  # the client may be gone
+                    connection.sendall(b"%d" % (code if code >= 0 else 128 - code))
+
+
+def _fork(connection: socket.socket) -> int:
+    """Run the step of a client in a fork, and return its exit code, negative for a signal.
+
+    A process of ``multiprocessing`` ends without taking down the interpreter, which takes seconds after such imports.
+    """
+    step = multiprocessing.get_context("fork").Process(target=_run_step, args=(connection, os.getpid()))
+    signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
+    step.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL_SIGNALS)
+    step.join()
+    return step.exitcode or 0
+
+
+def _run_step(connection: socket.socket, server: int) -> None:
+    end_with_parent(server)
+    _become(connection)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL_SIGNALS)
     from kfp.dsl.executor_main import executor_main
 
     executor_main()
-
-
-def _serve(listener: socket.socket) -> None:
-    """Fork for one step after the other, and report each one's exit code; returns in the forks."""
-    while True:
-        connection, _ = listener.accept()
-        with connection:
-            server = os.getpid()
-            signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
-            process = os.fork()
-            if process == 0:
-                end_with_parent(server)
-                _become(connection)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL_SIGNALS)
-            if process == 0:
-                return
-            _, status = os.waitpid(process, 0)
-            code = os.waitstatus_to_exitcode(status)
-            with contextlib.suppress(OSError):  # the client may be gone
-                connection.sendall(b"%d" % (code if code >= 0 else 128 - code))
 
 
 def _become(connection: socket.socket) -> None:
