@@ -10,6 +10,7 @@ from the other nodes: a restart continues; 1 the training processes crashed more
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -153,4 +154,6 @@ def _reason(rank: int, failure: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    gc.freeze()  # otherwise Python searches everything that torch has imported for cycles when it ends
+    sys.exit(code)
