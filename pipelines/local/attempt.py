@@ -33,6 +33,7 @@ def run_attempt(
     lock: int,
     owner: str | None = None,
     backbone: str | None = None,
+    finished: bool = False,
 ) -> None:
     """Run the pipeline until it ends.
 
@@ -44,6 +45,7 @@ def run_attempt(
         lock: descriptor of the locked file that marks this run as in progress.
         owner: owner of the retraining's lease; None: the run is not a retraining.
         backbone: the existing backbone that the run evaluates; None: it trains one.
+        finished: the run has its report.
 
     Raises:
         UserError, InfrastructureError: a step ended with this error.
@@ -53,7 +55,7 @@ def run_attempt(
     work = Path(tempfile.mkdtemp(prefix="esvit-run-"))
     try:
         request, error_file = work / "request.json", work / "error.txt"
-        Request(data, str(config_file), run_uri, str(work), str(log), owner, backbone).write(request)
+        Request(data, str(config_file), run_uri, str(work), str(log), owner, backbone, finished).write(request)
         with log.open("a", encoding="utf-8") as errors, restored_handlers(TERMINAL_SIGNALS):
             stop = SignalCounter(TERMINAL_SIGNALS)
             runner = subprocess.Popen(

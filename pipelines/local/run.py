@@ -31,6 +31,7 @@ from esvit_pipelines.local.attempt import in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve_run, sources, store_in
 
 DEMO_RECIPE = "demo"
+REPORT = "report/report.html"
 REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining or an evaluation: the requested configuration
 
 
@@ -113,8 +114,9 @@ def run_pipeline(
         config_file = folder / REQUESTED
         config_file.write_text(requested.to_yaml(), encoding="utf-8")
     with in_progress(folder) as lock, _record_failure(current):
-        run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone)
-    current.store.get_file(current.at("report/report.html"), folder / "report.html")
+        finished = current.store.exists(current.at(REPORT))
+        run_attempt(settings.data, config_file, current.uri, log, lock, owner, backbone, finished)
+    current.store.get_file(current.at(REPORT), folder / "report.html")
     _copy(current, "report/report.md", folder / "report.md")
     _copy(current, "report/report.json", folder / "report.json")
     _print_results(current, folder, backbone is not None)

@@ -39,6 +39,7 @@ class Request:
         log: file to which every line is written.
         owner: owner of the retraining's lease; None: the run is not a retraining.
         backbone: the existing backbone that the run evaluates; None: it trains one.
+        finished: the run has its report, so that the steps only find their results.
     """
 
     data: str
@@ -48,6 +49,7 @@ class Request:
     log: str
     owner: str | None = None
     backbone: str | None = None
+    finished: bool = False
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -88,7 +90,7 @@ def main(arguments: list[str]) -> int:
     work = Path(request.work)
     programs = work / "bin"
     programs.mkdir()
-    with step_server(programs):
+    with step_server(programs, serve=not request.finished):
         outcome = run_steps(request)
     outcome.write(work)
     return 0 if outcome.finished else 1

@@ -1,4 +1,4 @@
-"""Run a step of a local run in a fork of the step server, or in a process of its own if there is no server (yet).
+"""Run a step of a local run in a fork of the step server, or in a process of its own if there is no server.
 
 This program is started without ``site``, in milliseconds, and imports the standard library only.
 
@@ -12,24 +12,30 @@ import socket
 import sys
 
 EXECUTOR = ["-m", "kfp.dsl.executor_main"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(address: str, python: str, *arguments: str) -> int:
     server = _connect(address) if list(arguments[:2]) == EXECUTOR else None
-    if server is None:
+    if server is None or not _begin(server, list(arguments[2:])):
         os.execv(python, [python, *arguments])
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in signals:
-        signal.signal(number, signal.SIG_DFL)
-    folder = os.getcwd()  # noqa: PTH109 (pathlib takes time to import)
-    content = json.dumps({"arguments": arguments[2:], "environment": dict(os.environ), "folder": folder}).encode()
-    socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
-    server.sendall(content)
-    if not server.recv(1):
-        return 1
-    for number in signals:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # from now on the step gets them too, and this process ends after it
     return int(server.recv(16) or 1)
+
+
+def _begin(server: socket.socket, arguments: "list[str]") -> bool:
+    """Send what the step has of this process; returns whether a fork has begun with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    folder = os.getcwd()  # noqa: PTH109 (pathlib takes time to import)
+    content = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": folder}).encode()
+    try:
+        socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
+        server.sendall(content)
+        return server.recv(1) == b"+"
+    except OSError:  # the server has ended
+        return False
 
 
 def _connect(address: str) -> "socket.socket | None":

@@ -1,10 +1,10 @@
 """Start the steps of a local run as forks of a process that has imported their libraries.
 
 A step of a small run computes for a second, but importing PyTorch, timm, KFP and matplotlib takes three to eight. The
-server imports them once, while the first step runs in a process of its own, and forks for each later step. It computes
-nothing and starts no threads before it forks. Linux only: elsewhere, libraries do not survive a fork.
+server imports them once and forks for each step; the first step waits for it. It computes nothing and starts no threads
+before it forks. Linux only: elsewhere, libraries do not survive a fork.
 
-    python -m esvit_pipelines.local.step_server SOCKET
+    python -m esvit_pipelines.local.step_server DESCRIPTOR
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ PRELOADED = (
 
 
 @contextlib.contextmanager
-def step_server(folder: Path) -> Iterator[None]:
-    """Let ``python3`` on the search path run the steps: in a fork of a server as soon as there is one.
+def step_server(folder: Path, serve: bool = True) -> Iterator[None]:
+    """Let ``python3`` on the search path run the steps: in a fork of a server if there is one.
 
     kfp.local replaces every ``python3`` in a step's command with ``sys.executable``, unquoted and also in arguments. A
     path with a space, or an image folder with "python3" in its name, would break. With a program called ``python3`` on
@@ -48,6 +48,7 @@ def step_server(folder: Path) -> Iterator[None]:
 
     Args:
         folder: an empty folder of this user only.
+        serve: start a server; otherwise each step imports for itself.
     """
     address, client = folder / "socket", Path(__file__).with_name("step_client.py")
     python = sys.executable
@@ -57,12 +58,23 @@ def step_server(folder: Path) -> Iterator[None]:
     wrapper.chmod(0o755)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     sys.executable = "python3"
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not serve:
         yield
         return
-    server = subprocess.Popen(
-        [python, "-m", __spec__.name, str(address)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind(str(address))
+        except OSError:  # the path is too long for a socket
+            yield
+            return
+        listener.listen()
+        number = listener.fileno()
+        server = subprocess.Popen(
+            [python, "-m", __spec__.name, str(number)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(number,),
+        )
     try:
         yield
     finally:
@@ -70,19 +82,14 @@ def step_server(folder: Path) -> Iterator[None]:
         server.wait()
 
 
-def main(address: str) -> None:
-    """Serve until the runner ends."""
+def main(descriptor: int) -> None:
+    """Serve on the socket with this descriptor until the runner ends."""
     end_with_parent(os.getppid(), signal.SIGKILL)
     outlive_signals()  # a signal to the group is for the steps
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.freeze()  # a collection in a fork would copy all that was imported
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind(address)
-        except OSError:  # the path is too long for a socket: the steps import for themselves
-            return
-        listener.listen()
+    with socket.socket(fileno=descriptor) as listener:
+        for name in PRELOADED:
+            importlib.import_module(name)
+        gc.freeze()  # a collection in a fork would copy all that was imported
         while True:
             connection, _ = listener.accept()
             with connection:
@@ -116,11 +123,13 @@ def _run_step(connection: socket.socket, server: int) -> None:
 def _become(connection: socket.socket) -> None:
     """Take over the client's arguments, environment, folder, standard streams and signals.
 
-    A client that a signal has ended meanwhile ends this process, too, by the error of the answer.
+    If a signal has ended the client meanwhile, this process ends, too.
     """
     for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     header, streams, _, _ = socket.recv_fds(connection, 8, 3, socket.MSG_WAITALL)
+    if len(streams) < 3:
+        os._exit(1)
     with connection.makefile("rb") as sent:
         request = json.loads(sent.read(int.from_bytes(header, "big")))
     for number, stream in enumerate(streams):
@@ -130,8 +139,11 @@ def _become(connection: socket.socket) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.argv[1:] = request["arguments"]
-    connection.sendall(b"+")
+    try:
+        connection.sendall(b"+")
+    except OSError:
+        os._exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a step
 SERVER = """
 import sys
 from esvit_pipelines.local import step_server
-step_server.PRELOADED = ("kfp.dsl.executor_main",)
-step_server.main(sys.argv[1])
+step_server.PRELOADED = sys.argv[2:]
+step_server.main(int(sys.argv[1]))
 """
 STEP = """
 import os, signal, sys, time
@@ -74,13 +75,22 @@ def client(tmp_path: Path) -> Client:
     return Client(tmp_path)
 
 
-@pytest.fixture
-def server(client: Client) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-c", SERVER, str(client.address)])
-    _wait_until(client.address.exists)
+@contextmanager
+def serving(client: Client, *preloaded: str) -> Iterator[subprocess.Popen[bytes]]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(client.address))
+        listener.listen()
+        command = [sys.executable, "-c", SERVER, str(listener.fileno()), *preloaded]
+        process = subprocess.Popen(command, pass_fds=(listener.fileno(),))
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture
+def server(client: Client) -> Iterator[subprocess.Popen[bytes]]:
+    with serving(client, "kfp.dsl.executor_main") as process:
+        yield process
 
 
 def _wait_until(condition: Callable[[], Any]) -> None:
@@ -110,6 +120,12 @@ def test_a_step_ends_as_in_a_process_of_its_own(
         assert f"step {what} \udcff ü {client.folder}" in output and line in output
     assert f"{client.folder} {server.pid}\n" in forked[1], "it is a fork of the server"
     assert f"{client.folder} {server.pid}\n" not in alone[1]
+
+
+def test_a_server_that_cannot_import_is_not_needed(client: Client) -> None:
+    with serving(client, "a_module_that_is_not_there"):
+        code, output = client.run("succeed")
+    assert code == 0 and "step succeed" in output
 
 
 def test_a_step_ends_with_the_server(server: subprocess.Popen[bytes], client: Client) -> None:
@@ -144,6 +160,19 @@ def test_a_signal_to_the_group_reaches_the_step_and_not_the_server(
         os.kill(each.pid, signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     assert client.run("succeed")[0] == 0, "the server serves on"
+
+
+def test_clients_that_end_before_their_step_begins_leave_nothing(client: Client) -> None:
+    with serving(client, "kfp.dsl.executor_main") as server:
+        waiting = {number: client.start("succeed") for number in (signal.SIGTERM, signal.SIGKILL)}
+        time.sleep(0.2)  # less than the server's import
+        for number, process in waiting.items():
+            process.send_signal(number)
+            assert process.wait(30) == -number
+        code, output = client.run("succeed")
+        assert code == 0 and f"{client.folder} {server.pid}\n" in output
+        for process in waiting.values():
+            assert process.stdout is not None and process.stdout.read() == ""
 
 
 def test_other_programs_are_started_directly(server: subprocess.Popen[bytes], client: Client) -> None:
