@@ -85,7 +85,6 @@ def _name(compiler: str, cpu_flags: Iterable[str]) -> str:
         version.decode(errors="replace"),
         *FLAGS,
         platform.machine(),
-        platform.processor(),
         *sorted(cpu_flags),
     ]
     return f"{Path(file_name('native')).stem}-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.so"

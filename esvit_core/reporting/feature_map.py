@@ -7,13 +7,13 @@ from matplotlib.figure import Figure
 
 from esvit_core.evaluation.features import load_features
 from esvit_core.evaluation.plots import CLASS_COLORS, INK, png, text_settings
+from esvit_core.reporting.neighbors import MOST_BYTES
 from esvit_core.reporting.svg import drawable
 from esvit_core.storage import ObjectStore
 
 TITLE = "Feature map"
 _IMAGES = 2_000
 _MODELS = ("baseline", "trained")  # left to right: before and after training
-_MOST_BYTES = 1e9  # of a file of features
 
 
 def draw_feature_map(store: ObjectStore, run_uri: str, classes: list[str]) -> tuple[bytes, str] | None:
@@ -22,7 +22,7 @@ def draw_feature_map(store: ObjectStore, run_uri: str, classes: list[str]) -> tu
     Raises:
         UserError: the features have not been extracted, or are too large.
     """
-    found = {m: load_features(store, run_uri, m, "val", most_bytes=_MOST_BYTES) for m in _MODELS}
+    found = {m: load_features(store, run_uri, m, "val", most_bytes=MOST_BYTES) for m in _MODELS}
     labels = found["trained"].labels[:_IMAGES]
     if len(labels) < 3:
         return None

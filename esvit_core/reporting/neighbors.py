@@ -26,7 +26,7 @@ from esvit_core.storage import ObjectStore, join_uri
 _SIDE = 64  # pixels of a thumbnail
 _NEIGHBORS, _OF_EACH_KIND = 5, 3  # shown: neighbors of a query, queries whose neighbor is right, and wrong
 _BANK_SHARDS, _BANK_IMAGES, _QUERIES = 4, 20_000, 500  # searched
-_MOST_BYTES = 1e9  # of a file of features, which the pod of the report has to hold
+MOST_BYTES = 1e9  # of a file of features, which the pod of the report has to hold
 _WORST_CLASSES, _MISTAKES = 3, 6
 
 
@@ -93,7 +93,7 @@ def draw_neighbors(store: ObjectStore, run_uri: str) -> Neighbors | str:
     count = min(_QUERIES, held_out.shard_sizes[0])
     found = {}
     for model in MODELS:
-        train, val = (load_features(store, run_uri, model, split, most_bytes=_MOST_BYTES) for split in ("train", "val"))
+        train, val = (load_features(store, run_uri, model, split, most_bytes=MOST_BYTES) for split in ("train", "val"))
         found[model] = _nearest_images(val, train, count, size)
     labels = (held_out.labels[:count], bank.labels[:size])
     queries = [

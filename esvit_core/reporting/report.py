@@ -26,9 +26,10 @@ from esvit_core.reporting.run_records import RunRecords, read_run_records
 from esvit_core.reporting.samples import Sample
 from esvit_core.reporting.training_charts import collapse_warnings, in_groups, training_charts
 from esvit_core.runs.events import record_event
+from esvit_core.runs.run import REPORT
 from esvit_core.storage import ObjectStore, join_uri
 
-REPORT, MARKDOWN, JSON = "report/report.html", "report/report.md", "report/report.json"
+MARKDOWN, JSON = "report/report.md", "report/report.json"
 MODEL_CARD = "report/model-card.md"
 TEMPLATE, STYLE = "report.html.jinja", "report.css"
 CITATION = """\

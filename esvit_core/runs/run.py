@@ -25,6 +25,7 @@ MEASURED = "measured.json"  # which backbone is measured, in a run that measures
 CHOICE = "auto.json"  # what the recipe auto chose and why, in lines
 RETRAINING = "retrain.json"  # new images found, in a retraining
 PROMOTION = "promotion.json"  # whether the run was promoted, and why
+REPORT = "report/report.html"  # the last of the report's files: with it the report is complete
 LEASES = "leases"  # folder beside the runs: the lease on the retraining of each champion
 
 

@@ -19,7 +19,7 @@ from esvit_core.errors import EsvitError, UserError
 from esvit_core.monitoring.progress_line import format_duration
 from esvit_core.planning.feasibility import require_metric
 from esvit_core.runs.events import read_events, record_event
-from esvit_core.runs.run import CONFIG, PROMOTION, Run, identify_run, run_uri
+from esvit_core.runs.run import CONFIG, PROMOTION, REPORT, Run, identify_run, run_uri
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.address import ENDPOINT
 from esvit_core.storage.marker import mark
@@ -31,7 +31,6 @@ from esvit_pipelines.local.attempt import in_progress, run_attempt
 from esvit_pipelines.settings import DEFAULT_RECIPE, LOG, Settings, command, program, resolve_run, sources, store_in
 
 DEMO_RECIPE = "demo"
-REPORT = "report/report.html"
 REQUESTED = "requested.yaml"  # below DIR/<run> of a retraining or an evaluation: the requested configuration
 
 

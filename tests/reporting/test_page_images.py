@@ -96,7 +96,7 @@ def test_without_features_or_with_too_large_ones_the_reason_is_said(
     with pytest.raises(UserError, match="not extracted yet"):
         draw_neighbors(store, run)
     write_features(store, run, tmp_path)
-    monkeypatch.setattr(neighbors, "_MOST_BYTES", 100)
+    monkeypatch.setattr(neighbors, "MOST_BYTES", 100)
     with pytest.raises(UserError, match=r"trained-train.safetensors has 0\.0 GB, more than is read here"):
         draw_neighbors(store, run)
 
