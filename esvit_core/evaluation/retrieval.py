@@ -31,15 +31,15 @@ def measure_retrieval(task: Task | str) -> Result:
     """Measure the task for every model in it."""
     if isinstance(task, str):
         return left_out(HEADLINE, task)
-    figures, correct = {}, {}
+    figures, correct, values = {}, {}, {}
     for model, (train, val) in task.splits.items():
         precision, first = rank_gallery(train.view, train.labels, val.view, val.labels)
         hits = {f"retrieval/r@{k}": first < k for k in RANKS}
         figures[model] = {HEADLINE: 100 * float(precision.mean())}
         figures[model] |= {key: 100 * float(values.mean()) for key, values in hits.items()}
-        correct[model] = hits
+        correct[model], values[model] = hits, {HEADLINE: precision}
     result = measured(HEADLINE, figures, task.classes, notes=task.notes)
-    return keep_outcomes(result, pack_outcomes(task.held_out, correct))
+    return keep_outcomes(result, pack_outcomes(task.held_out, correct, values=values))
 
 
 def rank_gallery(

@@ -181,6 +181,20 @@ def images_needed(difference: float, discordant: float) -> int | None:
     return math.ceil((root / difference) ** 2)
 
 
+def images_for_error(difference: float, error: float, images: int) -> int | None:
+    """Return the number of images, with the same mix of classes, that shows a difference with 5 % level and 80 % power.
+
+    Args:
+        difference: difference as a fraction; None is returned for 0.
+        error: standard error of the difference with ``images`` images.
+        images: number of images.
+    """
+    if not difference:
+        return None
+    level, power = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+    return math.ceil(images * ((level + power) * error / difference) ** 2)
+
+
 def _difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, resamples: int) -> Difference:
     if not len(first) or not len(first) == len(second) == len(labels):
         raise ValueError(f"expected outcomes of the same images, got {len(first)}, {len(second)} and {len(labels)}")
@@ -198,7 +212,7 @@ def _difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, resam
         needed = images_needed(share, pairs / len(first))
     else:
         p = _sign_test(first_only, second_only, sizes, resamples, rng)
-        needed = _images_needed(share, float(drawn.std()), len(first))
+        needed = images_for_error(share, float(drawn.std()), len(first))
     return Difference(100 * share, 100 * float(low), 100 * float(high), p, len(first), pairs, needed)
 
 
@@ -228,11 +242,3 @@ def _sign_test(
     observed = abs(float(((first_only - second_only) / sizes).sum()))
     # The observed signs count as one of the draws, which keeps the test at its level.
     return (1 + int((np.abs(total) >= observed - 1e-12).sum())) / (resamples + 1)
-
-
-def _images_needed(difference: float, error: float, images: int) -> int | None:
-    """Return the number of images, with the same mix of classes, from the standard error with ``images`` of them."""
-    if not difference:
-        return None
-    level, power = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
-    return math.ceil(images * ((level + power) * error / difference) ** 2)

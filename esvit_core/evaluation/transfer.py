@@ -22,7 +22,7 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
 from esvit_core.evaluation.labels import Splits, Task, class_names, missing_labels, task_of, unusable_features
 from esvit_core.evaluation.logistic_regression import LogisticProblem
-from esvit_core.evaluation.outcomes import held_out_digest, keep_outcomes, pack_outcomes
+from esvit_core.evaluation.outcomes import held_out_digest, keep_outcomes, pack_outcomes, pack_rankings
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
 from esvit_core.evaluation.transfer_metrics import OF_CLASSES, Metric, metric_of
 from esvit_core.evaluation.validation import folds_to_use, validation_folds
@@ -53,6 +53,7 @@ class TransferOutcome:
         searched: False if there were too few images for a validation fold, so that lambda is 1.
         correct: whether each test image was classified correctly, (M,) bool; None if the metric is not a share of correct
             images.
+        truth, scores: labels and logits of the test images as the metric takes them, (M, C), if it ranks the images.
     """
 
     figure: float
@@ -61,6 +62,8 @@ class TransferOutcome:
     converged: bool
     searched: bool
     correct: np.ndarray | None
+    truth: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
 
 def search_lambda(score: Callable[[list[float]], list[float]]) -> tuple[float, dict[float, float]]:
@@ -133,9 +136,10 @@ def logistic_transfer(
             strength, scores = search_lambda(score)
     logits, converged = regression.test_logits(strength, test)
     answers = regression.answers(logits)
-    figure = metric_of(metric, regression.truth(test_labels), answers)
-    correct = answers == test_labels if metric in OF_CLASSES else None
-    return TransferOutcome(figure, strength, scores, converged, bool(scores), correct)
+    truth = regression.truth(test_labels)
+    figure = metric_of(metric, truth, answers)
+    of_images = (answers == test_labels,) if metric in OF_CLASSES else (None, truth, answers)
+    return TransferOutcome(figure, strength, scores, converged, bool(scores), *of_images)
 
 
 class _Regression:
@@ -266,7 +270,9 @@ def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:
     }
     correct = {model: {key: o.correct} for model, o in outcomes.items() if o.correct is not None}
     if not correct:
-        return result
+        scores = {model: {key: o.scores} for model, o in outcomes.items() if o.scores is not None}
+        truth = next(o.truth for o in outcomes.values() if o.truth is not None)
+        return keep_outcomes(result, pack_rankings(task.held_out, chosen.metric, truth, scores))
     labels = val.labels if chosen.metric == "mean_per_class" else None
     return keep_outcomes(result, pack_outcomes(task.held_out, correct, labels))
 

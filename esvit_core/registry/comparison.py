@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.config import Config
+from esvit_core.evaluation.outcomes import as_model
 from esvit_core.evaluation.results import Result, left_out, read_result
 from esvit_core.runs.run import RETRAINING
 from esvit_core.storage import ObjectStore, join_uri
@@ -98,8 +99,7 @@ def _from_baseline(result: Result) -> Result:
     champion = {**result, "results": {CHAMPION: results["baseline"]} if results else {}}
     champion.pop("differences", None)  # of the run's own backbone
     if "outcomes" in result:
-        correct = result["outcomes"]["correct"]["baseline"]
-        champion["outcomes"] = result["outcomes"] | {"correct": {CHAMPION: correct}}
+        champion["outcomes"] = as_model(result["outcomes"], "baseline", CHAMPION)
     return champion
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -111,6 +112,7 @@ def test_node_lost_and_terminated(
     pods = trainers(kube, name)
     wait_for_line(kube, first(pods), "images/s")
     leave_a_node(settings, kube, pods, saw)
+    pods = trainers(kube, name)
     node, reason = node_that_can_go(settings, kube, pods)
     if node:
         stop_and_start(settings, kube, node, first(pods), saw)
@@ -127,28 +129,55 @@ def test_node_lost_and_terminated(
 
 
 def leave_a_node(settings: Settings, kube: Kube, pods: list[dict], saw: Saw) -> None:
-    """Move the store from the only worker's node that could be stopped, where there is no other."""
+    """Bring about that a worker is on a node that can be stopped: move the store away from it, or a worker to it."""
     if not settings.stop_kubelet or node_that_can_go(settings, kube, pods)[0]:
         return
     api = {pod["spec"].get("nodeName") for pod in kube.list("pods", "app=ml-pipeline")}
     node = next((pod["spec"]["nodeName"] for pod in pods if pod["spec"]["nodeName"] not in api), None)
-    if node is None:
+    if node is not None:
+        with cordoned(kube, {node}):
+            kube.run("delete", "pod", "esvit-object-store-0", "--timeout=120s", seconds=150)
+            kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
+        saw(f"the store was moved away from {node}")
         return
-    kube.run("cordon", node)
+    needed = nodes_in_use(kube)
+    if not {one["metadata"]["name"] for one in kube.list("nodes")} - needed:
+        return
+    moved, known = max(pods, key=lambda pod: pod["metadata"]["name"]), {pod["metadata"]["uid"] for pod in pods}
+    run = moved["metadata"]["labels"]["esvit.dev/run"]
+    with cordoned(kube, needed):
+        kube.delete_pod(moved, force=True)
+        back = wait_for(
+            "the worker on another node",
+            lambda: next((pod for pod in trainers(kube, run) if pod["metadata"]["uid"] not in known), None),
+            180,
+        )
+    saw(f"a worker was moved to {back['spec']['nodeName']}")
+
+
+@contextlib.contextmanager
+def cordoned(kube: Kube, nodes: set[str]) -> Iterator[None]:
+    """Let no pod start on the nodes."""
+    for node in nodes:
+        kube.run("cordon", node)
     try:
-        kube.run("delete", "pod", "esvit-object-store-0", "--timeout=120s", seconds=150)
-        kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
+        yield
     finally:
-        kube.run("uncordon", node)
-    saw(f"the store was moved away from {node}")
+        for node in nodes:
+            kube.run("uncordon", node)
+
+
+def nodes_in_use(kube: Kube) -> set[str]:
+    """Nodes that cannot be stopped, because the store or Kubeflow Pipelines is on them."""
+    served = [*kube.list("pods", "app.kubernetes.io/name=esvit-object-store"), *kube.list("pods", "app=ml-pipeline")]
+    return {pod["spec"].get("nodeName") for pod in served}
 
 
 def node_that_can_go(settings: Settings, kube: Kube, pods: list[dict]) -> tuple[str, str]:
     """A worker's node that can be stopped, or the reason why there is none."""
     if not settings.stop_kubelet or not settings.start_kubelet:
         return "", "ESVIT_TEST_STOP_KUBELET and ESVIT_TEST_START_KUBELET are not set"
-    served = [*kube.list("pods", "app.kubernetes.io/name=esvit-object-store"), *kube.list("pods", "app=ml-pipeline")]
-    needed = {pod["spec"].get("nodeName") for pod in served}
+    needed = nodes_in_use(kube)
     found = [pod["spec"]["nodeName"] for pod in pods if pod["spec"]["nodeName"] not in needed]
     return (found[0], "") if found else ("", f"all workers are on {needed}, with the store or Kubeflow Pipelines")
 
