@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -28,13 +24,10 @@ from esvit_core.data.loading.augment import EvalTransform
 from esvit_core.data.loading.workers import WorkerBatches, choose_workers
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
-from esvit_core.errors import UserError
-from esvit_core.evaluation.results import MODELS
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.runs.environment import available_cores
 from esvit_core.runs.gpus import accelerators_setting, computing_devices
 from esvit_core.storage import ObjectStore, join_uri
-from esvit_core.storage.disk import explain_write_errors
 
 SPLITS = ("train", "val")
 STORE_GRACE_SECONDS = 600.0  # that a worker may wait for the store
@@ -129,34 +122,6 @@ def compute_features(
     )
 
 
-def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any]:
-    """Write ``features/<trained|baseline>-<train|val>.safetensors`` and their manifest into the run.
-
-    If the output is already complete, it is returned unchanged.
-
-    Returns:
-        The manifest; its ``samples`` holds the number of images in each split.
-
-    Raises:
-        UserError: the run has no prepared data or no exported backbone.
-    """
-    prefix = join_uri(run_uri, "features")
-    if (existing := store.read_manifest(prefix)) is not None:
-        return existing
-    datasets = split_datasets(store, join_uri(run_uri, "data"))
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        files = {}
-        for model in MODELS:
-            backbone = load_model(run_uri, model, store)
-            for split, dataset in datasets.items():
-                features = features_of(backbone, dataset, config, label=f"features of the {model} backbone, {split}")
-                name = f"{model}-{split}.safetensors"
-                files[name] = Path(folder) / name
-                _save(features, files[name])
-        samples = {split: len(dataset) for split, dataset in datasets.items()}
-        return store.publish(prefix, files, "features", {"samples": samples})
-
-
 def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str) -> Features:
     """Call :func:`compute_features` with the transform, batch size and precision of the configuration."""
     return compute_features(
@@ -170,34 +135,6 @@ def features_of(backbone: nn.Module, dataset: Images, config: Config, label: str
         devices=computing_devices(accelerators_setting(config, "evaluate")),
         workers=config.training.workers,
     )
-
-
-def load_features(
-    store: ObjectStore, run_uri: str, model: str, split: str, *, most_bytes: float = float("inf")
-) -> Features:
-    """Load features that :func:`extract_features` wrote; empty if the data has no such split.
-
-    Args:
-        model: ``trained`` or ``baseline``.
-        split: ``train`` or ``val``.
-        most_bytes: size of the largest file to read.
-
-    Raises:
-        UserError: the features have not been extracted, or are larger than ``most_bytes``.
-    """
-    prefix = join_uri(run_uri, "features")
-    manifest = store.read_manifest(prefix)
-    if manifest is None:
-        raise UserError(f"features of {run_uri}: not extracted yet; run the step extract_features first")
-    name = f"{model}-{split}.safetensors"
-    if name not in manifest["files"]:
-        return empty_features()
-    if (size := manifest["files"][name]["bytes"]) > most_bytes:
-        raise UserError(f"features of {run_uri}: {name} has {size / 1e9:.1f} GB, more than is read here")
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        store.fetch(prefix, Path(folder), names=[name])
-        arrays = load_file(Path(folder) / name)
-    return Features(**{key: arrays[key] for key in ("view", "blocks", "labels")})
 
 
 def empty_features() -> Features:
@@ -290,9 +227,3 @@ def _load_in_thread(batches: _EvalBatches, keys: Sequence[range]) -> Iterator[to
             ready = upcoming.result() if upcoming else batches[key]
             upcoming = pool.submit(batches.__getitem__, keys[position + 1]) if position + 1 < len(keys) else None
             yield ready[0]
-
-
-def _save(features: Features, path: Path) -> None:
-    arrays = {"view": features.view, "blocks": features.blocks, "labels": features.labels}
-    with explain_write_errors(path, SafetensorError):
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)

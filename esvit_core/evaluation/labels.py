@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from esvit_core.data.shards.manifest import Manifest
-from esvit_core.evaluation.features import Features, load_features
+from esvit_core.evaluation.features import SPLITS, Features
 from esvit_core.evaluation.outcomes import held_out_digest
 from esvit_core.evaluation.results import MODELS
+from esvit_core.evaluation.stored_features import load_features
 from esvit_core.storage import ObjectStore, join_uri
 
 # Spread of the features relative to the largest of them, up to which their differences are rounding errors in float32.
@@ -39,13 +40,18 @@ class Task:
     several_labels: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def run_task(run_uri: str, store: ObjectStore) -> Task | str:
-    """Return the classification task of the run's own images, or the reason why there is none."""
+def run_task(run_uri: str, store: ObjectStore, *, blocks: bool = False) -> Task | str:
+    """Return the classification task of the run's own images, or the reason why there is none.
+
+    Args:
+        blocks: with the features of the last blocks.
+    """
     manifest = Manifest.read(store, join_uri(run_uri, "data"))
-    return task_of(
-        {m: (load_features(store, run_uri, m, "train"), load_features(store, run_uri, m, "val")) for m in MODELS},
-        manifest,
-    )
+    splits: dict[str, Splits] = {}
+    for model in MODELS:
+        train, val = (load_features(store, run_uri, model, split, blocks=blocks) for split in SPLITS)
+        splits[model] = train, val
+    return task_of(splits, manifest)
 
 
 def task_of(splits: Mapping[str, Splits], manifest: Manifest) -> Task | str:

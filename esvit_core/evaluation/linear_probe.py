@@ -119,7 +119,7 @@ def evaluate_linear(run_uri: str, store: ObjectStore, config: Config) -> Result:
     """
 
     def measure() -> Result:
-        task = run_task(run_uri, store)
+        task = run_task(run_uri, store, blocks=True)
         if isinstance(task, str) or config.evaluation.linear.protocol == "grid":
             return measure_linear(task, config)
         from esvit_core.evaluation.features import load_model

@@ -19,11 +19,12 @@ from esvit_core.config import Config, TransferSet
 from esvit_core.data.ingest.transfer_set import several_labels_uri
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
-from esvit_core.evaluation.features import SPLITS, features_of, load_model, split_datasets
-from esvit_core.evaluation.labels import Splits, Task, class_names, missing_labels, task_of, unusable_features
+from esvit_core.evaluation.features import SPLITS, split_datasets
+from esvit_core.evaluation.labels import Task, class_names, missing_labels, task_of, unusable_features
 from esvit_core.evaluation.logistic_regression import LogisticProblem
 from esvit_core.evaluation.outcomes import held_out_digest, keep_outcomes, pack_outcomes, pack_rankings
-from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
+from esvit_core.evaluation.results import Result, left_out, measure_once, measured
+from esvit_core.evaluation.stored_features import transfer_features
 from esvit_core.evaluation.transfer_metrics import OF_CLASSES, Metric, metric_of
 from esvit_core.evaluation.validation import folds_to_use, validation_folds
 from esvit_core.monitoring.progress_line import ProgressLine
@@ -291,16 +292,7 @@ def transfer_task(
     several = _several_labels(store, prefix)
     if several is None and (reason := missing_labels(train_labels, val_labels, names)):
         return reason
-    splits: dict[str, Splits] = {}
-    for model in networks or MODELS:
-        backbone = networks[model] if networks else load_model(run_uri, model, store)
-        train, val = (
-            features_of(
-                backbone, datasets[split], config, label=f"{set_name}: features of the {model} backbone, {split}"
-            )
-            for split in SPLITS
-        )
-        splits[model] = (train, val)
+    splits = transfer_features(run_uri, store, config, set_name, networks)
     if several is None:
         return task_of(splits, manifest)
     for model, parts in splits.items():

@@ -108,10 +108,11 @@ def _measure(
 ) -> dict[str, Result]:
     # Imported here, because most retrainings start from the champion and need none of it.
     from esvit_core.data.shards.manifest import Manifest
-    from esvit_core.evaluation.features import SPLITS, empty_features, features_of, split_datasets
+    from esvit_core.evaluation.features import SPLITS, empty_features, split_datasets
     from esvit_core.evaluation.knn import measure_knn
     from esvit_core.evaluation.labels import Task, task_of
     from esvit_core.evaluation.linear_probe import augmented_features, measure_linear
+    from esvit_core.evaluation.stored_features import find_or_compute
     from esvit_core.evaluation.transfer import evaluate_task, transfer_task
     from esvit_core.weights.backbone import load_backbone
 
@@ -121,7 +122,9 @@ def _measure(
         data = join_uri(run_uri, "data")
         datasets = split_datasets(store, data)
         train, val = (
-            features_of(network, datasets[split], config, label=f"features of the champion, {split}")
+            find_or_compute(
+                store, run_uri, network, datasets[split], config, f"features of the champion, {split}", blocks=True
+            )
             if split in datasets
             else empty_features()
             for split in SPLITS

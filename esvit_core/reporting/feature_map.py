@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from esvit_core.evaluation.features import load_features
 from esvit_core.evaluation.plots import CLASS_COLORS, INK, png, text_settings
+from esvit_core.evaluation.stored_features import load_features
 from esvit_core.reporting.neighbors import MOST_BYTES
 from esvit_core.reporting.svg import drawable
 from esvit_core.storage import ObjectStore

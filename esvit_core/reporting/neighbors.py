@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
-from esvit_core.evaluation.features import Features, load_features
+from esvit_core.evaluation.features import Features
 from esvit_core.evaluation.knn import nearest
 from esvit_core.evaluation.outcomes import unpack_correct
 from esvit_core.evaluation.results import MODELS, Result
+from esvit_core.evaluation.stored_features import load_features
 from esvit_core.reporting.images import thumbnail
 from esvit_core.storage import ObjectStore, join_uri
 

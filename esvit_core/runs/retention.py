@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from esvit_core.data.shards.manifest import MANIFEST
-from esvit_core.runs.run import CONFIG, LEASES, run_uri
+from esvit_core.errors import UserError
+from esvit_core.runs.run import CONFIG, FEATURE_ENTRIES, LEASES, run_uri
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.store_errors import NotFound
 
@@ -97,6 +98,19 @@ def remove_run(store: ObjectStore, run: StoredRun) -> bool:
         return False
     store.remove_prefix(run.uri)
     return True
+
+
+def remove_feature_entries(store: ObjectStore, bucket: str, runs: set[str]) -> None:
+    """Remove the entries of features (:mod:`esvit_core.evaluation.stored_features`) that name one of these runs."""
+    stale = []
+    for stat in store.list(join_uri(f"s3://{bucket}", FEATURE_ENTRIES)):
+        try:
+            prefix = str(store.get_json(stat.uri)["prefix"])
+        except (UserError, KeyError, TypeError):  # removed meanwhile, or no entry
+            continue
+        if any(_names(prefix, run) for run in runs):
+            stale.append(stat.uri)
+    store.remove_all(stale)
 
 
 def runs_named_by_pointers(store: ObjectStore, bucket: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ CHOICE = "auto.json"  # what the recipe auto chose and why, in lines
 RETRAINING = "retrain.json"  # new images found, in a retraining
 PROMOTION = "promotion.json"  # whether the run was promoted, and why
 REPORT = "report/report.html"  # the last of the report's files: with it the report is complete
+FEATURE_ENTRIES = "features"  # folder beside the runs: which run has the features of a network and images
 LEASES = "leases"  # folder beside the runs: the lease on the retraining of each champion
 
 

@@ -49,7 +49,10 @@ ROLES: Mapping[str, Role] = {
     ),
     "evaluate": Role(
         "steps that compute and evaluate features",
-        ("runs/*/features/*", "runs/*/evaluation/*", "runs/*/comparison/*", "runs/*/visualization/*"),
+        (
+            *("runs/*/features/*", "runs/*/evaluation/*", "runs/*/comparison/*", "runs/*/visualization/*"),
+            "features/*",  # which run has the features of a network and images
+        ),
     ),
     "publish": Role(
         "report, promotion, export, and the import of a backbone to evaluate: what people and other systems rely on",
@@ -63,7 +66,7 @@ ROLES: Mapping[str, Role] = {
             "runs/*/comparison/*",
         ),
     ),
-    "prune": Role("removal of old runs; it reads the pointers and cannot move them", deletes=("runs/*",)),
+    "prune": Role("removal of old runs; it reads the pointers and cannot move them", deletes=("runs/*", "features/*")),
     "read": Role("people and programs that only read: `esvit status`, `esvit logs`, `load_backbone`"),
 }
 

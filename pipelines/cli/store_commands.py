@@ -152,23 +152,26 @@ def prune(
 
     A run is kept if a pointer such as champion, or the history of one, names it, or if a kept run started from it.
     """
-    from esvit_core.runs.retention import DAY, UNFINISHED, plan_retention, remove_run
+    from esvit_core.runs.retention import DAY, UNFINISHED, plan_retention, remove_feature_entries, remove_run
     from esvit_core.storage.session import open_store
 
     with open_store(store_in(out)) as store:
         runs = plan_retention(store, bucket, keep_days, keep_last)
-        freed = number = 0
+        freed, removed = 0, set()
         for run in runs:
             text = f"{run.name}  {run.bytes / 1e6:,.1f} MB, {(time.time() - run.modified) / DAY:.1f} days old"
             if run.kept_because:
                 print(f"keep    {text}: {run.kept_because}")
             elif dry_run or remove_run(store, run):
                 print(f"{'would remove' if dry_run else 'removed'}  {text}")
-                number, freed = number + 1, freed + run.bytes
+                removed.add(run.uri)
+                freed += run.bytes
             else:
                 print(f"keep    {text}: it has changed in the meantime")
+        if removed and not dry_run:
+            remove_feature_entries(store, bucket, removed)
         uploads = 0 if dry_run else store.abort_uploads(f"s3://{bucket}", UNFINISHED)
     print(
-        f"{number} of {len(runs)} runs {'would be ' if dry_run else ''}removed, {freed / 1e6:,.1f} MB"
+        f"{len(removed)} of {len(runs)} runs {'would be ' if dry_run else ''}removed, {freed / 1e6:,.1f} MB"
         + (f"; parts of {uploads} unfinished uploads removed" if uploads else "")
     )

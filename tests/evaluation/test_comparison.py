@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from esvit_core.evaluation.features import extract_features
 from esvit_core.evaluation.knn import evaluate_knn
 from esvit_core.evaluation.linear_probe import evaluate_linear
 from esvit_core.evaluation.results import read_result
+from esvit_core.evaluation.stored_features import extract_features
 from esvit_core.evaluation.transfer import evaluate_transfer
 from esvit_core.registry.comparison import compare_with_champion, comparison_uri, read_comparison
 from esvit_core.registry.promotion import promote

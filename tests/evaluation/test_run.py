@@ -17,15 +17,14 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.features import (
     compute_features,
     eval_transform,
-    extract_features,
     features_of,
-    load_features,
 )
 from esvit_core.evaluation.few_shot import evaluate_few_shot
 from esvit_core.evaluation.knn import evaluate_knn, weighted_knn
 from esvit_core.evaluation.linear_probe import augmented_features, evaluate_linear
 from esvit_core.evaluation.outcomes import unpack_correct
 from esvit_core.evaluation.retrieval import evaluate_retrieval
+from esvit_core.evaluation.stored_features import extract_features, load_features
 from esvit_core.evaluation.transfer import evaluate_transfer, logistic_transfer
 from esvit_core.evaluation.visualize import visualize
 from esvit_core.registry.promotion import promote
@@ -49,7 +48,7 @@ def test_features_are_those_of_the_backbone(measured_run, bucket, model, tmp_pat
     place = {"trained": "backbone", "baseline": "baseline"}[model]
     backbone = load_backbone(f"{measured_run}/{place}", bucket)
     dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
-    features = load_features(bucket, measured_run, model, "val")
+    features = load_features(bucket, measured_run, model, "val", blocks=True)
     transform = eval_transform(config)
     with torch.no_grad():
         for i in range(len(dataset)):
@@ -185,7 +184,7 @@ def test_the_published_linear_probe_sees_new_crops_in_every_epoch(measured_run, 
     network = load_backbone(f"{measured_run}/backbone", bucket)
     of_epoch = augmented_features({"trained": network}, measured_run, bucket, asked)["trained"]
     first, second, again = of_epoch(0), of_epoch(1), of_epoch(0)
-    assert first.shape == load_features(bucket, measured_run, "trained", "train").blocks.shape
+    assert first.shape == load_features(bucket, measured_run, "trained", "train", blocks=True).blocks.shape
     assert np.array_equal(first, again) and not np.allclose(first, second, atol=1e-3)
 
 

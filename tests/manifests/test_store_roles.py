@@ -47,6 +47,7 @@ OBJECTS = (
     "runs/a/baseline/manifest.json",
     "runs/a/backbone/manifest.json",
     "runs/a/features/trained-train.safetensors",
+    "features/0a1b.json",
     "runs/a/evaluation/knn.json",
     "runs/a/visualization/manifest.json",
     "runs/a/report/index.html",

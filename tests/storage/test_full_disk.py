@@ -167,14 +167,15 @@ def test_a_disk_that_becomes_full_during_a_download_is_an_error_and_leaves_nothi
 def test_features_that_do_not_fit_on_the_temporary_disk_are_a_one_line_error(small_disk: Path) -> None:
     import numpy as np
 
-    from esvit_core.evaluation.features import Features, _save
+    from esvit_core.evaluation.features import Features
+    from esvit_core.evaluation.stored_features import _save
 
     rows = 2 * SIZE // 4
     features = Features(view=np.zeros((rows, 1), "f4"), blocks=np.zeros((0, 1), "f4"), labels=np.zeros(0, "i8"))
     if not os.path.ismount(small_disk):
         pytest.skip("no disk of 120 MiB can be mounted here")
     with pytest.raises(StoreError, match=r"features: cannot be written .*No space left.*TMPDIR"):
-        _save(features, small_disk / "features")
+        _save(features, small_disk, "features", blocks=False)
 
 
 @pytest.mark.parametrize("short_by", [2048, 200 * 1024])

@@ -32,7 +32,7 @@ def extract_features(
         run = open_run(run_uri)
 
         def extract():
-            from esvit_core.evaluation.features import extract_features
+            from esvit_core.evaluation.stored_features import extract_features
 
             extract_features(run.uri, run.store, run.config)
 
