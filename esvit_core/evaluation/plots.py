@@ -1,4 +1,4 @@
-"""Figures of correspondence and attention, as PNGs that are readable on light and dark pages."""
+"""Figures of correspondence, attention and segmentation, as PNGs that are readable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from esvit_core.evaluation.correspondence import Crop, Matches, Pair, region_centers
+from esvit_core.evaluation.masked_images import IGNORED, MaskedImage
 
 # Colors of classes, readable on light and dark pages.
 CLASS_COLORS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#a16207", "#ec4899", "#0ea5a4")
@@ -92,6 +94,41 @@ def attention_figure(
     top = 1 - 0.45 / figure.get_figheight()
     figure.subplots_adjust(left=0.005, right=0.995, top=top, bottom=0.005, wspace=0.05, hspace=0.05)
     return png(figure)
+
+
+def segmentation_figure(items: Sequence[MaskedImage], predictions: Mapping[str, Sequence[np.ndarray]]) -> bytes:
+    """Draw images, their masks, and the classes that each model predicts; class 0 is left transparent.
+
+    Args:
+        items: the images with their masks, at least as many as there are predictions.
+        predictions: predicted classes of the first images, (S, S) uint8, by model in the order of the columns.
+
+    Returns:
+        PNG.
+    """
+    rows = len(next(iter(predictions.values())))
+    titles = ["image", "mask", *predictions]
+    figure = Figure(figsize=(1.9 * len(titles), 0.55 + 1.9 * rows), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, len(titles), squeeze=False)
+    for row, item in enumerate(items[:rows]):
+        _frame(axes[row, 0]).imshow(item.pixels, interpolation="lanczos")
+        for ax, classes in zip(axes[row, 1:], [item.mask, *(maps[row] for maps in predictions.values())], strict=True):
+            _frame(ax).imshow(classes_over(item.pixels, classes), interpolation="nearest")
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, color=INK, fontsize=16, pad=7)
+    top = 1 - 0.45 / figure.get_figheight()
+    figure.subplots_adjust(left=0.005, right=0.995, top=top, bottom=0.005, wspace=0.05, hspace=0.05)
+    return png(figure)
+
+
+def classes_over(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Overlay classes (S, S) in color on the grayed image (S, S, 3) uint8; class 0 and ignored pixels stay gray."""
+    gray = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None] / 255
+    colors = np.array([to_rgb(color) for color in CLASS_COLORS])
+    shown = ((classes > 0) & (classes != IGNORED))[..., None]
+    colored = 0.65 * colors[(classes.astype(int) - 1) % len(colors)] + 0.35 * gray
+    return np.where(shown, colored, 0.15 + 0.7 * gray)
 
 
 def heat_over(image: np.ndarray, heat: np.ndarray, side: int = 160) -> np.ndarray:

@@ -3,57 +3,43 @@
 The head is a logistic regression on the region features. A region's class is the most frequent one of its pixels in the
 mask; lambda is chosen on a fifth of the training images. For a test image the logits are interpolated to the pixels, and
 the figure is the mean, over the classes, of intersection over union of all test images together (mIoU).
+
+Region retrieval needs no head: the share of the regions of the test images whose nearest region of the training images, by
+cosine similarity, has the same class (R@1).
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from esvit_core.config import Config
-from esvit_core.data.ingest.sources import open_source
-from esvit_core.data.ingest.split import hold_out
 from esvit_core.data.loading.augment import Normalize
-from esvit_core.errors import UserError
+from esvit_core.evaluation.knn import nearest
 from esvit_core.evaluation.logistic_regression import LogisticProblem
+from esvit_core.evaluation.masked_images import IGNORED, MaskedImage, read_masked_images
+from esvit_core.evaluation.metric_difference import mean_difference
+from esvit_core.evaluation.plots import segmentation_figure
 from esvit_core.evaluation.results import MODELS, Result, left_out, measure_once, measured
 from esvit_core.evaluation.significance import ALPHA, Difference
 from esvit_core.evaluation.transfer import search_lambda
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.runs.gpus import computing_device
-from esvit_core.storage import ObjectStore
+from esvit_core.storage import ObjectStore, join_uri
 
-NAME = "segmentation"
-IGNORED = 255
-_MASK_FOLDERS = ("masks", "mask", "SegmentationClass", "annotations", "trimaps", "segmim", "labels")
-_IMAGE_SUFFIXES, _MASK_SUFFIXES = (".jpg", ".jpeg", ".png"), (".png", ".jpg")
-_TEST_FOLDERS = ("val", "validation", "test", "testing")
-_TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.2
+NAME, RETRIEVAL = "segmentation", "segmentation/retrieval"
+IMAGES_SHOWN = 4
+_BANK_REGIONS = 100_000
+_VALIDATION_SHARE = 0.2
 _RESAMPLES, _SEED = 10_000, 0
-
-
-@dataclass(frozen=True)
-class MaskedImage:
-    """An image and its mask, resized to the input of the network.
-
-    Attributes:
-        pixels: (S, S, 3) uint8.
-        mask: class of each pixel, (S, S) uint8; 255 is ignored.
-    """
-
-    pixels: np.ndarray
-    mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -63,59 +49,21 @@ class SegmentationOutcome:
     Attributes:
         intersections, unions: pixels of each test image and class, (M, C).
         strength: chosen lambda.
+        retrieved: share of the regions of each test image whose nearest training region has their class, (M,); NaN for an
+            image without a known region.
+        maps: predicted classes of the first test images, (S, S) uint8 each.
     """
 
     intersections: np.ndarray
     unions: np.ndarray
     strength: float
+    retrieved: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    maps: tuple[np.ndarray, ...] = ()
 
     @property
     def figure(self) -> float:
         """mIoU, percent."""
         return 100 * mean_iou(self.intersections, self.unions)
-
-
-def find_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Pair images with their masks: the mask has the name of the image and lies in a folder such as ``masks``.
-
-    This covers a folder ``images`` beside ``masks``, PASCAL VOC (``JPEGImages`` and ``SegmentationClass``), ADE20K (``images``
-    and ``annotations``), Oxford-IIIT Pets (``annotations/trimaps``) and Oxford Flowers (``image_00001`` and
-    ``segmim_00001``).
-
-    Returns:
-        Image and mask, sorted.
-    """
-    masks: dict[str, str] = {}
-    images: dict[str, str] = {}
-    for name in sorted(names):
-        path = PurePosixPath(name)
-        if path.name.startswith("."):
-            continue
-        stem = path.stem.removeprefix("segmim_").removeprefix("image_").removesuffix("_mask")
-        if set(path.parts[:-1]) & set(_MASK_FOLDERS):
-            if path.suffix.lower() in _MASK_SUFFIXES:
-                masks.setdefault(stem, name)
-        elif path.suffix.lower() in _IMAGE_SUFFIXES:
-            images.setdefault(stem, name)
-    return [(image, masks[stem]) for stem, image in sorted(images.items()) if stem in masks]
-
-
-def read_mask(data: bytes, name: str) -> np.ndarray:
-    """Decode a mask, (H, W) uint8: a palette or gray image holds the classes; blue is the background of a color image.
-
-    Raises:
-        UserError: the file is not an image.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode in ("P", "L", "1"):
-                return np.array(image if image.mode != "1" else image.convert("L")).clip(0, 255).astype(np.uint8)
-            colors = np.asarray(image.convert("RGB")).astype(np.int16)
-    except OSError as error:
-        raise UserError(f"mask {name}: it cannot be decoded ({error}); copy it again") from None
-    # Oxford Flowers: a color JPEG whose background is blue.
-    blue = (colors[..., 2] > 150) & (colors[..., 0] < 100) & (colors[..., 1] < 100)
-    return (~blue).astype(np.uint8)
 
 
 def mean_iou(intersections: np.ndarray, unions: np.ndarray) -> float:
@@ -155,19 +103,43 @@ def fit_head(
 
         strength, _ = search_lambda(score)
     weights, biases = problem.coefficients(problem.fit(np.array([strength]), tolerance=1e-5), 0)
-    counts = []
-    start = 0
-    for part in _regions(test, backbone, config, label):
+    bank = _Bank(regions[known], present[targets], config.seed)
+    counts, retrieved, shown = [], [], []
+    for part, items in zip(_regions(test, backbone, config, label), _batches(test, config), strict=True):
         logits = part.astype(np.float64) @ weights + biases  # (B, h * w, C)
         if logits.shape[2] == 1:
             logits = np.concatenate([np.zeros_like(logits), logits], 2)
         maps = torch.as_tensor(logits).transpose(1, 2).unflatten(2, (side, side))
-        for item, of_image in zip(test[start : start + len(part)], maps, strict=True):
+        for item, of_image, features in zip(items, maps, part, strict=True):
             large = F.interpolate(of_image[None], item.mask.shape, mode="bilinear", align_corners=False)
-            counts.append(_overlap(present[large[0].argmax(0).numpy()], item.mask, classes))
-        start += len(part)
+            predicted = present[large[0].argmax(0).numpy()]
+            counts.append(_overlap(predicted, item.mask, classes))
+            retrieved.append(bank.share_found(features, region_classes(item.mask, side, classes)))
+            if len(shown) < IMAGES_SHOWN:
+                shown.append(predicted.astype(np.uint8))
     overlap, union = (np.stack([count[i] for count in counts]) for i in range(2))
-    return SegmentationOutcome(overlap, union, strength)
+    return SegmentationOutcome(overlap, union, strength, np.array(retrieved), tuple(shown))
+
+
+class _Bank:
+    """The regions of the training images, by which regions of test images are found."""
+
+    def __init__(self, regions: np.ndarray, classes: np.ndarray, seed: int) -> None:
+        if len(regions) > _BANK_REGIONS:  # the same ones for every backbone
+            chosen = np.random.default_rng(seed).choice(len(regions), _BANK_REGIONS, replace=False)
+            regions, classes = regions[chosen], classes[chosen]
+        self._device = computing_device()
+        self._regions = F.normalize(torch.as_tensor(regions).float(), dim=1).to(self._device)
+        self._classes = classes
+
+    def share_found(self, regions: np.ndarray, truth: np.ndarray) -> float:
+        """Return the share of regions (h * w, D) whose nearest region has their class; those of class -1 do not count."""
+        known = truth >= 0
+        if not known.any():
+            return float("nan")
+        queries = F.normalize(torch.as_tensor(regions[known]).float(), dim=1).to(self._device)
+        found = nearest(queries, self._regions, 1)[1][:, 0].cpu().numpy()
+        return float((self._classes[found] == truth[known]).mean())
 
 
 def region_classes(mask: np.ndarray, side: int, classes: int) -> np.ndarray:
@@ -221,80 +193,63 @@ def evaluate_segmentation(run_uri: str, store: ObjectStore, config: Config) -> R
             return left_out(NAME, "evaluation.segmentation is not set")
         train, test = read_masked_images(source, store, config.evaluation.crop)
         networks = {model: load_model(run_uri, model, store) for model in MODELS}
-        return measure_segmentation(train, test, networks, config)
+        result, outcomes = measure_segmentation(train, test, networks, config)
+        if outcomes:
+            maps = {model: outcomes[model].maps for model in ("baseline", "trained")}
+            store.put_bytes(overlays_uri(run_uri), segmentation_figure(test, maps), content_type="image/png")
+        return result
 
     return measure_once(store, run_uri, NAME, measure)
 
 
+def overlays_uri(run_uri: str) -> str:
+    """Return the address of the figure of test images with their masks and the predictions of both backbones."""
+    return join_uri(run_uri, "evaluation", "segmentation.png")
+
+
 def measure_segmentation(
     train: Sequence[MaskedImage], test: Sequence[MaskedImage], networks: Mapping[str, nn.Module], config: Config
-) -> Result:
-    """Measure every network on the same images."""
+) -> tuple[Result, dict[str, SegmentationOutcome]]:
+    """Measure every network on the same images; returns the result and the outcome of each."""
     if not train or not test:
-        return left_out(NAME, "there are too few images with masks; at least one to fit and one to measure are needed")
+        reason = "there are too few images with masks; at least one to fit and one to measure are needed"
+        return left_out(NAME, reason), {}
     outcomes = {
         model: fit_head(train, test, network, config, f"segmentation with the {model} backbone")
         for model, network in networks.items()
     }
     result: dict[str, Any] = measured(
         NAME,
-        {model: {NAME: outcome.figure} for model, outcome in outcomes.items()},
+        {
+            model: {NAME: outcome.figure, RETRIEVAL: 100 * float(np.nanmean(outcome.retrieved))}
+            for model, outcome in outcomes.items()
+        },
         [],
         samples={"train": len(train), "val": len(test)},
     )
     result["lambda"] = {model: outcome.strength for model, outcome in outcomes.items()}
     if set(outcomes) >= set(MODELS):
-        difference = miou_difference(outcomes["trained"], outcomes["baseline"])
-        result["differences"] = {NAME: difference.as_json()}
-    return result
+        trained, baseline = (outcomes[model] for model in MODELS)
+        known = np.isfinite(trained.retrieved)
+        result["differences"] = {
+            NAME: miou_difference(trained, baseline).as_json(),
+            RETRIEVAL: mean_difference(trained.retrieved[known], baseline.retrieved[known]).as_json(),
+        }
+    return result, outcomes
 
 
-def read_masked_images(
-    source: str, store: ObjectStore | None, side: int
-) -> tuple[list[MaskedImage], list[MaskedImage]]:
-    """Read the images that have a mask, to fit and to measure.
-
-    Images in a folder such as ``val`` are for measuring; without one, a fifth of the images.
-
-    Args:
-        source: folder, tar, zip, or ``s3://bucket/prefix``.
-        store: store of an ``s3://`` source.
-        side: side of the images and masks, which are resized to a square, pixels.
-
-    Raises:
-        UserError: no image has a mask, or a file cannot be decoded.
-    """
-    with open_source(source, store) as opened:
-        entries = {entry.name: entry for entry in opened.entries}
-        pairs = find_pairs(list(entries))
-        if not pairs:
-            raise UserError(
-                f"evaluation.segmentation {source}: no image has a mask; expected folders such as images and masks with "
-                "files of the same names"
-            )
-        held = {n for n, (image, _) in enumerate(pairs) if set(PurePosixPath(image).parts) & set(_TEST_FOLDERS)}
-        held = held or hold_out([image for image, _ in pairs], [None] * len(pairs), _TEST_SHARE)
-        found: tuple[list[MaskedImage], list[MaskedImage]] = ([], [])
-        for number, (image, mask) in enumerate(pairs):
-            classes = Image.fromarray(read_mask(opened.read(entries[mask]), mask))
-            try:
-                with Image.open(io.BytesIO(opened.read(entries[image]))) as decoded:
-                    pixels = decoded.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-            except OSError as error:
-                raise UserError(f"image {image}: it cannot be decoded ({error}); copy it again") from None
-            resized = np.asarray(classes.resize((side, side), Image.Resampling.NEAREST))
-            found[number in held].append(MaskedImage(np.asarray(pixels), resized))
-    return found
+def _batches(items: Sequence[MaskedImage], config: Config) -> Iterator[Sequence[MaskedImage]]:
+    size = config.evaluation.batch_size
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _regions(items: Sequence[MaskedImage], backbone: nn.Module, config: Config, label: str) -> Iterator[np.ndarray]:
     """Yield the region features of each batch, (B, h * w, D) float32."""
     device = computing_device()
     backbone.to(device)
-    normalize, size = Normalize(config.augment.mean, config.augment.std), config.evaluation.batch_size
+    normalize = Normalize(config.augment.mean, config.augment.std)
     with ProgressLine(len(items), label=label) as progress:
-        for start in range(0, len(items), size):
-            part = items[start : start + size]
+        for part in _batches(items, config):
             batch = torch.stack([normalize(torch.from_numpy(i.pixels.copy()).permute(2, 0, 1).float()) for i in part])
             with torch.inference_mode():
                 regions = backbone.views_and_regions(batch.to(device))[1]  # type: ignore[operator]

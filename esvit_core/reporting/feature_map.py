@@ -1,4 +1,6 @@
-"""A map of the held-out images by their features: the first two principal components, colored by class."""
+"""A map of the held-out images by their features, colored by class: UMAP (McInnes et al., 2018) where the package
+``umap-learn`` is installed, else the first two principal components.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from esvit_core.storage import ObjectStore
 
 TITLE = "Feature map"
 _IMAGES = 2_000
+_NEIGHBORS = 15
 _MODELS = ("baseline", "trained")  # left to right: before and after training
 
 
@@ -26,15 +29,35 @@ def draw_feature_map(store: ObjectStore, run_uri: str, classes: list[str]) -> tu
     labels = found["trained"].labels[:_IMAGES]
     if len(labels) < 3:
         return None
-    maps = {model: principal_components(features.view[:_IMAGES]) for model, features in found.items()}
-    shares = ", ".join(f"{model} {100 * share:.0f} %" for model, (_, share) in maps.items())
-    caption = (
-        f"The first two principal components of the view features of {len(labels):,} held-out images, normalized to "
-        f"length one. Share of the variance that they hold: {shares}."
-    )
+    views = {model: features.view[:_IMAGES] for model, features in found.items()}
+    images = f"the view features of {len(labels):,} held-out images"
+    if (maps := _umap(views)) is not None:
+        caption = f"UMAP (cosine distance) of {images}. Only which images are near each other means something."
+    else:
+        components = {model: principal_components(view) for model, view in views.items()}
+        maps = {model: points for model, (points, _) in components.items()}
+        shares = ", ".join(f"{model} {100 * share:.0f} %" for model, (_, share) in components.items())
+        caption = (
+            f"The first two principal components of {images}, normalized to length one. Share of the variance that they "
+            f"hold: {shares}."
+        )
     if (labels >= 0).any() and len(np.unique(labels)) > len(CLASS_COLORS):
         caption += f" Colored: the {len(CLASS_COLORS)} classes with the most images."
-    return _draw({model: points for model, (points, _) in maps.items()}, labels, classes), caption
+    return _draw(maps, labels, classes), caption
+
+
+def _umap(views: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Return the coordinates of each model's images, (N, 2); None without the package or with too few images."""
+    try:
+        from umap import UMAP
+    except ImportError:
+        return None
+    if len(next(iter(views.values()))) <= _NEIGHBORS:
+        return None
+    return {
+        model: UMAP(n_neighbors=_NEIGHBORS, metric="cosine", random_state=0, n_jobs=1).fit_transform(view)
+        for model, view in views.items()
+    }
 
 
 def principal_components(features: np.ndarray) -> tuple[np.ndarray, float]:

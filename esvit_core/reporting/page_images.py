@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
+from esvit_core.evaluation.segmentation import overlays_uri
 from esvit_core.reporting.contact_sheet import Thumbnail, draw_contact_sheet, draw_duplicates
 from esvit_core.reporting.feature_map import TITLE, draw_feature_map
 from esvit_core.reporting.images import figure_uri
@@ -74,6 +75,8 @@ def read_page_images(records: RunRecords, store: ObjectStore) -> PageImages:
         missing.append(("feature map", feature_map))
     elif feature_map is not None:
         drawings.append(Drawing(TITLE, feature_map[1], *figure_uri(feature_map[0])))
+    if records.config.evaluation.segmentation and not isinstance(overlays := _try(lambda: _overlays(run, store)), str):
+        drawings.append(overlays)
     return PageImages(
         samples=_try(lambda: _samples(records, manifest, store)) if trains else "there are no training images",
         drawings=drawings,
@@ -102,6 +105,11 @@ def _try(draw: Callable[[], T]) -> T | str:
 
 def _samples(records: RunRecords, manifest: Manifest, store: ObjectStore) -> list[Sample]:
     return draw_samples(store, records.run_uri, records.config, manifest.classes)
+
+
+def _overlays(run_uri: str, store: ObjectStore) -> Drawing:
+    caption = "Test images with their masks, and the classes that a linear head on the frozen regions predicts."
+    return Drawing("Segmentation", caption, *figure_uri(store.get_bytes(overlays_uri(run_uri))))
 
 
 def _drawings(records: RunRecords, store: ObjectStore) -> tuple[list[Drawing], list[tuple[str, str]]]:

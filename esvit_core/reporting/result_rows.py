@@ -145,7 +145,7 @@ def label_of(key: str) -> str:
     if kind == "few-shot" and rest:
         return f"few-shot, {rest.removesuffix('%')} %" if rest.endswith("%") else f"{rest}-shot"
     if kind == "segmentation":
-        return "region mIoU"
+        return "region retrieval, R@1" if rest else "region mIoU"
     return f"transfer to {rest}" if kind == "transfer" and rest else key
 
 

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.evaluation.masked_images import IGNORED, find_pairs, read_mask, read_masked_images
+from esvit_core.evaluation.plots import classes_over, segmentation_figure
 from esvit_core.evaluation.segmentation import (
-    IGNORED,
+    IMAGES_SHOWN,
     SegmentationOutcome,
-    find_pairs,
     mean_iou,
     measure_segmentation,
     miou_difference,
-    read_mask,
-    read_masked_images,
     region_classes,
 )
 
@@ -66,7 +65,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     train, test = read_masked_images(str(shapes(tmp_path_factory.mktemp("shapes") / "a", 40)), None, SIDE)
     assert len(train) + len(test) == 40 and 4 <= len(test) <= 14
     networks = {"trained": Regions(blind=False), "baseline": Regions(blind=True)}
-    return measure_segmentation(train, test, networks, CONFIG)
+    measured, outcomes = measure_segmentation(train, test, networks, CONFIG)
+    maps = {model: outcomes[model].maps for model in ("baseline", "trained")}
+    assert all(len(each) == IMAGES_SHOWN for each in maps.values())
+    with Image.open(io.BytesIO(segmentation_figure(test, maps))) as figure:
+        assert figure.format == "PNG" and figure.height > figure.width / 2  # four rows of four columns
+    return measured
 
 
 def test_regions_that_show_the_shapes_are_better_and_the_interval_excludes_0(result: dict) -> None:
@@ -74,6 +78,21 @@ def test_regions_that_show_the_shapes_are_better_and_the_interval_excludes_0(res
     difference = result["differences"]["segmentation"]
     assert difference["decision"] == "better" and difference["interval"][0] > 0
     assert difference["images"] == result["samples"]["val"]
+
+
+def test_regions_are_retrieved_by_their_class(result: dict) -> None:
+    figures = {model: values["segmentation/retrieval"] for model, values in result["results"].items()}
+    assert figures["trained"] > 80 and figures["trained"] > figures["baseline"] + 10
+    difference = result["differences"]["segmentation/retrieval"]
+    assert difference["decision"] == "better"
+    assert difference["points"] == pytest.approx(figures["trained"] - figures["baseline"], abs=1e-3)
+
+
+def test_overlays_color_classes_and_leave_ground_and_ignored_pixels_gray() -> None:
+    image = np.full((2, 2, 3), (200, 40, 90), np.uint8)
+    drawn = classes_over(image, np.array([[0, 1], [2, IGNORED]], np.uint8))
+    gray = (np.ptp(drawn, axis=2) < 1e-6).tolist()
+    assert gray == [[True, False], [False, True]] and not np.allclose(drawn[0, 1], drawn[1, 0])
 
 
 @pytest.mark.parametrize(

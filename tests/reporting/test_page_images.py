@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.outcomes import pack_outcomes
 from esvit_core.evaluation.plots import CLASS_COLORS
-from esvit_core.reporting import neighbors
+from esvit_core.reporting import feature_map, neighbors
 from esvit_core.reporting.feature_map import draw_feature_map, principal_components
 from esvit_core.reporting.neighbors import choose_queries, draw_neighbors, draw_worst_classes
 from esvit_core.storage import ObjectStore
@@ -50,7 +52,7 @@ def write_features(store: ObjectStore, run: str, folder: Path, wrong: tuple[int,
         for model in ("trained", "baseline"):
             view = np.eye(3, dtype=np.float32)[seen] if model == "trained" else rng.normal(size=(len(labels), 3))
             files[f"{model}-{split}.safetensors"] = folder / f"{model}-{split}.safetensors"
-            arrays = {"view": view.astype(np.float32), "blocks": view.astype(np.float32), "labels": labels}
+            arrays = {"view": view.astype(np.float32), "labels": labels}
             save_file(arrays, files[f"{model}-{split}.safetensors"])
     store.publish(f"{run}/features", files, "features")
 
@@ -147,3 +149,28 @@ def test_the_feature_map_shows_both_backbones_and_the_largest_classes(
         colors = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.asarray(image.convert("RGB")).reshape(-1, 3)[::3]}
     assert colors >= set(CLASS_COLORS[:3]) and not colors & set(CLASS_COLORS[3:])
     assert "12 held-out images" in caption and "baseline" in caption and "trained 100 %" in caption
+
+
+def test_the_feature_map_is_that_of_umap_where_it_is_installed(
+    store: ObjectStore, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict] = []
+
+    class Umap:
+        def __init__(self, **settings: object) -> None:
+            asked.append(settings)
+
+        def fit_transform(self, features: np.ndarray) -> np.ndarray:
+            assert features.shape == (12, 3)
+            return features[:, :2]
+
+    write_features(store, run, tmp_path)
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    too_few = draw_feature_map(store, run, list(CLASSES))
+    assert too_few is not None and "principal components" in too_few[1] and not asked
+    monkeypatch.setattr(feature_map, "_NEIGHBORS", 5)
+    drawn = draw_feature_map(store, run, list(CLASSES))
+    assert drawn is not None and drawn[1].startswith(
+        "UMAP (cosine distance) of the view features of 12 held-out images"
+    )
+    assert len(asked) == 2 and asked[0]["metric"] == "cosine" and asked[0]["random_state"] == 0
