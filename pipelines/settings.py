@@ -19,7 +19,7 @@ from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, join_ite
 from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.errors import UserError
 
-DEFAULT_RECIPE = "demo"  # of all commands but `esvit run` and `esvit retrain`
+DEFAULT_RECIPE = "demo"  # of all commands but those that pre-train
 INIT = "init.source"
 DEFAULT_OUT = Path("esvit-runs")
 DEFAULT_BUCKET = "esvit"
@@ -120,12 +120,19 @@ class ClusterRequest:
         parameters: parameters of the pipeline by name; its first step resolves the configuration from them.
         explicit: the command line sets at least one of the parameters; otherwise all are defaults.
         complete: ``config`` is complete; False: the recipe is read on the cluster.
+        pipeline: name of the pipeline.
     """
 
     config: Config
     parameters: dict[str, str]
     explicit: bool
     complete: bool = True
+    pipeline: str = "pretrain"
+
+    @property
+    def form(self) -> Parameters | None:
+        """Defaults of the pipeline's parameters in the form of Kubeflow's UI; None: those of :attr:`compile_config`."""
+        return Parameters(AUTO_RECIPE) if self.pipeline == "pretrain" else None
 
     @cached_property
     def compile_config(self) -> Config:
@@ -146,30 +153,36 @@ class ClusterRequest:
         return Config.load(DEFAULT_RECIPE).model_copy(update=overrides)
 
 
-def cluster_request(settings: Settings) -> ClusterRequest:
+def cluster_request(settings: Settings, pipeline: str = "pretrain") -> ClusterRequest:
     """Resolve the settings for a pipeline on a cluster, whose first step resolves the configuration.
 
     A recipe at an ``s3://`` address is read on the cluster, and ``auto`` chooses there; pods are then sized for the largest
-    network that it may choose. The section ``cluster`` belongs to the compiled pipeline.
+    network that it may choose; it is the default recipe of the pipeline pretrain. The section ``cluster`` belongs to the
+    compiled pipeline.
+
+    Args:
+        settings: the options of the command.
+        pipeline: name of the pipeline.
 
     Raises:
         UserError: see :func:`resolve`.
     """
     explicit = bool(settings.recipe or settings.overrides or settings.transfer or settings.bucket)
-    if settings.recipe is None or not (settings.recipe.startswith("s3://") or split_recipe(settings.recipe)):
+    recipe = settings.recipe or (AUTO_RECIPE if pipeline == "pretrain" else DEFAULT_RECIPE)
+    auto = split_recipe(recipe)
+    if not recipe.startswith("s3://") and auto is None:
         config = resolve(settings)
-        return ClusterRequest(config, asdict(to_parameters(config, ("cluster",))), explicit)
+        return ClusterRequest(config, asdict(to_parameters(config, ("cluster",))), explicit, pipeline=pipeline)
     changes = _changes(settings)
-    auto = split_recipe(settings.recipe)
     sections = {item: item.partition(".")[0].strip() for item in changes}
     run_changes = [item for item in changes if sections[item] != "cluster"]
-    parameters = Parameters(settings.recipe, join_items(run_changes), join_items(settings.transfer))
+    parameters = Parameters(recipe, join_items(run_changes), join_items(settings.transfer))
     known = Config.load("{}", [item for item in changes if sections[item] in COMPILED_SECTIONS])
     if auto is not None:
         from esvit_core.planning.auto_pods import sizing_config
 
-        return ClusterRequest(sizing_config(known, auto[1]), asdict(parameters), explicit)
-    return ClusterRequest(known, asdict(parameters), explicit, complete=False)
+        return ClusterRequest(sizing_config(known, auto[1]), asdict(parameters), explicit, pipeline=pipeline)
+    return ClusterRequest(known, asdict(parameters), explicit, complete=False, pipeline=pipeline)
 
 
 def _init_source(settings: Settings) -> str | None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from esvit_core.config.auto import AUTO, split_recipe
+from esvit_core.config.parameters import Parameters
 from esvit_core.data.ingest.source_lists import join_sources
 from esvit_core.errors import UserError
 from esvit_pipelines.cli.cluster_options import (
@@ -71,9 +73,14 @@ def compile_(
     from esvit_pipelines.cluster.capacity import size_lines
     from esvit_pipelines.cluster.compile import compile_pipeline
 
-    config = config_of(recipe, set_, transfer, bucket)
+    form = None
+    if pipeline == "pretrain" and split_recipe(recipe or AUTO):
+        request = request_of(pipeline, recipe, set_, transfer, bucket)
+        config, form = request.compile_config, Parameters(**request.parameters)
+    else:
+        config = config_of(recipe, set_, transfer, bucket)
     output = output or Path(f"esvit-{pipeline}.yaml")
-    steps = compile_pipeline(pipeline, config, output)
+    steps = compile_pipeline(pipeline, config, output, form)
     print(f"{output}: {len(steps)} steps")
     for number, name in enumerate(steps, 1):
         print(f"  {number:2} {name}")
@@ -107,12 +114,11 @@ def register_(
     from esvit_pipelines.cluster.package import package
     from esvit_pipelines.cluster.registration import register
 
-    request = request_of(recipe, set_, transfer, bucket)
+    requests = {name: request_of(name, recipe, set_, transfer, bucket) for name in pipelines or PIPELINES}
     with ExitStack() as stack:
-        names = list(pipelines or PIPELINES)
-        packages = [stack.enter_context(package(name, request.compile_config)) for name in names]
+        packages = [stack.enter_context(package(n, r.compile_config, r.form)) for n, r in requests.items()]
         server = stack.enter_context(connect(host, namespace, token_file, ca_file, ui))
-        for name, compiled in zip(names, packages, strict=True):
+        for (name, request), compiled in zip(requests.items(), packages, strict=True):
             ready = stack.enter_context(compatible_package(server, name, compiled, request))
             version = register(server, ready)
             print(f"{version.pipeline}: version {version.version} {'registered' if version.new else 'exists already'}")
@@ -162,7 +168,7 @@ def submit(
 
     if resubmit and not wait:
         raise UserError("--resubmit: it needs --wait, which detects that the run failed; add --wait")
-    request = request_of(recipe, set_, transfer, bucket)
+    request = request_of(pipeline, recipe, set_, transfer, bucket)
     with (
         prepare_submission(pipeline, request, join_sources(data) if data else None, parameter) as (made, values),
         connect(host, namespace, token_file, ca_file, ui) as server,

@@ -148,7 +148,7 @@ def prepare_submission(
     if pipeline in ("pretrain", "retrain") and request.complete:
         require_metric(request.config)
     compiled = pipeline.endswith((".yaml", ".yml"))
-    with package(pipeline, request.config if compiled else request.compile_config) as made:
+    with package(pipeline, request.config if compiled else request.compile_config, request.form) as made:
         parameters = request.parameters if request.explicit or not compiled else {}
         items = [f"{name}={text}" for name, text in parameters.items() if name in made.parameters]
         items += [*([] if data is None else [f"data={data}"]), *(parameter or [])]
@@ -177,7 +177,7 @@ def compatible_package(server: Connection, pipeline: str, made: Package, request
     )
     config = request.compile_config
     cluster = config.cluster.model_copy(update={"retry_lost_pods": False})
-    with package(pipeline, config.model_copy(update={"cluster": cluster})) as other:
+    with package(pipeline, config.model_copy(update={"cluster": cluster}), request.form) as other:
         yield other
 
 
@@ -186,9 +186,10 @@ def config_of(recipe: str | None, set_: list[str] | None, transfer: list[str] | 
 
 
 def request_of(
-    recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None
+    pipeline: str, recipe: str | None, set_: list[str] | None, transfer: list[str] | None, bucket: str | None
 ) -> ClusterRequest:
-    return cluster_request(Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket))
+    settings = Settings("", recipe, tuple(set_ or ()), tuple(transfer or ()), DEFAULT_OUT, bucket)
+    return cluster_request(settings, pipeline)
 
 
 def warn_about_capacity(server: Connection, pipeline: str, request: ClusterRequest) -> None:

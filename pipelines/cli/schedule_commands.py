@@ -85,7 +85,7 @@ def schedule_create(
     from esvit_pipelines.cluster.client import experiment_id
 
     trigger = _trigger(cron, every)
-    request = request_of(recipe, set_, transfer, bucket)
+    request = request_of(pipeline, recipe, set_, transfer, bucket)
     with (
         prepare_submission(pipeline, request, join_sources(data) if data else None, parameter) as (made, values),
         connect(host, namespace, token_file, ca_file, ui) as server,

@@ -10,6 +10,7 @@ from typing import Any
 
 from esvit_core import __version__
 from esvit_core.config import Config
+from esvit_core.config.parameters import Parameters
 from esvit_core.errors import UserError
 
 #: The pipelines by name: module below this package, and the function in it that builds the pipeline.
@@ -20,11 +21,12 @@ PIPELINES = {
 }
 
 
-def build(name: str, config: Config) -> Any:
+def build(name: str, config: Config, form: Parameters | None = None) -> Any:
     """Build a pipeline for a cluster.
 
     Args:
         name: a key of :data:`PIPELINES`.
+        form: defaults of the parameters, of the pipeline pretrain only; None: those of ``config``.
 
     Raises:
         UserError: the pipeline does not exist, or the cluster extra is not installed.
@@ -36,15 +38,16 @@ def build(name: str, config: Config) -> Any:
     from esvit_pipelines.cluster.step_pod import lengthen_retries
 
     module, function = PIPELINES[name]
-    pipeline = getattr(importlib.import_module(f"esvit_pipelines.{module}"), function)(config, cluster=True)
+    builder = getattr(importlib.import_module(f"esvit_pipelines.{module}"), function)
+    pipeline = builder(config, cluster=True, **({} if form is None else {"form": form}))
     lengthen_retries(pipeline.pipeline_spec)
     return pipeline
 
 
-def pipeline_text(name: str, config: Config) -> str:
+def pipeline_text(name: str, config: Config, form: Parameters | None = None) -> str:
     """Compile a pipeline to YAML: KFP's intermediate representation, and the Kubernetes settings as a second document.
 
-    The text depends on the configuration only.
+    The text depends on the arguments only, which are those of :func:`build`.
 
     Raises:
         UserError: see :func:`build`.
@@ -52,7 +55,7 @@ def pipeline_text(name: str, config: Config) -> str:
     import kfp
     from kfp import compiler
 
-    pipeline = build(name, config)
+    pipeline = build(name, config, form)
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         compiled = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(compiled))
@@ -60,11 +63,11 @@ def pipeline_text(name: str, config: Config) -> str:
     # KFP's header lists the defaults in an order that varies between compilations; the rest is deterministic.
     while lines and lines[0].startswith("#"):
         del lines[0]
-    header = f"# Written by `esvit compile` (esvit {__version__}, kfp {kfp.__version__}). Recipe: {config.recipe}.\n"
+    header = f"# Written by `esvit compile` (esvit {__version__}, kfp {kfp.__version__}). Recipe: {form.recipe if form else config.recipe}.\n"
     return header + "".join(lines)
 
 
-def compile_pipeline(name: str, config: Config, output: Path) -> list[str]:
+def compile_pipeline(name: str, config: Config, output: Path, form: Parameters | None = None) -> list[str]:
     """Write the pipeline of ``config`` to ``output``, and load it with KFP's own loader.
 
     Returns:
@@ -77,7 +80,7 @@ def compile_pipeline(name: str, config: Config, output: Path) -> list[str]:
 
     from esvit_pipelines.steps import step_names
 
-    text = pipeline_text(name, config)
+    text = pipeline_text(name, config, form)
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:

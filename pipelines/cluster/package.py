@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from esvit_core.config import Config
+from esvit_core.config.parameters import Parameters
 from esvit_core.errors import UserError
 
 #: Names of this project's pipelines; others are sent with the run instead of registered.
@@ -48,12 +49,13 @@ class Package:
 
 
 @contextlib.contextmanager
-def package(pipeline: str, config: Config) -> Iterator[Package]:
+def package(pipeline: str, config: Config, form: Parameters | None = None) -> Iterator[Package]:
     """Compile a pipeline, or read a compiled one from a file.
 
     Args:
         pipeline: name of a pipeline, or a file that ends with ``.yaml``.
         config: configuration to compile a named pipeline with.
+        form: other defaults of its parameters, see :func:`esvit_pipelines.cluster.compile.build`.
 
     Raises:
         UserError: the pipeline or the file does not exist, or the file holds no compiled pipeline.
@@ -65,7 +67,7 @@ def package(pipeline: str, config: Config) -> Iterator[Package]:
         return
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         path = Path(folder) / "pipeline.yaml"
-        compile_pipeline(pipeline, config, path)
+        compile_pipeline(pipeline, config, path, form)
         yield _read(path)
 
 

@@ -16,19 +16,20 @@ from esvit_components.data.prepare_data import prepare_data
 from esvit_components.deployment.promote import promote
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
-from esvit_core.config.parameters import COMPILED_SECTIONS, compiled_sections_yaml, to_parameters
+from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, compiled_sections_yaml, to_parameters
 from esvit_pipelines.steps import Steps, evaluate, prepare_sets, train
 
 PIPELINE_NAME = "esvit-pretrain"
 
 
-def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
+def build_pretrain_pipeline(config: Config, *, cluster: bool = False, form: Parameters | None = None) -> Any:
     """Build the pipeline for a configuration.
 
     Args:
         config: defaults of ``recipe``, ``settings`` and ``transfer``; only its sections ``cluster`` and ``launch`` affect
             the compiled pipeline otherwise.
         cluster: configure the pods of the steps for a cluster, with keys from the Kubernetes secrets that ``config`` names.
+        form: other defaults of ``recipe``, ``settings`` and ``transfer``, for the form of Kubeflow's UI.
 
     Returns:
         The pipeline, a kfp ``GraphComponent``: call it to run it locally, or compile it.
@@ -36,7 +37,8 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False) -> Any:
     Raises:
         UserError: ``cluster`` is true and the cluster extra is not installed.
     """
-    steps, default = Steps(config, cluster), to_parameters(config, without=COMPILED_SECTIONS if cluster else ())
+    steps = Steps(config, cluster)
+    default = form or to_parameters(config, without=COMPILED_SECTIONS if cluster else ())
     overrides = compiled_sections_yaml(config) if cluster else ""
 
     @dsl.pipeline(name=PIPELINE_NAME, display_name="EsViT: pre-train, evaluate, publish")

@@ -194,3 +194,27 @@ def test_compiling_twice_gives_the_same_bytes(compiled: Any, tmp_path: Path) -> 
     config.write_text(CONFIG.to_yaml())
     subprocess.run([sys.executable, "-c", code, config, path], check=True, timeout=240)
     assert path.read_text(encoding="utf-8") == compiled[0]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "options", "expected"),
+    [
+        ("pretrain", [], ("auto", "")),
+        ("pretrain", ["--recipe", "auto:hours=8", "--set", "seed=3"], ("auto:hours=8", "seed=3")),
+        ("pretrain", ["--recipe", "demo"], ("demo", "")),
+        ("evaluate", [], ("demo", "")),
+    ],
+)
+def test_auto_is_the_default_of_the_form_of_pretrain_only(
+    tmp_path: Path, pipeline: str, options: list[str], expected: tuple[str, str]
+) -> None:
+    from typer.testing import CliRunner
+
+    from esvit_pipelines.cli.main import app
+
+    path = tmp_path / "pipeline.yaml"
+    done = CliRunner().invoke(app, ["compile", pipeline, "-o", str(path), *options])
+    assert done.exit_code == 0, done.output
+    spec, _ = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    form = spec["root"]["inputDefinitions"]["parameters"]
+    assert (form["recipe"]["defaultValue"], form["settings"]["defaultValue"]) == expected

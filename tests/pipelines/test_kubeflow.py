@@ -36,7 +36,7 @@ def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpS
     ]
     assert run.runtime_config.parameters == {
         "data": "s3://images/all",
-        "recipe": "demo",
+        "recipe": "auto",
         "settings": "seed=4",
         "transfer": "digits=s3://b/digits",
         "run_uri": "s3://b/runs/x",
@@ -46,6 +46,8 @@ def test_a_pipeline_is_compiled_and_sent_with_what_kubernetes_needs(server: KfpS
     assert version.pipeline_spec["pipeline_spec"]["pipelineInfo"]["name"] == "esvit-pretrain"
     pods = version.pipeline_spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert pods["exec-pretrain"]["secretAsEnv"][0]["secretName"] == "esvit-object-store-train"
+    form = version.pipeline_spec["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+    assert form["recipe"]["defaultValue"] == "auto" and form["settings"]["defaultValue"] == ""
     assert only(server.kept["experiments"]).display_name == "esvit"
 
 
@@ -85,7 +87,7 @@ def test_runs_with_other_recipes_and_transfer_sets_refer_to_one_version(server: 
     (version,) = server.kept["versions"].values()
     runs = server.kept["runs"].values()
     assert {run.pipeline_version_reference.pipeline_version_id for run in runs} == {version.pipeline_version_id}
-    assert [run.runtime_config.parameters["recipe"] for run in runs] == ["demo", "imagenet_vil_2262", "demo"]
+    assert [run.runtime_config.parameters["recipe"] for run in runs] == ["auto", "imagenet_vil_2262", "auto"]
 
 
 def test_a_local_source_gives_a_warning(server: KfpServer, call: Call, compiled: Path) -> None:
