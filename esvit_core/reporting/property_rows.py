@@ -14,6 +14,8 @@ from esvit_core.runs.training_summary import TrainingSummary
 
 _AUGMENTATION = {"dino": "colour jitter, greyscale, blur, solarisation", "deit": "RandAugment, random erasing"}
 _MODES = 6  # formats that are named
+_NAMES = 6  # parameters that are named
+_HIGH_WAIT = 0.05
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
 
 
@@ -41,8 +43,23 @@ def recipe_rows(records: RunRecords) -> list[Property]:
             ),
         ]
         rows[1:1] = size
+    rows += _initial_rows(records.initial) if records.initial else []
     chosen = "; ".join(" ".join(line.split()) for line in records.choice[1:])
     return [*rows, Property("chosen by the recipe auto", chosen)] if chosen else rows
+
+
+def _initial_rows(record: Mapping[str, Any]) -> list[Property]:
+    """Build the rows of what was taken from ``init.source``, and what was not."""
+    taken = ", ".join(record["loaded"])
+    if "entries" in record:
+        taken = taken.replace("the backbone", f"the backbone ({record['entries']:,} entries)", 1)
+    values = {
+        "initial weights, taken": taken,
+        "initial weights, resized": _listed(record.get("resized") or []),
+        "initial weights, drawn from the seed": ", ".join(record["initialized"]),
+        "initial weights, ignored in the source": _listed(record["ignored"]),
+    }
+    return [Property(name, value or "none") for name, value in values.items()]
 
 
 def training_rows(training: TrainingSummary, log: list[dict[str, Any]]) -> list[Property]:
@@ -59,7 +76,9 @@ def training_rows(training: TrainingSummary, log: list[dict[str, Any]]) -> list[
     ]
     waits = [line["data_wait"] for line in log if isinstance(line.get("data_wait"), (int, float))]
     if waits:
-        rows.append(Property("time spent waiting for data", f"{100 * sum(waits) / len(waits):.1f} %"))
+        share = sum(waits) / len(waits)
+        advice = "; raise training.workers" if share > _HIGH_WAIT else ""
+        rows.append(Property("time spent waiting for data", f"{100 * share:.1f} %{advice}"))
     rows.append(Property("interruptions", _resumes(training.resumes)))
     return rows
 
@@ -212,6 +231,11 @@ def _network(config: Config) -> str:
     named = (("width", model.embed_dim), ("patch", model.patch_size), ("window", model.window_size))
     parts += [f"{name} {value}" for name, value in named if value is not None]
     return ", ".join(parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more
 
 
 def _crops(kinds: Sequence[CropConfig]) -> str:

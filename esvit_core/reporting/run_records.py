@@ -18,7 +18,7 @@ from esvit_core.registry.promotion import preview_promotion
 from esvit_core.reporting.result_rows import read_results
 from esvit_core.runs.environment import versions
 from esvit_core.runs.log import read_log
-from esvit_core.runs.run import CHOICE, MEASURED
+from esvit_core.runs.run import CHOICE, INITIAL, MEASURED
 from esvit_core.runs.training_summary import TrainingSummary, read_summary
 from esvit_core.storage import NotFound, ObjectStore, StoreRefused, StoreUnavailable, join_uri
 
@@ -56,6 +56,7 @@ class RunRecords:
         existing: address of the existing backbone that the run evaluates; None if it trains one.
         statistics: of the images, see :mod:`esvit_core.data.ingest.statistics`; None: an older version prepared them.
         choice: what the recipe ``auto`` chose and why, in lines; empty with another recipe.
+        initial: what was taken from ``init.source``; None: nothing.
     """
 
     run_uri: str
@@ -73,6 +74,7 @@ class RunRecords:
     existing: str | None = None
     statistics: dict[str, Any] | None = None
     choice: tuple[str, ...] = ()
+    initial: dict[str, Any] | None = None
 
     @property
     def run_id(self) -> str:
@@ -121,6 +123,7 @@ def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRec
         existing=str(measured["backbone"]) if measured else None,
         statistics=_record(lambda: _statistics(store, run_uri), "").value,
         choice=tuple(_record(lambda: store.get_json(join_uri(run_uri, CHOICE)), "").value or ()),
+        initial=_record(lambda: store.get_json(join_uri(run_uri, INITIAL)), "").value,
     )
 
 

@@ -23,6 +23,7 @@ CONFIG = "config.yaml"
 RUNTIME = "runtime"  # pointer: execution settings of the latest start of the run
 MEASURED = "measured.json"  # which backbone is measured, in a run that measures one trained elsewhere
 CHOICE = "auto.json"  # what the recipe auto chose and why, in lines
+INITIAL = "training/initial.json"  # what was taken from init.source
 RETRAINING = "retrain.json"  # new images found, in a retraining
 PROMOTION = "promotion.json"  # whether the run was promoted, and why
 REPORT = "report/report.html"  # the last of the report's files: with it the report is complete

@@ -19,7 +19,7 @@ from esvit_core.config import Config, InitConfig
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.models.multicrop import MultiCropNetwork
-from esvit_core.runs.run import Run, open_run
+from esvit_core.runs.run import INITIAL, Run, open_run
 from esvit_core.storage import ObjectStore
 from esvit_core.training.state import TrainState
 from esvit_core.weights.fit import fit_weights
@@ -28,8 +28,6 @@ from esvit_core.weights.read_file import from_timm_source, read_file
 from esvit_core.weights.resize import resize_weights
 from esvit_core.weights.snapshot import Snapshot, Weights
 from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source
-
-RECORD = "training/initial.json"
 
 
 def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
@@ -58,7 +56,7 @@ def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
         "ignored": list(snapshot.ignored),
         "step": states["progress"]["step"],
     }
-    run.store.put_json(run.at(RECORD), record)
+    run.store.put_json(run.at(INITIAL), record)
     for line in describe_record(record):
         print(f"train: {line}", flush=True)
     return states

@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -21,7 +22,7 @@ from esvit_core.evaluation.results import measured, result_uri
 from esvit_core.evaluation.significance import accuracy_difference
 from esvit_core.registry.promotion import promote
 from esvit_core.reporting.figures import figures_of_run
-from esvit_core.reporting.property_rows import recipe_rows
+from esvit_core.reporting.property_rows import recipe_rows, training_rows
 from esvit_core.reporting.report import write_report
 from esvit_core.reporting.run_records import read_run_records
 from esvit_core.reporting.verdict import judge
@@ -207,6 +208,30 @@ def test_a_run_that_started_from_other_weights_says_so(finished_run, shared_stor
     rows = {row.name: (row.value, row.published) for row in recipe_rows(records)}
     assert rows["initial weights"] == (message, "drawn from the seed")
     assert f"The baseline is the network as this run started: {message}." in judge(records).details
+
+
+def test_the_recipe_lists_what_was_taken_from_other_weights_and_what_was_not(finished_run, shared_store):
+    resized = [f"layers.{i}.relative_position_bias_table (13, 13)" for i in range(8)]
+    record = {
+        "loaded": ["the backbone"],
+        "entries": 1173,
+        "resized": resized,
+        "initialized": ["the heads", "the optimizer"],
+        "ignored": [],
+    }
+    records = replace(read_run_records(finished_run.uri, shared_store, finished_run.config), initial=record)
+    rows = {row.name: row.value for row in recipe_rows(records)}
+    assert rows["initial weights, taken"] == "the backbone (1,173 entries)"
+    assert rows["initial weights, resized"] == ", ".join(resized[:6]) + " and 2 more"
+    assert rows["initial weights, drawn from the seed"] == "the heads, the optimizer"
+    assert rows["initial weights, ignored in the source"] == "none"
+
+
+def test_waiting_for_data_is_shown_with_the_setting_that_helps(finished_run, shared_store):
+    records = read_run_records(finished_run.uri, shared_store, finished_run.config)
+    for share, expected in ((0.01, "1.0 %"), (0.3, "30.0 %; raise training.workers")):
+        rows = {row.name: row.value for row in training_rows(records.training.value, [{"data_wait": share}])}
+        assert rows["time spent waiting for data"] == expected
 
 
 def test_a_loss_is_not_hidden(make_run, store, written):

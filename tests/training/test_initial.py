@@ -14,11 +14,11 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.launch.signals import STOPPED_EXIT_CODE, StopRequest
 from esvit_core.runs.log import read_log
-from esvit_core.runs.run import open_run, run_id, start_run
+from esvit_core.runs.run import INITIAL, open_run, run_id, start_run
 from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.checkpoint import Checkpointer
 from esvit_core.training.distributed.processes import init_world
-from esvit_core.training.initial_weights import RECORD, initial_states
+from esvit_core.training.initial_weights import initial_states
 from esvit_core.training.main import run_training
 from esvit_core.training.state import TrainState, build_train_state
 from esvit_core.weights.backbone import load_backbone, save_backbone
@@ -85,7 +85,7 @@ def test_a_run_continues_from_everything_of_another_run(micro_run, source, capsy
     assert (state.progress.step, state.progress.images) == (there["progress"]["step"], there["progress"]["images"])
     message = capsys.readouterr().out
     assert f"starting from {run.uri}" in message and "the optimizer, the progress, epoch 1.5 of 4" in message
-    assert new.store.get_json(new.at(RECORD))["step"] == 6
+    assert new.store.get_json(new.at(INITIAL))["step"] == 6
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
@@ -145,7 +145,7 @@ def test_the_backbone_alone_goes_into_student_and_teacher(micro_run, source):
         there["student"], student, "head.last_layer.weight_v"
     )
     assert state.progress.step == 0 and not state.optimizer.state_dict()["state"]
-    assert fresh.store.get_json(fresh.at(RECORD))["initialized"] == ["the heads"]
+    assert fresh.store.get_json(fresh.at(INITIAL))["initialized"] == ["the heads"]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
