@@ -131,7 +131,8 @@ def _train(config: Config) -> Size:
     sizes = [
         kind.size for kind in (config.augment.global_crops, *config.augment.local_kinds) for _ in range(kind.number)
     ]
-    crops = 12 * sum(size**2 for size in sizes)  # bytes of an image's crops in float32
+    on_gpu = pod.accelerators and config.augment.policy == "dino"  # workers load levels, uint8
+    crops = 3 * (1 if on_gpu else 4) * sum(size**2 for size in sizes)  # bytes of an image's crops
     needed = float(processes * (workers * PREFETCH_FACTOR + 1) * images * crops) if workers else 0.0
     auto = GIB * math.ceil(max(needed, GIB) / GIB)
     shared = 0.0

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from esvit_core.data.loading.device_batches import crops_on
 from esvit_core.data.loading.loader import Batch
 from esvit_core.data.loading.mixup import mix_crops
 from esvit_core.launch.signals import StopRequest
@@ -99,7 +100,7 @@ def training_step(state: TrainState, batch: Batch, schedule: ScheduleValues) -> 
     state.guard.begin_step()
     state.reducer.zero(passes=len(micro_batches))
     for micro_batch in micro_batches:
-        crops = [crop.to(state.world.device, non_blocking=True) for crop in micro_batch.crops]
+        crops = crops_on(state.world.device, micro_batch, state.colors)
         mixed = mix_crops(crops, config.mixup, config.seed, state.progress.step)
         with state.precision.autocast():
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 
 from esvit_core.config import Config
+from esvit_core.data.loading.device_batches import copy_ahead
+from esvit_core.data.loading.device_colors import DeviceColors
 from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.data.loading.sampler import rank_share
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.kernels.choose import select_kernels_
 from esvit_core.losses.objective import Objective
-from esvit_core.losses.strategy import select_strategy
+from esvit_core.losses.strategy import TRITON, select_strategy
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.runs.environment import available_cores
@@ -55,6 +58,7 @@ class TrainState:
     guard: NonFiniteGuard
     sample_trace: SampleTrace
     profiler: Profiler
+    colors: DeviceColors | None
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -100,9 +104,12 @@ class TrainState:
 
     def batches(self) -> Iterator[Batch]:
         """Iterate over the batches from the current step to the end of the run."""
-        steps = self.loader.steps_per_epoch
-        for epoch in range(self.progress.step // steps, self.config.training.epochs):
-            yield from self.loader.epoch(epoch, start_step=self.progress.step % steps)
+        steps, first = self.loader.steps_per_epoch, self.progress.step
+        batches = itertools.chain.from_iterable(
+            self.loader.epoch(epoch, start_step=first % steps if epoch == first // steps else 0)
+            for epoch in range(first // steps, self.config.training.epochs)
+        )
+        return copy_ahead(batches, self.world.device) if self.world.device.type == "cuda" else batches
 
 
 def build_train_state(run: Run, world: World) -> TrainState:
@@ -128,6 +135,7 @@ def build_train_state(run: Run, world: World) -> TrainState:
         )
     loader = TrainLoader(dataset, config, config.seed, world.rank, world.size)
     if world.device.type == "cuda":
+        loader.change_colors_on_gpu()
         loader.use_workers_for_gpu(world.node_processes, available_cores())
     return assemble_train_state(config, world, loader)
 
@@ -164,6 +172,7 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
         guard=NonFiniteGuard(config, world, progress, loader.steps_per_epoch, networks, optimizer),
         sample_trace=SampleTrace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
+        colors=DeviceColors(config.augment, fused=strategy is TRITON) if world.device.type == "cuda" else None,
     )
 
 

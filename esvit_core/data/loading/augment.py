@@ -131,6 +131,33 @@ class MultiCrop:
             if drawn.turns:
                 crop.copy_(torch.rot90(crop, drawn.turns, (1, 2)).clone())
 
+    def write_levels(self, image: np.ndarray, rng: np.random.Generator, crops: Sequence[Tensor]) -> list[CropDraw]:
+        """Write the levels of the crops, cut out, resized, flipped and turned, to (3, S, S) uint8 tensors.
+
+        The rest is done on a GPU, see :mod:`esvit_core.data.loading.device_colors`. Not for the policy ``deit``.
+
+        Returns:
+            What was drawn for each crop.
+        """
+        draws = self.draw(image.shape[1], image.shape[0], rng)
+        if self._has_kernels:
+            levels = [torch.empty(crop.shape) for crop in crops]
+            described = [
+                image_ops.describe_crop(drawn.box, drawn.flip, (), False, None, False, crop)
+                for drawn, crop in zip(draws, levels, strict=True)
+            ]
+            image_ops.make_crops(np.ascontiguousarray(image), described, torch.ones(3), torch.zeros(3))
+            for crop, made in zip(crops, levels, strict=True):
+                crop.copy_(made)  # whole numbers
+        else:
+            pixels = _as_tensor(image)
+            for drawn, crop in zip(draws, crops, strict=True):
+                _cut(pixels, drawn.box, drawn.flip, crop)
+        for drawn, crop in zip(draws, crops, strict=True):
+            if drawn.turns:
+                crop.copy_(torch.rot90(crop, drawn.turns, (1, 2)).clone())
+        return draws
+
     def draw(self, width: int, height: int, rng: np.random.Generator) -> list[CropDraw]:
         """Draw everything that is random in the crops of an image with these sides, in pixels."""
         config = self.config

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from esvit_core.config import Config
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
+from esvit_core.data.loading.device_colors import DRAW_COLUMNS, pack_draws
 from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_share, weighted_length
 from esvit_core.data.loading.shard_prefetch import AHEAD, ShardPrefetcher, StoredImages, first_uses
 from esvit_core.data.loading.workers import Crops, WorkerBatches, choose_workers, shared_memory_line
@@ -37,14 +38,18 @@ class Batch:
     """The batch of one rank in one step.
 
     Attributes:
-        crops: global crops, then local crops, each (B, 3, S, S) float32; B is this rank's share of the batch.
+        crops: global crops, then local crops, each (B, 3, S, S) float32; B is this rank's share of the batch. With ``draws``
+            their levels, uint8.
         indices: numbers of the samples, (B,); see :func:`~esvit_core.data.loading.sampler.epoch_order`.
         wait_seconds: time that the training waited for this batch.
+        draws: what changes the colors of the crops on the GPU, (B, C, 13), see
+            :func:`esvit_core.data.loading.device_colors.pack_draws`; None: the crops are complete.
     """
 
     crops: list[torch.Tensor]
     indices: np.ndarray
     wait_seconds: float
+    draws: torch.Tensor | None = None
 
     def split(self, number: int) -> list[Batch]:
         """Split into ``number`` micro-batches whose sizes differ by at most one; their crops are views of this batch's."""
@@ -52,7 +57,8 @@ class Batch:
             return [self]
         crops = zip(*(crop.tensor_split(number) for crop in self.crops), strict=True)
         indices = np.array_split(self.indices, number)
-        return [Batch(list(part), own, 0.0) for part, own in zip(crops, indices, strict=True)]
+        draws = [None] * number if self.draws is None else self.draws.tensor_split(number)
+        return [Batch(list(part), own, 0.0, drawn) for part, own, drawn in zip(crops, indices, draws, strict=True)]
 
 
 class TrainLoader:
@@ -70,7 +76,7 @@ class TrainLoader:
     """
 
     def __init__(self, dataset: ImageDataset, config: Config, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.dataset = dataset
+        self.dataset, self._config = dataset, config
         self._batch_size = config.training.batch_size
         self._auto = config.training.workers == "auto"
         self._workers = 0 if config.training.workers == "auto" else config.training.workers
@@ -97,14 +103,17 @@ class TrainLoader:
         loaded = self._load_in_workers(keys) if self._workers else self._load_in_process(keys)
         for position, indices in enumerate(batches):
             start = time.perf_counter()
-            crops = next(loaded)
+            *crops, last = next(loaded)
             if self._prefetcher is not None:  # after the workers have been forked: no thread may run then
                 if position == 0:
                     following = first_uses(self._rank_batches(epoch + 1), self.dataset.shard_sizes)[:AHEAD]
                     uses = first_uses(batches, self.dataset.shard_sizes)
                     self._prefetcher.plan(uses + [(len(batches) + step, shard) for step, shard in following])
                 self._prefetcher.reach(position)
-            yield Batch(crops, indices, time.perf_counter() - start)
+            waited = time.perf_counter() - start
+            yield (
+                Batch(crops, indices, waited, last) if self._batches.levels else Batch([*crops, last], indices, waited)
+            )
 
     def _rank_batches(self, epoch: int) -> list[np.ndarray]:
         order = epoch_order(self._seed, epoch, self.dataset.shard_sizes, weights=self.dataset.weights)
@@ -119,6 +128,10 @@ class TrainLoader:
         """
         if self._auto:
             self._workers = choose_workers(self._batch_bytes, processes, cores)
+
+    def change_colors_on_gpu(self) -> None:
+        """Load levels, and what changes their colors on the GPU; before the first epoch. The policy deit has no such form."""
+        self._batches.levels = self._config.augment.policy == "dino"
 
     @property
     def workers(self) -> int:
@@ -158,15 +171,23 @@ class _Batches(Dataset[Crops]):
 
     def __init__(self, dataset: ImageDataset, multicrop: MultiCrop, seed: int) -> None:
         self._dataset, self._multicrop, self._seed = dataset, multicrop, seed
+        self.levels = False  # yield levels, and as the last tensor what changes their colors
 
     @property
     def bytes_per_sample(self) -> int:
-        return sum(3 * size**2 * torch.float32.itemsize for size in self._multicrop.sizes)
+        value = (torch.uint8 if self.levels else torch.float32).itemsize
+        return sum(3 * size**2 * value for size in self._multicrop.sizes)
 
     def __getitem__(self, key: _Key) -> Crops:
         epoch, indices = key
-        crops = [torch.empty(len(indices), 3, size, size) for size in self._multicrop.sizes]
+        dtype = torch.uint8 if self.levels else torch.float32
+        crops = [torch.empty(len(indices), 3, size, size, dtype=dtype) for size in self._multicrop.sizes]
+        draws = torch.empty(len(indices), len(crops), DRAW_COLUMNS)
         for row, index in enumerate(indices.tolist()):
-            rng = sample_rng(self._seed, epoch, index)
-            self._multicrop.write(self._dataset.image(index % len(self._dataset)), rng, [crop[row] for crop in crops])
-        return crops
+            rng, image = sample_rng(self._seed, epoch, index), self._dataset.image(index % len(self._dataset))
+            of_sample = [crop[row] for crop in crops]
+            if self.levels:
+                draws[row] = torch.from_numpy(pack_draws(self._multicrop.write_levels(image, rng, of_sample)))
+            else:
+                self._multicrop.write(image, rng, of_sample)
+        return [*crops, draws] if self.levels else crops
