@@ -87,6 +87,12 @@ class LaunchConfig(Section):
         description="Maximum time that the job may be pending, since it was created or last ran, minutes; then the step "
         "fails. null: no limit.",
     )
+    unfollowed_minutes: float | None = Field(
+        15.0,
+        ge=2,
+        description="A training job that no step has followed for so long, minutes, ends with a checkpoint: the step was "
+        "stopped and could not delete the job. null: it trains to its end.",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="Recompute each block of the student in the backward pass instead of storing its activations: less "

@@ -60,6 +60,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.unfollowed = False  # nobody waits for the training any more; it ends as if it was finished
         self._deadline: float | None = None
         self._armed = False
         self._on_signal: Callable[[], None] = lambda: None
@@ -77,8 +78,8 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signal is not None
+        """Whether a signal has arrived, or nobody follows the training."""
+        return self.signal is not None or self.unfollowed
 
     def seconds_left(self) -> float | None:
         """Return the seconds left for uploads; None if the process has no reason to end early."""
@@ -92,6 +93,10 @@ class StopRequest:
         """
         self._on_signal = on_signal
         self._armed = True
+
+    def nobody_follows(self) -> None:
+        """Let the training end with a checkpoint at its next step."""
+        self.unfollowed = True
 
     def lost_peer(self, on_timeout: Callable[[], None]) -> None:
         """Give the main thread the grace to fail because another training process was lost, then end the process.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from esvit_core.launch.kubernetes.presence import MARK_SECONDS, PresenceWatch, unfollowed_seconds
 from esvit_core.launch.outcome import report_blocked
 from esvit_core.launch.pod_metadata import METRICS_PORT_VARIABLE
 from esvit_core.launch.signals import STOPPED_EXIT_CODE, StopRequest
@@ -46,7 +47,7 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
     """Train the run at ``run_uri`` in this process, together with the processes that torchrun started beside it.
 
     Returns:
-        Exit code: 0 if the run is finished, 75 if it was asked to stop.
+        Exit code: 0 if the run is finished or nobody follows it, 75 if it was asked to stop.
 
     Raises:
         UserError: the input is wrong, the loss is not finite, or the teacher has collapsed.
@@ -78,11 +79,14 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
         metrics.started(state.progress.step, _record_start(run, state))
     emergency_save = EmergencySave(run, state, uploads)
     stop.arm(emergency_save.save)
+    watch = _watch_follower(run, stop) if world.is_main else None
     try:
         if uploads:
             state.profiler.start(launch.profile_steps, partial(_save_profile, run, uploads))
         finished, last_line = _train(state, uploads, checkpointer, metrics, stop, interval, emergency_save)
     finally:
+        if watch:
+            watch.stop()
         if metrics and (error := metrics.push()):
             print(f"train: {error}", flush=True)
     if world.is_main and finished:
@@ -90,8 +94,9 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
     elif uploads:
         _print_stopped(run, state, uploads, emergency_save)
     world.barrier(600 + patience)  # rank 0 may be waiting for the store
+    ended = finished or world.broadcast_object(stop.unfollowed and stop.signal is None)
     world.close()
-    return 0 if finished else STOPPED_EXIT_CODE
+    return 0 if ended else STOPPED_EXIT_CODE
 
 
 def resume(run: Run, state: TrainState, checkpointer: Checkpointer | None) -> None:
@@ -258,6 +263,23 @@ def _record_start(run: Run, state: TrainState) -> int:
     facts = {"steps": state.schedules.steps, "processes": world.size, "device": world.device.type}
     record_event(run.store, run.uri, "started", step=state.progress.step, facts=facts)
     return before
+
+
+def _watch_follower(run: Run, stop: StopRequest) -> PresenceWatch | None:
+    """Watch whether a step follows this training, in a job on a cluster."""
+    seconds = unfollowed_seconds()
+    if seconds is None:
+        return None
+
+    def end() -> None:
+        print(
+            f"train: no step has followed this job for {format_duration(seconds)} (launch.unfollowed_minutes); ending it with "
+            "a checkpoint",
+            flush=True,
+        )
+        stop.nobody_follows()
+
+    return PresenceWatch(run.store, run.uri, seconds, end, min(MARK_SECONDS, seconds / 4)).start()
 
 
 def _open_uploads(run: Run, patience: float) -> UploadQueue:

@@ -15,6 +15,7 @@ from esvit_core.errors import TRY_AGAIN_EXIT_CODE, InfrastructureError, UserErro
 from esvit_core.launch.kubernetes.client import Cluster, Kind, State, UnreachableError
 from esvit_core.launch.kubernetes.failures import Failures
 from esvit_core.launch.kubernetes.log_relay import REATTACH_SECONDS, LogRelay
+from esvit_core.launch.kubernetes.presence import marked_presence
 from esvit_core.launch.kubernetes.train_job import TrainJob
 from esvit_core.launch.kubernetes.training_pod import RUN_ANNOTATION, job_name
 from esvit_core.launch.kubernetes.volcano import Volcano
@@ -116,7 +117,10 @@ class Follower:
         if self._stop.first and created is None:
             return Outcome(self._stop.first)
         threading.Thread(target=self._delete_at_once, daemon=True).start()
-        log = LogRelay(self._cluster, 1e6 if created else REATTACH_SECONDS)
+        with marked_presence(self._store, self._run_uri):
+            return self._follow(LogRelay(self._cluster, 1e6 if created else REATTACH_SECONDS))
+
+    def _follow(self, log: LogRelay) -> Outcome:
         try:
             while True:
                 if self._stop.first:

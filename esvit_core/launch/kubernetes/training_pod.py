@@ -14,6 +14,7 @@ from typing import Any
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import CA_FOLDER, TOKEN_FOLDER, ClusterConfig, PodConfig
 from esvit_core.launch.agent import AGENT_MODULE
+from esvit_core.launch.kubernetes.presence import UNFOLLOWED_VARIABLE
 from esvit_core.launch.pod_metadata import (
     METRICS_PORT,
     METRICS_PORT_VARIABLE,
@@ -186,6 +187,8 @@ def _environment(given: list[dict[str, Any]], config: Config) -> list[dict[str, 
     """Return literal variables, which are not secret, and references to the store's secret or config map."""
     launch, cluster = config.launch, config.cluster
     literals = {item["name"]: item["value"] for item in given} | literal_environment(config) | launch.env
+    if launch.unfollowed_minutes is not None:
+        literals.setdefault(UNFOLLOWED_VARIABLE, f"{60 * launch.unfollowed_minutes:g}")
     keys = cluster.identity == "keys"
     required, optional = pod_variables(keys)
     source, name = "secretKeyRef", cluster.secret_of("train")
