@@ -104,7 +104,8 @@ def fit_head(
         strength, _ = search_lambda(score)
     weights, biases = problem.coefficients(problem.fit(np.array([strength]), tolerance=1e-5), 0)
     bank = _Bank(regions[known], present[targets], config.seed)
-    counts, retrieved, shown = [], [], []
+    counts, retrieved = [], []
+    shown: list[np.ndarray] = []
     for part, items in zip(_regions(test, backbone, config, label), _batches(test, config), strict=True):
         logits = part.astype(np.float64) @ weights + biases  # (B, h * w, C)
         if logits.shape[2] == 1:

@@ -147,7 +147,7 @@ def _blur(x: Tensor, reach: Tensor, ratio: Tensor, weight: Tensor, most_reach: i
             padded = F.pad(blurred, [*pad, 0, 0] if axis == 3 else [0, 0, *pad], mode="replicate")
             size = x.shape[axis]
             for step in range(1, most_reach + 2):
-                factor = torch.where(step <= reach, 1.0, torch.where(step == reach + 1, ratio, 0.0))
+                factor = torch.where(reach >= step, 1.0, torch.where(reach == step - 1, ratio, 0.0))
                 both = padded.narrow(axis, most_reach + 1 - step, size) + padded.narrow(
                     axis, most_reach + 1 + step, size
                 )
