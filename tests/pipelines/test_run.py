@@ -84,7 +84,7 @@ def test_the_store_contains_exactly_the_documented_layout(finished_run: Any, run
         "promotion.json",
         "pointers",
     }
-    assert all(key.startswith((f"runs/{finished_run.name}/", "pointers/")) for key in keys)
+    assert all(key.startswith((f"runs/{finished_run.name}/", "pointers/", "features/")) for key in keys)
     assert not [key for key in keys if "tmp" in key or key.endswith(".part")]
 
 
