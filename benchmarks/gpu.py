@@ -44,17 +44,10 @@ def settings(options: argparse.Namespace, *more: str) -> Any:
     return Config.load(options.recipe, [*options.set, *more])
 
 
-def crops_of(config: Any, images: int) -> list[torch.Tensor]:
-    kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    sizes = [kind.size for kind in kinds for _ in range(kind.number)]
-    return [torch.randn(images, 3, size, size).pin_memory() for size in sizes]
-
-
 def make_step(options: argparse.Namespace, batch_size: int) -> tuple[Any, Callable[[], None]]:
     """Return the state of a training of ``batch_size`` images, and its step."""
-    import numpy as np
+    from noise_batch import noise_batch
 
-    from esvit_core.data.loading.loader import Batch
     from esvit_core.training.distributed.processes import World
     from esvit_core.training.loop import training_step
     from esvit_core.training.state import assemble_train_state, make_deterministic
@@ -67,16 +60,16 @@ def make_step(options: argparse.Namespace, batch_size: int) -> tuple[Any, Callab
         make_deterministic()
     device = torch.device("cuda", 0)
     state = assemble_train_state(config, World(0, 1, device, None), OneBatch())  # type: ignore[arg-type]
-    crops = crops_of(config, batch_size)
+    batch = noise_batch(config, batch_size)
 
     def step() -> None:
-        training_step(state, Batch(crops, np.arange(batch_size), 0.0), state.schedule_values())
+        training_step(state, batch, state.schedule_values())
 
     return state, step
 
 
 def measure_step(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the step for each batch; the copy of the crops to the device is part of it."""
+    """Time the step for each batch; the copy of the crops to the device and their colors are part of it."""
     from esvit_core.planning.count_operations import count_demand
 
     device, found = torch.device("cuda", 0), {}
@@ -118,6 +111,7 @@ def measure_loader(options: argparse.Namespace) -> dict[str, Any]:
     batch_size = options.batch[0]
     config = settings(options, f"training.batch_size={batch_size}")
     loader = TrainLoader(Noise(config, 1000 * batch_size), config, 0)
+    loader.change_colors_on_gpu()
     loader.use_workers_for_gpu(1, available_cores())
     images, start = 0, 0.0
     for number, _ in enumerate(loader.epoch(0)):

@@ -26,14 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
 import torch
 from machine import describe
+from noise_batch import noise_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esvit_core.config import Config
-from esvit_core.data.loading.loader import Batch, TrainLoader
+from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.errors import UserError
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
@@ -118,18 +118,16 @@ class _Convolutions(TorchDispatchMode):
 
 
 def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
-    """Count one step of ``config`` on ``batch_size`` images of zeros on ``device``, a GPU."""
+    """Count one step of ``config`` on ``batch_size`` images of noise on ``device``, a GPU."""
     training = config.training.model_copy(update={"batch_size": batch_size})
     config = config.model_copy(update={"training": training})
     state = assemble_train_state(config, World(0, 1, device, None), cast(TrainLoader, OneBatch()))
     if config.launch.activation_checkpointing:
         apply_activation_checkpointing_(state.student, config.model.arch)
-    kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    sizes = [kind.size for kind in kinds for _ in range(kind.number)]
-    crops = [torch.zeros(batch_size, 3, size, size).pin_memory() for size in sizes]
+    batch = noise_batch(config, batch_size)
 
     def step() -> None:
-        training_step(state, Batch(crops, np.arange(batch_size), 0.0), state.schedule_values())
+        training_step(state, batch, state.schedule_values())
 
     for _ in range(WARM_UP):
         step()
