@@ -136,3 +136,4 @@ def test_waits_and_comes_back(cli: Cli, runs: Runs, unlabelled: str, stamp: str,
     assert done.returncode == 0
     wait_for("the retried run to run", lambda: runs.state(run_id) == "RUNNING" or None, 120)
     cli.run("runs", "terminate", run_id)
+    wait_for("the end of the retried run", lambda: runs.state(run_id) in ENDED or None, 300)
