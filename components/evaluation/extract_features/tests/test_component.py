@@ -14,7 +14,8 @@ def test_features_of_both_networks_and_both_splits(run_there: Run, components: A
     assert artifacts["features"].uri == run_there.at("features")
     assert sum(artifacts["features"].metadata["samples"].values()) == 48
     manifest = run_there.store.read_manifest(run_there.at("features"))
-    assert set(manifest["files"]) == {f"{m}-{s}.safetensors" for m in ("trained", "baseline") for s in ("train", "val")}
+    parts = [f"{model}-{split}" for model in ("trained", "baseline") for split in ("train", "val")]
+    assert set(manifest["files"]) == {f"{part}{kind}.safetensors" for part in parts for kind in ("", "-blocks")}
 
 
 def test_again_it_finds_them(run_there: Run, components: Any) -> None:
