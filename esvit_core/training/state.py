@@ -58,7 +58,7 @@ class TrainState:
     guard: NonFiniteGuard
     sample_trace: SampleTrace
     profiler: Profiler
-    colors: DeviceColors | None
+    colors: DeviceColors | None = None
 
     @property
     def stateful(self) -> dict[str, Stateful]:

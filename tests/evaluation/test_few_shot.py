@@ -67,4 +67,4 @@ def test_retrieval_is_tested_on_the_same_queries() -> None:
     figures = result["results"]["trained"]
     assert figures["retrieval/r@1"] <= figures["retrieval/r@5"] <= figures["retrieval/r@10"]
     assert figures["retrieval/map"] > result["results"]["baseline"]["retrieval/map"]
-    assert set(result["differences"]) == {"retrieval/r@1", "retrieval/r@5", "retrieval/r@10"}
+    assert set(result["differences"]) == {"retrieval/map", "retrieval/r@1", "retrieval/r@5", "retrieval/r@10"}

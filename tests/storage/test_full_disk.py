@@ -174,7 +174,7 @@ def test_features_that_do_not_fit_on_the_temporary_disk_are_a_one_line_error(sma
     features = Features(view=np.zeros((rows, 1), "f4"), blocks=np.zeros((0, 1), "f4"), labels=np.zeros(0, "i8"))
     if not os.path.ismount(small_disk):
         pytest.skip("no disk of 120 MiB can be mounted here")
-    with pytest.raises(StoreError, match=r"features: cannot be written .*No space left.*TMPDIR"):
+    with pytest.raises(StoreError, match=r"features.safetensors: cannot be written .*No space left.*TMPDIR"):
         _save(features, small_disk, "features", blocks=False)
 
 

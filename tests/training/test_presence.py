@@ -89,7 +89,7 @@ def test_a_training_that_nobody_follows_ends_with_a_checkpoint_and_resumes(
     with pytest.raises(InfrastructureError, match="ended without a summary; rerun the command to resume"):
         launch_training(run.uri, run.config)  # both processes end with 0: the job is over
     output = capfd.readouterr().out
-    assert "no step has followed this job for 2 s (launch.unfollowed_minutes); ending it with a checkpoint" in output
+    assert "no step has followed this job for" in output and "ending it with a checkpoint" in output
     step = run.checkpointed_step()
     assert 0 < step < 800 and not run.store.exists(f"{run.uri}/training/summary.json")
     assert f"stopped after step {step}" in output and not run.processes()
