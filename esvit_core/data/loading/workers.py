@@ -8,6 +8,7 @@ error in place of the batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -49,7 +50,7 @@ class WorkerBatches:
         self._keys = _Keys()
         self._limit = TIMEOUT_SECONDS + store_grace
         self._processes: list[multiprocessing.process.BaseProcess] = []
-        self._waiting = False
+        self._waiting = self._hung = False
         self._handler: Any = signal.SIG_DFL
         self._loader: DataLoader[Any] = DataLoader(
             _Shared(batches),
@@ -74,7 +75,8 @@ class WorkerBatches:
         self._keys.keys = keys
         loaded = self._wait(self._start)
         for _ in keys:
-            item = self._wait(lambda: next(loaded))
+            with self._limited():
+                item = self._wait(lambda: next(loaded))
             if isinstance(item, Exception):
                 raise item
             yield item
@@ -86,6 +88,22 @@ class WorkerBatches:
         del self._loader  # which ends its workers, unless the traceback of an exception still refers to it
         self._kill_workers()
         self._processes = []
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Kill the workers if one hangs while it hands over a batch: torch's time limit ends before that."""
+        timer = threading.Timer(self._limit + _DEATH_SECONDS, self._end_hanging)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_hanging(self) -> None:
+        self._hung = True
+        for process in self._processes:
+            process.kill()
 
     def _start(self) -> Iterator[Any]:
         """Start the workers, or let the running ones begin with the current keys."""
@@ -129,7 +147,8 @@ class WorkerBatches:
             if not dead and seconds < self._limit:
                 raise
             self._kill_workers()
-            raise InfrastructureError(_exit_message(dead[0]) if dead else _timeout_message(seconds)) from None
+            hung = self._hung or not dead
+            raise InfrastructureError(_timeout_message(seconds) if hung else _exit_message(dead[0])) from None
 
     def _wait_for_an_exit(self) -> None:
         """Wait until a worker that has closed its connection has exited, too."""
