@@ -62,10 +62,8 @@ def ranking_difference(
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """Return the rank of each image in each column, from 0 for the lowest score; equal scores share a rank, (M, C) uint."""
-    columns = [np.unique(column, return_inverse=True)[1] for column in scores.T]
-    found = np.stack(columns, 1)
-    return found.astype(np.uint16 if len(found) <= 1 << 16 else np.uint32)
+    """Return the rank of each image in each column, from 0 for the lowest score; equal scores share a rank, (M, C)."""
+    return np.stack([np.unique(column, return_inverse=True)[1] for column in scores.T], 1)
 
 
 def _difference(observed: float, drawn: np.ndarray, images: int, differ: int) -> Difference:

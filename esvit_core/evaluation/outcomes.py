@@ -85,7 +85,7 @@ def pack_rankings(
         truth: labels as the metric takes them, (M, C) or (M,).
         scores: for each model and figure the scores of the images, (M, C).
     """
-    dtype = "<u2" if len(truth) <= 1 << 16 else "<u4"
+    dtype = _rank_dtype(len(truth))
     return {
         "held_out": held_out,
         "images": len(truth),
@@ -181,15 +181,17 @@ def _compare_rankings(
     truth = _unpack(one["truth"], _TRUTH_DTYPE)
     if one["metric"] == "map_11_point":
         truth = truth.reshape(one["images"], -1)
-    first, second = (
-        _unpack(text, "<u2" if one["images"] <= 1 << 16 else "<u4").reshape(one["images"], -1) for text in texts
-    )
+    first, second = (_unpack(text, _rank_dtype(one["images"])).reshape(one["images"], -1) for text in texts)
     return ranking_difference(one["metric"], truth, first, second)
 
 
 def _values(outcomes: Outcomes, model: str, key: str) -> np.ndarray | None:
     text = outcomes.get("values", {}).get(model, {}).get(key)
     return None if text is None else _unpack(text, _VALUE_DTYPE)
+
+
+def _rank_dtype(images: int) -> str:
+    return "<u2" if images <= 1 << 16 else "<u4"
 
 
 def _pack(values: np.ndarray, dtype: str) -> str:

@@ -136,8 +136,21 @@ def find_or_compute(
         blocks: the features of the last blocks are needed.
         label: first word of the progress lines.
     """
-    found = _find(store, run_uri, feature_key(network, dataset, config, blocks), dataset, blocks)
-    if found is not None:
+    key = feature_key(network, dataset, config, blocks)
+    return _find_or_compute(store, run_uri, key, network, dataset, config, label, blocks)
+
+
+def _find_or_compute(
+    store: ObjectStore,
+    uri: str,
+    key: str,
+    network: nn.Module,
+    dataset: ShardDataset,
+    config: Config,
+    label: str,
+    blocks: bool,
+) -> Features:
+    if (found := _find(store, uri, key, dataset, blocks)) is not None:
         print(f"{label}: those of an earlier run", flush=True)
         return found
     return features_of(network, dataset, config, label)
@@ -177,9 +190,8 @@ def _extract(
             for split, dataset in datasets.items():
                 name = f"{model}-{split}"
                 keys[name] = feature_key(network, dataset, config, blocks)
-                features = find_or_compute(
-                    store, prefix, network, dataset, config, f"{what}{_label(model, split)}", blocks=blocks
-                )
+                label = f"{what}{_label(model, split)}"
+                features = _find_or_compute(store, prefix, keys[name], network, dataset, config, label, blocks)
                 files |= _save(features, Path(folder), name, blocks)
         samples = {split: len(dataset) for split, dataset in datasets.items()}
         manifest = store.publish(prefix, files, _KIND, {"samples": samples})

@@ -127,9 +127,7 @@ class MultiCrop:
                 _cut(pixels, drawn.box, drawn.flip, crop)
                 _change_colors(crop.numpy(), drawn)
                 self._normalize(crop)
-        for drawn, crop in zip(draws, crops, strict=True):
-            if drawn.turns:
-                crop.copy_(torch.rot90(crop, drawn.turns, (1, 2)).clone())
+        _turn(draws, crops)
 
     def write_levels(self, image: np.ndarray, rng: np.random.Generator, crops: Sequence[Tensor]) -> list[CropDraw]:
         """Write the levels of the crops, cut out, resized, flipped and turned, to (3, S, S) uint8 tensors.
@@ -153,9 +151,7 @@ class MultiCrop:
             pixels = _as_tensor(image)
             for drawn, crop in zip(draws, crops, strict=True):
                 _cut(pixels, drawn.box, drawn.flip, crop)
-        for drawn, crop in zip(draws, crops, strict=True):
-            if drawn.turns:
-                crop.copy_(torch.rot90(crop, drawn.turns, (1, 2)).clone())
+        _turn(draws, crops)
         return draws
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> list[CropDraw]:
@@ -214,6 +210,12 @@ def _cut(pixels: Tensor, box: Box, flip: bool, out: Tensor) -> None:
     left, top, right, bottom = box
     crop = resize(pixels[:, :, top:bottom, left:right], out.shape[1], out.shape[2])
     out.copy_((crop.flip(-1) if flip else crop)[0])
+
+
+def _turn(draws: Sequence[CropDraw], crops: Sequence[Tensor]) -> None:
+    for drawn, crop in zip(draws, crops, strict=True):
+        if drawn.turns:
+            crop.copy_(torch.rot90(crop, drawn.turns, (1, 2)).clone())
 
 
 def _change_colors(x: np.ndarray, drawn: CropDraw) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,18 +33,16 @@ def crops_on(device: torch.device, batch: Batch, colors: DeviceColors | None) ->
     Args:
         colors: changes the colors of levels; a batch that has draws needs it.
     """
-    crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
+    batch = batch.to(device)
     if batch.draws is None:
-        return crops
+        return batch.crops
     assert colors is not None
-    return colors(crops, batch.draws.to(device, non_blocking=True))
+    return colors(batch.crops, batch.draws)
 
 
 def _copy(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
     with torch.cuda.stream(stream):
-        crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
-        draws = None if batch.draws is None else batch.draws.to(device, non_blocking=True)
-    return replace(batch, crops=crops, draws=draws), stream.record_event()
+        return batch.to(device), stream.record_event()
 
 
 def _ready(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:

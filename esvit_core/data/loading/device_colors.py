@@ -24,8 +24,8 @@ from esvit_core.data.loading.augment import CropDraw, Normalize
 #: none), the ratio of its last neighbors, the weight of their sum, and solarization.
 OPERATIONS, FACTORS, GRAYSCALE, REACH, RATIO, WEIGHT, SOLARIZE = slice(0, 4), slice(4, 8), 8, 9, 10, 11, 12
 DRAW_COLUMNS = 13
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+_, CONTRAST, SATURATION, HUE = range(4)  # 0: brightness
+_LUMA: list[float] = photometric.LUMA_WEIGHTS.tolist()
 
 
 def pack_draws(draws: Sequence[CropDraw]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +50,11 @@ class Batch:
     indices: np.ndarray
     wait_seconds: float
     draws: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on a device; a copy from pinned memory is asynchronous."""
+        draws = None if self.draws is None else self.draws.to(device, non_blocking=True)
+        return replace(self, crops=[crop.to(device, non_blocking=True) for crop in self.crops], draws=draws)
 
     def split(self, number: int) -> list[Batch]:
         """Split into ``number`` micro-batches whose sizes differ by at most one; their crops are views of this batch's."""

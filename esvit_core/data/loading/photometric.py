@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 # Weights of PIL's conversion to grayscale (ITU-R 601-2), in its 16-bit fixed point.
-_LUMA_WEIGHTS = np.array([19595, 38470, 7471], dtype=np.float32) / np.float32(65536)
+LUMA_WEIGHTS = np.array([19595, 38470, 7471], dtype=np.float32) / np.float32(65536)
 _CENTERS = np.array([3, 2, 4], dtype=np.float32)[:, None]  # hues around which each primary's intensity is symmetric
 _BLUR_PASSES = 3
 SOLARIZE_THRESHOLD = 128
@@ -123,7 +123,7 @@ def solarize(x: np.ndarray) -> None:
 
 
 def _luma(x: np.ndarray) -> np.ndarray:
-    return np.matmul(_LUMA_WEIGHTS, x.reshape(3, -1)).reshape(x.shape[1:])  # (H, W)
+    return np.matmul(LUMA_WEIGHTS, x.reshape(3, -1)).reshape(x.shape[1:])  # (H, W)
 
 
 def _clip_if_stretched(x: np.ndarray, factor: float) -> None:
