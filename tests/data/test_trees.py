@@ -40,7 +40,7 @@ def read(place: Path, files: dict[str, str | None] | list[str], **settings: Any)
         plan = plan_ingest(opened.entries, "source", DataConfig(**settings), read=opened.read)
     labels = {c.entry.name: plan.classes[c.label] for c in plan.candidates if c.label >= 0}
     splits = dict(Counter(c.split for c in plan.candidates))
-    return Reading(splits, plan.classes, labels, set(plan.left_out), "\n".join(plan.messages))
+    return Reading(splits, plan.classes, labels, {entry.name for entry, _ in plan.skipped}, "\n".join(plan.messages))
 
 
 def many(*folders: str, each: int = 10, suffix: str = ".jpg") -> list[str]:

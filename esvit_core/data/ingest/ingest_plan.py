@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from esvit_core.config import DataConfig
@@ -21,6 +21,7 @@ from esvit_core.data.ingest.file_kinds import (
 )
 from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName, detect_layout
+from esvit_core.data.ingest.listing import File
 from esvit_core.data.ingest.source_lists import split_sources
 from esvit_core.data.ingest.source_summary import count_images, describe_counts, find_oddities
 from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
@@ -74,10 +75,11 @@ class IngestPlan:
         bad: names and reasons of files that cannot be images.
         classes: names of the classes.
         files: all files of the source except ignored ones.
+        skipped: the files that are neither read nor reused, with the reason, except those of ``known``.
+        known: files that earlier data found bad or ignored and that are unchanged, so they are not read again.
         ignored: numbers of files that are no images, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
         not_chosen: number of images that are left out because of ``data.max_images``.
         splits_assigned: whether this program held images out, because the source has no folder for them.
-        left_out: names of images that the layout has no place for, with the reasons.
         messages: how the source was understood.
     """
 
@@ -86,10 +88,11 @@ class IngestPlan:
     bad: list[tuple[str, str]]
     classes: list[str]
     files: list[Entry]
+    skipped: Iterable[tuple[Entry, str]]
+    known: list[File]
     ignored: dict[str, int]
     not_chosen: int
     splits_assigned: bool
-    left_out: dict[str, str]
     messages: list[str]
 
 
@@ -139,18 +142,31 @@ def plan_ingest(
         else:
             candidates.append(Candidate(entry, "val" if i in held else split, label))
     candidates.sort(key=lambda c: c.split)  # "train" before "val", so that copies follow the training images
+    used = {candidate.entry.name for candidate in candidates} | labels.keys()
+    unread = [entry for entry in reading.files if entry.name not in used]
+    known = list(_known_files(unread, base))
+    reasons, known_names = dict(bad) | reading.left_out, {file.name for file in known}
+    skipped = [(e, reasons.get(e.name, "not chosen")) for e in unread if e.name not in known_names]
     return IngestPlan(
         candidates=candidates,
         labels=labels,
         bad=bad,
         classes=names,
         files=reading.files,
+        skipped=skipped,
+        known=known,
         ignored=dict(ignored),
         not_chosen=len(likely) - len(chosen),
         splits_assigned=splits_assigned,
-        left_out=reading.left_out,
         messages=messages,
     )
+
+
+def _known_files(entries: Iterable[Entry], base: Base | None) -> Iterator[File]:
+    for entry in entries if base else ():
+        before = base.files.get(entry.name) if base else None
+        if before is not None and before.status in ("bad", "ignored") and before.is_same(entry):
+            yield before
 
 
 def read_names(

@@ -173,15 +173,9 @@ def _put_weights(job: Preparation, weights: Sequence[float]) -> Weights:
 def _files(job: Preparation) -> Iterator[File]:
     """Yield every file with its status: stored files in the order of the indexes, then the others."""
     yield from job.processed.values()
-    reasons = dict(job.plan.bad) | job.plan.left_out
-    for entry in job.plan.files:
-        if entry.name in job.processed:
-            continue
-        before = job.base.files.get(entry.name) if job.base else None
-        if before is not None and before.status in ("bad", "ignored") and before.is_same(entry):
-            yield before
-        else:
-            yield File(entry.name, entry.size, entry.stamp, "skipped", reason=reasons.get(entry.name, "not chosen"))
+    yield from job.plan.known
+    for entry, reason in job.plan.skipped:
+        yield File(entry.name, entry.size, entry.stamp, "skipped", reason=reason)
 
 
 def _put(job: Preparation, name: str, data: bytes) -> str:
