@@ -11,8 +11,8 @@ counts them.
 - launches: kernels, copies and fills of one step after two warm-up steps; with a stand-in, which has no cuDNN, a
   convolution and its backward pass count as one each
 - waits: calls that wait for the device, as reported by ``torch.cuda.set_sync_debug_mode``
-- bytes: sizes of the operands and results of torch's operators; views count nothing, a Triton kernel counts nothing, and
-  every library kernel counts as one operator
+- bytes: sizes of the operands and results of torch's operators and of Triton kernels; views count nothing, and every
+  library kernel counts as one operator
 - peak: memory that torch's allocator has handed out at most, the batch included
 """
 
@@ -31,6 +31,7 @@ from machine import describe
 from noise_batch import noise_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
 
 from esvit_core.config import Config
 from esvit_core.data.loading.loader import TrainLoader
@@ -74,6 +75,7 @@ class Counts:
         bytes: moved by operators.
         peak: bytes of memory.
         operators: bytes by name of the operator.
+        launched: launches by name of the operator.
     """
 
     launches: int | None = None
@@ -81,40 +83,57 @@ class Counts:
     bytes: float = 0.0
     peak: int = 0
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
+    launched: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
-class MovedBytes(TorchDispatchMode):
-    """Adds up the bytes of the operands and results of every operator that is not a view."""
+class Operators(TorchDispatchMode):
+    """Counts, by operator and Triton kernel, launches and the bytes of operands and results; views count nothing.
 
-    def __init__(self) -> None:
+    Args:
+        launches: number of launches so far; None if nothing counts them.
+    """
+
+    def __init__(self, launches: Callable[[], int] | None = None) -> None:
         super().__init__()
-        self.operators: collections.Counter[str] = collections.Counter()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.launches: collections.Counter[str] = collections.Counter()
+        self._launches = launches or (lambda: 0)
+        self._own_operator = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, name, self._own_operator = self._launches(), str(func.overloadpacket), func.namespace == "esvit"
         result = func(*args, **(kwargs or {}))
+        self._own_operator = False
+        launched = self._launches() - before
+        # Without cuDNN a convolution is a loop over images.
+        convolution = func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+        self.launches[name] += 1 if convolution else launched
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage()._cdata for t in given}
         new = [t for t in made if t.untyped_storage()._cdata not in storages]
-        if new or func._schema.is_mutable:
+        if "empty" not in name and (new or func._schema.is_mutable):  # creating a tensor moves nothing
             written = new or made or given[:1]
-            self.operators[str(func.overloadpacket)] += sum(t.numel() * t.itemsize for t in (*given, *written))
+            self.bytes[name] += sum(t.numel() * t.itemsize for t in (*given, *written))
         return result
 
+    def __enter__(self) -> Any:
+        self._run = JITFunction.run
+        counted = self
 
-class _Convolutions(TorchDispatchMode):
-    """Counts what convolutions launch beyond one kernel each: without cuDNN they are loops over images."""
+        def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            if not counted._own_operator:  # otherwise the operator counts
+                tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+                counted.bytes[kernel.__name__] += sum(t.numel() * t.itemsize for t in tensors)
+                counted.launches[kernel.__name__] += 1
+            return counted._run(kernel, *args, **kwargs)
 
-    def __init__(self, count: Callable[[], int]) -> None:
-        super().__init__()
-        self._count, self.excess = count, 0
+        JITFunction.run = run
+        return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self._count()
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
-            self.excess += self._count() - before - 1
-        return result
+    def __exit__(self, *exception: Any) -> None:
+        JITFunction.run = self._run
+        super().__exit__(*exception)
 
 
 def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
@@ -135,10 +154,11 @@ def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
     torch.cuda.reset_peak_memory_stats()
     counts.waits = _count_waits(step)
     counts.peak = torch.cuda.max_memory_allocated()
-    counts.launches = _count_launches(step)
-    with MovedBytes() as moved:
+    with Operators(_stand_in_launches()) as operators:
         step()
-    counts.operators, counts.bytes = moved.operators, float(sum(moved.operators.values()))
+    counts.operators, counts.bytes = operators.bytes, float(sum(operators.bytes.values()))
+    counts.launched = operators.launches
+    counts.launches = _count_launches(step) if _stand_in_launches() is None else sum(operators.launches.values())
     _release(state)
     return counts
 
@@ -154,14 +174,15 @@ def _count_waits(step: Callable[[], None]) -> int:
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
-def _count_launches(step: Callable[[], None]) -> int | None:
+def _stand_in_launches() -> Callable[[], int] | None:
+    """Return the counter of a preloaded stand-in for the CUDA runtime; None if there is none."""
     count = getattr(ctypes.CDLL(None), "fake_launches", None)
-    if count is not None:  # of a preloaded stand-in for the CUDA runtime
+    if count is not None:
         count.restype = ctypes.c_long
-        with _Convolutions(count) as convolutions:
-            before = count()
-            step()
-            return int(count() - before - convolutions.excess)
+    return count
+
+
+def _count_launches(step: Callable[[], None]) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -190,11 +211,11 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help=f"default: {', '.join(PRESETS)}")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batch", type=int, default=64, help="images of the step")
-    parser.add_argument("--operators", type=int, default=0, metavar="N", help="the N operators that move most bytes")
+    parser.add_argument("--operators", type=int, default=0, metavar="N", help="list the N largest operators")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: torch finds no GPU; this script counts the work of one")
-    torch.backends.cudnn.enabled = not hasattr(ctypes.CDLL(None), "fake_launches")  # a stand-in has no cuDNN
+    torch.backends.cudnn.enabled = _stand_in_launches() is None  # a stand-in has no cuDNN
     device, rows = torch.device("cuda", 0), {}
     for recipe in arguments.recipe or PRESETS:
         try:
@@ -206,6 +227,8 @@ def main() -> None:
         rows[recipe] = count_step(config, arguments.batch, device)
         for name, size in rows[recipe].operators.most_common(arguments.operators):
             print(f"{recipe}: {name} {size / 1e9:.1f} GB")
+        for name, launches in rows[recipe].launched.most_common(arguments.operators):
+            print(f"{recipe}: {name} {launches} launches")
     print(f"{arguments.batch} images a step; {describe(device)}\n")
     print("\n".join(table(rows)))
 
