@@ -48,6 +48,7 @@ _deregister_triton = _lookup("_native.triton_utils.deregister_op_overrides")
 _foreach_norm = _lookup("_foreach_norm")
 _foreach_mul_ = _lookup("_foreach_mul_")
 _foreach_lerp_ = _lookup("_foreach_lerp_")
+_foreach_copy_ = _lookup("_foreach_copy_")
 _weight_norm = _lookup("_weight_norm")
 
 
@@ -132,6 +133,15 @@ def lerp_(tensors: Sequence[Tensor], targets: Sequence[Tensor], weight: float) -
         return
     for tensor, target in zip(tensors, targets, strict=True):
         tensor.lerp_(target, weight)
+
+
+def convert_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, whose dtype may differ."""
+    if _foreach_copy_ is not None:
+        _foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def weight_norm(v: Tensor, g: Tensor) -> Tensor:

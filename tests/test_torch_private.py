@@ -147,6 +147,12 @@ def test_gradients_are_clipped_and_the_teacher_follows(way: str) -> None:
     torch.testing.assert_close(teacher.weight.detach(), expected)
 
 
+def test_tensors_are_converted(way: str) -> None:
+    targets, sources = [torch.empty(2, dtype=torch.bfloat16), torch.empty(1)], [torch.rand(2), torch.rand(1)]
+    torch_private.convert_(targets, sources)
+    assert torch.equal(targets[0], sources[0].bfloat16()) and torch.equal(targets[1], sources[1])
+
+
 def test_prototypes_have_the_length_that_is_set(way: str) -> None:
     prototypes = Prototypes(4, 6)
     expected = nn.functional.normalize(prototypes.weight_v, dim=1)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from esvit_core.kernels.onednn_linear import Linear, linear
+from esvit_core.kernels.replace_linear import replace_linear_layers_
 from esvit_core.models import cvt
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.layers.windows import WindowAttention
@@ -26,7 +27,7 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
     if device.type != "cpu":
         return
     if dtype == torch.float32:
-        _replace_linear_layers_(network)
+        replace_linear_layers_(network, Linear)
     for module in network.modules():
         if isinstance(module, WindowAttention | cvt.Attention):
             module.use_c_kernel = True
@@ -38,14 +39,3 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
             module.linear = linear
         if dtype == torch.bfloat16 and isinstance(getattr(module, "fused_attn", None), bool):
             setattr(module, "fused_attn", False)  # noqa: B010  mypy assumes that attributes of modules are tensors
-
-
-def _replace_linear_layers_(network: nn.Module) -> None:
-    """Replace every ``nn.Linear`` in ``network`` by a :class:`Linear` with the same parameters."""
-    replaced: dict[nn.Module, Linear] = {}  # a shared layer stays shared
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                if child not in replaced:
-                    replaced[child] = Linear.of(child)
-                setattr(parent, name, replaced[child])

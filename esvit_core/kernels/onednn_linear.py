@@ -65,12 +65,5 @@ class _Linear(torch.autograd.Function):
 class Linear(nn.Linear):
     """``nn.Linear`` with the faster matrix product."""
 
-    @classmethod
-    def of(cls, layer: nn.Linear) -> Linear:
-        """Create a layer that shares the parameters of another layer."""
-        linear = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        return linear.train(layer.training)
-
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -97,6 +97,8 @@ def training_step(state: TrainState, batch: Batch, schedule: ScheduleValues) -> 
             switch_mode_(network.backbone, config.model.mode_switch, schedule.epoch, config.training.epochs)
     micro_batches, sums = batch.split(state.micro_batches), None
 
+    if state.half_weights is not None:
+        state.half_weights.update_()
     state.guard.begin_step()
     state.reducer.zero(passes=len(micro_batches))
     for micro_batch in micro_batches:

@@ -19,6 +19,7 @@ from esvit_core.data.loading.sampler import rank_share
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.kernels.choose import select_kernels_
+from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.objective import Objective
 from esvit_core.losses.strategy import TRITON, select_strategy
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
@@ -59,6 +60,7 @@ class TrainState:
     sample_trace: SampleTrace
     profiler: Profiler
     colors: DeviceColors | None = None
+    half_weights: HalfWeights | None = None
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -154,6 +156,8 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
     for network in (student, teacher):
         select_kernels_(network, precision.dtype, world.device)
         network.set_lazy_logits(strategy.lazy_logits)
+    half = world.device.type == "cuda" and precision.dtype != torch.float32
+    half_weights = HalfWeights([student, teacher], precision.dtype) if half else None
     optimizer, progress = build_optimizer(student, config), Progress()
     networks = [student, teacher, objective]
     return TrainState(
@@ -173,6 +177,7 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
         sample_trace=SampleTrace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
         colors=DeviceColors(config.augment, fused=strategy is TRITON) if world.device.type == "cuda" else None,
+        half_weights=half_weights,
     )
 
 

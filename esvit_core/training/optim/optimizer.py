@@ -13,6 +13,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from esvit_core.config import Config
+from esvit_core.losses.strategy import triton_problem
 from esvit_core.torch_private import lerp_, multiply_, norms, supports_found_inf
 from esvit_core.training.optim.lars import LARS
 
@@ -97,7 +98,12 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     stacked = torch.stack(norms(gradients))
     if max_norm > 0:
         factors = (max_norm / (stacked + 1e-6)).clamp_(max=1.0)
-        multiply_(gradients, list(factors.unbind()))
+        if factors.is_cuda and not triton_problem(factors.device):
+            from esvit_core.kernels.multi_tensor_triton import multiply_each_
+
+            multiply_each_(gradients, factors)
+        else:
+            multiply_(gradients, list(factors.unbind()))
     return torch.linalg.vector_norm(stacked)
 
 

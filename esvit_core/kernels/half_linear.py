@@ -1,0 +1,102 @@
+"""Linear layers on a GPU that compute with half-precision copies of their weights, made once per step.
+
+Autocast would convert every weight and bias in every pass, in a kernel each, round each gradient of a weight to half
+precision, and convert it back. Here one kernel converts all weights, and the gradient of a weight leaves the product in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esvit_core.kernels.replace_linear import replace_linear_layers_
+from esvit_core.torch_private import convert_
+
+
+class HalfLinear(nn.Linear):
+    """``nn.Linear`` with copies of weight and bias; :class:`HalfWeights` makes them and keeps them up to date."""
+
+    half_weight: Tensor
+    half_bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., D) to (..., K) in half precision."""
+        return half_linear(x, self.weight, self.bias, self.half_weight, self.half_bias)
+
+
+class HalfWeights:
+    """Replaces the linear layers of networks by :class:`HalfLinear`, in place, and updates their copies.
+
+    Args:
+        networks: on their device; parameters and their names do not change.
+        dtype: of the copies, such as bfloat16.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        self._weights: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        for network in networks:
+            for layer in replace_linear_layers_(network, HalfLinear):
+                layer.half_weight = self._copy(layer.weight, dtype)
+                layer.half_bias = None if layer.bias is None else self._copy(layer.bias, dtype)
+
+    def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        self._weights.append(weight.detach())
+        self._copies.append(copy)
+        return copy
+
+    @torch.no_grad()
+    def update_(self) -> None:
+        """Convert the current weights."""
+        convert_(self._copies, self._weights)
+
+
+def half_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, half_weight: Tensor, half_bias: Tensor | None
+) -> Tensor:
+    """Compute ``x @ weight.T + bias`` with the copies; the gradients go to ``weight`` and ``bias``.
+
+    Args:
+        x: (..., D).
+        weight, half_weight: (K, D).
+        bias, half_bias: (K,).
+
+    Returns:
+        (..., K) in the dtype of the copies.
+    """
+    out: Tensor = _HalfLinear.apply(x.to(half_weight.dtype), weight, bias, half_weight, half_bias)
+    return out
+
+
+class _HalfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, half_weight: Tensor, half_bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, half_weight)
+        ctx.dtype = weight.dtype
+        return F.linear(x, half_weight, half_bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, half_weight = ctx.saved_tensors
+        of_x = gradient @ half_weight if ctx.needs_input_grad[0] else None
+        rows = gradient.flatten(0, -2)
+        of_weight = product(rows.T, x.flatten(0, -2), ctx.dtype) if ctx.needs_input_grad[1] else None
+        of_bias = rows.sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias, None, None
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute ``a @ b`` in ``dtype``, which on a GPU may be wider than that of the factors (N, M) and (M, K)."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)

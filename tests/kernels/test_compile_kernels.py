@@ -1,0 +1,45 @@
+"""The Triton kernels compile for the GPUs in use, and keep their values in registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+F32, I64 = "*fp32", "*i64"
+KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], int]] = {
+    "multiply": (
+        "multi_tensor_triton",
+        "_multiply_kernel",
+        {"pointers": I64, "sizes": I64, "factors": F32},
+        {"BLOCK": 4096},
+        4,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    kernels = [[f"esvit_core.kernels.{module}", *rest] for module, *rest in KERNELS.values()]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], input=json.dumps(kernels), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(KERNELS, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_value_is_spilled(compiled: dict[str, dict[str, list[int]]], name: str) -> None:
+    assert set(compiled[name]) == {"80", "90", "100"}
+    for architecture, (registers, spilled) in compiled[name].items():
+        assert registers <= 255 and spilled == 0, (architecture, registers, spilled)
