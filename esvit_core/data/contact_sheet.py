@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from esvit_core.config import Config
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
+from esvit_core.data.ingest.archives import FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import is_named_as_image, suffix
 from esvit_core.data.ingest.ingest_plan import read_names
 from esvit_core.data.ingest.intensity_scale import find_scales

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import FileReadError, Source
 from esvit_core.data.ingest.decode import BadImage, describe_bad_files, to_stored_image
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import ignored_kind, suffix
 from esvit_core.data.ingest.ingest_plan import is_other_file, layout_of, no_images
 from esvit_core.data.ingest.intensity_scale import find_scales

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minio.error import S3Error
 
@@ -21,6 +21,8 @@ from esvit_core.storage.pointer import Pointer
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store_errors import IntegrityError, InvalidAddress, NotFound
 from esvit_core.storage.uri import SCHEME, split_uri
+
+T = TypeVar("T")
 
 _TYPES = {
     ".json": "application/json",
@@ -202,17 +204,26 @@ class ObjectStore:
             prefix_uri: treated as a folder: ``s3://b/runs/a`` lists ``runs/a/...`` but not ``runs/ab``.
             recursive: False: only one level; a folder is listed with a trailing slash and size 0.
         """
+        # SeaweedFS lists folder by folder, with "a/b" before "a-b"; S3 guarantees the order of the keys.
+        yield from self.list_into(prefix_uri, lambda found: sorted(found, key=lambda stat: stat.uri), recursive)
+
+    def list_into(self, prefix_uri: str, collect: Callable[[Iterator[ObjectStat]], T], recursive: bool = True) -> T:
+        """Return what ``collect`` makes of the objects below a prefix, which it gets page by page in the store's order.
+
+        Args:
+            prefix_uri, recursive: as for :meth:`list`.
+            collect: consumes the objects; it is called again if the listing fails before its end.
+        """
         bucket, key = split_uri(prefix_uri)
         prefix = f"{key.rstrip('/')}/" if key else ""
-        found = self.connection.call(
-            prefix_uri,
-            lambda client: list(client.list_objects(bucket, prefix=prefix, recursive=recursive)),
-        )
-        # SeaweedFS lists folder by folder, with "a/b" before "a-b"; S3 guarantees the order of the keys.
-        for item in sorted(found, key=lambda item: item.object_name or ""):
-            if item.object_name != prefix:
-                uri = f"{SCHEME}{bucket}/{item.object_name}"
-                yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
+
+        def objects(client: S3Client) -> Iterator[ObjectStat]:
+            for item in client.list_objects(bucket, prefix=prefix, recursive=recursive):
+                if item.object_name != prefix:
+                    uri = f"{SCHEME}{bucket}/{item.object_name}"
+                    yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
+
+        return self.connection.call(prefix_uri, lambda client: collect(objects(client)))
 
     def remove(self, uri: str) -> None:
         """Delete the object if it exists."""

@@ -8,6 +8,7 @@ import errno
 import gzip
 import io
 import lzma
+import posixpath
 import re
 import shutil
 import tarfile
@@ -15,14 +16,15 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, cast
+from typing import BinaryIO, Literal, Protocol, cast
 
+from esvit_core.data.ingest.entries import Entries, Entry, keep_last
 from esvit_core.data.ingest.entry_names import is_folder_in_zip, name_of_text, names_in_zip
-from esvit_core.data.ingest.split_folders import SplitName
 from esvit_core.errors import EsvitError, InfrastructureError, UserError
+from esvit_core.storage.disk import read_at
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
@@ -36,42 +38,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 class FileReadError(Exception):
     """One file of a source cannot be read; the message gives the reason in a few words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a source itself says about an image, beside its name.
-
-    Attributes:
-        label: name of its class; None: it has none.
-        split: None: the folders say it.
-    """
-
-    label: str | None = None
-    split: SplitName | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of a source.
-
-    Attributes:
-        name: path below the source, with ``/``.
-        size: in bytes.
-        stamp: changes with the content, as far as a listing can show.
-        handle: the source's own reference to the file.
-        problem: why the file cannot be an image; None: it may be one.
-        given: label and split that the source states, such as a table or a WebDataset; None: the folders say them.
-        part: number of its source if the files are those of several, from 1; 0: there is only one.
-    """
-
-    name: str
-    size: int
-    stamp: str
-    handle: Any
-    problem: str | None = None
-    given: Given | None = None
-    part: int = 0
 
 
 def sampling_key(entry: Entry) -> tuple[int, str]:
@@ -88,7 +54,7 @@ class Source(Protocol):
         notes: what had to be guessed to list the files, in lines.
     """
 
-    entries: list[Entry]
+    entries: Entries
     duplicates: int
     notes: list[str]
 
@@ -107,7 +73,10 @@ class Source(Protocol):
 
 
 class TarSource:
-    """The files of a tar. A compressed tar is first decompressed to a temporary file, for random access."""
+    """The files of a tar. A compressed tar is first decompressed to a temporary file, for random access.
+
+    The handle of a regular file is its place in the tar, that of another member its number among the members that are kept.
+    """
 
     def __init__(self, source: str, path: Path) -> None:
         self._lock = threading.Lock()
@@ -115,15 +84,16 @@ class TarSource:
         self.is_compressed = self._file.name not in (path, str(path))
         try:
             self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115
-            found = [_tar_entry(member) for member in self._tar if not member.isdir()]
+            self._kept: list[tarfile.TarInfo] = []
+            self.entries, self.duplicates = keep_last(self._list())
             self._require_end(source)
+            _set_members(self._tar, _members_for_links(self._file, self._kept))
         except DAMAGE as error:
             self._file.close()
             raise damaged_archive(source, error) from None
         except EsvitError:
             self._file.close()
             raise
-        self.entries, self.duplicates = keep_last(found)
         self.notes: list[str] = []
 
     def read(self, entry: Entry) -> bytes:
@@ -132,11 +102,34 @@ class TarSource:
     def peek(self, entry: Entry, length: int) -> bytes:
         return self._read(entry, length)
 
+    def _list(self) -> Iterator[Entry]:
+        while (member := self._tar.next()) is not None:
+            _set_members(self._tar, [])
+            if member.isdir():
+                continue
+            handle: object = (member.offset_data, member.size)
+            if not member.isreg() or member.issparse():
+                handle = len(self._kept)
+                self._kept.append(member)
+            yield _tar_entry(member, handle)
+
     def _read(self, entry: Entry, length: int) -> bytes:
-        assert isinstance(entry.handle, tarfile.TarInfo)
+        if isinstance(entry.handle, tuple):
+            offset, size = entry.handle
+            wanted = size if length < 0 else min(length, size)
+            try:
+                data = read_at(self._file.fileno(), wanted, offset)
+            except OSError as error:
+                raise FileReadError(f"damaged archive entry ({error})") from None
+            if len(data) < wanted:
+                raise FileReadError("damaged archive entry (unexpected end of data)")
+            return data
+        return self._read_kept(self._kept[entry.handle], length)
+
+    def _read_kept(self, member: tarfile.TarInfo, length: int) -> bytes:
         try:
             with self._lock:  # all readers share one file position
-                file = self._tar.extractfile(entry.handle)
+                file = self._tar.extractfile(member)
                 if file is None:
                     raise FileReadError("not a regular file")
                 return file.read(length)
@@ -149,8 +142,10 @@ class TarSource:
 
     def position(self, entry: Entry) -> int | None:
         """Return the offset of a regular file in the tar that is not compressed; None if the entry is a link."""
-        assert isinstance(entry.handle, tarfile.TarInfo)
-        return entry.handle.offset_data if entry.handle.isreg() else None
+        if isinstance(entry.handle, tuple):
+            return int(entry.handle[0])
+        member = self._kept[entry.handle]
+        return member.offset_data if member.isreg() else None
 
     def close(self) -> None:
         self._tar.close()
@@ -171,27 +166,27 @@ class ZipSource:
             self._zip = zipfile.ZipFile(path)
         except DAMAGE as error:
             raise damaged_archive(source, error) from None
-        infos = self._zip.infolist()
-        names, note = names_in_zip(infos)
+        self._infos = self._zip.infolist()
+        names, note = names_in_zip(self._infos)
         self.entries, self.duplicates = keep_last(
-            _zip_entry(name, info) for name, info in zip(names, infos, strict=True) if not is_folder_in_zip(name)
+            _zip_entry(name, info, number)
+            for number, (name, info) in enumerate(zip(names, self._infos, strict=True))
+            if not is_folder_in_zip(name)
         )
         self.notes = [note] if note else []
 
     def read(self, entry: Entry) -> bytes:
-        assert isinstance(entry.handle, zipfile.ZipInfo)
         content = io.BytesIO()  # ZipFile.read would hold a large file in memory twice
         try:
-            with self._zip.open(entry.handle) as file:
+            with self._zip.open(self._infos[entry.handle]) as file:
                 shutil.copyfileobj(file, content, 2**20)
         except (NotImplementedError, RuntimeError, *DAMAGE) as error:
             raise FileReadError(f"damaged archive entry ({error})") from None
         return content.getvalue()
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        assert isinstance(entry.handle, zipfile.ZipInfo)
         try:
-            with self._zip.open(entry.handle) as file:
+            with self._zip.open(self._infos[entry.handle]) as file:
                 return file.read(length)
         except (NotImplementedError, RuntimeError, *DAMAGE) as error:
             raise FileReadError(f"damaged archive entry ({error})") from None
@@ -223,25 +218,49 @@ def damaged_archive(source: str, why: object) -> EsvitError:
     return UserError(f"{source}: damaged archive ({why}); copy or create it again, or pass the unpacked folder")
 
 
-def keep_last(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
-    """Keep the last of several entries with the same name, as unpacking does; also return the number of the others."""
-    named: dict[str, Entry] = {}
-    count = 0
-    for entry in entries:
-        named[entry.name] = entry
-        count += 1
-    return list(named.values()), count - len(named)
+def _members_for_links(file: BinaryIO, kept: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+    """Return the members of a tar among which tarfile finds the targets of links, in their order.
+
+    Args:
+        file: the tar.
+        kept: its links, and other members that are no ordinary files.
+    """
+    links = {member.offset: member for member in kept if member.islnk() or member.issym()}
+    if not links:
+        return []
+    targets = {_target(member) for member in links.values()}
+    found = []
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            _set_members(tar, [])
+            if member.offset in links:
+                found.append(links[member.offset])
+            elif posixpath.normpath(member.name) in targets:
+                found.append(member)
+    return found
 
 
-def _tar_entry(member: tarfile.TarInfo) -> Entry:
-    entry = _with_safe_name(Entry(name_of_text(member.name), member.size, str(member.mtime), member))
+def _set_members(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> None:
+    """Replace the list of all members that tarfile has read."""
+    tar.members = members  # type: ignore[attr-defined]
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """Return the name under which tarfile looks for the target of a link."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath("/".join(part for part in (folder, link.linkname) if part))
+
+
+def _tar_entry(member: tarfile.TarInfo, handle: object) -> Entry:
+    entry = _with_safe_name(Entry(name_of_text(member.name), member.size, str(member.mtime), handle))
     if entry.problem is None and not (member.isreg() or member.islnk() or member.issym()):
         return replace(entry, problem="not a regular file")
     return entry
 
 
-def _zip_entry(name: str, info: zipfile.ZipInfo) -> Entry:
-    entry = _with_safe_name(Entry(name, info.file_size, f"{info.CRC:08x}", info))
+def _zip_entry(name: str, info: zipfile.ZipInfo, number: int) -> Entry:
+    entry = _with_safe_name(Entry(name, info.file_size, f"{info.CRC:08x}", number))
     if entry.problem is None and info.flag_bits & 1:
         return replace(entry, problem="encrypted")
     return entry
@@ -251,7 +270,8 @@ def _with_safe_name(entry: Entry) -> Entry:
     parts = [part for part in entry.name.split("/") if part not in ("", ".")]
     unsafe = ".." in parts or entry.name.startswith("/") or re.match(r"[A-Za-z]:/", entry.name)
     problem = "path outside the archive" if unsafe else None
-    return replace(entry, name="/".join(parts) or "(no name)", problem=problem)
+    name = "/".join(parts) or "(no name)"
+    return entry if name == entry.name and problem is None else replace(entry, name=name, problem=problem)
 
 
 def _plain_tar(source: str, path: Path) -> BinaryIO:

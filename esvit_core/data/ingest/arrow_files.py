@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esvit_core.data.ingest.archives import Entry, FileReadError, Given
+from esvit_core.data.ingest.archives import FileReadError
+from esvit_core.data.ingest.entries import Entries, Entry, Given
 from esvit_core.data.ingest.file_kinds import is_named_as_image
 from esvit_core.errors import UserError
 from esvit_core.storage.disk import read_at
@@ -51,13 +53,11 @@ class ArrowImages:
 
         self.duplicates = 0
         self.notes: list[str] = []
-        self.entries: list[Entry] = []
         self._copy = tempfile.TemporaryFile(prefix="esvit-") if path.suffix == ".parquet" else None  # noqa: SIM115
         self._chunks: list[Any] = []
         stamp = str(path.stat().st_mtime_ns)
         try:
-            for batch in _batches(path):
-                self._add(batch, stamp)
+            self.entries = Entries(self._list(path, stamp))
         except (pa.ArrowException, OSError, LookupError, ValueError) as error:
             self.close()
             reason = str(error).splitlines()[0][:200]
@@ -81,7 +81,13 @@ class ArrowImages:
         if self._copy is not None:
             self._copy.close()
 
-    def _add(self, batch: pa.RecordBatch, stamp: str) -> None:
+    def _list(self, path: Path, stamp: str) -> Iterator[Entry]:
+        count = 0
+        for batch in _batches(path):
+            yield from self._entries(batch, stamp, count)
+            count += len(batch)
+
+    def _entries(self, batch: pa.RecordBatch, stamp: str, first: int) -> Iterator[Entry]:
         column = image_column(batch.schema)
         if column is None:
             raise ValueError(f"its columns are {', '.join(batch.schema.names)}")
@@ -91,7 +97,6 @@ class ArrowImages:
             paths = images.field("path") if images.type.get_field_index("path") >= 0 else None
             images = images.field("bytes")
         labels = _labels(batch)
-        first = len(self.entries)
         for row in range(len(images)):
             path = None if paths is None else paths[row].as_py()
             name = f"{first + row:09d}"
@@ -99,9 +104,7 @@ class ArrowImages:
                 name += f"-{Path(path).name}"
             size = len(images[row].as_buffer()) if images[row].is_valid else 0
             problem = None if images[row].is_valid else "the row names a file and holds no image"
-            self.entries.append(
-                Entry(name, size, stamp, self._handle(images, row, size), problem, given=Given(labels[row]))
-            )
+            yield Entry(name, size, stamp, self._handle(images, row, size), problem, given=Given(labels[row]))
         if self._copy is None:
             self._chunks.append(images)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from esvit_core.data.ingest.archives import Entry, Source
+from esvit_core.data.ingest.archives import Source
+from esvit_core.data.ingest.entries import Entries
 from esvit_core.data.ingest.file_kinds import is_sidecar
 from esvit_core.data.ingest.incremental import Base, read_listing
 from esvit_core.data.ingest.listing import File, Scan, content_reader, hash_touched_files
@@ -10,16 +11,18 @@ from esvit_core.data.shards.manifest import Manifest
 from esvit_core.storage import ObjectStore
 
 
-def scanned_entries(opened: Source, scan: Scan | None) -> list[Entry]:
+def scanned_entries(opened: Source, scan: Scan | None) -> Entries:
     """Return the files of a source without those that were added or changed after the scan."""
     if scan is None:
         return opened.entries
     scanned = {file.name: file for file in scan.files}
     # Files that are no images are not scanned; a table of labels is used as it is now.
-    return [e for e in opened.entries if is_sidecar(e.name) or (e.name in scanned and scanned[e.name].is_same(e))]
+    return Entries(
+        e for e in opened.entries if is_sidecar(e.name) or (e.name in scanned and scanned[e.name].is_same(e))
+    )
 
 
-def hash_touched_entries(base: Base, entries: list[Entry], scan: Scan | None, opened: Source) -> list[File]:
+def hash_touched_entries(base: Base, entries: Entries, scan: Scan | None, opened: Source) -> list[File]:
     """Return the files of a source, with digests where only those show whether the earlier data are still valid."""
     scanned = {file.name: file for file in scan.files} if scan else {}
     now = [scanned.get(entry.name) or File(entry.name, entry.size, entry.stamp) for entry in entries]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from esvit_core.data.ingest.archives import Entry, Source
+from esvit_core.data.ingest.archives import Source
+from esvit_core.data.ingest.entries import Entries, Entry
 
 
 class CombinedSource:
@@ -17,18 +18,20 @@ class CombinedSource:
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = list(parts)
-        self.entries = [
-            replace(entry, name=f"{number}/{entry.name}", handle=(part, entry), part=number)
+        self.entries = Entries(
+            replace(entry, name=f"{number}/{entry.name}", part=number)
             for number, part in enumerate(parts, start=1)
             for entry in part.entries
-        ]
+        )
         self.duplicates = sum(part.duplicates for part in parts)
         self.notes = [f"source {number}: {note}" for number, part in enumerate(parts, start=1) for note in part.notes]
 
     def read(self, entry: Entry) -> bytes:
-        part, inner = entry.handle
-        return bytes(part.read(inner))
+        return self.parts[entry.part - 1].read(_in_its_source(entry))
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        part, inner = entry.handle
-        return bytes(part.peek(inner, length))
+        return self.parts[entry.part - 1].peek(_in_its_source(entry), length)
+
+
+def _in_its_source(entry: Entry) -> Entry:
+    return replace(entry, name=entry.name.partition("/")[2], part=0)

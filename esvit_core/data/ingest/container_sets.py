@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from esvit_core.data.ingest import archives, arrow_files
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source, TarSource, ZipSource, keep_last
+from esvit_core.data.ingest.archives import FileReadError, Source, TarSource, ZipSource
 from esvit_core.data.ingest.arrow_files import ArrowImages
+from esvit_core.data.ingest.entries import Entries, Entry, keep_last
 from esvit_core.data.ingest.file_kinds import is_ignored, is_named_as_image, suffix
 from esvit_core.data.ingest.listed_sources import EXPECTED, FolderSource, PrefixSource
 from esvit_core.data.ingest.published_files import TSV_HEAD, TsvImages, is_image_tsv, labels_of_map, with_map_labels
@@ -22,6 +23,7 @@ from esvit_core.data.ingest.split_folders import word_role
 from esvit_core.errors import UserError
 
 _NUMBERED = re.compile(r"(?P<base>.*?)[-_.]?(?P<number>\d+)(-of-\d+)?")
+_MAP = "_map.txt"  # ends the name of a file with the labels of a zip
 Listed = FolderSource | PrefixSource
 
 
@@ -63,35 +65,40 @@ class ContainerSet:
     def __init__(self, source: str, listed: Listed, containers: list[Entry]) -> None:
         self._listed = listed
         self._stack = contextlib.ExitStack()
-        others = {entry.name: entry for entry in listed.entries}
-        found: list[Entry] = []
+        self._opened: list[Source] = []
         self.notes: list[str] = []
         try:
-            for container in _named(containers):
-                opened = self._open(source, container.entry)
-                entries, notes = _with_labels(container.entry, opened, others, listed)
-                self.notes += notes
-                found += [replace(e, name=container.name(e.name), handle=(opened, e)) for e in entries]
+            self.entries, self.duplicates = keep_last(self._list(source, containers))
         except BaseException:
             self.close()
             raise
-        self.entries, self.duplicates = keep_last(found)
         kinds = Counter(_ending(entry.name) for entry in containers)
         self.notes.append("images in " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
 
     def read(self, entry: Entry) -> bytes:
-        opened, inner = entry.handle
-        return bytes(opened.read(inner))
+        number, handle = entry.handle
+        return self._opened[number].read(replace(entry, handle=handle))
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        opened, inner = entry.handle
-        return bytes(opened.peek(inner, length))
+        number, handle = entry.handle
+        return self._opened[number].peek(replace(entry, handle=handle), length)
 
     def fingerprint(self) -> str:
         return self._listed.fingerprint()
 
     def close(self) -> None:
         self._stack.close()
+
+    def _list(self, source: str, containers: list[Entry]) -> Iterator[Entry]:
+        maps = {entry.name: entry for entry in self._listed.entries if entry.name.endswith(_MAP)}
+        for number, container in enumerate(_named(containers)):
+            opened = self._open(source, container.entry)
+            self._opened.append(opened)
+            entries, notes = _with_labels(container.entry, opened, maps, self._listed)
+            opened.entries = Entries()  # those of the set are enough
+            self.notes += notes
+            for entry in entries:
+                yield replace(entry, name=container.name(entry.name), handle=(number, entry.handle))
 
     def _open(self, source: str, entry: Entry) -> Source:
         name = f"{source.rstrip('/')}/{entry.name}"
@@ -119,7 +126,7 @@ class _Ranges:
         self.notes, self.duplicates = tar.notes, tar.duplicates
         self._read = read
         labelled = with_sample_labels(tar.entries, tar.read)
-        self.entries = [replace(entry, handle=tar.position(entry)) for entry in labelled]
+        self.entries = Entries(replace(entry, handle=tar.position(entry)) for entry in labelled)
 
     def read(self, entry: Entry) -> bytes:
         return self._piece(entry, entry.size)
@@ -179,14 +186,12 @@ def _holds_images(listed: Listed, entry: Entry) -> bool:
         return False
 
 
-def _with_labels(
-    container: Entry, opened: Source, others: dict[str, Entry], listed: Listed
-) -> tuple[list[Entry], list[str]]:
+def _with_labels(container: Entry, opened: Source, maps: dict[str, Entry], listed: Listed) -> tuple[Entries, list[str]]:
     """Return the images of a file with the labels that lie in it or beside it, and messages."""
     notes = list(opened.notes)
     if isinstance(opened, ZipSource):
         stem = container.name[: -len(_ending(container.name))]
-        if (map_entry := others.get(f"{stem}_map.txt")) is not None:
+        if (map_entry := maps.get(f"{stem}{_MAP}")) is not None:
             labels = labels_of_map(listed.read(map_entry).decode("utf-8-sig", "replace"), map_entry.name)
             entries, more = with_map_labels(opened.entries, labels, map_entry.name)
             return entries, [*notes, *more]

@@ -11,10 +11,11 @@ import hashlib
 import heapq
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from esvit_core.data.ingest.archives import Entry, FileReadError
+from esvit_core.data.ingest.archives import FileReadError
+from esvit_core.data.ingest.entries import Entries, Entry
 from esvit_core.data.ingest.file_kinds import is_ignored
 from esvit_core.data.ingest.prefetch import reading_threads
 
@@ -27,7 +28,7 @@ _SMALLEST_PART = 5 * 2**20
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
-def listing_fingerprint(entries: Iterable[Entry], read: Callable[[Entry, int, int], bytes]) -> str:
+def listing_fingerprint(entries: Entries, read: Callable[[Entry, int, int], bytes]) -> str:
     """Return the fingerprint of files that are listed individually.
 
     Args:
@@ -37,14 +38,16 @@ def listing_fingerprint(entries: Iterable[Entry], read: Callable[[Entry, int, in
     Returns:
         64 hexadecimal digits.
     """
-    counted = sorted((entry for entry in entries if not is_ignored(entry.name)), key=lambda entry: entry.name)
-    unknown = (entry for entry in counted if not _known_content(entry) and entry.problem is None and entry.size)
+    unknown = (entry for entry in entries if entry.problem is None and entry.size and not _known_content(entry))
+    unknown = (entry for entry in unknown if not is_ignored(entry.name))
     sample = heapq.nsmallest(SAMPLE, unknown, key=lambda entry: (zlib.crc32(_bytes(entry.name)), entry.name))
     with ThreadPoolExecutor(reading_threads(), thread_name_prefix="fingerprint") as pool:
         contents = pool.map(lambda entry: _content(entry, read), sample)
         sampled = dict(zip((entry.name for entry in sample), contents, strict=True))
     digest = hashlib.sha256()
-    for entry in counted:
+    for entry in entries.by_name():
+        if is_ignored(entry.name):
+            continue
         content = _known_content(entry) or sampled.get(entry.name, "")
         digest.update(_bytes(f"{entry.name}\0{entry.size}\0{content}\n"))
     return digest.hexdigest()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError
+from esvit_core.data.ingest.archives import FileReadError
 from esvit_core.data.ingest.combined_layout import combine_layouts
+from esvit_core.data.ingest.entries import Entries, Entry
 from esvit_core.data.ingest.file_kinds import (
     UNREADABLE_SUFFIXES,
     describe_ignored,
@@ -97,7 +98,7 @@ class IngestPlan:
 
 
 def plan_ingest(
-    entries: list[Entry],
+    entries: Entries,
     source: str,
     config: DataConfig,
     base: Base | None = None,
@@ -170,7 +171,7 @@ def _known_files(entries: Iterable[Entry], base: Base | None) -> Iterator[File]:
 
 
 def read_names(
-    entries: list[Entry],
+    entries: Entries,
     source: str,
     config: DataConfig,
     settings: LayoutSettings,
@@ -220,7 +221,7 @@ def _counts(reading: Reading) -> list[str]:
 
 def layout_of(
     images: list[Entry],
-    entries: list[Entry],
+    entries: Iterable[Entry],
     source: str,
     settings: LayoutSettings,
     read: Callable[[Entry], bytes] | None = None,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
+from esvit_core.data.ingest.archives import FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import (
     HEAD,
     UNREADABLE_SUFFIXES,

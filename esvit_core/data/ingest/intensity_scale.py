@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
+from esvit_core.data.ingest.archives import FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, deep_span
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.pixels import PixelSettings, Scale, usual_scale
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads

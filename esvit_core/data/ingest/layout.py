@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from esvit_core.data.ingest.archives import Given
 from esvit_core.data.ingest.class_folders import (
     Classes,
     classes_as_set,
@@ -16,6 +15,7 @@ from esvit_core.data.ingest.class_folders import (
     is_annotation_folder,
     is_container,
 )
+from esvit_core.data.ingest.entries import Given
 from esvit_core.data.ingest.file_kinds import is_named_as_image, may_be_image
 from esvit_core.data.ingest.label_tables import labels_of_tables
 from esvit_core.data.ingest.split_folders import (

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from esvit_core.data.ingest import fingerprint as fingerprints
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import FileReadError, Source
+from esvit_core.data.ingest.disk_rows import DiskRows, sort_rows
+from esvit_core.data.ingest.entries import Entries, Entry, as_entries
 from esvit_core.data.ingest.entry_names import name_of_text
 from esvit_core.errors import UserError
-from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri
+from esvit_core.storage import InvalidAddress, NotFound, ObjectStat, ObjectStore, StoreRefused, join_uri
 from esvit_core.storage.disk import read_at
 from esvit_core.storage.marker import is_marked
 
@@ -36,10 +38,10 @@ class FolderSource:
         entries: files that are listed already; None: all files below ``path``.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry] | None = None) -> None:
+    def __init__(self, path: Path, entries: Iterable[Entry] | None = None) -> None:
         self.duplicates = 0
         self.notes: list[str] = []
-        self.entries = list(walk(path) if entries is None else entries)
+        self.entries = as_entries(walk(path) if entries is None else entries)
 
     def read(self, entry: Entry) -> bytes:
         try:
@@ -78,12 +80,12 @@ class PrefixSource:
         store: ObjectStore,
         uri: str,
         wanted: Callable[[str], bool] | None = None,
-        entries: Sequence[Entry] | None = None,
+        entries: Iterable[Entry] | None = None,
     ) -> None:
         self.duplicates = 0
         self.notes: list[str] = []
         self._store = store
-        self.entries = list(_objects(store, uri, wanted) if entries is None else entries)
+        self.entries = _objects(store, uri, wanted) if entries is None else as_entries(entries)
 
     def read(self, entry: Entry) -> bytes:
         try:
@@ -111,12 +113,18 @@ class PrefixSource:
             raise FileReadError("cannot be read") from None
 
 
-def _objects(store: ObjectStore, uri: str, wanted: Callable[[str], bool] | None) -> Iterator[Entry]:
+def _objects(store: ObjectStore, uri: str, wanted: Callable[[str], bool] | None) -> Entries:
     start = len(join_uri(uri)) + 1
-    for found in store.list(uri):
-        is_marker = found.uri.endswith("/")  # of a folder, as some tools create them
-        if not is_marker and (wanted is None or wanted(found.uri)):
-            yield Entry(found.uri[start:], found.size, found.etag, handle=found.uri)
+
+    def entries(objects: Iterable[ObjectStat]) -> Entries:
+        return Entries(
+            Entry(found.uri[start:], found.size, found.etag, handle=found.uri)
+            for found in objects
+            # Some tools create markers of folders.
+            if not found.uri.endswith("/") and (wanted is None or wanted(found.uri))
+        )
+
+    return store.list_into(uri, entries).by_name()
 
 
 def walk(root: Path) -> Iterator[Entry]:
@@ -130,23 +138,39 @@ def walk(root: Path) -> Iterator[Entry]:
         raise UserError(f"{root}: cannot be read ({error.strerror}); {EXPECTED} that is readable") from None
     problems: list[OSError] = []
     visited: set[tuple[int, int]] = set()  # a link to a parent folder would loop forever
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=problems.append):
-        status = Path(folder).stat()
+    waiting = [(str(root), "")]
+    while waiting:
+        folder, name = waiting.pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116
+            children = DiskRows(_children(folder))
+        except OSError as error:
+            problems.append(error)
+            continue
         if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
+        folders = sorted(child for child, is_folder in children if is_folder)
+        files = (child for child, is_folder in children if not is_folder)
         if is_marked(Path(folder), files):  # a store or run folder of this program
-            folders.clear()
             continue
-        folders.sort()
-        for file in sorted(files):
-            path = os.path.join(folder, file)  # noqa: PTH118 (Path objects are slow for a million files)
-            yield file_entry(path, os.path.relpath(path, root))
+        for (file,) in sort_rows((child,) for child, is_folder in children if not is_folder):
+            yield file_entry(os.path.join(folder, file), name + file)  # noqa: PTH118 (Path objects are slow)
+        waiting += ((os.path.join(folder, child), f"{name}{child}/") for child in reversed(folders))  # noqa: PTH118
     for problem in problems:
         path = str(problem.filename)
         name = name_of_text(os.path.relpath(path, root))
         yield Entry(name, 0, "", path, f"unreadable folder ({problem.strerror})")
+
+
+def _children(folder: str) -> Iterator[tuple[str, bool]]:
+    """Yield the names in a folder, and whether each is a folder."""
+    with os.scandir(folder) as children:
+        for child in children:
+            try:
+                yield child.name, child.is_dir()
+            except OSError:  # such as a circular link
+                yield child.name, False
 
 
 def file_entry(path: str, name: str) -> Entry:

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source
+from esvit_core.data.ingest.archives import FileReadError, Source
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import is_ignored, is_sidecar
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
@@ -112,8 +113,8 @@ def scan_source(source: str, store: ObjectStore) -> Scan:
         UserError: the source does not exist or cannot be read.
     """
     with open_source(source, store) as opened:
-        entries = sorted(opened.entries, key=lambda entry: entry.name)
-        files = [File(e.name, e.size, e.stamp) for e in entries if not (is_ignored(e.name) or is_sidecar(e.name))]
+        entries = (e for e in opened.entries.by_name() if not (is_ignored(e.name) or is_sidecar(e.name)))
+        files = [File(entry.name, entry.size, entry.stamp) for entry in entries]
         return Scan(files, source_fingerprint(source, store, opened))
 
 

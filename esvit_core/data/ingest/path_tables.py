@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from esvit_core.data.ingest.archives import Entry, Given, keep_last
 from esvit_core.data.ingest.arrow_files import require_pyarrow
+from esvit_core.data.ingest.entries import Entries, Entry, Given, keep_last
 from esvit_core.data.ingest.entry_names import name_of_text
 from esvit_core.data.ingest.file_kinds import is_named_as_image
 from esvit_core.data.ingest.fingerprint import listing_fingerprint
@@ -84,12 +84,12 @@ class PathTable:
         return self._source(entry).peek(entry, length)
 
     def fingerprint(self) -> str:
-        entries = [
+        entries = Entries(
             replace(entry, name="\0".join([entry.name, entry.given.label or "", entry.given.split or ""]))
             if entry.given
             else entry
             for entry in self.entries
-        ]
+        )
         return listing_fingerprint(entries, lambda entry, *piece: self._source(entry).read_piece(entry, *piece))
 
     def _source(self, entry: Entry) -> FolderSource | PrefixSource:

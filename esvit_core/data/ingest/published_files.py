@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from esvit_core.data.ingest.archives import Entry, FileReadError, Given
+from esvit_core.data.ingest.archives import FileReadError
+from esvit_core.data.ingest.entries import Entries, Entry, Given
 from esvit_core.data.ingest.file_kinds import HEAD, is_image_head, is_named_as_image
 from esvit_core.errors import UserError
 from esvit_core.storage.disk import read_at
@@ -32,11 +35,11 @@ class TsvImages:
         self._path = path
         stamp = str(path.stat().st_mtime_ns)
         with path.open("rb") as file:
-            self.entries = [
+            self.entries = Entries(
                 _row_entry(file.fileno(), number, start, end, stamp, path)
                 for number, (start, end) in enumerate(_rows(path))
                 if end > start
-            ]
+            )
 
     def read(self, entry: Entry) -> bytes:
         start, end = entry.handle
@@ -83,10 +86,10 @@ def labels_of_map(text: str, source: str) -> dict[str, str]:
     return labels
 
 
-def with_map_labels(entries: list[Entry], labels: dict[str, str], map_name: str) -> tuple[list[Entry], list[str]]:
+def with_map_labels(entries: Entries, labels: dict[str, str], map_name: str) -> tuple[Entries, list[str]]:
     """Return the entries that a map names, with their labels, and a line about the images that it does not name."""
-    kept = [replace(entry, given=Given(labels[entry.name])) for entry in entries if entry.name in labels]
-    others = sum(is_named_as_image(entry.name) and entry.name not in labels for entry in entries)
+    kept = Entries(replace(entry, given=Given(labels[entry.name])) for entry in entries if entry.name in labels)
+    others = sum(is_named_as_image(name) and name not in labels for name in entries.names())
     return kept, [f"left out: {others:,} images that {map_name} does not name"] if others else []
 
 
@@ -95,14 +98,15 @@ def _rows(path: Path) -> Iterator[tuple[int, int]]:
     index, size = path.with_suffix(".lineidx"), path.stat().st_size
     if index.is_file():
         try:
-            starts = [int(line) for line in index.read_text(encoding="ascii").split()]
-        except ValueError:
+            with index.open(encoding="ascii") as lines:
+                starts = array("Q", (int(each) for line in lines for each in line.split()))
+        except (ValueError, OverflowError):
             raise UserError(
                 f"{index}: expected the offset of a row in each line; remove it to read without it"
             ) from None
-        if starts != sorted(starts) or (starts and starts[-1] >= size):
+        if any(start > stop for start, stop in itertools.pairwise(starts)) or (starts and starts[-1] >= size):
             raise UserError(f"{index}: does not belong to {path.name}; remove it to read without it")
-        yield from zip(starts, [*starts[1:], size], strict=True)
+        yield from itertools.pairwise(itertools.chain(starts, [size]))
         return
     with path.open("rb") as file:
         start = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from esvit_core.data.ingest.archives import Entry, Source
+from esvit_core.data.ingest.archives import Source
 from esvit_core.data.ingest.decode import BadImage
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import HEAD, UNREADABLE_SUFFIXES, is_image_head, is_named_as_image, suffix
 from esvit_core.data.ingest.optional_formats import why_unreadable
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
-from esvit_core.data.ingest.archives import Entry, FileReadError, Given
+import numpy as np
+
+from esvit_core.data.ingest.archives import FileReadError
+from esvit_core.data.ingest.disk_rows import DiskRows, Row, sort_rows
+from esvit_core.data.ingest.entries import Entries, Entry, Given
 from esvit_core.data.ingest.file_kinds import is_ignored, is_named_as_image, suffix
 
 _LABEL_KEYS = ("label", "cls", "class", "class_name", "classname", "class_id", "category", "target")
@@ -15,7 +20,22 @@ _PROBED = 20  # .json files that must all hold a label
 _LARGEST_JSON = 2**20  # bytes
 
 
-def with_sample_labels(entries: list[Entry], read: Callable[[Entry], bytes]) -> list[Entry]:
+@dataclass(frozen=True)
+class _Sample:
+    """The files of a sample, as their numbers among the entries.
+
+    Attributes:
+        images: its images.
+        masks: those of its images that are left out, because there is one with the sample's own name.
+        labels: the files that may hold its label, by their suffix.
+    """
+
+    images: array[int] = field(default_factory=lambda: array("Q"))
+    masks: array[int] = field(default_factory=lambda: array("Q"))
+    labels: dict[str, int] = field(default_factory=dict)
+
+
+def with_sample_labels(entries: Entries, read: Callable[[Entry], bytes]) -> Entries:
     """Return the entries of an archive with the labels that lie beside its images; unchanged if there are none.
 
     A sample is all files whose names are the same up to the first dot. If one of them is ``<key>.<suffix of an image>``,
@@ -25,38 +45,62 @@ def with_sample_labels(entries: list[Entry], read: Callable[[Entry], bytes]) -> 
         entries: the files of the archive.
         read: returns the content of a file.
     """
-    labels: dict[str, dict[str, Entry]] = {".cls": {}, ".json": {}}
-    images: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        ending = suffix(entry.name)
-        if ending in labels and not is_ignored(entry.name) and entry.problem is None:
-            labels[ending][_key(entry.name)] = entry
-        elif is_named_as_image(entry.name):
-            images[_key(entry.name)].append(entry)
-    found: dict[str, str] = {}
-    if any(key in images for key in labels[".cls"]):
-        found = {
-            key: text for key, entry in labels[".cls"].items() if key in images and (text := _read_text(entry, read))
-        }
-    else:
-        pairs = [(key, entry) for key, entry in sorted(labels[".json"].items()) if key in images]
-        probed = [_json_label(entry, read) for _, entry in pairs[:_PROBED]]
-        if probed and all(label is not None for label in probed):
-            found = {key: label for key, entry in pairs if (label := _json_label(entry, read)) is not None}
-    if not found:
+    if not any(suffix(name) in (".cls", ".json") and not is_ignored(name) for name in entries.names()):
         return entries
-    others = {
-        entry.name
-        for key, group in images.items()
-        if any(_is_simple(entry.name, key) for entry in group)
-        for entry in group
-        if not _is_simple(entry.name, key)
-    }
-    return [
-        replace(entry, given=Given(found.get(_key(entry.name)))) if is_named_as_image(entry.name) else entry
-        for entry in entries
-        if entry.name not in others
-    ]
+    rows = DiskRows(sort_rows(_files_by_sample(entries)))
+    if any(".cls" in sample.labels for sample in _samples(rows)):
+        labels = (
+            (s, _read_text(entries[s.labels[".cls"]], read) or None) for s in _samples(rows) if ".cls" in s.labels
+        )
+    else:
+        described = (sample for sample in _samples(rows) if ".json" in sample.labels)
+        probed = [_json_label(entries[s.labels[".json"]], read) for s in itertools.islice(described, _PROBED)]
+        if not probed or any(label is None for label in probed):
+            return entries
+        labels = ((s, _json_label(entries[s.labels[".json"]], read)) for s in _samples(rows) if ".json" in s.labels)
+    numbers: dict[str, int] = {}  # of the labels
+    label_of = np.full(len(entries), -1, dtype=np.int32)
+    for sample, label in labels:
+        if label is not None:
+            label_of[sample.images] = numbers.setdefault(label, len(numbers))
+    if not numbers:
+        return entries
+    left_out = np.zeros(len(entries), dtype=bool)
+    for sample in _samples(rows):
+        left_out[sample.masks] = True
+    names: list[str | None] = [*numbers, None]
+    return Entries(
+        replace(entry, given=Given(names[label_of[number]])) if is_named_as_image(entry.name) else entry
+        for number, entry in enumerate(entries)
+        if not left_out[number]
+    )
+
+
+def _files_by_sample(entries: Entries) -> Iterator[Row]:
+    """Yield the key of the sample, the number, and the kind of each image and each label: a suffix, or ``mask``."""
+    for number, entry in enumerate(entries):
+        ending, key = suffix(entry.name), _key(entry.name)
+        if ending in (".cls", ".json") and not is_ignored(entry.name) and entry.problem is None:
+            yield key, number, ending
+        elif is_named_as_image(entry.name):
+            yield key, number, "image" if _is_simple(entry.name, key) else "mask"
+
+
+def _samples(rows: Iterable[Row]) -> Iterator[_Sample]:
+    """Yield the samples that have images, in the order of their keys."""
+    for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+        sample = _Sample()
+        for _, number, kind in group:
+            if kind == "mask":
+                sample.masks.append(number)
+            elif kind == "image":
+                sample.images.append(number)
+            else:
+                sample.labels[kind] = number
+        if sample.images:
+            yield sample
+        elif sample.masks:  # none has the sample's own name, so all of them are its images
+            yield _Sample(sample.masks, labels=sample.labels)
 
 
 def _key(name: str) -> str:

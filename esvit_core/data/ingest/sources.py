@@ -17,7 +17,7 @@ from pathlib import Path
 
 from esvit_core.data.ingest import archives, arrow_files
 from esvit_core.data.ingest import fingerprint as fingerprints
-from esvit_core.data.ingest.archives import Entry, Source, TarSource, ZipSource
+from esvit_core.data.ingest.archives import Source, TarSource, ZipSource
 from esvit_core.data.ingest.arrow_files import holds_images, require_pyarrow
 from esvit_core.data.ingest.combined_source import CombinedSource
 from esvit_core.data.ingest.container_sets import ContainerSet, find_containers, is_container_name, open_container
@@ -210,14 +210,14 @@ def _iterate_names(source: str) -> Iterator[Iterator[str]]:
     """Iterate over the names in a source, reading no more of it than necessary."""
     if is_pattern(source) or source.startswith(SCHEME):
         if (listed := _list(source, None)) is not None:
-            yield _names(listed.entries)
+            yield listed.entries.names()
         else:
             with open_source(source) as opened:
-                yield _names(opened.entries)
+                yield opened.entries.names()
         return
     path = Path(source)
     if _is_folder(source):
-        yield _names(walk(path))
+        yield (entry.name for entry in walk(path))
         return
     _require_file(source)
     if archives.archive_type(path) == "tar":
@@ -228,11 +228,7 @@ def _iterate_names(source: str) -> Iterator[Iterator[str]]:
             raise archives.damaged_archive(source, error) from None
         return
     with _open_file(source, path, None) as opened:
-        yield _names(opened.entries)
-
-
-def _names(entries: Iterator[Entry] | list[Entry]) -> Iterator[str]:
-    return (entry.name for entry in entries)
+        yield opened.entries.names()
 
 
 def _is_file_object(store: ObjectStore, uri: str) -> bool:

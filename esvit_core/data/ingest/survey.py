@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry, FileReadError, Source, sampling_key
+from esvit_core.data.ingest.archives import FileReadError, Source, sampling_key
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import is_named_as_image
 from esvit_core.data.ingest.ingest_plan import read_names
 from esvit_core.data.ingest.layout import LayoutSettings
