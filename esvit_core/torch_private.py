@@ -8,7 +8,11 @@ and similar: it has no public counterpart, and no training needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +54,7 @@ _foreach_mul_ = _lookup("_foreach_mul_")
 _foreach_lerp_ = _lookup("_foreach_lerp_")
 _foreach_copy_ = _lookup("_foreach_copy_")
 _weight_norm = _lookup("_weight_norm")
+_disable_later = _lookup("_disable_dynamo")
 
 
 def hooks_on_saved_tensors() -> bool:
@@ -195,3 +200,42 @@ def watch_failures(give_up: Callable[[dict[int, Any], int], bool]) -> bool:
 
 def _agent_can_be_watched(agent: type, launcher: Any) -> bool:
     return hasattr(agent, "_monitor_workers") and getattr(launcher, "LocalElasticAgent", None) is agent
+
+
+def import_timm_without_dynamo() -> None:
+    """Import timm and torchvision without ``torch._dynamo``, and make optimizers work without it.
+
+    Dynamo takes as long to import as torch, and this library compiles nothing. But torchvision imports a function of the compiler, timm excludes functions from
+    compilation while it is imported, and optimizers do so in every step. Compiling remains possible. Without the private
+    names, dynamo is imported as usual. Only a program may call this, as its first import of networks.
+    """
+    if "torch._dynamo" in sys.modules or _disable_later is None:
+        return
+    with _dynamo_on_demand():
+        import timm  # noqa: F401 (imports torchvision)
+    for method in vars(torch.optim.Optimizer).values():
+        if (function := getattr(method, "__wrapped__", None)) is not None:
+            function.__dynamo_disable = function
+    for optimizer in (torch.optim.AdamW, torch.optim.SGD):
+        if (step := getattr(optimizer.step, "__wrapped__", None)) is not None:
+            optimizer.step = torch.no_grad()(step)  # type: ignore[method-assign]
+
+
+@contextmanager
+def _dynamo_on_demand() -> Iterator[None]:
+    """Let modules that are imported meanwhile refer to the compiler without importing it."""
+    name, disable = "torch._dynamo.utils", torch.compiler.disable
+    utils = ModuleType(name)
+    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    sys.modules[name] = utils
+    torch.compiler.disable = _disable_later
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
+        if sys.modules.get(name) is utils:
+            del sys.modules[name]
+
+
+def _is_compile_supported(device: str) -> bool:
+    return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device))

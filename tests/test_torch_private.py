@@ -189,3 +189,43 @@ def test_a_mistake_ends_torchrun_with_its_exit_code(change: str, starts: int, tm
     assert done.returncode == 2, done.stderr
     assert len((tmp_path / "starts").read_text()) == starts
     assert ("restarts processes even after a user error" in done.stdout) == (starts > 1)
+
+
+STEPS = """
+import sys, torch
+if "without" in sys.argv:
+    from esvit_core.torch_private import import_timm_without_dynamo
+    import_timm_without_dynamo()
+import esvit_core.training.main
+from esvit_core.training.nonfinite import backward
+from esvit_core.training.state import make_deterministic
+
+make_deterministic()
+torch.manual_seed(0)
+layers = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)]
+optimizers = [torch.optim.AdamW(layers[0].parameters(), fused=True), torch.optim.SGD(layers[1].parameters(), momentum=0.9)]
+for layer, optimizer in zip(layers, optimizers):
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(layer(torch.ones(3)).square().sum())
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+found = [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]
+compiled = torch.compile(layers[0].forward, backend="eager")
+import torchvision
+boxes = torch.tensor([[0.0, 0, 0, 4, 4]])
+print(found)
+print(layers[0].weight.tolist(), layers[1].weight.tolist(), compiled(torch.ones(3)).tolist())
+print(torchvision.ops.roi_align(torch.arange(64.0).reshape(1, 1, 8, 8), boxes, 2).tolist())
+"""
+
+
+def test_a_training_does_not_import_the_compiler_and_computes_the_same() -> None:
+    """The compiler takes a third of the time until a training starts."""
+    command = [sys.executable, "-c", STEPS]
+    found, *without = subprocess.run([*command, "without"], capture_output=True, text=True, timeout=250).stdout.split(
+        "\n"
+    )
+    compiler, *usual = subprocess.run(command, capture_output=True, text=True, timeout=250).stdout.split("\n")
+    assert found == "[]" and "torch._dynamo" in compiler
+    assert without == usual and len(usual) == 3

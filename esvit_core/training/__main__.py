@@ -53,6 +53,9 @@ def main() -> int:
     errors = get_error_handler()
     errors.initialize()
     try:
+        from esvit_core.torch_private import import_timm_without_dynamo
+
+        import_timm_without_dynamo()
         from esvit_core.training.main import run_training
 
         return run_training(run_uri, stop)

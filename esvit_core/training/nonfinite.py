@@ -181,6 +181,9 @@ class _PendingMetrics:
 def backward(loss: Tensor) -> None:
     """Run the backward pass of ``loss``; a loss that is not finite makes every gradient NaN.
 
-    So the norm of the gradient alone shows a failure, in every process once the gradients are averaged.
+    So the norm of the gradient alone shows a failure, in every process once the gradients are averaged. A hook
+    sets the gradient of the loss, because torch imports SymPy for ``backward(gradient=)``.
     """
-    loss.backward(gradient=torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss))
+    gradient = torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss)
+    loss.register_hook(lambda _: gradient)
+    loss.backward()

@@ -202,7 +202,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def make_deterministic() -> None:
     """Make results bit for bit reproducible on the same machine with the same number of processes and threads."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     # It would fill every new tensor with NaN first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
