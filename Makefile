@@ -12,6 +12,8 @@ IMAGE  ?= esvit/trainer:$(VERSION)
 
 .PHONY: demo test test-fast slow-tests test-cluster golden component-docs chaos images test-containers lint types check format clean help
 .DEFAULT_GOAL := help
+# Without bytecode, every process of the tests compiles the library, and pytest rewrites the assertions of every file.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'

@@ -14,7 +14,6 @@ import yaml
 from esvit_core.config import Config
 from esvit_core.config.parameters import resolve
 from esvit_core.errors import UserError
-from esvit_core.planning.pod_sizes import with_pod_sizes
 from esvit_pipelines.cluster.compile import compile_pipeline
 from esvit_pipelines.pretrain.pipeline import build_pretrain_pipeline
 from esvit_pipelines.steps import step_names
@@ -22,7 +21,11 @@ from esvit_pipelines.steps import step_names
 SETS = "evaluation.transfer=[{name: digits, source: s3://b/digits}, {name: flags, source: s3://b/flags}]"
 CHANGES = ["promotion.max_loss=null", "launch.profile_steps=5"]
 PLACE = ["cluster.image=registry.example/esvit:1", "cluster.secret=keys"]
-CONFIG = with_pod_sizes(Config.load("demo", [SETS, *CHANGES, *PLACE]))
+# Sizes of pods are computed where the configuration leaves them open, which takes seconds: tests/test_planning.py.
+POD = "{cpu: '1', cpu_limit: '4', memory: 4Gi, memory_limit: 8Gi, scratch: 64Gi, shared_memory: 1Gi}"
+PODS = [f"cluster.{role}={POD}" for role in ("prepare", "train", "evaluate", "publish")]
+PODS_OPTIONS = [word for pod in PODS for word in ("--set", pod)]
+CONFIG = Config.load("demo", [SETS, *CHANGES, *PLACE, *PODS])
 STEPS = {
     "prepare data",
     "prepare transfer sets",
@@ -137,7 +140,7 @@ def test_every_step_gets_the_keys_from_the_named_secret(compiled: Any) -> None:
 @pytest.mark.parametrize("audience", [None, "https://kubernetes.default.svc"])
 def test_with_web_identity_every_step_uses_the_config_map_and_no_secret(audience: str | None, tmp_path: Path) -> None:
     """With an audience the step uses the token of its account, otherwise the one that the platform mounts."""
-    settings = ["cluster.image=registry.example/esvit:1", "cluster.identity=web-identity"]
+    settings = ["cluster.image=registry.example/esvit:1", "cluster.identity=web-identity", *PODS]
     settings += [f"cluster.token_audience={audience}"] * (audience is not None)
     compile_pipeline("pretrain", Config.load("demo", settings), tmp_path / "pipeline.yaml")
     text = (tmp_path / "pipeline.yaml").read_text(encoding="utf-8")
@@ -172,7 +175,7 @@ def test_no_key_of_the_environment_is_compiled_in(tmp_path: Path) -> None:
     keys = {"ESVIT_S3_ENDPOINT": "store.example:9000", "ESVIT_S3_ACCESS_KEY": "AKSEEN", "ESVIT_S3_SECRET_KEY": "SKSEEN"}
     path = tmp_path / "pipeline.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "esvit_pipelines", "compile", "-o", path, "--recipe", "demo"],
+        [sys.executable, "-m", "esvit_pipelines", "compile", "-o", path, "--recipe", "demo", *PODS_OPTIONS],
         env={**os.environ, **keys},
         capture_output=True,
         text=True,
@@ -213,7 +216,7 @@ def test_auto_is_the_default_of_the_form_of_pretrain_only(
     from esvit_pipelines.cli.main import app
 
     path = tmp_path / "pipeline.yaml"
-    done = CliRunner().invoke(app, ["compile", pipeline, "-o", str(path), *options])
+    done = CliRunner().invoke(app, ["compile", pipeline, "-o", str(path), *options, *PODS_OPTIONS])
     assert done.exit_code == 0, done.output
     spec, _ = yaml.safe_load_all(path.read_text(encoding="utf-8"))
     form = spec["root"]["inputDefinitions"]["parameters"]
