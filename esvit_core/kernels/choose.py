@@ -11,6 +11,7 @@ from torch import nn
 
 from esvit_core.kernels.onednn_linear import Linear, linear
 from esvit_core.kernels.replace_linear import replace_linear_layers_
+from esvit_core.losses.strategy import triton_problem
 from esvit_core.models import cvt
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.layers.windows import WindowAttention
@@ -24,6 +25,8 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
         dtype: precision of the network.
         device: device of the network.
     """
+    if device.type == "cuda" and dtype != torch.float32 and not triton_problem(device):
+        _select_triton_kernels_(network)
     if device.type != "cpu":
         return
     if dtype == torch.float32:
@@ -39,3 +42,11 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
             module.linear = linear
         if dtype == torch.bfloat16 and isinstance(getattr(module, "fused_attn", None), bool):
             setattr(module, "fused_attn", False)  # noqa: B010  mypy assumes that attributes of modules are tensors
+
+
+def _select_triton_kernels_(network: nn.Module) -> None:
+    from esvit_core.kernels import window_attention_triton
+
+    for module in network.modules():
+        if isinstance(module, WindowAttention):
+            module.triton_kernel = window_attention_triton

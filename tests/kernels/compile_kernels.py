@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that need not be here: ``python compile_kernels.py < kernels.json``.
 
-Input: a list of ``[module, kernel, signature, constants, warps]``. Output: for each kernel and architecture, the registers of
+Input: a list of ``[module, kernel, signature, constants, options]``. Output: for each kernel and architecture, the registers of
 a thread and the bytes that it spills, as ``ptxas`` reports them.
 """
 
@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 def compile_kernel(
-    module: str, name: str, signature: dict[str, str], constants: dict[str, object], warps: int
+    module: str, name: str, signature: dict[str, str], constants: dict[str, object], options: dict[str, int]
 ) -> dict[str, list[int]]:
     """Return ``{architecture: [registers, spilled bytes]}``."""
     kernel = getattr(importlib.import_module(module), name)
@@ -35,7 +35,7 @@ def compile_kernel(
             (i,): [["tt.divisibility", 16]] for i, kind in enumerate(ordered.values()) if kind.startswith("*")
         }
         source = ASTSource(kernel, ordered, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         found[str(architecture)] = report(compiled.asm["ptx"], architecture)
     return found
 

@@ -13,14 +13,31 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-F32, I64 = "*fp32", "*i64"
-KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], int]] = {
+F32, BF16, I32, I64 = "*fp32", "*bf16", "*i32", "*i64"
+WINDOW = {"N": 49, "WINDOW": 7, "SHIFTED": True, "D": 32, "TILE": 64, "WIDTH": 32}  # of the published Swins
+SIZES = {"count": "i32", "heads": "i32", "scale": "fp32"}
+KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
     "multiply": (
         "multi_tensor_triton",
         "_multiply_kernel",
         {"pointers": I64, "sizes": I64, "factors": F32},
         {"BLOCK": 4096},
-        4,
+        {},
+    ),
+    "attend": (
+        "window_attention_triton",
+        "_attend_kernel",
+        {"qkv": BF16, "fill": F32, "windows": I32, "table": F32, "biases": F32, "out": BF16, "lse": F32, **SIZES},
+        WINDOW,
+        {"num_warps": 4},
+    ),
+    "attend backward": (
+        "window_attention_triton",
+        "_attend_backward_kernel",
+        {"qkv": BF16, "fill": F32, "windows": I32, "biases": F32, "out": BF16, "lse": F32, "outer": BF16}
+        | {"of_qkv": BF16, "of_bias": F32, "of_fill": F32, **SIZES},
+        WINDOW,
+        {"num_warps": 8, "num_stages": 1},
     ),
 }
 

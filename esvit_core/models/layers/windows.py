@@ -136,10 +136,12 @@ class WindowAttention(nn.Module):
 
     Attributes:
         use_c_kernel: use the C kernel for shapes it supports; :mod:`esvit_core.kernels.choose` sets it.
+        triton_kernel: the module of the Triton kernel, used for shapes it supports; set likewise.
     """
 
     relative_position_index: Tensor
     use_c_kernel = False
+    triton_kernel: Any = None
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -209,11 +211,38 @@ class WindowAttention(nn.Module):
                 qkv, self.num_heads, self.qkv.bias, layout.token_index, self._bias(), mask, self.scale
             )
             return self.proj(out).view(B, H, W, C)
+        if self.supports_triton(B * H * W):
+            out = self.attend_to_maps(qkv.flatten(0, 1), ((B, H, W),))
+            return self.proj(out).view(B, H, W, C)
         q, k, v = self._in_windows(qkv, layout)
         bias = self._masked_bias(layout).to(q.dtype)
         out = attend_fused(q, k, v, bias, self.scale) if q.is_cuda else attend(q, k, v, bias, self.scale)
         out = out.transpose(2, 3).reshape(B, -1, C)  # (B, windows * N, C)
         return self.proj(FromWindows.apply(out, layout)).view(B, H, W, C)
+
+    def supports_triton(self, tokens: int) -> bool:
+        """Return whether the Triton kernel is selected, and supports this layer with so many tokens."""
+        return (
+            self.triton_kernel is not None
+            and not torch.compiler.is_compiling()
+            and self.triton_kernel.supports(tokens, self.qkv.in_features, self.num_heads, self.window_size)
+        )
+
+    def attend_to_maps(self, qkv: Tensor, maps: tuple[tuple[int, int, int], ...]) -> Tensor:
+        """Compute attention in all windows of maps of several sizes at once with the Triton kernel.
+
+        Args:
+            qkv: queries, keys and values of the tokens of the maps one after the other, (T, 3C).
+            maps: number of images, height and width of each kind of map, tokens.
+
+        Returns:
+            (T, C).
+        """
+        kernel, window, shift = self.triton_kernel, self.window_size, self.shift_size
+        windows = outside_modes(kernel.window_table, maps, window, shift, qkv.device)
+        table = self.relative_position_bias_table
+        out: Tensor = kernel.attend_in_windows(qkv, self.qkv.bias, windows, table, window, shift > 0, self.scale)
+        return out
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights, (B, windows, heads, N, N)."""
