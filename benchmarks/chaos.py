@@ -155,8 +155,8 @@ def until(condition: Callable[[], Any], what: str) -> None:
 
 def lost_and_repeated(run: ChaosRun, last_step: int) -> tuple[int, int]:
     """Count the samples that were not seen, and those seen too often, over all steps up to the last."""
-    config, shards = open_run(run.uri).config, Manifest.read(run.store, f"{run.uri}/data").splits["train"].shards
-    batch, sizes = config.training.batch_size, [shard.samples for shard in shards]
+    config, train = open_run(run.uri).config, Manifest.read(run.store, f"{run.uri}/data").splits["train"]
+    batch, sizes = config.training.batch_size, train.shard_samples
     steps = sum(sizes) // batch
     orders = [epoch_order(config.seed, epoch, sizes) for epoch in range(-(-last_step // steps))]
     whole = [order[batch * step : batch * (step + 1)].tolist() for order in orders for step in range(steps)]

@@ -25,7 +25,7 @@ import signal
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from machine import describe, peak_memory, reset_peak_memory
 from PIL import Image
 
 from esvit_core.config import AugmentConfig, Config, DataConfig
-from esvit_core.data.ingest import prepare as prepare_module
+from esvit_core.data.ingest.part_records import PartRecords
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.loader import TrainLoader
@@ -146,7 +146,7 @@ def restart_reuse(store: ObjectStore, source: str) -> float:
     config = DataConfig(shard_mib=1)
 
     def undisturbed(destination: str) -> int:
-        return sum(len(split.shards) for split in prepare(source, store, destination, config).splits.values())
+        return prepare(source, store, destination, config).shard_count
 
     def uploaded() -> int:
         return sum("/shards/" in found.uri for found in store.list(destination))
@@ -163,10 +163,15 @@ def restart_reuse(store: ObjectStore, source: str) -> float:
     process.join()
     there = uploaded()
     reused: list[int] = []
-    count = prepare_module.count_shards
-    prepare_module.count_shards = lambda results: (reused.append(count(list(results))), reused[-1])[1]
+    find = PartRecords.find
+
+    def counted(records: PartRecords, existing: Mapping[str, int]) -> int:
+        reused.append(find(records, existing))
+        return reused[-1]
+
+    PartRecords.find = counted  # type: ignore[method-assign]
     prepare(source, store, destination, config)
-    prepare_module.count_shards = count
+    PartRecords.find = find  # type: ignore[method-assign]
     store.remove_prefix(destination)
     if not reused:
         raise SystemExit("the preparation ended before it could be killed; more photographs are needed")

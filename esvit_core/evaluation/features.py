@@ -38,7 +38,8 @@ _PREFIXES = {"trained": "backbone", "baseline": "baseline"}
 class Images(Protocol):
     """Dataset of labeled images, such as :class:`esvit_core.data.shards.reader.ShardDataset`."""
 
-    labels: np.ndarray
+    @property
+    def labels(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> np.ndarray: ...

@@ -37,7 +37,7 @@ def held_out_digest(manifest: Manifest) -> str:
     split = manifest.splits.get("val")
     if split is None:
         return ""
-    content = [manifest.files[split.index].sha256, *(shard.sha256 for shard in split.shards), *manifest.classes]
+    content = [split.content, *manifest.classes]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -163,7 +163,7 @@ def feature_key(network: nn.Module, dataset: ShardDataset, config: Config, block
         _VERSION,
         _weights_digest(network),
         description.get("model"),
-        [shard.sha256 for shard in dataset.shards],
+        dataset.content,
         [config.evaluation.resize, config.evaluation.crop, list(config.augment.mean), list(config.augment.std)],
         "bfloat16" if config.training.precision == "bfloat16" else "float32",
         config.evaluation.linear.last_blocks if blocks else 0,

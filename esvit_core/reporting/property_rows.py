@@ -93,7 +93,7 @@ def data_rows(records: RunRecords) -> list[Property]:
     rows = [Property("source", str(manifest.source))]
     rows += [Property(names.get(name, name), f"{split.samples:,}") for name, split in splits.items()]
     rows.append(Property("classes", f"{len(manifest.classes):,}" if manifest.classes else "none (unlabelled)"))
-    shards = sum(len(split.shards) for split in splits.values())
+    shards = manifest.shard_count
     rows.append(Property("stored", f"{size(manifest.bytes)} in {shards:,} {_plural(shards, 'shard')}"))
     rows += _statistics_rows(records.statistics) if records.statistics else []
     counts = {

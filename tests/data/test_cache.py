@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared_data import shards_of
 
 from esvit_core.data.shards.cache import default_cache, size_limit
 from esvit_core.data.shards.reader import ShardDataset
@@ -29,21 +30,21 @@ def kept(place: Path) -> list[str]:
 
 def limit_to(monkeypatch, dataset: ShardDataset, shards: int) -> int:
     """Limit the cache to a number of shards of the largest size; return the limit in bytes."""
-    limit = shards * max(shard.bytes for shard in dataset.shards)
+    limit = shards * max(shard.bytes for shard in shards_of(dataset))
     monkeypatch.setenv("ESVIT_CACHE_GIB", repr(limit / 2**30))
     return limit
 
 
 def first_of_each_shard(dataset: ShardDataset) -> list[int]:
-    return [sum(dataset.shard_sizes[:i]) for i in range(len(dataset.shards))]
+    return [sum(dataset.shard_sizes[:i]) for i in range(len(dataset.shard_sizes))]
 
 
 def test_the_cache_stays_below_its_limit_and_evicts_the_least_recently_opened(opened, tmp_path, monkeypatch):
     monkeypatch.setattr("esvit_core.data.shards.cache._IN_USE", 1)
     limit = limit_to(monkeypatch, opened(), 2)
     dataset = opened()
-    names = [shard.sha256 for shard in dataset.shards]
-    assert sum(shard.bytes for shard in dataset.shards) > 2 * limit
+    names = [shard.sha256 for shard in shards_of(dataset)]
+    assert sum(shard.bytes for shard in shards_of(dataset)) > 2 * limit
     for number, index in enumerate(first_of_each_shard(dataset), start=1):
         dataset.image(index)
         left = kept(tmp_path)
@@ -74,7 +75,7 @@ def test_a_shard_that_another_process_has_open_stays(opened, tmp_path, monkeypat
     dataset = opened()
     for index in first_of_each_shard(dataset)[1:]:
         dataset.image(index)
-    names = [shard.sha256 for shard in dataset.shards]
+    names = [shard.sha256 for shard in shards_of(dataset)]
     assert names[0] in kept(tmp_path) and names[1] not in kept(tmp_path)
     over.set()
     other.join(60)
@@ -86,12 +87,12 @@ def test_a_shard_that_another_process_has_open_stays(opened, tmp_path, monkeypat
 def test_open_shards_stay_even_beyond_the_limit(opened, tmp_path, monkeypatch):
     limit_to(monkeypatch, opened(), 1)
     dataset = opened()
-    assert len(dataset.shards) <= 8
+    assert len(dataset.shard_sizes) <= 8
     monkeypatch.setattr(ObjectStore, "get_file", counted := _Counted())
     for _ in range(3):
         for index in first_of_each_shard(dataset):
             dataset.image(index)
-    assert counted.calls == len(dataset.shards)
+    assert counted.calls == len(dataset.shard_sizes)
 
 
 class _Counted:
@@ -123,7 +124,7 @@ def test_unused_shards_are_removed_when_the_disk_is_full(opened, tmp_path, monke
     monkeypatch.setattr(ObjectStore, "get_file", small)
     dataset = opened()
     dataset.image(second)
-    assert kept(tmp_path) == [dataset.shards[1].sha256]
+    assert kept(tmp_path) == [shards_of(dataset)[1].sha256]
     with pytest.raises(StoreFull, match="disk is full"):  # the only cached shard is in use
         dataset.image(first)
 

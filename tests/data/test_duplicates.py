@@ -8,12 +8,14 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest import prepare as module
 from esvit_core.data.ingest.incremental import read_listing
-from esvit_core.data.ingest.near_duplicates import DISTANCE, SeenImages, group_alike
+from esvit_core.data.ingest.near_duplicates import DISTANCE, find_superfluous, group_alike
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
@@ -146,10 +148,10 @@ def test_dropped_duplicates_are_part_of_the_identity():
     assert DataConfig(drop_duplicates="exact").identity_values()["drop_duplicates"] == "exact"
 
 
-def flipped(value: int, bits: list[int]) -> str:
+def flipped(value: int, bits: list[int]) -> int:
     for bit in bits:
         value ^= 1 << bit
-    return f"{value:016x}"
+    return value
 
 
 def test_hashes_are_grouped_exactly_by_their_distance():
@@ -160,18 +162,32 @@ def test_hashes_are_grouped_exactly_by_their_distance():
         close = flipped(value, random.sample(range(64), DISTANCE))
         far = flipped(value, random.sample(range(64), DISTANCE + 8))
         wanted.append([len(looks), len(looks) + 1])
-        looks += [f"{value:016x}", close, far]
-    assert group_alike(looks) == wanted
-    seen = SeenImages(near=True)
-    for i in range(0, len(looks), 3):
-        seen.add(str(i), f"digest {i}", looks[i])
-    for i in range(0, len(looks), 3):
-        assert seen.find("another", looks[i + 1]) == str(i) and seen.find("another", looks[i + 2]) is None
-        assert seen.find(f"digest {i}", "") == str(i)
+        looks += [value, close, far]
+    hashes = np.array(looks, dtype=np.uint64)
+    assert group_alike(hashes) == wanted
+    found = find_superfluous(np.arange(900, dtype=np.uint64), hashes, np.zeros(900), "near", apart=False)
+    assert [found[first : first + 3].tolist() for first in range(0, 900, 3)] == [[-1, i, -1] for i in range(0, 900, 3)]
 
 
 def test_images_alike_through_others_are_one_group_and_those_without_a_hash_are_in_none():
     first = 0x0123456789ABCDEF
     second = flipped(first, [0, 1, 2])
-    third = flipped(int(second, 16), [20, 30, 40])
-    assert group_alike(["", f"{first:016x}", second, "", third]) == [[1, 2, 4]]
+    third = flipped(second, [20, 30, 40])
+    hashes = np.array([0, first, second, 0, third], dtype=np.uint64)
+    assert group_alike(hashes) == [[1, 2, 4]]
+    # The last one looks like the second only, which is left out, so it is kept.
+    found = find_superfluous(np.arange(5, dtype=np.uint64), hashes, np.zeros(5), "near", apart=False)
+    assert found.tolist() == [-1, -1, 1, -1, -1]
+
+
+digests_and_splits = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), max_size=20)
+
+
+@given(digests_and_splits, st.sampled_from(["none", "exact"]), st.booleans())
+def test_a_copy_is_left_out_if_that_is_set_or_if_the_splits_would_share_it(images, drop, apart):
+    digests, splits = (np.array([image[i] for image in images], dtype=np.uint64) for i in (0, 1))
+    found = find_superfluous(digests, np.zeros(len(images), np.uint64), splits, drop, apart)
+    for number, original in enumerate(found.tolist()):
+        first = next(i for i in range(number + 1) if digests[i] == digests[number])
+        superfluous = first < number and (drop == "exact" or (apart and splits[first] != splits[number]))
+        assert original == (first if superfluous else -1)

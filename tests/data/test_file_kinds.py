@@ -126,14 +126,15 @@ def test_an_ignored_file_is_not_read_again(prepared, folder, make, store, monkey
     prepared(folder)
     make.folder(folder, {"class0/new.png": make.file(77)})
     from esvit_core.config import DataConfig
-    from esvit_core.data.ingest import prepare as module
+    from esvit_core.data.ingest import prepare_part as module
+    from esvit_core.data.ingest.prepare import prepare
 
     read = []
     original = module.read_image_file
     monkeypatch.setattr(
         module, "read_image_file", lambda opened, entry: read.append(entry.name) or original(opened, entry)
     )
-    manifest = module.prepare(str(folder), store, store.uri("more"), DataConfig(), base=store.uri("data"))
+    manifest = prepare(str(folder), store, store.uri("more"), DataConfig(), base=store.uri("data"))
     assert read == ["class0/new.png"] and manifest.ignored_kinds == {".unknown": 1}
 
 

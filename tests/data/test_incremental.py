@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prepared_data import names_of_objects, shards_below
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest import listing
-from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest import prepare_part as module
+from esvit_core.data.ingest.incremental import read_listing
 from esvit_core.data.ingest.listing import (
     File,
     compare,
@@ -27,7 +29,6 @@ from esvit_core.data.ingest.listing import (
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
-from esvit_core.errors import UserError
 
 CONFIG = DataConfig(val_fraction=0.3, shard_mib=0.01)
 
@@ -38,11 +39,11 @@ def grow(store, monkeypatch):
 
     def run(source, at, base=None, config=CONFIG, scan=None):
         read: list[str] = []
-        load = module._load
-        monkeypatch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
+        load = module.load
+        monkeypatch.setattr(module, "load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
         base_uri = store.uri(base) if base else None
         manifest = prepare(str(source), store, store.uri(at), config, scan=scan, base=base_uri)
-        monkeypatch.setattr(module, "_load", load)
+        monkeypatch.setattr(module, "load", load)
         return manifest, sorted(read)
 
     return run
@@ -78,11 +79,11 @@ def test_only_new_images_are_read_and_the_others_are_reused(store, grow, folder,
     assert second.fingerprint != first.fingerprint
     # Nothing is stored twice: the new data contain only the shards of the new images.
     new = {stat.uri.removeprefix(store.uri("two/")) for stat in store.list(store.uri("two"))}
-    assert new == {*second.files, "manifest.json"}
-    old = [shard for split in second.splits.values() for shard in split.shards if shard.is_external]
-    assert {shard.name for shard in old} == {
-        store.uri(f"one/{shard.name}") for split in first.splits.values() for shard in split.shards
-    }
+    assert new == names_of_objects(store, store.uri("two"))
+    old = [uri for uri, _ in shards_below(store, store.uri("one"))]
+    assert {*old} == {uri for uri, _ in shards_below(store, store.uri("two")) if uri.startswith(store.uri("one"))}
+    # The parts themselves are referred to.
+    assert [part.located_in(store.uri("one")) for part in first.parts] == [p for p in second.parts if p.is_external]
 
 
 def test_incremental_preparation_gives_the_images_and_splits_of_a_full_one(store, grow, folder, make):
@@ -155,9 +156,9 @@ def test_a_chain_of_three_reads_each_image_from_its_original_shard(store, grow, 
         make.folder(
             folder, {f"class1/{step}{j}.png": make.file(700 + 10 * len(step) + ord(step[0]) + j) for j in range(3)}
         )
-        manifest, read = grow(folder, step, base=base)
+        _, read = grow(folder, step, base=base)
         assert len(read) == 3
-    places = {s.address(store.uri("three")).split("/")[3] for split in manifest.splits.values() for s in split.shards}
+    places = {uri.split("/")[3] for uri, _ in shards_below(store, store.uri("three"))}
     assert places == {"one", "two", "three"} and len(flat(contents(store, "three"))) == 24
     train = ShardDataset(store, store.uri("three"), "train")
     assert sum(train.shard_sizes) == len(train)
@@ -175,14 +176,6 @@ def test_files_added_after_the_scan_are_left_for_the_next_preparation(store, gro
     assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.removed
 
 
-def test_data_without_a_listing_cannot_be_a_base(store, grow, folder):
-    manifest, _ = grow(folder, "one")
-    older = manifest.model_copy(update={"listing": None})
-    store.put_json(store.uri("one/manifest.json"), older.model_dump(mode="json"))
-    with pytest.raises(UserError, match="has no listing"):
-        grow(folder, "two", base="one")
-
-
 def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
     config = CONFIG.model_copy(update={"max_images": 9})
     grow(folder, "one", config=config)
@@ -191,7 +184,7 @@ def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
 
 
 def in_the_listing(store, at) -> list[File]:
-    return list(decode_listing(store.get_bytes(store.uri(f"{at}/{Manifest.read(store, store.uri(at)).listing}"))))
+    return read_listing(store, store.uri(at), Manifest.read(store, store.uri(at)))
 
 
 def redate(folder: Path, seconds: int) -> None:

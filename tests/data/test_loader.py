@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
+from prepared_data import shards_of
 
 from esvit_core.config import Config
 from esvit_core.data.loading.loader import Batch, TrainLoader
@@ -87,8 +88,8 @@ def test_worker_processes_change_nothing(dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_data_are_a_one_line_error(store, dataset, workers):
-    for shard in dataset.shards:
+    for shard in shards_of(dataset):
         store.put_bytes(f"{store.uri('data')}/{shard.name}", b"damaged")
-    with pytest.raises(IntegrityError, match=r"train-00000\d-[0-9a-f]{16}\.tar: damaged") as error:
+    with pytest.raises(IntegrityError, match=r"train-00000-00\d-[0-9a-f]{16}\.tar: damaged") as error:
         list(TrainLoader(dataset, config(workers), seed=0).epoch(0))
     assert "Traceback" not in str(error.value)

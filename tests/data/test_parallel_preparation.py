@@ -10,9 +10,11 @@ import threading
 import time
 
 import pytest
+from prepared_data import shards_below
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest import prepare as prepare_module
+from esvit_core.data.ingest import prepare_part as module
 from esvit_core.data.ingest.decoders import Decoders, DecodeSettings, choose_processes
 from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prepare import prepare
@@ -38,7 +40,7 @@ def images(tmp_path, make):
 
 def test_the_number_of_processes_changes_nothing(store, prepared, images):
     alone = prepared(images, at="alone", processes=0, **SMALL)
-    assert len(alone.splits["train"].shards) > 10 and alone.bad.count == 3 and alone.reencoded == 10
+    assert len(alone.splits["train"].shard_samples) > 10 and alone.bad.count == 3 and alone.reencoded == 10
     for processes in (1, 3):
         assert prepared(images, at=f"by {processes}", processes=processes, **SMALL) == alone
 
@@ -65,7 +67,7 @@ def test_the_processes_end_with_the_preparation(prepared, images, monkeypatch):
     started: list = []
     enter = Decoders.__enter__
     monkeypatch.setattr(Decoders, "__enter__", lambda self: (enter(self), started.extend(self._all))[0])
-    monkeypatch.setattr(module, "build_manifest", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(prepare_module, "merge_parts", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepared(images, processes=2, **SMALL)
     assert len(started) == 2 and all(process.poll() == 0 for process in started)
@@ -88,7 +90,7 @@ def test_an_upload_that_fails_ends_the_preparation(store, prepared, images, monk
     put = ObjectStore.put_file
 
     def failing(self, uri, path, **named):
-        if "train-000003" in uri:
+        if "train-00000-003" in uri:
             raise InfrastructureError("the store is gone")
         put(self, uri, path, **named)
 
@@ -109,7 +111,7 @@ def _prepare_slowly(store, source: str, at: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_preparation_killed_at_a_random_moment_reuses_what_it_uploaded(store, prepared, images, monkeypatch, seed):
     undisturbed = prepared(images, at="undisturbed", **SMALL)
-    everything = {shard.name for split in undisturbed.splits.values() for shard in split.shards}
+    everything = {shard.name for _, shard in shards_below(store, store.uri("undisturbed"))}
     process = multiprocessing.get_context("fork").Process(target=_prepare_slowly, args=(store, str(images), "killed"))
     process.start()
     wanted = random.Random(seed).randrange(2, len(everything) - 3)
@@ -126,8 +128,8 @@ def test_a_preparation_killed_at_a_random_moment_reuses_what_it_uploaded(store, 
         ObjectStore, "put_file", lambda self, uri, path, **named: (again.append(uri), put(self, uri, path, **named))[1]
     )
     read: list[str] = []
-    load = module._load
-    monkeypatch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
     assert prepared(images, at="killed", **SMALL) == undisturbed
     sent = {uri.removeprefix(store.uri("killed/")) for uri in again}
     assert len(uploaded - sent) >= 0.95 * len(uploaded), "uploaded shards are not uploaded again"

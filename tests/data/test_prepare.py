@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from prepared_data import names_of_objects, shards_below
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest import prepare_part as module
 from esvit_core.data.ingest.prefetch import reading_threads
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
@@ -58,9 +59,10 @@ def test_a_labelled_folder(store, prepared, folder, make):
 def test_everything_stored_is_in_the_manifest_with_its_size_and_digest(store, prepared, folder, tmp_path):
     manifest = prepared(folder, shard_mib=0.02)
     names = {stat.uri.removeprefix(store.uri("data/")) for stat in store.list(store.uri("data"))}
-    assert names == {*manifest.files, "manifest.json"}
-    assert manifest.bytes == sum(s.bytes for split in manifest.splits.values() for s in split.shards)
-    assert all(s.bytes <= 0.02 * 2**20 for split in manifest.splits.values() for s in split.shards)
+    assert names == names_of_objects(store, store.uri("data"))
+    shards = [shard for _, shard in shards_below(store, store.uri("data"))]
+    assert manifest.bytes == sum(shard.bytes for shard in shards) and len(shards) == manifest.shard_count
+    assert all(shard.bytes <= 0.02 * 2**20 for shard in shards)
     store.fetch(store.uri("data"), tmp_path / "all")  # as any published set
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
@@ -90,7 +92,7 @@ def test_folder_tar_zip_and_prefix_give_the_same_shards(store, prepared, folder,
     manifests = {kind: prepared(source, at=kind, val_fraction=0.3) for kind, source in sources.items()}
     assert len({m.fingerprint for m in manifests.values()}) == 1
     # The names in the source are stored too, and the images of the tar are in a folder.
-    alike = [m.splits for kind, m in manifests.items() if kind != "tar"]
+    alike = [[shard for _, shard in shards_below(store, store.uri(kind))] for kind in sources if kind != "tar"]
     assert alike[0] == alike[1] == alike[2]
 
 
@@ -115,9 +117,9 @@ def test_other_images_or_settings_do_not_overwrite(prepared, folder, make):
 
 def test_leftovers_of_a_killed_attempt_are_removed(store, prepared, folder):
     store.put_bytes(store.uri("data/shards/train-000007.tar"), b"half")
-    manifest = prepared(folder)
+    prepared(folder)
     names = {stat.uri.removeprefix(store.uri("data/")) for stat in store.list(store.uri("data"))}
-    assert names == {*manifest.files, "manifest.json"}
+    assert names == names_of_objects(store, store.uri("data"))
 
 
 def test_splits_of_the_source_are_kept(store, prepared, tmp_path, make):
@@ -144,7 +146,7 @@ def test_images_without_a_class_beside_classes(store, prepared, folder, make):
 def test_an_exact_copy_of_a_training_image_is_not_held_out(store, prepared, tmp_path, make):
     files = {f"{i}.png": make.file(i % 10) for i in range(40)}
     manifest = prepared(make.folder(tmp_path / "x", files), val_fraction=0.5)
-    assert manifest.copies == 30
+    assert manifest.copies + manifest.dropped == 30 and manifest.copies and manifest.dropped
     contents = {s: {p.tobytes() for _, p in found.values()} for s, found in stored(store).items()}
     assert not contents["train"] & contents.get("val", set())
 
@@ -291,7 +293,7 @@ def test_the_seed_changes_nothing(store, folder, prepared):
 def test_few_images_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypatch):
     folder = make.folder(tmp_path / "x", {f"{i}.png": make.file(i) for i in range(120)})
     alive, peak = 0, 0
-    load, write = module._load, module._write
+    load, add = module.load, module._PartPreparation._add
 
     def counted_load(*arguments):
         nonlocal alive, peak
@@ -299,15 +301,15 @@ def test_few_images_are_in_memory_at_a_time(prepared, tmp_path, make, monkeypatc
         peak = max(peak, alive)
         return load(*arguments)
 
-    def counted_write(*arguments):
+    def counted_add(*arguments):
         nonlocal alive
         alive -= 1
-        write(*arguments)
+        add(*arguments)
 
-    monkeypatch.setattr(module, "_load", counted_load)
-    monkeypatch.setattr(module, "_write", counted_write)
+    monkeypatch.setattr(module, "load", counted_load)
+    monkeypatch.setattr(module._PartPreparation, "_add", counted_add)
     prepared(folder)
-    assert peak <= module._READ_AHEAD * max(module._REQUESTS, reading_threads()) + 1
+    assert peak <= module._READ_AHEAD * max(module.REQUESTS, reading_threads()) + 1
 
 
 @pytest.mark.parametrize("where", ["put_file", "put_if_absent"])

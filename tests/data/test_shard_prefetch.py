@@ -81,7 +81,7 @@ def test_training_finds_the_next_shards_in_the_cache(store, prepared, make, tmp_
     files = {f"{number}.png": make.file(make.pixels(number, 60, 60)) for number in range(60)}
     prepared(make.folder(tmp_path / "images", files), shard_mib=0.02, val_fraction=0.0)
     dataset = ShardDataset(store, store.uri("data"), "train", tmp_path / "cache")
-    assert len(dataset.shards) > 2 * AHEAD + 2
+    assert len(dataset.shard_sizes) > 2 * AHEAD + 2
     config = Config.load("demo", [f"training.workers={workers}", "training.batch_size=2"])
     batches = TrainLoader(dataset, config, seed=0).epoch(0)
     next(batches)

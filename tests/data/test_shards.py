@@ -44,7 +44,7 @@ def write(directory: Path, samples: list[Sample], max_bytes: int) -> tuple[Shard
 def test_samples_are_at_the_positions_of_the_index(tmp_path_factory, samples, max_bytes):
     directory = tmp_path_factory.mktemp("shards")
     writer, kept = write(directory, samples, max_bytes)
-    index = np.load(io.BytesIO(writer.index()))
+    index = writer.index()
     assert index.dtype == INDEX_DTYPE and len(index) == len(samples) == len(writer)
     for row, sample in zip(index, samples, strict=True):
         shard = kept[writer.shards[row["shard"]].name]
@@ -59,7 +59,7 @@ def test_samples_are_at_the_positions_of_the_index(tmp_path_factory, samples, ma
 def test_the_same_samples_give_the_same_bytes(tmp_path_factory, samples):
     first, kept = write(tmp_path_factory.mktemp("a"), samples, 20_480)
     second, again = write(tmp_path_factory.mktemp("b"), samples, 20_480)
-    assert kept == again and first.shards == second.shards and first.index() == second.index()
+    assert kept == again and first.shards == second.shards and np.array_equal(first.index(), second.index())
 
 
 def test_only_a_single_large_sample_exceeds_the_size_limit_of_a_shard(tmp_path):
@@ -82,12 +82,3 @@ def test_a_shard_is_a_plain_tar_with_webdataset_names(tmp_path):
         "000000001.png": b"b",
         "000000001.json": b'{"name": "y"}',
     }
-
-
-def test_a_split_is_labeled_if_every_sample_is(tmp_path):
-    def describe(*labels: int):
-        return write(tmp_path, [Sample(b"a", "png", label, "x") for label in labels], 1 << 20)[0].describe("i", 3)
-
-    assert describe(0, 2, 2).labeled and describe(0, 2, 2).per_class == [1, 0, 2]
-    assert not describe(0, -1).labeled and describe(0, -1).per_class == [1, 0, 0]
-    assert not describe().labeled and describe().samples == 0

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from prepared_data import shards_of
 
+from esvit_core.data.shards.format import read_part
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
@@ -23,7 +25,7 @@ def dataset(store, prepared, folder, tmp_path) -> ShardDataset:
 
 
 def test_samples_are_the_images_of_the_folder(dataset, make):
-    assert len(dataset) == 18 and len(dataset.shards) > 2 and sum(dataset.shard_sizes) == 18
+    assert len(dataset) == 18 and len(dataset.shard_sizes) > 2 and sum(dataset.shard_sizes) == 18
     names = [dataset.name(i) for i in range(18)]
     assert sorted(names) == sorted(make.labeled())
     for i, name in enumerate(names):
@@ -62,20 +64,22 @@ def test_a_damaged_cache_is_detected_and_downloaded_again(store, dataset, tmp_pa
 
 
 def test_a_damaged_shard_in_the_store_is_an_error_and_stays_out_of_the_cache(store, dataset, tmp_path):
-    uri = f"{store.uri('data')}/{dataset.shards[0].name}"
+    uri = f"{store.uri('data')}/{shards_of(dataset)[0].name}"
     data = bytearray(store.get_bytes(uri))
     data[600] ^= 1
     store.put_bytes(uri, bytes(data))
-    with pytest.raises(IntegrityError, match=r"train-000000-[0-9a-f]{16}\.tar: damaged"):
+    with pytest.raises(IntegrityError, match=r"train-00000-000-[0-9a-f]{16}\.tar: damaged"):
         dataset.image(0)
     assert not list((tmp_path / "cache").glob("*.tar"))
 
 
 def test_a_damaged_index_is_an_error(store, dataset):
-    index = Manifest.read(store, store.uri("data")).splits["train"].index
-    store.put_bytes(store.uri(f"data/{index}"), b"something else")
-    with pytest.raises(IntegrityError, match=f"{index}: damaged"):
-        ShardDataset(store, store.uri("data"), "train")
+    (reference,) = Manifest.read(store, store.uri("data")).parts
+    index = read_part(store, store.uri("data"), reference).index.name
+    for name in (index, reference.name):
+        store.put_bytes(store.uri(f"data/{name}"), b"something else")
+        with pytest.raises(IntegrityError, match=f"{name}: damaged"):
+            ShardDataset(store, store.uri("data"), "train").image(0)
 
 
 def test_missing_data_and_splits_are_errors(store, dataset):
@@ -119,7 +123,7 @@ def test_processes_share_a_cache(store, dataset, tmp_path, method):
         assert process.exitcode == 0
     assert sums[0] == sums[1] == [int(dataset.image(i).sum()) for i in range(18)]
     left = {path.suffix for path in (tmp_path / "cache").iterdir()}
-    assert left == {".tar", ".lock"} and len(list((tmp_path / "cache").glob("*.tar"))) == len(dataset.shards)
+    assert left == {".tar", ".lock"} and len(list((tmp_path / "cache").glob("*.tar"))) == len(dataset.shard_sizes)
 
 
 def test_a_cached_shard_is_not_downloaded_again(store, dataset, tmp_path, monkeypatch):

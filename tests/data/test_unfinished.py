@@ -9,10 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from prepared_data import names_of_objects
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest import fingerprint
-from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest import prepare as prepare_module
+from esvit_core.data.ingest import prepare_part as module
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.data.shards.reader import ShardDataset
@@ -34,9 +36,9 @@ def run(store, source, monkeypatch):
 
     def prepared(at: str, config: DataConfig = CONFIG, base: str | None = None) -> tuple[Manifest, list[str]]:
         read: list[str] = []
-        load = module._load
+        load = module.load
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
+            patch.setattr(module, "load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
             manifest = prepare(str(source), store, store.uri(at), config, base=base and store.uri(base))
         return manifest, sorted(read)
 
@@ -50,7 +52,7 @@ def names_below(store, at: str) -> set[str]:
 def require_whole(store, at: str, tmp_path: Path) -> Manifest:
     """Check that exactly the objects of the manifest exist, and that they are valid."""
     manifest = Manifest.read(store, store.uri(at))
-    assert names_below(store, at) == {*manifest.files, "manifest.json"}
+    assert names_below(store, at) == names_of_objects(store, store.uri(at))
     store.fetch(store.uri(at), tmp_path / f"all of {at}")
     for split in manifest.splits:
         dataset = ShardDataset(store, store.uri(at), split)
@@ -60,14 +62,14 @@ def require_whole(store, at: str, tmp_path: Path) -> Manifest:
 
 def while_reading(monkeypatch, what) -> None:
     """Call ``what`` once, when the next preparation reads its first file."""
-    load, begun = module._load, threading.Lock()
+    load, begun = module.load, threading.Lock()
 
     def loads(*arguments):
         if begun.acquire(blocking=False):
             what()
         return load(*arguments)
 
-    monkeypatch.setattr(module, "_load", loads)
+    monkeypatch.setattr(module, "load", loads)
 
 
 def test_data_finished_by_another_preparation_survive_an_interrupted_one(store, source, run, tmp_path, monkeypatch):
@@ -153,20 +155,20 @@ def recorded(store, at: str) -> int:
 
 def test_a_preparation_resumes_wherever_it_was_killed(store, source, run, tmp_path):
     undisturbed, all_files = run("undisturbed")
-    shards = [shard for split in undisturbed.splits.values() for shard in split.shards]
-    assert len(shards) >= 5 and len(all_files) == 20
-    puts = (
-        2 * len(shards) + len(undisturbed.splits) + 4
-    )  # shards with their records; indexes, two lists, statistics, the manifest
+    shards, parts = undisturbed.shard_count, len(list(undisturbed.parts))
+    assert shards >= 5 and len(all_files) == 20
+    # Shards with their records; of each part the index, the listing, the record and the part; two lists, statistics, manifest.
+    puts = 2 * shards + 4 * parts + 4
     assert kill_at_put(store, source, "whole", puts + 1) == 0
     for number in range(1, puts + 1):
         at = f"killed{number}"
         assert kill_at_put(store, source, at, number) == -signal.SIGKILL
         kept = recorded(store, at)
         manifest, read = run(at)
-        assert manifest == undisturbed and names_below(store, at) == {*manifest.files, "manifest.json"}
+        assert manifest == undisturbed
+        assert names_below(store, at) == names_of_objects(store, store.uri(at))
         # Only the files of shards that were not stored are read again.
-        assert len(read) <= 20 - kept and (kept < len(shards) or read == [])
+        assert len(read) <= 20 - kept and (kept < shards or read == [])
     require_whole(store, "killed6", tmp_path)
 
 
@@ -177,11 +179,11 @@ def test_stored_shards_are_not_stored_again(store, source, run, monkeypatch):
     stored: list[str] = []
     put = ObjectStore.put_file
     monkeypatch.setattr(
-        ObjectStore, "put_file", lambda self, uri, path, **k: (stored.append(uri), put(self, uri, path))[1]
+        ObjectStore, "put_file", lambda self, uri, path, **k: (stored.append(uri), put(self, uri, path, **k))[1]
     )
     manifest, _ = run("data")
     assert not {store.uri(f"data/{name}") for name in arrived} & {*stored}
-    assert len(stored) + len(arrived) == sum(len(split.shards) for split in manifest.splits.values())
+    assert sum("/shards/" in uri for uri in stored) + len(arrived) == manifest.shard_count
 
 
 def test_an_incremental_preparation_resumes(store, source, run, make, tmp_path):
@@ -240,14 +242,14 @@ def test_a_damaged_record_or_a_missing_shard_is_done_again(store, source, run, d
 
 
 def test_shards_removed_meanwhile_are_an_error(store, source, monkeypatch):
-    build = module.build_manifest
+    merge = prepare_module.merge_parts
 
-    def pruned(job, fingerprint):
-        made = build(job, fingerprint)
-        store.remove(store.uri(f"data/{made.splits['train'].shards[0].name}"))
-        return made
+    def pruned(job, parts, fingerprint):
+        merged = merge(job, parts, fingerprint)
+        store.remove(store.uri(f"data/{next(name for name in merged.objects if name.startswith('shards/'))}"))
+        return merged
 
-    monkeypatch.setattr(module, "build_manifest", pruned)
+    monkeypatch.setattr(prepare_module, "merge_parts", pruned)
     with pytest.raises(InfrastructureError, match="removed while the data were being prepared"):
         prepare(str(source), store, store.uri("data"), CONFIG)
     assert not store.exists(store.uri("data/manifest.json"))

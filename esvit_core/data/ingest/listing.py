@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from esvit_core.data.ingest.archives import FileReadError, Source
 from esvit_core.data.ingest.entries import Entry
@@ -38,6 +39,7 @@ class File:
             ``skipped``: not chosen, or outside the folders that are used; ``ignored``: by its content another kind of
             file; ``duplicate``: left out because of another image; None: not decided yet.
         digest: of the content, 32 hexadecimal digits; empty if the file was not read.
+        stored: digest of the image as it is stored; empty: its content is that of the file.
         reason: why it was not stored.
         odd: what a user should know about the image, see :class:`~esvit_core.data.ingest.decode.StoredImage`, in words.
         width, height, mode, color, look: of a stored image, see :class:`~esvit_core.data.ingest.image_facts.ImageFacts`.
@@ -48,6 +50,7 @@ class File:
     stamp: str
     status: FileStatus | None = None
     digest: str = ""
+    stored: str = ""
     reason: str = ""
     odd: str = ""
     width: int = 0
@@ -197,16 +200,21 @@ def compare(before: Iterable[File], now: Iterable[File]) -> Difference:
 
 def encode_listing(files: Iterable[File]) -> bytes:
     """Encode a listing as an object's content; the same files give the same bytes."""
-    lines = (
-        "".join(
-            (json.dumps({k: v for k, v in asdict(f).items() if v not in (None, "") and (k, v) not in _UNKNOWN}), "\n")
-        )
-        for f in files
-    )
-    return gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0)
+    content = io.BytesIO()
+    write_listing(files, content)
+    return content.getvalue()
+
+
+def write_listing(files: Iterable[File], output: BinaryIO) -> None:
+    """Write what :func:`encode_listing` returns, without holding it in memory."""
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=output, mtime=0) as compressed:
+        for file in files:
+            values = {k: v for k, v in asdict(file).items() if v not in (None, "") and (k, v) not in _UNKNOWN}
+            compressed.write(json.dumps(values).encode() + b"\n")
 
 
 def decode_listing(data: bytes) -> Iterator[File]:
     """Decode the files of a listing."""
-    for line in gzip.decompress(data).decode().splitlines():
-        yield File(**{"stamp": "", **json.loads(line)})
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as lines:
+        for line in lines:
+            yield File(**{"stamp": "", **json.loads(line)})

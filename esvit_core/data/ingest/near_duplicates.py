@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -17,75 +16,75 @@ _MOST = (
 )
 
 
-class SeenImages:
-    """The images that a preparation has stored, to recognize duplicates among the next ones.
-
-    Args:
-        near: whether images that look alike count as duplicates.
-    """
-
-    def __init__(self, near: bool) -> None:
-        self._near = near
-        self._names: dict[str, str] = {}
-        self._looks: list[dict[int, list[tuple[int, str]]]] = [defaultdict(list) for _ in range(_CHUNKS)]
-
-    def find(self, digest: str, look: str) -> str | None:
-        """Return the name of an earlier image of which this one is a duplicate; None if there is none.
-
-        Args:
-            digest: of the file's content.
-            look: perceptual hash; empty if there is none.
-        """
-        if digest in self._names:
-            return self._names[digest]
-        if not (self._near and look):
-            return None
-        value = int(look, 16)
-        found = [
-            (name, (other ^ value).bit_count())
-            for table, quarter in zip(self._looks, _quarters(value), strict=True)
-            for other, name in table.get(quarter, ())
-            if (other ^ value).bit_count() <= DISTANCE
-        ]
-        return min(found, key=lambda each: (each[1], each[0]))[0] if found else None
-
-    def add(self, name: str, digest: str, look: str) -> None:
-        """Remember an image that was stored."""
-        self._names.setdefault(digest, name)
-        if self._near and look:
-            value = int(look, 16)
-            for table, quarter in zip(self._looks, _quarters(value), strict=True):
-                table[quarter].append((value, name))
-
-
-def group_alike(looks: Sequence[str]) -> list[list[int]]:
+def group_alike(looks: np.ndarray) -> list[list[int]]:
     """Group the images that look alike; images that are alike through others are in one group.
 
     Args:
-        looks: perceptual hash of each image; empty if there is none.
+        looks: perceptual hash of each image, (N,) uint64; 0: there is none.
 
     Returns:
         The numbers of the images of each group of at least two, ascending.
     """
-    by_look: dict[int, list[int]] = defaultdict(list)
-    for number, look in enumerate(looks):
-        if look:
-            by_look[int(look, 16)].append(number)
-    values = np.array(sorted(by_look), dtype=np.uint64)
-    parent = list(range(len(values)))
+    values, value_of = np.unique(looks, return_inverse=True)
+    parent = np.arange(len(values))
 
     def root(i: int) -> int:
         while parent[i] != i:
             parent[i] = parent[parent[i]]
-            i = parent[i]
+            i = int(parent[i])
         return i
 
-    for one, other in _close_pairs(values):
-        parent[max(root(one), root(other))] = min(root(one), root(other))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, value in enumerate(values.tolist()):
-        groups[root(i)] += by_look[value]
-    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+    for one, other in _close_pairs(values[values > 0]):
+        first = int(values[0] == 0)  # number of the first value that is a hash
+        parent[max(root(one + first), root(other + first))] = min(root(one + first), root(other + first))
+    roots = np.array([root(i) for i in range(len(values))], dtype=np.int64)
+    return [group for group in equal_groups(roots[value_of]) if looks[group[0]]]
+
+
+def equal_groups(keys: np.ndarray) -> list[list[int]]:
+    """Return the positions of each value that occurs at least twice, ascending, in the order of their first ones."""
+    order = np.argsort(keys, kind="stable")
+    ends = np.flatnonzero(np.diff(keys[order])) + 1
+    bounds = zip([0, *ends.tolist()], [*ends.tolist(), len(keys)], strict=True)
+    return sorted(order[start:end].tolist() for start, end in bounds if end - start > 1)
+
+
+def find_superfluous(digests: np.ndarray, looks: np.ndarray, splits: np.ndarray, drop: str, apart: bool) -> np.ndarray:
+    """Decide which images are left out because of an earlier one.
+
+    Args:
+        digests: first 64 bits of the digest of each image's file, (N,) uint64.
+        looks: perceptual hashes, (N,) uint64; 0: there is none.
+        splits: number of the split of each image, (N,).
+        drop: ``none``, ``exact`` or ``near``, see ``data.drop_duplicates``.
+        apart: whether a copy of an image of another split is left out in any case.
+
+    Returns:
+        For each image the number of the one that it is a duplicate of, (N,) int64; -1: it is kept.
+    """
+    _, first, value_of = np.unique(digests, return_index=True, return_inverse=True)
+    original = first[value_of]
+    copies = original != np.arange(len(digests))
+    if drop == "none":
+        copies &= apart & (splits[original] != splits)
+    duplicate_of = np.where(copies, original, -1)
+    if drop == "near":
+        kept = np.flatnonzero(duplicate_of < 0)
+        for group in group_alike(looks[kept]):
+            for one, other in _alike_earlier(kept[group], looks):
+                duplicate_of[one] = other
+    return duplicate_of
+
+
+def _alike_earlier(group: np.ndarray, looks: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the images of a group that look like one that is kept, with the most similar one."""
+    kept = [int(group[0])]
+    for image in group[1:].tolist():
+        distances = np.bitwise_count(looks[kept] ^ looks[image])
+        if distances.min() <= DISTANCE:
+            yield image, kept[int(distances.argmin())]
+        else:
+            kept.append(image)
 
 
 def _close_pairs(values: np.ndarray) -> Iterable[tuple[int, int]]:
@@ -100,7 +99,3 @@ def _close_pairs(values: np.ndarray) -> Iterable[tuple[int, int]]:
                 distances = np.bitwise_count(values[members][:, None] ^ values[members][None, :])
                 for i, j in np.argwhere(np.triu(distances <= DISTANCE, 1)).tolist():
                     yield int(members[i]), int(members[j])
-
-
-def _quarters(value: int) -> list[int]:
-    return [(value >> (_BITS * chunk)) & (2**_BITS - 1) for chunk in range(_CHUNKS)]

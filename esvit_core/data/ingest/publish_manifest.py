@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from esvit_core.data.shards.manifest import MANIFEST, Manifest
+from esvit_core.data.shards.format import stored_objects
+from esvit_core.data.shards.manifest import MANIFEST, Manifest, StoredFile
 from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.storage import NotFound, ObjectStore, StoreError, join_uri
 
@@ -38,7 +39,13 @@ def objects_below(store: ObjectStore, destination: str) -> dict[str, int]:
     return {stat.uri[start:]: stat.size for stat in store.list(destination)}
 
 
-def publish_data(store: ObjectStore, destination: str, manifest: Manifest, written: Collection[str]) -> Manifest:
+def publish_data(
+    store: ObjectStore,
+    destination: str,
+    manifest: Manifest,
+    objects: Mapping[str, StoredFile],
+    written: Collection[str],
+) -> Manifest:
     """Publish prepared data, or adopt the data of another preparation that was published first.
 
     Objects that no manifest needs are removed: by the preparation that published its manifest, everything that others left
@@ -48,38 +55,39 @@ def publish_data(store: ObjectStore, destination: str, manifest: Manifest, writt
         store: store of the data.
         destination: folder of the data.
         manifest: describes the stored objects.
+        objects: all objects that it needs, by name.
         written: names of the objects that this preparation stored.
 
     Returns:
         The manifest that is now published.
 
     Raises:
-        InfrastructureError: an object that the manifest names is missing.
+        InfrastructureError: an object that the manifest needs is missing.
         UserError: data of different content were published first.
     """
     there = objects_below(store, destination)
     if MANIFEST in there:
         return _adopt(store, destination, manifest, written)
-    for name, file in manifest.files.items():
+    for name, file in objects.items():
         if there.get(name) != file.bytes:
             raise InfrastructureError(
                 f"{join_uri(destination, name)}: removed while the data were being prepared; prepare them again"
             )
     if not manifest.publish(store, destination):
         return _adopt(store, destination, manifest, written)
-    _remove(store, destination, there.keys() - manifest.files.keys())
+    remove_objects(store, destination, there.keys() - objects.keys())
     return manifest
 
 
 def _adopt(store: ObjectStore, destination: str, manifest: Manifest, written: Collection[str]) -> Manifest:
     present = Manifest.read(store, destination)
-    _remove(store, destination, {*written} - present.files.keys())
+    remove_objects(store, destination, {*written} - stored_objects(store, destination, present).keys())
     find_data(store, destination, manifest.source_fingerprint, manifest.settings)
     print("prepare: another preparation of the same content finished first; using its data", flush=True)
     return present
 
 
-def _remove(store: ObjectStore, destination: str, names: Collection[str]) -> None:
+def remove_objects(store: ObjectStore, destination: str, names: Collection[str]) -> None:
     """Remove objects that no manifest needs; if that fails they stay until the run is removed."""
     with contextlib.suppress(StoreError):
         store.remove_all([join_uri(destination, name) for name in sorted(names)])

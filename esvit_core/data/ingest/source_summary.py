@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,19 +86,28 @@ _ODD = {
 _FEW = 0.01  # images that are nearly black or white are mentioned from this share on
 
 
-def describe_odd_images(files: Iterable[File]) -> list[str]:
-    """Describe in lines what was lost or looks wrong in the stored images, with examples."""
-    stored = 0
-    found: dict[str, list[str]] = defaultdict(list)
-    for file in files:
-        stored += file.split is not None
+class OddImages:
+    """Counts what was lost or looks wrong in the stored images."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = defaultdict(list)  # the first ones
+
+    def add(self, file: File) -> None:
+        """Add an image."""
+        self._images += 1
         for word in file.odd.split():
-            found[word].append(file.name)
-    return [
-        f"odd: {len(names):,} of {stored:,} images {text} ({_names(sorted(names))})"
-        for word, text in _ODD.items()
-        if (names := found[word]) and (word not in ("dark", "bright") or len(names) >= _FEW * stored)
-    ]
+            self._counts[word] += 1
+            self._names[word] = heapq.nsmallest(_SHOWN, [*self._names[word], file.name])
+
+    def lines(self) -> list[str]:
+        """Describe them in lines, with examples."""
+        return [
+            f"odd: {count:,} of {self._images:,} images {text} ({', '.join(self._names[word])}{', ...' * (count > _SHOWN)})"
+            for word, text in _ODD.items()
+            if (count := self._counts[word]) and (word not in ("dark", "bright") or count >= _FEW * self._images)
+        ]
 
 
 def _examples(counts: Counts) -> str:

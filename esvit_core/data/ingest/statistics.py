@@ -2,64 +2,93 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+import itertools
+from bisect import bisect
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from esvit_core.data.ingest.image_facts import can_compare_looks
 from esvit_core.data.ingest.listing import File
-from esvit_core.data.ingest.near_duplicates import group_alike
+from esvit_core.data.ingest.near_duplicates import equal_groups, group_alike
 
 _EXAMPLES = 5  # groups of duplicates that are listed
 _SHOWN = 4  # images of each
 _WITHOUT_LOOKS = "the package imagehash is not installed (the extra esvit[duplicates])"
 
 
-def image_statistics(files: Iterable[File], per_class: Sequence[int]) -> dict[str, Any]:
-    """Return the statistics of the stored images, as JSON values.
+class ImageStatistics:
+    """Collects the statistics of the stored images; of single images it holds only what duplicates are found from.
 
     Args:
-        files: all files with their status; those of a split in the order of their numbers.
-        per_class: number of training images of each class.
-
-    Returns:
-        ``images``; ``width``, ``height`` and ``aspect`` (width / height), each with minimum, median and maximum; ``modes``, a
-        count for each; ``color``, the mean red, green and blue; ``per_class`` with minimum, median and maximum;
-        ``duplicates`` and ``near_duplicates`` with groups, images and examples; ``overlap``: how many held-out images equal or
-        look like a training image, with examples.
+        digests: first 64 bits of the digest of each image's file, (N,) uint64.
+        looks: perceptual hashes, (N,) uint64; 0: there is none.
+        held_out: whether each image is held out, (N,) bool.
     """
-    stored = [file for file in files if file.split]
-    numbers = _numbers(stored)
-    described = [file for file in stored if file.width]
-    exact = _groups_of(file.digest for file in stored)
-    near = group_alike([file.look for file in stored])
-    # Copies look alike, too: a group of copies only is no group of near duplicates.
-    near = [group for group in near if len({stored[i].digest for i in group}) > 1]
-    colors = np.array([[int(f.color[i : i + 2], 16) for i in (0, 2, 4)] for f in described] or [[0, 0, 0]])
 
-    def examples(groups: list[list[int]]) -> list[list[dict[str, Any]]]:
-        return [
-            [{"name": stored[i].name, "split": stored[i].split, "number": numbers[i]} for i in group[:_SHOWN]]
-            for group in groups[:_EXAMPLES]
-        ]
+    def __init__(self, digests: np.ndarray, looks: np.ndarray, held_out: np.ndarray) -> None:
+        self._exact = equal_groups(digests)
+        # Copies look alike, too: a group of copies only is no group of near duplicates.
+        self._near = [group for group in group_alike(looks) if len(np.unique(digests[group])) > 1]
+        self._overlap, self._pairs = _overlap(held_out, self._exact, self._near)
+        shown = (*self._exact[:_EXAMPLES], *self._near[:_EXAMPLES], *self._pairs[:_EXAMPLES])
+        self._examples: dict[int, dict[str, Any]] = {i: {} for group in shown for i in group[:_SHOWN]}
+        self._images = 0
+        self._widths, self._heights, self._aspects, self._modes = (
+            Counter[int](),
+            Counter[int](),
+            Counter[float](),
+            Counter[str](),
+        )
+        self._numbers, self._color = Counter[str](), np.zeros(3, np.int64)
 
-    def summary(groups: list[list[int]]) -> dict[str, Any]:
-        return {"groups": len(groups), "images": sum(map(len, groups)), "examples": examples(groups)}
+    def add(self, file: File) -> None:
+        """Add the next image."""
+        if self._images in self._examples:
+            number = self._numbers[str(file.split)]
+            self._examples[self._images] = {"name": file.name, "split": file.split, "number": number}
+        self._images += 1
+        self._numbers[str(file.split)] += 1
+        if file.width:
+            self._widths[file.width] += 1
+            self._heights[file.height] += 1
+            self._aspects[round(file.width / file.height, 3)] += 1
+            self._modes[file.mode] += 1
+            self._color += [int(file.color[i : i + 2], 16) for i in (0, 2, 4)]
 
-    return {
-        "images": len(stored),
-        "width": _span([file.width for file in described]),
-        "height": _span([file.height for file in described]),
-        "aspect": _span([round(file.width / file.height, 3) for file in described]),
-        "modes": dict(Counter(file.mode for file in described).most_common()),
-        "color": colors.mean(0).round(1).tolist() if described else None,
-        "per_class": _span([count for count in per_class if count]),
-        "duplicates": summary(exact),
-        "near_duplicates": summary(near) if can_compare_looks() else {"left_out": _WITHOUT_LOOKS},
-        "overlap": _overlap(stored, exact, near, examples),
-    }
+    def result(self, per_class: Sequence[int]) -> dict[str, Any]:
+        """Return the statistics as JSON values.
+
+        Args:
+            per_class: number of training images of each class.
+
+        Returns:
+            ``images``; ``width``, ``height`` and ``aspect`` (width / height), each with minimum, median and maximum;
+            ``modes``, a count for each; ``color``, the mean red, green and blue; ``per_class`` with minimum, median and
+            maximum; ``duplicates`` and ``near_duplicates`` with groups, images and examples; ``overlap``: how many held-out
+            images equal or look like a training image, with examples.
+        """
+        described = self._modes.total()
+        return {
+            "images": self._images,
+            "width": _span(self._widths),
+            "height": _span(self._heights),
+            "aspect": _span(self._aspects),
+            "modes": dict(self._modes.most_common()),
+            "color": (self._color / described).round(1).tolist() if described else None,
+            "per_class": _span(Counter(count for count in per_class if count)),
+            "duplicates": self._summary(self._exact),
+            "near_duplicates": self._summary(self._near) if can_compare_looks() else {"left_out": _WITHOUT_LOOKS},
+            "overlap": {**self._overlap, "examples": self._shown(self._pairs)},
+        }
+
+    def _summary(self, groups: list[list[int]]) -> dict[str, Any]:
+        return {"groups": len(groups), "images": sum(map(len, groups)), "examples": self._shown(groups)}
+
+    def _shown(self, groups: list[list[int]]) -> list[list[dict[str, Any]]]:
+        return [[self._examples[i] for i in group[:_SHOWN]] for group in groups[:_EXAMPLES]]
 
 
 def describe_statistics(found: dict[str, Any]) -> list[str]:
@@ -83,43 +112,28 @@ def describe_statistics(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _overlap(stored: list[File], exact: list[list[int]], near: list[list[int]], examples: Any) -> dict[str, Any]:
-    """Count the held-out images that are identical to a training image or look like one."""
+def _overlap(
+    held_out: np.ndarray, exact: list[list[int]], near: list[list[int]]
+) -> tuple[dict[str, int], list[list[int]]]:
+    """Count the held-out images that are identical to a training image or look like one; also return pairs of them."""
     counted: set[int] = set()
     counts = {}
     pairs: list[list[int]] = []
     for word, groups in (("identical", exact), ("alike", near)):
         before = len(counted)
         for group in groups:
-            train = [i for i in group if stored[i].split == "train"]
-            held_out = [i for i in group if stored[i].split != "train" and i not in counted]
-            if train and held_out:
-                counted.update(held_out)
-                pairs.append([held_out[0], train[0]])
+            train = [i for i in group if not held_out[i]]
+            apart = [i for i in group if held_out[i] and i not in counted]
+            if train and apart:
+                counted.update(apart)
+                pairs.append([apart[0], train[0]])
         counts[word] = len(counted) - before
-    return {**counts, "examples": examples(pairs)}
+    return counts, pairs
 
 
-def _numbers(stored: list[File]) -> list[int]:
-    """Return the number of each image in its split."""
-    counts: Counter[str] = Counter()
-    numbers = []
-    for file in stored:
-        numbers.append(counts[str(file.split)])
-        counts[str(file.split)] += 1
-    return numbers
-
-
-def _groups_of(keys: Iterable[str]) -> list[list[int]]:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, key in enumerate(keys):
-        if key:
-            groups[key].append(number)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _span(values: Sequence[float]) -> dict[str, float] | None:
+def _span(values: Counter[Any]) -> dict[str, float] | None:
     if not values:
         return None
     ordered = sorted(values)
-    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
+    middle = bisect(list(itertools.accumulate(values[value] for value in ordered)), values.total() // 2)
+    return {"min": ordered[0], "median": ordered[middle], "max": ordered[-1]}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from esvit_core.data.shards.manifest import Shard
+from esvit_core.data.shards.manifest import StoredFile
 from esvit_core.errors import UserError
 from esvit_core.private_folders import private_folder
 from esvit_core.storage import IntegrityError, ObjectStore, StoreFull
@@ -95,7 +95,7 @@ class ShardCache:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    def read(self, uri: str, shard: Shard, offset: int, length: int) -> bytes:
+    def read(self, uri: str, shard: StoredFile, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the shard, starting at ``offset``.
 
         Raises:
@@ -117,7 +117,7 @@ class ShardCache:
             )
         return data
 
-    def fetch(self, uri: str, shard: Shard) -> None:
+    def fetch(self, uri: str, shard: StoredFile) -> None:
         """Download a shard that will be needed, if it is not there; for a thread beside the one that reads.
 
         Raises:
@@ -126,7 +126,7 @@ class ShardCache:
         with self._verified(uri, shard):
             pass
 
-    def _add(self, uri: str, shard: Shard) -> int:
+    def _add(self, uri: str, shard: StoredFile) -> int:
         with self._verified(uri, shard) as path:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # marks the shard as in use while it is open
@@ -135,7 +135,7 @@ class ShardCache:
         return descriptor
 
     @contextlib.contextmanager
-    def _verified(self, uri: str, shard: Shard) -> Iterator[Path]:
+    def _verified(self, uri: str, shard: StoredFile) -> Iterator[Path]:
         """Hold the lock of a shard whose file is there, verified, and the most recently used one."""
         path = self._directory / f"{shard.sha256}.tar"
         try:
@@ -158,7 +158,7 @@ class ShardCache:
                 f"set {CACHE_VARIABLE} to a writable directory"
             ) from None
 
-    def _download(self, uri: str, shard: Shard, path: Path) -> None:
+    def _download(self, uri: str, shard: StoredFile, path: Path) -> None:
         path.unlink(missing_ok=True)  # an existing file is damaged
         self._make_room(shard.bytes)
         try:
@@ -266,7 +266,7 @@ def _record(lock: TextIO, path: Path) -> None:
     lock.write(_stamp(path))
 
 
-def _is_recorded(lock: TextIO, path: Path, shard: Shard) -> bool:
+def _is_recorded(lock: TextIO, path: Path, shard: StoredFile) -> bool:
     """Return whether the shard was verified and its file is the same since."""
     lock.seek(0)
     try:
@@ -275,7 +275,7 @@ def _is_recorded(lock: TextIO, path: Path, shard: Shard) -> bool:
         return False
 
 
-def _is_valid(path: Path, shard: Shard) -> bool:
+def _is_valid(path: Path, shard: StoredFile) -> bool:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != shard.bytes:

@@ -1,8 +1,8 @@
 """Shards: tar files of samples in WebDataset's naming, and an index with the position of each image in them.
 
 A sample consists of ``<key>.jpg`` or ``<key>.png``, ``<key>.cls`` (the label, if there is one) and ``<key>.json``
-(``{"name": path in the source}``); the key is the sample's number with nine digits. The bytes of a shard depend only on
-its samples.
+(``{"name": path in the source}``); the key consists of five digits for the part of the split and four for the sample's number
+in the part. The bytes of a shard depend only on its samples and its part.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from esvit_core.data.shards.manifest import Manifest, Shard, Split, content_addressed_name
+from esvit_core.data.shards.manifest import Manifest, Part, PartReference, Shard, StoredFile, content_addressed_name
 from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
 # One row per sample. Offsets are those of a file's content in its shard.
@@ -52,29 +52,23 @@ class Sample:
 
 
 class ShardWriter:
-    """Writes the samples of one split, one shard at a time.
+    """Writes the samples of one part, one shard at a time.
 
     Args:
-        split: first part of the shards' names.
+        name: first part of the shards' names.
         directory: local folder for the shards.
         max_bytes: upper bound of a shard's size; a larger sample gets a shard of its own.
         on_shard: called with each finished shard and its file, which then belongs to the caller.
-        shards, rows: samples of earlier data, which precede the added ones.
+        key: first digits of the samples' keys.
     """
 
     def __init__(
-        self,
-        split: str,
-        directory: Path,
-        max_bytes: int,
-        on_shard: Callable[[Shard, Path], None],
-        shards: Sequence[Shard] = (),
-        rows: Iterable[tuple[int, ...]] = (),
+        self, name: str, directory: Path, max_bytes: int, on_shard: Callable[[Shard, Path], None], key: str = "00000"
     ) -> None:
-        self.split = split
-        self.shards = list(shards)
+        self.shards: list[Shard] = []
+        self._name, self._key = name, key
         self._directory, self._max_bytes, self._on_shard = directory, max_bytes, on_shard
-        self._rows = list(rows)
+        self._rows: list[tuple[int, ...]] = []
         self._tar: tarfile.TarFile | None = None
         self._in_shard = 0
 
@@ -84,7 +78,7 @@ class ShardWriter:
     def add(self, sample: Sample) -> int:
         """Append a sample and return its number."""
         number = len(self._rows)
-        files = _files(number, sample)
+        files = _files(f"{self._key}{number:04d}", sample)
         needed = sum(_BLOCK + _padded(len(data), _BLOCK) for _, data in files)
         if self._tar is not None and _padded(self._tar.offset + needed + 2 * _BLOCK, _RECORD) > self._max_bytes:
             self._finish_shard()
@@ -104,7 +98,7 @@ class ShardWriter:
         """Row of the index for the last added sample, without the number of its shard."""
         return self._rows[-1][1:]
 
-    def restore(self, row: tuple[int, ...], ends: Shard | None) -> None:
+    def restore(self, row: tuple[int, ...], completed_shard: Shard | None) -> None:
         """Append a sample of a shard that was finished earlier.
 
         Args:
@@ -117,38 +111,20 @@ class ShardWriter:
         if self._tar is not None:
             raise ValueError("a finished shard cannot follow one that is being written")
         self._rows.append((len(self.shards), *row))
-        if ends is not None:
-            self.shards.append(ends)
+        if completed_shard is not None:
+            self.shards.append(completed_shard)
 
     def close(self) -> None:
         """Finish the last shard."""
         if self._tar is not None:
             self._finish_shard()
 
-    def index(self) -> bytes:
-        """Return the index as the content of a ``.npy`` file."""
-        file = io.BytesIO()
-        np.save(file, np.array(self._rows, dtype=INDEX_DTYPE))
-        return file.getvalue()
-
-    def describe(self, index: str, classes: int) -> Split:
-        """Return the manifest's entry for the split.
-
-        Args:
-            index: name of the object that contains the index.
-            classes: number of classes.
-        """
-        labels = np.array([row[1] for row in self._rows], dtype=np.int64)
-        return Split(
-            samples=len(labels),
-            labeled=bool(len(labels)) and bool((labels >= 0).all()),
-            shards=self.shards,
-            index=index,
-            per_class=np.bincount(labels[labels >= 0], minlength=classes).tolist(),
-        )
+    def index(self) -> np.ndarray:
+        """Return the index of the samples, (N,) of :data:`INDEX_DTYPE`."""
+        return np.array(self._rows, dtype=INDEX_DTYPE)
 
     def _begin_shard(self) -> tarfile.TarFile:
-        self._path = self._directory / f"{self.split}-{len(self.shards):06d}.tar"
+        self._path = self._directory / f"{self._name}-{len(self.shards):03d}.tar"
         self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         return self._tar
 
@@ -165,34 +141,74 @@ class ShardWriter:
         self._on_shard(shard, self._path)
 
 
-def read_array(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
-    """Read the array ``name`` of the prepared data at ``prefix`` and check it against the manifest.
+def encode_array(array: np.ndarray) -> bytes:
+    """Return the content of a ``.npy`` file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def read_object(store: ObjectStore, folder: str, name: str, expected: StoredFile) -> bytes:
+    """Read an object of prepared data.
+
+    Args:
+        folder: folder of the data.
+        name: name of the object below it.
+        expected: its size and digest.
 
     Raises:
-        IntegrityError: the object differs from the manifest.
+        IntegrityError: the object differs from what is expected.
     """
-    uri = join_uri(prefix, name)
+    uri = join_uri(folder, name)
     data = store.get_bytes(uri)
-    if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-        raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
-    found: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return found
+    require_intact(uri, data, expected)
+    return data
 
 
-def read_index(store: ObjectStore, prefix: str, name: str, manifest: Manifest) -> np.ndarray:
-    """Read the index ``name`` of the prepared data at ``prefix`` and check it against the manifest.
+def require_intact(uri: str, data: bytes, expected: StoredFile) -> None:
+    """Raise an error if the content of an object is not the expected one.
 
     Raises:
-        IntegrityError: the object differs from the manifest, or is not an index.
+        IntegrityError: its digest differs.
     """
-    index = read_array(store, prefix, name, manifest)
+    if hashlib.sha256(data).hexdigest() != expected.sha256:
+        raise IntegrityError(f"{uri}: damaged, its SHA-256 differs from the manifest's; prepare the data again")
+
+
+def read_part(store: ObjectStore, prefix: str, reference: PartReference) -> Part:
+    """Read a part of the data at ``prefix``.
+
+    Raises:
+        IntegrityError: the object is damaged.
+    """
+    uri = reference.address(prefix)
+    data = store.get_bytes(uri)
+    require_intact(uri, data, reference)
+    return Part.model_validate_json(data)
+
+
+def stored_objects(store: ObjectStore, prefix: str, manifest: Manifest) -> dict[str, StoredFile]:
+    """Return all objects below the folder of prepared data that its manifest and parts name, by name."""
+    objects: dict[str, StoredFile] = dict(manifest.files)
+    for reference in manifest.parts:
+        if not reference.is_external:
+            objects |= {**read_part(store, prefix, reference).objects(), reference.name: reference}
+    return objects
+
+
+def decode_index(uri: str, data: bytes) -> np.ndarray:
+    """Decode the index of a part, (N,) of :data:`INDEX_DTYPE`.
+
+    Raises:
+        IntegrityError: the object is not an index.
+    """
+    index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     if index.dtype != INDEX_DTYPE:
-        raise IntegrityError(f"{join_uri(prefix, name)}: not an index of shards; prepare the data again")
+        raise IntegrityError(f"{uri}: not an index of shards; prepare the data again")
     return index
 
 
-def _files(number: int, sample: Sample) -> list[tuple[str, bytes]]:
-    key = f"{number:09d}"
+def _files(key: str, sample: Sample) -> list[tuple[str, bytes]]:
     files = [(f"{key}.{sample.suffix}", sample.data)]
     if sample.label >= 0:
         files.append((f"{key}.cls", str(sample.label).encode()))

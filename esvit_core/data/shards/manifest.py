@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +14,7 @@ from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.uri import SCHEME
 
 MANIFEST = "manifest.json"
+PARTS = "parts"  # folder of the parts below that of the manifest
 FORMAT: Literal["esvit-data/1"] = "esvit-data/1"
 
 
@@ -55,6 +58,66 @@ class Shard(StoredFile):
         return self.name if self.is_external else join_uri(prefix, self.name)
 
 
+class NamedFile(StoredFile):
+    """A stored object with its name below the folder of the data."""
+
+    name: str
+
+
+class Part(_Part):
+    """Images of a split that were prepared together; stored as an object of its own below ``parts/``.
+
+    Attributes:
+        shards: the shards that contain the images.
+        index: object with the position of each image in the shards (see :mod:`esvit_core.data.shards.format`).
+        listing: object that lists the files of the source that were read for the part, with their status, see
+            :mod:`esvit_core.data.ingest.listing`.
+    """
+
+    shards: list[Shard]
+    index: NamedFile
+    listing: NamedFile
+
+    def objects(self) -> dict[str, StoredFile]:
+        """Return the objects of the part that belong to the data of its folder, by name."""
+        own = {shard.name: shard for shard in self.shards if not shard.is_external}
+        return {**own, self.index.name: self.index, self.listing.name: self.listing}
+
+
+class PartReference(NamedFile):
+    """Reference to a part; its name is the full ``s3://`` address if the part belongs to earlier data.
+
+    Attributes:
+        shard_samples: number of the part's images in each of its shards.
+        content: digest of the images, their classes and their order.
+    """
+
+    shard_samples: list[int]
+    content: str
+
+    @property
+    def is_external(self) -> bool:
+        """Whether it belongs to other data, which must be kept as long as these."""
+        return self.name.startswith(SCHEME)
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+        return sum(self.shard_samples)
+
+    def folder(self, prefix: str) -> str:
+        """Return the folder of the data that the part belongs to; ``prefix`` is the manifest's folder."""
+        return self.name.rpartition(f"/{PARTS}/")[0] if self.is_external else prefix
+
+    def address(self, prefix: str) -> str:
+        """Return its full address; ``prefix`` is the manifest's folder."""
+        return self.name if self.is_external else join_uri(prefix, self.name)
+
+    def located_in(self, prefix: str) -> Self:
+        """Return the reference for other data; ``prefix`` is the folder of the manifest that has it now."""
+        return self.model_copy(update={"name": self.address(prefix)})
+
+
 class Weights(_Part):
     """How often the images of a split occur in an epoch.
 
@@ -73,16 +136,14 @@ class Split(_Part):
     Attributes:
         samples: number of images.
         labeled: whether every image has a class.
-        shards: the shards that contain the images.
-        index: object with the position of each image in the shards (see :mod:`esvit_core.data.shards.format`).
+        parts: the parts that the images are divided into.
         per_class: number of images of each class, in the order of ``Manifest.classes``.
         weights: weights of the images in training; None: an epoch takes each once.
     """
 
     samples: int = Field(ge=0)
     labeled: bool
-    shards: list[Shard]
-    index: str
+    parts: list[PartReference]
     per_class: list[int]
     weights: Weights | None = None
 
@@ -90,6 +151,16 @@ class Split(_Part):
     def epoch_samples(self) -> int:
         """Number of images in an epoch of training."""
         return self.samples if self.weights is None else self.weights.epoch_samples
+
+    @property
+    def shard_samples(self) -> list[int]:
+        """Number of images in each shard."""
+        return [count for part in self.parts for count in part.shard_samples]
+
+    @property
+    def content(self) -> str:
+        """Digest of the images, their classes and their order."""
+        return hashlib.sha256("".join(part.content for part in self.parts).encode()).hexdigest()
 
 
 class BadFiles(_Part):
@@ -114,8 +185,7 @@ class Manifest(_Part):
         source: source of the images, as the user wrote it.
         source_fingerprint: fingerprint of the source when it was read, see
             :func:`esvit_core.data.ingest.sources.source_fingerprint`.
-        fingerprint: fingerprint of the content: SHA-256 over split, class, number and stored bytes of every image; for
-            reused images, over the bytes of the original files.
+        fingerprint: fingerprint of the content: split, class and stored bytes of every image, in their order.
         settings: the ``data`` section of the configuration, as far as it determines the result.
         classes: names of the classes; a label is an index into this list. Empty if there are no labels.
         splits: ``train``, ``val`` and, if the source has all three, ``test``.
@@ -129,12 +199,13 @@ class Manifest(_Part):
         reading: how the folders of the source were understood, in lines.
         duplicates: number of archive entries that a later entry of the same name replaces.
         copies: number of images that are byte-for-byte identical to another one; they are kept.
-        dropped: number of duplicates that were left out because of ``data.drop_duplicates``.
+        dropped: number of duplicates that were left out: because of ``data.drop_duplicates``, or because a copy of a training
+            image cannot be held out.
         not_chosen: number of images left out because of ``data.max_images``.
         reencoded: number of images stored in a form other than the original (rotated, shrunk, converted to RGB, ...).
-        files: every object below the manifest's folder. Names contain digests of the content, so concurrent preparations do
-            not overwrite each other's objects.
-        listing: object that lists the files of the source, see :mod:`esvit_core.data.ingest.listing`; None: there is none.
+        files: the objects that the manifest names itself, by name; those of the parts are named there. Names contain digests of
+            the content, so concurrent preparations do not overwrite each other's objects.
+        listing: object that lists the files of the source that belong to no part, such as those that were not chosen.
         statistics: object with the statistics of the images, see :mod:`esvit_core.data.ingest.statistics`; None: there is none.
         base: folder of the earlier data that these build on; None: there are none.
     """
@@ -159,9 +230,19 @@ class Manifest(_Part):
     not_chosen: int = 0
     reencoded: int = 0
     files: dict[str, StoredFile]
-    listing: str | None = None
+    listing: str
     statistics: str | None = None
     base: str | None = None
+
+    @property
+    def parts(self) -> Iterator[PartReference]:
+        """The parts of all splits."""
+        return (part for split in self.splits.values() for part in split.parts)
+
+    @property
+    def shard_count(self) -> int:
+        """Number of shards of all splits."""
+        return sum(len(part.shard_samples) for part in self.parts)
 
     @property
     def samples(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -12,8 +13,9 @@ import simplejpeg
 from PIL import Image
 
 from esvit_core.data.shards.cache import ShardCache, default_cache
-from esvit_core.data.shards.format import read_array, read_index
-from esvit_core.data.shards.manifest import Manifest, Split
+from esvit_core.data.shards.format import read_object
+from esvit_core.data.shards.index_pages import IndexPages
+from esvit_core.data.shards.manifest import Manifest, Shard, Split
 from esvit_core.errors import UserError
 from esvit_core.storage import IntegrityError, ObjectStore
 
@@ -42,40 +44,43 @@ class ShardDataset:
             raise UserError(f"{prefix}: no split {split!r}; the data has {', '.join(splits) or 'none'}")
         self.prefix, self.split = prefix, split
         self.classes = manifest.classes
-        self.shards = splits[split].shards
-        index = read_index(store, prefix, splits[split].index, manifest)
-        if len(index) != splits[split].samples:
-            raise IntegrityError(f"{prefix}: the index of {split} does not match the manifest; prepare the data again")
-        self.labels: np.ndarray = index["label"].astype(np.int64)
+        #: Digest of the images, their classes and their order.
+        self.content = splits[split].content
+        #: Number of samples in each shard.
+        self.shard_sizes = splits[split].shard_samples
         #: How images of more than 8 bits and with many bands were read, for ``backbone.json``; empty: none of this was set.
         self.pixels: dict[str, Any] = {k: v for k, v in manifest.settings.items() if k in ("intensity", "bands")}
         if manifest.intensity:
             self.pixels["scales"] = manifest.intensity
-        self._index = index
+        self._store, self._cache = store, cache or default_cache(store)
+        self._files = ShardCache(self._store, self._cache)
+        self._pages = IndexPages(store, prefix, splits[split].parts)
         #: Weight of each image in training, (N,) float32; None: all have the weight 1.
         self.weights: np.ndarray | None = None
         if (weights := splits[split].weights) is not None:
-            self.weights = read_array(store, prefix, weights.file, manifest)
-        self._store, self._cache = store, cache or default_cache(store)
-        self._files = ShardCache(self._store, self._cache)
+            data = read_object(store, prefix, weights.file, manifest.files[weights.file])
+            self.weights = np.load(io.BytesIO(data), allow_pickle=False)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._pages)
 
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Number of samples in each shard."""
-        return [shard.samples for shard in self.shards]
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """Class of each image, (N,) int64; -1 for none. Reads the whole index."""
+        return self._pages.labels()
+
+    def shard(self, number: int) -> tuple[str, Shard]:
+        """Return the address and the description of a shard."""
+        return self._pages.shard(number)
 
     def fetch_shard(self, number: int) -> None:
         """Download a shard to the cache if it is not there."""
-        entry = self.shards[number]
-        ShardCache(self._store, self._cache).fetch(entry.address(self.prefix), entry)
+        address, shard = self.shard(number)
+        ShardCache(self._store, self._cache).fetch(address, shard)
 
     def encoded(self, index: int) -> bytes:
         """Return the stored JPEG or PNG."""
-        row = self._row(index)
-        return self._read(row["shard"], row["offset"], row["bytes"])
+        return self._read(index, "offset", "bytes")
 
     def image(self, index: int) -> np.ndarray:
         """Return the decoded image, (H, W, 3) uint8."""
@@ -90,21 +95,16 @@ class ShardDataset:
 
     def label(self, index: int) -> int:
         """Return the class of an image; -1 if it has none."""
-        return int(self.labels[index])
+        return int(self._pages.row(index)[1]["label"])
 
     def name(self, index: int) -> str:
         """Return the path of an image in its source."""
-        row = self._row(index)
-        return str(json.loads(self._read(row["shard"], row["info_offset"], row["info_bytes"]))["name"])
+        return str(json.loads(self._read(index, "info_offset", "info_bytes"))["name"])
 
-    def _row(self, index: int) -> Any:
-        if not 0 <= index < len(self._index):
-            raise IndexError(f"image {index} of {len(self._index)}")
-        return self._index[index]
-
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        entry = self.shards[shard]
-        return self._files.read(entry.address(self.prefix), entry, int(offset), int(length))
+    def _read(self, index: int, offset: str, length: str) -> bytes:
+        page, row = self._pages.row(index)
+        address, shard = page.shards[row["shard"]]
+        return self._files.read(address, shard, int(row[offset]), int(row[length]))
 
 
 def decode_image(data: bytes) -> np.ndarray:
