@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
-from esvit_core.data.ingest import prepare as module
+from esvit_core.data.ingest import prepare_part as module
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
@@ -21,10 +21,10 @@ from esvit_core.runs.run import RETRAINING, open_run
 def prepared(store: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, list[str]]:
     """Prepare the images of a run; return the manifest and the names of the files that were read."""
     read: list[str] = []
-    load = module._load
-    monkeypatch.setattr(module, "_load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda job, x: (read.append(x.entry.name), load(job, x))[1])
     manifest = prepare_new(open_run(run, store))
-    monkeypatch.setattr(module, "_load", load)
+    monkeypatch.setattr(module, "load", load)
     return manifest, sorted(read)
 
 
