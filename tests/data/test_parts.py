@@ -16,7 +16,7 @@ from prepared_data import names_of_objects, shards_below
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest import parts, prepare_part
-from esvit_core.data.ingest.archives import Entry
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.ingest_plan import Candidate
 from esvit_core.data.ingest.parts import Share, divide
 from esvit_core.data.ingest.prepare import prepare, prepare_share

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import Entry
+from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.ingest_plan import Candidate
 from esvit_core.data.ingest.listing import File
 from esvit_core.data.ingest.parts import PART_FILES, PlannedPart
