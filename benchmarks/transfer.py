@@ -122,7 +122,7 @@ def main() -> None:
     for name in chosen:
         x, y = loaders[name]()
         keep = np.random.default_rng(0).permutation(len(x))[: arguments.images]
-        x, y = x[keep].astype(np.float32), y[keep].astype(np.int64)
+        x, y = x[keep].astype(np.float32), np.unique(y, return_inverse=True)[1][keep]
         start = time.perf_counter()
         found = logistic_transfer(x, y, x[:1], y[:1], seed=arguments.seed, label=name)
         middle = time.perf_counter()

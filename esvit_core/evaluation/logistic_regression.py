@@ -185,7 +185,7 @@ class LogisticProblem:
             direction = state.direction(gradient)
             along = self._products(direction)
             slope = _dot(gradient, direction)  # (P,)
-            bend = self._mean_of(self._curvatures(logits, along), state) + _dot(
+            bend = self._mean_of(self._curvatures(slopes, along), state) + _dot(
                 state.penalty[..., None] * direction, direction
             )
             step = -slope / bend.clamp_min(torch.finfo(torch.float64).tiny)
@@ -259,13 +259,20 @@ class LogisticProblem:
         losses = torch.nn.functional.softplus(logits) - hot * logits
         return losses.sum(2), logits.sigmoid() - hot
 
-    def _curvatures(self, logits: Tensor, along: Tensor) -> Tensor:
-        """Return the second derivative of the loss of each image in the direction ``along``, (N, P)."""
+    def _curvatures(self, slopes: Tensor, along: Tensor) -> Tensor:
+        """Return the second derivative of the loss of each image in the direction ``along``, (N, P).
+
+        Args:
+            slopes: derivative of the losses by the logits, whose absolute value is the share of each class; for the image's
+                own class, one minus the share.
+            along: change of the logits, (N, P, C).
+        """
         if self.softmax:
-            shares = logits.softmax(2)
-            mean = (shares * along).sum(2)
-            return (shares * along.square()).sum(2) - mean.square()
-        shares = logits.sigmoid()
+            assert self._labels is not None
+            relative = along - along.gather(2, self._labels[:, None, None].expand(-1, along.shape[1], 1))
+            weighted = slopes * relative
+            return (weighted * relative).sum(2) - weighted.sum(2).square()
+        shares = slopes.abs()
         return (shares * (1 - shares) * along.square()).sum(2)
 
     def _mean_of(self, values: Tensor, state: _State) -> Tensor:
