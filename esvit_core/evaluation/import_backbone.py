@@ -17,6 +17,8 @@ from torch import nn
 
 from esvit_core.config import Config, InitConfig
 from esvit_core.data.ingest.sources import source_fingerprint
+from esvit_core.evaluation.import_features import import_features
+from esvit_core.evaluation.imported_features import is_features_file
 from esvit_core.models.factory import create_backbone
 from esvit_core.runs.run import MEASURED, Run, open_run, run_id, run_uri, start_run
 from esvit_core.storage import NotFound, ObjectStore, join_uri
@@ -45,7 +47,8 @@ def import_backbone(
     Args:
         backbone: a pointer such as ``champion``; a run ``s3://bucket/runs/<id>``, whose newest checkpoint is used until it
             has published a backbone; a published backbone; a ``.pth`` or ``.safetensors`` file; ``timm:<name>``, or
-            ``timm:<name>:<file>`` for weights of a file in timm's network.
+            ``timm:<name>:<file>`` for weights of a file in timm's network; or a file of features, ``.parquet``, ``.npz`` or
+            ``.npy``, which takes the place of a network and has no baseline.
         source: images to evaluate on.
         config: the user's configuration; its sections ``model`` and ``init`` are ignored.
         uri: address of the run; empty: derived from backbone, configuration and data.
@@ -56,6 +59,8 @@ def import_backbone(
         UserError: there is no such backbone, or the run exists with another configuration.
     """
     store = store or ObjectStore.from_env()
+    if is_features_file(backbone):
+        return import_features(backbone, source, config, uri, store, setting)
     location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
     if uri and (description := _imported(uri, location, sha256, store)) is not None:
         return start_run(_configuration(config, description), source, uri, store)

@@ -10,8 +10,7 @@ import numpy as np
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.evaluation.features import SPLITS, Features
 from esvit_core.evaluation.outcomes import held_out_digest
-from esvit_core.evaluation.results import MODELS
-from esvit_core.evaluation.stored_features import load_features
+from esvit_core.evaluation.stored_features import load_features, stored_models
 from esvit_core.storage import ObjectStore, join_uri
 
 # Spread of the features relative to the largest of them, up to which their differences are rounding errors in float32.
@@ -25,7 +24,7 @@ class Task:
     """A classification that can be measured.
 
     Attributes:
-        splits: labeled features of each of :data:`MODELS`, for training and for testing.
+        splits: labeled features of each model, for training and for testing.
         classes: names of the classes.
         notes: limits of the figures that a reader must know.
         held_out: digest of the held-out images.
@@ -48,7 +47,7 @@ def run_task(run_uri: str, store: ObjectStore, *, blocks: bool = False) -> Task 
     """
     manifest = Manifest.read(store, join_uri(run_uri, "data"))
     splits: dict[str, Splits] = {}
-    for model in MODELS:
+    for model in stored_models(store, run_uri):
         train, val = (load_features(store, run_uri, model, split, blocks=blocks) for split in SPLITS)
         splits[model] = train, val
     return task_of(splits, manifest)

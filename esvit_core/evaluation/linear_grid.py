@@ -47,13 +47,15 @@ def probe_features(view: np.ndarray, blocks: np.ndarray, class_token: bool) -> d
     """Return the features that a probe is tried on, the smallest first.
 
     They are that of the last block and that of the last blocks, each as the average of the regions. A network with a class
-    token has it in both, and each with the average of the last block's regions.
+    token has it in both, and each with the average of the last block's regions. Features of a file are tried as they are.
 
     Args:
         view: view features, (N, D).
-        blocks: linear-probe features, (N, D').
+        blocks: linear-probe features, (N, D'); of a file, (N, 0).
         class_token: see :func:`has_class_token`.
     """
+    if not blocks.shape[1]:
+        return {"features": view}
     width = view.shape[1]
     if not class_token:
         return {"last block": view, "last blocks": blocks}

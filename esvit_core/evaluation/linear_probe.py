@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from esvit_core.config import Config, LinearConfig
+from esvit_core.evaluation.imported_features import NO_NETWORK, has_network
 from esvit_core.evaluation.labels import Task, run_task
 from esvit_core.evaluation.linear_grid import Choice, choose_probe, has_class_token, probe_features, threads_for
 from esvit_core.evaluation.outcomes import keep_outcomes, pack_outcomes
@@ -122,6 +123,8 @@ def evaluate_linear(run_uri: str, store: ObjectStore, config: Config) -> Result:
         task = run_task(run_uri, store, blocks=True)
         if isinstance(task, str) or config.evaluation.linear.protocol == "grid":
             return measure_linear(task, config)
+        if not has_network(store, run_uri):
+            return left_out("linear", f"{NO_NETWORK}; use evaluation.linear.protocol=grid")
         from esvit_core.evaluation.features import load_model
 
         networks = {model: load_model(run_uri, model, store) for model in task.splits}
@@ -185,7 +188,8 @@ def measure_linear(
     choices: dict[str, Choice] = {}
     notes = list(task.notes)
     for model, (train, val) in task.splits.items():
-        label, of_model, x, x_val = f"linear probe of the {model} backbone", settings, train.blocks, val.blocks
+        label, of_model = f"linear probe of the {model} backbone", settings
+        x, x_val = (part.blocks if part.blocks.shape[1] else part.view for part in (train, val))
         if settings.protocol == "grid":
             class_token = has_class_token(train.view, train.blocks)
             features = probe_features(train.view, train.blocks, class_token)

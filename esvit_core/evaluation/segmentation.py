@@ -23,6 +23,7 @@ from torch import nn
 
 from esvit_core.config import Config
 from esvit_core.data.loading.augment import Normalize
+from esvit_core.evaluation.imported_features import NO_NETWORK, has_network
 from esvit_core.evaluation.knn import nearest
 from esvit_core.evaluation.logistic_regression import LogisticProblem
 from esvit_core.evaluation.masked_images import IGNORED, MaskedImage, read_masked_images
@@ -192,6 +193,8 @@ def evaluate_segmentation(run_uri: str, store: ObjectStore, config: Config) -> R
         source = config.evaluation.segmentation
         if source is None:
             return left_out(NAME, "evaluation.segmentation is not set")
+        if not has_network(store, run_uri):
+            return left_out(NAME, NO_NETWORK)
         train, test = read_masked_images(source, store, config.evaluation.crop)
         networks = {model: load_model(run_uri, model, store) for model in MODELS}
         result, outcomes = measure_segmentation(train, test, networks, config)

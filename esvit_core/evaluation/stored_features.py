@@ -29,6 +29,7 @@ from esvit_core.config import Config
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, Features, empty_features, features_of, load_model, split_datasets
+from esvit_core.evaluation.imported_features import has_network, match_features, read_named_features
 from esvit_core.evaluation.results import MODELS
 from esvit_core.runs.run import FEATURE_ENTRIES
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore, join_uri
@@ -56,7 +57,18 @@ def extract_features(run_uri: str, store: ObjectStore, config: Config) -> dict[s
     if (existing := store.read_manifest(prefix)) is not None:
         return existing
     datasets = split_datasets(store, join_uri(run_uri, "data"))
+    if not has_network(store, run_uri):
+        return _publish_imported(store, run_uri, prefix, datasets)
     return _extract(store, prefix, _networks(run_uri, store), datasets, config, blocks=True, what="")
+
+
+def stored_models(store: ObjectStore, run_uri: str) -> tuple[str, ...]:
+    """Return which of :data:`MODELS` have extracted features; a run that evaluates a file of features has no baseline."""
+    manifest = store.read_manifest(join_uri(run_uri, "features"))
+    stored = (
+        [] if manifest is None else [model for model in MODELS if any(f.startswith(model) for f in manifest["files"])]
+    )
+    return tuple(stored) or MODELS
 
 
 def transfer_features(
@@ -201,6 +213,25 @@ def _extract(
     except StoreRefused as error:
         print(f"features are not kept for other runs: {error}", flush=True)
     return manifest
+
+
+def _publish_imported(
+    store: ObjectStore, run_uri: str, prefix: str, datasets: Mapping[str, ShardDataset]
+) -> dict[str, Any]:
+    """Publish the features of a file for the run's images, of which they have no other form."""
+    named = read_named_features(store, join_uri(run_uri, "backbone"))
+    ends = [0, *np.cumsum([len(dataset) for dataset in datasets.values()])]
+    names = [dataset.name(i) for dataset in datasets.values() for i in range(len(dataset))]
+    view = match_features(named, names)
+    print(f"features of {named.origin}: {len(view):,} of {len(named.names):,} rows are of these images", flush=True)
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        files: dict[str, Path | bytes] = {}
+        for number, (split, dataset) in enumerate(datasets.items()):
+            part = view[ends[number] : ends[number + 1]]
+            features = Features(part, part[:, :0], np.asarray(dataset.labels, dtype=np.int64))
+            files |= _save(features, Path(folder), f"{MODELS[0]}-{split}", True)
+        samples = {split: len(dataset) for split, dataset in datasets.items()}
+        return store.publish(prefix, files, _KIND, {"samples": samples})
 
 
 def _find(store: ObjectStore, uri: str, key: str, dataset: ShardDataset, blocks: bool) -> Features | None:

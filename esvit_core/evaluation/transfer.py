@@ -20,6 +20,7 @@ from esvit_core.data.ingest.transfer_set import several_labels_uri
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.evaluation.features import SPLITS, split_datasets
+from esvit_core.evaluation.imported_features import NO_NETWORK, has_network
 from esvit_core.evaluation.labels import Task, class_names, missing_labels, task_of, unusable_features
 from esvit_core.evaluation.logistic_regression import LogisticProblem
 from esvit_core.evaluation.outcomes import held_out_digest, keep_outcomes, pack_outcomes, pack_rankings
@@ -216,12 +217,12 @@ def evaluate_transfer(run_uri: str, store: ObjectStore, config: Config, set_name
     if chosen is None:
         names = ", ".join(s.name for s in config.evaluation.transfer) or "none"
         raise UserError(f"transfer set {set_name}: not in evaluation.transfer; the configuration has {names}")
-    return measure_once(
-        store,
-        run_uri,
-        f"transfer-{set_name}",
-        lambda: evaluate_task(transfer_task(run_uri, store, config, set_name), chosen, config.seed),
-    )
+
+    def measure() -> Result:
+        task = transfer_task(run_uri, store, config, set_name) if has_network(store, run_uri) else NO_NETWORK
+        return evaluate_task(task, chosen, config.seed)
+
+    return measure_once(store, run_uri, f"transfer-{set_name}", measure)
 
 
 def evaluate_task(task: Task | str, chosen: TransferSet, seed: int) -> Result:

@@ -25,6 +25,7 @@ from esvit_core.evaluation.correspondence import (
     regions_per_side,
 )
 from esvit_core.evaluation.features import eval_transform, load_model, split_datasets
+from esvit_core.evaluation.imported_features import NO_NETWORK, has_network
 from esvit_core.monitoring.progress_line import ProgressLine
 from esvit_core.runs.gpus import computing_device
 from esvit_core.storage import ObjectStore, join_uri
@@ -66,6 +67,17 @@ def visualize(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any
     if store.read_manifest(prefix) is not None:
         return store.get_json(join_uri(prefix, INDEX))
     gallery = _Gallery()
+    if has_network(store, run_uri):
+        _draw(gallery, run_uri, store, config)
+    else:
+        gallery.leave_out("correspondence and attention", NO_NETWORK)
+    index = {"images": gallery.images, "figures": gallery.figures, "left_out": gallery.left_out}
+    gallery.files[INDEX] = (json.dumps(index, indent=1) + "\n").encode()
+    store.publish(prefix, gallery.files, "visualization")
+    return index
+
+
+def _draw(gallery: _Gallery, run_uri: str, store: ObjectStore, config: Config) -> None:
     datasets = split_datasets(store, join_uri(run_uri, "data"))
     dataset = datasets.get("val") or datasets["train"]
     models = {model: _on_device(load_model(run_uri, model, store)) for model in _COLUMNS}
@@ -74,10 +86,6 @@ def visualize(run_uri: str, store: ObjectStore, config: Config) -> dict[str, Any
     shown = _informative_first(chosen, pairs)[: config.evaluation.visualization]
     _correspondence(gallery, pairs, [i for i in shown if i in pairs], models, config)
     _attention(gallery, dataset, shown, models, config)
-    index = {"images": gallery.images, "figures": gallery.figures, "left_out": gallery.left_out}
-    gallery.files[INDEX] = (json.dumps(index, indent=1) + "\n").encode()
-    store.publish(prefix, gallery.files, "visualization")
-    return index
 
 
 def spread(labels: np.ndarray, count: int, seed: int) -> list[int]:

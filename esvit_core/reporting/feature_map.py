@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from esvit_core.evaluation.plots import CLASS_COLORS, INK, png, text_settings
-from esvit_core.evaluation.stored_features import load_features
+from esvit_core.evaluation.stored_features import load_features, stored_models
 from esvit_core.reporting.neighbors import MOST_BYTES
 from esvit_core.reporting.svg import drawable
 from esvit_core.storage import ObjectStore
@@ -25,7 +25,8 @@ def draw_feature_map(store: ObjectStore, run_uri: str, classes: list[str]) -> tu
     Raises:
         UserError: the features have not been extracted, or are too large.
     """
-    found = {m: load_features(store, run_uri, m, "val", most_bytes=MOST_BYTES) for m in _MODELS}
+    models = [model for model in _MODELS if model in stored_models(store, run_uri)]
+    found = {m: load_features(store, run_uri, m, "val", most_bytes=MOST_BYTES) for m in models}
     labels = found["trained"].labels[:_IMAGES]
     if len(labels) < 3:
         return None
@@ -84,7 +85,7 @@ def _draw(maps: dict[str, np.ndarray], labels: np.ndarray, classes: list[str]) -
     area = min(70.0, max(14.0, 12_000 / len(labels)))  # of a point
     with text_settings():
         figure = Figure(figsize=(9.4, 4.9))
-        for axes, (model, points) in zip(figure.subplots(1, 2), maps.items(), strict=True):
+        for axes, (model, points) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
             others = ~np.isin(labels, colored)
             axes.scatter(*points[others].T, s=0.8 * area, color=INK, alpha=0.5, linewidths=0)
             for color, each in zip(CLASS_COLORS, colored, strict=False):

@@ -19,8 +19,8 @@ from esvit_core.errors import UserError
 from esvit_core.evaluation.features import Features
 from esvit_core.evaluation.knn import nearest
 from esvit_core.evaluation.outcomes import unpack_correct
-from esvit_core.evaluation.results import MODELS, Result
-from esvit_core.evaluation.stored_features import load_features
+from esvit_core.evaluation.results import Result
+from esvit_core.evaluation.stored_features import load_features, stored_models
 from esvit_core.reporting.images import thumbnail
 from esvit_core.storage import ObjectStore, join_uri
 
@@ -93,7 +93,7 @@ def draw_neighbors(store: ObjectStore, run_uri: str) -> Neighbors | str:
     size = min(_BANK_IMAGES, sum(bank.shard_sizes[:_BANK_SHARDS]))
     count = min(_QUERIES, held_out.shard_sizes[0])
     found = {}
-    for model in MODELS:
+    for model in stored_models(store, run_uri):
         train, val = (load_features(store, run_uri, model, split, most_bytes=MOST_BYTES) for split in ("train", "val"))
         found[model] = _nearest_images(val, train, count, size)
     labels = (held_out.labels[:count], bank.labels[:size])

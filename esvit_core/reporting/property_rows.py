@@ -29,7 +29,9 @@ class Property:
 
 
 def recipe_rows(records: RunRecords) -> list[Property]:
-    """Build the rows of the recipe, with the published values."""
+    """Build the rows of the recipe, with the published values; a file of features has none."""
+    if records.of_features:
+        return []
     ours, published = _recipe(records.config), _recipe(Config())
     rows = [Property(name, value, published[name]) for name, value in ours.items()]
     backbone = records.backbone.value

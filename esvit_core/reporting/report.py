@@ -60,7 +60,7 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
     """Write the report of a run from its records in the store, and the verdict into its event log.
 
     The report is ``report/report.html``, and the same in short as ``report.md`` and ``report.json``; ``model-card.md``
-    beside it describes the backbone. Any record may be missing; the report then states what is missing and why. An
+    beside it describes the backbone, if there is one. Any record may be missing; the report then states what is missing and why. An
     existing report is replaced.
 
     Args:
@@ -79,7 +79,7 @@ def write_report(run_uri: str, store: ObjectStore, config: Config) -> str:
     for name, (text, content_type) in {
         MARKDOWN: (report_markdown(records), "text/markdown; charset=utf-8"),
         JSON: (report_json(records), "application/json"),
-        MODEL_CARD: (model_card(records), "text/markdown; charset=utf-8"),
+        **({} if records.of_features else {MODEL_CARD: (model_card(records), "text/markdown; charset=utf-8")}),
         REPORT: (html, "text/html; charset=utf-8"),  # last: it makes the report complete
     }.items():
         store.put_bytes(join_uri(run_uri, name), text.encode(), content_type=content_type)
@@ -136,7 +136,7 @@ def render(records: RunRecords, images: PageImages) -> str:
             recipe_rows=property_rows.recipe_rows(records),
             configuration=records.config.to_yaml(),
             left_out=left_out,
-            usage=usage(records),
+            usage="" if records.of_features else usage(records),
             lineage_rows=property_rows.lineage_rows(records),
             citation=CITATION,
         )

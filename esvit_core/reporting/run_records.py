@@ -53,7 +53,8 @@ class RunRecords:
     """The records of a run that the report shows.
 
     Attributes:
-        existing: address of the existing backbone that the run evaluates; None if it trains one.
+        existing: address of the existing backbone, or of the features, that the run evaluates; None if it trains one.
+        of_features: it evaluates a file of features, without a network and without a baseline.
         statistics: of the images, see :mod:`esvit_core.data.ingest.statistics`; None: an older version prepared them.
         choice: what the recipe ``auto`` chose and why, in lines; empty with another recipe.
         initial: what was taken from ``init.source``; None: nothing.
@@ -72,6 +73,7 @@ class RunRecords:
     versions: dict[str, str]
     commit: str | None
     existing: str | None = None
+    of_features: bool = False
     statistics: dict[str, Any] | None = None
     choice: tuple[str, ...] = ()
     initial: dict[str, Any] | None = None
@@ -88,7 +90,9 @@ def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRec
         StoreUnavailable, StoreRefused: the store cannot be read.
     """
     measured = _record(lambda: store.get_json(join_uri(run_uri, MEASURED)), "").value
-    elsewhere = f"this run evaluates an existing backbone, {measured['backbone']}" if measured else ""
+    of_features = bool(measured and measured.get("features"))
+    evaluated = "a file of features" if of_features else "an existing backbone"
+    elsewhere = f"this run evaluates {evaluated}, {measured['backbone']}" if measured else ""
     training = _record(
         lambda: read_summary(store, run_uri),
         elsewhere or "training is not finished: training/summary.json is missing",
@@ -108,7 +112,7 @@ def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRec
         training=training,
         backbone=_record(
             lambda: _published(store, run_uri, "backbone", "backbone.json"),
-            "no backbone is published: backbone/manifest.json is missing",
+            elsewhere if of_features else "no backbone is published: backbone/manifest.json is missing",
         ),
         results=read_results(store, run_uri, config),
         images=_record(
@@ -121,6 +125,7 @@ def read_run_records(run_uri: str, store: ObjectStore, config: Config) -> RunRec
         versions=(training.value.versions if training.value else {}) or versions(),
         commit=source_commit(),
         existing=str(measured["backbone"]) if measured else None,
+        of_features=of_features,
         statistics=_record(lambda: _statistics(store, run_uri), "").value,
         choice=tuple(_record(lambda: store.get_json(join_uri(run_uri, CHOICE)), "").value or ()),
         initial=_record(lambda: store.get_json(join_uri(run_uri, INITIAL)), "").value,

@@ -73,7 +73,8 @@ class Tile:
 
 def judge(records: RunRecords) -> Verdict:
     """Judge whether the pre-training of a run helped, or whether the backbone that it evaluates beats its baseline."""
-    return judge_results(records.results, records.config, records.existing is not None) or _unmeasured(records)
+    found = judge_results(records.results, records.config, records.existing is not None)
+    return found or _of_features(records) or _unmeasured(records)
 
 
 def judge_results(results: Sequence[Mapping[str, Any]], config: Config, existing: bool = False) -> Verdict | None:
@@ -90,6 +91,19 @@ def judge_results(results: Sequence[Mapping[str, Any]], config: Config, existing
         return None
     sentence = _sentence_of_existing(row) if existing else _sentence_of_training(row)
     return Verdict(row.tone, sentence, [*_certainty(row), *_tally(rows, metric), *_start(config)])
+
+
+def _of_features(records: RunRecords) -> Verdict | None:
+    """State the main figure of a file of features, which has no baseline; None for other runs and without figures."""
+    rows = [row for row in result_rows(records.results) if row.trained is not None]
+    metric = records.config.promotion.metric
+    row = next((row for row in rows if row.key == metric), None) or next((row for row in rows if row.headline), None)
+    if not records.of_features or row is None:
+        return None
+    details = (
+        "A file of features has no baseline of initial weights; compare it with a backbone: esvit evaluate --baseline."
+    )
+    return Verdict("plain", f"{_capital(row.label)} is {_with_unit(row.trained, row)}.", [details])
 
 
 def _sentence_of_training(row: Row) -> str:

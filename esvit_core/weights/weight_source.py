@@ -127,7 +127,8 @@ def _in_the_store(uri: str, load: str, store: ObjectStore, setting: str) -> tupl
             )
         return uri, _digest_of(manifest)
     backbone = join_uri(uri, "backbone")
-    if load == "backbone" and (manifest := store.read_manifest(backbone)) is not None:
+    manifest = store.read_manifest(backbone) if load == "backbone" else None
+    if manifest is not None and manifest["format"] == BACKBONE:  # not the features that a run may have instead
         return backbone, _digest_of(manifest)
     root = join_uri(uri, "training/checkpoints")
     steps = {stat.uri.removeprefix(root).strip("/").partition("/")[0] for stat in store.list(root)}

@@ -117,7 +117,7 @@ def evaluate(
             "--model",
             metavar="MODEL",
             help="A pointer (champion), a run, a published backbone, a .pth or .safetensors file, timm:<name>, or "
-            "timm:<name>:<file>. Repeatable.",
+            "timm:<name>:<file>; or features as .parquet, .npz or .npy. Repeatable.",
         ),
     ],
     data: DataOption,
@@ -139,7 +139,7 @@ def evaluate(
 
     The steps are those of `esvit run` without training and promotion. Each backbone determines architecture, image size
     and normalization, and is compared with the same network with random weights; recipe and overrides set the protocols
-    and the share of held-out images. Several backbones are compared on the same held-out images. Ctrl-C stops the
+    and the share of held-out images. A file of features, as `esvit embed` writes, takes the place of a backbone. Several backbones are compared on the same held-out images. Ctrl-C stops the
     evaluation; rerun the command to resume.
     """
     from esvit_pipelines.local.evaluate import evaluate as evaluate_backbone

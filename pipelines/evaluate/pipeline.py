@@ -51,7 +51,8 @@ def build_evaluate_pipeline(config: Config, *, cluster: bool = False) -> Any:
             data: Images to evaluate on, one folder per class: s3://bucket/prefix, or a folder, tar or zip that the steps
                 can read.
             backbone: Backbone to evaluate: a pointer such as champion; s3://bucket/runs/name, even of a run that is still
-                training; a published backbone at s3://; a .pth or .safetensors file at s3://; or timm:name.
+                training; a published backbone at s3://; a .pth or .safetensors file at s3://; timm:name; or a file of
+                features at s3://, .parquet, .npz or .npy.
             recipe: Evaluation settings: the name of a recipe, such as demo or imagenet_swin_tiny_w7 (`esvit recipe
                 list`); the s3:// address of a YAML file; or YAML in one line, such as {evaluation: {knn_k: [20]}}. The
                 architecture and the image size are those of the backbone.

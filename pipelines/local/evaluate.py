@@ -26,7 +26,7 @@ def evaluate(settings: Settings, models: Sequence[str], baselines: Sequence[str]
     Args:
         settings: data, recipe and output folder.
         models: each is a pointer; the name, a prefix of the name, or the address of a run; a published backbone; a weights
-            file; ``timm:<name>``, or ``timm:<name>:<file>``.
+            file; ``timm:<name>``, or ``timm:<name>:<file>``; or a file of features.
         baselines: likewise.
 
     Raises:

@@ -108,6 +108,34 @@ def test_two_backbones_are_compared_on_the_same_images(
     assert alone.returncode == 2 and "it cannot be compared with itself" in alone.stderr
 
 
+def test_the_features_of_a_backbone_are_as_good_as_the_backbone(
+    evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit
+) -> None:
+    folder, command = arguments
+    embedded = esvit("embed", "--model", "backbone", "--data", "images", "--out", "features.parquet", cwd=folder)
+    assert embedded.returncode == 0, embedded.stdout + embedded.stderr
+    command = [word if word != "backbone" else "features.parquet" for word in command]
+    done = esvit(*command, "--baseline", "backbone", "--set", "evaluation.linear.last_blocks=1", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (page,) = (p for p in folder.glob("out/comparison-*/comparison.json") if "features.parquet" in p.read_text())
+    pairs = {pair["figure"]: pair for pair in json.loads(page.read_text(encoding="utf-8"))["differences"]}
+    assert {"knn/5", "linear", "retrieval/map", "few-shot/2"} <= pairs.keys()
+    assert {pair["points"] for pair in pairs.values()} == {0.0}
+    (report,) = folder.glob("out/evaluate-features-*/report.html")
+    text = report.read_text(encoding="utf-8")
+    assert "this needs the network" in text and "Features of a file, without a baseline" in text
+    assert "Nearest neighbors" in text and "Feature map" in text and "load_backbone" not in text
+    assert not report.with_name("model-card.md").exists()
+
+
+def test_features_that_do_not_fit_the_images_are_one_line(arguments: tuple[Path, list[str]], esvit: Esvit) -> None:
+    folder, command = arguments
+    np.savez(folder / "other.npz", name=np.array(["x.png"]), view=np.zeros((1, 3), np.float32))
+    done = esvit(*[word if word != "backbone" else "other.npz" for word in command], cwd=folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "features other.npz: 24 of 24 images have no row, such as " in done.stderr
+
+
 def _random_weights(folder: Path) -> str:
     import timm
     import torch

@@ -23,7 +23,8 @@ def import_backbone(
     finds the run and returns it.
 
     Args:
-        backbone: A pointer such as champion, a run, a published backbone, a .pth or .safetensors file, or timm:<name>.
+        backbone: A pointer such as champion, a run, a published backbone, a .pth or .safetensors file, timm:<name>, or
+            features as .parquet, .npz or .npy, which take the place of a network.
         source: The images to evaluate on: folder, tar, zip, or s3://bucket/prefix.
         recipe: Name of a recipe (`esvit recipe list`), s3:// address of a YAML file, or YAML such as
             {evaluation: {knn_k: [20]}}; its sections model and init are ignored.
@@ -49,6 +50,7 @@ def import_backbone(
         config = resolve(recipe, settings, transfer, cluster, store.get_bytes)
         run = import_backbone(backbone, source, config, run_uri, store)
         taken = run.store.get_json(run.at(MEASURED))
-        point_to(model, run.at("backbone"), arch=run.config.model.arch, taken_from=taken["backbone"])
+        arch = "none (features)" if taken.get("features") else run.config.model.arch
+        point_to(model, run.at("backbone"), arch=arch, taken_from=taken["backbone"])
 
     return (run.uri,)
