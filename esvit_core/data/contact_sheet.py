@@ -16,12 +16,12 @@ from esvit_core.config import Config
 from esvit_core.data.ingest.archives import FileReadError, Source, sampling_key
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
 from esvit_core.data.ingest.entries import Entry
-from esvit_core.data.ingest.file_kinds import is_named_as_image, suffix
-from esvit_core.data.ingest.ingest_plan import read_names
+from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.intensity_scale import find_scales
 from esvit_core.data.ingest.layout import LayoutSettings
 from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
+from esvit_core.data.ingest.source_reading import read_names
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
 from esvit_core.data.shards.reader import decode_image
@@ -70,8 +70,7 @@ def sample_images(source: str, config: Config, images: int, store: ObjectStore |
     with open_source(source, store) as opened, warnings.catch_warnings(action="ignore"):
         settings = LayoutSettings(data.labels, data.splits, require_train=False)
         reading = read_names(opened.entries, source, data, settings, opened.read)
-        named = [reading.readable[i] for i in reading.images if is_named_as_image(reading.readable[i].name)]
-        candidates = named or [reading.readable[i] for i in reading.images]
+        candidates = reading.readable.some(reading.likely)
         settings_of_pixels = PixelSettings.of(data, find_scales(opened, candidates, data))
         for entry in heapq.nsmallest(4 * images, candidates, key=sampling_key):
             if found < images and (pixels := _decode(opened, entry, config, settings_of_pixels)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import FileReadError, Source
 from esvit_core.data.ingest.decode import BadImage, describe_bad_files, to_stored_image
-from esvit_core.data.ingest.entries import Entry
+from esvit_core.data.ingest.entries import Entry, Selection
 from esvit_core.data.ingest.file_kinds import ignored_kind, suffix
-from esvit_core.data.ingest.ingest_plan import is_other_file, layout_of, no_images
 from esvit_core.data.ingest.intensity_scale import find_scales
 from esvit_core.data.ingest.layout import LayoutSettings
 from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
+from esvit_core.data.ingest.source_reading import is_other_file, layout_of, no_images
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.data.loading.augment import EvalTransform
 from esvit_core.data.shards.reader import decode_image
@@ -150,7 +150,8 @@ def embed(
     precision = choose_precision(settings.precision, device)
     network = FeatureNetwork(backbone.to(device), settings.regions).eval()
     with open_source(source, store) as opened, atomic_write(out) as path:
-        files = [entry for entry in opened.entries if not is_other_file(entry, settings.max_megapixels)]
+        is_file = [not is_other_file(entry, settings.max_megapixels) for entry in opened.entries]
+        files = Selection.where(opened.entries, np.array(is_file, dtype=bool))
         if not files:
             raise no_images(source, Counter(ignored_kind(entry.name) for entry in opened.entries))
         labels = _labels(files, opened, source)
@@ -188,9 +189,9 @@ def embed(
     return result
 
 
-def _labels(files: list[Entry], opened: Source, source: str) -> dict[str, str | None]:
-    layout = layout_of(files, opened.entries, source, LayoutSettings(require_train=False), opened.read)
-    return {entry.name: assignment.label for entry, assignment in zip(files, layout.assignments, strict=True)}
+def _labels(files: Selection, opened: Source, source: str) -> dict[str, str | None]:
+    layout = layout_of(files, source, LayoutSettings(require_train=False), opened.read)
+    return {name: assignment.label for name, assignment in zip(files.names, layout.assignments, strict=True)}
 
 
 def eval_transform(description: dict[str, Any]) -> EvalTransform:
@@ -201,7 +202,7 @@ def eval_transform(description: dict[str, Any]) -> EvalTransform:
 
 
 def _pixel_settings(
-    opened: Source, files: list[Entry], description: dict[str, Any], settings: EmbedSettings
+    opened: Source, files: Sequence[Entry], description: dict[str, Any], settings: EmbedSettings
 ) -> PixelSettings:
     """Return how deep pixels are converted: as for the training, otherwise by a sample of the images."""
     recorded = description.get("pixels", {})
@@ -238,7 +239,7 @@ def _prepare(
 
 
 def _batches(
-    files: list[Entry], prepare: Callable[[Entry], Tensor], leave_out: Callable[[Entry, str], None], size: int
+    files: Sequence[Entry], prepare: Callable[[Entry], Tensor], leave_out: Callable[[Entry, str], None], size: int
 ) -> Iterator[tuple[list[str], list[Tensor], int]]:
     """Yield names, images, and the number of files read; the next batch is read while one is processed."""
     names: list[str] = []

@@ -39,7 +39,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let short lists be written to disk, too."""
     monkeypatch.setattr(disk_rows, "_IN_MEMORY", 1000)
     monkeypatch.setattr(disk_rows, "_AT_ONCE", 2000)
-    monkeypatch.setattr(disk_rows, "_RUN", 2 * disk_rows._BLOCK)
+    monkeypatch.setattr(disk_rows, "_RUN", 2 * disk_rows.BLOCK)
 
 
 @given(st.lists(ENTRIES, max_size=8).map(lambda found: found * 13))
@@ -100,7 +100,7 @@ def peak(count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_rows, "_RUN", 32 * disk_rows._BLOCK)
+    monkeypatch.setattr(disk_rows, "_RUN", 32 * disk_rows.BLOCK)
     assert peak(20_000) - peak(2_000) < 20 * 18_000
 
 

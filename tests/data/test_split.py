@@ -82,9 +82,7 @@ def test_splits_keep_their_proportions():
 def test_order_and_choice_do_not_depend_on_the_order_of_listing(keys):
     backwards = keys[::-1]
     groups = [("", "")] * len(keys)
-    assert [keys[i] for i in storage_order(keys, range(len(keys)))] == [
-        backwards[i] for i in storage_order(backwards, range(len(keys)))
-    ]
+    assert [keys[i] for i in storage_order(keys)] == [backwards[i] for i in storage_order(backwards)]
     assert {keys[i] for i in choose_images(keys, groups, 5)} == {
         backwards[i] for i in choose_images(backwards, groups, 5)
     }

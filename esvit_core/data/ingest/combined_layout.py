@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from esvit_core.data.ingest.layout import Assignment, Layout, LayoutSettings, measured_split
+import numpy as np
+
+from esvit_core.data.ingest.assignments import Assignments, Place, labels_in_use, measured_split
+from esvit_core.data.ingest.layout import Layout, LayoutSettings
 from esvit_core.errors import UserError
 
 
 def combine_layouts(
-    parts: Sequence[int], source: str, settings: LayoutSettings, detect: Callable[[int, LayoutSettings], Layout]
+    numbers: Sequence[int],
+    names: Sequence[str],
+    source: str,
+    settings: LayoutSettings,
+    detect: Callable[[int, LayoutSettings], Layout],
 ) -> Layout:
     """Determine the layout of several sources.
 
@@ -18,7 +25,8 @@ def combine_layouts(
     of them are held out.
 
     Args:
-        parts: number of the source of each image.
+        numbers: of the sources that have images, ascending.
+        names: of the images, in the order of the sources.
         source: for error messages.
         settings: how the folders are to be understood.
         detect: returns the layout of the images of one source.
@@ -26,15 +34,20 @@ def combine_layouts(
     Raises:
         UserError: no source has images to train on, or the settings do not fit the sources.
     """
-    numbers = sorted(set(parts))
     layouts = {n: detect(n, replace(settings, is_part=True, require_train=False)) for n in numbers}
-    waiting = {number: iter(layout.assignments) for number, layout in layouts.items()}
-    found: list[Assignment] = []
-    for part in parts:
-        each = next(waiting[part])
-        found.append(replace(each, key=f"{part}/{each.key}"))
-    if settings.require_train and all(each.split in ("val", "test") for each in found if each.problem is None):
+    places: list[Place] = []
+    places_of_files = np.empty(len(names), dtype=np.int32)
+    end = 0
+    for number, layout in layouts.items():
+        found = layout.assignments
+        places_of_files[end : end + len(found)] = found.numbers
+        places_of_files[end : end + len(found)] += len(places)
+        end += len(found)
+        places += (place.change(key=f"{number}/{place.assignment.key}") for place in found.places)
+    assignments = Assignments(names, places_of_files, places)
+    splits = {each.split for each in assignments.counts() if each.problem is None}
+    if settings.require_train and splits <= {"val", "test"}:
         raise UserError(f"{source}: no images to train on; expected them in one of the sources, or data.splits=none")
-    found, more = measured_split(found)
+    assignments, more = measured_split(assignments)
     messages = [f"source {number}: {line}" for number, layout in layouts.items() for line in layout.messages]
-    return Layout(found, sorted({each.label for each in found if each.label}), [*messages, *more])
+    return Layout(assignments, labels_in_use(assignments), [*messages, *more])

@@ -15,10 +15,10 @@ from typing import Any
 from esvit_core.storage.disk import explain_full_temporary_disk, read_at, write_at
 
 Row = tuple[Any, ...]
-_BLOCK = 32  # rows that are read together
+BLOCK = 16  # rows that are read together
 _IN_MEMORY = 2**18  # bytes; shorter sequences, and the end of longer ones, stay in memory
 _AT_ONCE = 2**16  # bytes that are read at once when all rows are read in order
-_RUN = 256 * _BLOCK  # rows that are sorted in memory
+_RUN = 512 * BLOCK  # rows that are sorted in memory
 
 
 class DiskRows:
@@ -43,9 +43,9 @@ class DiskRows:
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Append rows. What was appended before must fill whole blocks, or nothing can follow it."""
-        assert self._count % _BLOCK == 0
+        assert self._count % BLOCK == 0
         waiting = iter(rows)
-        while block := list(itertools.islice(waiting, _BLOCK)):
+        while block := list(itertools.islice(waiting, BLOCK)):
             self._tail += marshal.dumps(block)
             self._count += len(block)
             self._ends.append(self._written + len(self._tail))
@@ -58,7 +58,7 @@ class DiskRows:
     def __getitem__(self, number: int) -> Row:
         if not 0 <= number < self._count:
             raise IndexError(number)
-        block, place = divmod(number, _BLOCK)
+        block, place = divmod(number, BLOCK)
         return self._blocks(block, block + 1)[0][place]
 
     def __iter__(self) -> Iterator[Row]:
@@ -66,8 +66,8 @@ class DiskRows:
 
     def between(self, start: int, stop: int, at_once: int = _AT_ONCE) -> Iterator[Row]:
         """Yield the rows of a range that begins with a block, reading about ``at_once`` bytes at a time."""
-        assert start % _BLOCK == 0
-        block, last = start // _BLOCK, -(-stop // _BLOCK)
+        assert start % BLOCK == 0
+        block, last = start // BLOCK, -(-stop // BLOCK)
         left = stop - start
         while block < last:
             size = self._ends[block + 1] - self._ends[block]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Self
 
 import numpy as np
 
-from esvit_core.data.ingest.disk_rows import DiskRows, Row, sort_rows
+from esvit_core.data.ingest.disk_rows import BLOCK, DiskRows, Row, sort_rows
+from esvit_core.data.ingest.lazy_sequence import LazySequence
+from esvit_core.data.ingest.number_arrays import iterate, numbers_where
 from esvit_core.data.ingest.split_folders import SplitName
 
 
@@ -49,7 +51,7 @@ class Entry:
     part: int = 0
 
 
-class Entries(Sequence[Entry]):
+class Entries(LazySequence[Entry]):
     """A list of entries that is written once and lies in a temporary file, unless it is short.
 
     Args:
@@ -60,35 +62,112 @@ class Entries(Sequence[Entry]):
     """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._rows = DiskRows(map(_row_of, entries))
+        self.has_given = False  # whether the source states the label or the split of any file
+        self._rows = DiskRows(map(self._row, entries))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, number: int) -> Entry: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[Entry]: ...
-
-    def __getitem__(self, number: int | slice) -> Entry | list[Entry]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        return _entry_of(self._rows[number if number >= 0 else number + len(self)])
+    def item(self, number: int) -> Entry:
+        return entry_of(self._rows[number])
 
     def __iter__(self) -> Iterator[Entry]:
-        return map(_entry_of, self._rows)
+        return map(entry_of, self._rows)
+
+    def _row(self, entry: Entry) -> Row:
+        given = entry.given and (entry.given.label, entry.given.split)
+        self.has_given = self.has_given or given is not None
+        return entry.name, entry.size, entry.stamp, entry.handle, entry.problem, given, entry.part
 
     def names(self) -> Iterator[str]:
         """Yield the names only, which is faster."""
         return (row[0] for row in self._rows)
+
+    def rows_from(self, start: int, stop: int) -> Iterator[tuple[int, Row]]:
+        """Yield the numbers and rows of a range of entries, and of some before it."""
+        start -= start % BLOCK
+        return enumerate(self._rows.between(start, stop), start)
 
     def by_name(self) -> Entries:
         """Return the entries in the order of their names."""
         if all(first <= second for first, second in itertools.pairwise(self.names())):
             return self
         numbered = ((row[0], number, row) for number, row in enumerate(self._rows))
-        return Entries(_entry_of(row) for _, _, row in sort_rows(numbered))
+        return Entries(entry_of(row) for _, _, row in sort_rows(numbered))
+
+
+class Selection(LazySequence[Entry]):
+    """Some of the entries of a list, in its order.
+
+    Args:
+        entries: the list.
+        numbers: of the entries, ascending, (n,) uint32; None: all.
+    """
+
+    def __init__(self, entries: Entries, numbers: np.ndarray | None = None) -> None:
+        self.entries = entries
+        self.numbers = numbers if numbers is not None and len(numbers) < len(entries) else None
+
+    @classmethod
+    def where(cls, entries: Entries, mask: np.ndarray) -> Self:
+        """Return the entries for which a mask (N,) bool is true."""
+        return cls(entries, None if mask.all() else numbers_where(mask))
+
+    def __len__(self) -> int:
+        return len(self.entries) if self.numbers is None else len(self.numbers)
+
+    def item(self, number: int) -> Entry:
+        return self.entries[number if self.numbers is None else int(self.numbers[number])]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries) if self.numbers is None else map(entry_of, self._rows())
+
+    @property
+    def names(self) -> Names:
+        """Names of the entries."""
+        return Names(self)
+
+    def iterate_names(self) -> Iterator[str]:
+        """Yield the names only, which is faster."""
+        return self.entries.names() if self.numbers is None else (row[0] for row in self._rows())
+
+    def given(self) -> Iterator[Given | None]:
+        """Yield what the source states about the files."""
+        rows = self._rows() if self.numbers is not None else (row for _, row in self.entries.rows_from(0, len(self)))
+        return (row[5] and Given(*row[5]) for row in rows)
+
+    def some(self, mask: np.ndarray) -> Selection:
+        """Return those of the entries for which a mask (n,) bool is true."""
+        if self.numbers is None:
+            return Selection.where(self.entries, mask)
+        return self if mask.all() else Selection(self.entries, self.numbers[mask])
+
+    def _rows(self) -> Iterator[Row]:
+        assert self.numbers is not None
+        if not len(self.numbers):
+            return
+        first, chosen = int(self.numbers[0]), iterate(self.numbers)
+        following = next(chosen, -1)
+        for number, row in self.entries.rows_from(first, int(self.numbers[-1]) + 1):
+            if number == following:
+                yield row
+                following = next(chosen, -1)
+
+
+class Names(LazySequence[str]):
+    """The names of selected entries."""
+
+    def __init__(self, selected: Selection) -> None:
+        self._selected = selected
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    def item(self, number: int) -> str:
+        return self._selected[number].name
+
+    def __iter__(self) -> Iterator[str]:
+        return self._selected.iterate_names()
 
 
 def as_entries(entries: Iterable[Entry]) -> Entries:
@@ -125,11 +204,7 @@ def keep_last(entries: Iterable[Entry]) -> tuple[Entries, int]:
     return found, len(listed) - len(found)
 
 
-def _row_of(entry: Entry) -> Row:
-    given = entry.given and (entry.given.label, entry.given.split)
-    return entry.name, entry.size, entry.stamp, entry.handle, entry.problem, given, entry.part
-
-
-def _entry_of(row: Row) -> Entry:
+def entry_of(row: Row) -> Entry:
+    """Return the entry that a row holds."""
     name, size, stamp, handle, problem, given, part = row
     return Entry(name, size, stamp, handle, problem, given and Given(*given), part)

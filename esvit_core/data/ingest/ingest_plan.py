@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import numpy as np
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.archives import FileReadError
-from esvit_core.data.ingest.combined_layout import combine_layouts
-from esvit_core.data.ingest.entries import Entries, Entry
-from esvit_core.data.ingest.file_kinds import (
-    UNREADABLE_SUFFIXES,
-    describe_ignored,
-    ignored_kind,
-    is_ignored,
-    is_named_as_image,
-    is_sidecar,
-    may_be_image,
-    suffix,
-)
+from esvit_core.data.ingest.entries import Entries, Entry, Selection
+from esvit_core.data.ingest.file_kinds import describe_ignored, ignored_kind
 from esvit_core.data.ingest.incremental import Base
-from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName, detect_layout
+from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName
+from esvit_core.data.ingest.lazy_sequence import LazySequence, Picked
 from esvit_core.data.ingest.listing import File
-from esvit_core.data.ingest.source_lists import split_sources
+from esvit_core.data.ingest.number_arrays import count_each, iterate, numbers_where, translate
+from esvit_core.data.ingest.source_reading import TOO_LARGE, Reading, read_names, too_large
 from esvit_core.data.ingest.source_summary import count_images, describe_counts, find_oddities
-from esvit_core.data.ingest.split import choose_images, hold_out, storage_order
-from esvit_core.errors import UserError
+from esvit_core.data.ingest.split import choose_images, held_out, storage_order
 
-_LARGEST_TABLE = 256 * 2**20  # bytes
-_BYTES_PER_PIXEL = 8  # 16-bit RGBA; image files are rarely much larger than their pixels
+_SPLITS: tuple[SplitName, ...] = ("test", "train", "val")  # in the order of storage: copies follow the training images
 
 
 @dataclass(frozen=True)
@@ -41,29 +33,66 @@ class Candidate:
     label: int
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a source was understood, from the names and sizes of its files.
+class Candidates(LazySequence[Candidate]):
+    """The files to read, in the order of storage, made when they are asked for.
 
-    Attributes:
-        files: all files that may be images.
-        readable: those without a known problem; one assignment of the layout each.
-        layout: their splits and classes.
-        images: numbers of the readable files that are named as images, or have no suffix.
-        unclear: numbers of the readable files whose content must decide.
-        bad: names and reasons of files that cannot be images.
-        left_out: names of images that the layout has no place for, with the reasons.
-        ignored: numbers of files that are no images, see :func:`esvit_core.data.ingest.file_kinds.ignored_kind`.
+    Args:
+        readable: files of the source.
+        order: which of them are stored, in order, (n,) uint32.
+        ends: where the files of each split end in the order.
+        labels: of the readable files: the place of each and the label of each place.
     """
 
-    files: list[Entry]
-    readable: list[Entry]
-    layout: Layout
-    images: list[int]
-    unclear: list[int]
-    bad: list[tuple[str, str]]
-    left_out: dict[str, str]
-    ignored: Counter[str]
+    def __init__(
+        self, readable: Selection, order: np.ndarray, ends: list[int], labels: tuple[np.ndarray, list[int]]
+    ) -> None:
+        self._readable, self._order, self._ends = readable, order, ends
+        self._places, self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def item(self, number: int) -> Candidate:
+        file = int(self._order[number])
+        split = _SPLITS[bisect_right(self._ends, number)]
+        return Candidate(self._readable[file], split, self._labels[self._places[file]])
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return map(self.item, range(len(self)))
+
+    def entries(self) -> Iterable[Entry]:
+        """Return the files in the order of the source, in which they are found fastest."""
+        return self._readable.some(_mask(len(self._readable), self._order))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The files that are neither read nor reused, with the reason, except those that earlier data know.
+
+    Attributes:
+        reading: the source.
+        used: which of its readable files are read or reused, (n,) bool.
+        known: names of files that earlier data found bad or ignored.
+    """
+
+    reading: Reading
+    used: np.ndarray
+    known: frozenset[str] = frozenset()
+
+    def __iter__(self) -> Iterator[tuple[Entry, str]]:
+        if len(self.reading.files) == len(self.used) and self.used.all():
+            return
+        assignments = self.reading.layout.assignments
+        problems = [place.assignment.problem for place in assignments.places]
+        readable = zip(iterate(self.reading.kinds), iterate(self.used), iterate(assignments.numbers), strict=True)
+        for entry in self.reading.files:
+            if entry.problem is not None:
+                is_used, reason = 0, entry.problem
+            else:
+                kind, is_used, place = next(readable)
+                reason = too_large(entry) if kind == TOO_LARGE else problems[place] or "not chosen"
+            if not is_used and entry.name not in self.known:
+                yield entry, reason
 
 
 @dataclass(frozen=True)
@@ -84,12 +113,12 @@ class IngestPlan:
         messages: how the source was understood.
     """
 
-    candidates: list[Candidate]
+    candidates: Candidates
     labels: dict[str, int]
     bad: list[tuple[str, str]]
     classes: list[str]
-    files: list[Entry]
-    skipped: Iterable[tuple[Entry, str]]
+    files: Selection
+    skipped: Skipped
     known: list[File]
     ignored: dict[str, int]
     not_chosen: int
@@ -117,168 +146,108 @@ def plan_ingest(
         UserError: the source contains no images, or none to train on.
     """
     reading = read_names(entries, source, config, LayoutSettings(config.labels, config.splits), read)
-    layout, likely, rest, readable = reading.layout, reading.images, reading.unclear, reading.readable
-    bad, ignored = reading.bad, reading.ignored
+    layout, places = reading.layout, reading.layout.assignments.places
     messages = [*layout.messages, *_counts(reading)]
-    chosen = _chosen(likely, layout, config.max_images)
-    splits_assigned = all(layout.assignments[i].split != "val" for i in chosen)
-    held = _held_out(chosen, layout, config.val_fraction, any(e.part for e in readable)) if splits_assigned else set()
-    names = _classes(layout, base)
-    classes: dict[str | None, int] = {name: number for number, name in enumerate(names)}
-    labels: dict[str, int] = {}
-    candidates = []
-    for i in storage_order([assignment.key for assignment in layout.assignments], [*chosen, *rest]):
-        entry, split = readable[i], layout.assignments[i].split or "train"
-        label = classes.get(layout.assignments[i].label, -1)
-        before = base.files.get(entry.name) if base else None
-        stored = before.split if before else None
-        if before is not None and before.status == "bad" and before.is_same(entry):
-            bad.append((entry.name, before.reason))
-        elif before is not None and before.status == "ignored" and before.is_same(entry):
-            ignored[ignored_kind(entry.name)] += 1
-        elif before is not None and stored and before.is_same(entry):
-            labels[entry.name] = label
-        elif stored:  # changed; an image that was trained on must not be held out later
-            candidates.append(Candidate(entry, stored, label))
-        else:
-            candidates.append(Candidate(entry, "val" if i in held else split, label))
-    candidates.sort(key=lambda c: c.split)  # "train" before "val", so that copies follow the training images
-    used = {candidate.entry.name for candidate in candidates} | labels.keys()
-    unread = [entry for entry in reading.files if entry.name not in used]
-    known = list(_known_files(unread, base))
-    reasons, known_names = dict(bad) | reading.left_out, {file.name for file in known}
-    skipped = [(e, reasons.get(e.name, "not chosen")) for e in unread if e.name not in known_names]
+    chosen = _chosen(reading, config.max_images)
+    splits_assigned = all(each.split != "val" for each in layout.assignments.counts(chosen))
+    split_of = np.array([_SPLITS.index(place.assignment.split or "train") for place in places], dtype=np.uint8)
+    splits = translate(layout.assignments.numbers, split_of)
+    if splits_assigned:
+        splits[_held_out(chosen, layout, config.val_fraction, any(entry.part for entry in reading.readable[:1]))] = (
+            _SPLITS.index("val")
+        )
+    classes = _classes(layout, base)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
+    labels = [numbers.get(place.assignment.label, -1) for place in places]
+    used = chosen | reading.unclear
+    order = storage_order(layout.assignments.keys, used)
+    reused: dict[str, int] = {}
+    known: list[File] = []
+    if base is not None:
+        order, reused = _without_known(reading, order, used, splits, labels, base)
+        known = [*_known_files((entry for entry, _ in Skipped(reading, used)), base)]
+    order, ends = _by_split(order, splits)
+    skipped = Skipped(reading, used, frozenset(file.name for file in known))
     return IngestPlan(
-        candidates=candidates,
-        labels=labels,
-        bad=bad,
-        classes=names,
+        candidates=Candidates(reading.readable, order, ends, (layout.assignments.numbers, labels)),
+        labels=reused,
+        bad=reading.bad,
+        classes=classes,
         files=reading.files,
         skipped=skipped,
         known=known,
-        ignored=dict(ignored),
-        not_chosen=len(likely) - len(chosen),
+        ignored=dict(reading.ignored),
+        not_chosen=int(np.count_nonzero(reading.images) - np.count_nonzero(chosen)),
         splits_assigned=splits_assigned,
         messages=messages,
     )
 
 
-def _known_files(entries: Iterable[Entry], base: Base | None) -> Iterator[File]:
-    for entry in entries if base else ():
-        before = base.files.get(entry.name) if base else None
+def _without_known(
+    reading: Reading, order: np.ndarray, used: np.ndarray, splits: np.ndarray, labels: list[int], base: Base
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the files that earlier data do not have, in order, and the classes of the images that are reused.
+
+    Args:
+        reading: the source; what the earlier data say about its files is added.
+        order: the files, in the order of storage.
+        used: which of the readable files are read or reused, (N,) bool; those known to be no images are cleared.
+        splits: number of the split of each readable file; those of changed images are set to their earlier one.
+        labels: class of each place of the layout.
+        base: the earlier data.
+    """
+    places = reading.layout.assignments.numbers
+    reused: dict[str, int] = {}
+    is_read = np.ones(len(order), dtype=bool)
+    for number, file in enumerate(iterate(order)):
+        entry = reading.readable[file]
+        before = base.files.get(entry.name)
+        if before is None:
+            continue
+        stored = before.split
+        is_read[number] = not before.is_same(entry) or (before.status not in ("bad", "ignored") and not stored)
+        if is_read[number]:
+            if stored:  # changed; an image that was trained on must not be held out later
+                splits[file] = _SPLITS.index(stored)
+        elif before.split:
+            reused[entry.name] = labels[places[file]]
+        else:
+            used[file] = False
+            if before.status == "bad":
+                reading.bad.append((entry.name, before.reason))
+            else:
+                reading.ignored[ignored_kind(entry.name)] += 1
+    return order[is_read], reused
+
+
+def _by_split(order: np.ndarray, splits: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Return the files ordered by split and, within a split, as before; and where those of each split end."""
+    found, ends = np.empty_like(order), [0]
+    for number in range(len(_SPLITS)):
+        of_split = order[splits[order] == number]
+        ends.append(ends[-1] + len(of_split))
+        found[ends[-2] : ends[-1]] = of_split
+    return found, ends[1:]
+
+
+def _known_files(entries: Iterable[Entry], base: Base) -> Iterator[File]:
+    for entry in entries:
+        before = base.files.get(entry.name)
         if before is not None and before.status in ("bad", "ignored") and before.is_same(entry):
             yield before
 
 
-def read_names(
-    entries: Entries,
-    source: str,
-    config: DataConfig,
-    settings: LayoutSettings,
-    read: Callable[[Entry], bytes] | None = None,
-) -> Reading:
-    """Understand a source from the names and sizes of its files.
-
-    Args:
-        entries: the files.
-        source: for error messages.
-        config: the ``data`` section of the configuration.
-        settings: how the folders are to be understood.
-        read: returns the content of a file that may be a table of labels; None: no such file is read.
-
-    Raises:
-        UserError: the source contains no images, or the settings do not fit it.
-    """
-    files = [entry for entry in entries if not is_other_file(entry, config.max_megapixels)]
-    kept = {entry.name for entry in files}
-    ignored = Counter(ignored_kind(entry.name) for entry in entries if entry.name not in kept)
-    if not files:
-        raise no_images(source, ignored)
-    bad = [(entry.name, entry.problem) for entry in files if entry.problem is not None]
-    readable = [entry for entry in files if entry.problem is None]
-    layout = layout_of(readable, entries, source, settings, read)
-    left_out: dict[str, str] = {}
-    likely: list[int] = []
-    rest: list[int] = []
-    for number, (entry, assignment) in enumerate(zip(readable, layout.assignments, strict=True)):
-        if assignment.problem:
-            left_out[entry.name] = assignment.problem
-            ignored[ignored_kind(entry.name)] += 1
-        elif entry.size > largest_file(config.max_megapixels):
-            bad.append((entry.name, f"file of {entry.size:,} bytes"))
-        else:
-            (likely if may_be_image(entry.name) else rest).append(number)
-    return Reading(files, readable, layout, likely, rest, bad, left_out, ignored)
+def _mask(length: int, numbers: np.ndarray) -> np.ndarray:
+    mask = np.zeros(length, dtype=bool)
+    mask[numbers] = True
+    return mask
 
 
 def _counts(reading: Reading) -> list[str]:
     """Describe the numbers of images, and what looks odd about them, in lines."""
-    named = [i for i in reading.images if is_named_as_image(reading.readable[i].name)]
-    images = [reading.layout.assignments[i] for i in named or reading.images]
-    lines = [*describe_counts(count_images(images)), *find_oddities(images)]
+    counts = reading.layout.assignments.counts(reading.likely)
+    lines = [*describe_counts(count_images(counts)), *find_oddities(counts)]
     return [*lines, f"ignored: {describe_ignored(reading.ignored)}"] if reading.ignored else lines
-
-
-def layout_of(
-    images: list[Entry],
-    entries: Iterable[Entry],
-    source: str,
-    settings: LayoutSettings,
-    read: Callable[[Entry], bytes] | None = None,
-) -> Layout:
-    """Determine the layout of a source, with the tables of labels in it.
-
-    Args:
-        images: the files that may be images.
-        entries: all files.
-        read: returns the content of a file; None: no table is read.
-    """
-    parts = [entry.part for entry in images]
-    if any(parts):
-        sources = split_sources(source)
-
-        def detect(part: int, settings: LayoutSettings) -> Layout:
-            of_part = [replace(entry, part=0) for entry in images if entry.part == part]
-            beside = [replace(entry, part=0) for entry in entries if entry.part == part]
-            return layout_of(of_part, beside, sources[part - 1], settings, read)
-
-        return combine_layouts(parts, source, settings, detect)
-    names = {entry.name for entry in images}
-    others = {entry.name: entry for entry in entries if entry.name not in names and not is_ignored(entry.name)}
-
-    def read_text(name: str) -> str | None:
-        entry = others[name]
-        if read is None or entry.problem is not None or entry.size > _LARGEST_TABLE:
-            return None
-        try:
-            return read(entry).decode("utf-8-sig", "replace")
-        except FileReadError:
-            return None
-
-    given = [entry.given for entry in images] if any(entry.given for entry in images) else ()
-    return detect_layout([entry.name for entry in images], source, settings, list(others), read_text, given)
-
-
-def no_images(source: str, ignored: dict[str, int]) -> UserError:
-    """Return the error for a source without images; it names the files that were ignored."""
-    others = f" (ignored: {describe_ignored(ignored)})" if ignored else ""
-    return UserError(f"{source}: no images in it{others}; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
-
-
-def is_other_file(entry: Entry, max_megapixels: float) -> bool:
-    """Return whether a file is ignored without reading it: nothing about it says that it is an image."""
-    if is_ignored(entry.name) or is_sidecar(entry.name):
-        return True
-    if is_named_as_image(entry.name) or suffix(entry.name) in UNREADABLE_SUFFIXES:
-        return False
-    is_folder = entry.problem is not None and entry.problem.startswith("unreadable folder")
-    unusable = entry.problem is not None and bool(suffix(entry.name)) and not is_folder
-    return unusable or entry.size > largest_file(max_megapixels)
-
-
-def largest_file(max_megapixels: float) -> float:
-    """Return the size in bytes that no image file of so many pixels exceeds."""
-    return max_megapixels * 1e6 * _BYTES_PER_PIXEL
 
 
 def _classes(layout: Layout, base: Base | None) -> list[str]:
@@ -287,21 +256,32 @@ def _classes(layout: Layout, base: Base | None) -> list[str]:
     return [*known, *(name for name in layout.classes if name not in known)]
 
 
-def _chosen(likely: list[int], layout: Layout, count: int | None) -> list[int]:
+def _chosen(reading: Reading, count: int | None) -> np.ndarray:
+    """Return which of the readable files are images that are used, (n,) bool."""
+    images = reading.images
     if count is None:
-        return likely
-    assignments = [layout.assignments[i] for i in likely]
-    groups = [(assignment.split or "", assignment.label or "") for assignment in assignments]
-    return [likely[i] for i in choose_images([assignment.key for assignment in assignments], groups, count)]
+        return images
+    numbers = numbers_where(images)
+    found = reading.layout.assignments
+    groups = [(place.assignment.split or "", place.assignment.label or "") for place in found.places]
+    of_images = (groups[place] for place in itertools.compress(iterate(found.numbers), iterate(images)))
+    return _mask(len(images), numbers[choose_images(Picked(found.keys, numbers), of_images, count)])
 
 
-def _held_out(chosen: list[int], layout: Layout, fraction: float, several: bool) -> set[int]:
-    """Choose the images to hold out; with a folder for training or several sources, among those that have a label."""
-    chosen = [i for i in chosen if layout.assignments[i].split != "test"]
-    if any((several or layout.assignments[i].split) and layout.assignments[i].label for i in chosen):
-        chosen = [i for i in chosen if layout.assignments[i].label]
-    assignments = [layout.assignments[i] for i in chosen]
-    held = hold_out(
-        [assignment.key for assignment in assignments], [assignment.label for assignment in assignments], fraction
-    )
-    return {chosen[i] for i in held}
+def _held_out(chosen: np.ndarray, layout: Layout, fraction: float, several: bool) -> np.ndarray:
+    """Choose the images to hold out; with a folder for training or several sources, among those that have a label.
+
+    Returns:
+        Which of the readable files are held out, (n,) bool.
+    """
+    found = layout.assignments
+    each = [place.assignment for place in found.places]
+    counts = count_each(found.numbers, len(each), chosen)
+    fitting = [assignment.split != "test" for assignment in each]
+    if any(n and fits and (several or a.split) and a.label for n, fits, a in zip(counts, fitting, each, strict=True)):
+        fitting = [fits and bool(a.label) for fits, a in zip(fitting, each, strict=True)]
+    held = chosen & translate(found.numbers, np.array(fitting, dtype=bool))
+    keys = itertools.compress(found.keys, iterate(held))
+    labels = (each[place].label for place in itertools.compress(iterate(found.numbers), iterate(held)))
+    held[held] = held_out(keys, labels, fraction)
+    return held

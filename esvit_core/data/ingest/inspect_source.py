@@ -7,9 +7,11 @@ import io
 import time
 import warnings
 from collections import Counter
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from esvit_core.config import DataConfig
@@ -25,13 +27,13 @@ from esvit_core.data.ingest.file_kinds import (
     is_named_as_image,
     suffix,
 )
-from esvit_core.data.ingest.ingest_plan import Reading, read_names
 from esvit_core.data.ingest.intensity_scale import describe_scales, find_scales
 from esvit_core.data.ingest.layout import LayoutSettings
 from esvit_core.data.ingest.optional_formats import why_unreadable
 from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.read_image import NotAnImage, read_image_file
+from esvit_core.data.ingest.source_reading import Reading, read_names
 from esvit_core.data.ingest.source_summary import Counts, count_images, describe_counts, find_oddities
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.storage import ObjectStore
@@ -88,17 +90,13 @@ def inspect_source(source: str, config: DataConfig, store: ObjectStore | None = 
         images, others, unread = _told_by_head(opened, reading)
         ignored = reading.ignored + Counter(ignored_kind(name) for name in others)
         bad = dict(reading.bad)
-        optional = (name for name in images if suffix(name) in UNREADABLE_SUFFIXES)
+        optional = (name for name in reading.readable.some(images).names if suffix(name) in UNREADABLE_SUFFIXES)
         bad |= {name: reason for name in optional if (reason := why_unreadable(suffix(name))) is not None}
-        entries = [entry for name, entry in images.items() if name not in bad]
+        entries = reading.readable.some(_without(images, reading, bad))
         scales = find_scales(opened, entries, config)
         sample = _decode_sample(opened, entries, config, PixelSettings.of(config, scales))
         bad |= sample.bad
-        good = [
-            assignment
-            for entry, assignment in zip(reading.readable, reading.layout.assignments, strict=True)
-            if entry.name in images and entry.name not in bad
-        ]
+        good = reading.layout.assignments.counts(_without(images, reading, bad))
         duplicates, notes = opened.duplicates, opened.notes
     counts, listed = count_images(good), sorted(bad.items())
     lines = [
@@ -121,23 +119,36 @@ def inspect_source(source: str, config: DataConfig, store: ObjectStore | None = 
     return Inspection(counts, dict(sorted(ignored.items())), listed, lines)
 
 
-def _told_by_head(opened: Source, reading: Reading) -> tuple[dict[str, Entry], list[str], int]:
-    """Return the images, the names of files that are none by their first bytes, and how many files remain unknown."""
-    images: dict[str, Entry] = {}
+def _without(images: np.ndarray, reading: Reading, bad: Collection[str]) -> np.ndarray:
+    """Return which of the readable files are images and not bad, (n,) bool."""
+    if not bad:
+        return images
+    return images & np.fromiter((name not in bad for name in reading.readable.names), bool, len(images))
+
+
+def _told_by_head(opened: Source, reading: Reading) -> tuple[np.ndarray, list[str], int]:
+    """Find out about the files whose names do not tell whether they are images.
+
+    Returns:
+        Which of the readable files are images, (n,) bool; names of those that are none by their first bytes; and how many
+        remain unknown.
+    """
+    images = np.zeros(len(reading.readable), dtype=bool)
     others: list[str] = []
-    unclear: list[Entry] = []
-    for i in sorted([*reading.images, *reading.unclear]):
-        entry = reading.readable[i]
+    unknown = 0
+    possible = reading.images | reading.unclear
+    for number, entry in enumerate(reading.readable):
+        if not possible[number]:
+            continue
         if is_named_as_image(entry.name) or suffix(entry.name) in UNREADABLE_SUFFIXES:
-            images[entry.name] = entry
-        else:
-            unclear.append(entry)
-    for entry in unclear[:_HEADS]:
-        if _has_image_head(opened, entry):
-            images[entry.name] = entry
-        else:
-            others.append(entry.name)
-    return images, others, len(unclear[_HEADS:])
+            images[number] = True
+            continue
+        unknown += 1
+        if unknown <= _HEADS:
+            images[number] = _has_image_head(opened, entry)
+            if not images[number]:
+                others.append(entry.name)
+    return images, others, max(0, unknown - _HEADS)
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ class _Sample:
         return found
 
 
-def _decode_sample(opened: Source, entries: list[Entry], config: DataConfig, pixels: PixelSettings) -> _Sample:
+def _decode_sample(opened: Source, entries: Iterable[Entry], config: DataConfig, pixels: PixelSettings) -> _Sample:
     """Decode images that their names choose, as many as the time allows."""
     chosen = heapq.nsmallest(_SAMPLE, entries, key=sampling_key)
     sizes: list[tuple[int, int]] = []

@@ -37,10 +37,12 @@ def find_scales(opened: Source, entries: Iterable[Entry], config: DataConfig) ->
         The values that become black and white, by type; empty if no image of the sample has more than 8 bits, or if
         ``data.intensity`` sets the scale.
     """
-    maybe = [entry for entry in entries if suffix(entry.name) in _MAYBE_DEEP and entry.problem is None]
-    if config.intensity != "auto" or not maybe:
+    if config.intensity != "auto":
         return {}
+    maybe = (entry for entry in entries if suffix(entry.name) in _MAYBE_DEEP and entry.problem is None)
     sample = heapq.nsmallest(_SAMPLE, maybe, key=sampling_key)
+    if not sample:
+        return {}
     read_so_far = itertools.accumulate(0 if suffix(entry.name) == ".png" else entry.size for entry in sample)
     sample = [entry for entry, size in zip(sample, read_so_far, strict=True) if size <= _BYTES] or sample[:1]
     spans: dict[str, list[Scale]] = defaultdict(list)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import io
 import posixpath
-from collections.abc import Callable, Collection, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from esvit_core.data.ingest.file_kinds import suffix
+from esvit_core.data.ingest.number_arrays import iterate
 from esvit_core.data.ingest.split_folders import SplitName, exact_role
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
@@ -30,6 +35,8 @@ _TRIED = 50  # tables that are read
 _MATCHING = 0.9  # share of the rows that must name a known class
 _AMBIGUOUS = -1
 Row = list[str]
+#: Yields the names and texts of some files; None: the text cannot be read, or it is too large for a table.
+ReadTexts = Callable[[Collection[str]], Iterable[tuple[str, str | None]]]
 
 
 @dataclass(frozen=True)
@@ -46,48 +53,61 @@ class Tables:
 
 
 def labels_of_tables(
-    wanted: Sequence[int],
-    paths: Sequence[tuple[str, ...]],
-    others: Sequence[str],
-    read_text: Callable[[str], str | None] | None,
+    wanted: np.ndarray,
+    names: Sequence[str],
+    others: Iterable[str],
+    read_texts: ReadTexts | None,
     known: Collection[str] | None,
 ) -> Tables | None:
     """Find the table that gives the most labels; None if none gives any.
 
     Args:
         wanted: numbers of the images that need a label.
-        paths: parts of the names of all images.
+        names: of all images.
         others: names of the files that are no images; only those in a folder above the images are read.
-        read_text: returns the text of a file, None if it is too large.
+        read_texts: yields the texts of files.
         known: names of the classes; None: the table says what the classes are.
     """
-    if read_text is None:
+    if read_texts is None:
         return None
     images: dict[str, dict[str, int]] = {}
-    above = {paths[i][:n] for i in wanted for n in range(len(paths[i]))}
-    tables = [name for name in others if suffix(name) in TABLE_SUFFIXES and tuple(name.split("/")[:-1]) in above]
+    above = {path[:-1] for _, path in _paths(wanted, names)}
+    above = {path[:n] for path in above for n in range(len(path) + 1)}
+    tables = (name for name in others if suffix(name) in TABLE_SUFFIXES and tuple(name.split("/")[:-1]) in above)
+    tried = heapq.nsmallest(_TRIED, tables, key=lambda name: (-name.count("/"), name))
+    ranks = {name: rank for rank, name in enumerate(tried)}
     best: Tables | None = None
-    for name in sorted(tables, key=lambda name: (-name.count("/"), name))[:_TRIED]:
-        folder, text = posixpath.dirname(name), read_text(name)
+    for name, text in read_texts(ranks) if ranks else ():
+        folder = posixpath.dirname(name)
         if folder not in images:
-            images[folder] = _images_by_name(wanted, paths, tuple(folder.split("/")) if folder else ())
+            images[folder] = _images_by_name(wanted, names, tuple(folder.split("/")) if folder else ())
         rows = {} if text is None else _read(text, images[folder], known)
-        if rows and (best is None or len(rows) > len(best.rows)):
+        if rows and (best is None or (len(rows), -ranks[name]) > (len(best.rows), -ranks[best.file])):
             best = Tables(name, rows)
     return best
 
 
-def _images_by_name(wanted: Sequence[int], paths: Sequence[tuple[str, ...]], folder: tuple[str, ...]) -> dict[str, int]:
+def _paths(wanted: np.ndarray, names: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield the numbers and the parts of the names of images."""
+    chosen = iterate(wanted)
+    following = next(chosen, -1)
+    for number, name in enumerate(names):
+        if number == following:
+            yield number, tuple(unicodedata.normalize("NFC", name).split("/"))
+            following = next(chosen, -1)
+
+
+def _images_by_name(wanted: np.ndarray, names: Sequence[str], folder: tuple[str, ...]) -> dict[str, int]:
     """Return the numbers of the images below a folder by what a table in it may call them.
 
     That is the path or its end, with and without the suffix. A name that fits several images is left out.
     """
     found: dict[str, int] = {}
-    for i in wanted:
-        if paths[i][: len(folder)] != folder:
+    for i, path in _paths(wanted, names):
+        if path[: len(folder)] != folder:
             continue
-        for start in range(len(paths[i])):
-            name = "/".join(paths[i][start:])
+        for start in range(len(path)):
+            name = "/".join(path[start:])
             for each in {name, posixpath.splitext(name)[0]}:
                 found[each] = _AMBIGUOUS if each in found else i
     return {name: i for name, i in found.items() if i != _AMBIGUOUS}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
+from esvit_core.data.ingest.assignments import (
+    Assignment,
+    Assignments,
+    Place,
+    labels_in_use,
+    measured_split,
+)
 from esvit_core.data.ingest.class_folders import (
     Classes,
     classes_as_set,
@@ -17,7 +28,8 @@ from esvit_core.data.ingest.class_folders import (
 )
 from esvit_core.data.ingest.entries import Given
 from esvit_core.data.ingest.file_kinds import is_named_as_image, may_be_image
-from esvit_core.data.ingest.label_tables import labels_of_tables
+from esvit_core.data.ingest.label_tables import ReadTexts, Tables, labels_of_tables
+from esvit_core.data.ingest.number_arrays import iterate, numbers_where, translate
 from esvit_core.data.ingest.split_folders import (
     Folders,
     Role,
@@ -35,25 +47,6 @@ ANNOTATION = "in a folder of masks or labels beside images"
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """The split and class of a file.
-
-    Attributes:
-        key: path without the folders that all files share; determines the split of the image.
-        split: as it is used; None if the source has no folders for splits.
-        source_split: as the source names it: its test images are used as ``val`` if there are no others to measure.
-        label: name of its class; None if it has none.
-        problem: why the file has no place in the layout; None: it has.
-    """
-
-    key: str
-    split: SplitName | None = None
-    label: str | None = None
-    problem: str | None = None
-    source_split: SplitName | None = None
-
-
-@dataclass(frozen=True)
 class Layout:
     """How the folders of a source were understood.
 
@@ -63,7 +56,7 @@ class Layout:
         messages: how the source was understood, in lines for the user.
     """
 
-    assignments: list[Assignment]
+    assignments: Assignments
     classes: list[str]
     messages: list[str]
 
@@ -85,13 +78,30 @@ class LayoutSettings:
     is_part: bool = False
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """The files of a folder, or those of a folder of which the source says the same.
+
+    Attributes:
+        folders: its path.
+        given: what the source says about them.
+        files: number of files; named: of those that are named as images; likely: of those that have no suffix, too.
+    """
+
+    folders: Folders
+    given: Given | None
+    files: int
+    named: int
+    likely: int
+
+
 def detect_layout(
     names: Sequence[str],
     source: str,
     settings: LayoutSettings | None = None,
-    others: Sequence[str] = (),
-    read_text: Callable[[str], str | None] | None = None,
-    given: Sequence[Given | None] = (),
+    others: Iterable[str] = (),
+    read_texts: ReadTexts | None = None,
+    given: Iterable[Given | None] = (),
 ) -> Layout:
     """Determine the splits and classes of a source from its folders.
 
@@ -102,29 +112,29 @@ def detect_layout(
         source: for error messages.
         settings: None: everything is detected.
         others: paths of the files that are no images; they show which folders hold annotations.
-        read_text: returns the text of one of the others, which may be a table of labels; None if it is too large.
+        read_texts: yields the names and texts of some of the others, which may be tables of labels.
         given: what the source itself says about each of the images; empty: nothing.
 
     Raises:
         UserError: there are folders for evaluation but none to train on, or the settings do not fit the source.
     """
     settings = settings or LayoutSettings()
-    paths = [tuple(unicodedata.normalize("NFC", name).split("/")) for name in names]
+    numbers, found = _folders_of(names, given)
     # A README beside the folders must not influence the layout.
-    relevant = [p for p in paths if is_named_as_image(p[-1])] or [p for p in paths if may_be_image(p[-1])] or paths
-    counts = Counter(path[:-1] for path in relevant)
-    siblings = _folders_by_parent([*counts, *(tuple(name.split("/")[:-1]) for name in others)])
+    counts = _sum(found, lambda each: each.named) or _sum(found, lambda each: each.likely)
+    counts = counts or _sum(found, lambda each: each.files)
+    siblings = _folders_by_parent([*counts, *{tuple(name.split("/")[:-1]) for name in others}])
     with_images = _folders_by_parent(counts)
     masks = {folders for folders in counts if _is_of_annotations(folders, siblings)}
     if len(masks) == len(counts):
         masks = set()
     counts = Counter({folders: count for folders, count in counts.items() if folders not in masks})
-    shared = _shared_folders([path for path in relevant if path[:-1] not in masks])
-    top = relevant[0][:0] if not counts else next(iter(counts))[:shared]
+    shared = _shared_folders([*counts])
+    top = next(iter(counts), ())[:shared]
     chains = {
-        folders: _without_containers(folders, shared, with_images, siblings)
-        for folders in {path[:-1] for path in paths}
-        if folders[:shared] == top
+        each.folders: _without_containers(each.folders, shared, with_images, siblings)
+        for each in found
+        if each.folders[:shared] == top
     }
     considered = {chains[folders] for folders in counts}
     roles, below, messages = _splits(sorted(considered), source, settings)
@@ -135,37 +145,82 @@ def detect_layout(
     if not training:
         training.update({below[chains[folders]]: count for folders, count in counts.items()})
     classes = find_classes(training) if settings.labels in ("auto", "csv") else classes_as_set(settings.labels)
-    found: list[Assignment] = []
-    for path in paths:
-        folders = path[:-1]
-        key = "/".join(path[shared:] if folders[:shared] == top else path)
-        chain = chains.get(folders)
-        if _is_of_annotations(folders, siblings) and masks:
-            found.append(Assignment(key, problem=ANNOTATION))
+    places: list[Place] = []
+    for each in found:
+        chain = chains.get(each.folders)
+        cut = shared if each.folders[:shared] == top else 0
+        if masks and _is_of_annotations(each.folders, siblings):
+            places.append(Place(Assignment("", problem=ANNOTATION), cut))
         elif roles and (chain is None or roles.get(chain) is None):
-            found.append(Assignment(key, problem=OUTSIDE))
+            places.append(Place(Assignment("", problem=OUTSIDE), cut))
         else:
             role = roles.get(chain) if chain is not None else None
             label = classes.label(below[chain]) if chain in considered and role != "extra" else None
-            found.append(Assignment(key, "train" if role == "extra" else role, label))
-    if any(given):
-        found, classes = _with_given(found, classes, given, settings)
-    return _finish(paths, found, classes, settings, messages, others, read_text, source)
+            places.append(Place(Assignment("", "train" if role == "extra" else role, label), cut))
+    if any(each.given for each in found):
+        places, classes = _with_given(places, classes, [each.given for each in found], settings)
+    message, tables = classes.message, None
+    assignments = Assignments(names, numbers, places)
+    if settings.labels == "csv" or (settings.labels == "auto" and any(place.assignment.label for place in places)):
+        assignments, tables = _with_tables(assignments, settings, others, read_texts, source)
+        if settings.labels == "csv" and tables is not None:
+            message = f"labels: {tables.file}"
+        elif tables is not None:
+            messages.append(f"labels of {len(tables.rows):,} held-out images: {tables.file}")
+    more: list[str] = []
+    if not settings.is_part:
+        assignments, more = measured_split(assignments)
+    messages = [*messages, message, *more, *_left_out(assignments, found)]
+    return Layout(assignments, labels_in_use(assignments), messages)
+
+
+def _folders_of(names: Sequence[str], given: Iterable[Given | None]) -> tuple[np.ndarray, list[_Folder]]:
+    """Return the number of the folder of each file, (N,) int32, and the folders."""
+    known: dict[tuple[str, Given | None], int] = {}
+    numbers = np.empty(len(names), dtype=np.int32)
+    files, named, likely = array("Q"), array("Q"), array("Q")
+    for i, (name, says) in enumerate(zip(names, given or itertools.repeat(None), strict=False)):
+        path = unicodedata.normalize("NFC", name)
+        above = path[: path.rfind("/") + 1]
+        number = known.setdefault((above, says), len(known))
+        if number == len(files):
+            files.append(0)
+            named.append(0)
+            likely.append(0)
+        numbers[i] = number
+        files[number] += 1
+        if is_named_as_image(path):
+            named[number] += 1
+        elif may_be_image(path):
+            likely[number] += 1
+    return numbers, [
+        _Folder(tuple(above.split("/")[:-1]), says, files[n], named[n], named[n] + likely[n])
+        for (above, says), n in known.items()
+    ]
+
+
+def _sum(found: Iterable[_Folder], count: Callable[[_Folder], int]) -> Counter[Folders]:
+    """Return the number of files of each folder that has some."""
+    counts: Counter[Folders] = Counter()
+    for each in found:
+        if count(each):
+            counts[each.folders] += count(each)
+    return counts
 
 
 def _with_given(
-    found: list[Assignment], classes: Classes, given: Sequence[Given | None], settings: LayoutSettings
-) -> tuple[list[Assignment], Classes]:
+    places: list[Place], classes: Classes, given: Sequence[Given | None], settings: LayoutSettings
+) -> tuple[list[Place], Classes]:
     """Apply the labels and splits that the source itself states, unless the settings say otherwise."""
     if settings.splits == "auto" and any(each and each.split for each in given):
-        found = [
-            replace(each, split=says.split or each.split, problem=None) if says else each
-            for each, says in zip(found, given, strict=True)
+        places = [
+            place.change(split=says.split or place.assignment.split, problem=None) if says else place
+            for place, says in zip(places, given, strict=True)
         ]
     if settings.labels == "auto" and any(each and each.label for each in given):
-        found = [replace(each, label=says.label if says else None) for each, says in zip(found, given, strict=True)]
+        places = [place.change(label=says.label if says else None) for place, says in zip(places, given, strict=True)]
         classes = replace(classes, message="labels: those that the source states")
-    return found, classes
+    return places, classes
 
 
 def _splits(
@@ -221,73 +276,55 @@ def _require_training_folder(chains: list[Folders], source: str, settings: Layou
         )
 
 
-def _finish(
-    paths: list[Folders],
-    found: list[Assignment],
-    classes: Classes,
+def _with_tables(
+    assignments: Assignments,
     settings: LayoutSettings,
-    messages: list[str],
-    others: Sequence[str],
-    read_text: Callable[[str], str | None] | None,
+    others: Iterable[str],
+    read_texts: ReadTexts | None,
     source: str,
-) -> Layout:
-    """Take labels from tables where folders give none, and decide which split is measured."""
-    message = classes.message
-    if settings.labels == "csv" or (settings.labels == "auto" and any(each.label for each in found)):
-        wanted = [i for i, each in enumerate(found) if each.problem is None and _lacks_label(each, settings)]
-        known = {each.label for each in found if each.label} if settings.labels == "auto" else None
-        tables = labels_of_tables(wanted, paths, others, read_text, known) if wanted else None
-        if settings.labels == "csv":
-            if tables is None:
-                raise UserError(
-                    f"{source}: data.labels is csv, but no .csv, .tsv or .txt file in it names the images and their "
-                    "labels; expected the columns file and label, and optionally split"
-                )
-            found = [replace(each, label=None) for each in found]
-            message = f"labels: {tables.file}"
-        if tables is not None:
-            for i, (label, split) in tables.rows.items():
-                found[i] = replace(found[i], label=label, split=split or found[i].split)
-            if settings.labels == "auto":
-                messages.append(f"labels of {len(tables.rows):,} held-out images: {tables.file}")
-    found, more = (found, []) if settings.is_part else measured_split(found)
-    messages = [*messages, message, *more]
-    for problem in (OUTSIDE, ANNOTATION):
-        names = [
-            "/".join(path)
-            for path, each in zip(paths, found, strict=True)
-            if each.problem == problem and is_named_as_image(path[-1])
-        ]
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            hint = "; data.splits says which folders to use" if problem == OUTSIDE else ""
-            messages.append(
-                f"left out: {len(names):,} {'image' if len(names) == 1 else 'images'} {problem} ({shown}){hint}"
+) -> tuple[Assignments, Tables | None]:
+    """Take labels from tables where folders give none."""
+    places, every = assignments.places, settings.labels == "csv"
+    lacks = np.array([place.assignment.problem is None and (every or _lacks_label(place)) for place in places], bool)
+    wanted = numbers_where(translate(assignments.numbers, lacks))
+    known = None if every else {place.assignment.label for place in places if place.assignment.label}
+    tables = labels_of_tables(wanted, assignments.names, others, read_texts, known) if len(wanted) else None
+    if every:
+        if tables is None:
+            raise UserError(
+                f"{source}: data.labels is csv, but no .csv, .tsv or .txt file in it names the images and their "
+                "labels; expected the columns file and label, and optionally split"
             )
-    return Layout(found, sorted({each.label for each in found if each.label}), messages)
+        places = [place.change(label=None) for place in places]
+    if tables is None:
+        return assignments, None
+    changed: dict[Place, int] = {}
+    numbers = assignments.numbers
+    for i, (label, split) in tables.rows.items():
+        place = places[numbers[i]]
+        place = place.change(label=label, split=split or place.assignment.split)
+        numbers[i] = changed.setdefault(place, len(places) + len(changed))
+    return Assignments(assignments.names, numbers, [*places, *changed]), tables
 
 
-def _lacks_label(assignment: Assignment, settings: LayoutSettings) -> bool:
-    return settings.labels == "csv" or (assignment.split in ("val", "test") and assignment.label is None)
+def _lacks_label(place: Place) -> bool:
+    return place.assignment.split in ("val", "test") and place.assignment.label is None
 
 
-def measured_split(found: list[Assignment]) -> tuple[list[Assignment], list[str]]:
-    """Make ``val`` the split that is measured: the test images if there is no other.
-
-    Held-out images without labels beside labelled training images cannot be measured. They stay apart, as ``test``.
-    """
-    held_out: tuple[SplitName, ...] = ("val", "test")
-    sizes = Counter(each.split for each in found)
-    labelled = {each.split for each in found if each.label}
-    apart = {split for split in held_out if sizes[split] and "train" in labelled and split not in labelled}
-    messages = [
-        f"the {sizes[split]:,} {split} images have no labels: they are kept apart and not used" for split in apart
-    ]
-    moved: dict[SplitName | None, SplitName] = {split: "test" for split in held_out if split in apart}
-    if sizes["test"] and "test" not in apart and (not sizes["val"] or "val" in apart):
-        moved["test"] = "val"
-        messages.append("there are no validation images: the test images are held out for evaluation")
-    return [replace(e, split=moved.get(e.split, e.split), source_split=e.split) for e in found], messages
+def _left_out(assignments: Assignments, found: Sequence[_Folder]) -> list[str]:
+    """Describe the images that have no place in the layout, in lines."""
+    messages = []
+    for problem in (OUTSIDE, ANNOTATION):
+        concerned = [place.assignment.problem == problem for place in assignments.places]
+        count = sum(each.named for each, concerns in zip(found, concerned, strict=False) if concerns)
+        if not count:
+            continue
+        names = (name for name, n in zip(assignments.names, iterate(assignments.numbers), strict=True) if concerned[n])
+        paths = (unicodedata.normalize("NFC", name) for name in names)
+        shown = ", ".join(itertools.islice(filter(is_named_as_image, paths), 3)) + (", ..." if count > 3 else "")
+        hint = "; data.splits says which folders to use" if problem == OUTSIDE else ""
+        messages.append(f"left out: {count:,} {'image' if count == 1 else 'images'} {problem} ({shown}){hint}")
+    return messages
 
 
 def _folders_by_parent(folders: object) -> dict[Folders, set[str]]:
@@ -303,7 +340,7 @@ def _is_of_annotations(folders: Folders, siblings: Mapping[Folders, set[str]]) -
     """Return whether a folder holds masks or labels: its name says so, and images or splits lie beside it."""
     for i, name in enumerate(folders):
         if is_annotation_folder(name):
-            beside = {other for other in siblings[folders[:i]] if not is_annotation_folder(other)}
+            beside = {other for other in siblings.get(folders[:i], ()) if not is_annotation_folder(other)}
             if any(is_container(other) or word_role(other) for other in beside):
                 return True
     return False
@@ -333,10 +370,10 @@ def _shared_folders(paths: Sequence[Folders]) -> int:
     shared = 0
     while paths:
         first = paths[0]
-        folder = first[shared] if len(first) > shared + 1 else None
+        folder = first[shared] if len(first) > shared else None
         if folder is None or folder.casefold() == "train":
             break
-        if not all(len(p) > shared + 1 and p[shared] == folder for p in paths):
+        if not all(len(p) > shared and p[shared] == folder for p in paths):
             break
         shared += 1
     return shared

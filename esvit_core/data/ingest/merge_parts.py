@@ -15,13 +15,13 @@ import numpy as np
 
 from esvit_core.data.ingest.decode import describe_bad_files, reason_category
 from esvit_core.data.ingest.file_kinds import ignored_kind
-from esvit_core.data.ingest.ingest_plan import no_images
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.listing import LISTING, File, decode_listing, encode_listing, write_listing
 from esvit_core.data.ingest.near_duplicates import find_superfluous
 from esvit_core.data.ingest.parts import PlannedPart
 from esvit_core.data.ingest.preparation import Preparation, check_bad_share
 from esvit_core.data.ingest.source_lists import part_of_name
+from esvit_core.data.ingest.source_reading import no_images
 from esvit_core.data.ingest.source_summary import OddImages
 from esvit_core.data.ingest.statistics import ImageStatistics, describe_statistics
 from esvit_core.data.loading.sampler import weighted_length

@@ -183,7 +183,7 @@ def _working(job: Preparation, files: int) -> Iterator[None]:
 def _scales(opened: Source, plan: IngestPlan, config: DataConfig, base: Base | None) -> dict[str, Scale]:
     """Return the scales of deep pixels: those of the earlier data that are built on, and others from a sample."""
     known = dict(base.manifest.intensity) if base else {}
-    found = find_scales(opened, (candidate.entry for candidate in plan.candidates), config)
+    found = find_scales(opened, plan.candidates.entries(), config)
     scales = found | known
     if lines := describe_scales(scales, config) if scales or config.intensity != "auto" else []:
         print(*(f"prepare: {line}" for line in lines), sep="\n", flush=True)

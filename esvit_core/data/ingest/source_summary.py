@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from esvit_core.data.ingest.layout import Assignment
+from esvit_core.data.ingest.assignments import Assignment
 from esvit_core.data.ingest.listing import File
 
 _SHOWN = 3  # classes that are named in a line
@@ -28,13 +28,21 @@ class Counts:
     classes: dict[str, int]
 
 
-def count_images(assignments: Iterable[Assignment]) -> Counts:
-    """Count images by the splits of the source and by class; those without a place in the layout are left out."""
-    placed = [each for each in assignments if each.problem is None]
-    splits = Counter(each.source_split for each in placed)
-    classes = Counter(each.label for each in placed if each.label)
+def count_images(counts: Mapping[Assignment, int]) -> Counts:
+    """Count images by the splits of the source and by class; those without a place in the layout are left out.
+
+    Args:
+        counts: how often each assignment occurs, see :meth:`esvit_core.data.ingest.assignments.Assignments.counts`.
+    """
+    placed = {each: count for each, count in counts.items() if each.problem is None}
+    splits: Counter[str | None] = Counter()
+    classes: Counter[str] = Counter()
+    for each, count in placed.items():
+        splits[each.source_split] += count
+        classes[each.label or ""] += count
+    classes.pop("", None)
     return Counts(
-        len(placed),
+        sum(placed.values()),
         {name: splits[name] for name in ("train", "val", "test") if splits[name]},
         dict(sorted(classes.items())),
     )
@@ -54,8 +62,12 @@ def describe_counts(counts: Counts) -> list[str]:
     return lines
 
 
-def find_oddities(assignments: Sequence[Assignment]) -> list[str]:
-    """Describe in lines what looks odd about the splits and classes, as far as names show it."""
+def find_oddities(assignments: Mapping[Assignment, int]) -> list[str]:
+    """Describe in lines what looks odd about the splits and classes, as far as names show it.
+
+    Args:
+        assignments: as for :func:`count_images`.
+    """
     counts = count_images(assignments)
     lines = []
     if counts.splits and "train" not in counts.splits:

@@ -6,6 +6,7 @@ import heapq
 import io
 import statistics
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,9 +14,8 @@ from PIL import Image
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import FileReadError, Source, sampling_key
 from esvit_core.data.ingest.entries import Entry
-from esvit_core.data.ingest.file_kinds import is_named_as_image
-from esvit_core.data.ingest.ingest_plan import read_names
 from esvit_core.data.ingest.layout import LayoutSettings
+from esvit_core.data.ingest.source_reading import read_names
 from esvit_core.data.ingest.source_summary import count_images
 from esvit_core.data.ingest.sources import open_source
 from esvit_core.storage import ObjectStore
@@ -56,16 +56,14 @@ def survey_source(source: str, config: DataConfig, store: ObjectStore | None = N
     with open_source(source, store) as opened:
         settings = LayoutSettings(config.labels, config.splits)
         reading = read_names(opened.entries, source, config, settings, opened.read)
-        named = [i for i in reading.images if is_named_as_image(reading.readable[i].name)]
-        numbers = named or reading.images
-        counts = count_images([reading.layout.assignments[i] for i in numbers])
-        side = _short_side(opened, [reading.readable[i] for i in numbers])
-    kept = [i for i in numbers if reading.layout.assignments[i].split != "test"]
-    held_out = sum(reading.layout.assignments[i].split == "val" for i in kept)
-    return Survey(len(kept), held_out or None, len(counts.classes), side)
+        found = reading.layout.assignments.counts(reading.likely)
+        side = _short_side(opened, reading.readable.some(reading.likely))
+    images = sum(count for each, count in found.items() if each.split != "test")
+    held_out = sum(count for each, count in found.items() if each.split == "val")
+    return Survey(images, held_out or None, len(count_images(found).classes), side)
 
 
-def _short_side(opened: Source, entries: list[Entry]) -> int:
+def _short_side(opened: Source, entries: Iterable[Entry]) -> int:
     """Return the median of the shorter sides of a sample, pixels."""
     chosen = heapq.nsmallest(SAMPLE, entries, key=sampling_key)
     sides = [side for entry in chosen if (side := _side(opened, entry)) is not None]

@@ -1,0 +1,49 @@
+"""Long arrays of one number per file: passes over them that need little memory beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+CHUNK = 2**16  # elements that are processed at once
+
+
+def iterate(numbers: np.ndarray) -> Iterator[int]:
+    """Yield the elements of an array as Python's numbers, which is faster than iterating over it."""
+    for start in range(0, len(numbers), CHUNK):
+        yield from numbers[start : start + CHUNK].tolist()
+
+
+def numbers_where(mask: np.ndarray) -> np.ndarray:
+    """Return the indices of the true elements of an array (N,) bool, (n,) uint32."""
+    found = np.empty(np.count_nonzero(mask), dtype=np.uint32)
+    end = 0
+    for start in range(0, len(mask), CHUNK):
+        some = np.flatnonzero(mask[start : start + CHUNK]) + start
+        found[end : end + len(some)] = some
+        end += len(some)
+    return found
+
+
+def count_each(numbers: np.ndarray, length: int, counted: np.ndarray | None = None) -> np.ndarray:
+    """Return how often each number below ``length`` occurs in an array, (length,) int64.
+
+    Args:
+        numbers: (N,) of integers.
+        length: largest number + 1.
+        counted: which elements count, (N,) bool; None: all.
+    """
+    counts = np.zeros(length, dtype=np.int64)
+    for start in range(0, len(numbers), CHUNK):
+        some = numbers[start : start + CHUNK]
+        counts += np.bincount(some if counted is None else some[counted[start : start + CHUNK]], minlength=length)
+    return counts
+
+
+def translate(numbers: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Return ``table[numbers]``, (N,) of the type of the table, without an intermediate array of indices."""
+    found = np.empty(len(numbers), dtype=table.dtype)
+    for start in range(0, len(numbers), CHUNK):
+        found[start : start + CHUNK] = table[numbers[start : start + CHUNK]]
+    return found
