@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esvit_core.data.ingest.split import choose_images, hash_fraction, hold_out, storage_order
+from esvit_core.data.ingest import split
+from esvit_core.data.ingest.split import choose_images, hash_fraction, hold_out, order_by_hash, storage_order
 
 names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=60, unique=True)
 
@@ -86,3 +89,46 @@ def test_order_and_choice_do_not_depend_on_the_order_of_listing(keys):
     assert {keys[i] for i in choose_images(keys, groups, 5)} == {
         backwards[i] for i in choose_images(backwards, groups, 5)
     }
+
+
+def coarse(purpose: str, key: str) -> float:
+    """Return a hash of which many are equal, or begin alike, up to the largest possible."""
+    return (0.0, 0.25, 0.25 + 2**-53, 0.5, 1 - 2**-53, 1.0)[len(key) % 6]
+
+
+@pytest.mark.parametrize("hashed", [hash_fraction, coarse])
+@given(data=st.data(), keys=st.lists(st.text(st.characters(exclude_categories=()), max_size=8), max_size=80))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_order_is_that_of_the_hashes_and_then_of_the_names(monkeypatch, hashed, data, keys):
+    monkeypatch.setattr(split, "hash_fraction", hashed)
+    monkeypatch.setattr(split, "CHUNK", 7)
+    simple = sorted(range(len(keys)), key=lambda i: (hashed("x", keys[i]), keys[i], i))
+    assert order_by_hash("x", keys).tolist() == simple
+    chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(keys), max_size=len(keys))), dtype=bool)
+    assert order_by_hash("x", keys, chosen).tolist() == [i for i in simple if chosen[i]]
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.sampled_from([None, "a", "b", "c"]))), st.floats(0, 1))
+def test_the_images_to_hold_out_are_those_with_the_smallest_hashes_of_each_class(images, fraction):
+    keys, labels = [key for key, _ in images], [label for _, label in images]
+    held: set[int] = set()
+    for label in set(labels) if fraction else ():
+        members = [i for i in range(len(keys)) if labels[i] == label]
+        members.sort(key=lambda i: (hash_fraction("hold out", keys[i]), keys[i], i))
+        count = sum(hash_fraction("hold out", keys[i]) < fraction for i in members)
+        held |= {*members[: min(max(count, 1), len(members) - 1)]}
+    assert hold_out(keys, labels, fraction) == held
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=3), st.sampled_from([("", "a"), ("", "b"), ("val", "a")]))), st.integers(0, 9)
+)
+def test_the_images_to_choose_are_those_with_the_smallest_hashes_of_each_class(images, count):
+    keys, groups = [key for key, _ in images], [group for _, group in images]
+    chosen = choose_images(keys, groups, count).tolist()
+    assert chosen == sorted(chosen) and len(chosen) == min(count, len(keys))
+    for group in set(groups):
+        members = [i for i in range(len(keys)) if groups[i] == group]
+        members.sort(key=lambda i: (hash_fraction("choose", keys[i]), keys[i], i))
+        taken = [i for i in chosen if groups[i] == group]
+        assert {*taken} == {*members[: len(taken)]}

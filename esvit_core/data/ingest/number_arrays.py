@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-CHUNK = 2**16  # elements that are processed at once
+CHUNK = 2**12  # elements that are processed at once
 
 
 def iterate(numbers: np.ndarray) -> Iterator[int]:
