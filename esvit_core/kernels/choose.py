@@ -11,10 +11,12 @@ from torch import nn
 
 from esvit_core.kernels.onednn_linear import Linear, linear
 from esvit_core.kernels.replace_linear import replace_linear_layers_
-from esvit_core.losses.strategy import triton_problem
+from esvit_core.kernels.triton_support import triton_problem
 from esvit_core.models import cvt
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
 from esvit_core.models.layers.windows import WindowAttention
+from esvit_core.models.multicrop import MultiCropNetwork
+from esvit_core.models.swin import SwinTransformer
 
 
 def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -46,7 +48,10 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
 
 def _select_triton_kernels_(network: nn.Module) -> None:
     from esvit_core.kernels import window_attention_triton
+    from esvit_core.models.packed_swin import views_and_regions_of_sizes
 
+    if isinstance(network, MultiCropNetwork) and isinstance(network.backbone, SwinTransformer):
+        network.packed = views_and_regions_of_sizes
     for module in network.modules():
         if isinstance(module, WindowAttention):
             module.triton_kernel = window_attention_triton

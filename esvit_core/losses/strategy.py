@@ -7,9 +7,6 @@ training is assembled; heads and objective get it, and nothing else depends on i
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,12 +14,10 @@ import torch
 from torch import Tensor
 
 from esvit_core.kernels.fused_softmax import C_KERNELS, TORCH_KERNELS, select_softmax_kernels
+from esvit_core.kernels.triton_support import triton_problem
 from esvit_core.losses.blockwise import blockwise_cross_entropy
 from esvit_core.losses.cross_entropy import Pairs, Teacher, chunked_cross_entropy, triton_cross_entropy
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, Logits
-from esvit_core.torch_private import deregister_triton_kernels
-
-LONGEST_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -63,33 +58,3 @@ def select_strategy(device: torch.device, prototypes: int) -> LossStrategy:
         problem = triton_problem(device)
         return replace(CHUNKED, name=f"{CHUNKED.name}, because {problem}") if problem else TRITON
     return CHUNKED
-
-
-@functools.cache
-def triton_problem(device: torch.device) -> str:
-    """Return why Triton's kernels cannot run on ``device``, as part of a line; "" if they can.
-
-    Triton compiles its driver interface from C at its first kernel. A container image may have no compiler, or one
-    without Python's headers, so the kernels are tried with two prototypes. If they fail, torch's own kernels in Triton
-    are replaced too, because they would raise in the first step.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler and found none"
-    try:
-        _try_kernels(device)
-    except Exception as error:  # of the compiler, the linker, the driver or Triton
-        deregister_triton_kernels()
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"Triton cannot compile its kernels ({reason[:LONGEST_REASON]})"
-    return ""
-
-
-def _try_kernels(device: torch.device) -> None:
-    from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton
-
-    student = torch.zeros(1, 2, device=device, requires_grad=True)
-    teacher, weights = torch.full((1, 2), 0.5, device=device), torch.ones(1, device=device)
-    match = torch.zeros(1, 1, dtype=torch.long, device=device)
-    MatchedCrossEntropyTriton.apply(student, teacher, weights, 1.0, match).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -26,7 +27,14 @@ class NetworkOutput(NamedTuple):
 
 
 class MultiCropNetwork(nn.Module):
-    """A backbone with a view head and, for the region task, a region head."""
+    """A backbone with a view head and, for the region task, a region head.
+
+    Attributes:
+        packed: computes views and regions of batches of several sizes at once; None: each batch has its own pass.
+            :mod:`esvit_core.kernels.choose` sets it.
+    """
+
+    packed: Callable[[Any, list[Tensor]], list[tuple[Tensor, Tensor]]] | None = None
 
     def __init__(self, backbone: nn.Module, head: nn.Module, head_dense: nn.Module | None = None) -> None:
         super().__init__()
@@ -43,9 +51,8 @@ class MultiCropNetwork(nn.Module):
     def forward(self, crops: list[Tensor]) -> NetworkOutput:
         """Map crops (B, 3, S, S) to logits and features; consecutive crops of equal size share one pass."""
         views, regions, counts = [], [], []
-        for _, same_size in groupby(crops, key=lambda crop: crop.shape[-2:]):
-            group = list(same_size)
-            view, region = self.backbone.views_and_regions(torch.cat(group))  # (n * B, D), (n * B, N, D)
+        groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
+        for group, (view, region) in zip(groups, self._views_and_regions([torch.cat(g) for g in groups]), strict=True):
             views.append(view)
             regions.append(region.flatten(0, 1))
             counts += [region.shape[1]] * len(group)
@@ -55,6 +62,12 @@ class MultiCropNetwork(nn.Module):
             return NetworkOutput(view_logits, None, None, counts, view_features)
         features = torch.cat(regions)
         return NetworkOutput(view_logits, self.head_dense(features), features, counts, view_features)
+
+    def _views_and_regions(self, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return views (n * B, D) and regions (n * B, N, D) of batches (n * B, 3, S, S)."""
+        if self.packed is not None:
+            return self.packed(self.backbone, batches)
+        return [self.backbone.views_and_regions(batch) for batch in batches]
 
 
 def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:

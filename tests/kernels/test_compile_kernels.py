@@ -16,6 +16,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 F32, BF16, I32, I64 = "*fp32", "*bf16", "*i32", "*i64"
 WINDOW = {"N": 49, "WINDOW": 7, "SHIFTED": True, "D": 32, "TILE": 64, "WIDTH": 32}  # of the published Swins
 SIZES = {"count": "i32", "heads": "i32", "scale": "fp32"}
+NORM = {"ADDS": True, "SCALES": True}
+NORMS = [(96, 128, 32, 4), (768, 1024, 4, 8)]  # width of a row, its power of two, rows, warps
 KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
     "multiply": (
         "multi_tensor_triton",
@@ -38,6 +40,39 @@ KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int
         | {"of_qkv": BF16, "of_bias": F32, "of_fill": F32, **SIZES},
         WINDOW,
         {"num_warps": 8, "num_stages": 1},
+    ),
+    **{
+        f"add norm {C}": (
+            "add_norm_triton",
+            "_add_norm_kernel",
+            dict.fromkeys(("x", "total"), F32)
+            | dict.fromkeys(("y", "normed"), BF16)
+            | dict.fromkeys(("scales", "weight", "bias", "means", "rstds"), F32)
+            | {"images": I32, "T": "i32", "eps": "fp32"},
+            NORM | {"C": C, "WIDTH": width, "ROWS": rows},
+            {"num_warps": warps},
+        )
+        for C, width, rows, warps in NORMS
+    },
+    **{
+        f"add norm backward {C}": (
+            "add_norm_triton",
+            "_add_norm_backward_kernel",
+            dict.fromkeys(("total", "of_total", "of_x"), F32)
+            | dict.fromkeys(("of_normed", "of_y"), BF16)
+            | dict.fromkeys(("scales", "weight", "means", "rstds", "of_weights"), F32)
+            | {"images": I32, "T": "i32"},
+            NORM | {"C": C, "WIDTH": width, "ROWS": rows, "CONTINUES": True},
+            {"num_warps": warps},
+        )
+        for C, width, rows, warps in NORMS
+    },
+    "gelu backward": (
+        "gelu_triton",
+        "_gelu_backward_kernel",
+        {"h": BF16, "outer": BF16, "of_h": BF16, "activation": BF16, "count": "i32"},
+        {"BLOCK": 1024},
+        {},
     ),
 }
 

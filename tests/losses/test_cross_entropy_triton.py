@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esvit_core.losses import cross_entropy, strategy
+from esvit_core.kernels import triton_support
+from esvit_core.losses import cross_entropy
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -65,6 +66,6 @@ def test_without_a_c_compiler_triton_is_not_selected(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     cpu = torch.device("cpu")  # the kernels run in the interpreter
-    assert strategy.triton_problem.__wrapped__(cpu) == "Triton needs a C compiler and found none"
+    assert triton_support.triton_problem.__wrapped__(cpu) == "Triton needs a C compiler and found none"
     monkeypatch.setenv("CC", "/opt/cc")
-    assert strategy.triton_problem.__wrapped__(cpu) == ""
+    assert triton_support.triton_problem.__wrapped__(cpu) == ""

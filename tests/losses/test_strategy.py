@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from esvit_core.config import Config
+from esvit_core.kernels import triton_support
 from esvit_core.kernels.fused_softmax import select_softmax_kernels
 from esvit_core.losses import strategy
 from esvit_core.losses.strategy import BLOCKWISE, CHUNKED, TRITON, select_strategy
@@ -37,9 +38,9 @@ def test_a_gpu_on_which_triton_cannot_compile_uses_torch_and_the_reason_is_one_l
         raise RuntimeError("fatal error: Python.h: No such file or directory\ncompilation terminated.")
 
     deregistered: list[bool] = []
-    monkeypatch.setattr(strategy, "_try_kernels", fail)
-    monkeypatch.setattr(strategy, "deregister_triton_kernels", lambda: deregistered.append(True))
-    monkeypatch.setattr(strategy, "triton_problem", strategy.triton_problem.__wrapped__)
+    monkeypatch.setattr(triton_support, "_try_kernels", fail)
+    monkeypatch.setattr(triton_support, "deregister_triton_kernels", lambda: deregistered.append(True))
+    monkeypatch.setattr(strategy, "triton_problem", triton_support.triton_problem.__wrapped__)
     monkeypatch.setenv("CC", "/opt/cc")
     chosen = select_strategy(GPU, 65536)
     assert chosen.cross_entropy is CHUNKED.cross_entropy and not chosen.lazy_logits and deregistered

@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from esvit_core.config import Config
-from esvit_core.losses.strategy import triton_problem
+from esvit_core.kernels.triton_support import triton_problem
 from esvit_core.torch_private import lerp_, multiply_, norms, supports_found_inf
 from esvit_core.training.optim.lars import LARS
 

@@ -1,0 +1,44 @@
+"""Whether Triton can compile and run kernels on this machine."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from esvit_core.torch_private import deregister_triton_kernels
+
+LONGEST_REASON = 200  # characters
+
+
+@functools.cache
+def triton_problem(device: torch.device) -> str:
+    """Return why Triton's kernels cannot run on ``device``, as part of a line; "" if they can.
+
+    Triton compiles its driver interface from C at its first kernel. A container image may have no compiler, or one
+    without Python's headers, so the kernels are tried with two prototypes. If they fail, torch's own kernels in Triton
+    are replaced too, because they would raise in the first step.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler and found none"
+    try:
+        _try_kernels(device)
+    except Exception as error:  # of the compiler, the linker, the driver or Triton
+        deregister_triton_kernels()
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"Triton cannot compile its kernels ({reason[:LONGEST_REASON]})"
+    return ""
+
+
+def _try_kernels(device: torch.device) -> None:
+    from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton
+
+    student = torch.zeros(1, 2, device=device, requires_grad=True)
+    teacher, weights = torch.full((1, 2), 0.5, device=device), torch.ones(1, device=device)
+    match = torch.zeros(1, 1, dtype=torch.long, device=device)
+    MatchedCrossEntropyTriton.apply(student, teacher, weights, 1.0, match).backward()
