@@ -1,6 +1,6 @@
 """Steps that several pipelines share, and how a step is named and configured."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -60,6 +60,26 @@ class Steps:
         task.after(*self._last)
         self._last = [task]
         return task
+
+
+def prepare_images(
+    steps: Steps, component: Callable[..., dsl.PipelineTask], name: str, **inputs: Any
+) -> dsl.PipelineTask:
+    """Add the step that prepares a run's images, after those that prepare a share of them each on a cluster.
+
+    Args:
+        component: prepare_data or prepare_new_data.
+        name: name of the step.
+        inputs: arguments of the component.
+    """
+    count = steps.config.cluster.prepare.parallelism if steps.cluster else 1
+    shares = [
+        steps.add(component(**inputs, share=f"{number}/{count}"), f"{name}, share {number} of {count}", "prepare")
+        for number in range(1, count + 1)
+        if count > 1
+    ]
+    prepared = steps.add(component(**inputs), name, "prepare")
+    return prepared.after(*shares)
 
 
 def prepare_sets(steps: Steps, run: Any) -> dsl.PipelineTask:

@@ -108,14 +108,26 @@ class PodConfig(Section):
         return self
 
 
+class PreparePodConfig(PodConfig):
+    """The pods of the steps that prepare images."""
+
+    parallelism: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Pods that prepare the images at the same time, each a share of them; one more pod puts the shares "
+        "together. It is set when a pipeline is compiled.",
+    )
+
+
 def _less(one: str | None, other: str | None, amount: Callable[[str], float]) -> bool:
     """Whether the quantity ``one`` is known to be less than ``other``."""
     known = one is not None and other is not None and AUTO not in (one, other)
     return known and amount(str(one)) < amount(str(other))
 
 
+_PREPARE = PreparePodConfig(timeout_minutes=24 * 60)
 _PODS: dict[Role, PodConfig] = {
-    "prepare": PodConfig(timeout_minutes=24 * 60),
     "train": PodConfig(shared_memory=AUTO, retries=5),
     "evaluate": PodConfig(shared_memory="1Gi", timeout_minutes=12 * 60),
     "publish": PodConfig(timeout_minutes=60),
@@ -172,7 +184,7 @@ class ClusterConfig(Section):
     priority: LabelValue | None = Field(
         None, description="Kueue workload priority class of the steps' pods (label kueue.x-k8s.io/priority-class)."
     )
-    prepare: PodConfig = Field(_PODS["prepare"], description="Pods of the steps that prepare images as shards.")
+    prepare: PreparePodConfig = Field(_PREPARE, description="Pods of the steps that prepare images as shards.")
     train: PodConfig = Field(
         _PODS["train"], description="Pod of the pre-training step, or each pod of the job that `launch` starts."
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.listing import Scan, decode_listing
-from esvit_core.data.ingest.prepare import prepare
+from esvit_core.data.ingest.parts import Share
+from esvit_core.data.ingest.prepare import prepare, prepare_share
 from esvit_core.data.shards.manifest import MANIFEST, Manifest
 from esvit_core.retraining.find_new_data import LISTING_PATH
 from esvit_core.runs.run import RETRAINING, Run
@@ -12,10 +13,14 @@ from esvit_core.storage import join_uri
 from esvit_core.storage.store_errors import NotFound
 
 
-def prepare_new(run: Run) -> Manifest:
+def prepare_new(run: Run, share: Share | None = None) -> Manifest | None:
     """Prepare the images that :func:`~esvit_core.retraining.find_new_data.find_new` found.
 
     A run that is not a retraining (nothing was new, and the champion's data are the latest) has its data already.
+
+    Args:
+        run: the run.
+        share: prepare only this share, and return None; None: prepare what is missing and publish the manifest.
 
     Raises:
         UserError: see :func:`esvit_core.data.ingest.prepare.prepare`.
@@ -25,7 +30,11 @@ def prepare_new(run: Run) -> Manifest:
         return Manifest.read(run.store, run.at("data"))
     record = run.store.get_json(run.at(RETRAINING))
     scan = Scan(list(decode_listing(run.store.get_bytes(run.at(LISTING_PATH)))), record["fingerprint"])
-    return prepare(record["source"], run.store, run.at("data"), run.config.data, scan=scan, base=record["base"])
+    source, destination = record["source"], run.at("data")
+    if share is not None:
+        prepare_share(source, run.store, destination, run.config.data, share, scan=scan, base=record["base"])
+        return None
+    return prepare(source, run.store, destination, run.config.data, scan=scan, base=record["base"])
 
 
 def earlier_set(run: Run, name: str, settings: DataConfig) -> str | None:

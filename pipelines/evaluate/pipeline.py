@@ -14,7 +14,7 @@ from esvit_components.evaluation.import_backbone import import_backbone
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
 from esvit_core.config.parameters import COMPILED_SECTIONS, compiled_sections_yaml, to_parameters
-from esvit_pipelines.steps import Steps, evaluate, prepare_sets
+from esvit_pipelines.steps import Steps, evaluate, prepare_images, prepare_sets
 
 PIPELINE_NAME = "esvit-evaluate"
 
@@ -77,7 +77,7 @@ def build_evaluate_pipeline(config: Config, *, cluster: bool = False) -> Any:
             "publish",
         )
         run = imported.outputs["run_uri"]
-        prepared = steps.add(prepare_data(source=data, run_uri=run), "prepare data", "prepare")
+        prepared = prepare_images(steps, prepare_data, "prepare data", source=data, run_uri=run)
         sets = prepare_sets(steps, run)
         evaluations = evaluate(steps, run, prepared.outputs["dataset"], imported.outputs["model"], sets)
         steps.add(report(run_uri=run, results=[task.outputs["result"] for task in evaluations]), "report", "publish")

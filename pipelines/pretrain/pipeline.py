@@ -17,7 +17,7 @@ from esvit_components.deployment.promote import promote
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
 from esvit_core.config.parameters import COMPILED_SECTIONS, Parameters, compiled_sections_yaml, to_parameters
-from esvit_pipelines.steps import Steps, evaluate, prepare_sets, train
+from esvit_pipelines.steps import Steps, evaluate, prepare_images, prepare_sets, train
 
 PIPELINE_NAME = "esvit-pretrain"
 
@@ -64,12 +64,16 @@ def build_pretrain_pipeline(config: Config, *, cluster: bool = False, form: Para
             run_uri: Address of the run in the object store, s3://bucket/runs/name. Usually empty: it is derived from
                 configuration and data, so that the same arguments find and resume the same run.
         """
-        prepared = steps.add(
-            prepare_data(
-                source=data, recipe=recipe, settings=settings, transfer=transfer, run_uri=run_uri, cluster=overrides
-            ),
+        prepared = prepare_images(
+            steps,
+            prepare_data,
             "prepare data",
-            "prepare",
+            source=data,
+            recipe=recipe,
+            settings=settings,
+            transfer=transfer,
+            run_uri=run_uri,
+            cluster=overrides,
         )
         run = prepared.outputs["run_uri"]
         sets = prepare_sets(steps, run)

@@ -17,7 +17,7 @@ from esvit_components.evaluation.compare_champion import compare_champion
 from esvit_components.reporting.report import report
 from esvit_core.config import Config
 from esvit_core.config.parameters import COMPILED_SECTIONS, compiled_sections_yaml, to_parameters
-from esvit_pipelines.steps import Steps, evaluate, prepare_sets, train
+from esvit_pipelines.steps import Steps, evaluate, prepare_images, prepare_sets, train
 
 PIPELINE_NAME = "esvit-retrain"
 
@@ -77,7 +77,8 @@ def build_retrain_pipeline(
 
 def _retrain(steps: Steps, new_data: dsl.PipelineTask) -> None:
     run = new_data.outputs["run_uri"]
-    prepared = steps.add(prepare_new_data(run_uri=run, found=new_data.outputs["found"]), "prepare new data", "prepare")
+    found = new_data.outputs["found"]
+    prepared = prepare_images(steps, prepare_new_data, "prepare new data", run_uri=run, found=found)
     sets = prepare_sets(steps, run)
     model = train(steps, run, prepared.outputs["dataset"], sets).outputs["model"]
     evaluations = evaluate(steps, run, prepared.outputs["dataset"], model, sets)

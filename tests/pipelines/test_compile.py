@@ -75,6 +75,26 @@ def test_evaluation_steps_run_in_parallel_on_a_cluster(compiled: Any) -> None:
         assert not {"knn", "linear-probe", "extract-features"} & set(tasks[name]["dependentTasks"])
 
 
+@pytest.mark.parametrize(("pipeline", "step"), [("pretrain", "prepare-data"), ("retrain", "prepare-new-data")])
+def test_images_are_prepared_by_several_pods_and_put_together_by_one(tmp_path: Path, pipeline: str, step: str) -> None:
+    path = tmp_path / "pipeline.yaml"
+    compile_pipeline(pipeline, Config.load("demo", ["cluster.prepare.parallelism=3"]), path)
+    spec = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    dags = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
+    tasks = next(dag["tasks"] for dag in dags if step in dag["tasks"])
+    prepared = {name: task for name, task in tasks.items() if task["componentRef"]["name"].startswith(f"comp-{step}")}
+    shares = {
+        name: task["inputs"]["parameters"]["share"]["runtimeValue"]["constant"]
+        for name, task in prepared.items()
+        if "share" in task["inputs"]["parameters"]
+    }
+    assert sorted(shares.values()) == ["1/3", "2/3", "3/3"]
+    (last,) = prepared.keys() - shares.keys()
+    assert shares.keys() <= {*tasks[last]["dependentTasks"]}
+    assert not any(shares.keys() & {*tasks[name].get("dependentTasks", [])} for name in shares)  # at the same time
+    assert last in tasks["pretrain"]["dependentTasks"] and not shares.keys() & {*tasks["pretrain"]["dependentTasks"]}
+
+
 def test_caching_is_off_for_every_step(compiled: Any) -> None:
     tasks = compiled[1]["root"]["dag"]["tasks"]
     assert not [name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")]

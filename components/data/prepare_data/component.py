@@ -14,6 +14,7 @@ def prepare_data(
     transfer: str = "",
     run_uri: str = "",
     cluster: str = "",
+    share: str = "",
 ) -> NamedTuple("Outputs", [("run_uri", str)]):
     """Create the run, and convert a folder, an archive or an S3 prefix of images to shards in the object store.
 
@@ -29,6 +30,7 @@ def prepare_data(
         transfer: Labelled sets to evaluate on, separated by commas, such as digits=s3://my-bucket/digits.
         run_uri: Address of the run, s3://bucket/runs/name; empty means derived from configuration and data.
         cluster: Sections cluster and launch that the pipeline was compiled with, as YAML; empty means none.
+        share: Share of the images to prepare, such as 2/4; a last step without it puts them together. Empty means all.
 
     Returns:
         dataset: The shards; the metadata holds the counts and the fingerprint.
@@ -38,7 +40,8 @@ def prepare_data(
 
     with step("prepare data"):
         from esvit_core.artifacts import point_to
-        from esvit_core.data.ingest.prepare import prepare
+        from esvit_core.data.ingest.parts import Share
+        from esvit_core.data.ingest.prepare import prepare, prepare_share
         from esvit_core.runs.run import open_run, start_run
         from esvit_core.storage import ObjectStore
 
@@ -52,7 +55,11 @@ def prepare_data(
             config, chosen = resolve_parameters(recipe, settings, transfer, cluster, source, store)
             run = start_run(config, source, run_uri, store, check=require_possible)
             run.record_choice(chosen)
-        manifest = prepare(source, run.store, run.at("data"), run.config.data, run.config.seed)
-        point_to(dataset, run.at("data"), **manifest.summary())
+        if share:
+            prepare_share(source, run.store, run.at("data"), run.config.data, Share.parse(share))
+            point_to(dataset, run.at("data"))
+        else:
+            manifest = prepare(source, run.store, run.at("data"), run.config.data, run.config.seed)
+            point_to(dataset, run.at("data"), **manifest.summary())
 
     return (run.uri,)

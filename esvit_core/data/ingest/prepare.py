@@ -78,6 +78,8 @@ def prepare(
         if isinstance(planned, Manifest):
             return planned
         job, fingerprint = planned
+        if number := job.records.find(job.existing):
+            print(f"prepare: resuming with {number:,} shards that an unfinished preparation stored", flush=True)
         with _working(job, len(job.plan.candidates)):
             parts = [(part, prepare_part(job, part)) for part in _parts(job)]
         try:
@@ -114,6 +116,7 @@ def prepare_share(
             return
         job, _ = planned
         parts = share.of(_parts(job))
+        job.records.find(job.existing)
         with _working(job, sum(part.stop - part.start for part in parts)):
             for part in parts:
                 prepare_part(job, part)
@@ -175,8 +178,6 @@ def _working(job: Preparation, files: int) -> Iterator[None]:
     ):
         warnings.filterwarnings("ignore", module="PIL")  # about malformed files; bad files are listed
         job.folder = Path(folder)
-        if number := job.records.find(job.existing):
-            print(f"prepare: resuming with {number:,} shards that an unfinished preparation stored", flush=True)
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from esvit_components.data.prepare_data import prepare_data
+from esvit_core.data.shards.manifest import Manifest
 from esvit_core.runs.run import Run
 
 
@@ -50,3 +51,14 @@ def test_on_a_cluster_the_artifact_keeps_the_address_it_was_given(
     assert dataset.uri == "s3://kfp/v2/artifacts/dataset"
     assert dataset.metadata["uri"] == run_there.at("data")
     assert run_there.at("data") in (components.folder / "dataset").read_text()
+
+
+def test_shares_and_a_last_step_make_the_same_data(run_there: Run, components: Any) -> None:
+    """What the pods of `cluster.prepare.parallelism` do, one after the other."""
+    arguments = {"source": "images", "recipe": run_there.config.to_yaml(), "run_uri": f"{run_there.uri}-in-shares"}
+    assert components.through_kfp(prepare_data, **arguments, share="1/2")["run_uri"] == arguments["run_uri"]
+    components.directly(prepare_data, **arguments, share="2/2")
+    assert not run_there.store.exists(f"{arguments['run_uri']}/data/manifest.json")
+    _, artifacts = components.directly(prepare_data, **arguments)
+    shared, alone = (Manifest.read(run_there.store, f"{uri}/data") for uri in (arguments["run_uri"], run_there.uri))
+    assert artifacts["dataset"].metadata["images"] == 48 and shared == alone
