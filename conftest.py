@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import re
@@ -61,9 +62,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all tests are imported
     if config.getoption("--record-slow") and not hasattr(config, "workerinput"):
         known = slow_tests.listed() if _leaves_out_slow(config) else frozenset()
         config.pluginmanager.register(slow_tests.Recorder(known))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of garbage collections, each of which would search all of it."""
+    gc.freeze()
+    gc.enable()
 
 
 def _leaves_out_slow(config: pytest.Config) -> bool:

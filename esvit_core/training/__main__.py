@@ -16,6 +16,7 @@ is the last line); 75 stopped on request with a checkpoint, or an infrastructure
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ from esvit_core.runs.environment import TORCH_ENVIRONMENT
 def main() -> int:
     """Train; return the exit code."""
     start = time.time()
+    gc.disable()  # collections take a sixth of the time of the imports
     stop = StopRequest()
     stop.install()  # before anything that takes time
     if agent := os.environ.get(AGENT_VARIABLE):
@@ -58,6 +60,8 @@ def main() -> int:
         import_timm_without_dynamo()
         from esvit_core.training.main import run_training
 
+        gc.freeze()
+        gc.enable()
         return run_training(run_uri, stop)
     except Exception as error:
         known = explained(error)
