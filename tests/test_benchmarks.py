@@ -1,18 +1,24 @@
-"""The plain step of the benchmarks is the same algorithm as ours: equal numbers, parameter by parameter."""
+"""The benchmarks measure what they say: the plain step is the same algorithm as ours, and made images have true masks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gpu
+import numpy as np
 import pytest
+import shapes
 import torch
+import transfer
+from PIL import Image
 from plain_networks import plainly
 from plain_step import PlainStep
 from published_step import load
 from step import OurStep, arguments, crops_of, implementations
 
 from esvit_core.config import Config
+from esvit_core.evaluation.transfer import LAMBDAS
 from esvit_core.models.factory import create_backbone
 from esvit_core.training.optim.schedules import Schedules
 from esvit_core.training.state import seed_step
@@ -180,3 +186,36 @@ def test_the_gpu_benchmark_writes_a_table() -> None:
     assert "| loader, worker processes 6, cores 16 | 1,500 images/s |" in lines
     assert "| killed and started again | first step after 9.5 s, from [4] |" in lines
     assert "| our step, times as fast as the other | 3.20 |" in lines
+
+
+@pytest.mark.parametrize("patterns", [False, True])
+def test_made_shapes_lie_where_their_masks_say(patterns: bool) -> None:
+    rng = np.random.default_rng(0)
+    pixels, mask = shapes.draw(rng, [0, 3], patterns)
+    assert set(np.unique(mask)) == {0, 1, 4} and (mask > 0).mean() < 0.5
+    again = shapes.draw(np.random.default_rng(0), [0, 3], patterns)
+    np.testing.assert_array_equal(pixels, again[0])
+    ground = pixels[mask == 0].astype(float)
+    inside = pixels[mask == 4].astype(float)
+    assert np.abs(inside.mean(0) - ground.mean(0)).max() > 10
+
+
+def test_drawings_have_the_class_of_their_folder_where_they_are_not_white(tmp_path: Path) -> None:
+    for name, color in (("a", 0), ("b", 200)):
+        (tmp_path / "drawings" / name).mkdir(parents=True)
+        pixels = np.full((8, 8, 3), 255, np.uint8)
+        pixels[2:5, 2:5] = color
+        Image.fromarray(pixels).save(tmp_path / "drawings" / name / "1.png")
+    shapes.make_drawings(tmp_path / "masked", str(tmp_path / "drawings"))
+    masks = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "masked" / "masks").iterdir())]
+    assert [mask[3, 3] for mask in masks] == [1, 2] and all(mask[0, 0] == 0 for mask in masks)
+
+
+def test_the_transfer_benchmark_takes_classes_with_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("transfer.LAMBDAS", LAMBDAS[::16])
+    monkeypatch.setattr("sys.argv", ["transfer.py", "--sets", "samples", "--images", "60"])
+    transfer.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["sets"] == 1 and result["same_validation_score"] in (0, 1) and result["time"] > 0
