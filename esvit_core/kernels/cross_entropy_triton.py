@@ -1,9 +1,11 @@
-"""Matched cross-entropy on a GPU: one forward and one backward kernel; the only (rows x K) tensor is the gradient.
+"""Matched cross-entropy on a GPU: one kernel for the teacher, one forward and one backward; the only (rows x K) tensor is
+the gradient.
 
-The forward kernel reads each student row once and computes its log-sum-exp online together with its product with the
-matched teacher rows. Only the log-sum-exp is saved. The backward kernel computes and writes the gradient, and reads the
-outer gradient on the device. The formula is in :mod:`esvit_core.losses.cross_entropy`; ``tests/losses/test_cross_entropy_triton.py`` runs the
-kernels in Triton's interpreter on a CPU.
+The teacher's kernel computes the log-sum-exp of each centered and sharpened row; its distribution is computed again where
+it is used and never stored. The forward kernel reads each student row once and computes its log-sum-exp online together
+with its product with the matched teacher rows. The backward kernel computes and writes the gradient, and reads the outer
+gradient on the device. The formula is in :mod:`esvit_core.losses.cross_entropy`;
+``tests/losses/test_cross_entropy_triton.py`` runs the kernels in Triton's interpreter on a CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +22,32 @@ BLOCK = 4096  # columns that a program processes at a time
 
 
 @triton.jit
+def _probabilities(logits, center, log_sum, columns, inside, inverse_temp):  # type: ignore[no-untyped-def]
+    """Return the teacher's probabilities of some prototypes; 0 outside."""
+    z = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.exp((z - tl.load(center + columns, mask=inside, other=0.0)) * inverse_temp - log_sum)
+
+
+@triton.jit
+def _teacher_kernel(logits, center, lse, K, inverse_temp, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    for start in range(0, K, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < K
+        z = tl.load(logits + row * K + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        z = (z - tl.load(center + columns, mask=inside, other=0.0)) * inverse_temp
+        new_largest = tl.maximum(largest, tl.max(z, 0))
+        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(z - new_largest), 0)
+        largest = new_largest
+    tl.store(lse + row, largest + tl.log(total))
+
+
+@triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    student, teacher, matches, weights, loss, lse, K, inverse_temp, Q: tl.constexpr, BLOCK: tl.constexpr
+    student, teacher, center, teacher_lse, matches, weights, loss, lse, K, inverse_temp, teacher_inverse_temp,
+    Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((), float("-inf"), tl.float32)
@@ -37,7 +63,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         for q in tl.static_range(Q):
             match = tl.load(matches + row * Q + q)
             valid = inside & (match >= 0)
-            p = tl.load(teacher + match * K + columns, mask=valid, other=0.0)
+            log_sum = tl.load(teacher_lse + match, mask=match >= 0, other=0.0)
+            p = _probabilities(teacher + match * K, center, log_sum, columns, valid, teacher_inverse_temp)
             score += tl.sum(p * tl.where(inside, s, 0.0), 0)
     matched = tl.zeros((), tl.float32)
     for q in tl.static_range(Q):
@@ -49,7 +76,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    student, teacher, matches, weights, lse, outer, gradient, K, inverse_temp, Q: tl.constexpr, BLOCK: tl.constexpr
+    student, teacher, center, teacher_lse, matches, weights, lse, outer, gradient, K, inverse_temp, teacher_inverse_temp,
+    Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -60,39 +88,56 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     for q in tl.static_range(Q):
         match = tl.load(matches + row * Q + q)
         matched += (match >= 0).to(tl.float32)
-        target += tl.load(teacher + match * K + columns, mask=inside & (match >= 0), other=0.0)
+        log_sum = tl.load(teacher_lse + match, mask=match >= 0, other=0.0)
+        valid = inside & (match >= 0)
+        target += _probabilities(teacher + match * K, center, log_sum, columns, valid, teacher_inverse_temp)
     scale = tl.load(weights + row) * inverse_temp * tl.load(outer)
     value = (tl.exp(s - tl.load(lse + row)) * matched - target) * scale
     tl.store(gradient + row * K + columns, value.to(gradient.dtype.element_ty), mask=inside)
 
 
 class MatchedCrossEntropyTriton(torch.autograd.Function):
-    """Arguments as in :class:`~esvit_core.losses.cross_entropy.MatchedCrossEntropy`; the teacher is float32."""
+    """Cross-entropy of student logits (R, K) with the distributions of matched teacher logits (T, K).
+
+    The center (1, K) is float32, and the temperatures are those of student and teacher. Weights and matches are as in
+    :class:`~esvit_core.losses.cross_entropy.MatchedCrossEntropy`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, student_temp: float, *matches: Tensor
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        temps: tuple[float, float],
+        weights: Tensor,
+        *matches: Tensor,
     ) -> Tensor:
-        student, rows = student.contiguous(), len(student)
+        student, teacher, rows = student.contiguous(), teacher.contiguous(), len(student)
         table = _table(matches)
         loss, lse = student.new_empty((2, rows), dtype=torch.float32).unbind()
         K = student.shape[1]
+        ctx.inverse_temps = [1 / temp for temp in temps]
+        teacher_lse = torch.empty(len(teacher), device=teacher.device)
+        _teacher_kernel[(len(teacher),)](teacher, center, teacher_lse, K, ctx.inverse_temps[1], BLOCK=_block(K))
         _forward_kernel[(rows,)](
-            student, teacher, table, weights, loss, lse, K, 1 / student_temp, Q=table.shape[1], BLOCK=_block(K)
+            *(student, teacher, center, teacher_lse, table, weights, loss, lse, K, *ctx.inverse_temps),
+            Q=table.shape[1],
+            BLOCK=_block(K),
+            num_warps=8,
         )
-        ctx.save_for_backward(student, teacher, table, weights, lse)
-        ctx.student_temp = student_temp
+        ctx.save_for_backward(student, teacher, center.clone(), teacher_lse, table, weights, lse)
         return loss.sum()
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, table, weights, lse = ctx.saved_tensors
+        student, *others = ctx.saved_tensors
         gradient = torch.empty_like(student)
         rows, K = student.shape
         block = _block(K)
         _backward_kernel[(rows, triton.cdiv(K, block))](
-            *(student, teacher, table, weights, lse, outer.contiguous(), gradient, K, 1 / ctx.student_temp),
-            Q=table.shape[1],
+            *(student, *others, outer.contiguous(), gradient, K, *ctx.inverse_temps),
+            Q=others[3].shape[1],
             BLOCK=block,
         )
         return gradient, *(None for _ in ctx.needs_input_grad[1:])

@@ -39,6 +39,7 @@ def _try_kernels(device: torch.device) -> None:
     from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton
 
     student = torch.zeros(1, 2, device=device, requires_grad=True)
-    teacher, weights = torch.full((1, 2), 0.5, device=device), torch.ones(1, device=device)
-    match = torch.zeros(1, 1, dtype=torch.long, device=device)
-    MatchedCrossEntropyTriton.apply(student, teacher, weights, 1.0, match).backward()
+    teacher, center, weights = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1)
+    match = torch.zeros(1, 1, dtype=torch.long)
+    others = [t.to(device) for t in (teacher, center, weights, match)]
+    MatchedCrossEntropyTriton.apply(student, others[0], others[1], (1.0, 1.0), *others[2:]).backward()

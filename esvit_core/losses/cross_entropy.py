@@ -93,8 +93,9 @@ def triton_cross_entropy(student_logits: Logits, teacher: Teacher, pairs: Pairs,
     """Compute the same as :func:`chunked_cross_entropy` in fused Triton kernels; float32 centers only."""
     from esvit_core.kernels.cross_entropy_triton import MatchedCrossEntropyTriton
 
+    temps = student_temp, teacher.temp
     return MatchedCrossEntropyTriton.apply(
-        student_logits, teacher.dense_distributions(), pairs.weights, student_temp, *pairs.matches
+        student_logits, teacher.logits, teacher.center, temps, pairs.weights, *pairs.matches
     )
 
 

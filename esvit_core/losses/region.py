@@ -17,14 +17,13 @@ def match_regions(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Find for each student region the most similar teacher region, by cosine of backbone features.
 
     Args:
-        student_features: (B, N, D).
-        teacher_features: (B, T, D).
+        student_features: (B, N, D), of unit length.
+        teacher_features: (B, T, D), of unit length.
 
     Returns:
         Indices (B, N) into T.
     """
-    query, key = F.normalize(student_features, dim=-1), F.normalize(teacher_features, dim=-1)
-    return (query @ key.mT).max(-1).indices
+    return (student_features @ teacher_features.mT).max(-1).indices
 
 
 def region_loss(
@@ -77,10 +76,11 @@ def match_crops(
     """
     B = len(teacher_features) // (2 * teacher_regions)
     wide = torch.promote_types(teacher_features.dtype, torch.float32)
-    keys = teacher_features.to(wide).view(2, B, teacher_regions, -1)
+    keys = F.normalize(teacher_features.to(wide), dim=-1).view(2, B, teacher_regions, -1)
     first_row = torch.arange(B, device=keys.device)[:, None] * teacher_regions  # (B, 1)
     matches = []
-    for v, features in enumerate(student_features.to(wide).split([B * n for n in student_regions])):
+    queries = F.normalize(student_features.to(wide), dim=-1)
+    for v, features in enumerate(queries.split([B * n for n in student_regions])):
         query = features.unflatten(0, (B, -1))  # (B, N, D)
         columns = [
             (match_regions(query, keys[q]) + first_row + q * B * teacher_regions).flatten() for q in (0, 1) if q != v

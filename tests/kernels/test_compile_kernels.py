@@ -18,6 +18,8 @@ WINDOW = {"N": 49, "WINDOW": 7, "SHIFTED": True, "D": 32, "TILE": 64, "WIDTH": 3
 SIZES = {"count": "i32", "heads": "i32", "scale": "fp32"}
 NORM = {"ADDS": True, "SCALES": True}
 NORMS = [(96, 128, 32, 4), (768, 1024, 4, 8)]  # width of a row, its power of two, rows, warps
+LOGITS = dict.fromkeys(("student", "teacher"), BF16) | dict.fromkeys(("center", "teacher_lse", "weights"), F32)
+LOGITS |= {"matches": I64, "K": "i32", "inverse_temp": "fp32", "teacher_inverse_temp": "fp32"}
 KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
     "multiply": (
         "multi_tensor_triton",
@@ -67,6 +69,27 @@ KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int
         )
         for C, width, rows, warps in NORMS
     },
+    "teacher": (
+        "cross_entropy_triton",
+        "_teacher_kernel",
+        {"logits": BF16, "center": F32, "lse": F32, "K": "i32", "inverse_temp": "fp32"},
+        {"BLOCK": 4096},
+        {},
+    ),
+    "cross-entropy": (
+        "cross_entropy_triton",
+        "_forward_kernel",
+        LOGITS | dict.fromkeys(("loss", "lse"), F32),
+        {"Q": 2, "BLOCK": 4096},
+        {"num_warps": 8},
+    ),
+    "cross-entropy backward": (
+        "cross_entropy_triton",
+        "_backward_kernel",
+        LOGITS | {"lse": F32, "outer": F32, "gradient": BF16},
+        {"Q": 2, "BLOCK": 4096},
+        {},
+    ),
     "gelu backward": (
         "gelu_triton",
         "_gelu_backward_kernel",

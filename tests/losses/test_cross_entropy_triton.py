@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esvit_core.kernels import triton_support
+from esvit_core.kernels.chunked_softmax import teacher_distribution
 from esvit_core.losses import cross_entropy
 
 pytest.importorskip("triton")
@@ -29,13 +30,25 @@ def test_kernels_agree_with_torch(K, groups, dtype, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = sum(count for count, _ in groups)
     student = torch.randn(rows, K, generator=generator).to(dtype)
-    teacher = torch.randn(4, K, generator=generator).softmax(-1)
+    teacher = torch.randn(4, K, generator=generator).to(dtype)
+    center = torch.randn(1, K, generator=generator)
     weights = torch.rand(rows, generator=generator)
     matches = [torch.randint(4, group, generator=generator) for group in groups]
+    distributions = teacher_distribution(teacher, center, 0.04)
+
+    def triton_loss(logits: torch.Tensor) -> torch.Tensor:
+        own = center.clone()
+        loss = kernels.MatchedCrossEntropyTriton.apply(logits, teacher, own, (0.1, 0.04), weights, *matches)
+        own.zero_()  # the center is updated before the backward pass
+        return loss
+
+    def torch_loss(logits: torch.Tensor) -> torch.Tensor:
+        return cross_entropy.MatchedCrossEntropy.apply(logits, distributions, weights, 0.1, *matches)
+
     results = []
-    for function in (kernels.MatchedCrossEntropyTriton, cross_entropy.MatchedCrossEntropy):
+    for function in (triton_loss, torch_loss):
         logits = student.clone().requires_grad_()
-        loss = function.apply(logits, teacher, weights, 0.1, *matches)
+        loss = function(logits)
         (3 * loss).backward()
         results.append((loss.detach(), logits.grad.float()))
     precise = dtype == torch.float32
@@ -48,16 +61,17 @@ def test_kernels_agree_with_torch(K, groups, dtype, seed) -> None:
 def test_many_columns_are_processed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK", 16)
     student = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    teacher, weights = torch.full((1, 50), 1 / 50), torch.ones(3)
-    loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, weights, 1.0, torch.zeros(3, 1, dtype=torch.long))
+    teacher, center, weights = torch.ones(1, 50), torch.zeros(1, 50), torch.ones(3)
+    match = torch.zeros(3, 1, dtype=torch.long)
+    loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, center, (1.0, 0.1), weights, match)
     loss.backward()
     torch.testing.assert_close(student.grad, student.detach().softmax(-1) - 1 / 50)
 
 
 def test_a_large_logit_does_not_overflow() -> None:
     student = torch.tensor([[1000.0, 0.0]], requires_grad=True)
-    teacher = torch.tensor([[0.0, 1.0]])
-    loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, torch.ones(1), 1.0, torch.zeros(1, 1).long())
+    teacher, center, match = torch.tensor([[-1000.0, 1000.0]]), torch.zeros(1, 2), torch.zeros(1, 1).long()
+    loss = kernels.MatchedCrossEntropyTriton.apply(student, teacher, center, (1.0, 1.0), torch.ones(1), match)
     assert loss.item() == 1000.0
 
 

@@ -15,7 +15,7 @@ from esvit_core.kernels import chunked_softmax
 from esvit_core.kernels.fused_softmax import TORCH_KERNELS
 from esvit_core.losses import Objective, region_loss, view_loss
 from esvit_core.losses.reference import plain_region_loss, plain_view_loss
-from esvit_core.losses.region import match_regions
+from esvit_core.losses.region import match_crops
 from esvit_core.losses.strategy import BLOCKWISE, CHUNKED, LossStrategy
 from esvit_core.models import NetworkOutput
 
@@ -151,7 +151,12 @@ def test_a_region_matches_the_most_similar_one():
     teacher = torch.randn(2, 9, 16, generator=generator)
     order = torch.stack([torch.randperm(9, generator=generator) for _ in range(2)])
     student = 5 * teacher.gather(1, order[..., None].expand(-1, -1, 16))  # length does not count
-    assert torch.equal(match_regions(student, teacher), order)
+    (to_second,), (to_first,) = (
+        match.view(2, 9, 1).unbind(-1)
+        for match in match_crops(student.flatten(0, 1).repeat(2, 1), teacher.flatten(0, 1).repeat(2, 1), [9, 9], 9)
+    )
+    first_row = 9 * torch.arange(2)[:, None]
+    assert torch.equal(to_first, order + first_row) and torch.equal(to_second, order + first_row + 18)
 
 
 def test_equal_uniform_outputs_cost_the_entropy_of_the_prototypes():
