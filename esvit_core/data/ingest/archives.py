@@ -19,10 +19,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, cast
+from typing import IO, BinaryIO, Literal, Protocol, cast
 
+from esvit_core.data.ingest.disk_rows import DiskRows, Row
 from esvit_core.data.ingest.entries import Entries, Entry, keep_last
-from esvit_core.data.ingest.entry_names import is_folder_in_zip, name_of_text, names_in_zip
+from esvit_core.data.ingest.entry_names import (
+    NameInZip,
+    encoding_in_zip,
+    has_unicode_path,
+    is_folder_in_zip,
+    name_of_text,
+)
+from esvit_core.data.ingest.zip_directory import ZipDirectory
 from esvit_core.errors import EsvitError, InfrastructureError, UserError
 from esvit_core.storage.disk import read_at
 
@@ -159,40 +167,42 @@ class TarSource:
 
 
 class ZipSource:
-    """The files of a zip."""
+    """The files of a zip. The handle of a file is the place of its record in the zip's directory."""
 
     def __init__(self, source: str, path: Path) -> None:
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._directory = ZipDirectory(path)
+            # The encoding of the names follows from all of them.
+            infos = DiskRows((*_facts(info), place) for info, place in self._directory)
         except DAMAGE as error:
             raise damaged_archive(source, error) from None
-        self._infos = self._zip.infolist()
-        names, note = names_in_zip(self._infos)
+        encoding, note = encoding_in_zip(NameInZip(*row[:4]) for row in infos)
+        names = (NameInZip(*row[:4]).decode(encoding) for row in infos)
         self.entries, self.duplicates = keep_last(
-            _zip_entry(name, info, number)
-            for number, (name, info) in enumerate(zip(names, self._infos, strict=True))
-            if not is_folder_in_zip(name)
+            _zip_entry(name, row) for name, row in zip(names, infos, strict=True) if not is_folder_in_zip(name)
         )
         self.notes = [note] if note else []
 
     def read(self, entry: Entry) -> bytes:
         content = io.BytesIO()  # ZipFile.read would hold a large file in memory twice
-        try:
-            with self._zip.open(self._infos[entry.handle]) as file:
-                shutil.copyfileobj(file, content, 2**20)
-        except (NotImplementedError, RuntimeError, *DAMAGE) as error:
-            raise FileReadError(f"damaged archive entry ({error})") from None
+        with self._open(entry) as file:
+            shutil.copyfileobj(file, content, 2**20)
         return content.getvalue()
 
     def peek(self, entry: Entry, length: int) -> bytes:
-        try:
-            with self._zip.open(self._infos[entry.handle]) as file:
-                return file.read(length)
-        except (NotImplementedError, RuntimeError, *DAMAGE) as error:
-            raise FileReadError(f"damaged archive entry ({error})") from None
+        with self._open(entry) as file:
+            return file.read(length)
 
     def close(self) -> None:
-        self._zip.close()
+        self._directory.close()
+
+    @contextlib.contextmanager
+    def _open(self, entry: Entry) -> Iterator[IO[bytes]]:
+        try:
+            with self._directory.open(*entry.handle) as archive, archive.open(archive.infolist()[0]) as file:
+                yield file
+        except (NotImplementedError, RuntimeError, *DAMAGE) as error:
+            raise FileReadError(f"damaged archive entry ({error})") from None
 
 
 def archive_type(path: Path) -> Literal["tar", "zip"] | None:
@@ -259,9 +269,16 @@ def _tar_entry(member: tarfile.TarInfo, handle: object) -> Entry:
     return entry
 
 
-def _zip_entry(name: str, info: zipfile.ZipInfo, number: int) -> Entry:
-    entry = _with_safe_name(Entry(name, info.file_size, f"{info.CRC:08x}", number))
-    if entry.problem is None and info.flag_bits & 1:
+def _facts(info: zipfile.ZipInfo) -> Row:
+    """Return what is needed of a file in a zip."""
+    extra = info.extra if has_unicode_path(info.extra) else b""
+    return info.orig_filename, info.flag_bits, info.create_system, extra, info.file_size, info.CRC
+
+
+def _zip_entry(name: str, row: Row) -> Entry:
+    _, flags, _, _, size, checksum, place = row
+    entry = _with_safe_name(Entry(name, size, f"{checksum:08x}", place))
+    if entry.problem is None and flags & 1:
         return replace(entry, problem="encrypted")
     return entry
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 # What tools wrote before there was a flag for UTF-8, the most likely first: where several fit, the first is taken.
@@ -43,28 +43,54 @@ def name_of_text(name: str) -> str:
     return name_of_bytes(raw)
 
 
-def names_in_zip(infos: Sequence[zipfile.ZipInfo]) -> tuple[list[str], str]:
-    """Return the names of the entries of a zip, and a line about their encoding; empty if it is certain.
+class NameInZip(NamedTuple):
+    """The name of a file in a zip.
+
+    Attributes:
+        text: as zipfile decodes it.
+        flags: of the file.
+        system: on which the zip was made.
+        extra: the extra fields of the file.
+    """
+
+    text: str
+    flags: int
+    system: int
+    extra: bytes
+
+    @property
+    def raw(self) -> bytes | None:
+        """The bytes of the name; None if they are known to be UTF-8."""
+        return None if self.flags & _UTF8_FLAG else self.text.encode("cp437")
+
+    def decode(self, encoding: str | None) -> str:
+        """Return the name. A backslash separates folders if the zip was made on Windows and ``encoding`` permits it."""
+        raw = self.raw
+        stated = self.text if raw is None else _unicode_path(self.extra, raw)
+        name = raw.decode(encoding or "utf-8") if raw is not None and stated is None else str(stated)
+        in_characters = stated is None and encoding in _BACKSLASH_IN_CHARACTERS
+        if self.system in _WINDOWS and not in_characters:
+            name = name.replace("\\", "/")
+        return name_of_text(name.partition("\0")[0])
+
+
+def encoding_in_zip(names: Iterable[NameInZip]) -> tuple[str | None, str]:
+    """Return the encoding of the names in a zip, and a line about it; None, and no line, if it is certain.
 
     Names with the flag for UTF-8 are in UTF-8. The encoding of others is not recorded: UTF-8 if all are valid in it,
-    otherwise it is detected from all of them. A backslash separates folders if the archive was made on Windows and the
-    encoding has no characters that contain the byte of a backslash.
+    otherwise it is detected from all of them.
     """
-    raw = [None if info.flag_bits & _UTF8_FLAG else info.orig_filename.encode("cp437") for info in infos]
-    unknown = {name for name in raw if name is not None and not name.isascii()}
+    unknown = {raw for name in names if (raw := name.raw) is not None and not raw.isascii()}
     encoding = _detect_encoding(unknown)
-    names = []
-    for info, data in zip(infos, raw, strict=True):
-        stated = info.orig_filename if data is None else _unicode_path(info, data)
-        name = data.decode(encoding or "utf-8") if data is not None and stated is None else str(stated)
-        in_characters = stated is None and encoding in _BACKSLASH_IN_CHARACTERS
-        if info.create_system in _WINDOWS and not in_characters:
-            name = name.replace("\\", "/")
-        names.append(name_of_text(name.partition("\0")[0]))
     if encoding is None:
-        return names, ""
+        return None, ""
     shown = ", ".join(sorted(name.decode(encoding) for name in unknown)[:3])
-    return names, f"names without a stated encoding: read as {encoding} ({shown})"
+    return encoding, f"names without a stated encoding: read as {encoding} ({shown})"
+
+
+def has_unicode_path(extra: bytes) -> bool:
+    """Return whether the extra fields of a file in a zip may state its name in UTF-8."""
+    return struct.pack("<H", _UNICODE_PATH) in extra
 
 
 def is_folder_in_zip(name: str) -> bool:
@@ -134,9 +160,8 @@ def _is_valid(name: bytes, encoding: str) -> bool:
     return True
 
 
-def _unicode_path(info: zipfile.ZipInfo, raw: bytes) -> str | None:
+def _unicode_path(extra: bytes, raw: bytes) -> str | None:
     """Return the name in UTF-8 that an extra field of the entry states; None: there is none that belongs to the name."""
-    extra = info.extra
     while len(extra) >= 4:
         kind, size = struct.unpack("<HH", extra[:4])
         field, extra = extra[4 : 4 + size], extra[4 + size :]
