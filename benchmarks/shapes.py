@@ -5,7 +5,7 @@
 
 The first command makes the images: disks, squares, triangles, crosses and rings of random color, size and place on a
 gradient of colors with noise, so that color says nothing about the class. Those for pre-training show one to three shapes of
-one class; those with masks show two or three of several classes. With ``--patterns`` each class has a pattern. ``esvit run`` with
+one class; those with masks show two or three of several classes. ``esvit run`` with
 ``benchmarks/shapes.yaml`` pre-trains on the former, and fits a linear head to the frozen regions of the latter.
 
 The second command evaluates an existing backbone on drawings on white ground, of which each pixel that is not white has the
@@ -43,75 +43,59 @@ from esvit_core.weights.backbone import load_backbone
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 SIDE, WHITE = 64, 245
-Test = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# Of each class, whether a point (y, x), relative to the center in units of the size, lies in the shape; and with
-# ``--patterns``, which of the two colors a point inside has, by two waves across it.
-SHAPES: dict[str, tuple[Test, Test]] = {
-    "disk": (lambda y, x: y**2 + x**2 < 1, lambda u, v: u > 0),  # stripes
-    "square": (lambda y, x: np.maximum(abs(y), abs(x)) < 0.85, lambda u, v: v > 0),  # stripes across
-    "triangle": (lambda y, x: (y < 0.75) & (y > 2.2 * abs(x) - 1), lambda u, v: u * v > 0),  # checks
-    "cross": (
-        lambda y, x: (np.minimum(abs(y), abs(x)) < 0.33) & (np.maximum(abs(y), abs(x)) < 1),
-        lambda u, v: u + v > 0.8,  # dots
-    ),
-    "ring": (lambda y, x: (y**2 + x**2 < 1) & (y**2 + x**2 > 0.36), lambda u, v: u > -2),  # plain
+# Of each class, whether a point (y, x), relative to the center in units of the size, lies in the shape.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "disk": lambda y, x: y**2 + x**2 < 1,
+    "square": lambda y, x: np.maximum(abs(y), abs(x)) < 0.85,
+    "triangle": lambda y, x: (y < 0.75) & (y > 2.2 * abs(x) - 1),
+    "cross": lambda y, x: (np.minimum(abs(y), abs(x)) < 0.33) & (np.maximum(abs(y), abs(x)) < 1),
+    "ring": lambda y, x: (y**2 + x**2 < 1) & (y**2 + x**2 > 0.36),
 }
 
 
-def draw(rng: np.random.Generator, classes: list[int], patterns: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def draw(rng: np.random.Generator, classes: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Draw one shape of each class.
 
     Args:
         classes: positions in :data:`SHAPES`.
-        patterns: each class has its pattern of two random colors, and the ground is gray; otherwise a shape has one random
-            color, and the ground is a gradient of colors.
 
     Returns:
         Pixels (SIDE, SIDE, 3) and mask (SIDE, SIDE), uint8; 0 is the ground, class c is c + 1, later shapes cover earlier ones.
     """
-    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(float)
+    y, x = np.mgrid[0:SIDE, 0:SIDE]
     slope = (y / SIDE)[..., None] * rng.uniform(-60, 60, 3) + (x / SIDE)[..., None] * rng.uniform(-60, 60, 3)
     pixels = rng.uniform(60, 195, 3) + slope
-    if patterns:
-        pixels = np.repeat(pixels.mean((0, 1, 2), keepdims=True), SIDE * SIDE * 3).reshape(SIDE, SIDE, 3)
     mask = np.zeros((SIDE, SIDE), np.uint8)
     for value in classes:
         size, angle = rng.uniform(9, 15), rng.uniform(-0.5, 0.5)
         top, left = rng.uniform(size, SIDE - size, 2)
-        form, pattern = list(SHAPES.values())[value]
         a, b = (
             np.cos(angle) * (y - top) - np.sin(angle) * (x - left),
             np.sin(angle) * (y - top) + np.cos(angle) * (x - left),
         )
-        inside = form(a / size, b / size)
-        colors = rng.uniform(0, 255, (1 + patterns, 3))
-        if patterns:
-            waves = [2 * np.pi * along / rng.uniform(5, 7) + rng.uniform(0, 6) for along in (a, b)]
-            colors = np.where(pattern(*map(np.sin, waves))[..., None], *colors)[inside]
-        pixels[inside] = colors
+        inside = list(SHAPES.values())[value](a / size, b / size)
+        pixels[inside] = rng.uniform(0, 255, 3)
         mask[inside] = value + 1
     return (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8), mask
 
 
-def make_images(folder: Path, count: int, patterns: bool) -> Path:
+def make_images(folder: Path, count: int) -> Path:
     """Write images of one class each, ``<class>/<number>.png``."""
     for number in range(count):
         rng = np.random.default_rng([0, number])
         value = number % len(SHAPES)
         place = folder / list(SHAPES)[value]
         place.mkdir(parents=True, exist_ok=True)
-        classes = [value] * int(rng.integers(*((4, 7) if patterns else (1, 4))))
-        Image.fromarray(draw(rng, classes, patterns)[0]).save(place / f"{number:05d}.png")
+        Image.fromarray(draw(rng, [value] * int(rng.integers(1, 4)))[0]).save(place / f"{number:05d}.png")
     return folder
 
 
-def make_masked(folder: Path, train: int, test: int, patterns: bool) -> Path:
+def make_masked(folder: Path, train: int, test: int) -> Path:
     """Write images of several classes and their masks, ``images/<split>/<number>.png`` and ``masks/``."""
     for number in range(train + test):
         rng = np.random.default_rng([1, number])
         split = "train" if number < train else "val"
-        count = rng.integers(*((3, 6) if patterns else (2, 4)))
-        parts = draw(rng, rng.integers(0, len(SHAPES), count).tolist(), patterns)
+        parts = draw(rng, rng.integers(0, len(SHAPES), rng.integers(2, 4)).tolist())
         for kind, pixels in zip(("images", "masks"), parts, strict=True):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / kind / split / f"{number:05d}.png")
@@ -189,7 +173,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3000, help="images for pre-training")
     parser.add_argument("--masked", nargs=2, type=int, default=[200, 400], metavar=("TRAIN", "TEST"))
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
-    parser.add_argument("--patterns", action="store_true", help="draw shapes with patterns on gray ground")
     parser.add_argument("--drawings", help="source of drawings on white ground, one folder per class")
     parser.add_argument("--backbone", help="backbone to evaluate on them")
     arguments = parser.parse_args()
@@ -201,8 +184,8 @@ def main() -> None:
         print(json.dumps(measure_backbone(folder / "drawings", arguments.backbone, arguments.seeds[0])))
         return
     if not (folder / "masked").exists():
-        make_images(folder / "images", arguments.images, arguments.patterns)
-        make_masked(folder / "masked", *arguments.masked, arguments.patterns)
+        make_images(folder / "images", arguments.images)
+        make_masked(folder / "masked", *arguments.masked)
     print(json.dumps([measure(folder, seed, arguments.changes) for seed in arguments.seeds]))
 
 
