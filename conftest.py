@@ -88,7 +88,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, give those of the finished run the time to wait for it, and begin with the longest files.
+    """Mark the slow tests and those of the finished run, give the latter time to wait for it, and begin with long files.
 
     pytest-xdist hands out files in this order, so that no process is left with a long one at the end.
     """
@@ -96,9 +96,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     listed = slow_tests.listed()
     for item in items:
         function = slow_tests.function_of(item.nodeid)
-        if function in listed or function.partition("::")[0] in listed:
+        waits = "finished_run" in getattr(item, "fixturenames", ())
+        if waits or function in listed or function.partition("::")[0] in listed:
             item.add_marker(pytest.mark.slow)
-        if "finished_run" in getattr(item, "fixturenames", ()):
+        if waits:
             item.add_marker(pytest.mark.timeout(900))
 
 

@@ -1,7 +1,8 @@
 """Which tests `make test-fast` leaves out: those that took longest when all of them were last measured.
 
 `slow-tests.txt` lists them, by file where all tests of a file are slow, otherwise by function. `make slow-tests` measures
-again and rewrites it. A new test is not in the list and runs.
+again and rewrites it. A new test is not in the list and runs. The tests that need the finished run are slow without being
+listed, because the first that runs has to make it.
 """
 
 from __future__ import annotations

@@ -64,6 +64,9 @@ def embed(model: str, data: str, out: Path, settings: dict[str, Any], runs: Path
     require_absent(out, SUFFIXES)
     with _store_for(runs, model, data) as store:
         check_source(data)
+        from esvit_core.torch_private import import_timm_without_dynamo
+
+        import_timm_without_dynamo()
         from esvit_core.embedding.embed import EmbedSettings
         from esvit_core.embedding.embed import embed as embed_images
 
@@ -92,6 +95,9 @@ def search(model: str, data: str, queries: list[str], out: Path, count: int, run
 
     with _store_for(runs, model, data) as store:
         check_source(data)
+        from esvit_core.torch_private import import_timm_without_dynamo
+
+        import_timm_without_dynamo()
         from esvit_core.embedding.search import search as search_images
 
         found = search_images(_load(model, store), data, queries, count, store)

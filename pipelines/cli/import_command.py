@@ -36,6 +36,9 @@ def import_file(
         if "s3://" in (file[:5], out[:5]):
             directory = os.environ.get("ESVIT_STORE_DIR")
             store = stack.enter_context(open_store(Path(directory) if directory else None))
+        from esvit_core.torch_private import import_timm_without_dynamo
+
+        import_timm_without_dynamo()
         from esvit_core.weights.import_checkpoint import import_weights
 
         network = "student" if student else "teacher"

@@ -78,7 +78,7 @@ def test_evaluation_steps_run_in_parallel_on_a_cluster(compiled: Any) -> None:
 @pytest.mark.parametrize(("pipeline", "step"), [("pretrain", "prepare-data"), ("retrain", "prepare-new-data")])
 def test_images_are_prepared_by_several_pods_and_put_together_by_one(tmp_path: Path, pipeline: str, step: str) -> None:
     path = tmp_path / "pipeline.yaml"
-    compile_pipeline(pipeline, Config.load("demo", ["cluster.prepare.parallelism=3"]), path)
+    compile_pipeline(pipeline, Config.load("demo", [*PODS, "cluster.prepare.parallelism=3"]), path)
     spec = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     dags = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
     tasks = next(dag["tasks"] for dag in dags if step in dag["tasks"])
