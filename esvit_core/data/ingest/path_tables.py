@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from esvit_core.data.ingest.arrow_files import require_pyarrow
+from esvit_core.data.ingest.disk_rows import DiskRows
 from esvit_core.data.ingest.entries import Entries, Entry, Given, keep_last
 from esvit_core.data.ingest.entry_names import name_of_text
 from esvit_core.data.ingest.file_kinds import is_named_as_image
 from esvit_core.data.ingest.fingerprint import listing_fingerprint
 from esvit_core.data.ingest.label_tables import LABEL_COLUMNS, SPLIT_COLUMNS
 from esvit_core.data.ingest.listed_sources import FolderSource, PrefixSource, file_entry
+from esvit_core.data.ingest.prefetch import prefetch
 from esvit_core.data.ingest.split_folders import SplitName, folder_role
 from esvit_core.errors import UserError
 from esvit_core.storage import NotFound, ObjectStore, StoreRefused, join_uri
@@ -31,7 +33,9 @@ _PATH_COLUMNS = (
 )
 _PROBED = 100  # rows that show which column names the images
 _EXPECTED = "expected a column of paths or s3:// addresses, and optionally the columns label and split"
+_PARQUET_ROWS = 1024  # that are decoded at once
 Row = Sequence[str]
+_Image = tuple[str, str, Given | None]  # name, address, and what the table says
 
 
 class PathTable:
@@ -42,40 +46,48 @@ class PathTable:
 
     Args:
         source: the table, a file or an ``s3://`` object.
-        data: its content.
+        path: its content on this machine.
         store: store of ``s3://`` addresses; None: the one that ``ESVIT_S3_*`` name.
 
     Raises:
         UserError: the table names no images.
     """
 
-    def __init__(self, source: str, data: bytes, store: ObjectStore | None) -> None:
-        rows = _parquet_rows(source, data) if source.lower().endswith(".parquet") else _text_rows(data)
-        header, rows = _header(rows)
-        column = _path_column(header, rows)
+    def __init__(self, source: str, path: Path, store: ObjectStore | None) -> None:
+        is_parquet = source.lower().endswith(".parquet")
+        rows = DiskRows(map(tuple, _parquet_rows(source, path) if is_parquet else _text_rows(path)))
+        header = _header(rows)
+        first = 1 if header else 0
+        column = _path_column(header, list(itertools.islice(rows, first, first + _PROBED)))
         if column is None:
             raise UserError(f"{source}: names no images; {_EXPECTED}")
         label, split = _named(header, LABEL_COLUMNS, column), _named(header, SPLIT_COLUMNS, column)
         self._folder = source.rpartition("/")[0] if source.startswith(SCHEME) else str(Path(source).absolute().parent)
-        rows = [row for row in rows if _cell(row, column)]
-        addresses = [self._address(_cell(row, column)) for row in rows]
-        web = next((a for a in addresses if a.startswith(("http://", "https://"))), None)
-        if web is not None:
-            raise UserError(
-                f"{source}: {web}: files are not downloaded from the web; copy them to a folder or a bucket"
-            )
-        if any(address.startswith(SCHEME) for address in addresses):
+
+        def images() -> Iterator[_Image]:
+            for row in itertools.islice(rows, first, None):
+                if cell := _cell(row, column):
+                    address = self._address(cell)
+                    given = None if label is None and split is None else _given(row, label, split)
+                    yield self._name(address), address, given
+
+        count, in_store = 0, False
+        for _, address, _ in images():
+            count += 1
+            in_store = in_store or address.startswith(SCHEME)
+            if address.startswith(("http://", "https://")):
+                raise UserError(
+                    f"{source}: {address}: files are not downloaded from the web; copy them to a folder or a bucket"
+                )
+        if in_store:
             store = store or ObjectStore.from_env()
         self._objects = None if store is None else PrefixSource(store, self._folder, entries=())
-        entries = _entries([self._name(address) for address in addresses], addresses, store)
-        self.entries, self.duplicates = keep_last(
-            replace(entry, given=_given(row, label, split)) if label is not None or split is not None else entry
-            for entry, row in zip(entries, rows, strict=True)
-        )
+        self._files = FolderSource(Path(self._folder), ())
+        self.entries, self.duplicates = keep_last(_entries(images(), store))
         columns = [
             f"{kind} from the column {header[c]}" for kind, c in (("labels", label), ("splits", split)) if c is not None
         ]
-        self.notes = [f"a table of {len(rows):,} images" + (f", {', '.join(columns)}" if columns else "")]
+        self.notes = [f"a table of {count:,} images" + (f", {', '.join(columns)}" if columns else "")]
 
     def read(self, entry: Entry) -> bytes:
         return self._source(entry).read(entry)
@@ -96,7 +108,7 @@ class PathTable:
         if str(entry.handle).startswith(SCHEME):
             assert self._objects is not None
             return self._objects
-        return FolderSource(Path(self._folder), ())
+        return self._files
 
     def _name(self, address: str) -> str:
         folder = self._folder.rstrip("/") + "/"
@@ -117,22 +129,25 @@ def is_path_table(source: str) -> bool:
     return source.lower().endswith(SUFFIXES)
 
 
-def _entries(names: list[str], addresses: list[str], store: ObjectStore | None) -> list[Entry]:
-    def entry(name: str, address: str) -> Entry:
+def _entries(images: Iterable[_Image], store: ObjectStore | None) -> Iterator[Entry]:
+    def entry(image: _Image) -> Entry:
+        name, address, given = image
         if not address.startswith(SCHEME):
-            return file_entry(address, name)
+            return replace(file_entry(address, name), given=given)
         assert store is not None
         try:
             found = store.stat(address)
         except (NotFound, StoreRefused) as error:
             reason = "does not exist" if isinstance(error, NotFound) else "access denied"
-            return Entry(name_of_text(name), 0, "", address, reason)
-        return Entry(name_of_text(name), found.size, found.etag, address)
+            return Entry(name_of_text(name), 0, "", address, reason, given)
+        return Entry(name_of_text(name), found.size, found.etag, address, given=given)
 
     if store is None:
-        return [entry(name, address) for name, address in zip(names, addresses, strict=True)]
+        yield from map(entry, images)
+        return
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="table") as pool:
-        return list(pool.map(entry, names, addresses))
+        for _, found in prefetch(pool, entry, images, 2 * PARALLEL):
+            yield found.result()
 
 
 def _given(row: Row, label: int | None, split: int | None) -> Given:
@@ -147,47 +162,53 @@ def _split(value: str) -> SplitName | None:
     return "train" if role == "extra" else role
 
 
-def _text_rows(data: bytes) -> list[Row]:
-    """Return the rows of a text, with the delimiter that gives the most even columns; a single column has none."""
-    text = data.decode("utf-8-sig", "surrogateescape")
-    lines = [line for line in text.splitlines() if line.strip()]
+def _text_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a text, with the delimiter that gives the most even columns; a single column has none."""
+    first = list(itertools.islice(_lines(path), 20))
     for delimiter in ("\t", ";", ","):
-        widths = [line.count(delimiter) for line in lines[:20]]
-        if widths and min(widths) > 0:
-            return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter))
-    return [[line.strip()] for line in lines]
+        if first and min(line.count(delimiter) for line in first) > 0:
+            return csv.reader(_lines(path), delimiter=delimiter)
+    return ([line.strip()] for line in _lines(path))
 
 
-def _parquet_rows(source: str, data: bytes) -> list[Row]:
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text that are not empty."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for line in file:
+            yield from (f"{each}\n" for each in line.splitlines() if each.strip())
+
+
+def _parquet_rows(source: str, path: Path) -> Iterator[Row]:
     require_pyarrow(source)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        with pq.ParquetFile(path) as file:
+            yield file.schema_arrow.names
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                columns = [["" if v is None else str(v) for v in column.to_pylist()] for column in batch.columns]
+                yield from zip(*columns, strict=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{source}: not a Parquet file ({str(error).splitlines()[0][:100]})") from None
-    columns = [["" if v is None else str(v) for v in column.to_pylist()] for column in table.columns]
-    return [table.column_names, *(list(row) for row in zip(*columns, strict=True))]
 
 
-def _header(rows: list[Row]) -> tuple[list[str], list[Row]]:
-    """Separate the header from the rows; without one, columns have no names."""
-    if not rows or any(is_named_as_image(cell.strip()) for cell in rows[0]):
-        return [], rows
-    return [cell.strip() for cell in rows[0]], rows[1:]
+def _header(rows: DiskRows) -> list[str]:
+    """Return the header; empty if there is none, and columns have no names."""
+    if not len(rows) or any(is_named_as_image(cell.strip()) for cell in rows[0]):
+        return []
+    return [cell.strip() for cell in rows[0]]
 
 
-def _path_column(header: Sequence[str], rows: Sequence[Row]) -> int | None:
+def _path_column(header: Sequence[str], probed: Sequence[Row]) -> int | None:
     """Return the column that names images: the one in which most cells look like it, or the one that is called so."""
-    probed = rows[:_PROBED]
     counts = [
         sum(is_named_as_image(_cell(row, column)) or _cell(row, column).startswith(SCHEME) for row in probed)
         for column in range(max(map(len, probed), default=0))
     ]
     if counts and 2 * max(counts) > len(probed):
         return counts.index(max(counts))
-    return _named(header, _PATH_COLUMNS, None) if rows else None
+    return _named(header, _PATH_COLUMNS, None) if probed else None
 
 
 def _named(header: Sequence[str], names: Sequence[str], taken: int | None) -> int | None:

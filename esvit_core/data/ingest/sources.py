@@ -187,7 +187,7 @@ def _local_file(source: str, store: ObjectStore | None) -> Iterator[Path]:
 @contextlib.contextmanager
 def _open_file(source: str, path: Path, store: ObjectStore | None) -> Iterator[Source]:
     if is_path_table(source) and not _holds_images(path):
-        yield PathTable(source, path.read_bytes(), store)
+        yield PathTable(source, path, store)
         return
     with contextlib.closing(open_container(source, path)) as opened:
         if isinstance(opened, TarSource | ZipSource):
