@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import certifi
 import urllib3
 from minio import Minio
+from minio.datatypes import Object, parse_list_objects
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 POOL_SIZE = 16
+PAGE = 1000  # objects that are listed by a request, the most that S3 allows
 # User metadata that identifies the request that wrote an object, so that a repeated request recognizes its own result.
 WRITER = "x-amz-meta-esvit-writer"
 # Error codes for temporary credentials that have expired or that the store has forgotten.
@@ -85,6 +87,21 @@ class S3Client(Minio):
                 return None, None
             raise
         return (found.etag or "").strip('"'), (found.metadata or {}).get(WRITER)
+
+    def list_page(self, bucket: str, prefix: str, recursive: bool, token: str) -> tuple[list[Object], str]:
+        """List some objects, at most :data:`PAGE`.
+
+        Args:
+            recursive: False: only one level.
+            token: from the page before; empty: the first page is listed.
+
+        Returns:
+            The objects, and the token for the next page; empty if this is the last one.
+        """
+        query: dict[str, Any] = {"list-type": "2", "encoding-type": "url", "max-keys": str(PAGE), "prefix": prefix}
+        query |= {"delimiter": "" if recursive else "/"} | ({"continuation-token": token} if token else {})
+        objects, has_more, following, _ = parse_list_objects(self._execute("GET", bucket, query_params=query))
+        return objects, (following or "") if has_more else ""
 
     def remove_all(self, bucket: str, keys: list[str]) -> None:
         """Delete objects, a thousand per request.

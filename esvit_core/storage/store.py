@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from minio.error import S3Error
 
@@ -21,8 +22,6 @@ from esvit_core.storage.pointer import Pointer
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store_errors import IntegrityError, InvalidAddress, NotFound
 from esvit_core.storage.uri import SCHEME, split_uri
-
-T = TypeVar("T")
 
 _TYPES = {
     ".json": "application/json",
@@ -205,25 +204,26 @@ class ObjectStore:
             recursive: False: only one level; a folder is listed with a trailing slash and size 0.
         """
         # SeaweedFS lists folder by folder, with "a/b" before "a-b"; S3 guarantees the order of the keys.
-        yield from self.list_into(prefix_uri, lambda found: sorted(found, key=lambda stat: stat.uri), recursive)
+        yield from sorted(self.list_unordered(prefix_uri, recursive), key=lambda stat: stat.uri)
 
-    def list_into(self, prefix_uri: str, collect: Callable[[Iterator[ObjectStat]], T], recursive: bool = True) -> T:
-        """Return what ``collect`` makes of the objects below a prefix, which it gets page by page in the store's order.
+    def list_unordered(self, prefix_uri: str, recursive: bool = True) -> Iterator[ObjectStat]:
+        """Yield the objects below a prefix in the order in which the store lists them, requesting a page at a time.
 
         Args:
             prefix_uri, recursive: as for :meth:`list`.
-            collect: consumes the objects; it is called again if the listing fails before its end.
         """
         bucket, key = split_uri(prefix_uri)
-        prefix = f"{key.rstrip('/')}/" if key else ""
-
-        def objects(client: S3Client) -> Iterator[ObjectStat]:
-            for item in client.list_objects(bucket, prefix=prefix, recursive=recursive):
+        prefix, token = f"{key.rstrip('/')}/" if key else "", ""
+        while True:
+            objects, token = self.connection.call(
+                prefix_uri, partial(S3Client.list_page, bucket=bucket, prefix=prefix, recursive=recursive, token=token)
+            )
+            for item in objects:
                 if item.object_name != prefix:
                     uri = f"{SCHEME}{bucket}/{item.object_name}"
                     yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
-
-        return self.connection.call(prefix_uri, lambda client: collect(objects(client)))
+            if not token:
+                return
 
     def remove(self, uri: str) -> None:
         """Delete the object if it exists."""

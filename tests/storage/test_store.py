@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 
 from esvit_core.errors import UserError
-from esvit_core.storage import NotFound, ObjectStore, StoreError
+from esvit_core.storage import NotFound, ObjectStore, StoreError, connection
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
@@ -82,13 +82,19 @@ def test_a_listing_is_of_a_folder_and_in_order(store) -> None:
 
 
 def test_listings_of_several_pages_are_complete(store, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = type(store.connection.client)
-    page = client._list_objects
-    monkeypatch.setattr(client, "_list_objects", lambda *given, **more: page(*given, **{**more, "max_keys": 20}))
+    monkeypatch.setattr(connection, "PAGE", 20)
     names = [f"many/{i % 3}/{i:03d}" for i in range(130)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: store.put_bytes(store.uri(name), b""), names))
     assert [item.uri for item in store.list(store.uri("many"))] == sorted(store.uri(name) for name in names)
+    requested = []
+    call = store.connection.call
+    monkeypatch.setattr(store.connection, "call", lambda *given: (requested.append(given), call(*given))[1])
+    unordered = store.list_unordered(store.uri("many"))
+    first = [next(unordered).uri for _ in range(10)]
+    assert len(requested) == 1  # the next page is requested when it is needed
+    assert sorted([*first, *(item.uri for item in unordered)]) == sorted(store.uri(name) for name in names)
+    assert len(requested) == 7
     assert store.remove_prefix(store.uri("many")) == 130
     assert not list(store.list(f"s3://{store.bucket}"))
 

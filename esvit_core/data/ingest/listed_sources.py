@@ -14,7 +14,7 @@ from esvit_core.data.ingest.disk_rows import DiskRows, sort_rows
 from esvit_core.data.ingest.entries import Entries, Entry, as_entries
 from esvit_core.data.ingest.entry_names import name_of_text
 from esvit_core.errors import UserError
-from esvit_core.storage import InvalidAddress, NotFound, ObjectStat, ObjectStore, StoreRefused, join_uri
+from esvit_core.storage import InvalidAddress, NotFound, ObjectStore, StoreRefused, join_uri
 from esvit_core.storage.disk import read_at
 from esvit_core.storage.marker import is_marked
 
@@ -116,15 +116,13 @@ class PrefixSource:
 def _objects(store: ObjectStore, uri: str, wanted: Callable[[str], bool] | None) -> Entries:
     start = len(join_uri(uri)) + 1
 
-    def entries(objects: Iterable[ObjectStat]) -> Entries:
-        return Entries(
-            Entry(found.uri[start:], found.size, found.etag, handle=found.uri)
-            for found in objects
-            # Some tools create markers of folders.
-            if not found.uri.endswith("/") and (wanted is None or wanted(found.uri))
-        )
-
-    return store.list_into(uri, entries).by_name()
+    found = Entries(
+        Entry(each.uri[start:], each.size, each.etag, handle=each.uri)
+        for each in store.list_unordered(uri)
+        # Some tools create markers of folders.
+        if not each.uri.endswith("/") and (wanted is None or wanted(each.uri))
+    )
+    return found.by_name()
 
 
 def walk(root: Path) -> Iterator[Entry]:
