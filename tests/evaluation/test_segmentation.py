@@ -22,6 +22,7 @@ from esvit_core.evaluation.segmentation import (
     measure_segmentation,
     miou_difference,
     region_classes,
+    region_iou,
 )
 
 SIDE = 32
@@ -122,6 +123,15 @@ def test_masks_are_read_from_palettes_gray_images_and_the_blue_ground_of_flowers
         assert np.array_equal(read_mask(file.getvalue(), "mask.png"), expected)
     with pytest.raises(UserError, match=r"^mask broken.png: it cannot be decoded"):
         read_mask(b"nothing", "broken.png")
+
+
+def test_a_head_that_knows_the_ground_only_does_not_win_the_choice_of_lambda() -> None:
+    truth = np.repeat([0, 1, 2], [80, 10, 10])
+    ground, guessed = np.zeros(100, int), truth.copy()
+    guessed[55:80] = 1  # more wrong regions than with the ground alone, but all of the two other classes are found
+    assert (ground == truth).mean() > (guessed == truth).mean()
+    assert region_iou(ground, truth, 3) == pytest.approx(80 / 100 / 3)
+    assert region_iou(guessed, truth, 3) > region_iou(ground, truth, 3)
 
 
 def test_a_region_has_the_most_frequent_class_of_its_pixels() -> None:
