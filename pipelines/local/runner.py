@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     work = Path(request.work)
     programs = work / "bin"
     programs.mkdir()
-    with step_server(programs, serve=not request.finished):
+    with step_server(programs, request.finished):
         outcome = run_steps(request)
     outcome.write(work)
     return 0 if outcome.finished else 1

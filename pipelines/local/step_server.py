@@ -4,7 +4,7 @@ A step of a small run computes for a second, but importing PyTorch, timm, KFP an
 server imports them once and forks for each step; the first step waits for it. It computes nothing and starts no threads
 before it forks. Linux only: elsewhere, libraries do not survive a fork.
 
-    python -m esvit_pipelines.local.step_server DESCRIPTOR
+    python -m esvit_pipelines.local.step_server DESCRIPTOR [finished]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from esvit_core.launch.signals import TERMINAL_SIGNALS, end_with_parent, outlive_signals
@@ -36,10 +36,17 @@ PRELOADED = (
     "esvit_core.evaluation.visualize",
     "esvit_core.reporting.report",
 )
+# What they import if they only find their results.
+PRELOADED_IF_FINISHED = (
+    "kfp.dsl.executor_main",
+    "esvit_core.artifacts",
+    "esvit_core.data.ingest.prepare",
+    "esvit_core.runs.run",
+)
 
 
 @contextlib.contextmanager
-def step_server(folder: Path, serve: bool = True) -> Iterator[None]:
+def step_server(folder: Path, finished: bool = False) -> Iterator[None]:
     """Let ``python3`` on the search path run the steps: in a fork of a server if there is one.
 
     kfp.local replaces every ``python3`` in a step's command with ``sys.executable``, unquoted and also in arguments. A
@@ -48,7 +55,7 @@ def step_server(folder: Path, serve: bool = True) -> Iterator[None]:
 
     Args:
         folder: an empty folder of this user only.
-        serve: start a server; otherwise each step imports for itself.
+        finished: the steps only find their results, for which the server need not import PyTorch.
     """
     address, client = folder / "socket", Path(__file__).with_name("step_client.py")
     python = sys.executable
@@ -58,7 +65,7 @@ def step_server(folder: Path, serve: bool = True) -> Iterator[None]:
     wrapper.chmod(0o755)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     sys.executable = "python3"
-    if sys.platform != "linux" or not serve:
+    if sys.platform != "linux":
         yield
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -70,7 +77,7 @@ def step_server(folder: Path, serve: bool = True) -> Iterator[None]:
         listener.listen()
         number = listener.fileno()
         server = subprocess.Popen(
-            [python, "-m", __spec__.name, str(number)],
+            [python, "-m", __spec__.name, str(number), *(["finished"] if finished else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(number,),
@@ -82,13 +89,13 @@ def step_server(folder: Path, serve: bool = True) -> Iterator[None]:
         server.wait()
 
 
-def main(descriptor: int) -> None:
-    """Serve on the socket with this descriptor until the runner ends."""
+def main(descriptor: int, preloaded: Sequence[str]) -> None:
+    """Import these modules, and serve on the socket with this descriptor until the runner ends."""
     end_with_parent(os.getppid(), signal.SIGKILL)
     outlive_signals()  # a signal to the group is for the steps
     with socket.socket(fileno=descriptor) as listener:
         gc.disable()  # collections take a quarter of the time of the imports
-        for name in PRELOADED:
+        for name in preloaded:
             importlib.import_module(name)
         gc.freeze()  # a collection in a fork would copy all that was imported
         gc.enable()
@@ -148,4 +155,4 @@ def _become(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), PRELOADED_IF_FINISHED if "finished" in sys.argv[2:] else PRELOADED)

@@ -23,8 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a step
 SERVER = """
 import sys
 from esvit_pipelines.local import step_server
-step_server.PRELOADED = sys.argv[2:]
-step_server.main(int(sys.argv[1]))
+step_server.main(int(sys.argv[1]), sys.argv[2:])
 """
 STEP = """
 import os, signal, sys, time
