@@ -29,6 +29,7 @@ from esvit_core.data.ingest.prepare_part import REQUESTS, prepare_part
 from esvit_core.data.ingest.publish_manifest import find_data, objects_below, publish_data, remove_objects
 from esvit_core.data.ingest.source_lists import require_weights
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
+from esvit_core.data.ingest.thread_heaps import share_heap
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.errors import UserError
 from esvit_core.monitoring.progress_line import ProgressLine
@@ -167,6 +168,7 @@ def _parts(job: Preparation) -> list[PlannedPart]:
 def _working(job: Preparation, files: int) -> Iterator[None]:
     """Have what preparing parts needs: processes, threads, and a local folder."""
     settings = DecodeSettings.of(job.config, PixelSettings.of(job.config, job.scales))
+    share_heap()
     with (
         explain_full_temporary_disk("a shard"),
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,

@@ -89,6 +89,7 @@ class ShardWriter:
             entry = tarfile.TarInfo(name)  # time, owner and group are 0
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
+        tar.getmembers().clear()  # which tarfile would keep, a kilobyte for each
         self._rows.append((len(self.shards), sample.label, *positions[sample.suffix], *positions["json"]))
         self._in_shard += 1
         return number
