@@ -196,3 +196,24 @@ def test_an_archive_that_does_not_fit_decompressed_is_not_reported_as_damaged(
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     with pytest.raises(InfrastructureError, match="to decompress it"), open_source(str(tmp_path / "x.tar.gz")):
         pass
+
+
+def test_a_listing_that_does_not_fit_on_the_temporary_disk_is_a_one_line_error(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esvit_core.data.ingest.sources import open_source
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(6000):
+            tar.addfile(tarfile.TarInfo(f"a rather long name of a file {number}.png"))
+    if os.path.ismount(small_disk):
+        (small_disk / "others").write_bytes(b"\1" * (disk.free_bytes(small_disk) - 100 * 1024))
+    else:
+
+        def write(*_: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with pytest.raises(StoreFull, match=r"the disk is full; a list of files needs space there: .*TMPDIR"):
+        open_source(str(tmp_path / "x.tar")).__enter__()

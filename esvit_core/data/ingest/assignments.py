@@ -1,4 +1,4 @@
-"""The splits and classes of images as numbers of the few that differ, so that they take four bytes per image."""
+"""The splits and classes of images as numbers of the few that differ, so that they take two bytes per image."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Assignments(LazySequence[Assignment]):
 
     Args:
         names: of the files.
-        numbers: of the place of each file, (N,) int32.
+        numbers: of the place of each file, (N,) of integers.
         places: of the files.
     """
 

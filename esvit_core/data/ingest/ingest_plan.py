@@ -16,7 +16,7 @@ from esvit_core.data.ingest.incremental import Base
 from esvit_core.data.ingest.layout import Layout, LayoutSettings, SplitName
 from esvit_core.data.ingest.lazy_sequence import LazySequence, Picked
 from esvit_core.data.ingest.listing import File
-from esvit_core.data.ingest.number_arrays import count_each, iterate, numbers_where, translate
+from esvit_core.data.ingest.number_arrays import CHUNK, count_each, iterate, numbers_where, translate
 from esvit_core.data.ingest.source_reading import TOO_LARGE, Reading, read_names, too_large
 from esvit_core.data.ingest.source_summary import count_images, describe_counts, find_oddities
 from esvit_core.data.ingest.split import choose_images, held_out, storage_order
@@ -159,7 +159,7 @@ def plan_ingest(
     classes = _classes(layout, base)
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     labels = [numbers.get(place.assignment.label, -1) for place in places]
-    used = chosen | reading.unclear
+    used = chosen | reading.unclear if reading.unclear.any() else chosen.copy() if base else chosen
     order = storage_order(layout.assignments.keys, used)
     reused: dict[str, int] = {}
     known: list[File] = []
@@ -224,9 +224,13 @@ def _by_split(order: np.ndarray, splits: np.ndarray) -> tuple[np.ndarray, list[i
     """Return the files ordered by split and, within a split, as before; and where those of each split end."""
     found, ends = np.empty_like(order), [0]
     for number in range(len(_SPLITS)):
-        of_split = order[splits[order] == number]
-        ends.append(ends[-1] + len(of_split))
-        found[ends[-2] : ends[-1]] = of_split
+        end = ends[-1]
+        for start in range(0, len(order), CHUNK):
+            some = order[start : start + CHUNK]
+            of_split = some[splits[some] == number]
+            found[end : end + len(of_split)] = of_split
+            end += len(of_split)
+        ends.append(end)
     return found, ends[1:]
 
 

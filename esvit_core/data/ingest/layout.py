@@ -29,7 +29,7 @@ from esvit_core.data.ingest.class_folders import (
 from esvit_core.data.ingest.entries import Given
 from esvit_core.data.ingest.file_kinds import is_named_as_image, may_be_image
 from esvit_core.data.ingest.label_tables import ReadTexts, Tables, labels_of_tables
-from esvit_core.data.ingest.number_arrays import iterate, numbers_where, translate
+from esvit_core.data.ingest.number_arrays import fit_numbers, iterate, numbers_where, translate
 from esvit_core.data.ingest.split_folders import (
     Folders,
     Role,
@@ -175,7 +175,7 @@ def detect_layout(
 
 
 def _folders_of(names: Sequence[str], given: Iterable[Given | None]) -> tuple[np.ndarray, list[_Folder]]:
-    """Return the number of the folder of each file, (N,) int32, and the folders."""
+    """Return the number of the folder of each file, (N,) of integers, and the folders."""
     known: dict[tuple[str, Given | None], int] = {}
     numbers = np.empty(len(names), dtype=np.int32)
     files, named, likely = array("Q"), array("Q"), array("Q")
@@ -193,7 +193,7 @@ def _folders_of(names: Sequence[str], given: Iterable[Given | None]) -> tuple[np
             named[number] += 1
         elif may_be_image(path):
             likely[number] += 1
-    return numbers, [
+    return fit_numbers(numbers, len(known)), [
         _Folder(tuple(above.split("/")[:-1]), says, files[n], named[n], named[n] + likely[n])
         for (above, says), n in known.items()
     ]
@@ -299,7 +299,7 @@ def _with_tables(
     if tables is None:
         return assignments, None
     changed: dict[Place, int] = {}
-    numbers = assignments.numbers
+    numbers = fit_numbers(assignments.numbers, len(places) + len(tables.rows))
     for i, (label, split) in tables.rows.items():
         place = places[numbers[i]]
         place = place.change(label=label, split=split or place.assignment.split)

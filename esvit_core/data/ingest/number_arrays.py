@@ -26,6 +26,11 @@ def numbers_where(mask: np.ndarray) -> np.ndarray:
     return found
 
 
+def fit_numbers(numbers: np.ndarray, length: int) -> np.ndarray:
+    """Return an array as uint16 if numbers below ``length`` fit, otherwise as int32."""
+    return numbers.astype(np.uint16 if length <= 2**16 else np.int32, copy=False)
+
+
 def count_each(numbers: np.ndarray, length: int, counted: np.ndarray | None = None) -> np.ndarray:
     """Return how often each number below ``length`` occurs in an array, (length,) int64.
 

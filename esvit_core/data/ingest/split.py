@@ -153,14 +153,18 @@ def order_by_hash(purpose: str, keys: Sequence[str], chosen: np.ndarray | None =
     beginnings = (min(int(hash_fraction(purpose, key) * 2**bits), 2**bits - 1) << low | i for i, key in numbered)
     packed = np.fromiter(beginnings, np.uint64, count)
     packed.sort()
-    order = np.empty(count, dtype=np.uint32)
+    order = packed.view(np.uint32)[:count]  # the indices replace the numbers from which they are taken
     alike: list[int] = []  # places in the order whose hash begins as that of the place before
+    before = np.empty(0, dtype=np.uint64)
     for start in range(0, count, CHUNK):
-        some = packed[max(start - 1, 0) : start + CHUNK]
-        order[start : start + CHUNK] = packed[start : start + CHUNK] & np.uint64(2**low - 1)
+        some = np.concatenate([before, packed[start : start + CHUNK]])
         same = np.flatnonzero(some[1:] >> np.uint64(low) == some[:-1] >> np.uint64(low))
-        alike += (same + max(start - 1, 0) + 1).tolist()
-    del packed
+        alike += (same + start + 1 - len(before)).tolist()
+        order[start : start + CHUNK] = (some & np.uint64(2**low - 1))[len(before) :]
+        before = some[-1:].copy()
+    del order
+    packed.resize((count + 1) // 2, refcheck=False)
+    order = packed.view(np.uint32)[:count]
     for _, run in itertools.groupby(enumerate(alike), key=lambda item: item[1] - item[0]):
         places = [place for _, place in run]
         tied = order[places[0] - 1 : places[-1] + 1]
