@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from esvit_core.kernels.triton_support import launch
+
 _TILE = 4096  # elements that a program processes at a time
 _PROGRAMS = 528  # of the backward pass
 
@@ -125,7 +127,9 @@ class _AddNorm(torch.autograd.Function):
         normed = torch.empty_like(x, dtype=dtype)
         means, rstds = torch.empty(2, T, device=x.device).unbind()
         sizes = _sizes(C)
-        _add_norm_kernel[(triton.cdiv(T, sizes["ROWS"]),)](
+        launch(
+            _add_norm_kernel,
+            (triton.cdiv(T, sizes["ROWS"]),),
             *(x, x if y is None else y.contiguous(), images if scales is None else scales, images, weight, bias),
             *(total, normed, means, rstds, T, eps),
             **ctx.flags,
@@ -146,7 +150,9 @@ class _AddNorm(torch.autograd.Function):
         sizes = _sizes(C)
         programs = min(_PROGRAMS, triton.cdiv(T, sizes["ROWS"]))
         of_weights = torch.empty(programs, 2, C, device=total.device)
-        _add_norm_backward_kernel[(programs,)](
+        launch(
+            _add_norm_backward_kernel,
+            (programs,),
             *(of_normed, of_normed if of_total is None else of_total, total),
             *(images if scales is None else scales, images, weight, means, rstds),
             *(of_x, of_x if of_y is None else of_y, of_weights, T),

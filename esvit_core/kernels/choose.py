@@ -28,7 +28,7 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
         device: device of the network.
     """
     if device.type == "cuda" and dtype != torch.float32 and not triton_problem(device):
-        _select_triton_kernels_(network)
+        select_triton_kernels_(network)
     if device.type != "cpu":
         return
     if dtype == torch.float32:
@@ -46,7 +46,8 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
             setattr(module, "fused_attn", False)  # noqa: B010  mypy assumes that attributes of modules are tensors
 
 
-def _select_triton_kernels_(network: nn.Module) -> None:
+def select_triton_kernels_(network: nn.Module) -> None:
+    """Select the Triton kernels for a training in half precision on a GPU, in place."""
     from esvit_core.kernels import window_attention_triton
     from esvit_core.models.packed_swin import views_and_regions_of_sizes
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esvit_core.kernels.half_linear import HalfLinear, product
+from esvit_core.kernels.triton_support import launch
 
 _BLOCK = 1024
 
@@ -50,7 +51,8 @@ class _GeluLinear(torch.autograd.Function):
         h, half_weight = ctx.saved_tensors
         of_h = gradient @ half_weight  # first the gradient of the activation, which the kernel replaces
         activation = torch.empty_like(h)
-        _gelu_backward_kernel[(triton.cdiv(h.numel(), _BLOCK),)](h, of_h, of_h, activation, h.numel(), BLOCK=_BLOCK)
+        grid = (triton.cdiv(h.numel(), _BLOCK),)
+        launch(_gelu_backward_kernel, grid, h, of_h, of_h, activation, h.numel(), BLOCK=_BLOCK)
         of_weight = product(gradient.T, activation, ctx.dtype)
         of_bias = gradient.sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
         return of_h, of_weight, of_bias, None, None

@@ -51,6 +51,11 @@ class HalfWeights:
         self._copies.append(copy)
         return copy
 
+    @property
+    def bytes(self) -> int:
+        """Size of the copies."""
+        return sum(copy.nbytes for copy in self._copies)
+
     @torch.no_grad()
     def update_(self) -> None:
         """Convert the current weights."""

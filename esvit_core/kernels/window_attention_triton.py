@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esvit_core.kernels.triton_support import launch
+
 MAX_WINDOW = 8  # side; a window is one tile
 MAX_HEAD_WIDTH = 32
 MASKED = tl.constexpr(-100.0)  # as published, not minus infinity
@@ -178,8 +180,21 @@ class _WindowAttention(torch.autograd.Function):
         ctx.constants = constants = _constants(qkv, heads, window, shifted)
         biases = torch.empty(heads, constants["TILE"], constants["TILE"], device=qkv.device)
         ctx.window, ctx.scale = window, scale
-        _attend_kernel[(_programs(count, heads), heads)](
-            qkv, fill, windows, table, biases, out, lse, count, heads, scale, **constants, num_warps=4
+        launch(
+            _attend_kernel,
+            (_programs(count, heads), heads),
+            qkv,
+            fill,
+            windows,
+            table,
+            biases,
+            out,
+            lse,
+            count,
+            heads,
+            scale,
+            **constants,
+            num_warps=4,
         )
         ctx.save_for_backward(qkv, fill, windows, biases, out, lse)
         return out
@@ -192,7 +207,9 @@ class _WindowAttention(torch.autograd.Function):
         of_qkv = torch.empty_like(qkv)
         of_bias = torch.empty(programs, heads, N * N, device=qkv.device)
         of_fill = torch.empty(programs, len(fill), device=qkv.device)
-        _attend_backward_kernel[(programs, heads)](
+        launch(
+            _attend_backward_kernel,
+            (programs, heads),
             *(
                 qkv,
                 fill,

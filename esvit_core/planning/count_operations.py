@@ -5,6 +5,7 @@ The bytes that the objective keeps follow from the number of rows and prototypes
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_core.config import Config
+from esvit_core.kernels.choose import select_triton_kernels_
+from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.blockwise import LAZY_BLOCK_ROWS
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
@@ -78,6 +81,7 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         checkpointing = config.launch.activation_checkpointing
         again = _count(lambda: [student.backbone(crop) for crop in fake_crops(2, sizes)])[1] if checkpointing else 0.0
         student.backbone.set_grad_checkpointing(checkpointing)
+        halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0
         kept = [_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4)]
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -89,10 +93,18 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         parameters=parameters,
         # The backward pass has two matrix products for each one of the forward pass.
         flops=(3 * forward + teacher) / 2 + again / 2 + products,
-        fixed_bytes=8 * parameters + (optimizer - 8) * trained + (kept[0] - 2 * image) + fixed,
+        # Student and teacher have copies of weights in half precision.
+        fixed_bytes=8 * parameters + (optimizer - 8) * trained + 2 * halves + (kept[0] - 2 * image) + fixed,
         image_bytes=image + each + 4 * 3 * sum(size**2 for size in sizes),
         checkpoint_bytes=8 * parameters + (optimizer - 12) * trained,
     )
+
+
+def _select_gpu_kernels_(student: MultiCropNetwork, dtype: torch.dtype) -> int:
+    """Select what a training on a GPU uses, as far as it is installed here; return the bytes of the weights' copies."""
+    if importlib.util.find_spec("triton") is not None:
+        select_triton_kernels_(student)
+    return HalfWeights([student], dtype).bytes
 
 
 def count_parameters(config: Config) -> int:
@@ -213,4 +225,5 @@ def _objective_bytes(
         few = max(1, LAZY_BLOCK_ROWS // student)
         return (few * (student * width + teacher * 4) + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
     dense = not isinstance(output.view_logits, LazyLogits)  # in which case the student's logits are counted already
-    return 0.0, (student * width * (1 if dense else 2) + teacher * (width + 4)) * float(K)
+    distribution = 0 if device_type == "cuda" else 4  # a GPU's kernels compute it where they use it
+    return 0.0, (student * width * (1 if dense else 2) + teacher * (width + distribution)) * float(K)
