@@ -88,7 +88,8 @@ def message(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 1 of three reports."""
     folder = tmp_path_factory.mktemp("rendezvous")
     processes = []
-    program = BATCH_NORMED + PROGRAM
+    imports = "from esvit_core import torch_private; torch_private.import_timm_without_dynamo()"  # as in a training
+    program = imports + BATCH_NORMED + PROGRAM
     for rank in range(3):
         environment = os.environ | {
             "RANK": str(rank),

@@ -18,6 +18,8 @@ from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 # One of three processes, which form one world after the other; each stops after so many steps, None: at the end.
 PROGRAM = """
 import os, sys
+from esvit_core.torch_private import import_timm_without_dynamo
+import_timm_without_dynamo()
 from esvit_core.training.main import run_training
 from esvit_core.launch.signals import StopRequest
 
