@@ -1,6 +1,6 @@
 """Print the requirements of pyproject.toml without the project itself: its dependencies and those of the named extras.
 
-    python images/requirements.py cluster export
+    python images/requirements.py cluster duplicates export formats
 
 An image installs these in a separate layer, which a change of our code does not rebuild.
 """

@@ -24,6 +24,8 @@ from pathlib import Path
 
 # kfp starts a step with its executor, and torchx a training with torchrun's module; the training module is ours.
 MODULES = ("esvit_pipelines.cli.main", "esvit_core.training.__main__", "kfp.dsl.executor_main", "torch.distributed.run")
+# Of the extras `formats` and `duplicates`: they come with libraries of their own.
+READERS = ("imagecodecs", "imagehash", "pillow_heif", "pillow_jxl", "pyarrow", "pydicom", "rawpy", "tifffile")
 PROGRAMS = ("esvit", "torchrun", "weed")
 PACKAGES = ("esvit", "torch", "torchvision", "timm", "kfp", "torchx", "minio")
 
@@ -33,7 +35,7 @@ def main() -> int:
     parser.add_argument("--variant", choices=("cpu", "cuda"), help="expected build of PyTorch")
     variant = parser.parse_args().variant
     failed = [f"{name}: not on PATH" for name in PROGRAMS if shutil.which(name) is None]
-    for name in (*MODULES, *components()):
+    for name in (*MODULES, *READERS, *components()):
         try:
             importlib.import_module(name)
         except Exception as error:
