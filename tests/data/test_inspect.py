@@ -105,3 +105,18 @@ def test_the_preparation_says_the_same_and_keeps_it(split_folder, prepared, caps
     assert "classes: 3 classes of 2 to 8 images: cat (8), dog (7), emu (2)" in text
     assert "odd: 1 class of held-out images without training images (emu)" in text
     assert "ignored: 1 .txt, 1 .xml" in text
+
+
+def test_tables_beside_unlabelled_images_are_mentioned(tmp_path, make):
+    """As competitions distribute them: the labels of the training images are in a table."""
+    images = {f"train/{i:03x}.png": make.file(i) for i in range(6)} | {
+        f"test/{i:03x}.png": make.file(i) for i in (7, 8)
+    }
+    table = "id,label\n" + "".join(f"{i:03x},{'ab'[i % 2]}\n" for i in range(6))
+    source = make.folder(tmp_path / "x", images | {"labels.csv": table.encode(), "sample.csv": b"id,label\n"})
+    assert "not read: labels.csv, sample.csv; if a table names the images and their classes, set data.labels=csv" in (
+        inspect(source).lines
+    )
+    found = inspect(source, labels="csv")
+    assert found.summary()["classes"] == 2 and not any("not read" in line for line in found.lines)
+    assert not any("not read" in line for line in inspect(source, labels="none").lines)

@@ -32,6 +32,7 @@ LABEL_COLUMNS = (
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
 _TRIED = 50  # tables that are read
+_MENTIONED = 3
 _MATCHING = 0.9  # share of the rows that must name a known class
 _AMBIGUOUS = -1
 Row = list[str]
@@ -85,6 +86,16 @@ def labels_of_tables(
         if rows and (best is None or (len(rows), -ranks[name]) > (len(best.rows), -ranks[best.file])):
             best = Tables(name, rows)
     return best
+
+
+def mention_tables(others: Iterable[str]) -> list[str]:
+    """Return a line about the tables of a source whose images have no labels; none if there are no tables."""
+    tables = (name for name in others if suffix(name) in (".csv", ".tsv"))
+    found = heapq.nsmallest(_MENTIONED + 1, tables, key=lambda name: (name.count("/"), name))
+    if not found:
+        return []
+    shown = ", ".join(found[:_MENTIONED]) + (", ..." if len(found) > _MENTIONED else "")
+    return [f"not read: {shown}; if a table names the images and their classes, set data.labels=csv"]
 
 
 def _paths(wanted: np.ndarray, names: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -28,7 +28,7 @@ from esvit_core.data.ingest.class_folders import (
 )
 from esvit_core.data.ingest.entries import Given
 from esvit_core.data.ingest.file_kinds import is_named_as_image, may_be_image
-from esvit_core.data.ingest.label_tables import ReadTexts, Tables, labels_of_tables
+from esvit_core.data.ingest.label_tables import ReadTexts, Tables, labels_of_tables, mention_tables
 from esvit_core.data.ingest.number_arrays import fit_numbers, iterate, numbers_where, translate
 from esvit_core.data.ingest.split_folders import (
     Folders,
@@ -170,8 +170,10 @@ def detect_layout(
     more: list[str] = []
     if not settings.is_part:
         assignments, more = measured_split(assignments)
-    messages = [*messages, message, *more, *_left_out(assignments, found)]
-    return Layout(assignments, labels_in_use(assignments), messages)
+    labels = labels_in_use(assignments)
+    hints = mention_tables(others) if settings.labels == "auto" and not labels else []
+    messages = [*messages, message, *hints, *more, *_left_out(assignments, found)]
+    return Layout(assignments, labels, messages)
 
 
 def _folders_of(names: Sequence[str], given: Iterable[Given | None]) -> tuple[np.ndarray, list[_Folder]]:
