@@ -307,3 +307,8 @@ def _heaps(libc: ctypes.CDLL) -> int:
         libc.malloc_info(0, stream)
         libc.fclose(stream)
         return path.read_text().count("<heap nr=")
+
+
+def test_a_share_without_parts_ends_at_once(store, source, capsys):
+    prepare_share(str(source), store, store.uri("data"), CONFIG, Share(9, 9))
+    assert "share 9/9 is done: 0 of 2 parts" in capsys.readouterr().out
