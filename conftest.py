@@ -62,17 +62,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gc.disable()  # until all tests are imported
     if config.getoption("--record-slow") and not hasattr(config, "workerinput"):
         known = slow_tests.listed() if _leaves_out_slow(config) else frozenset()
         config.pluginmanager.register(slow_tests.Recorder(known))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    """Keep what was imported out of garbage collections, each of which would search all of it."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Collect no garbage while the tests are imported, and keep what they imported out of later collections."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _leaves_out_slow(config: pytest.Config) -> bool:
@@ -104,11 +107,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _expected_length(item: pytest.Item) -> int:
-    """Rank of an item's file, the longest first: those of the finished run, of other runs and trainings, long single ones."""
+    """Rank of an item's file, the longest first: finished run, other runs, trainings and exports, long single ones."""
     folder = item.path.parent.relative_to(item.config.rootpath).as_posix()
     if _uses_finished_run(item.path):
         return 0
-    return {"tests/pipelines": 1, "tests/training": 2, "tests": 3}.get(folder, 4)
+    return {"tests/pipelines": 1, "tests/training": 2, "tests/formats": 2, "tests": 3}.get(folder, 4)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -55,6 +55,7 @@ _foreach_lerp_ = _lookup("_foreach_lerp_")
 _foreach_copy_ = _lookup("_foreach_copy_")
 _weight_norm = _lookup("_weight_norm")
 _disable_later = _lookup("_disable_dynamo")
+_DYNAMO_UTILS = "torch._dynamo.utils"
 
 
 def hooks_on_saved_tensors() -> bool:
@@ -224,18 +225,24 @@ def import_timm_without_dynamo() -> None:
 @contextmanager
 def _dynamo_on_demand() -> Iterator[None]:
     """Let modules that are imported meanwhile refer to the compiler without importing it."""
-    name, disable = "torch._dynamo.utils", torch.compiler.disable
-    utils = ModuleType(name)
-    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
-    sys.modules[name] = utils
-    torch.compiler.disable = _disable_later
+    disable, utils = torch.compiler.disable, ModuleType(_DYNAMO_UTILS)
+    utils.is_compile_supported = lambda device: _import_dynamo("is_compile_supported")(device)  # type: ignore[attr-defined]
+    utils.__getattr__ = _import_dynamo  # type: ignore[method-assign]
+    sys.modules[_DYNAMO_UTILS] = utils
+    torch.compiler.disable = lambda fn=None, recursive=True, **_: _disable_later(fn, recursive)
     try:
         yield
     finally:
         torch.compiler.disable = disable
-        if sys.modules.get(name) is utils:
-            del sys.modules[name]
+        if sys.modules.get(_DYNAMO_UTILS) is utils:
+            del sys.modules[_DYNAMO_UTILS]
 
 
-def _is_compile_supported(device: str) -> bool:
-    return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device))
+def _import_dynamo(name: str) -> Any:
+    """Import the compiler after all, and return the object of this name."""
+    if name.startswith("__"):  # of the module itself
+        raise AttributeError(name)
+    utils = sys.modules.get(_DYNAMO_UTILS)
+    if utils is not None and utils.__spec__ is None:  # the one that stands in for it
+        del sys.modules[_DYNAMO_UTILS]
+    return getattr(importlib.import_module(_DYNAMO_UTILS), name)

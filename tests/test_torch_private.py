@@ -230,3 +230,19 @@ def test_a_training_does_not_import_the_compiler_and_computes_the_same(
     compiler, *usual = capsys.readouterr().out.splitlines()
     assert found == "[]" and "torch._dynamo" in compiler
     assert without == usual and len(usual) == 2
+
+
+OTHER_VERSION = """
+import sys, torch
+from esvit_core import torch_private
+with torch_private._dynamo_on_demand():
+    compiled_later = torch.compiler.disable(lambda: 3, reason="a further argument")
+    assert "torch._dynamo" not in sys.modules
+    from torch._dynamo.utils import counters
+assert compiled_later() == 3 and sys.modules["torch._dynamo.utils"].counters is counters
+"""
+
+
+def test_what_another_version_of_timm_or_torchvision_asks_of_the_compiler_is_found() -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER_VERSION], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
