@@ -27,6 +27,9 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
         dtype: precision of the network.
         device: device of the network.
     """
+    if device.type == "cuda":
+        # cuDNN's attention with a bias has given wrong gradients in some versions; torch has two other kernels.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and dtype != torch.float32 and not triton_problem(device):
         select_triton_kernels_(network)
     if device.type != "cpu":

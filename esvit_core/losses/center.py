@@ -29,10 +29,11 @@ class Center(nn.Module):
         self.share = share
         self.register_buffer("value", torch.zeros(1, out_dim))
         self._pending: tuple[Tensor, int] | None = None
+        self._reducing: tuple[dist.Work, Tensor, int] | None = None
 
     @torch.no_grad()
     def update(self, teacher_logits: Logits, last: bool = True) -> None:
-        """Update the center with the logits of this process.
+        """Update the center with the logits of this process; with several processes :meth:`finish` completes it.
 
         Args:
             teacher_logits: (rows, K).
@@ -46,9 +47,27 @@ class Center(nn.Module):
         if not last:
             return
         share = self.share
-        if dist.is_available() and dist.is_initialized():
-            with collective():
-                dist.all_reduce(total)
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed:
             share = share or Fraction(1, dist.get_world_size())
         rows = int(rows / share) if share else rows
+        if not distributed:
+            self._add(total, rows)
+            return
+        with collective():  # the backward pass runs meanwhile
+            work = dist.all_reduce(total, async_op=True)
+        assert work is not None
+        self._reducing = work, total, rows
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Complete an update: wait for the sum over all processes and add it."""
+        if self._reducing is None:
+            return
+        (work, total, rows), self._reducing = self._reducing, None
+        with collective():
+            work.wait()
+        self._add(total, rows)
+
+    def _add(self, total: Tensor, rows: int) -> None:
         self.value.mul_(self.momentum).add_(total, alpha=(1 - self.momentum) / rows)

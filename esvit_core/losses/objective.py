@@ -75,7 +75,8 @@ class Objective(nn.Module):
             teacher: output for the two global crops.
             teacher_temp: tau_t of this epoch.
             mix: see :func:`~esvit_core.losses.view.view_loss`; only in view-only runs.
-            last: False: more micro-batches of this step follow; the centers are updated with the last one.
+            last: False: more micro-batches of this step follow; the centers are updated with the last one, and
+                :meth:`finish` completes that.
 
         Returns:
             The means over the given images.
@@ -103,6 +104,12 @@ class Objective(nn.Module):
         if region is None:
             return ObjectiveTerms(view, view.detach(), None)
         return ObjectiveTerms(view + region, view.detach() / share, region.detach() / share)
+
+    def finish(self) -> None:
+        """Complete the updates of the centers, which run over all processes during the backward pass."""
+        self.center_view.finish()
+        if self.center_region is not None:
+            self.center_region.finish()
 
     def _region(self, student: NetworkOutput, teacher: NetworkOutput, teacher_temp: float, weight: float) -> Tensor:
         assert self.center_region is not None

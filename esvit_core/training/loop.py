@@ -114,6 +114,7 @@ def training_step(state: TrainState, batch: Batch, schedule: ScheduleValues) -> 
         backward(terms.total)
         sums = terms.plus(sums)
     state.reducer.finish()
+    state.objective.finish()
 
     grad_norm = clip_gradients_(student.parameters(), config.optimizer.clip_grad)
     if schedule.epoch < config.optimizer.freeze_last_layer_epochs:

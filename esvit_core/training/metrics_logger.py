@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -149,7 +149,9 @@ class MetricsLogger:
         )
         world.all_reduce_mean_(statistics.sums)
         statistics.features = world.all_gather_rows(statistics.features)
-        return statistics.diagnostics().figures()
+        # Singular values on one processor, not on those of all processes of a node at once.
+        figures = statistics.diagnostics().figures() if world.is_main else None
+        return cast(dict[str, float | int], world.broadcast_object(figures))
 
     def _report(self, signs: list[CollapseSign]) -> None:
         for sign in signs:

@@ -33,6 +33,9 @@ def _update(rank: int, world: int, address: str, logits: torch.Tensor, out: str)
     uneven = Center(logits.shape[1], share=Fraction([3, 5][rank], 8))
     for number, part in enumerate(logits.split([3, 5])[rank].tensor_split(2)):
         uneven.update(part, last=number == 1)
+    assert not center.value.any()  # the sum may not have arrived
+    for each in (center, uneven):
+        each.finish()
     torch.save((center.value, uneven.value), f"{out}-{rank}.pt")
     dist.destroy_process_group()
 

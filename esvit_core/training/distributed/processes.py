@@ -63,8 +63,8 @@ class World:
         """Average ``value`` over the processes, in place."""
         if self.size > 1:
             with collective():
-                dist.all_reduce(value)
-            value.div_(self.size)
+                dist.all_reduce(value, _mean_of(value))
+            _finish_mean_(value, self.size)
         return value
 
     def all_gather_rows(self, rows: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class GradientReducer:
                 work.wait()
         self._work.clear()
         for bucket in self._buckets:
-            bucket.flat.div_(self._world.size)
+            _finish_mean_(bucket.flat, self._world.size)
 
     def _ready(self, bucket: _Bucket) -> None:
         bucket.missing -= 1
@@ -206,7 +206,8 @@ class GradientReducer:
 
     def _launch(self) -> None:
         with collective():
-            work = dist.all_reduce(self._buckets[self._next].flat, async_op=True)
+            flat = self._buckets[self._next].flat
+            work = dist.all_reduce(flat, _mean_of(flat), async_op=True)
         assert work is not None
         self._work.append(work)
         self._next += 1
@@ -241,6 +242,17 @@ def _grouped(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]
         size += p.nbytes
     if group:
         yield group
+
+
+def _mean_of(value: Tensor) -> dist.ReduceOp.RedOpType:
+    """Return the reduction that leads to a mean: NCCL divides itself, gloo cannot; see :func:`_finish_mean_`."""
+    return dist.ReduceOp.AVG if value.is_cuda else dist.ReduceOp.SUM
+
+
+def _finish_mean_(value: Tensor, processes: int) -> None:
+    """Divide a sum over the processes by their number, unless the reduction has done so."""
+    if not value.is_cuda:
+        value.div_(processes)
 
 
 class StopSaveConsensus:
