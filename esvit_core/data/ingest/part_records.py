@@ -8,6 +8,7 @@ overwriting each other's objects.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -24,7 +25,7 @@ from esvit_core.data.ingest.ingest_plan import Candidate
 from esvit_core.data.ingest.listing import File
 from esvit_core.data.ingest.parts import PART_FILES, PlannedPart
 from esvit_core.data.shards.manifest import Part, Shard
-from esvit_core.storage import ObjectStore, join_uri
+from esvit_core.storage import ObjectStore, StoreError, join_uri
 from esvit_core.storage.parallel_transfer import PARALLEL
 from esvit_core.storage.store_errors import NotFound
 
@@ -143,7 +144,8 @@ class PartRecords:
         values = {"candidates": _digest(candidates), "part": finished.model_dump(mode="json")}
         before = [name for name in self._names[part.name] if name.endswith(".gz")]
         name = self._put(f"{part.name}.json", json.dumps(values).encode(), part.name)
-        self._store.remove_all([join_uri(self._destination, each) for each in before])
+        with contextlib.suppress(StoreError):  # whoever publishes the manifest removes them, too
+            self._store.remove_all([join_uri(self._destination, each) for each in before])
         self._names[part.name] = [name]
         return name
 
