@@ -77,6 +77,9 @@ def _import_all(
     settings: Settings, config: Config, store: ObjectStore, named: Sequence[tuple[str, str]]
 ) -> dict[str, Run]:
     """Return the run of each backbone by the name that the user gave."""
+    from esvit_core.torch_private import import_timm_without_dynamo
+
+    import_timm_without_dynamo()
     from esvit_core.evaluation.import_backbone import import_backbone
 
     runs: dict[str, Run] = {}

@@ -95,6 +95,10 @@ def main(descriptor: int, preloaded: Sequence[str]) -> None:
     outlive_signals()  # a signal to the group is for the steps
     with socket.socket(fileno=descriptor) as listener:
         gc.disable()  # collections take a quarter of the time of the imports
+        if "esvit_core.models.factory" in preloaded:
+            from esvit_core.torch_private import import_timm_without_dynamo
+
+            import_timm_without_dynamo()
         for name in preloaded:
             importlib.import_module(name)
         gc.freeze()  # a collection in a fork would copy all that was imported
