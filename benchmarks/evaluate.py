@@ -33,7 +33,7 @@ BATCH, K, TEMPERATURE = 64, 20, 0.07
 
 def features(network: torch.nn.Module, files: list[Path]) -> np.ndarray:
     """Compute the features of image files with stock timm, (N, D)."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network, use_test_size=True))
     found = []
     with torch.inference_mode():
         for first in range(0, len(files), BATCH):

@@ -1,7 +1,7 @@
 """Measure what pre-training adds to regions: segmentation with a linear head, by the trained and by the initial weights.
 
     python benchmarks/shapes.py DIR [--seeds 0 1 2] [--set key=value ...]
-    python benchmarks/shapes.py DIR --drawings samples/clipart.zip --backbone demo-run/<run>/backbone
+    python benchmarks/shapes.py DIR --drawings samples/clipart.zip --backbone demo-run/<run>/backbone [--every 5]
 
 The first command makes the images: disks, squares, triangles, crosses and rings of random color, size and place on a
 gradient of colors with noise, so that color says nothing about the class. Those for pre-training show one to three shapes of
@@ -124,12 +124,14 @@ def measure(folder: Path, seed: int, changes: list[str]) -> dict[str, Any]:
     return {"seed": seed} | {name: _figures(result) for name, result in results.items() if result is not None}
 
 
-def make_drawings(folder: Path, source: str) -> Path:
-    """Write the drawings of a source and their masks: 0 for white, and class c + 1 for all other pixels."""
+def make_drawings(folder: Path, source: str, every: int = 1) -> Path:
+    """Write every nth drawing of a source and its mask: 0 for white, and class c + 1 for all other pixels."""
     with open_source(source) as opened:
         places = detect_layout([entry.name for entry in opened.entries], source).assignments
         classes = sorted({place.label or "" for place in places})
         for number, (entry, place) in enumerate(zip(opened.entries, places, strict=True)):
+            if (number + 1) % every:
+                continue
             image = Image.open(io.BytesIO(opened.read(entry))).convert("RGB")
             inside = (np.asarray(image) < WHITE).any(2)
             mask = (inside * (1 + classes.index(place.label or ""))).astype(np.uint8)
@@ -174,13 +176,14 @@ def main() -> None:
     parser.add_argument("--masked", nargs=2, type=int, default=[200, 400], metavar=("TRAIN", "TEST"))
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--drawings", help="source of drawings on white ground, one folder per class")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth drawing")
     parser.add_argument("--backbone", help="backbone to evaluate on them")
     arguments = parser.parse_args()
     print(describe(torch.device("cpu")), flush=True)
     folder = arguments.folder.resolve()
     if arguments.drawings:
         if not (folder / "drawings").exists():
-            make_drawings(folder / "drawings", arguments.drawings)
+            make_drawings(folder / "drawings", arguments.drawings, arguments.every)
         print(json.dumps(measure_backbone(folder / "drawings", arguments.backbone, arguments.seeds[0])))
         return
     if not (folder / "masked").exists():
