@@ -28,7 +28,7 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
         device: device of the network.
     """
     if device.type == "cuda":
-        # cuDNN's attention with a bias has given wrong gradients in some versions; torch has two other kernels.
+        # cuDNN's attention with a bias has given wrong gradients (pytorch/pytorch#196678); torch has other kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and dtype != torch.float32 and not triton_problem(device):
         select_triton_kernels_(network)
