@@ -148,12 +148,13 @@ def regions_per_side(backbone: nn.Module, size: int) -> int:
 def match_pairs(
     backbone: nn.Module, pairs: Sequence[Pair], batch_size: int, progress: ProgressLine | None = None
 ) -> list[Matches]:
-    """Match every pair with a backbone in eval mode, on the backbone's device."""
+    """Match every pair with a backbone in eval mode, on the backbone's device, ``batch_size`` crops at a time."""
     device = next(backbone.parameters()).device
     matches = []
     with torch.inference_mode():
-        for start in range(0, len(pairs), batch_size):
-            part = pairs[start : start + batch_size]
+        count = max(1, batch_size // 2)  # a pair is two images
+        for start in range(0, len(pairs), count):
+            part = pairs[start : start + count]
             crops = torch.stack([crop.pixels for pair in part for crop in (pair.a, pair.b)]).to(device)
             regions = _regions(backbone, crops)  # (2B, N, D)
             for pair, a, b in zip(part, regions[::2], regions[1::2], strict=True):

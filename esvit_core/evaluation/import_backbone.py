@@ -30,6 +30,9 @@ from esvit_core.weights.snapshot import part_of
 from esvit_core.weights.weight_source import CHECKPOINT, CHECKPOINTS, find, kind_of
 
 _RECIPE_PREFIX = "evaluate "
+_BATCH_PIXELS = (
+    64 * 224**2
+)  # of a batch whose size was chosen for smaller images: the default batch of the published size
 _ORIGIN_KEYS = ("run", "step", "imported")  # entries of a description that say where the backbone comes from
 
 
@@ -137,8 +140,17 @@ def _configuration(config: Config, description: Mapping[str, Any]) -> Config:
         resize=description.get("eval_resize", config.evaluation.resize),
         crop=description.get("eval_crop", config.evaluation.crop),
     )
+    values["evaluation"]["batch_size"] = _batch_size(config, values["evaluation"]["crop"])
     values["data"]["store_short_side"] = description.get("store_short_side", config.data.store_short_side)
     return Config.from_mapping(values, origin="configuration")
+
+
+def _batch_size(config: Config, crop: int) -> int:
+    """Return the batch size for the backbone's images, which may be much larger than those that the recipe is for."""
+    chosen = config.evaluation.batch_size
+    if crop <= config.evaluation.crop:
+        return chosen
+    return min(chosen, max(1, _BATCH_PIXELS // crop**2))
 
 
 def _baseline(config: Config) -> nn.Module:

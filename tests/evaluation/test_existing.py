@@ -134,6 +134,18 @@ def test_weights_of_a_file_in_a_network_of_timm(trained: Run, arguments: Any, tm
         import_backbone("timm:resnet18:none.pth", **arguments)
 
 
+def test_a_batch_that_was_chosen_for_small_images_is_smaller_for_large_ones(
+    trained: Run, arguments: Any, tmp_path: Path
+) -> None:
+    import timm
+
+    torch.save(timm.create_model("test_resnet.r160_in1k").state_dict(), tmp_path / "weights.pth")
+    evaluation = trained.config.evaluation.model_copy(update={"crop": 32, "batch_size": 1000})
+    arguments["config"] = trained.config.model_copy(update={"evaluation": evaluation})
+    run = import_backbone(f"timm:test_resnet.r160_in1k:{tmp_path / 'weights.pth'}", **arguments)
+    assert (run.config.evaluation.crop, run.config.evaluation.batch_size) == (160, 64 * 224**2 // 160**2)
+
+
 def test_the_verdict_on_an_existing_backbone_does_not_speak_of_a_training(trained: Run, arguments: Any) -> None:
     run = import_backbone(trained.uri, **arguments)
     correct = {"trained": {"linear": np.arange(400) < 165}, "baseline": {"linear": np.arange(400) < 146}}
