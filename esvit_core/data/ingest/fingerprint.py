@@ -65,8 +65,8 @@ def archive_fingerprint(size: int, read: Callable[[int, int], bytes]) -> str:
     """
     digest = hashlib.sha256(f"{size}\0".encode())
     if size <= _WHOLE_ARCHIVE:
-        for offset in range(0, size, 16 * 2**20):
-            digest.update(read(offset, min(16 * 2**20, size - offset)))
+        for offset in range(0, size, 4 * 2**20):
+            digest.update(read(offset, min(4 * 2**20, size - offset)))
         return digest.hexdigest()
     with ThreadPoolExecutor(reading_threads(), thread_name_prefix="fingerprint") as pool:
         offsets = [i * (size - _PIECE) // (_PIECES - 1) for i in range(_PIECES)]

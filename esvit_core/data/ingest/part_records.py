@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,8 +31,8 @@ from esvit_core.storage.parallel_transfer import PARALLEL
 from esvit_core.storage.store_errors import NotFound
 
 UNFINISHED = "unfinished"
-_VERSION = 3
-_DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, zlib.error)
+_VERSION = 4
+_DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, StopIteration, zlib.error)
 
 
 class StaleProgressError(Exception):
@@ -81,13 +82,14 @@ class ShardRecord:
         return f"{self.part}-{self.samples[0].number:04d}.json.gz"
 
     def encode(self) -> bytes:
-        """Encode the record as an object's content."""
-        values = {
-            "shard": self.shard.model_dump(mode="json"),
-            "samples": [[asdict(r.file), r.number, r.row] for r in self.samples],
-            "others": [asdict(file) for file in self.others],
-        }
-        return gzip.compress(json.dumps(values).encode(), compresslevel=6, mtime=0)
+        """Encode the record as an object's content: a line for the shard, and one for each file."""
+        content = io.BytesIO()
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=content, mtime=0) as compressed:
+            compressed.write(self.shard.model_dump_json().encode() + b"\n")
+            for result in (*self.samples, *map(FileResult, self.others)):
+                line = json.dumps([asdict(result.file), result.number, result.row])
+                compressed.write(line.encode() + b"\n")
+        return content.getvalue()
 
     @classmethod
     def decode(cls, part: str, data: bytes) -> ShardRecord:
@@ -96,13 +98,15 @@ class ShardRecord:
         Raises:
             ValueError: the record contradicts its shard.
         """
-        values: dict[str, Any] = json.loads(gzip.decompress(data))
-        shard = Shard.model_validate(values["shard"])
-        samples = [FileResult(File(**file), int(n), tuple(map(int, row))) for file, n, row in values["samples"]]
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as lines:
+            shard = Shard.model_validate_json(next(lines))
+            rows: Iterator[Any] = map(json.loads, lines)
+            results = [FileResult(File(**file), int(number), tuple(map(int, row))) for file, number, row in rows]
+        samples = [result for result in results if result.number >= 0]
         samples[-1] = replace(samples[-1], completed_shard=shard)
         if shard.samples != len(samples):
             raise ValueError("the record's number of samples differs from the shard's")
-        return cls(part, shard, samples, [File(**file) for file in values["others"]])
+        return cls(part, shard, samples, [result.file for result in results if result.number < 0])
 
 
 class PartRecords:

@@ -14,7 +14,7 @@ from esvit_core.data.ingest.ingest_plan import Candidate
 from esvit_core.data.ingest.layout import SplitName
 
 #: Files of a part; the keys of its samples have four digits for them.
-PART_FILES = 8192
+PART_FILES = 4096
 
 
 @dataclass(frozen=True)
