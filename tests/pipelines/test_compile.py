@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,18 @@ STEPS = {
 }
 
 
+def documents(text: str) -> Iterator[Any]:
+    """Read YAML with libyaml's parser, which is ten times as fast as the other."""
+    return yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Text, pipeline and platform part of the compiled pipeline."""
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
     assert set(compile_pipeline("pretrain", CONFIG, path)) == STEPS
     text = path.read_text(encoding="utf-8")
-    pipeline, platform = yaml.safe_load_all(text)
+    pipeline, platform = documents(text)
     return text, pipeline, platform
 
 
@@ -79,7 +85,7 @@ def test_evaluation_steps_run_in_parallel_on_a_cluster(compiled: Any) -> None:
 def test_images_are_prepared_by_several_pods_and_put_together_by_one(tmp_path: Path, pipeline: str, step: str) -> None:
     path = tmp_path / "pipeline.yaml"
     compile_pipeline(pipeline, Config.load("demo", [*PODS, "cluster.prepare.parallelism=3"]), path)
-    spec = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    spec = next(documents(path.read_text(encoding="utf-8")))
     dags = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
     tasks = next(dag["tasks"] for dag in dags if step in dag["tasks"])
     prepared = {name: task for name, task in tasks.items() if task["componentRef"]["name"].startswith(f"comp-{step}")}
@@ -133,7 +139,7 @@ def test_only_the_first_step_gets_the_configuration(compiled: Any) -> None:
 def test_another_recipe_changes_only_the_parameter_defaults(compiled: Any, tmp_path: Path) -> None:
     other = Config.load("imagenet_swin_tiny_w7_view", ["training.epochs=3", "launch.profile_steps=5"])
     compile_pipeline("pretrain", other.model_copy(update={"cluster": CONFIG.cluster}), tmp_path / "other.yaml")
-    pipeline, platform = yaml.safe_load_all((tmp_path / "other.yaml").read_text(encoding="utf-8"))
+    pipeline, platform = documents((tmp_path / "other.yaml").read_text(encoding="utf-8"))
     pipeline["root"].pop("inputDefinitions")
     assert pipeline == {**compiled[1], "root": {"dag": compiled[1]["root"]["dag"]}} and platform == compiled[2]
 
@@ -164,7 +170,7 @@ def test_with_web_identity_every_step_uses_the_config_map_and_no_secret(audience
     settings += [f"cluster.token_audience={audience}"] * (audience is not None)
     compile_pipeline("pretrain", Config.load("demo", settings), tmp_path / "pipeline.yaml")
     text = (tmp_path / "pipeline.yaml").read_text(encoding="utf-8")
-    pipeline, platform = yaml.safe_load_all(text)
+    pipeline, platform = documents(text)
     assert "secretAsEnv" not in text and "ESVIT_S3_SECRET_KEY" not in text
     steps = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert steps.keys() == pipeline["deploymentSpec"]["executors"].keys()
@@ -238,6 +244,6 @@ def test_auto_is_the_default_of_the_form_of_pretrain_only(
     path = tmp_path / "pipeline.yaml"
     done = CliRunner().invoke(app, ["compile", pipeline, "-o", str(path), *options, *PODS_OPTIONS])
     assert done.exit_code == 0, done.output
-    spec, _ = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    spec, _ = documents(path.read_text(encoding="utf-8"))
     form = spec["root"]["inputDefinitions"]["parameters"]
     assert (form["recipe"]["defaultValue"], form["settings"]["defaultValue"]) == expected

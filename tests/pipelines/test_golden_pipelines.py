@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def golden(name: str) -> str:
     return (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def documents(text: str) -> Iterator[Any]:
+    """Read YAML with libyaml's parser, which is ten times as fast as the other."""
+    return yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def changes(before: str, after: str) -> list[str]:
     """Return the lines that differ, with their sign and without indentation."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
@@ -49,7 +55,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def executors(name: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Return the executor and the pod settings of each step."""
-    pipeline, platform = yaml.safe_load_all(golden(name))
+    pipeline, platform = documents(golden(name))
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     containers = pipeline["deploymentSpec"]["executors"]
     assert pods.keys() == containers.keys()
@@ -72,7 +78,7 @@ def test_kfp_reads_both_documents(name: str) -> None:
 
 
 def test_every_parameter_is_described(name: str) -> None:
-    pipeline = next(yaml.safe_load_all(golden(name)))
+    pipeline = next(documents(golden(name)))
     parameters = pipeline["root"]["inputDefinitions"]["parameters"]
     assert all(len(p["description"]) > 40 for p in parameters.values())
     assert {key for key, p in parameters.items() if not p.get("isOptional")} <= {"data"}
@@ -80,7 +86,7 @@ def test_every_parameter_is_described(name: str) -> None:
 
 
 def test_every_step_has_retries_limits_and_writable_volumes(name: str) -> None:
-    pipeline = next(yaml.safe_load_all(golden(name)))
+    pipeline = next(documents(golden(name)))
     components = pipeline["components"]
     dags = [pipeline["root"]["dag"], *(component["dag"] for component in components.values() if "dag" in component)]
     tasks = [task for dag in dags for task in dag["tasks"].values()]
@@ -121,13 +127,16 @@ def test_only_the_training_step_is_scraped_by_prometheus(name: str) -> None:
         assert (METRICS_LABEL in pod["podMetadata"]["labels"]) is trains
         assert environment.get(METRICS_PORT_VARIABLE) == (str(METRICS_PORT) if trains else None)
         assert environment.get(LOST_SECONDS_VARIABLE) == ("60" if trains else None)  # its pod has no time to save
-    _, launching = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, ["launch.scheduler=volcano"])))
+
+
+def test_a_training_step_that_launches_a_job_is_not_scraped() -> None:
+    _, launching = documents(pipeline_text("pretrain", Config.load(RECIPE, ["launch.scheduler=volcano"])))
     pod = launching["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
     assert METRICS_LABEL not in pod["podMetadata"]["labels"]
 
 
 def test_without_new_images_only_the_first_step_runs() -> None:
-    pipeline = next(yaml.safe_load_all(golden("retrain")))
+    pipeline = next(documents(golden("retrain")))
     look, rest = sorted(pipeline["root"]["dag"]["tasks"].items(), key=lambda item: "triggerPolicy" in item[1])
     assert look[0] == "find-new-data" and "triggerPolicy" not in look[1]
     assert rest[1]["triggerPolicy"]["condition"].split() == [
@@ -183,7 +192,7 @@ def test_the_pipeline_contains_no_credentials(name: str, monkeypatch: pytest.Mon
 def test_a_pod_without_accelerators_limits_or_user_is_left_to_the_cluster() -> None:
     changed = ["cluster.run_as=null", "cluster.image_pull_secrets=[]", "cluster.ca_config_map=null"]
     changed += ["cluster.train.cpu_limit=null", "cluster.train.timeout_minutes=null", "cluster.train.accelerators=0"]
-    pipeline, platform = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, changed)))
+    pipeline, platform = documents(pipeline_text("pretrain", Config.load(RECIPE, changed)))
     pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
     assert not {"securityContext", "imagePullSecret", "configMapAsVolume", "activeDeadlineSeconds"} & pod.keys()
     resources = pipeline["deploymentSpec"]["executors"]["exec-pretrain"]["container"]["resources"]
@@ -197,7 +206,7 @@ def test_an_unknown_pipeline_suggests_the_nearest_name() -> None:
 
 def test_the_step_that_starts_a_job_is_small_and_avoids_the_training_nodes() -> None:
     settings = ["launch.scheduler=volcano", "cluster.train.image=registry.example/esvit/trainer:cuda"]
-    pipeline, platform = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, settings)))
+    pipeline, platform = documents(pipeline_text("pretrain", Config.load(RECIPE, settings)))
     container = pipeline["deploymentSpec"]["executors"]["exec-pretrain"]["container"]
     pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-pretrain"]
     assert (container["resources"]["resourceCpuRequest"], container["resources"]["resourceMemoryLimit"]) == (
@@ -210,7 +219,7 @@ def test_the_step_that_starts_a_job_is_small_and_avoids_the_training_nodes() -> 
 
 def test_each_kind_of_step_may_have_an_image_of_its_own() -> None:
     settings = ["cluster.train.image=registry.example/esvit/trainer:cuda"]
-    (pipeline, _) = yaml.safe_load_all(pipeline_text("pretrain", Config.load(RECIPE, settings)))
+    (pipeline, _) = documents(pipeline_text("pretrain", Config.load(RECIPE, settings)))
     images = {k: e["container"]["image"] for k, e in pipeline["deploymentSpec"]["executors"].items()}
     assert images.pop("exec-pretrain") == "registry.example/esvit/trainer:cuda"
     assert set(images.values()) == {Config.load(RECIPE).cluster.image}
