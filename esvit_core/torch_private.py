@@ -206,9 +206,10 @@ def _agent_can_be_watched(agent: type, launcher: Any) -> bool:
 def import_timm_without_dynamo() -> None:
     """Import timm and torchvision without ``torch._dynamo``, and make optimizers work without it.
 
-    Dynamo takes as long to import as torch, and this library compiles nothing. But torchvision imports a function of the compiler, timm excludes functions from
-    compilation while it is imported, and optimizers do so in every step. Compiling remains possible. Without the private
-    names, dynamo is imported as usual. Only a program may call this, as its first import of networks.
+    Dynamo takes as long to import as torch, and this library compiles nothing. But torchvision imports a function of the
+    compiler, timm excludes functions from compilation while it is imported, and optimizers do so in every step. Compiling
+    remains possible. Without the private names, dynamo is imported as usual. Only a program may call this, as its first
+    import of networks.
     """
     if "torch._dynamo" in sys.modules or _disable_later is None:
         return

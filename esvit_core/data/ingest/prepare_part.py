@@ -22,7 +22,7 @@ from esvit_core.data.shards.manifest import Part, Shard
 from esvit_core.storage import IntegrityError
 from esvit_core.storage.store_errors import NotFound
 
-REQUESTS = 16  # files that are read at the same time: a store answers slowly, whatever the number of cores
+REQUESTS = 32  # files that are read at the same time: a store answers slowly, whatever the number of cores
 _READ_AHEAD = 2  # images in memory per thread
 _Loaded = tuple[str, StoredImage | BadImage | FileReadError | NotAnImage]
 
