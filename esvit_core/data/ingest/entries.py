@@ -11,7 +11,7 @@ import numpy as np
 
 from esvit_core.data.ingest.disk_rows import BLOCK, DiskRows, Row, sort_rows
 from esvit_core.data.ingest.lazy_sequence import LazySequence
-from esvit_core.data.ingest.number_arrays import iterate, numbers_where
+from esvit_core.data.ingest.number_arrays import numbers_where, pick
 from esvit_core.data.ingest.split_folders import SplitName
 
 
@@ -146,12 +146,8 @@ class Selection(LazySequence[Entry]):
         assert self.numbers is not None
         if not len(self.numbers):
             return
-        first, chosen = int(self.numbers[0]), iterate(self.numbers)
-        following = next(chosen, -1)
-        for number, row in self.entries.rows_from(first, int(self.numbers[-1]) + 1):
-            if number == following:
-                yield row
-                following = next(chosen, -1)
+        rows = self.entries.rows_from(int(self.numbers[0]), int(self.numbers[-1]) + 1)
+        yield from (row for _, row in pick(rows, self.numbers))
 
 
 class Names(LazySequence[str]):

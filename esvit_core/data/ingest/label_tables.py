@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from esvit_core.data.ingest.file_kinds import suffix
-from esvit_core.data.ingest.number_arrays import iterate
+from esvit_core.data.ingest.number_arrays import pick
 from esvit_core.data.ingest.split_folders import SplitName, exact_role
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
@@ -100,12 +100,8 @@ def mention_tables(others: Iterable[str]) -> list[str]:
 
 def _paths(wanted: np.ndarray, names: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield the numbers and the parts of the names of images."""
-    chosen = iterate(wanted)
-    following = next(chosen, -1)
-    for number, name in enumerate(names):
-        if number == following:
-            yield number, tuple(unicodedata.normalize("NFC", name).split("/"))
-            following = next(chosen, -1)
+    for number, name in pick(enumerate(names), wanted):
+        yield number, tuple(unicodedata.normalize("NFC", name).split("/"))
 
 
 def _images_by_name(wanted: np.ndarray, names: Sequence[str], folder: tuple[str, ...]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from esvit_core.data.ingest.number_arrays import iterate
+from esvit_core.data.ingest.number_arrays import pick
 
 T = TypeVar("T")
 
@@ -55,9 +55,4 @@ class Picked(LazySequence[T]):
         return self._sequence[int(self._numbers[number])]
 
     def __iter__(self) -> Iterator[T]:
-        chosen = iterate(self._numbers)
-        following = next(chosen, -1)
-        for number, element in enumerate(self._sequence if following >= 0 else ()):
-            if number == following:
-                yield element
-                following = next(chosen, -1)
+        return (element for _, element in pick(enumerate(self._sequence), self._numbers))

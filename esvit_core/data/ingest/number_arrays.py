@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 CHUNK = 2**12  # elements that are processed at once
 
@@ -13,6 +16,23 @@ def iterate(numbers: np.ndarray) -> Iterator[int]:
     """Yield the elements of an array as Python's numbers, which is faster than iterating over it."""
     for start in range(0, len(numbers), CHUNK):
         yield from numbers[start : start + CHUNK].tolist()
+
+
+def pick(numbered: Iterable[tuple[int, T]], numbers: np.ndarray) -> Iterator[tuple[int, T]]:
+    """Yield the pairs with some numbers, and stop after the last of them.
+
+    Args:
+        numbered: numbers and elements, by ascending number.
+        numbers: those to yield, ascending, (n,) of integers.
+    """
+    wanted = iterate(numbers)
+    following = next(wanted, None)
+    for number, element in numbered if following is not None else ():
+        if number == following:
+            yield number, element
+            following = next(wanted, None)
+            if following is None:
+                return
 
 
 def numbers_where(mask: np.ndarray) -> np.ndarray:
