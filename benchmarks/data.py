@@ -25,7 +25,7 @@ import signal
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,15 @@ def restart_reuse(store: ObjectStore, source: str) -> float:
     process.join()
     there = uploaded()
     reused: list[int] = []
-    find = PartRecords.find
+    count = PartRecords.count_shards
 
-    def counted(records: PartRecords, existing: Mapping[str, int]) -> int:
-        reused.append(find(records, existing))
+    def counted(records: PartRecords) -> int:
+        reused.append(count(records))
         return reused[-1]
 
-    PartRecords.find = counted  # type: ignore[method-assign]
+    PartRecords.count_shards = counted  # type: ignore[method-assign]
     prepare(source, store, destination, config)
-    PartRecords.find = find  # type: ignore[method-assign]
+    PartRecords.count_shards = count  # type: ignore[method-assign]
     store.remove_prefix(destination)
     if not reused:
         raise SystemExit("the preparation ended before it could be killed; more photographs are needed")

@@ -244,8 +244,8 @@ def test_a_damaged_record_or_a_missing_shard_is_done_again(store, source, run, d
 def test_shards_removed_meanwhile_are_an_error(store, source, monkeypatch):
     merge = prepare_module.merge_parts
 
-    def pruned(job, parts, fingerprint):
-        merged = merge(job, parts, fingerprint)
+    def pruned(job, parts):
+        merged = merge(job, parts)
         store.remove(store.uri(f"data/{next(name for name in merged.objects if name.startswith('shards/'))}"))
         return merged
 

@@ -25,7 +25,7 @@ from esvit_core.data.ingest.source_reading import no_images
 from esvit_core.data.ingest.source_summary import OddImages
 from esvit_core.data.ingest.statistics import ImageStatistics, describe_statistics
 from esvit_core.data.loading.sampler import weighted_length
-from esvit_core.data.shards.format import decode_index, encode_array, read_object, read_part
+from esvit_core.data.shards.format import encode_array, read_index, read_object, read_part
 from esvit_core.data.shards.manifest import (
     PARTS,
     BadFiles,
@@ -95,13 +95,12 @@ class _Totals:
     odd: OddImages = field(default_factory=OddImages)
 
 
-def merge_parts(job: Preparation, parts: Sequence[tuple[PlannedPart, Part]], fingerprint: str) -> Merged:
+def merge_parts(job: Preparation, parts: Sequence[tuple[PlannedPart, Part]]) -> Merged:
     """Build the manifest of prepared parts, and store what it refers to.
 
     Args:
         job: the preparation.
         parts: all parts that its plan was divided into.
-        fingerprint: fingerprint of the source.
 
     Raises:
         UserError: there are no images to train on, or too many bad files.
@@ -118,7 +117,7 @@ def merge_parts(job: Preparation, parts: Sequence[tuple[PlannedPart, Part]], fin
     for piece in pieces:
         start = _merge(job, piece, totals, statistics, duplicate_of, originals, start)
     _require_images(job, totals)
-    return _manifest(job, totals, statistics, fingerprint)
+    return _manifest(job, totals, statistics)
 
 
 @dataclass(frozen=True)
@@ -211,10 +210,10 @@ def _count(job: Preparation, file: File, totals: _Totals, statistics: ImageStati
 
 def _refer(job: Preparation, piece: _Piece, before: list[File], files: list[File], totals: _Totals) -> None:
     """Add a reference to a part; it is written anew if it is not the same as before."""
-    uri = join_uri(piece.folder, piece.part.index.name)
-    rows = decode_index(uri, read_object(job.store, piece.folder, piece.part.index.name, piece.part.index))
+    rows = read_index(job.store, piece.folder, piece.part.index)
     has_row = [file.split is not None for file in before]
     if sum(has_row) != len(rows):
+        uri = join_uri(piece.folder, piece.part.index.name)
         raise IntegrityError(f"{uri}: does not match its listing; prepare the data again")
     rows = rows[[file.split is not None for file, has in zip(files, has_row, strict=True) if has]]
     stored = [file for file in files if file.split]
@@ -280,7 +279,7 @@ def _require_images(job: Preparation, totals: _Totals) -> None:
     check_bad_share(job, totals.bad[len(job.plan.bad) :])
 
 
-def _manifest(job: Preparation, totals: _Totals, statistics: ImageStatistics, fingerprint: str) -> Merged:
+def _manifest(job: Preparation, totals: _Totals, statistics: ImageStatistics) -> Merged:
     """Store the lists that accompany the parts, and build the manifest."""
     plan, stored = job.plan, dict[str, StoredFile]()
 
@@ -308,7 +307,7 @@ def _manifest(job: Preparation, totals: _Totals, statistics: ImageStatistics, fi
     reasons = dict(Counter(reason_category(reason) for _, reason in bad).most_common())
     manifest = Manifest(
         source=job.source,
-        source_fingerprint=fingerprint,
+        source_fingerprint=job.fingerprint,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest(),
         settings=job.config.identity_values(),
         classes=plan.classes,

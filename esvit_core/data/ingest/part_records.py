@@ -118,22 +118,29 @@ class PartRecords:
         fingerprint: fingerprint of the source.
         config: the ``data`` section of the configuration.
         base: folder of the earlier data that the preparation builds on.
+        existing: sizes of the objects below the destination, by name.
     """
 
     def __init__(
-        self, store: ObjectStore, destination: str, fingerprint: str, config: DataConfig, base: str | None
+        self,
+        store: ObjectStore,
+        destination: str,
+        fingerprint: str,
+        config: DataConfig,
+        base: str | None,
+        existing: Mapping[str, int],
     ) -> None:
         key = json.dumps([_VERSION, PART_FILES, fingerprint, config.identity_values(), base], sort_keys=True)
         self._store, self._destination = store, destination
         self._folder = f"{UNFINISHED}/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self._existing = existing
         self._names: dict[str, list[str]] = defaultdict(list)  # of the records, by part
-
-    def find(self, existing: Mapping[str, int]) -> int:
-        """Find the records among the objects below the destination; return the number of stored shards."""
-        self._names.clear()
         for name in existing:
             if name.startswith(f"{self._folder}/"):
                 self._names["-".join(name.rpartition("/")[2].partition(".")[0].split("-")[:2])].append(name)
+
+    def count_shards(self) -> int:
+        """Return the number of stored shards that the records are of."""
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="records") as pool:
             finished = pool.map(lambda part: len(found.shards) if (found := self._read_part(part)) else 0, self._names)
             unfinished = sum(name.endswith(".gz") for names in self._names.values() for name in names)
@@ -157,12 +164,8 @@ class PartRecords:
         """Return a finished part; None: it is not finished, or not with these candidates."""
         return self._read_part(part.name, _digest(candidates)) if part.name in self._names else None
 
-    def read_shards(self, part: PlannedPart, existing: Mapping[str, int]) -> dict[str, FileResult]:
-        """Return the recorded results of the files of an unfinished part, by name.
-
-        Args:
-            existing: sizes of the objects below the destination, by name.
-        """
+    def read_shards(self, part: PlannedPart) -> dict[str, FileResult]:
+        """Return the recorded results of the files of an unfinished part, by name."""
         names = [name for name in self._names[part.name] if name.endswith(".gz")]
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="records") as pool:
             records = list(pool.map(lambda name: self._read_shard(part.name, name), names))
@@ -171,7 +174,7 @@ class PartRecords:
         for record in sorted(filter(None, records), key=lambda record: record.samples[0].number):
             known |= {file.name: FileResult(file) for file in record.others}
             # If a record is missing, the samples after it would be stored under other numbers.
-            if record.samples[0].number == next_number and existing.get(record.shard.name) == record.shard.bytes:
+            if record.samples[0].number == next_number and self._existing.get(record.shard.name) == record.shard.bytes:
                 known |= {result.file.name: result for result in record.samples}
                 next_number = record.samples[-1].number + 1
         return known

@@ -29,6 +29,7 @@ class Preparation:
     """State of a preparation.
 
     Attributes:
+        fingerprint: fingerprint of the source.
         scales: values that become black and white in images of more than 8 bits, by the type of their pixels.
         records: what this and former preparations of the same content have finished.
         existing: sizes of the objects below the destination at the start, by name.
@@ -42,6 +43,7 @@ class Preparation:
     """
 
     source: str
+    fingerprint: str
     opened: Source
     plan: IngestPlan
     config: DataConfig

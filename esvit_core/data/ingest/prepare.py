@@ -75,16 +75,15 @@ def prepare(
             the destination holds other data.
         StoreFull: a disk is full.
     """
-    with _planned(source, store, destination, config, scan, base) as planned:
-        if isinstance(planned, Manifest):
-            return planned
-        job, fingerprint = planned
-        if number := job.records.find(job.existing):
+    with _planned(source, store, destination, config, scan, base) as job:
+        if isinstance(job, Manifest):
+            return job
+        if number := job.records.count_shards():
             print(f"prepare: resuming with {number:,} shards that an unfinished preparation stored", flush=True)
         with _working(job, len(job.plan.candidates)):
             parts = [(part, prepare_part(job, part)) for part in _parts(job)]
         try:
-            merged = merge_parts(job, parts, fingerprint)
+            merged = merge_parts(job, parts)
         except UserError:
             remove_objects(store, destination, job.written)
             raise
@@ -112,22 +111,21 @@ def prepare_share(
 
     The other arguments and errors are those of :func:`prepare`.
     """
-    with _planned(source, store, destination, config, scan, base) as planned:
-        if isinstance(planned, Manifest):
+    with _planned(source, store, destination, config, scan, base) as job:
+        if isinstance(job, Manifest):
             return
-        job, _ = planned
-        parts = share.of(_parts(job))
-        job.records.find(job.existing)
+        everything = _parts(job)
+        parts = share.of(everything)
         with _working(job, sum(part.stop - part.start for part in parts)):
             for part in parts:
                 prepare_part(job, part)
-        print(f"prepare: share {share} is done: {len(parts):,} of {len(_parts(job)):,} parts", flush=True)
+        print(f"prepare: share {share} is done: {len(parts):,} of {len(everything):,} parts", flush=True)
 
 
 @contextlib.contextmanager
 def _planned(
     source: str, store: ObjectStore, destination: str, config: DataConfig, scan: Scan | None, base: str | None
-) -> Iterator[Manifest | tuple[Preparation, str]]:
+) -> Iterator[Manifest | Preparation]:
     """Open a source and decide what happens to its files; yield the manifest if they are prepared already."""
     require_weights(source, config)
     if config.drop_duplicates == "near" and not can_compare_looks():
@@ -150,11 +148,10 @@ def _planned(
         plan = replace(plan, messages=[*opened.notes, *plan.messages])
         print(*(f"prepare: {line}" for line in plan.messages), sep="\n", flush=True)
         scales = _scales(opened, plan, config, earlier)
-        records = PartRecords(store, destination, fingerprint, config, base)
         existing = objects_below(store, destination)
-        yield (
-            Preparation(source, opened, plan, config, store, destination, earlier, scales, records, existing),
-            fingerprint,
+        records = PartRecords(store, destination, fingerprint, config, base, existing)
+        yield Preparation(
+            source, fingerprint, opened, plan, config, store, destination, earlier, scales, records, existing
         )
 
 

@@ -38,7 +38,7 @@ def prepare_part(job: Preparation, part: PlannedPart) -> Part:
         if (finished := _finished(job, part, candidates)) is not None:
             job.progress.update(len(candidates))
             return finished
-        return _PartPreparation(job, part, job.records.read_shards(part, job.existing)).run(candidates)
+        return _PartPreparation(job, part, job.records.read_shards(part)).run(candidates)
     except StaleProgressError:
         print("prepare: the source differs from the records of an unfinished preparation; starting over", flush=True)
         job.uploads.finish()  # their files have the names of those that follow

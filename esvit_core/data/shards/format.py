@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from esvit_core.data.shards.manifest import Manifest, Part, PartReference, Shard, StoredFile, content_addressed_name
+from esvit_core.data.shards.manifest import (
+    Manifest,
+    NamedFile,
+    Part,
+    PartReference,
+    Shard,
+    StoredFile,
+    content_addressed_name,
+)
 from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
 # One row per sample. Offsets are those of a file's content in its shard.
@@ -197,15 +205,20 @@ def stored_objects(store: ObjectStore, prefix: str, manifest: Manifest) -> dict[
     return objects
 
 
-def decode_index(uri: str, data: bytes) -> np.ndarray:
-    """Decode the index of a part, (N,) of :data:`INDEX_DTYPE`.
+def read_index(store: ObjectStore, folder: str, file: NamedFile) -> np.ndarray:
+    """Read the index of a part, (N,) of :data:`INDEX_DTYPE`.
+
+    Args:
+        folder: folder of the data that the part belongs to.
+        file: the index.
 
     Raises:
-        IntegrityError: the object is not an index.
+        IntegrityError: the object is damaged, or is not an index.
     """
+    data = read_object(store, folder, file.name, file)
     index: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     if index.dtype != INDEX_DTYPE:
-        raise IntegrityError(f"{uri}: not an index of shards; prepare the data again")
+        raise IntegrityError(f"{join_uri(folder, file.name)}: not an index of shards; prepare the data again")
     return index
 
 

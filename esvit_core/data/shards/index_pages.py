@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from esvit_core.data.shards.format import decode_index, read_object, read_part
+from esvit_core.data.shards.format import read_index, read_part
 from esvit_core.data.shards.manifest import PartReference, Shard
 from esvit_core.storage import IntegrityError, ObjectStore, join_uri
 
@@ -87,8 +87,8 @@ class IndexPages:
     def _read(self, number: int) -> Page:
         reference = self._parts[number]
         part, folder = read_part(self._store, self._prefix, reference), reference.folder(self._prefix)
-        uri = join_uri(folder, part.index.name)
-        rows = decode_index(uri, read_object(self._store, folder, part.index.name, part.index))
+        rows = read_index(self._store, folder, part.index)
         if np.bincount(rows["shard"], minlength=len(part.shards)).tolist() != reference.shard_samples:
+            uri = join_uri(folder, part.index.name)
             raise IntegrityError(f"{uri}: does not match the manifest; prepare the data again")
         return Page([(shard.address(folder), shard) for shard in part.shards], rows)
