@@ -18,7 +18,7 @@ if torch.cuda.is_available():
 from esvit_core.kernels import cross_entropy_triton as kernels
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     K=st.sampled_from([2, 7, 16, 33]),
     groups=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3),
@@ -51,11 +51,11 @@ def test_kernels_agree_with_torch(K, groups, dtype, seed) -> None:
         loss = function(logits)
         (3 * loss).backward()
         results.append((loss.detach(), logits.grad.float()))
-    precise = dtype == torch.float32
     torch.testing.assert_close(*(loss for loss, _ in results), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        *(gradient for _, gradient in results), rtol=1e-4 if precise else 2e-2, atol=1e-5 if precise else 2e-2
-    )
+    # A gradient is 3 weight / 0.1 times the difference of two probabilities, each of which float32 gives to about 1e-5
+    # where logits are divided by 0.04; bfloat16 rounds the gradient itself.
+    rtol, atol = (1e-4, 30 * 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
+    torch.testing.assert_close(*(gradient for _, gradient in results), rtol=rtol, atol=atol)
 
 
 def test_many_columns_are_processed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
