@@ -25,26 +25,24 @@ from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.blockwise import LAZY_BLOCK_ROWS
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
-from esvit_core.planning.fake_network import fake_crops, fake_network, require_crop_sizes
+from esvit_core.planning.fake_network import fake_crops, fake_network, naming_refused_sizes
 
 # In float32: the student, its gradient, the optimizer's averages (AdamW: two), the teacher.
 BYTES_A_PARAMETER = {"adamw": 20, "sgd": 16, "lars": 16}
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a training step requires of each device.
+class Memory:
+    """What a training step takes of each device's memory.
 
     Attributes:
         parameters: number of parameters of the student with its heads.
-        flops: floating-point operations per image; a multiply-add counts as two.
         fixed_bytes: memory that does not depend on the batch.
         image_bytes: additional memory per image of a micro-batch.
         checkpoint_bytes: size of a checkpoint: both networks and the optimizer's averages.
     """
 
     parameters: int
-    flops: float
     fixed_bytes: float
     image_bytes: float
     checkpoint_bytes: float
@@ -56,6 +54,17 @@ class Demand:
     def most_images(self, memory: float) -> int:
         """Largest micro-batch that fits into ``memory`` bytes; 0: not even one image fits."""
         return max(0, int((memory - self.fixed_bytes) // self.image_bytes))
+
+
+@dataclass(frozen=True)
+class Demand(Memory):
+    """What a training step requires of each device.
+
+    Attributes:
+        flops: floating-point operations per image; a multiply-add counts as two.
+    """
+
+    flops: float
 
 
 def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") -> Demand:
@@ -70,31 +79,51 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
     Raises:
         UserError: the backbone does not exist or does not take the recipe's crops.
     """
-    with fake_network(config, device_type) as student:
-        require_crop_sizes(student, config)
-        student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
-        kinds = (config.augment.global_crops, *config.augment.local_kinds)
-        sizes = [kind.size for kind in kinds for _ in range(kind.number)]
-        output: NetworkOutput
-        output, forward = _count(lambda: student(fake_crops(2, sizes)))
-        teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
-        checkpointing = config.launch.activation_checkpointing
-        again = _count(lambda: [student.backbone(crop) for crop in fake_crops(2, sizes)])[1] if checkpointing else 0.0
-        student.backbone.set_grad_checkpointing(checkpointing)
-        halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0
-        kept = [_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4)]
+    with fake_network(config, device_type) as student, naming_refused_sizes(student, config):
+        flops = _flops(student, config)
+        memory = _memory(student, config, dtype, device_type)
+    return Demand(**vars(memory), flops=flops)
+
+
+def count_memory(config: Config, dtype: torch.dtype, device_type: str = "cuda") -> Memory:
+    """Count the bytes of a training step only, in half the time. See :func:`count_demand`."""
+    with fake_network(config, device_type) as student, naming_refused_sizes(student, config):
+        return _memory(student, config, dtype, device_type)
+
+
+def _crop_sizes(config: Config) -> list[int]:
+    kinds = (config.augment.global_crops, *config.augment.local_kinds)
+    return [kind.size for kind in kinds for _ in range(kind.number)]
+
+
+def _flops(student: MultiCropNetwork, config: Config) -> float:
+    """FLOPs per image of forward and backward pass, of the teacher, and of the products with the prototypes."""
+    sizes = _crop_sizes(config)
+    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
+    output, forward = _count(lambda: student(fake_crops(2, sizes)))
+    teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
+    again = 0.0
+    if config.launch.activation_checkpointing:
+        again = _count(lambda: [student.backbone(crop) for crop in fake_crops(2, sizes)])[1]
+    # The backward pass has two matrix products for each one of the forward pass.
+    return (3 * forward + teacher + again) / 2 + _product_flops(config, output)
+
+
+def _memory(student: MultiCropNetwork, config: Config, dtype: torch.dtype, device_type: str) -> Memory:
+    sizes = _crop_sizes(config)
+    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
+    student.backbone.set_grad_checkpointing(config.launch.activation_checkpointing)
+    halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0
+    (kept, _), (more, output) = (_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4))
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     optimizer = BYTES_A_PARAMETER[config.optimizer.name]
     fixed, each = _objective_bytes(config, output, dtype, device_type)
-    image = (kept[1] - kept[0]) / 2
-    products = _product_flops(config, output)
-    return Demand(
+    image = (more - kept) / 2
+    return Memory(
         parameters=parameters,
-        # The backward pass has two matrix products for each one of the forward pass.
-        flops=(3 * forward + teacher) / 2 + again / 2 + products,
         # Student and teacher have copies of weights in half precision.
-        fixed_bytes=8 * parameters + (optimizer - 8) * trained + 2 * halves + (kept[0] - 2 * image) + fixed,
+        fixed_bytes=8 * parameters + (optimizer - 8) * trained + 2 * halves + (kept - 2 * image) + fixed,
         image_bytes=image + each + 4 * 3 * sum(size**2 for size in sizes),
         checkpoint_bytes=8 * parameters + (optimizer - 12) * trained,
     )
@@ -131,14 +160,14 @@ def _count(forward: Callable[[], Any]) -> tuple[Any, float]:
     return output, float(counter.get_total_flops())
 
 
-def _kept(student: MultiCropNetwork, crops: list[torch.Tensor], dtype: torch.dtype, device_type: str) -> float:
-    """Bytes that a forward pass saves for the backward pass."""
+def _kept(
+    student: MultiCropNetwork, crops: list[torch.Tensor], dtype: torch.dtype, device_type: str
+) -> tuple[float, NetworkOutput]:
+    """Bytes that a forward pass saves for the backward pass, and its output."""
     attention = nullcontext() if device_type == "cpu" else _FusedAttention()
     with LiveBytes() as live, _autocast(dtype, device_type), attention:
         output = student(crops)
-        held = live.bytes
-    del output
-    return held
+        return live.bytes, output
 
 
 @contextmanager

@@ -75,7 +75,10 @@ def require_crop_sizes(network: MultiCropNetwork, config: Config) -> None:
         *(("augment.local_crops.size", kind.size) for kind in augment.local_kinds if kind.number),
         ("evaluation.crop", config.evaluation.crop),
     ]
+    taken = set()
     for setting, size in sizes:
+        if size in taken:
+            continue
         try:
             with torch.no_grad():
                 network.backbone.views_and_regions(*fake_crops(2, [size]))
@@ -84,3 +87,18 @@ def require_crop_sizes(network: MultiCropNetwork, config: Config) -> None:
                 f"{setting} {size}: {config.model.arch} does not take crops of {size} pixels ({error}); change the size "
                 "or the recipe's `model` section"
             ) from None
+        taken.add(size)
+
+
+@contextmanager
+def naming_refused_sizes(network: MultiCropNetwork, config: Config) -> Iterator[None]:
+    """If a forward pass on the recipe's crops fails in the context, find the size that is refused.
+
+    Raises:
+        UserError: see :func:`require_crop_sizes`.
+    """
+    try:
+        yield
+    except _REFUSALS:
+        require_crop_sizes(network, config)
+        raise

@@ -7,10 +7,12 @@ beside the shard cache, which takes half of it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from esvit_core.config import Config
 from esvit_core.config.cluster_settings import PodConfig, Role
@@ -109,7 +111,7 @@ def _publish(config: Config) -> Size:
 
 
 def _evaluate(config: Config) -> Size:
-    small = _parameters(config.to_yaml()) < SMALL_PARAMETERS
+    small = _parameters(_network(config)) < SMALL_PARAMETERS
     return Size(0.25 if small else 1, 4, (1.5 if small else 4) * GIB, 16 * GIB, _scratch(config, "evaluate", 1))
 
 
@@ -122,7 +124,7 @@ def _train(config: Config) -> Size:
     else:
         usual = pod.accelerators or MAX_PROCESSES
         processes, nodes = (usual if training.processes == "auto" else training.processes), 1
-    parameters = _parameters(config.to_yaml())
+    parameters = _parameters(_network(config))
     state = STATE_COPIES * BYTES_A_PARAMETER[config.optimizer.name] * parameters
     workers = training.workers
     if workers == "auto":
@@ -143,7 +145,7 @@ def _train(config: Config) -> Size:
         memory += processes * GPU_HOST_BYTES
         cores, cores_limit = float(GPU_CORES * pod.accelerators), 2.0 * GPU_CORES * pod.accelerators
     else:
-        fixed, image = _step_bytes(config.to_yaml())
+        fixed, image = _step_bytes(_network(config))
         memory += processes * (fixed + image * shares(config, min(training.batch_size, nodes * processes))[1])
         cores, cores_limit = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
     memory = MEMORY_STEP * math.ceil(memory / MEMORY_STEP)
@@ -155,7 +157,7 @@ def _scratch(config: Config, role: Role, checkpoints: int) -> float:
     from esvit_core.planning.count_operations import BYTES_A_PARAMETER
 
     # A checkpoint lacks the gradient that is counted here: a fifth to a quarter of headroom.
-    state = BYTES_A_PARAMETER[config.optimizer.name] * _parameters(config.to_yaml())
+    state = BYTES_A_PARAMETER[config.optimizer.name] * _parameters(_network(config))
     return max(MIN_SCRATCH[role], 2 * GIB * math.ceil(checkpoints * state / GIB))
 
 
@@ -167,22 +169,40 @@ _SIZES: dict[Role, Callable[[Config], Size]] = {
 }
 
 
+#: Settings that determine what is counted; others do not make it necessary to count again.
+_COUNTED: dict[str, Any] = {
+    "augment": True,
+    "model": True,
+    "head": True,
+    "objective": {"region"},
+    "optimizer": {"name"},
+    "training": {"precision"},
+    "evaluation": {"resize", "crop"},
+    "launch": {"activation_checkpointing"},
+}
+
+
+def _network(config: Config) -> str:
+    """The settings of networks and crops, as JSON."""
+    return config.model_dump_json(include=_COUNTED)
+
+
 @cache
-def _parameters(text: str) -> int:
+def _parameters(network: str) -> int:
     """Parameters of the student with its heads."""
     from esvit_core.planning.count_operations import count_parameters
 
-    return count_parameters(Config.from_yaml(text))
+    return count_parameters(Config.from_mapping(json.loads(network)))
 
 
 @cache
-def _step_bytes(text: str) -> tuple[float, float]:
+def _step_bytes(network: str) -> tuple[float, float]:
     """Memory of a training process on processors: fixed, and per image of a micro-batch."""
     import torch
 
-    from esvit_core.planning.count_operations import count_demand
+    from esvit_core.planning.count_operations import count_memory
 
-    config = Config.from_yaml(text)
+    config = Config.from_mapping(json.loads(network))
     dtype = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
-    demand = count_demand(config, dtype, "cpu")
-    return demand.fixed_bytes, demand.image_bytes
+    memory = count_memory(config, dtype, "cpu")
+    return memory.fixed_bytes, memory.image_bytes
