@@ -57,10 +57,10 @@ def test_a_compiler_that_fails_is_named_and_torch_computes(
 
 @pytest.fixture
 def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compiler that writes a line to this file for each compilation, and an empty folder of libraries."""
+    """A compiler that writes a line to this file for each compilation and is fast, and an empty folder of libraries."""
     calls, compiler = tmp_path / "calls", tmp_path / "cc"
     calls.touch()
-    compiler.write_text(f'#!/bin/sh\ncase "$1" in --version) ;; *) echo "$@" >> {calls};; esac\nexec cc "$@"\n')
+    compiler.write_text(f'#!/bin/sh\ncase "$1" in --version) ;; *) echo "$@" >> {calls};; esac\nexec cc "$@" -O0\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv(compiled.FOLDER_VARIABLE, str(tmp_path / "kernels"))

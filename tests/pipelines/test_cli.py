@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_checks import Call
 
 from esvit_core import __version__
 from esvit_core.config import Config
@@ -36,9 +37,9 @@ from esvit_pipelines.cli.recipe_commands import recipe_list, recipe_text
         ["recipe"],
     ],
 )
-def test_help_explains_itself(esvit: Any, command: list[str]) -> None:
-    done = esvit(*command, "--help")
-    assert done.returncode == 0 and "Usage: " in done.stdout
+def test_help_explains_itself(call: Call, command: list[str]) -> None:
+    code, printed, _ = call(*command, "--help")
+    assert code == 0 and "Usage: " in printed
 
 
 def test_help_imports_neither_torch_nor_kfp() -> None:

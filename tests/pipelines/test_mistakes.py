@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_checks import Call
 
 from esvit_core.errors import TRY_AGAIN_EXIT_CODE
 from esvit_core.storage.embedded import EmbeddedStore
@@ -74,10 +75,12 @@ def assert_error(done: subprocess.CompletedProcess[str], pattern: str) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_error_is_one_line(name: str, folder: Path, esvit: Any) -> None:
+def test_the_error_is_one_line(name: str, folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     arguments, pattern = MISTAKES[name]
     out = [] if "--out" in arguments else ["--out", folder / "out"]
-    assert_error(esvit("run", *arguments, *out, cwd=folder), pattern)
+    code, printed, error = call("run", *arguments, *out)
+    assert_error(subprocess.CompletedProcess([], code, printed, error), pattern)
     assert not (folder / "out").exists(), "it was noticed before anything was started"
 
 
