@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from esvit_core.config import DataConfig
-from esvit_core.data.contact_sheet import draw_sheet
+from esvit_core.data.image_sheet import draw_sheet
 from esvit_core.data.ingest.decode import BadImage, to_stored_image
 from esvit_core.data.ingest.file_kinds import suffix
 from esvit_core.data.ingest.sources import open_source

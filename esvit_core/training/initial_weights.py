@@ -25,7 +25,7 @@ from esvit_core.training.state import TrainState
 from esvit_core.weights.fit import fit_weights
 from esvit_core.weights.optimizer_state import optimized_names, renumber_state
 from esvit_core.weights.read_file import from_timm_source, read_file
-from esvit_core.weights.resize import resize_weights
+from esvit_core.weights.resize_weights import resize_weights
 from esvit_core.weights.snapshot import Snapshot, Weights
 from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source
 

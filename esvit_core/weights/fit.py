@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esvit_core.config import ModelConfig
 from esvit_core.errors import UserError
 from esvit_core.models.factory import architecture_names, create_backbone
-from esvit_core.weights.resize import RESIZABLE
+from esvit_core.weights.resize_weights import RESIZABLE
 from esvit_core.weights.snapshot import Weights, part_of
 from esvit_core.weights.timm_names import COMPUTED, from_timm
 

@@ -90,7 +90,7 @@ def search(model: str, data: str, queries: list[str], out: Path, count: int, run
     Raises:
         UserError: the backbone, the images or a query do not exist, or the file cannot be written.
     """
-    from esvit_core.data.contact_sheet import save_sheet
+    from esvit_core.data.image_sheet import save_sheet
     from esvit_core.data.ingest.sources import check_source
 
     with _store_for(runs, model, data) as store:

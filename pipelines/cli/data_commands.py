@@ -54,7 +54,7 @@ def augment(
 
     The recipe is that of `esvit run`: auto, one for a kind of images such as grey, or any other; --set changes a setting.
     """
-    from esvit_core.data.contact_sheet import augmentation_sheet, save_sheet
+    from esvit_core.data.image_sheet import augmentation_sheet, save_sheet
 
     source = join_sources(data)
     settings = Settings(source, recipe, tuple(set_ or ()), (), DEFAULT_OUT, None)

@@ -20,7 +20,7 @@ from esvit_core.errors import UserError
 from esvit_core.models import create_backbone
 from esvit_core.weights.fit import fit_weights, recognize_architecture
 from esvit_core.weights.read_file import read_file, weights_address
-from esvit_core.weights.resize import resize_weights
+from esvit_core.weights.resize_weights import resize_weights
 from esvit_core.weights.snapshot import part_of
 from esvit_core.weights.timm_names import to_timm
 

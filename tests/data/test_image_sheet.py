@@ -12,7 +12,7 @@ from PIL import Image
 
 from esvit_core.config import Config
 from esvit_core.config.recipes import domain_names, domain_text
-from esvit_core.data.contact_sheet import augmentation_sheet, save_sheet
+from esvit_core.data.image_sheet import augmentation_sheet, save_sheet
 from esvit_core.data.loading.augment import MultiCrop, sample_rng
 from esvit_core.errors import UserError
 from esvit_core.planning.auto_recipe import resolve_auto
