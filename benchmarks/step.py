@@ -3,6 +3,7 @@
     python benchmarks/step.py --arch swin_tiny_w7 --batch 8
     python benchmarks/step.py --device cuda --batch 128 --rounds 10
     python benchmarks/step.py --reference ../esvit
+    python benchmarks/step.py --reference ../esvit --recipe esvit-runs/<run>/config.yaml
 
 With ``--reference``, ours is compared with the step of a checkout of the published code itself.
 
@@ -90,6 +91,8 @@ def make_step(options: argparse.Namespace, config: Config, device: torch.device)
 
 
 def config_of(options: argparse.Namespace) -> Config:
+    if options.recipe is not None:
+        return Config.load(options.recipe, ["optimizer.freeze_last_layer_epochs=0"])
     return Config.from_mapping(
         {
             "model": {"arch": options.arch, "drop_path": options.drop_path},
@@ -325,8 +328,18 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0: measure memory only")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--recipe", help="a recipe, instead of the options for network, crops, batch and prototypes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if options.recipe is not None:
+        config = config_of(options)
+        options.arch, options.batch, options.prototypes = (
+            config.model.arch,
+            config.training.batch_size,
+            config.head.out_dim,
+        )
+        options.local_crops = sum(kind.number for kind in config.augment.local_kinds)
+    return options
 
 
 def main() -> None:
