@@ -6,7 +6,8 @@ TAR holds photographs, at least a few thousand for steady figures. Needs two cor
 
 - crops: decoding and crops of our pipeline, without photometrics, against the whole published pipeline (PIL and torchvision),
   images per second of processor time of one thread. cpu_photometrics: the same with photometrics.
-- prepare_cores: preparation of the photographs on two cores against one, images per second.
+- prepare_cores: preparation of the photographs, with the server that stores them, on two cores against one, images per
+  second.
 - prepare_s3: preparation from a prefix in the object store, each request of which takes 30 ms longer, against the folder.
 - train_s3: batches of the training loader with an empty cache and 30 ms longer requests, against a full cache.
 - restart_reuse: share of the uploaded shards that a preparation reuses after another was killed at a random moment.
@@ -43,6 +44,7 @@ from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.storage import ObjectStore
 from esvit_core.storage.connection import Connection
+from esvit_core.storage.embedded import EmbeddedStore
 from esvit_core.storage.session import open_store
 
 LATENCY = 0.03  # seconds
@@ -191,22 +193,36 @@ def peak_of(store: ObjectStore, source: str) -> int:
 
 
 def in_process(store: ObjectStore, work: Callable[[str], Any], cores: int) -> Any:
-    """Return the result of ``work(destination)`` in a process of its own on so many cores; remove what it stored."""
+    """Return the result of ``work(destination)`` in a process of its own, with so many cores; remove what it stored."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     destination = f"s3://{BUCKET}/{random.getrandbits(64):016x}"
 
-    def child() -> None:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-        results.put(work(destination))
-
-    process = context.Process(target=child)
-    process.start()
-    process.join()
+    process = context.Process(target=lambda: results.put(work(destination)))
+    with limited_to(cores, store):
+        process.start()
+        process.join()
     if process.exitcode:
         raise SystemExit(f"a measurement failed with exit code {process.exitcode}")
     store.remove_prefix(destination)
     return results.get()
+
+
+@contextmanager
+def limited_to(cores: int, store: ObjectStore) -> Iterator[None]:
+    """Let this process, those that it starts and the store's server use so many cores together."""
+    assert store.address.directory is not None
+    server = EmbeddedStore(store.address.directory).status()
+    assert server is not None
+    threads = [0, *(int(task.name) for task in Path(f"/proc/{server.pid}/task").iterdir())]
+    before = os.sched_getaffinity(0)
+    try:
+        for thread in threads:
+            os.sched_setaffinity(thread, sorted(before)[:cores])
+        yield
+    finally:
+        for thread in threads:
+            os.sched_setaffinity(thread, before)
 
 
 @contextmanager
