@@ -73,8 +73,8 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
 
 def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
     processes, threads = divide_cores(config)
-    many = "process" if processes == 1 else "processes"
-    print(f"train: starting {processes} {many} with {threads} threads each", flush=True)
+    many, few = "process" if processes == 1 else "processes", "thread" if threads == 1 else "threads"
+    print(f"train: starting {processes} {many} with {threads} {few} each", flush=True)
     with tempfile.TemporaryDirectory(prefix="esvit-train-", ignore_cleanup_errors=True) as folder:
         outcome = _run(run_uri, processes, threads, Path(folder), allocator_variables(config.launch.allocator))
     conclude(store, run_uri, outcome)

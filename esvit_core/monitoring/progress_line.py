@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 RATE_WINDOW_SECONDS = 30.0  # window over which the rate is measured
+STARTUP_SECONDS = 5.0  # a first unit that is done earlier says nothing about the rate: it took as long as the start
 
 
 class ProgressLine:
@@ -59,6 +60,8 @@ class ProgressLine:
             self._figures.update(figures)
             now = time.monotonic()
             if now - self._last_line >= self._interval:
+                if self._last_line == float("-inf") and now - self._start < STARTUP_SECONDS:
+                    self._history.clear()
                 self._record(now)
                 self._print(now)
 
@@ -108,7 +111,7 @@ class ProgressLine:
             rate = (self.done - self._initial) / seconds if seconds > 0 else 0.0
             return [f"{format_figure(rate)}/s", f"took {format_duration(seconds)}"]
         rate = self.rate()
-        if rate <= 0 or seconds < 0.5:  # on the first line the rate would be noise
+        if rate <= 0:  # on the first line there is none
             return []
         pace = [f"{format_figure(rate)}/s"]
         if self.total is not None:

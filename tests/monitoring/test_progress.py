@@ -14,9 +14,23 @@ def test_a_line_has_share_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
     progress = ProgressLine(1600, unit="images", label="prepare", stream=out)
-    now[0] += 2
+    now[0] += 8
     progress.update(1024, loss=5.1234)
-    assert out.getvalue() == "prepare  1,024/1,600 images  64 %  512/s  0:01 left  loss 5.12\n"
+    assert out.getvalue() == "prepare  1,024/1,600 images  64 %  128/s  0:04 left  loss 5.12\n"
+
+
+def test_a_fast_first_unit_and_the_start_before_it_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = ProgressLine(20_000, unit="images", label="prepare", stream=out)
+    for seconds, images in ((0.6, 1), (2.0, 2000)):
+        now[0] += seconds
+        progress.update(images)
+    assert out.getvalue().splitlines() == [
+        "prepare  1/20,000 images  0 %",
+        "prepare  2,001/20,000 images  10 %  1,000/s  0:18 left",
+    ]
 
 
 def test_lines_are_printed_once_per_interval_and_the_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
