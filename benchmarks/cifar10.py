@@ -90,13 +90,13 @@ def main() -> None:
     print(json.dumps([{"settings": s, "task": t, **measured} for (s, t), measured in figures.items()]))
 
 
-def subset(images: Path, archive: Path) -> Path:
+def subset(images: Path, archive: Path, per_class: int = PER_CLASS) -> Path:
     """Write the first images of each training class by name, and the whole test set, to a tar."""
     if archive.exists():
         return archive
     part = archive.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
-        for split, most in (("train", PER_CLASS), ("test", None)):
+        for split, most in (("train", per_class), ("test", None)):
             for folder in sorted(path for path in (images / split).iterdir() if path.is_dir()):
                 for image in sorted(folder.iterdir())[:most]:
                     tar.add(image, str(image.relative_to(images)))
