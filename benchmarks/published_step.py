@@ -50,7 +50,13 @@ class PublishedStep(PlainStep):
             described = describe_swin(config, ours.backbone)
             network = swin.get_cls_model(described, is_teacher, config.objective.region)
             for name in ("head", "head_dense")[: 1 + config.objective.region]:
-                head = vision_transformer.DINOHead(network.num_features, config.head.out_dim, norm_last_layer=False)
+                head = vision_transformer.DINOHead(
+                    network.num_features,
+                    config.head.out_dim,
+                    norm_last_layer=False,
+                    hidden_dim=config.head.hidden_dim,
+                    bottleneck_dim=config.head.bottleneck_dim,
+                )
                 setattr(network, name, head)
             missing, unexpected = network.load_state_dict(to_published(ours.state_dict()), strict=False)
             if unexpected or [name for name in missing if not name.endswith("attn_mask")]:

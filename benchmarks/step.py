@@ -139,7 +139,8 @@ def objective_of(who: str, config: Config, device: torch.device, reference: Path
     if who == "published":
         assert reference is not None
         published = published_objective(load(reference)[2], config).to(device)
-        return lambda student, teacher, _: published(as_published(student), as_published(teacher), 0, None)
+        form = as_published if config.objective.region else lambda output: output.view_logits
+        return lambda student, teacher, _: published(form(student), form(teacher), 0, None)
     strategy = select_strategy(device, config.head.out_dim)
     ours = Objective(config.objective, config.head.out_dim, strategy=strategy).to(device)
     return lambda *outputs: ours(*outputs).total

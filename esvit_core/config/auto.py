@@ -136,10 +136,16 @@ def choose(
     chosen = _Chosen(facts, network, used, chosen_epochs, batch, steps, from_weights)
     values = chosen.values(fraction, limit, micro_batch)
     shown = round(held_out * used / train)
+    about = "about " if facts.held_out is None or used < train else ""  # each image is drawn by its name
     rows = (
         Row("network", network.name, reason_network, "model.arch"),
         Row("crops", _crops(network), _reason_crops(facts), "augment"),
-        Row("images", f"{used:,} of {facts.images:,} for training", _reason_images(used, train), "data.max_images"),
+        Row(
+            "images",
+            f"{about}{used:,} of {facts.images:,} for training",
+            _reason_images(used, train),
+            "data.max_images",
+        ),
         Row(
             "epochs",
             f"{chosen_epochs:,}, {steps:,} steps",
@@ -148,7 +154,7 @@ def choose(
         ),
         Row("batch", _batch_text(batch, micro_batch), reason_batch, "training"),
         *chosen.rows(values),
-        Row("held out", f"{shown:,} images", _reason_held_out(facts, shown), "data.val_fraction"),
+        Row("held out", f"{about}{shown:,} images", _reason_held_out(facts, shown), "data.val_fraction"),
     )
     return Choice(values, rows, chosen_epochs * used / rate / TRAINING_SHARE, memory, rate, source)
 

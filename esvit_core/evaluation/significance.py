@@ -142,10 +142,15 @@ def too_few(difference: Difference) -> str:
     if difference.decision != "no difference shown":
         return ""
     images = f"{difference.images:,} images are too few"
-    needed = int(float(f"{difference.images_needed or 0:.2g}"))
-    if difference.discordant < FEWEST_DISCORDANT:
-        few = f"{images} to show anything: the two differ on {difference.discordant}, at least {FEWEST_DISCORDANT} are needed"
-        return few + (f"; about {needed:,} would show a difference of this size" if needed else "")
+    needed, differing = int(float(f"{difference.images_needed or 0:.2g}")), difference.discordant
+    if differing < FEWEST_DISCORDANT:
+        few = (
+            f"{images} to show anything: the two differ on {differing}, and must differ on at least {FEWEST_DISCORDANT}"
+        )
+        if needed:
+            return f"{few}; about {needed:,} images would show a difference of this size"
+        least = math.ceil(difference.images * FEWEST_DISCORDANT / differing) if differing else 0
+        return few + (f", as on {least:,} images at this rate" if least else "")
     return f"{images} to show a difference of this size; about {needed:,} would" if needed else ""
 
 

@@ -116,7 +116,7 @@ def _sentence_of_training(row: Row) -> str:
     if row.decision == "worse":
         return f"Pre-training did not help: {label} fell from {before} to {after}, by {size} points."
     if row.change == "0.0":
-        return f"Pre-training made no difference: {row.label} is {after}, the same as the baseline."
+        return f"No difference shown: {row.label} is {after}, the same as for the baseline."
     if row.comparison:
         return f"No difference shown: {course}, which may be chance."
     return f"{course}; whether this is chance was not tested."
@@ -129,7 +129,7 @@ def _sentence_of_existing(row: Row) -> str:
         side = "above" if row.decision == "better" else "below"
         return f"The backbone is {row.decision} than its baseline: {figure}, {size} points {side} {against}."
     if row.change == "0.0":
-        return f"The backbone does not differ from its baseline: {figure}, the same as {against}."
+        return f"No difference shown: {figure}, the same as {against}."
     side = "below" if row.change.startswith("-") else "above"
     if row.comparison:
         return f"No difference shown: {figure}, {size} points {side} {against}, which may be chance."

@@ -155,7 +155,7 @@ def test_too_few_images_to_show_anything_are_said_to_be_so(store, make_run):
     decision = promote(make_run("a", result=of_table(4, 0, 20)), store, CONFIG)
     assert not decision["promoted"]
     assert (
-        "20 images are too few to show anything: the two differ on 4, at least 6 are needed; about"
+        "20 images are too few to show anything: the two differ on 4, and must differ on at least 6; about"
         in decision["reason"]
     )
 

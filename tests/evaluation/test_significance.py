@@ -12,6 +12,7 @@ from esvit_core.evaluation.significance import (
     images_needed,
     mcnemar_p,
     mean_per_class_difference,
+    too_few,
 )
 
 
@@ -52,6 +53,23 @@ def test_a_difference_that_may_be_chance_is_not_shown():
 def test_too_few_discordant_images_show_nothing():
     found = accuracy_difference(*outcomes(5, 0, 11))
     assert found.low > 0 and found.p == pytest.approx(0.0625) and found.decision == "no difference shown"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "images", "text"),
+    [
+        (
+            1,
+            1,
+            22,
+            "22 images are too few to show anything: the two differ on 2, and must differ on at least 6, as on 66 images at this rate",
+        ),
+        (0, 0, 22, "22 images are too few to show anything: the two differ on 0, and must differ on at least 6"),
+        (20, 20, 400, ""),
+    ],
+)
+def test_equal_figures_of_few_images_are_no_evidence(first, second, images, text):
+    assert too_few(accuracy_difference(*outcomes(first, second, images))) == text
 
 
 def test_equal_outcomes_have_an_interval_around_zero():
