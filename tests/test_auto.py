@@ -133,12 +133,20 @@ def test_operations_and_memory_are_those_that_are_counted(network: Any) -> None:
 
 
 def test_speed_grows_with_the_machine_and_falls_without_bfloat16() -> None:
-    def rate(cores: int, bfloat16: bool = True) -> float:
-        return images_per_second(NETWORKS[0], "cpu", cores=cores, bfloat16=bfloat16)[0]
+    def rate(cores: int, bfloat16: bool = True, batch: int = 64) -> float:
+        return images_per_second(NETWORKS[0], "cpu", batch=batch, cores=cores, bfloat16=bfloat16)[0]
 
     assert rate(2) == pytest.approx(128, rel=0.01)  # as measured, docs/cifar10.md
     assert rate(4) == pytest.approx(2 * rate(2))
     assert rate(2, bfloat16=False) < rate(2)
+    assert rate(2, batch=8) < rate(2, batch=16) < 0.7 * rate(2)
+
+
+def test_few_images_in_small_batches_fit_into_the_time() -> None:
+    choice = choose(replace(LAPTOP, images=600, hours=0.1))
+    config = config_of(choice)
+    assert config.training.batch_size < NETWORKS[0].batch
+    assert choice.seconds == pytest.approx(360, rel=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 from esvit_core.config.auto_choice import Choice, Row, count
 from esvit_core.config.auto_networks import NETWORKS, PROCESS_BYTES, Device, Network, images_per_second
 from esvit_core.config.recipes import domain_names
+from esvit_core.config.rounding import power_of_two, two_digits
 from esvit_core.errors import UserError
 
 AUTO = "auto"
@@ -122,14 +123,9 @@ def choose(
     reason_network = "given, or that of the initial weights"
     if network is None:
         network, reason_network = _network(facts, train)
-    rate, source = _rate(facts, network)
-    samples = allowed_samples(facts, network)
-    used = train
-    if epochs is None and samples < MIN_PASSES * train:
-        used = min(train, max(1000, _two_digits(samples / MIN_PASSES)))
     most = MAX_EPOCHS_FROM_WEIGHTS if from_weights else MAX_EPOCHS
-    chosen_epochs = epochs or min(most, max(1, _two_digits(samples / used)))
-    batch, reason_batch = _batch(network, used, chosen_epochs, batch_size)
+    used, chosen_epochs, batch, reason_batch = _schedule(facts, network, train, most, epochs, batch_size)
+    rate, source = _rate(facts, network, batch)
     memory, micro_batch = _memory(facts, network, batch, _processes(facts))
     steps = max(1, used // batch) * chosen_epochs
     limit = None if used == train else round(used * facts.images / train)
@@ -159,10 +155,14 @@ def choose(
     return Choice(values, rows, chosen_epochs * used / rate / TRAINING_SHARE, memory, rate, source)
 
 
-def allowed_samples(facts: Facts, network: Network) -> float:
-    """Return how many samples, images times epochs, a training on this machine takes in the given time."""
+def allowed_samples(facts: Facts, network: Network, batch: int | None = None) -> float:
+    """Return how many samples, images times epochs, a training on this machine takes in the given time.
+
+    Args:
+        batch: batch size; None: the network's.
+    """
     hours = facts.hours or DEFAULT_HOURS[facts.device]
-    return TRAINING_SHARE * 3600 * hours * _rate(facts, network)[0]
+    return TRAINING_SHARE * 3600 * hours * _rate(facts, network, batch or network.batch)[0]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class _Chosen:
             },
             "model": {**network.model, **({} if self.long else {"drop_path": 0.0})},
             "head": {
-                "out_dim": min(network.prototypes, max(64, _power_of_two(self.images / 2))),
+                "out_dim": min(network.prototypes, max(64, power_of_two(self.images / 2))),
                 "hidden_dim": network.head[0],
                 "bottleneck_dim": network.head[1],
             },
@@ -304,10 +304,11 @@ def _processes(facts: Facts) -> int:
     return facts.devices if facts.device == "cuda" else min(2, facts.cores)
 
 
-def _rate(facts: Facts, network: Network) -> tuple[float, str]:
+def _rate(facts: Facts, network: Network, batch: int) -> tuple[float, str]:
     return images_per_second(
         network,
         facts.device,
+        batch=batch,
         cores=facts.cores,
         bfloat16=facts.bfloat16,
         devices=facts.devices,
@@ -322,13 +323,32 @@ def _held_out_fraction(images: int) -> float:
     return min(share, round(max(0.005, 10_000 / images), 3))
 
 
+def _schedule(
+    facts: Facts, network: Network, train: int, most: int, epochs: int | None, batch_size: int | None
+) -> tuple[int, int, int, str]:
+    """Choose images, epochs and batch, with the batch's reason.
+
+    A small batch is slower, so that fewer epochs fit into the time, and fewer epochs ask for a smaller batch.
+    """
+    batch = batch_size or network.batch
+    while True:
+        samples, used = allowed_samples(facts, network, batch), train
+        if epochs is None and samples < MIN_PASSES * train:
+            used = min(train, max(1000, two_digits(samples / MIN_PASSES)))
+        chosen = epochs or min(most, max(1, two_digits(samples / used)))
+        smaller, reason = _batch(network, used, chosen, batch_size)
+        if smaller >= batch:
+            return used, chosen, batch, reason
+        batch = smaller
+
+
 def _batch(network: Network, images: int, epochs: int, given: int | None) -> tuple[int, str]:
     if given is not None:
         return given, "given"
     most = min(images / 4, images * epochs / MIN_STEPS)
     if most >= network.batch:
         return network.batch, "of this network's reference run"
-    return max(8, _power_of_two(most)), f"smaller than {network.batch}, for {MIN_STEPS:,} steps from so few images"
+    return max(8, power_of_two(most)), f"smaller than {network.batch}, for {MIN_STEPS:,} steps from so few images"
 
 
 def _memory(facts: Facts, network: Network, batch: int, processes: int) -> tuple[float, int | None]:
@@ -339,7 +359,7 @@ def _memory(facts: Facts, network: Network, batch: int, processes: int) -> tuple
     fixed = together * (network.fixed_bytes + PROCESS_BYTES)
     room = MEMORY_SHARE * facts.memory - fixed
     fitting = max(2, int(room // (together * image)))
-    micro_batch = None if share <= fitting else _power_of_two(fitting)
+    micro_batch = None if share <= fitting else power_of_two(fitting)
     return fixed + together * image * (micro_batch or share), micro_batch
 
 
@@ -376,15 +396,3 @@ def _reason_held_out(facts: Facts, held_out: int) -> str:
         return f"{whose}there are no classes, so k-NN and linear probe are left out"
     points = 100 * 1.96 * math.sqrt(_DISAGREEMENT / max(1, held_out))
     return f"{whose}they cannot show a difference below about {points:.1f} points"
-
-
-def _power_of_two(most: float) -> int:
-    """Return the largest power of two that is at most ``most``, at least 1."""
-    return 1 << max(0, int(most).bit_length() - 1)
-
-
-def _two_digits(number: float) -> int:
-    """Round down to two significant digits, so that nearly equal facts give the same recipe."""
-    whole = int(number)
-    unit = 10 ** max(0, len(str(whole)) - 2)
-    return whole // unit * unit
