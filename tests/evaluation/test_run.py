@@ -91,14 +91,14 @@ def test_features_are_the_same_bit_for_bit_with_any_number_of_workers(
 ) -> None:
     backbone = load_backbone(f"{measured_run}/backbone", bucket)
     dataset = ShardDataset(bucket, f"{measured_run}/data", "val", tmp_path)
-    handler, children = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    handler, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
     alone, shared = (
         compute_features(backbone, dataset, eval_transform(config), 3, 2, workers=number) for number in (0, workers)
     )
     for kind in ("view", "blocks", "labels"):
         assert np.array_equal(getattr(alone, kind), getattr(shared, kind))
     assert signal.getsignal(signal.SIGCHLD) is handler
-    assert multiprocessing.active_children() == children
+    assert set(multiprocessing.active_children()) <= children  # another test's may have ended meanwhile
 
 
 def test_an_error_in_a_worker_ends_the_extraction(measured_run, bucket, config) -> None:
@@ -117,7 +117,7 @@ def test_an_error_in_a_worker_ends_the_extraction(measured_run, bucket, config) 
     children = multiprocessing.active_children()
     with pytest.raises(UserError, match="image 4 is damaged"):
         compute_features(backbone, Damaged(), eval_transform(config), 2, 2, workers=2)
-    assert multiprocessing.active_children() == children
+    assert set(multiprocessing.active_children()) <= children  # another test's may have ended meanwhile
 
 
 def test_features_in_bfloat16_point_where_those_in_float32_do(measured_run, bucket, tmp_path, config):
