@@ -114,7 +114,7 @@ def test_an_error_in_a_worker_ends_the_extraction(measured_run, bucket, config) 
             return np.zeros((64, 64, 3), np.uint8)
 
     backbone = load_backbone(f"{measured_run}/backbone", bucket)
-    children = multiprocessing.active_children()
+    children = set(multiprocessing.active_children())
     with pytest.raises(UserError, match="image 4 is damaged"):
         compute_features(backbone, Damaged(), eval_transform(config), 2, 2, workers=2)
     assert set(multiprocessing.active_children()) <= children  # another test's may have ended meanwhile
