@@ -22,6 +22,7 @@ import psutil
 
 import esvit_core
 from esvit_core.config import Config
+from esvit_core.config.auto_choice import count
 from esvit_core.errors import CRASH_EXIT_CODE, USER_ERROR_EXIT_CODE, InfrastructureError, UserError
 from esvit_core.launch.agent import AGENT_MODULE, LAUNCHER_VARIABLE
 from esvit_core.launch.outcome import Outcome, conclude, step_exit_code
@@ -73,8 +74,8 @@ def launch_training(run_uri: str, config: Config) -> TrainingSummary:
 
 def _launch_here(store: ObjectStore, run_uri: str, config: Config) -> None:
     processes, threads = divide_cores(config)
-    many, few = "process" if processes == 1 else "processes", "thread" if threads == 1 else "threads"
-    print(f"train: starting {processes} {many} with {threads} {few} each", flush=True)
+    many = "process" if processes == 1 else "processes"
+    print(f"train: starting {processes} {many} with {count(threads, 'thread')} each", flush=True)
     with tempfile.TemporaryDirectory(prefix="esvit-train-", ignore_cleanup_errors=True) as folder:
         outcome = _run(run_uri, processes, threads, Path(folder), allocator_variables(config.launch.allocator))
     conclude(store, run_uri, outcome)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from esvit_core.config.auto_choice import count
 from esvit_core.launch.kubernetes.presence import MARK_SECONDS, PresenceWatch, unfollowed_seconds
 from esvit_core.launch.outcome import report_blocked
 from esvit_core.launch.pod_metadata import METRICS_PORT_VARIABLE
@@ -309,12 +310,12 @@ def _print_description(state: TrainState) -> None:
     config, world = state.config, state.world
     parameters = sum(p.numel() for p in state.student.parameters())
     tasks = "view + region" if config.objective.region else "view only"
-    processes, threads = "process" if world.size == 1 else "processes", torch.get_num_threads()
+    processes = "process" if world.size == 1 else "processes"
     print(
         f"train: {config.model.arch}, {parameters / 1e6:.1f} M parameters with heads, {tasks}; "
         f"{len(state.loader.dataset):,} images, {config.training.epochs} epochs of {state.loader.steps_per_epoch} "
         f"steps of {config.training.batch_size}; {world.size} {processes} on {world.device.type}, "
-        f"{threads} {'thread' if threads == 1 else 'threads'} each, {state.precision.name} ({state.precision.reason}); "
+        f"{count(torch.get_num_threads(), 'thread')} each, {state.precision.name} ({state.precision.reason}); "
         f"objective: {state.objective.strategy.name}; data loading: "
         + (f"{state.loader.workers} workers per process" if state.loader.workers else "in the training process"),
         flush=True,
