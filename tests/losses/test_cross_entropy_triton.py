@@ -18,7 +18,7 @@ if torch.cuda.is_available():
 from esvit_core.kernels import cross_entropy_triton as kernels
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     K=st.sampled_from([2, 7, 16, 33]),
     groups=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3),
