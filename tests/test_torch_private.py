@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -183,12 +184,12 @@ def test_a_mistake_ends_torchrun_with_its_exit_code(change: str, starts: int, tm
     script = tmp_path / "train.py"
     script.write_text(f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\nraise SystemExit(2)\n")
     options = ["--standalone", "--nproc_per_node", "1", "--max-restarts", "2", "--monitor-interval", "0.1"]
-    command = [sys.executable, "-c", AGENT.format(change=change), *options, str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
-    assert done.returncode == 2, done.stderr
+    agent = Forked(AGENT.format(change=change), *options, str(script), environment=environment)
+    output, errors = agent.communicate(timeout=250)
+    assert agent.returncode == 2, errors
     assert len((tmp_path / "starts").read_text()) == starts
-    assert ("restarts processes even after a user error" in done.stdout) == (starts > 1)
+    assert ("restarts processes even after a user error" in output) == (starts > 1)
 
 
 STEPS = """

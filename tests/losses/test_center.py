@@ -42,7 +42,8 @@ def _update(rank: int, world: int, address: str, logits: torch.Tensor, out: str)
 
 def test_center_covers_the_batch_of_all_processes(tmp_path):
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    mp.spawn(_update, (2, f"file://{tmp_path}/rendezvous", logits, f"{tmp_path}/center"), nprocs=2)
+    arguments = 2, f"file://{tmp_path}/rendezvous", logits, f"{tmp_path}/center"
+    mp.start_processes(_update, arguments, nprocs=2, start_method="fork")  # which have imported torch
     alone = Center(5)
     alone.update(logits)
     for rank in range(2):

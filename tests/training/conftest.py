@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 
 from esvit_core.config import Config, DataConfig
@@ -99,7 +100,7 @@ class MicroRun:
     uri: str
     store: ObjectStore
     config: Config
-    launched: list[subprocess.Popen[str]] = field(default_factory=list)
+    launched: list[Forked | subprocess.Popen[str]] = field(default_factory=list)
 
     def launch(self) -> subprocess.Popen[str]:
         """Call ``launch_training`` in another process, which can receive signals."""
@@ -172,6 +173,6 @@ def micro_run(store_env: Any, images: Path) -> Iterator[Callable[..., MicroRun]]
     for run in made:
         for process in run.launched:
             process.kill()
-            process.wait()
+            process.wait(60)
         for left in run.processes():
             left.kill()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from torch import nn
 
 from esvit_core.training.distributed.processes import GradientReducer, World
@@ -88,19 +87,14 @@ def message(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 1 of three reports."""
     folder = tmp_path_factory.mktemp("rendezvous")
     processes = []
-    imports = "from esvit_core import torch_private; torch_private.import_timm_without_dynamo()"  # as in a training
-    program = imports + BATCH_NORMED + PROGRAM
     for rank in range(3):
         environment = os.environ | {
             "RANK": str(rank),
             "WORLD_SIZE": "3",
             "OMP_NUM_THREADS": "1",
             "ESVIT_RENDEZVOUS_DIR": str(folder),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
-        processes.append(
-            subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-        )
+        processes.append(Forked(BATCH_NORMED + PROGRAM, environment=environment))
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     return json.loads(outputs[1])
@@ -176,8 +170,6 @@ for operation in sys.argv[1:]:
         {"mean": lambda: world.all_reduce_mean_(value), "gather": lambda: world.gather_object(1)}[operation]()
     except LostPeerError:
         print("lost")
-sys.stdout.flush()
-os._exit(0)  # as a training ends: gloo's threads may still wait for the lost process
 """
 
 
@@ -189,9 +181,7 @@ def test_losing_another_process_raises_lost_peer_error(tmp_path: Path) -> None:
             "WORLD_SIZE": "2",
             "OMP_NUM_THREADS": "1",
             "ESVIT_RENDEZVOUS_DIR": str(tmp_path),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
-        command = [sys.executable, "-c", LOST, "mean", "gather"]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        processes.append(Forked(LOST, "mean", "gather", environment=environment))
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert processes[0].returncode == 0 and outputs[0].split() == ["lost", "lost"]

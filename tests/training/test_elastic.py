@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import TRAINING, Forked
 
 from esvit_core.runs.log import read_log
 from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
@@ -18,8 +17,6 @@ from esvit_core.training.sample_trace import TRACE_VARIABLE, samples_that_count
 # One of three processes, which form one world after the other; each stops after so many steps, None: at the end.
 PROGRAM = """
 import os, sys
-from esvit_core.torch_private import import_timm_without_dynamo
-import_timm_without_dynamo()
 from esvit_core.training.main import run_training
 from esvit_core.launch.signals import StopRequest
 
@@ -60,17 +57,8 @@ def test_worlds_of_2_1_3_and_2_in_one_epoch_see_every_sample_once(
         TRACE_VARIABLE: str(tmp_path / "trace"),
         "ESVIT_RENDEZVOUS_DIR": str(tmp_path),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, elastic.uri, str(me), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for me in range(3)
-    ]
+    processes = [Forked(PROGRAM, elastic.uri, str(me), str(tmp_path), environment=environment) for me in range(3)]
     outputs = [process.communicate(timeout=800)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert [output.splitlines()[-1] for output in outputs] == ["[75, 75, 75, 0]", "[75, 75, 0]", "[75]"]
@@ -83,8 +71,7 @@ def test_worlds_of_2_1_3_and_2_in_one_epoch_see_every_sample_once(
 
     alone = micro_run("alone", training=settings | {"processes": 1}, **plain)
     environment[TRACE_VARIABLE] = str(tmp_path / "trace-alone")
-    command = [sys.executable, "-m", "esvit_core.training", "--run", alone.uri]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert Forked(TRAINING, "--run", alone.uri, environment=environment).wait(timeout=800) == 0
     assert samples_that_count(tmp_path / "trace-alone") == steps
     there, here = read_log(elastic.store, elastic.uri), read_log(alone.store, alone.uri)
     for key in ("step", "epoch", "lr", "weight_decay", "teacher_temp", "teacher_momentum"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 from esvit_core.launch import signals
 from esvit_core.launch.signals import STOPPED_EXIT_CODE
@@ -43,8 +44,15 @@ if "armed" in sys.argv:
 block()
 """
 
+ENTER = """
+import ctypes, os, sys
+
+with open(f"/proc/{sys.argv[1]}/ns/net") as namespace:
+    assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+"""
+
 PEERS = f"""{BLOCK}
-import os, signal, sys, threading
+import os, sys
 from esvit_core.launch.outcome import report_blocked
 from esvit_core.launch.signals import StopRequest
 from esvit_core.training.distributed import lost_peers
@@ -75,16 +83,13 @@ def test_a_signal_ends_a_process_whose_main_thread_is_blocked(state: str, output
     assert process.stdout.read().strip() == output
 
 
-def start(
-    rank: int, world_size: int, prefix: tuple[str, ...] = (), *arguments: str, **variables: str
-) -> subprocess.Popen:
-    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    environment |= {signals.GRACE_VARIABLE: "0.5", "PYTHONPATH": str(Path(__file__).parents[2])} | variables
-    command = [*prefix, sys.executable, "-c", PEERS, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(rank: int, world_size: int, *arguments: str, network: int = 0, **variables: str) -> Forked:
+    """Start a process of ``PEERS``, in the network of the process ``network`` unless that is 0."""
+    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), signals.GRACE_VARIABLE: "0.5"}
+    return Forked((ENTER if network else "") + PEERS, str(network), *arguments, environment=environment | variables)
 
 
-def wait_until_blocked(process: subprocess.Popen) -> int:
+def wait_until_blocked(process: Forked) -> int:
     """Return the number of connections to the others."""
     assert process.stdout
     connections = int(process.stdout.readline())
@@ -104,8 +109,8 @@ def test_all_blocked_processes_end_when_one_of_them_dies(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[list[tuple[str, ...]], Callable[[], None]]]:
-    """Command prefixes for two network namespaces that are connected, and what takes the second off the network."""
+def two_nodes() -> Iterator[tuple[list[int], Callable[[], None]]]:
+    """Processes in two network namespaces that are connected, and what takes the second off the network."""
     tools = [shutil.which(name) for name in ("ip", "nsenter", "unshare")]
     if os.geteuid() != 0 or not all(tools):
         pytest.skip("network namespaces need root, ip, nsenter and unshare")
@@ -113,28 +118,27 @@ def two_nodes() -> Iterator[tuple[list[tuple[str, ...]], Callable[[], None]]]:
     nodes = [subprocess.Popen(sleep, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     if [node.stdout.readline() for node in nodes if node.stdout] != ["ready\n"] * 2:
         pytest.skip("network namespaces are not allowed here")
-    enter = [("nsenter", "--target", str(node.pid), "--net") for node in nodes]
 
     def ip(node: int, *arguments: str) -> None:
-        subprocess.run([*enter[node], "ip", *arguments], check=True)
+        subprocess.run(["nsenter", "--target", str(nodes[node].pid), "--net", "ip", *arguments], check=True)
 
     ip(0, "link", "add", "name", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(nodes[1].pid))
     for node in (0, 1):
         ip(node, "address", "add", f"192.0.2.{node + 1}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip(node, "link", "set", device, "up")
-    yield enter, lambda: ip(1, "link", "set", "eth0", "down")
+    yield [node.pid for node in nodes], lambda: ip(1, "link", "set", "eth0", "down")
     for node in nodes:
         node.kill()
         node.wait()
 
 
 def test_a_blocked_process_ends_when_another_node_disappears_without_closing_anything(
-    two_nodes: tuple[list[tuple[str, ...]], Callable[[], None]],
+    two_nodes: tuple[list[int], Callable[[], None]],
 ) -> None:
-    enter, disconnect = two_nodes
+    nodes, disconnect = two_nodes
     meet = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
-    processes = [start(rank, 2, enter[rank], "quick", **meet) for rank in range(2)]
+    processes = [start(rank, 2, "quick", network=nodes[rank], **meet) for rank in range(2)]
     assert [wait_until_blocked(process) for process in processes] == [1, 1]
     disconnect()
     assert processes[0].wait(60) == STOPPED_EXIT_CODE
@@ -185,7 +189,7 @@ def test_a_closed_connection_is_reported_unless_the_watch_was_stopped(
 
 
 def test_a_stopped_process_is_not_a_lost_one(tmp_path: Path) -> None:
-    processes = [start(rank, 2, (), "quick", ESVIT_RENDEZVOUS_DIR=str(tmp_path)) for rank in range(2)]
+    processes = [start(rank, 2, "quick", ESVIT_RENDEZVOUS_DIR=str(tmp_path)) for rank in range(2)]
     for process in processes:
         wait_until_blocked(process)
     processes[1].send_signal(signal.SIGSTOP)

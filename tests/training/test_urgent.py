@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from forked import TRAINING, Forked
 
 from esvit_core.runs.events import read_events
 from esvit_core.runs.log import read_log
 from esvit_core.training.checkpoint_interval import LOST_SECONDS_VARIABLE
 
 PROGRAM = """
-import runpy, sys, time
+import sys, time
 from esvit_core.runs import log
 from esvit_core.training import loop
 
@@ -29,8 +28,6 @@ def slow(state, batch, at):
     return step(state, batch, at)
 
 loop.training_step = slow
-sys.argv[0] = "esvit_core.training"
-runpy.run_module("esvit_core.training", run_name="__main__")
 """
 
 
@@ -38,8 +35,7 @@ runpy.run_module("esvit_core.training", run_name="__main__")
 def test_the_log_is_uploaded_while_the_step_still_computes(micro_run: Callable[..., Any], in_a_pod: bool) -> None:
     run = micro_run("long-step", training={"log_steps": 1, "checkpoint_steps": 1000})
     environment = os.environ | {"ESVIT_GRACE_SECONDS": "600"} | ({LOST_SECONDS_VARIABLE: "36000"} if in_a_pod else {})
-    command = [sys.executable, "-c", PROGRAM, "--run", run.uri]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = Forked(PROGRAM + TRAINING, "--run", run.uri, environment=environment)
     run.launched.append(process)
     next(line for line in process.stdout if "in the long step" in line)
     assert len(read_log(run.store, run.uri)) < 6
