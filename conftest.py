@@ -14,7 +14,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from PIL import Image
 from esvit_core.runs.run import Run, open_run
 from esvit_core.storage.address import VARIABLES
 from esvit_core.storage.embedded import EmbeddedStore
+from esvit_pipelines.local.step_server import step_server
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # Triton reads this variable when it is imported. Without a GPU, its kernels run in the interpreter.
@@ -296,8 +297,8 @@ def run_there(finished_run: FinishedRun, finished_store: EmbeddedStore, monkeypa
 class ComponentRunner:
     """Calls a component directly and through kfp.local, and checks its outputs against Kubeflow's rules."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, server_path: str) -> None:
+        self.folder, self.server_path = folder, server_path
 
     def directly(self, component: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
         """Call the function with new output artifacts, and return its result and the artifacts by name."""
@@ -344,8 +345,10 @@ class ComponentRunner:
             pipeline_root=str(self.folder / "kfp"),
             workspace_root=str(self.folder / "workspace"),
         )
-        with warnings.catch_warnings():  # about an image that is not named python, and about the limits of importers
-            warnings.simplefilter("ignore")
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setenv("PATH", self.server_path)
+            patch.setattr(sys, "executable", "python3")
+            warnings.simplefilter("ignore")  # an image that is not named python, and the limits of importers
             dsl.pipeline(name="alone")(alone)()
         (written,) = self.folder.glob(f"kfp/*/{component.name}/executor_output.json")
         text = written.read_text(encoding="utf-8")
@@ -355,7 +358,19 @@ class ComponentRunner:
         return {**found.get("parameterValues", {}), **artifacts}
 
 
+@pytest.fixture(scope="session")
+def server_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A search path on which ``python3`` runs steps in forks of a server, as `esvit run` does."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # the server sets both for its own process, the runner
+            patch.setattr(sys, "executable", sys.executable)
+            patch.setenv("PATH", os.environ["PATH"])
+            stack.enter_context(step_server(tmp_path_factory.mktemp("steps")))
+            path = os.environ["PATH"]
+        yield path
+
+
 @pytest.fixture
-def components(tmp_path: Path) -> ComponentRunner:
+def components(tmp_path: Path, server_path: str) -> ComponentRunner:
     """Calls components directly and through kfp.local."""
-    return ComponentRunner(tmp_path)
+    return ComponentRunner(tmp_path, server_path)

@@ -20,6 +20,7 @@ LIGHT = [
     "esvit_core.storage.session",
     "esvit_core.data.shards.manifest",
     "esvit_core.data.ingest.prepare",
+    "esvit_core.evaluation.import_backbone",
     "esvit_core.monitoring.progress_line",
     "esvit_core.reporting.result_table",
     "esvit_core.registry.compare_champion",

@@ -7,27 +7,16 @@ configuration. The baseline is the same network with initial weights drawn from 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from esvit_core.config import Config, InitConfig
 from esvit_core.data.ingest.sources import source_fingerprint
 from esvit_core.evaluation.import_features import import_features
 from esvit_core.evaluation.imported_features import is_features_file
-from esvit_core.models.factory import create_backbone
-from esvit_core.runs.run import MEASURED, Run, open_run, run_id, run_uri, start_run
+from esvit_core.runs.run import MEASURED, Run, run_id, run_uri, start_run
 from esvit_core.storage import NotFound, ObjectStore, join_uri
-from esvit_core.training.initial_weights import read_source
-from esvit_core.weights.backbone import BACKBONE_FORMAT, DESCRIPTION, describe_backbone, load_backbone, save_backbone
-from esvit_core.weights.fit import fit_weights
-from esvit_core.weights.import_checkpoint import import_weights
-from esvit_core.weights.snapshot import part_of
-from esvit_core.weights.weight_source import CHECKPOINT, CHECKPOINTS, find, kind_of
+from esvit_core.weights.weight_source import DESCRIPTION, find
 
 _RECIPE_PREFIX = "evaluate "
 _BATCH_PIXELS = (
@@ -67,7 +56,10 @@ def import_backbone(
     location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
     if uri and (description := _imported(uri, location, sha256, store)) is not None:
         return start_run(_configuration(config, description), source, uri, store)
-    network, description = _load(location, store)
+    from esvit_core.evaluation.imported_network import initial_network, load_network  # imports torch
+    from esvit_core.weights.backbone import save_backbone
+
+    network, description = load_network(location, store)
     config = _configuration(config, description)
     if not uri:
         prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
@@ -76,7 +68,7 @@ def import_backbone(
     run = start_run(config, source, uri, store)
     origin = {key: description[key] for key in _ORIGIN_KEYS if key in description}
     save_backbone(store, run.at("backbone"), network, run.config, origin)
-    save_backbone(store, run.at("baseline"), _baseline(run.config), run.config, {"run": run.uri, "step": 0})
+    save_backbone(store, run.at("baseline"), initial_network(run.config), run.config, {"run": run.uri, "step": 0})
     record = {"backbone": location, "sha256": sha256, **origin}
     store.put_if_absent(run.at(MEASURED), (json.dumps(record, indent=1) + "\n").encode())
     return run
@@ -93,38 +85,6 @@ def _imported(uri: str, location: str, sha256: str | None, store: ObjectStore) -
         return description | {"recipe": description["recipe"].removeprefix(_RECIPE_PREFIX)}
     except NotFound:
         return None
-
-
-def _load(location: str, store: ObjectStore) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network and the content of its ``backbone.json``."""
-    kind = kind_of(location, store) if location.startswith("s3://") else None
-    if kind == CHECKPOINT:
-        return _load_checkpoint(location, store)
-    if kind == BACKBONE_FORMAT or Path(location).is_dir():
-        network = load_backbone(location, store)
-        return network, _description(network)
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        imported = import_weights(location, folder, store)
-        for line in imported.messages:
-            print(line, flush=True)
-        network = load_backbone(imported.backbone)
-    return network, _description(network)
-
-
-def _load_checkpoint(location: str, store: ObjectStore) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the teacher's backbone from a checkpoint of a run."""
-    run = open_run(location.partition(CHECKPOINTS)[0], store)
-    snapshot = read_source(InitConfig(source=location), run.config, store)
-    network = create_backbone(run.config.model, run.config.augment.global_crops.size, drop_path=0.0)
-    network.load_state_dict(
-        fit_weights(network, part_of(snapshot.teacher, "backbone"), location, run.config.model.arch)
-    )
-    step = int(location.rstrip("/").rpartition("/")[2])
-    return network.eval(), describe_backbone(network, run.config) | {"run": run.uri, "step": step}
-
-
-def _description(network: nn.Module) -> dict[str, Any]:
-    return network.backbone_config  # type: ignore[return-value]
 
 
 def _configuration(config: Config, description: Mapping[str, Any]) -> Config:
@@ -151,9 +111,3 @@ def _batch_size(config: Config, crop: int) -> int:
     if crop <= config.evaluation.crop:
         return chosen
     return min(chosen, max(1, _BATCH_PIXELS // crop**2))
-
-
-def _baseline(config: Config) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)

@@ -28,9 +28,9 @@ from esvit_core.errors import UserError
 from esvit_core.models.factory import create_backbone
 from esvit_core.storage import ObjectStore, join_uri
 from esvit_core.storage.session import open_store
+from esvit_core.weights.weight_source import BACKBONE, DESCRIPTION
 
-BACKBONE_FORMAT = "esvit-backbone/1"
-WEIGHTS, DESCRIPTION = "model.safetensors", "backbone.json"
+WEIGHTS = "model.safetensors"
 DEFAULT_BUCKET = "esvit"
 _POINTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
@@ -70,7 +70,7 @@ def write_backbone(folder: Path, backbone: nn.Module, description: dict[str, Any
 def _files(backbone: nn.Module, description: dict[str, Any]) -> dict[str, bytes]:
     # safetensors needs contiguous CPU tensors that share no memory.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in backbone.state_dict().items()}
-    weights = safetensors.torch.save(state, metadata={"format": BACKBONE_FORMAT})
+    weights = safetensors.torch.save(state, metadata={"format": BACKBONE})
     entry = {"file": WEIGHTS, "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
     return {WEIGHTS: weights, DESCRIPTION: (json.dumps(description | {"weights": entry}, indent=1) + "\n").encode()}
 
@@ -78,7 +78,7 @@ def _files(backbone: nn.Module, description: dict[str, Any]) -> dict[str, bytes]
 def describe_backbone(backbone: nn.Module, config: Config) -> dict[str, Any]:
     """Describe the network and its preprocessing, for ``backbone.json``."""
     return {
-        "format": BACKBONE_FORMAT,
+        "format": BACKBONE,
         "arch": config.model.arch,
         "model": config.model.model_dump(mode="json"),
         "img_size": config.model.img_size or config.augment.global_crops.size,
@@ -172,8 +172,8 @@ def read_description(folder: Path, shown: str | None = None) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"backbone {shown}: {DESCRIPTION} cannot be read ({error}); copy or publish it again") from None
-    if found != BACKBONE_FORMAT:
-        raise UserError(f"backbone {shown}: unknown format {found!r}; this version reads {BACKBONE_FORMAT}")
+    if found != BACKBONE:
+        raise UserError(f"backbone {shown}: unknown format {found!r}; this version reads {BACKBONE}")
     missing = {"arch", "model", "img_size", "weights"} - description.keys()
     if missing:
         raise UserError(f"backbone {shown}: {DESCRIPTION} lacks {', '.join(sorted(missing))}; publish it again")

@@ -23,6 +23,7 @@ from esvit_core.storage.parallel_transfer import sha256_of
 TIMM = "timm:"
 FILES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 BACKBONE, CHECKPOINT = "esvit-backbone/1", "esvit-checkpoint/1"
+DESCRIPTION = "backbone.json"  # beside the weights of a published backbone
 CHECKPOINTS = "/training/checkpoints/"  # in the address of a run's checkpoint
 _TIMM_SOURCE = re.compile(r"timm:([^:/]+)(?::(.+))?")
 _POINTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")

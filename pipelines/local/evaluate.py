@@ -9,6 +9,8 @@ from pathlib import Path
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.evaluation.import_backbone import import_backbone
+from esvit_core.evaluation.imported_features import is_features_file
 from esvit_core.evaluation.side_by_side import Comparison, compare_subjects, read_subject
 from esvit_core.runs.run import MEASURED, Run, run_uri
 from esvit_core.runs.status import run_names
@@ -77,11 +79,10 @@ def _import_all(
     settings: Settings, config: Config, store: ObjectStore, named: Sequence[tuple[str, str]]
 ) -> dict[str, Run]:
     """Return the run of each backbone by the name that the user gave."""
-    from esvit_core.torch_private import import_timm_without_dynamo
+    if not all(is_features_file(model) for _, model in named):
+        from esvit_core.torch_private import import_timm_without_dynamo
 
-    import_timm_without_dynamo()
-    from esvit_core.evaluation.import_backbone import import_backbone
-
+        import_timm_without_dynamo()
     runs: dict[str, Run] = {}
     options: dict[str, str] = {}
     for option, model in named:

@@ -118,7 +118,7 @@ def test_the_weights_are_read_once(trained: Run, arguments: Any, monkeypatch: py
     def fail(*_: Any) -> None:
         raise AssertionError("the weights are read again")
 
-    monkeypatch.setattr("esvit_core.evaluation.import_backbone.load_backbone", fail)
+    monkeypatch.setattr("esvit_core.evaluation.imported_network.load_backbone", fail)
     assert import_backbone(trained.at("backbone"), **arguments, uri=run.uri).config == run.config
 
 
