@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from prepared_data import shards_of
 from esvit_core.data.shards.cache import default_cache, size_limit
 from esvit_core.data.shards.reader import ShardDataset
 from esvit_core.errors import UserError
-from esvit_core.storage import ObjectStore, StoreFull
+from esvit_core.storage import ObjectStore, StoreFull, parallel_transfer
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def _hold(dataset: ShardDataset, index: int, ready, over) -> None:
 def test_a_shard_that_another_process_has_open_stays(opened, tmp_path, monkeypatch):
     monkeypatch.setattr("esvit_core.data.shards.cache._IN_USE", 1)
     limit_to(monkeypatch, opened(), 1)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     ready, over = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(opened(), 0, ready, over))
     other.start()
@@ -93,6 +94,19 @@ def test_open_shards_stay_even_beyond_the_limit(opened, tmp_path, monkeypatch):
         for index in first_of_each_shard(dataset):
             dataset.image(index)
     assert counted.calls == len(dataset.shard_sizes)
+
+
+def test_a_folder_that_is_deleted_during_a_download_is_named(opened, tmp_path, monkeypatch):
+    dataset = opened()
+    write = parallel_transfer.write_at
+
+    def write_at(descriptor, data, offset):
+        shutil.rmtree(tmp_path / "cache")
+        write(descriptor, data, offset)
+
+    monkeypatch.setattr(parallel_transfer, "write_at", write_at)
+    with pytest.raises(UserError, match=r"/cache: the folder of the shard cache was deleted while in use; start again"):
+        dataset.image(0)
 
 
 class _Counted:

@@ -19,6 +19,7 @@ from esvit_core.errors import UserError
 from esvit_core.private_folders import private_folder
 from esvit_core.storage import IntegrityError, ObjectStore, StoreFull
 from esvit_core.storage.disk import free_bytes, read_at
+from esvit_core.storage.store_errors import PathError
 
 CACHE_VARIABLE = "ESVIT_CACHE_DIR"
 LIMIT_VARIABLE = "ESVIT_CACHE_GIB"
@@ -148,7 +149,9 @@ class ShardCache:
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
                 _record(lock, path)
                 yield path
-        except FileNotFoundError:
+        except (FileNotFoundError, PathError) as error:
+            if isinstance(error, PathError) and self._directory.exists():
+                raise  # the shard cannot be written for another reason
             raise UserError(
                 f"{self._directory}: the folder of the shard cache was deleted while in use; start again"
             ) from None
