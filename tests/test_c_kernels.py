@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Forked
 
 from esvit_core import kernels
 from esvit_core.kernels import build, compiled, fused_softmax, image_ops, window_attention
@@ -89,7 +90,7 @@ def test_kernels_are_compiled_once_and_again_when_damaged(counted: Path, tmp_pat
 @needs_compiler
 def test_concurrent_processes_compile_once(counted: Path) -> None:
     script = "from esvit_core import kernels; assert kernels._compile() is not None"
-    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    processes = [Forked(script) for _ in range(3)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     assert len(counted.read_text().splitlines()) == 1
 
