@@ -21,7 +21,7 @@ from esvit_core.evaluation.correspondence import Crop, Matches, Pair, region_cen
 from esvit_core.evaluation.masked_images import IGNORED, MaskedImage
 
 # Colors of classes, readable on light and dark pages.
-CLASS_COLORS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#a16207", "#ec4899", "#0ea5a4")
+CLASS_COLORS = ("#2f6fed", "#f97316", "#10b981", "#dc2626", "#9333ea", "#a16207", "#f472b6", "#22b8cf")
 # Mid-gray text has a contrast of at least 4 on white and on near-black.
 INK = "#7d8590"
 _CORRECT, _WRONG = "#1a9f4b", "#e0453c"
