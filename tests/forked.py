@@ -1,17 +1,35 @@
-"""Programs of tests in forks of the test's process, which has imported torch: other processes would take seconds to do so."""
+"""Programs of tests in forks of a server that has imported torch: a process of its own would take seconds to do so."""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, NoReturn
 
+import pytest
+
 TRAINING = "import runpy; runpy.run_module('esvit_core.training', run_name='__main__', alter_sys=True)"
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def _start_server() -> None:
+    """Start the server of this process. It has run no test, so that all programs begin alike."""
+    _context.set_forkserver_preload(["forked_imports"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server does not search sys.path (Python 3.11)
+        patch.setenv("OMP_NUM_THREADS", "1")  # OpenMP's threads do not survive a fork
+        forkserver.ensure_running()
 
 
 class Forked:
@@ -24,34 +42,28 @@ class Forked:
     """
 
     def __init__(self, program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        self.returncode: int | None = None
-        output, errors = os.pipe(), os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _run(program, arguments, environment, output[1], errors[1])
-        for pipe in (output, errors):
-            os.close(pipe[1])
-        self.stdout: IO[str] = os.fdopen(output[0], encoding="utf-8")
-        self.stderr: IO[str] = os.fdopen(errors[0], encoding="utf-8")
+        _start_server()
+        output, errors = _context.Pipe(duplex=False), _context.Pipe(duplex=False)
+        variables = dict(os.environ if environment is None else environment)
+        self._process = _context.Process(target=_run, args=(program, arguments, variables, output[1], errors[1]))
+        self._process.start()
+        self.stdout, self.stderr = (_text(pipe) for pipe in (output, errors))
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the process runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
+        """Return :attr:`returncode`."""
         return self.returncode
 
     def wait(self, timeout: float) -> int:
         """Wait for the end, and return the exit code."""
-        end = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            time.sleep(0.01)
-        return code
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self._process.pid), timeout)
+        return self.returncode
 
     def communicate(self, timeout: float = 60) -> tuple[str, str]:
         """Wait for the end, and return standard output and standard error, which have to fit into a pipe (64 KiB)."""
@@ -61,8 +73,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        if self.returncode is None and self._process.pid:
+            os.kill(self._process.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -73,24 +85,28 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def _text(pipe: tuple[Connection, Connection]) -> IO[str]:
+    """Close the end for writing, and return the one for reading as text."""
+    pipe[1].close()
+    with pipe[0]:
+        return os.fdopen(os.dup(pipe[0].fileno()), encoding="utf-8")
+
+
 def _run(
-    program: str, arguments: tuple[str, ...], environment: Mapping[str, str] | None, output: int, errors: int
+    program: str, arguments: tuple[str, ...], environment: Mapping[str, str], output: Connection, errors: Connection
 ) -> NoReturn:
     code = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(errors, 2)
-        os.closerange(3, 1024)  # pipes of other processes among them, which would not end otherwise
+        os.dup2(output.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+        output.close()
+        errors.close()
         sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
-        if environment is not None:
-            os.environ.clear()
-            os.environ.update(environment)
+        os.environ.clear()
+        os.environ.update(environment)
         sys.argv = ["program", *arguments]
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(1)  # OpenMP's threads do not survive a fork
         exec(compile(program, "program", "exec"), {"__name__": "__main__"})
         code = 0
     except SystemExit as stop:
