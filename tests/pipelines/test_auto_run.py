@@ -9,7 +9,13 @@ import pytest
 
 from esvit_core.config import Config
 
-SHORT = ["--set", "training.epochs=2"]
+SHORT = [
+    "training.epochs=2",
+    "training.processes=1",
+    "evaluation.linear.epochs=2",
+    "evaluation.correspondence_images=4",
+]
+SHORT = [word for setting in SHORT for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")

@@ -145,11 +145,14 @@ def _random_weights(folder: Path) -> str:
     return str(folder / "timm.pth")
 
 
-def test_a_missing_backbone_is_one_line(arguments: tuple[Path, list[str]], esvit: Esvit) -> None:
+def test_a_missing_backbone_is_one_line(
+    arguments: tuple[Path, list[str]], call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, command = arguments
-    done = esvit(*[word if word != "backbone" else "nobody" for word in command], cwd=folder)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: --model nobody: no such file, and no pointer")
+    monkeypatch.chdir(folder)
+    code, _, errors = call(*[word if word != "backbone" else "nobody" for word in command])
+    assert code == 2 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: --model nobody: no such file, and no pointer")
 
 
 @pytest.fixture
