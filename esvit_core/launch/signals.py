@@ -187,10 +187,21 @@ def restored_handlers(numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Ite
             signal.signal(number, handler)
 
 
-def outlive_signals(numbers: tuple[signal.Signals, ...] = TERMINAL_SIGNALS) -> None:
-    """Ignore the signals in this process but not in its children, which inherit ``SIG_IGN`` but no Python handler."""
+def outlive_signals(
+    numbers: tuple[signal.Signals, ...] = TERMINAL_SIGNALS, on_signal: Callable[[], object] = lambda: None
+) -> None:
+    """Ignore the signals in this process but not in its children, which inherit ``SIG_IGN`` but no Python handler.
+
+    Args:
+        numbers: the signals.
+        on_signal: called in the main thread when one arrives.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        on_signal()
+
     for number in numbers:
-        signal.signal(number, lambda number, frame: None)
+        signal.signal(number, handle)
 
 
 def exit_on_sigterm() -> None:

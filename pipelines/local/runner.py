@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit_core.launch.signals import outlive_signals
+from esvit_pipelines.local.step_client import STOPPED
 from esvit_pipelines.local.step_server import step_server
 
 if TYPE_CHECKING:
@@ -84,12 +85,14 @@ class Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    outlive_signals()  # the steps get the same signals, and this process ends after them
-    _stop_when_parent_ends()
     request = Request(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     work = Path(request.work)
     programs = work / "bin"
     programs.mkdir()
+    # The steps get the same signals, and this process ends after them. Between two steps, nobody else gets a signal.
+    stopped = programs / STOPPED
+    outlive_signals(on_signal=stopped.touch)
+    _stop_when_parent_ends(stopped)
     with step_server(programs, request.finished):
         outcome = run_steps(request)
     outcome.write(work)
@@ -148,8 +151,12 @@ def _define(request: Request, config: Config) -> tuple[Any, dict[str, str]]:
     return build_pretrain_pipeline(config), {"run_uri": request.run_uri}
 
 
-def _stop_when_parent_ends() -> None:
-    """End the steps when the command line ends, which holds the other end of this process's standard input."""
+def _stop_when_parent_ends(stopped: Path) -> None:
+    """End the steps when the command line ends, which holds the other end of this process's standard input.
+
+    Args:
+        stopped: file that is written first, so that no further step starts.
+    """
     pipe = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # for the steps, which read no input
@@ -158,6 +165,7 @@ def _stop_when_parent_ends() -> None:
     def watch() -> None:
         while os.read(pipe, 4096):
             pass
+        stopped.touch()
         os.killpg(os.getpgid(0), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="command line").start()

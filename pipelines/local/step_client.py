@@ -12,10 +12,13 @@ import socket
 import sys
 
 EXECUTOR = ["-m", "kfp.dsl.executor_main"]
+STOPPED = "stopped"  # file beside the socket: the run was asked to stop, and no step may start any more
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(address: str, python: str, *arguments: str) -> int:
+    if os.path.exists(os.path.join(os.path.dirname(address), STOPPED)):  # noqa: PTH110, PTH118, PTH120
+        return 1  # the signal came before this process, between two steps
     server = _connect(address) if list(arguments[:2]) == EXECUTOR else None
     if server is None or not _begin(server, list(arguments[2:])):
         os.execv(python, [python, *arguments])

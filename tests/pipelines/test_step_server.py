@@ -121,6 +121,35 @@ def test_a_step_ends_as_in_a_process_of_its_own(
     assert f"{client.folder} {server.pid}\n" not in alone[1]
 
 
+def test_no_step_starts_after_the_run_was_asked_to_stop(client: Client, server: subprocess.Popen[bytes]) -> None:
+    (client.folder / step_client.STOPPED).touch()
+    assert client.run("succeed") == (1, "")
+
+
+RUNNER = """
+import signal, sys
+from pathlib import Path
+from esvit_core.launch.signals import outlive_signals
+from esvit_pipelines.local import runner
+
+stopped = Path(sys.argv[1])
+outlive_signals(on_signal=lambda: print("signal", stopped.exists(), flush=True))
+runner._stop_when_parent_ends(stopped)
+print("waits", flush=True)
+signal.pause()
+"""
+
+
+def test_the_end_of_the_command_line_first_keeps_further_steps_from_starting(tmp_path: Path) -> None:
+    """Otherwise the step that starts after the signal to the running ones would not end, nor would those after it."""
+    command = [sys.executable, "-c", RUNNER, str(tmp_path / step_client.STOPPED)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout and process.stdout.readline() == "waits\n"
+    assert process.communicate(timeout=60)[0] == "signal True\n"  # which closes its standard input
+
+
 def test_a_server_that_cannot_import_is_not_needed(client: Client) -> None:
     with serving(client, "a_module_that_is_not_there"):
         code, output = client.run("succeed")
