@@ -43,7 +43,7 @@ from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
 from esvit_core.losses.strategy import select_strategy
 from esvit_core.models.multicrop import NetworkOutput
-from esvit_core.planning.fake_network import fake_crops, fake_network
+from esvit_core.planning.fake_network import crop_sizes, fake_crops, fake_network
 from esvit_core.runs.environment import TORCH_ENVIRONMENT
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed.processes import World
@@ -109,8 +109,7 @@ def config_of(options: argparse.Namespace) -> Config:
 
 def crops_of(config: Config, batch: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    return [torch.randn(batch, 3, k.size, k.size, generator=generator) for k in kinds for _ in range(k.number)]
+    return [torch.randn(batch, 3, size, size, generator=generator) for size in crop_sizes(config)]
 
 
 # The objective alone
@@ -118,9 +117,9 @@ def crops_of(config: Config, batch: int) -> list[torch.Tensor]:
 
 def outputs_of(config: Config, batch: int, device: torch.device, dtype: torch.dtype) -> list[NetworkOutput]:
     """Random outputs with as many regions as the network has; those of the student require gradients."""
-    generator, sizes = torch.Generator().manual_seed(0), [crop.shape[-1] for crop in crops_of(config, 1)]
+    generator = torch.Generator().manual_seed(0)
     with fake_network(config) as network:
-        counts = network(fake_crops(1, sizes)).regions_per_crop
+        counts = network(fake_crops(1, crop_sizes(config))).regions_per_crop
 
     def draw(rows: int, width: int) -> torch.Tensor:
         return (0.3 * torch.randn(rows, width, generator=generator)).to(device, dtype)
@@ -374,7 +373,8 @@ def report(options: argparse.Namespace) -> dict[str, float]:
         f"{describe(torch.device(options.device))}, {options.rounds} rounds, {options.clock} time",
         flush=True,
     )
-    (steps := in_turn(names, options)).table(options.batch)
+    steps = in_turn(names, options)
+    steps.table(options.batch)
     base, result = names[0], dict[str, float]()  # the other implementation, in float32 if that was measured
     other = base.split("-")[0]
     half = [name for name in names if name.startswith(other) and not name.endswith("float32")]

@@ -28,12 +28,12 @@ def load_network(location: str, store: ObjectStore) -> tuple[nn.Module, dict[str
         return _load_checkpoint(location, store)
     if kind == BACKBONE or Path(location).is_dir():
         network = load_backbone(location, store)
-        return network, network.backbone_config  # type: ignore[return-value]
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        imported = import_weights(location, folder, store)
-        for line in imported.messages:
-            print(line, flush=True)
-        network = load_backbone(imported.backbone)
+    else:
+        with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+            imported = import_weights(location, folder, store)
+            for line in imported.messages:
+                print(line, flush=True)
+            network = load_backbone(imported.backbone)
     return network, network.backbone_config  # type: ignore[return-value]
 
 

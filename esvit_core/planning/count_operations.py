@@ -25,7 +25,7 @@ from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.blockwise import LAZY_BLOCK_ROWS
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
-from esvit_core.planning.fake_network import fake_crops, fake_network, naming_refused_sizes
+from esvit_core.planning.fake_network import crop_sizes, fake_crops, fake_network, naming_refused_sizes
 
 # In float32: the student, its gradient, the optimizer's averages (AdamW: two), the teacher.
 BYTES_A_PARAMETER = {"adamw": 20, "sgd": 16, "lars": 16}
@@ -91,14 +91,9 @@ def count_memory(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         return _memory(student, config, dtype, device_type)
 
 
-def _crop_sizes(config: Config) -> list[int]:
-    kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    return [kind.size for kind in kinds for _ in range(kind.number)]
-
-
 def _flops(student: MultiCropNetwork, config: Config) -> float:
     """FLOPs per image of forward and backward pass, of the teacher, and of the products with the prototypes."""
-    sizes = _crop_sizes(config)
+    sizes = crop_sizes(config)
     student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
     output, forward = _count(lambda: student(fake_crops(2, sizes)))
     teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
@@ -110,7 +105,7 @@ def _flops(student: MultiCropNetwork, config: Config) -> float:
 
 
 def _memory(student: MultiCropNetwork, config: Config, dtype: torch.dtype, device_type: str) -> Memory:
-    sizes = _crop_sizes(config)
+    sizes = crop_sizes(config)
     student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
     student.backbone.set_grad_checkpointing(config.launch.activation_checkpointing)
     halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0

@@ -45,7 +45,7 @@ block()
 """
 
 ENTER = """
-import ctypes, os, sys
+import ctypes, sys
 
 with open(f"/proc/{sys.argv[1]}/ns/net") as namespace:
     assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
