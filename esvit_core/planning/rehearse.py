@@ -22,16 +22,12 @@ import torch
 from PIL import Image
 
 from esvit_core.config import Config
-from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.data.shards.reader import decode_image
 from esvit_core.errors import UserError
 from esvit_core.launch.launcher import divide_cores
 from esvit_core.launch.signals import RENDEZVOUS_VARIABLE
 from esvit_core.runs.environment import TORCH_ENVIRONMENT, device_memory
-from esvit_core.training.allocator import keep_freed_memory
-from esvit_core.training.distributed.processes import init_world
-from esvit_core.training.loop import training_step
-from esvit_core.training.state import apply_activation_checkpointing_, assemble_train_state, make_deterministic
+from esvit_core.torch_private import import_timm_without_dynamo
 
 WARM_UP = 2
 MAX_FLOPS = 6e11  # per step, and over all steps of a size where they are small: a few seconds on a core
@@ -147,6 +143,13 @@ class Noise:
 
 def main(recipe: str, steps: str, *sizes: str) -> None:
     """Run the steps of one process; print step time and peak memory for each number of images as JSON."""
+    import_timm_without_dynamo()
+    from esvit_core.data.loading.loader import TrainLoader
+    from esvit_core.training.allocator import keep_freed_memory
+    from esvit_core.training.distributed.processes import init_world
+    from esvit_core.training.loop import training_step
+    from esvit_core.training.state import apply_activation_checkpointing_, assemble_train_state, make_deterministic
+
     config = Config.from_yaml(Path(recipe).read_text(encoding="utf-8"))
     keep_freed_memory()
     if config.training.deterministic:

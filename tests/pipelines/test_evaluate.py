@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from PIL import Image
 
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore
+from esvit_core.storage.embedded import EmbeddedStore
 from esvit_pipelines.local.evaluate import backbone_address
 
 Esvit = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def arguments(finished_run: Any, images: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with the backbone of the finished run and other images, and the command that evaluates it there."""
+def arguments(
+    finished_run: Any, images: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with the backbone of the finished run and other images, and the command that evaluates it there.
+
+    Its store runs all the time, so that no command has to start it.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
     shutil.copytree(finished_run.here / "backbone", folder / "backbone")
     shutil.copy2(finished_run.folder / "micro.yaml", folder / "micro.yaml")
@@ -31,7 +38,10 @@ def arguments(finished_run: Any, images: Any, tmp_path_factory: pytest.TempPathF
     command = ["evaluate", "--model", "backbone", "--data", "images", "--recipe", "micro.yaml", "--out", "out"]
     # Of one block, as features in a file are: then they are compared with the same results.
     settings = ("retrieval=true", "few_shot=[2]", f"segmentation={folder / 'shapes'}", "linear.last_blocks=1")
-    return folder, [*command, *(word for setting in settings for word in ("--set", f"evaluation.{setting}"))]
+    server = EmbeddedStore(folder / "out" / "store")
+    server.start()
+    yield folder, [*command, *(word for setting in settings for word in ("--set", f"evaluation.{setting}"))]
+    server.stop()
 
 
 def _images_with_masks(folder: Path) -> None:
@@ -81,48 +91,60 @@ def test_nothing_is_trained_or_promoted(evaluated: str) -> None:
     assert "promoted" not in evaluated and "Use it:" not in evaluated
 
 
-def test_the_same_command_finds_the_results(evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit) -> None:
-    folder, command = arguments
-    again = esvit(*command, cwd=folder)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert len(list(folder.glob("out/evaluate-micro-*"))) == 1
-    results = evaluated.rpartition("measure ")[2].partition("finished in")[0]
-    assert "5-NN" in results and results in again.stdout
+@dataclass(frozen=True)
+class Compared:
+    """The results of comparing features of the backbone with the backbone itself, found again, and with another network.
+
+    Args:
+        folder: the working directory.
+        other: the other network.
+        output: what the command printed.
+        differences: of the comparison's page.
+    """
+
+    folder: Path
+    other: str
+    output: str
+    differences: list[dict[str, Any]]
 
 
-def test_two_backbones_are_compared_on_the_same_images(
-    evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit
-) -> None:
-    folder, command = arguments
-    baseline = f"timm:test_resnet.r160_in1k:{_random_weights(folder)}"
-    done = esvit(*command, "--baseline", baseline, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"backbone is better than {baseline} on" in done.stdout
-    (page,) = folder.glob("out/comparison-*/comparison.html")
-    pairs = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["differences"]
-    assert {pair["figure"] for pair in pairs} >= {"knn/5", "linear"}
-    assert all("interval" in pair for pair in pairs if pair["figure"].startswith("knn/") or pair["figure"] == "linear")
-    names = sorted(path.parent.name for path in folder.glob("out/evaluate-*/report.html"))
-    compared = esvit("compare", *names, "--out", "out", cwd=folder)
-    assert compared.returncode == 0 and "compared with" in compared.stdout
-    alone = esvit("compare", names[0], "--out", "out", cwd=folder)
-    assert alone.returncode == 2 and "it cannot be compared with itself" in alone.stderr
-
-
-def test_the_features_of_a_backbone_are_as_good_as_the_backbone(
-    evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit
-) -> None:
+@pytest.fixture(scope="module")
+def compared(evaluated: str, arguments: tuple[Path, list[str]], esvit: Esvit) -> Compared:
     folder, command = arguments
     embedded = esvit("embed", "--model", "backbone", "--data", "images", "--out", "features.parquet", cwd=folder)
     assert embedded.returncode == 0, embedded.stdout + embedded.stderr
+    other = f"timm:test_resnet.r160_in1k:{_random_weights(folder)}"
     command = [word if word != "backbone" else "features.parquet" for word in command]
-    done = esvit(*command, "--baseline", "backbone", cwd=folder)
+    done = esvit(*command, "--baseline", "backbone", "--baseline", other, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    (page,) = (p for p in folder.glob("out/comparison-*/comparison.json") if "features.parquet" in p.read_text())
-    pairs = {pair["figure"]: pair for pair in json.loads(page.read_text(encoding="utf-8"))["differences"]}
+    (page,) = folder.glob("out/comparison-*/comparison.html")
+    differences = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["differences"]
+    return Compared(folder, other, done.stdout, differences)
+
+
+def test_a_repeated_evaluation_finds_the_results(evaluated: str, compared: Compared) -> None:
+    assert len(list(compared.folder.glob("out/evaluate-micro-*"))) == 1
+    results = evaluated.rpartition("measure ")[2].partition("finished in")[0]
+    assert "5-NN" in results and results in compared.output
+
+
+def test_several_are_compared_on_the_same_images(compared: Compared, esvit: Esvit) -> None:
+    assert f"features.parquet is better than {compared.other} on" in compared.output
+    pairs = [pair for pair in compared.differences if pair["reference"] == compared.other]
+    assert {pair["figure"] for pair in pairs} >= {"knn/5", "linear"}
+    assert all("interval" in pair for pair in pairs if pair["figure"].startswith("knn/") or pair["figure"] == "linear")
+    names = sorted(path.parent.name for path in compared.folder.glob("out/evaluate-*/report.html"))
+    again = esvit("compare", *names, "--out", "out", cwd=compared.folder)
+    assert again.returncode == 0 and "compared with" in again.stdout
+    alone = esvit("compare", names[0], "--out", "out", cwd=compared.folder)
+    assert alone.returncode == 2 and "it cannot be compared with itself" in alone.stderr
+
+
+def test_the_features_of_a_backbone_are_as_good_as_the_backbone(compared: Compared) -> None:
+    pairs = {pair["figure"]: pair for pair in compared.differences if pair["reference"] == "backbone"}
     assert {"knn/5", "linear", "retrieval/map", "few-shot/2"} <= pairs.keys()
     assert {pair["points"] for pair in pairs.values()} == {0.0}
-    (report,) = folder.glob("out/evaluate-features-*/report.html")
+    (report,) = compared.folder.glob("out/evaluate-features-*/report.html")
     text = report.read_text(encoding="utf-8")
     assert "this needs the network" in text and "Features of a file, without a baseline" in text
     assert "Nearest neighbors" in text and "Feature map" in text and "load_backbone" not in text

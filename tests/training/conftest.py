@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -15,13 +16,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked import Forked
+from forked import TRAINING, Forked
 from PIL import Image
 
 from esvit_core.config import Config, DataConfig
 from esvit_core.data.ingest.prepare import prepare
 from esvit_core.data.loading.loader import TrainLoader
-from esvit_core.launch.signals import StopRequest
+from esvit_core.launch.signals import RENDEZVOUS_VARIABLE, StopRequest
 from esvit_core.storage import ObjectStore
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.state import TrainState, assemble_train_state
@@ -117,6 +118,23 @@ class MicroRun:
         )
         self.launched.append(process)
         return process
+
+    def train(self, folder: Path) -> list[str]:
+        """Train in as many processes as the run has, without a launcher, and return what each printed.
+
+        Args:
+            folder: an empty folder, in which the processes meet.
+        """
+        processes = self.config.training.processes
+        assert isinstance(processes, int)
+        environment = os.environ | {"WORLD_SIZE": str(processes), RENDEZVOUS_VARIABLE: str(folder)}
+        workers = [
+            Forked(TRAINING, "--run", self.uri, environment=environment | {"RANK": str(rank)})
+            for rank in range(processes)
+        ]
+        printed = [worker.communicate(timeout=240) for worker in workers]
+        assert [worker.returncode for worker in workers] == [0] * processes, printed
+        return [output for output, _ in printed]
 
     def processes(self, text: str = "") -> list[psutil.Process]:
         """Return the live agent and training processes of this run that have ``text`` in their command line."""

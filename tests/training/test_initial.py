@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from forked import TRAINING, Forked
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
@@ -113,13 +111,7 @@ def test_two_processes_start_from_the_same_as_one(micro_run, source, tmp_path):
             model={"drop_path": 0.0},
             training={"precision": "float32", "log_steps": 1, "processes": processes},
         )
-        together = {"WORLD_SIZE": str(processes), "ESVIT_RENDEZVOUS_DIR": str(tmp_path)}
-        workers = [
-            Forked(TRAINING, "--run", new.uri, environment=os.environ | together | {"RANK": str(rank)})
-            for rank in range(processes)
-        ]
-        messages = [process.communicate(timeout=240)[0] for process in workers]
-        assert [process.returncode for process in workers] == [0] * processes
+        messages = new.train(tmp_path)
         assert [message.count(f"starting from {run.uri}") for message in messages] == [1, 0][:processes]
         log = read_log(new.store, new.uri)
         assert [line["step"] for line in log] == list(range(7, 13))  # from where the source was

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
 import signal
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,22 @@ from esvit_core.storage.upload_queue import pending_folder
 LONG = {"epochs": 40, "processes": 2}
 
 
-@pytest.mark.timeout(900)  # seconds where the machine is free; three launches
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """Two cores for this process and its children, so that the launcher gives one thread to each of two processes."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.timeout(900)  # seconds where the machine is free; two launches
 def test_resume_continues_bitwise_elsewhere_and_past_a_damaged_checkpoint(
-    micro_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro_run: Callable[..., Any], two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"epochs": 15, "processes": 2}
     undisturbed = micro_run("undisturbed", training=settings)
-    launch_training(undisturbed.uri, undisturbed.config)
+    undisturbed.train(tmp_path)
 
     killed = micro_run("killed", training=settings)
     launcher = killed.launch()
