@@ -13,7 +13,7 @@ from esvit_core.runs.run import run_id
 from esvit_core.storage.embedded import EmbeddedStore
 
 SHORT = [
-    "training.epochs=2",
+    "training.epochs=1",
     "training.processes=1",
     "evaluation.linear.epochs=2",
     "evaluation.correspondence_images=4",
@@ -39,7 +39,7 @@ def test_a_run_without_a_recipe_explains_itself_and_is_found_again(folder: Path,
     assert explained.stdout in first.stdout
     (here,) = (folder / "esvit-runs").glob("auto-*")
     config = Config.load(here / "config.yaml")
-    assert (config.recipe, config.training.epochs) == ("auto", 2)
+    assert (config.recipe, config.training.epochs) == ("auto", 1)
     assert "verdict" in first.stdout and "esvit_core.load_backbone" in first.stdout
     report = (here / "report.html").read_text(encoding="utf-8")
     assert "chosen by the recipe auto" in report and "half of the images have a shorter side" in report

@@ -87,7 +87,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, micro_recipe: Path, im
     arguments = [
         "run",
         *("--data", "python3 images", "--recipe", str(micro_recipe), "--out", "out", "--bucket", "mine"),
-        *("--set", "recipe=My own/One", "--set", "training.epochs=25", "--set", "training.checkpoint_steps=100000"),
+        *("--set", "recipe=My own/One", "--set", "training.epochs=16", "--set", "training.checkpoint_steps=100000"),
     ]
     with started(folder, *arguments) as (process, lines):
         read_until(process, lines, r"^\[\d+/\d+\] pretrain")
