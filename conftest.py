@@ -108,11 +108,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _expected_length(item: pytest.Item) -> int:
-    """Rank of an item's file, the longest first: finished run, other runs, trainings and exports, long single ones."""
+    """Rank of an item's file: finished run, other runs, trainings and exports, long single ones, all others.
+
+    Tests of the store wait more than they compute; they begin early, beside those that keep the processors busy.
+    """
     folder = item.path.parent.relative_to(item.config.rootpath).as_posix()
     if _uses_finished_run(item.path):
         return 0
-    return {"tests/pipelines": 1, "tests/training": 2, "tests/formats": 2, "tests": 3}.get(folder, 4)
+    return {"tests/storage": 1, "tests/pipelines": 1, "tests/training": 2, "tests/formats": 2, "tests": 3}.get(
+        folder, 4
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
