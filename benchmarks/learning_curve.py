@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[500, 2_000, 10_000, 50_000])
     parser.add_argument("--samples", type=int, nargs="+", default=[50_000, 200_000], help="images times epochs")
     parser.add_argument("--init", default="", metavar="SOURCE", help="weights to start from; default: random weights")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="settings of all runs")
     parser.add_argument("--start", default="random weights", help="what the plot calls this start")
     parser.add_argument("--plot", type=Path, help="file to which the points are plotted")
     arguments = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
             for images in arguments.images:
                 wanted = {"images": images, "samples": samples, "start": arguments.start}
                 if images <= samples and not any(wanted.items() <= point.items() for point in points):
-                    points.append(wanted | measure(arguments.directory, wanted, arguments.init, arguments.work))
+                    points.append(wanted | measure(arguments.directory, wanted, arguments))
                     with arguments.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(points[-1]) + "\n")
     if arguments.plot:
@@ -62,12 +63,14 @@ def main() -> None:
     print(json.dumps(points))
 
 
-def measure(directory: Path, wanted: Point, init: str, work: Path) -> Point:
+def measure(directory: Path, wanted: Point, arguments: argparse.Namespace) -> Point:
     """Run one point, or find its run, and return its figures."""
+    init, work = arguments.init, arguments.work
     work.mkdir(parents=True, exist_ok=True)
     data = subset(directory, work / f"{wanted['images']}.tar", wanted["images"] // CLASSES)
     epochs = wanted["samples"] // wanted["images"]
-    command = ["run", "--data", str(data), "--out", str(work), "--set", f"training.epochs={epochs}"]
+    command = ["run", "--data", str(data), "--out", str(work)]
+    command += [word for setting in (f"training.epochs={epochs}", *arguments.set) for word in ("--set", setting)]
     command += ["--init", init] if init else []
     output = []
     with subprocess.Popen(

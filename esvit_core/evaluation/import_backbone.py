@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from esvit_core.config import Config, InitConfig
 from esvit_core.data.ingest.sources import source_fingerprint
+from esvit_core.errors import UserError
 from esvit_core.evaluation.import_features import import_features
 from esvit_core.evaluation.imported_features import is_features_file
 from esvit_core.runs.run import MEASURED, Run, run_id, run_uri, start_run
@@ -54,17 +56,14 @@ def import_backbone(
     if is_features_file(backbone):
         return import_features(backbone, source, config, uri, store, setting)
     location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
-    if uri and (description := _imported(uri, location, sha256, store)) is not None:
-        return start_run(_configuration(config, description), source, uri, store)
+    if run := _find(location, sha256, source, config, uri, store):
+        return run
     from esvit_core.evaluation.imported_network import initial_network, load_network  # imports torch
     from esvit_core.weights.backbone import save_backbone
 
     network, description = load_network(location, store)
     config = _configuration(config, description)
-    if not uri:
-        prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
-        name = run_id(config, f"{source_fingerprint(source)}\nbackbone {sha256 or location}", prints)
-        uri = run_uri(config.bucket, name)
+    uri = uri or _address(location, sha256, source, config)
     run = start_run(config, source, uri, store)
     origin = {key: description[key] for key in _ORIGIN_KEYS if key in description}
     save_backbone(store, run.at("backbone"), network, run.config, origin)
@@ -72,6 +71,49 @@ def import_backbone(
     record = {"backbone": location, "sha256": sha256, **origin}
     store.put_if_absent(run.at(MEASURED), (json.dumps(record, indent=1) + "\n").encode())
     return run
+
+
+def find_imported(
+    backbone: str, source: str, config: Config, store: ObjectStore, *, setting: str = "backbone"
+) -> Run | None:
+    """Return the run that :func:`import_backbone` has started with the same arguments, without importing torch.
+
+    None if there is none, or if only the weights tell the architecture: only a published backbone has a description.
+
+    Raises:
+        UserError: there is no such backbone.
+    """
+    if is_features_file(backbone):
+        return None
+    location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
+    return _find(location, sha256, source, config, "", store)
+
+
+def _find(location: str, sha256: str | None, source: str, config: Config, uri: str, store: ObjectStore) -> Run | None:
+    if not uri:
+        try:
+            described = _configuration(config, _description(location, store))
+        except (NotFound, OSError, ValueError, KeyError, TypeError, UserError):
+            return None  # not a published backbone, or a damaged one: loading it says what is wrong
+        uri = _address(location, sha256, source, described)
+    description = _imported(uri, location, sha256, store)
+    return None if description is None else start_run(_configuration(config, description), source, uri, store)
+
+
+def _description(location: str, store: ObjectStore) -> dict[str, Any]:
+    """Return the content of the ``backbone.json`` of a published backbone."""
+    if location.startswith("s3://"):
+        return store.get_json(join_uri(location, DESCRIPTION))
+    found: dict[str, Any] = json.loads((Path(location) / DESCRIPTION).read_text(encoding="utf-8"))
+    return found
+
+
+def _address(location: str, sha256: str | None, source: str, config: Config) -> str:
+    """Return the address of the run that evaluates a backbone with this configuration."""
+    prints = {s.name: source_fingerprint(s.source) for s in config.evaluation.transfer}
+    return run_uri(
+        config.bucket, run_id(config, f"{source_fingerprint(source)}\nbackbone {sha256 or location}", prints)
+    )
 
 
 def _imported(uri: str, location: str, sha256: str | None, store: ObjectStore) -> dict[str, Any] | None:
