@@ -21,6 +21,8 @@ POWER = 0.8
 RESAMPLES = 10_000
 #: With fewer images on which the models differ, the exact test cannot fall below 5 % (2 / 2**5 = 6 %).
 FEWEST_DISCORDANT = 6
+#: A difference that this many times the images would not show is too small to collect more images for.
+FUTILE = 100
 _SEED = 0
 # Added to each cell of the table of outcomes before it is resampled. Without it, intervals from few discordant pairs are
 # too narrow, and without any they have no width.
@@ -151,6 +153,8 @@ def too_few(difference: Difference) -> str:
             return f"{few}; about {needed:,} images would show a difference of this size"
         least = math.ceil(difference.images * FEWEST_DISCORDANT / differing) if differing else 0
         return few + (f", as on {least:,} images at this rate" if least else "")
+    if needed > FUTILE * difference.images:
+        return f"{images} to show a difference this small; {FUTILE * difference.images:,} would be, too"
     return f"{images} to show a difference of this size; about {needed:,} would" if needed else ""
 
 

@@ -66,6 +66,7 @@ def test_too_few_discordant_images_show_nothing():
         ),
         (0, 0, 22, "22 images are too few to show anything: the two differ on 0, and must differ on at least 6"),
         (20, 20, 400, ""),
+        (101, 100, 800, "800 images are too few to show a difference this small; 80,000 would be, too"),
     ],
 )
 def test_equal_figures_of_few_images_are_no_evidence(first, second, images, text):
