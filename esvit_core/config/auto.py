@@ -93,7 +93,7 @@ def require_enough(images: int, source: str) -> None:
     """
     if images < MIN_IMAGES:
         raise UserError(
-            f"{source}: {images} images; a training needs at least {MIN_IMAGES}; add images, or use a backbone that is "
+            f"{source}: {count(images, 'image')}; a training needs at least {MIN_IMAGES}; add images, or use a backbone that is "
             "trained already (`esvit import`, `esvit embed`)"
         )
 

@@ -352,7 +352,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except _UsageError as error:
-        print(f"error: {' '.join(error.format_message().split()).rstrip('.')}; see `esvit --help`", file=sys.stderr)
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {message}; see `{_command_of(error)} --help`", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -361,3 +362,12 @@ def main() -> None:
         redirect_to_null(sys.stdout)
         code = 1
     sys.exit(code)
+
+
+def _command_of(error: Any) -> str:
+    """Return the command whose arguments are wrong, such as ``esvit run``."""
+    words, context = [], error.ctx
+    while context is not None and context.parent is not None:
+        words.append(context.info_name or "")
+        context = context.parent
+    return " ".join(["esvit", *reversed(words)])

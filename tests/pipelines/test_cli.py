@@ -42,6 +42,19 @@ def test_help_explains_itself(call: Call, command: list[str]) -> None:
     assert code == 0 and "Usage: " in printed
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["run", "--data", "images", "--hours", "-1"], "esvit run"),
+        (["schedule", "create"], "esvit schedule create"),
+        (["no-such-command"], "esvit"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_names_the_help(call: Call, words: list[str], command: str) -> None:
+    code, _, errors = call(*words)
+    assert code == 2 and errors.startswith("error: ") and errors.endswith(f"; see `{command} --help`\n")
+
+
 def test_help_imports_neither_torch_nor_kfp() -> None:
     code = (
         "import sys; sys.argv = ['esvit', '--help']\n"
