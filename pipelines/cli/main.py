@@ -355,7 +355,9 @@ def main() -> None:
         message = " ".join(error.format_message().split()).rstrip(".")
         print(f"error: {message}; see `{_command_of(error)} --help`", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # which click takes for Ctrl-D at a prompt; there is none here
+            raise error.__cause__ from None
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -193,11 +194,34 @@ def test_names_that_are_not_utf_8_stay_different(tmp_path, kind):
     assert {bytes_of_name(name): content for name, content in found.items()} == {name: name for name in names}
 
 
-@given(st.lists(st.one_of(st.binary(), st.sampled_from([b"%E4", b"%25E4", b"\xe4", b"%", b"%E4%B8%AD", b"\xe4%E4"]))))
-def test_the_escape_of_names_is_reversible(parts):
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(),
+            st.sampled_from(
+                [b"%E4", b"%25E4", b"\xe4", b"%", b"%E4%B8%AD", b"\xe4%E4", b"\n", b"%0A", "\u202eä".encode()]
+            ),
+        )
+    )
+)
+def test_the_escape_of_names_is_reversible_and_can_be_printed(parts):
     raw = b"".join(parts)
     name = name_of_bytes(raw)
     assert bytes_of_name(name) == raw and name.encode().decode() == name
+    assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") or c == "\u202e" for c in name)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "folder"])
+def test_names_that_would_end_a_line_or_steer_the_terminal_are_escaped(tmp_path, kind):
+    files = {"a\nb/ü\x1b[2J.png": b"1", "a\nb/%0A.png": b"2"}
+    if kind == "folder":
+        path = tmp_path / "folder"
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    else:
+        path = {"tar": tar_of, "zip": zip_of}[kind](tmp_path / f"a.{kind}", [*files.items()])
+    assert contents(path) == {"a%0Ab/ü%1B[2J.png": b"1", "a%0Ab/%250A.png": b"2"}
 
 
 @pytest.mark.parametrize("name", ["a%20b.png", "100%.png", "%E4%B8%AD.png", "grün.png"])
@@ -282,6 +306,13 @@ def test_a_truncated_archive_is_an_error(tmp_path, kind, share):
     size = int(path.stat().st_size * share) if kind != "tar" else int(9 * (512 + 3072) * share)
     os.truncate(path, size)
     with pytest.raises(UserError, match=r"a\.\S+: damaged archive"), open_source(str(path)):
+        pass
+
+
+@pytest.mark.parametrize("start", [b"\x1f\x8b\x08\0", b"BZh9", b"\xfd7zXZ\0"])
+def test_a_few_bytes_that_begin_like_a_compressed_archive_are_an_error(tmp_path, start):
+    (tmp_path / "a.tar.gz").write_bytes(start + b"garbage")
+    with pytest.raises(UserError, match=r"a\.tar\.gz: damaged archive"), open_source(str(tmp_path / "a.tar.gz")):
         pass
 
 

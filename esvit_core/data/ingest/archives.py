@@ -207,8 +207,9 @@ class ZipSource:
 
 def archive_type(path: Path) -> Literal["tar", "zip"] | None:
     """Return the type of an archive from its content; None if the file is not an archive."""
-    if tarfile.is_tarfile(path):
-        return "tar"
+    with contextlib.suppress(EOFError):  # of a few bytes that begin like a compressed file
+        if tarfile.is_tarfile(path):
+            return "tar"
     if zipfile.is_zipfile(path):
         return "zip"
     # The name decides about a damaged archive, so that it is reported as damaged.

@@ -1,7 +1,8 @@
-"""Names of files as text: a reversible escape of names that are not UTF-8, and the encoding of names in a zip."""
+"""Names of files as text: a reversible escape of names that are not UTF-8 or not printable, and the encoding of names in a zip."""
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -15,14 +16,19 @@ _DETECTED_NAMES = 1000  # names that the encoding is detected from
 _WINDOWS = (0, 10, 14)  # FAT, NTFS, VFAT: the systems that write a backslash between folders
 _UTF8_FLAG = 0x800
 _LAST_LATIN = "\u024f"
+# Control characters, separators of lines, and those that reverse the direction of the text after them.
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
+_ESCAPED_IN_TEXT = re.compile(f"%|{_CONTROL.pattern}")
+_PLAIN_BYTES = frozenset(range(0x20, 0x7F)) - {0x25}
 _UNICODE_PATH = 0x7075  # extra field of Info-ZIP: the name in UTF-8
 
 
 def name_of_bytes(raw: bytes) -> str:
-    """Return a path as text. A part that is not UTF-8 has ``%XX`` for each byte that is not ASCII, and for each ``%``.
+    """Return a path as text that can be printed.
 
-    :func:`bytes_of_name` is the inverse, so different names stay different. A part in UTF-8 that looks like the result of the
-    escape has its ``%`` escaped too.
+    A part that is not UTF-8 has ``%XX`` for each byte that is not ASCII, and for each ``%``. A part with control characters,
+    which could end a line or steer a terminal, has it for these and for each ``%``. :func:`bytes_of_name` is the inverse, so
+    different names stay different. A part that looks like the result of the escape has its ``%`` escaped too.
     """
     return "/".join(_part_of_bytes(part) for part in raw.split(b"/"))
 
@@ -34,7 +40,7 @@ def bytes_of_name(name: str) -> bytes:
 
 def name_of_text(name: str) -> str:
     """Return a name in which Python has replaced invalid bytes by surrogates as :func:`name_of_bytes` does."""
-    if name.isascii() and "%" not in name:
+    if name.isascii() and name.isprintable() and "%" not in name:
         return name
     try:
         raw = name.encode("utf-8", "surrogateescape")
@@ -102,12 +108,14 @@ def _part_of_bytes(raw: bytes) -> str:
     try:
         part = raw.decode()
     except UnicodeDecodeError:
-        return "".join(chr(byte) if byte < 0x80 and byte != 0x25 else f"%{byte:02X}" for byte in raw)
+        return "".join(chr(byte) if byte in _PLAIN_BYTES else f"%{byte:02X}" for byte in raw)
+    if _CONTROL.search(part):
+        return _ESCAPED_IN_TEXT.sub(lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), part)
     return part.replace("%", "%25") if _is_escaped(part) else part
 
 
 def _is_escaped(name: str) -> bool:
-    """Return whether undoing the escape of a name, once or several times, leads to bytes that are not UTF-8."""
+    """Return whether undoing the escape of a name, once or several times, leads to bytes that are escaped."""
     while "%" in name:
         raw = unquote_to_bytes(name)
         try:
@@ -116,6 +124,8 @@ def _is_escaped(name: str) -> bool:
             return True
         if text == name:
             return False
+        if _CONTROL.search(text):
+            return True
         name = text
     return False
 

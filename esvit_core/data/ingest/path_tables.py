@@ -87,7 +87,9 @@ class PathTable:
         columns = [
             f"{kind} from the column {header[c]}" for kind, c in (("labels", label), ("splits", split)) if c is not None
         ]
-        self.notes = [f"a table of {count:,} images" + (f", {', '.join(columns)}" if columns else "")]
+        self.notes = [
+            f"a table of {count:,} image{'' if count == 1 else 's'}" + (f", {', '.join(columns)}" if columns else "")
+        ]
 
     def read(self, entry: Entry) -> bytes:
         return self._source(entry).read(entry)
