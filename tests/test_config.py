@@ -264,3 +264,15 @@ def test_diagnostics_need_a_line_of_the_log_and_bounds_in_their_order() -> None:
         Config.load("demo", ["diagnostics.kl_warn=0.001"])
     with pytest.raises(UserError, match=r"unknown key 'diagnostics\.entropy_wran', did you mean"):
         Config.load("demo", ["diagnostics.entropy_wran=1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.processes=0", "training.processes: input should be greater than 0 or 'auto', got 0"),
+        (f"training.epochs={'x' * 500}", "training.epochs: .* got 'x{50,110}\\.\\.\\.$"),
+    ],
+)
+def test_a_wrong_value_is_one_short_message(change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config.load("demo", [change])

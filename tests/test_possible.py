@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from esvit_core.config import Config
 from esvit_core.config.recipes import preset_names
 from esvit_core.errors import UserError
+from esvit_core.models.factory import create_backbone
 from esvit_core.planning.feasibility import require_metric, require_possible
+from esvit_core.weights.backbone import describe_backbone, write_backbone
 
 IMPOSSIBLE = {
     "training.processes=0": r"training\.processes",
@@ -64,3 +67,25 @@ def test_the_first_step_refuses_it_and_writes_nothing(
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: prepare data: ")
     assert list(store_env.list(f"s3://{store_env.bucket}")) == []
+
+
+def test_initial_weights_that_cannot_be_read_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "garbage.pth").write_bytes(b"garbage")
+    torch.save({"layers.0.blocks.0.norm1.weight": torch.zeros(5)}, tmp_path / "other.pth")
+    for source, message in (
+        (tmp_path / "garbage.pth", "not a file of torch.save"),
+        (tmp_path / "other.pth", "do not fit"),
+        ("timm:no-such-network", "timm has no such network"),
+    ):
+        with pytest.raises(UserError, match=message):
+            require_possible(Config.load("demo", [f"init.source={source}"]))
+
+
+def test_initial_weights_that_fit_or_are_elsewhere_are_possible(tmp_path: Path) -> None:
+    config = Config.load("demo")
+    network = create_backbone(config.model, config.augment.global_crops.size, drop_path=0.0)
+    write_backbone(tmp_path / "backbone", network, describe_backbone(network, config))
+    for source in (tmp_path / "backbone", "timm:resnet18", "s3://bucket/runs/a"):
+        require_possible(Config.load("demo", [f"init.source={source}"]))
+    with pytest.raises(UserError, match=r"it has no heads; set init\.load=backbone"):
+        require_possible(Config.load("demo", [f"init.source={tmp_path / 'backbone'}", "init.load=heads"]))

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from esvit_core.errors import UserError
 
+_LONGEST_VALUE = 100  # characters of a wrong value in a message
+
 
 def preset_names() -> list[str]:
     """List the names of the recipes that ship with the library."""
@@ -122,15 +124,25 @@ def override(values: dict[str, Any], item: str, known: list[str], origin: str = 
 
 def explain(error: ValidationError, known: list[str]) -> str:
     """Explain validation errors in one line, with the nearest of the ``known`` keys for each unknown key."""
-    lines = []
+    unknown, wrong = [], dict[str, tuple[list[str], Any]]()
     for item in error.errors():
-        key = ".".join(part for part in map(str, item["loc"]) if part[0] != "[")  # [..]: tag of a discriminated union
+        parts = [str(part) for part in item["loc"] if str(part)[0] != "["]  # [..]: tag of a discriminated union
+        key = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{_nearest(key, known)}")
-        else:
-            given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
-            lines.append(f"{key or 'the whole'}: {item['msg'][0].lower()}{item['msg'][1:]}{given}")
-    return "; ".join(lines)
+            unknown.append(f"unknown key {key!r}{_nearest(key, known)}")
+            continue
+        if key not in known and ".".join(parts[:-1]) in known:
+            key = ".".join(parts[:-1])  # the last part names one of several types that the value may have
+        wrong.setdefault(key, ([], item["input"]))[0].append(f"{item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join([*unknown, *(_wrong_value(key, *rest) for key, rest in wrong.items())])
+
+
+def _wrong_value(key: str, messages: list[str], given: Any) -> str:
+    others = (message.removeprefix("input should be ") for message in messages[1:])
+    expected = " or ".join([messages[0], *others])
+    text = "" if isinstance(given, dict) else f", got {given!r}"
+    shortened = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return f"{key or 'the whole'}: {expected}{shortened}"
 
 
 def _presets() -> Any:

@@ -11,7 +11,7 @@ from esvit_core.errors import UserError
 def require_possible(config: Config) -> None:
     """Return if a run of ``config`` can train its network and measure ``promotion.metric``.
 
-    Builds the network on fake tensors and feeds it crops of every size.
+    Builds the network on fake tensors, feeds it crops of every size, and fits the initial weights that are on this machine.
 
     Raises:
         UserError: it cannot; the message names the setting.
@@ -52,3 +52,7 @@ def _require_network(config: Config) -> None:
 
     with fake_network(config) as network:
         require_crop_sizes(network, config)
+    if config.init.source is not None:
+        from esvit_core.training.initial_weights import require_fitting
+
+        require_fitting(config, network)

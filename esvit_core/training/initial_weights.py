@@ -24,10 +24,10 @@ from esvit_core.storage import ObjectStore
 from esvit_core.training.state import TrainState
 from esvit_core.weights.fit import fit_weights
 from esvit_core.weights.optimizer_state import optimized_names, renumber_state
-from esvit_core.weights.read_file import from_timm_source, read_file
+from esvit_core.weights.read_file import from_timm_source, read_file, timm_settings
 from esvit_core.weights.resize_weights import resize_weights
 from esvit_core.weights.snapshot import Snapshot, Weights
-from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source
+from esvit_core.weights.weight_source import BACKBONE, CHECKPOINTS, TIMM, kind_of, pin_source, split_timm
 
 
 def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
@@ -42,7 +42,7 @@ def initial_states(run: Run, state: TrainState) -> dict[str, Any] | None:
     if init.source is None:
         return None
     snapshot = read_source(init, run.config, run.store)
-    snapshot, resized = _resized(snapshot, state)
+    snapshot, resized = _resized(snapshot, state.teacher)
     states, loaded, initialized = merge_states(snapshot, state, init)
     record = {
         "source": init.source,
@@ -83,11 +83,8 @@ def describe_record(record: dict[str, Any]) -> list[str]:
 def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapshot:
     """Read the weights that ``init.source`` names, with the parameter names of this library."""
     source, arch = str(init.source), config.model.arch
-    if source.startswith(TIMM):
-        return from_timm_source(source, arch)
     if not source.startswith("s3://"):
-        path = Path(source)
-        return read_file(path / "model.safetensors" if path.is_dir() else path, arch)
+        return _read_here(source, arch)
     with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         local = Path(folder)
         kind = kind_of(source, store)
@@ -99,6 +96,36 @@ def read_source(init: InitConfig, config: Config, store: ObjectStore) -> Snapsho
         file = local / source.rpartition("/")[2]
         store.get_file(source, file)
         return read_file(file, arch)
+
+
+def require_fitting(config: Config, network: MultiCropNetwork) -> None:
+    """Return if the weights of ``init.source`` fit, as far as they are on this machine.
+
+    Weights in the object store, and those that timm has to fetch, are read when the training starts.
+
+    Args:
+        network: the student of ``config``; only the names and shapes of its weights are used.
+
+    Raises:
+        UserError: the weights cannot be read, or do not fit; or timm has no such network.
+    """
+    source = config.init.source or ""
+    if source.startswith(TIMM):
+        name, file = split_timm(source)
+        timm_settings(name)
+        here = file is not None
+    else:
+        here = bool(source) and Path(source).exists()
+    if here:
+        snapshot, _ = _resized(_read_here(source, config.model.arch), network)
+        _fitted(network, snapshot.teacher, snapshot, config)
+
+
+def _read_here(source: str, arch: str) -> Snapshot:
+    if source.startswith(TIMM):
+        return from_timm_source(source, arch)
+    path = Path(source)
+    return read_file(path / "model.safetensors" if path.is_dir() else path, arch)
 
 
 def _read_checkpoint(uri: str, load: str, store: ObjectStore, folder: Path) -> Snapshot:
@@ -143,17 +170,12 @@ def merge_states(
         UserError: the source lacks what ``init.load`` asks for, or does not fit.
     """
     states = {name: target.state_dict() for name, target in state.stateful.items()}
-    if init.load == "backbone":
-        for name, network in (("student", state.student), ("teacher", state.teacher)):
-            states[name] = _with(network, _only(snapshot.teacher, ("backbone.",)), snapshot, state.config)
-        return states, ["the backbone"], ["the heads"]
-    if not snapshot.has("head"):
-        raise UserError(f"init.source {snapshot.origin}: it has no heads; set init.load=backbone")
-    has_region, source_has_region = state.student.head_dense is not None, snapshot.has("head_dense")
-    prefixes = ("backbone.", "head.", "head_dense.") if has_region else ("backbone.", "head.")
-    student = snapshot.student or snapshot.teacher
+    student = (init.load != "backbone" and snapshot.student) or snapshot.teacher
     for name, network, weights in (("student", state.student, student), ("teacher", state.teacher, snapshot.teacher)):
-        states[name] = _with(network, _only(weights, prefixes), snapshot, state.config)
+        states[name] = _fitted(network, weights, snapshot, state.config)
+    if init.load == "backbone":
+        return states, ["the backbone"], ["the heads"]
+    has_region, source_has_region = state.student.head_dense is not None, snapshot.has("head_dense")
     loaded: list[str] = ["the backbone", "the view head"]
     initialized: list[str] = []
     (loaded if source_has_region else initialized).extend(["the region head"] if has_region else [])
@@ -165,9 +187,9 @@ def merge_states(
     return states, loaded, initialized
 
 
-def _resized(snapshot: Snapshot, state: TrainState) -> tuple[Snapshot, list[str]]:
-    """Resize position embeddings and bias tables to those of the run; return also what was resized."""
-    own = state.teacher.state_dict()
+def _resized(snapshot: Snapshot, network: MultiCropNetwork) -> tuple[Snapshot, list[str]]:
+    """Resize position embeddings and bias tables to those of ``network``; return also what was resized."""
+    own = network.state_dict()
     teacher, resized = resize_weights(own, snapshot.teacher)
     student = None if snapshot.student is None else resize_weights(own, snapshot.student)[0]
     return replace(snapshot, teacher=teacher, student=student), resized
@@ -212,8 +234,17 @@ def _only(weights: Weights, prefixes: tuple[str, ...]) -> Weights:
     return {name: value for name, value in weights.items() if name.startswith(prefixes)}
 
 
-def _with(network: MultiCropNetwork, weights: Weights, snapshot: Snapshot, config: Config) -> Weights:
-    """Return the network's state with ``weights``; heads that are missing as a whole keep their initialization."""
+def _fitted(network: MultiCropNetwork, weights: Weights, snapshot: Snapshot, config: Config) -> Weights:
+    """Return the network's state with as much of ``weights`` as ``init.load`` asks for.
+
+    Heads that are missing as a whole keep their initialization.
+    """
+    prefixes: tuple[str, ...] = ("backbone.",)
+    if config.init.load != "backbone":
+        if not snapshot.has("head"):
+            raise UserError(f"init.source {snapshot.origin}: it has no heads; set init.load=backbone")
+        prefixes += ("head.",) if network.head_dense is None else ("head.", "head_dense.")
+    weights = _only(weights, prefixes)
     own = network.state_dict()
     initialized = {
         name: own[name]

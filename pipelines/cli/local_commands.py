@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ def run(
     from esvit_pipelines.local.run import run as run_locally
 
     overrides = [
-        *([] if init is None else [f"init.source={init}"]),
+        *([] if init is None else [f"init.source={json.dumps(init)}"]),
         *(set_ or ()),
         *(["launch.profile_steps=10"] if profile else []),
     ]
