@@ -112,33 +112,39 @@ def read(results: Path) -> list[Point]:
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
-    """Plot one panel per measure: samples on the x-axis, a line per number of images and start."""
+    """Plot one panel per measure: samples on the x-axis, a line per number of images and start, a dotted one per baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     lines: dict[tuple[str, int], list[Point]] = defaultdict(list)
     for point in sorted(points, key=lambda point: point["samples"]):
         lines[point["start"], point["images"]].append(point)
-    starts = sorted({start for start, _ in lines})
+    starts = sorted({start for start, _ in lines}, key=lambda start: start != "random weights")
     counts = sorted({images for _, images in lines})
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, 4))
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 4))
     for axis, (measure_name, title) in zip(axes, MEASURES.items(), strict=True):
-        for (start, images), line in lines.items():
+        for (start, images), line in sorted(lines.items(), key=lambda item: (starts.index(item[0][0]), item[0][1])):
             x = [point["samples"] for point in line]
             y = [point["trained"][measure_name] for point in line]
-            style = ("-", "--", ":")[starts.index(start) % 3]
-            axis.plot(x, y, "o" + style, color=f"C{counts.index(images)}", label=f"{images:,} images, {start}")
-        baselines = [point["baseline"][measure_name] for point in points if point["start"] == "random weights"]
-        if baselines:
-            axis.axhline(sum(baselines) / len(baselines), color="#777777", linewidth=1, label="initial weights")
+            style = ("o-", "^--", "s-.")[starts.index(start) % 3]
+            axis.plot(x, y, style, color=f"C{counts.index(images)}", label=f"{images:,} images, {start}")
+        for images in counts:  # the baseline depends on the labelled images, which are those of the training
+            start = next((p for p in points if (p["images"], p["start"]) == (images, "random weights")), None)
+            if start is not None:
+                style = {"color": f"C{counts.index(images)}", "linewidth": 1, "linestyle": ":"}
+                axis.axhline(start["baseline"][measure_name], **style)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(sorted({point["samples"] for point in points})))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("images times epochs")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(f"{title} (dotted: random weights, not trained)", fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(frameon=False, fontsize=8)
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
