@@ -132,10 +132,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
             style = ("o-", "^--", "s-.")[starts.index(start) % 3]
             axis.plot(x, y, style, color=f"C{counts.index(images)}", label=f"{images:,} images, {start}")
         for images in counts:  # the baseline depends on the labelled images, which are those of the training
-            start = next((p for p in points if (p["images"], p["start"]) == (images, "random weights")), None)
-            if start is not None:
-                style = {"color": f"C{counts.index(images)}", "linewidth": 1, "linestyle": ":"}
-                axis.axhline(start["baseline"][measure_name], **style)
+            if line := lines.get(("random weights", images)):
+                height = line[0]["baseline"][measure_name]
+                axis.axhline(height, color=f"C{counts.index(images)}", linewidth=1, linestyle=":")
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator(sorted({point["samples"] for point in points})))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))

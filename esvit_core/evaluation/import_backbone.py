@@ -7,7 +7,7 @@ configuration. The baseline is the same network with initial weights drawn from 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def import_backbone(
     store: ObjectStore | None = None,
     *,
     setting: str = "backbone",
+    before_loading: Callable[[], None] | None = None,
 ) -> Run:
     """Start a run with an existing backbone, or return the run that was started with the same arguments.
 
@@ -48,6 +49,7 @@ def import_backbone(
         uri: address of the run; empty: derived from backbone, configuration and data.
         store: object store; default: the store named by ``ESVIT_S3_*``.
         setting: what the backbone was given as, for error messages.
+        before_loading: called before the backbone is loaded, and torch imported; not if the run is found.
 
     Raises:
         UserError: there is no such backbone, or the run exists with another configuration.
@@ -56,8 +58,11 @@ def import_backbone(
     if is_features_file(backbone):
         return import_features(backbone, source, config, uri, store, setting)
     location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
-    if run := _find(location, sha256, source, config, uri, store):
-        return run
+    uri = uri or _expected_address(location, sha256, source, config, store)
+    if uri and (description := _imported(uri, location, sha256, store)) is not None:
+        return start_run(_configuration(config, description), source, uri, store)
+    if before_loading is not None:
+        before_loading()
     from esvit_core.evaluation.imported_network import initial_network, load_network  # imports torch
     from esvit_core.weights.backbone import save_backbone
 
@@ -73,31 +78,13 @@ def import_backbone(
     return run
 
 
-def find_imported(
-    backbone: str, source: str, config: Config, store: ObjectStore, *, setting: str = "backbone"
-) -> Run | None:
-    """Return the run that :func:`import_backbone` has started with the same arguments, without importing torch.
-
-    None if there is none, or if only the weights tell the architecture: only a published backbone has a description.
-
-    Raises:
-        UserError: there is no such backbone.
-    """
-    if is_features_file(backbone):
-        return None
-    location, sha256 = find(backbone, "backbone", config.bucket, store, setting=setting)
-    return _find(location, sha256, source, config, "", store)
-
-
-def _find(location: str, sha256: str | None, source: str, config: Config, uri: str, store: ObjectStore) -> Run | None:
-    if not uri:
-        try:
-            described = _configuration(config, _description(location, store))
-        except (NotFound, OSError, ValueError, KeyError, TypeError, UserError):
-            return None  # not a published backbone, or a damaged one: loading it says what is wrong
-        uri = _address(location, sha256, source, described)
-    description = _imported(uri, location, sha256, store)
-    return None if description is None else start_run(_configuration(config, description), source, uri, store)
+def _expected_address(location: str, sha256: str | None, source: str, config: Config, store: ObjectStore) -> str:
+    """Return the address of the run that evaluates a published backbone; empty if only loading tells the architecture."""
+    try:
+        described = _configuration(config, _description(location, store))
+    except (NotFound, OSError, ValueError, KeyError, TypeError, UserError):
+        return ""  # not a published backbone, or a damaged one: loading it says what is wrong
+    return _address(location, sha256, source, described)
 
 
 def _description(location: str, store: ObjectStore) -> dict[str, Any]:

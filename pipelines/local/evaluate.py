@@ -9,8 +9,7 @@ from pathlib import Path
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
-from esvit_core.evaluation.import_backbone import find_imported, import_backbone
-from esvit_core.evaluation.imported_features import is_features_file
+from esvit_core.evaluation.import_backbone import import_backbone
 from esvit_core.evaluation.side_by_side import Comparison, compare_subjects, read_subject
 from esvit_core.runs.run import MEASURED, Run, run_uri
 from esvit_core.runs.status import run_names
@@ -83,18 +82,20 @@ def _import_all(
     options: dict[str, str] = {}
     for option, model in named:
         address = backbone_address(model, config.bucket, store, option)
-        run = find_imported(address, settings.data, config, store, setting=option)
-        if run is None:
-            if not is_features_file(model):
-                from esvit_core.torch_private import import_timm_without_dynamo
-
-                import_timm_without_dynamo()
-            run = import_backbone(address, settings.data, config, store=store, setting=option)
+        run = import_backbone(
+            address, settings.data, config, store=store, setting=option, before_loading=_import_networks
+        )
         if run.uri in options:
             raise UserError(f"{option} {model}: it is the same backbone as {options[run.uri]}; name each one once")
         options[run.uri] = f"{option} {model}"
         runs[model] = run
     return runs
+
+
+def _import_networks() -> None:
+    from esvit_core.torch_private import import_timm_without_dynamo  # imports torch
+
+    import_timm_without_dynamo()
 
 
 def print_comparison(comparison: Comparison, out: Path) -> None:

@@ -83,6 +83,7 @@ def test_a_run_whose_reader_has_exited_finishes_with_one_warning(folder: Path) -
     message = process.stderr.read()
     assert process.wait(1500) == 0, message
     assert message.splitlines() == [READER_GONE]
+    assert list(folder.glob("bare/micro-*/report.html"))
     assert left_over(folder) == []
 
 

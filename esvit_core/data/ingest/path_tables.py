@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from esvit_core.config.auto_choice import count
 from esvit_core.data.ingest.arrow_files import require_pyarrow
 from esvit_core.data.ingest.disk_rows import DiskRows
 from esvit_core.data.ingest.entries import Entries, Entry, Given, keep_last
@@ -71,9 +72,9 @@ class PathTable:
                     given = None if label is None and split is None else _given(row, label, split)
                     yield self._name(address), address, given
 
-        count, in_store = 0, False
+        images_found, in_store = 0, False
         for _, address, _ in images():
-            count += 1
+            images_found += 1
             in_store = in_store or address.startswith(SCHEME)
             if address.startswith(("http://", "https://")):
                 raise UserError(
@@ -87,9 +88,7 @@ class PathTable:
         columns = [
             f"{kind} from the column {header[c]}" for kind, c in (("labels", label), ("splits", split)) if c is not None
         ]
-        self.notes = [
-            f"a table of {count:,} image{'' if count == 1 else 's'}" + (f", {', '.join(columns)}" if columns else "")
-        ]
+        self.notes = [f"a table of {count(images_found, 'image')}" + (f", {', '.join(columns)}" if columns else "")]
 
     def read(self, entry: Entry) -> bytes:
         return self._source(entry).read(entry)
