@@ -30,7 +30,7 @@ from esvit_core.runs.training_summary import LATEST
 from esvit_core.storage import IntegrityError, NotFound, ObjectStore, Pointer, join_uri
 from esvit_core.storage.disk import disk_error_class
 from esvit_core.storage.publication import check_set, describe, put_set
-from esvit_core.storage.store_errors import LocalDiskError
+from esvit_core.storage.store_errors import LocalDiskError, PathError
 from esvit_core.storage.upload_queue import PENDING_VARIABLE, UploadQueue
 
 CHECKPOINTS = "training/checkpoints"
@@ -206,6 +206,8 @@ class Checkpointer:
                 torch.save(states.pop(key), folder / f"{key}.pt")  # pop frees the copy
             manifest = describe(folder, KIND, {"step": step, "loss": loss})
         except (OSError, RuntimeError) as error:
+            if not folder.exists():
+                raise PathError(f"checkpoint of step {step}: {folder} was deleted while in use; start again") from None
             error_class = disk_error_class(error) if isinstance(error, OSError) else LocalDiskError
             raise error_class(
                 f"checkpoint of step {step}: cannot be written to {folder.parent} ({error}); "

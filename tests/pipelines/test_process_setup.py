@@ -72,8 +72,8 @@ def test_a_run_without_standard_streams_home_and_user_name_finishes(folder: Path
 
 
 def test_a_run_whose_reader_has_exited_finishes_with_one_warning(folder: Path) -> None:
-    """`esvit run | head -1`: of the finished run, with which the command has nothing to do but to print."""
-    command = [*ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "bare"]
+    """`esvit run | head -1`."""
+    command = [*ESVIT, "run", "--data", "images", "--recipe", "micro.yaml", "--out", "unread"]
     process = subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -83,7 +83,7 @@ def test_a_run_whose_reader_has_exited_finishes_with_one_warning(folder: Path) -
     message = process.stderr.read()
     assert process.wait(1500) == 0, message
     assert message.splitlines() == [READER_GONE]
-    assert list(folder.glob("bare/micro-*/report.html"))
+    assert list(folder.glob("unread/micro-*/report.html"))
     assert left_over(folder) == []
 
 
