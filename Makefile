@@ -62,7 +62,6 @@ test-containers: $(READY) ## Test the container images, and run the whole pipeli
 	@ESVIT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/containers
 
 test-cluster: $(READY) ## Test the cluster of the current kubeconfig (requirements: docs/install.md)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster-test]'
 	@ESVIT_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster --timeout 2400 $(ARGS)
 
 lint: $(READY) ## Check style and format

@@ -67,7 +67,10 @@ def import_backbone(
     from esvit_core.weights.backbone import save_backbone
 
     network, description = load_network(location, store)
+    chosen = config.evaluation.batch_size
     config = _configuration(config, description)
+    if (batch := config.evaluation.batch_size) < chosen:
+        print(f"evaluation.batch_size: {batch} images of {config.evaluation.crop} pixels, not {chosen}", flush=True)
     uri = uri or _address(location, sha256, source, config)
     run = start_run(config, source, uri, store)
     origin = {key: description[key] for key in _ORIGIN_KEYS if key in description}

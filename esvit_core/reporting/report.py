@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from esvit_core import __version__
 from esvit_core.config import Config
@@ -184,12 +185,18 @@ def _environment(scale: float | None) -> jinja2.Environment:
     environment.filters.update(
         percent=lambda value: typeset(percent(value)),
         typeset=typeset,
+        unbroken=_unbroken,
         plain=lambda value: typeset(f"{value:g}"),
         interval=lambda comparison: typeset(interval_text(comparison)),
         bar=lambda comparison: interval_bar(comparison, scale or 1.0),
         width=lambda value: f"{min(max(value, 0.0), 100.0):.1f}",
     )
     return environment
+
+
+def _unbroken(sentence: str) -> Markup:
+    """Keep the names of figures, such as 20-NN, on one line."""
+    return Markup(re.sub(r"\d+-NN", r'<span class="unbroken">\g<0></span>', str(escape(sentence))))
 
 
 def _style() -> str:

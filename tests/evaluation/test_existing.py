@@ -82,14 +82,20 @@ def test_a_checkpoint_is_measured_while_the_run_has_published_nothing(
     assert same({f"backbone.{name}": value for name, value in weights(run, "backbone").items()}, inside)
 
 
-def test_a_file_is_measured(trained: Run, arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_measured_with_a_batch_for_its_images(
+    trained: Run, arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import timm
 
     # It tries one network after the other, which is tested with the import and takes its time.
     monkeypatch.setattr("esvit_core.weights.import_checkpoint.recognize_architecture", lambda state: "deit_tiny")
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
+    evaluation = trained.config.evaluation.model_copy(update={"batch_size": 256})  # for images of 32 pixels
+    arguments["config"] = arguments["config"].model_copy(update={"evaluation": evaluation})
     run = import_backbone(str(tmp_path / "weights.pth"), **arguments)
     assert run.config.model.arch == "deit_tiny" and run.config.augment.global_crops.size == 224
+    assert run.config.evaluation.batch_size == 64
+    assert "evaluation.batch_size: 64 images of 224 pixels, not 256" in capsys.readouterr().out
 
 
 def test_a_champion_that_has_moved_is_another_run(trained: Run, arguments: Any) -> None:
