@@ -13,7 +13,7 @@ import pytest
 from cluster_settings import Settings
 from evidence import Saw
 from kube import Kube
-from runs import TRAIN_STEP, Cli, Runs, progress, run_id_in
+from runs import STEP, TRAIN_STEP, Cli, Runs, progress, run_id_in
 
 from conftest import PER_CLASS, drawings, upload
 from esvit_core.storage import ObjectStore
@@ -81,10 +81,9 @@ def registration(settings: Settings, kube: Kube) -> Iterator[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def beside(cli: Cli, unlabelled: str, growing: str, registration: tuple[str, ...], stamp: str) -> dict[str, str]:
     """Runs that go on beside the first test, for time's sake; their ids."""
+    two_pods = (f"recipe=unlabelled-{stamp}", "cluster.prepare.parallelism=2")
     return {
-        "unlabelled": cli.submit(
-            "pretrain", unlabelled, "--name", f"unlabelled {stamp}", settings=(f"recipe=unlabelled-{stamp}",)
-        ),
+        "unlabelled": cli.submit("pretrain", unlabelled, "--name", f"unlabelled {stamp}", settings=two_pods),
         "retrain": cli.submit("retrain", growing, "--name", f"retrain first {stamp}", settings=registration),
     }
 
@@ -117,6 +116,16 @@ def test_pretrain_unlabelled(runs: Runs, store: ObjectStore, beside: dict[str, s
     decision = decision_of(store, newest_run(store, f"unlabelled-{stamp}"))
     saw(f"SUCCEEDED; promoted: {decision['promoted']}, {decision['reason']}")
     assert not decision["promoted"]
+
+
+def test_images_are_prepared_in_two_pods(runs: Runs, beside: dict[str, str], saw: Saw) -> None:
+    """With ``cluster.prepare.parallelism=2`` two pods prepared a share of that run's images each."""
+    pods = runs.pods(beside["unlabelled"], f"{STEP},esvit.dev/role=prepare", "Succeeded")
+    lines = [line for pod in pods for line in runs.kube.logs(pod["metadata"]["name"]).splitlines()]
+    shares = sorted({line for line in lines if line.startswith("prepare: share ")})
+    for line in shares:
+        saw(line)
+    assert [line.split()[2] for line in shares] == ["1/2", "2/2"]
 
 
 def test_same_run_again_and_evaluate(
