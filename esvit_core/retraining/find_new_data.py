@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from esvit_core.config import Config
@@ -11,11 +11,11 @@ from esvit_core.data.ingest.incremental import read_listing
 from esvit_core.data.ingest.listing import (
     LISTING,
     Difference,
-    File,
+    FileTable,
     Scan,
     compare,
-    encode_listing,
     hash_touched_files_in,
+    put_listing,
     scan_source,
 )
 from esvit_core.data.ingest.sources import source_fingerprint
@@ -60,7 +60,7 @@ class _Earlier:
 
     prefix: str
     manifest: Manifest
-    files: list[File]
+    files: FileTable
 
     @property
     def run(self) -> str:
@@ -100,14 +100,14 @@ def find_new(config: Config, source: str, owner: str, store: ObjectStore) -> New
         champion = store.read_pointer(pointer_uri(config.bucket, config.promotion.pointer))
         known = None if champion is None else champion.value
         scan = scan_source(source, store)
-        if not scan.files:
+        if not len(scan.files):
             raise UserError(f"{source}: no images in it; expected JPEG, PNG, WebP, GIF, BMP or TIFF files")
         earlier = _of_champion(known, store) if lease is None else _of_lease(lease, decided, store)
         if earlier is not None:
-            scan = replace(scan, files=hash_touched_files_in(source, store, earlier.files, scan.files))
+            scan.files.update(hash_touched_files_in(source, store, earlier.files, scan.files))
             if lease is None and not _is_of_this_source(earlier, scan, config):
                 earlier = None
-        difference = compare(earlier.files if earlier else [], scan.files)
+        difference = compare(earlier.files if earlier else FileTable(), scan.files)
         if earlier is not None:
             _require_most_of_it(source, earlier, difference, config)
             if difference.to_read < config.retrain.min_new_images:
@@ -133,7 +133,7 @@ def _of_champion(champion: Mapping[str, Any] | None, store: ObjectStore) -> _Ear
 def _is_of_this_source(earlier: _Earlier, scan: Scan, config: Config) -> bool:
     """Whether the source still has most of the earlier data."""
     difference = compare(earlier.files, scan.files)
-    others = len(difference.removed) + len(difference.changed)
+    others = difference.removed + difference.changed
     return others <= config.retrain.max_removed_fraction * earlier.manifest.samples
 
 
@@ -148,7 +148,7 @@ def _read(prefix: str, store: ObjectStore) -> _Earlier | None:
 
 
 def _require_most_of_it(source: str, earlier: _Earlier, difference: Difference, config: Config) -> None:
-    gone, before = len(difference.removed), earlier.manifest.samples
+    gone, before = difference.removed, earlier.manifest.samples
     if gone > config.retrain.max_removed_fraction * before:
         raise UserError(
             f"{source}: {gone:,} of the {before:,} earlier images are gone; correct --data, or, if they were "
@@ -161,7 +161,7 @@ def _up_to_date(source: str, earlier: _Earlier, difference: Difference, scan: Sc
     if difference.to_read:
         few = f", fewer than retrain.min_new_images={config.retrain.min_new_images}"
     message = f"nothing to do: {source} has {_counts(difference)} since {name_of_run(earlier.run)}{few}"
-    counts = len(difference.new), len(difference.changed), len(difference.removed)
+    counts = difference.new, difference.changed, difference.removed
     return NewData(earlier.run, True, len(scan.files), *counts, message)
 
 
@@ -188,9 +188,9 @@ def _plan(
         "base": base.prefix if base else None,
         "images": len(scan.files),
         "fingerprint": scan.fingerprint,
-        "new": len(difference.new),
-        "changed": len(difference.changed),
-        "gone": len(difference.removed),
+        "new": difference.new,
+        "changed": difference.changed,
+        "gone": difference.removed,
         "champion": champion["run"] if champion else None,
         "time": timestamp(),
         "message": f"{source} has {_counts(difference)} {since}; {run.name} {start}",
@@ -198,9 +198,9 @@ def _plan(
     return run, record
 
 
-def _begin(run: Run, record: dict[str, Any], files: list[File]) -> None:
+def _begin(run: Run, record: dict[str, Any], files: FileTable) -> None:
     """Write the inputs of the run; the configuration comes last and marks them complete."""
-    run.store.put_bytes(run.at(LISTING_PATH), encode_listing(files))
+    put_listing(run.store, run.at(LISTING_PATH), files)
     run.store.put_if_absent(run.at(RETRAINING), encode_json(record))
     start_run(run.config, record["source"], run.uri, run.store)
 
@@ -218,8 +218,8 @@ def _found(uri: str, record: dict[str, Any]) -> NewData:
 
 
 def _counts(difference: Difference) -> str:
-    new = len(difference.new)
+    new = difference.new
     parts = [f"{new:,} new {'file' if new == 1 else 'files'}"]
-    parts += [f"{len(difference.changed):,} changed"] if difference.changed else []
-    parts += [f"{len(difference.removed):,} gone"] if difference.removed else []
+    parts += [f"{difference.changed:,} changed"] if difference.changed else []
+    parts += [f"{difference.removed:,} gone"] if difference.removed else []
     return ", ".join(parts)

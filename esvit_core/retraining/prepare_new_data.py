@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esvit_core.config import DataConfig
-from esvit_core.data.ingest.listing import Scan, decode_listing
+from esvit_core.data.ingest.listing import Scan, get_listing
 from esvit_core.data.ingest.parts import Share
 from esvit_core.data.ingest.prepare import prepare, prepare_share
 from esvit_core.data.shards.manifest import MANIFEST, Manifest
@@ -29,7 +29,7 @@ def prepare_new(run: Run, share: Share | None = None) -> Manifest | None:
         print(f"already done: found data/{MANIFEST}", flush=True)
         return Manifest.read(run.store, run.at("data"))
     record = run.store.get_json(run.at(RETRAINING))
-    scan = Scan(list(decode_listing(run.store.get_bytes(run.at(LISTING_PATH)))), record["fingerprint"])
+    scan = Scan(get_listing(run.store, run.at(LISTING_PATH)), record["fingerprint"])
     source, destination = record["source"], run.at("data")
     if share is not None:
         prepare_share(source, run.store, destination, run.config.data, share, scan=scan, base=record["base"])

@@ -18,6 +18,8 @@ from esvit_core.data.ingest import prepare_part as module
 from esvit_core.data.ingest.incremental import read_listing
 from esvit_core.data.ingest.listing import (
     File,
+    FileTable,
+    changes,
     compare,
     content_digest,
     decode_listing,
@@ -172,8 +174,8 @@ def test_files_added_after_the_scan_are_left_for_the_next_preparation(store, gro
     assert "class0/late.png" not in read and "class1/0.png" not in read and manifest.samples == 17
     assert manifest.source_fingerprint == scan.fingerprint
     assert grow(folder, "one", scan=scan)[0] == manifest  # the data exist already
-    difference = compare(in_the_listing(store, "one"), scan_source(str(folder), store).files)
-    assert difference.new == ["class0/late.png", "class1/0.png"] and not difference.changed and not difference.removed
+    found = changes(in_the_listing(store, "one"), scan_source(str(folder), store).files)
+    assert [*found] == [("new", "class0/late.png"), ("new", "class1/0.png")]
 
 
 def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
@@ -183,7 +185,7 @@ def test_files_that_are_not_chosen_do_not_count_as_new(store, grow, folder):
     assert compare(before, scan_source(str(folder), store).files).to_read == 0
 
 
-def in_the_listing(store, at) -> list[File]:
+def in_the_listing(store, at) -> FileTable:
     return read_listing(store, store.uri(at), Manifest.read(store, store.uri(at)))
 
 
@@ -200,7 +202,9 @@ def test_a_copy_of_the_source_with_other_dates_is_not_read_again(store, grow, fo
     redate(copy, 1_000)
     before = in_the_listing(store, "one")
     now = scan_source(str(copy), store).files
-    assert compare(before, hash_touched_files_in(str(copy), store, before, now)).to_read == 0
+    assert compare(before, now).to_read == 19
+    now.update(hash_touched_files_in(str(copy), store, before, now))
+    assert compare(before, now).to_read == 0
     make.folder(copy, {"class0/new.png": make.file(77)})
     manifest, read = grow(copy, "two", base="one", config=config)
     assert read == ["class0/new.png"] and manifest.samples == 19 and manifest.bad.count == 1
@@ -250,6 +254,7 @@ files = st.builds(
     digest=st.text("0123456789abcdef", max_size=32),
     reason=st.text(max_size=8),
 )
+KINDS = ("new", "changed", "removed")
 listings = st.lists(files, unique_by=lambda file: file.name, max_size=6)
 
 
@@ -261,12 +266,16 @@ def test_a_listing_survives_encoding(listed):
 
 @given(listings, listings)
 def test_every_file_is_new_changed_removed_or_the_same(before, now):
-    difference = compare(before, now)
+    found = {
+        kind: {name for change, name in changes(FileTable(before), FileTable(now)) if change == kind} for kind in KINDS
+    }
     known, there = {file.name: file for file in before}, {file.name for file in now}
     same = {file.name for file in now if file.name in known and known[file.name].is_same(file)}
-    assert {*difference.new} | {*difference.changed} | same == there
-    assert {*difference.removed} == {name for name, file in known.items() if file.split} - there
-    assert compare(now, now).to_read == 0
+    assert found["new"] | found["changed"] | same == there and found["new"].isdisjoint(known)
+    assert found["removed"] == {name for name, file in known.items() if file.split} - there
+    difference = compare(FileTable(before), FileTable(now))
+    assert [difference.new, difference.changed, difference.removed] == [len(found[kind]) for kind in KINDS]
+    assert compare(FileTable(now), FileTable(now)).to_read == 0
 
 
 def test_changes_of_a_prefix_are_detected_by_content(store, grow, folder, make, tmp_path: Path):
@@ -277,10 +286,8 @@ def test_changes_of_a_prefix_are_detected_by_content(store, grow, folder, make, 
     store.put_bytes(store.uri("in/class0/1.png"), make.file(12345))
     store.put_bytes(store.uri("in/class0/9.png"), make.file(9))
     store.remove(store.uri("in/class2/2.png"))
-    before = in_the_listing(store, "one")
-    difference = compare(before, scan_source(store.uri("in"), store).files)
-    assert difference.new == ["class0/9.png"] and difference.changed == ["class0/1.png"]
-    assert difference.removed == ["class2/2.png"]
+    found = changes(in_the_listing(store, "one"), scan_source(store.uri("in"), store).files)
+    assert [*found] == [("changed", "class0/1.png"), ("new", "class0/9.png"), ("removed", "class2/2.png")]
     manifest, read = grow(store.uri("in"), "two", base="one")
     assert read == ["class0/1.png", "class0/9.png"] and manifest.samples == 9
     dataset = ShardDataset(store, store.uri("two"), "train", tmp_path / "cache")
@@ -316,19 +323,19 @@ def test_a_file_counts_as_changed_exactly_if_its_content_did_whatever_its_date(b
             for name, data in contents.items()
         ]
 
-    earlier, listed, read = files(before, "old", True), files(now, "new", False), []
+    earlier, seen, read = FileTable(files(before, "old", True)), FileTable(files(now, "new", False)), []
     listing._COPY_SAMPLE, kept = sample, listing._COPY_SAMPLE
     try:
-        seen = hash_touched_files(earlier, listed, lambda file: (read.append(file.name), now[file.name])[1])
+        seen.update(hash_touched_files(earlier, seen, lambda file: (read.append(file.name), now[file.name])[1]))
     finally:
         listing._COPY_SAMPLE = kept
-    difference = compare(earlier, seen)
+    found = {kind: {name for change, name in changes(earlier, seen) if change == kind} for kind in KINDS}
     changed = {name for name in now if name in before and now[name] != before[name]}
-    assert {*difference.new} == now.keys() - before.keys()
-    assert {*difference.removed} == before.keys() - now.keys()
-    assert {*difference.changed} <= changed
+    assert found["new"] == now.keys() - before.keys()
+    assert found["removed"] == before.keys() - now.keys()
+    assert found["changed"] <= changed
     redated = {name for name in now if name in before and len(now[name]) == len(before[name])}
     if {*read} >= redated:
-        assert {*difference.changed} == changed
+        assert found["changed"] == changed
     else:  # taken for a copy
         assert len(redated) > 0.9 * len(before) and len(read) == sample and not changed & {*read}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
-from esvit_core.data.ingest.listing import File, decode_listing
+from esvit_core.data.ingest.disk_rows import sort_rows
+from esvit_core.data.ingest.listing import File, FileTable, decode_listing, values_of
 from esvit_core.data.shards.format import read_object, read_part
 from esvit_core.data.shards.manifest import Manifest
 from esvit_core.storage import ObjectStore
@@ -19,12 +21,12 @@ class Base:
     Attributes:
         prefix: folder of the manifest.
         manifest: the manifest of the data.
-        files: all files of their source, by name.
+        files: all files of their source.
     """
 
     prefix: str
     manifest: Manifest
-    files: Mapping[str, File]
+    files: FileTable
 
     @classmethod
     def read(cls, store: ObjectStore, prefix: str) -> Self:
@@ -35,35 +37,39 @@ class Base:
             IntegrityError: the data are damaged.
         """
         manifest = Manifest.read(store, prefix)
-        return cls(prefix, manifest, {file.name: file for file in read_listing(store, prefix, manifest)})
+        return cls(prefix, manifest, read_listing(store, prefix, manifest))
 
-    def with_current_stamps(self, now: Iterable[File]) -> Base:
-        """Return the data with the current stamps of the files whose content is unchanged.
+    def use_current_stamps(self, now: Iterable[File]) -> None:
+        """Give the files whose content is unchanged their current stamps.
 
         Args:
-            now: files of the source, from :func:`esvit_core.data.ingest.listing.hash_touched_files`.
+            now: files of the source, with digests where only those show that they are unchanged.
         """
-        files = dict(self.files)
+        self.files.update(self._restamped(now))
+
+    def _restamped(self, now: Iterable[File]) -> Iterator[File]:
         for file in now:
-            before = files.get(file.name)
+            before = self.files.get(file.name)
             if before is not None and before.stamp != file.stamp and before.is_same(file):
-                files[file.name] = replace(before, stamp=file.stamp)
-        return replace(self, files=files)
+                yield replace(before, stamp=file.stamp)
 
 
-def read_listing(store: ObjectStore, prefix: str, manifest: Manifest) -> list[File]:
-    """Read which files the prepared data at ``prefix`` were made from; those of a split are in the order of its images.
+def read_listing(store: ObjectStore, prefix: str, manifest: Manifest) -> FileTable:
+    """Read which files the prepared data at ``prefix`` were made from.
 
     Raises:
         IntegrityError: a part of the data is damaged.
     """
-    files: dict[str, File] = {}
-    for file in _listed(store, prefix, manifest):
+    return FileTable(_latest(_listed(store, prefix, manifest)))
+
+
+def _latest(listed: Iterable[File]) -> Iterator[File]:
+    """Yield the last of the files of the same name, but rather one that is stored."""
+    rows = sort_rows((file.name, number, values_of(file)) for number, file in enumerate(listed))
+    for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+        files = [File(*values) for *_, values in group]
         # The listing of a reused part may name a file that was bad then and is an image now.
-        if file.split or file.name not in files or not files[file.name].split:
-            files.pop(file.name, None)
-            files[file.name] = file
-    return list(files.values())
+        yield [file for file in files if file.split or not any(each.split for each in files)][-1]
 
 
 def _listed(store: ObjectStore, prefix: str, manifest: Manifest) -> Iterator[File]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from esvit_core.config import DataConfig
+from esvit_core.data.ingest.disk_rows import Row
+from esvit_core.data.ingest.disk_table import DiskTable
 from esvit_core.data.ingest.entries import Entries, Entry, Selection
 from esvit_core.data.ingest.file_kinds import describe_ignored, ignored_kind
 from esvit_core.data.ingest.incremental import Base
@@ -101,7 +103,7 @@ class IngestPlan:
 
     Attributes:
         candidates: files to read, in the order of storage.
-        labels: classes of the images that are reused from earlier data, by name.
+        labels: classes of the images that are reused from earlier data, by name, (class,).
         bad: names and reasons of files that cannot be images.
         classes: names of the classes.
         files: all files of the source except ignored ones.
@@ -114,7 +116,7 @@ class IngestPlan:
     """
 
     candidates: Candidates
-    labels: dict[str, int]
+    labels: DiskTable
     bad: list[tuple[str, str]]
     classes: list[str]
     files: Selection
@@ -161,7 +163,7 @@ def plan_ingest(
     labels = [numbers.get(place.assignment.label, -1) for place in places]
     used = chosen | reading.unclear if reading.unclear.any() else chosen.copy() if base else chosen
     order = storage_order(layout.assignments.keys, used)
-    reused: dict[str, int] = {}
+    reused = DiskTable()
     known: list[File] = []
     if base is not None:
         order, reused = _without_known(reading, order, used, splits, labels, base)
@@ -185,7 +187,7 @@ def plan_ingest(
 
 def _without_known(
     reading: Reading, order: np.ndarray, used: np.ndarray, splits: np.ndarray, labels: list[int], base: Base
-) -> tuple[np.ndarray, dict[str, int]]:
+) -> tuple[np.ndarray, DiskTable]:
     """Return the files that earlier data do not have, in order, and the classes of the images that are reused.
 
     Args:
@@ -197,27 +199,30 @@ def _without_known(
         base: the earlier data.
     """
     places = reading.layout.assignments.numbers
-    reused: dict[str, int] = {}
     is_read = np.ones(len(order), dtype=bool)
-    for number, file in enumerate(iterate(order)):
-        entry = reading.readable[file]
-        before = base.files.get(entry.name)
-        if before is None:
-            continue
-        stored = before.split
-        is_read[number] = not before.is_same(entry) or (before.status not in ("bad", "ignored") and not stored)
-        if is_read[number]:
-            if stored:  # changed; an image that was trained on must not be held out later
-                splits[file] = _SPLITS.index(stored)
-        elif before.split:
-            reused[entry.name] = labels[places[file]]
-        else:
-            used[file] = False
-            if before.status == "bad":
-                reading.bad.append((entry.name, before.reason))
+
+    def reused() -> Iterator[tuple[str, Row]]:
+        for number, file in enumerate(iterate(order)):
+            entry = reading.readable[file]
+            before = base.files.get(entry.name)
+            if before is None:
+                continue
+            stored = before.split
+            is_read[number] = not before.is_same(entry) or (before.status not in ("bad", "ignored") and not stored)
+            if is_read[number]:
+                if stored:  # changed; an image that was trained on must not be held out later
+                    splits[file] = _SPLITS.index(stored)
+            elif stored:
+                yield entry.name, (labels[places[file]],)
             else:
-                reading.ignored[ignored_kind(entry.name)] += 1
-    return order[is_read], reused
+                used[file] = False
+                if before.status == "bad":
+                    reading.bad.append((entry.name, before.reason))
+                else:
+                    reading.ignored[ignored_kind(entry.name)] += 1
+
+    classes = DiskTable(reused())
+    return order[is_read], classes
 
 
 def _by_split(order: np.ndarray, splits: np.ndarray) -> tuple[np.ndarray, list[int]]:

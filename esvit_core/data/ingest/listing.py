@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import heapq
 import io
+import itertools
 import json
+import operator
+import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import BinaryIO, Literal
 
 from esvit_core.data.ingest.archives import FileReadError, Source
+from esvit_core.data.ingest.disk_rows import DiskRows, sort_rows
+from esvit_core.data.ingest.disk_table import DiskTable
 from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import is_ignored, is_sidecar
 from esvit_core.data.ingest.layout import SplitName
 from esvit_core.data.ingest.prefetch import prefetch, reading_threads
 from esvit_core.data.ingest.sources import open_source, source_fingerprint
 from esvit_core.storage import ObjectStore
+from esvit_core.storage.disk import explain_full_temporary_disk
 
 LISTING = "images.jsonl.gz"
 # If the dates of nearly all files differ, the source is a copy; reading this many of them is enough to make sure.
@@ -76,9 +86,46 @@ class File:
         return isinstance(entry, File) and bool(self.digest) and self.digest == entry.digest
 
 
+values_of = operator.attrgetter(*(each.name for each in fields(File)))  # of a file, as a tuple
+
+
+class FileTable:
+    """Files by name, on disk.
+
+    Args:
+        files: of two with the same name the last one stays.
+    """
+
+    def __init__(self, files: Iterable[File] = ()) -> None:
+        self._table = DiskTable()
+        self.update(files)
+
+    def update(self, files: Iterable[File]) -> None:
+        """Add files; one with a name that is there replaces it."""
+        self._table.update((file.name, values_of(file)) for file in files)
+
+    def get(self, name: str) -> File | None:
+        """Return the file with this name; None if there is none."""
+        row = self._table.get(name)
+        return None if row is None else File(*row)
+
+    def __getitem__(self, name: str) -> File:
+        return File(*self._table[name])
+
+    def __iter__(self) -> Iterator[File]:
+        """Yield the files in the order of their names."""
+        return (File(*row) for _, row in self._table.items())
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+Change = Literal["new", "changed", "removed"]
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Changes of a source since an earlier listing; names of files.
+    """Changes of a source since an earlier listing; numbers of files.
 
     Attributes:
         new: not in the earlier listing.
@@ -86,14 +133,14 @@ class Difference:
         removed: stored earlier, no longer in the source.
     """
 
-    new: list[str]
-    changed: list[str]
-    removed: list[str]
+    new: int
+    changed: int
+    removed: int
 
     @property
     def to_read(self) -> int:
         """Number of files that have to be read."""
-        return len(self.new) + len(self.changed)
+        return self.new + self.changed
 
 
 @dataclass(frozen=True)
@@ -101,11 +148,11 @@ class Scan:
     """The files of a source at the time it was scanned.
 
     Attributes:
-        files: in the order of their names, without ignored ones and files that lie beside images.
+        files: without ignored ones and files that lie beside images.
         fingerprint: see :func:`esvit_core.data.ingest.sources.source_fingerprint`.
     """
 
-    files: list[File]
+    files: FileTable
     fingerprint: str
 
 
@@ -117,60 +164,71 @@ def scan_source(source: str, store: ObjectStore) -> Scan:
     """
     with open_source(source, store) as opened:
         entries = (e for e in opened.entries.by_name() if not (is_ignored(e.name) or is_sidecar(e.name)))
-        files = [File(entry.name, entry.size, entry.stamp) for entry in entries]
+        files = FileTable(File(entry.name, entry.size, entry.stamp) for entry in entries)
         return Scan(files, source_fingerprint(source, store, opened))
 
 
-def hash_touched_files(before: Iterable[File], now: list[File], read: Callable[[File], bytes]) -> list[File]:
-    """Return ``now`` with digests added to the files that differ from ``before`` only in their stamp.
+def hash_touched_files(before: FileTable, now: Iterable[File], read: Callable[[File], bytes]) -> FileTable:
+    """Return the files of ``now`` that differ from ``before`` only in their stamp, with digests.
 
     These files are read, because a copied file has a different date and an edited file may have the same size. If nearly
     all dates differ, the source is probably a copy: a sample is read, and if it is unchanged the other files are taken as
-    unchanged.
+    unchanged. A file that cannot be read has no digest.
 
     Args:
         before: files of the earlier listing, with digests.
         now: files as listed now.
         read: returns a file's content; raises FileReadError.
     """
-    known = {file.name: file for file in before if file.digest}
-    redated = [f for f in now if not f.digest and (b := known.get(f.name)) and b.size == f.size and b.stamp != f.stamp]
-    if not redated:
-        return now
-    redated.sort(key=lambda file: (zlib.crc32(file.name.encode("utf-8", "surrogatepass")), file.name))
-    digests: dict[str, str] = {}
+    redated = DiskRows(
+        sort_rows(
+            (zlib.crc32(f.name.encode("utf-8", "surrogatepass")), values_of(f)) for f in now if _is_redated(f, before)
+        )
+    )
+    if not len(redated):
+        return FileTable()
+    hashed = FileTable()
+    waiting = (File(*row) for _, row in redated)
     with ThreadPoolExecutor(reading_threads(), thread_name_prefix="hash") as pool:
 
-        def read_all(files: list[File]) -> None:
-            for file, result in prefetch(pool, lambda file: _digest(file, read), files, 4 * reading_threads()):
-                digests[file.name] = result.result()
+        def read_all(files: Iterable[File]) -> None:
+            found = prefetch(pool, lambda file: _digest(file, read), files, 4 * reading_threads())
+            hashed.update(replace(file, digest=result.result()) for file, result in found)
 
-        read_all(redated[:_COPY_SAMPLE])
-        is_copy = len(redated) > _COPY_SHARE * len(known) and all(known[n].digest == d for n, d in digests.items())
-        if is_copy:
-            digests |= {file.name: known[file.name].digest for file in redated[_COPY_SAMPLE:]}
+        read_all(itertools.islice(waiting, _COPY_SAMPLE))
+        is_copy = len(redated) > _COPY_SHARE * sum(bool(file.digest) for file in before)
+        if is_copy and all(before[file.name].digest == file.digest for file in hashed):
+            hashed.update(replace(file, digest=before[file.name].digest) for file in waiting)
         else:
-            read_all(redated[_COPY_SAMPLE:])
-    return [replace(file, digest=digests[file.name]) if file.name in digests else file for file in now]
+            read_all(waiting)
+    return hashed
 
 
-def hash_touched_files_in(source: str, store: ObjectStore, before: Iterable[File], now: list[File]) -> list[File]:
+def _is_redated(file: File, before: FileTable) -> bool:
+    earlier = None if file.digest else before.get(file.name)
+    if earlier is None or not earlier.digest:
+        return False
+    return earlier.size == file.size and earlier.stamp != file.stamp
+
+
+def hash_touched_files_in(source: str, store: ObjectStore, before: FileTable, now: FileTable) -> FileTable:
     """Like :func:`hash_touched_files`, for a source that is not open."""
-    known = {file.name: (file.size, file.stamp) for file in before}
-    if all(known.get(file.name, (-1, ""))[0] != file.size or known[file.name][1] == file.stamp for file in now):
-        return now
+    if not any(_is_redated(file, before) for file in now):
+        return FileTable()
     with open_source(source, store) as opened:
         return hash_touched_files(before, now, content_reader(opened))
 
 
 def content_reader(opened: Source) -> Callable[[File], bytes]:
     """Return a function that returns the content of a file of an open source."""
-    entries = {entry.name: entry for entry in opened.entries}
+    numbers = functools.cache(
+        lambda: DiskTable((name, (number,)) for number, name in enumerate(opened.entries.names()))
+    )
 
     def read(file: File) -> bytes:
-        if file.name not in entries:
+        if (found := numbers().get(file.name)) is None:
             raise FileReadError("no longer exists")
-        return opened.read(entries[file.name])
+        return opened.read(opened.entries[found[0]])
 
     return read
 
@@ -187,15 +245,45 @@ def _digest(file: File, read: Callable[[File], bytes]) -> str:
         return ""
 
 
-def compare(before: Iterable[File], now: Iterable[File]) -> Difference:
+def compare(before: FileTable, now: FileTable) -> Difference:
     """Compare two listings of a source."""
-    known = {file.name: file for file in before}
-    there = {file.name: file for file in now}
-    return Difference(
-        new=[name for name in there if name not in known],
-        changed=[name for name, file in there.items() if name in known and not known[name].is_same(file)],
-        removed=[name for name, file in known.items() if file.split and name not in there],
-    )
+    counts = Counter(change for change, _ in changes(before, now))
+    return Difference(counts["new"], counts["changed"], counts["removed"])
+
+
+def changes(before: FileTable, now: FileTable) -> Iterator[tuple[Change, str]]:
+    """Yield what changed between two listings of a source, in the order of the names."""
+    both = heapq.merge(((f.name, 0, f) for f in before), ((f.name, 1, f) for f in now), key=lambda each: each[:2])
+    for name, group in itertools.groupby(both, key=lambda each: each[0]):
+        files = {number: file for _, number, file in group}
+        if 0 not in files:
+            yield "new", name
+        elif 1 in files and not files[0].is_same(files[1]):
+            yield "changed", name
+        elif 1 not in files and files[0].split:
+            yield "removed", name
+
+
+def put_listing(store: ObjectStore, uri: str, files: Iterable[File]) -> None:
+    """Write a listing to the store without holding it in memory."""
+    with explain_full_temporary_disk("a list of files"), tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        path = Path(folder) / LISTING
+        with path.open("wb") as output:
+            write_listing(files, output)
+        store.put_file(uri, path)
+
+
+def get_listing(store: ObjectStore, uri: str) -> FileTable:
+    """Read a listing from the store without holding it in memory.
+
+    Raises:
+        NotFound: there is none.
+    """
+    with explain_full_temporary_disk("a list of files"), tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+        path = Path(folder) / LISTING
+        store.get_file(uri, path)
+        with path.open("rb") as content:
+            return FileTable(read_listing_file(content))
 
 
 def encode_listing(files: Iterable[File]) -> bytes:
@@ -215,6 +303,11 @@ def write_listing(files: Iterable[File], output: BinaryIO) -> None:
 
 def decode_listing(data: bytes) -> Iterator[File]:
     """Decode the files of a listing."""
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as lines:
+    return read_listing_file(io.BytesIO(data))
+
+
+def read_listing_file(content: BinaryIO) -> Iterator[File]:
+    """Yield the files of a listing from an open file."""
+    with gzip.GzipFile(fileobj=content) as lines:
         for line in lines:
             yield File(**{"stamp": "", **json.loads(line)})

@@ -217,7 +217,7 @@ def _refer(job: Preparation, piece: _Piece, before: list[File], files: list[File
         raise IntegrityError(f"{uri}: does not match its listing; prepare the data again")
     rows = rows[[file.split is not None for file, has in zip(files, has_row, strict=True) if has]]
     stored = [file for file in files if file.split]
-    labels = [job.plan.labels[file.name] for file in stored] if piece.reference else rows["label"].tolist()
+    labels = [job.plan.labels[file.name][0] for file in stored] if piece.reference else rows["label"].tolist()
     content = hashlib.sha256()
     for file, label in zip(stored, labels, strict=True):
         content.update(f"{job.class_name(label)}\0{file.stored or file.digest}\n".encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from esvit_core.config import DataConfig
 from esvit_core.data.ingest.archives import Source
-from esvit_core.data.ingest.changes import hash_touched_entries, scanned_entries, warn_of_edits
+from esvit_core.data.ingest.changes import scanned_entries, use_current_stamps, warn_of_edits
 from esvit_core.data.ingest.decoders import Decoders, DecodeSettings, choose_processes
 from esvit_core.data.ingest.image_facts import can_compare_looks
 from esvit_core.data.ingest.incremental import Base
@@ -143,7 +143,7 @@ def _planned(
         opened = opened or stack.enter_context(open_source(source, store))
         entries, earlier = scanned_entries(opened, scan), None if base is None else Base.read(store, base)
         if earlier is not None:
-            earlier = earlier.with_current_stamps(hash_touched_entries(earlier, entries, scan, opened))
+            use_current_stamps(earlier, entries, scan, opened)
         plan = plan_ingest(entries, source, config, earlier, opened.read)
         plan = replace(plan, messages=[*opened.notes, *plan.messages])
         print(*(f"prepare: {line}" for line in plan.messages), sep="\n", flush=True)
