@@ -14,7 +14,7 @@ from esvit_core.data.ingest.disk_rows import Row
 from esvit_core.storage import StoreFull
 
 _AT_ONCE = 1024  # rows that are read or written together
-_CACHE_KIB = 4096
+_CACHE_KIB = 1024
 
 
 class DiskTable:

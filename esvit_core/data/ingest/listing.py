@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import heapq
@@ -11,6 +10,7 @@ import itertools
 import json
 import operator
 import tempfile
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from esvit_core.data.ingest.archives import FileReadError, Source
-from esvit_core.data.ingest.disk_rows import DiskRows, sort_rows
+from esvit_core.data.ingest.disk_rows import DiskRows, Row, sort_rows
 from esvit_core.data.ingest.disk_table import DiskTable
 from esvit_core.data.ingest.entries import Entry
 from esvit_core.data.ingest.file_kinds import is_ignored, is_sidecar
@@ -221,12 +221,16 @@ def hash_touched_files_in(source: str, store: ObjectStore, before: FileTable, no
 
 def content_reader(opened: Source) -> Callable[[File], bytes]:
     """Return a function that returns the content of a file of an open source."""
-    numbers = functools.cache(
-        lambda: DiskTable((name, (number,)) for number, name in enumerate(opened.entries.names()))
-    )
+    lock, made = threading.Lock(), list[DiskTable]()
+
+    def number_of(name: str) -> Row | None:
+        with lock:  # the first of several threads makes the table
+            if not made:
+                made.append(DiskTable((name, (number,)) for number, name in enumerate(opened.entries.names())))
+        return made[0].get(name)
 
     def read(file: File) -> bytes:
-        if (found := numbers().get(file.name)) is None:
+        if (found := number_of(file.name)) is None:
             raise FileReadError("no longer exists")
         return opened.read(opened.entries[found[0]])
 
