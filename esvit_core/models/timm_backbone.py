@@ -149,11 +149,21 @@ class TimmBackbone(nn.Module):
         return torch.cat([y.mean((2, 3)) for y in maps], -1)
 
     def view_and_last_blocks(self, x: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
-        """Return view feature (B, D) and linear-probe feature (B, D').
+        """Return view feature (B, D) and linear-probe feature (B, D'), in one pass.
 
-        This takes two passes, because timm's feature maps need not lead to the view feature.
+        Raises:
+            UserError: the network does not accept images of this size.
         """
-        return self(x), self.last_blocks(x, n)
+        try:
+            features, maps = self.forward_intermediates(x, indices=None)
+        except AttributeError:  # the network has no forward_intermediates
+            views, regions = self.views_and_regions(x)
+            return views, regions.mean(1)
+        except _SIZE_ERRORS:
+            self.forward_features(x)  # says so if it is the size
+            raise
+        view = self.forward_head(features, pre_logits=True)
+        return view, torch.cat([y.mean((2, 3)) for y in maps[-n:]], -1)
 
     def last_attention(self, x: Tensor) -> Tensor:
         """Not available for timm's networks.
