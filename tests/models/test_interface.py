@@ -12,6 +12,7 @@ from timm.models._manipulate import group_parameters
 
 from esvit_core.config import ModelConfig
 from esvit_core.models import create_backbone
+from esvit_core.models.timm_backbone import TimmBackbone
 
 
 def images(size: int = 32, seed: int = 0) -> torch.Tensor:
@@ -74,6 +75,19 @@ def test_one_pass_gives_both_features_bit_for_bit(backbone):
     view, blocks = backbone.view_and_last_blocks(images(), 2)
     assert torch.equal(view, backbone(images()))
     assert torch.equal(blocks, backbone.last_blocks(images(), 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "deit_tiny_distilled_patch16_224"])
+def test_one_pass_of_a_network_of_timm_gives_both_features_bit_for_bit(name):
+    backbone, passes = TimmBackbone(name, 64).eval(), []
+    x = images(backbone.img_size)
+    view, blocks = backbone(x), backbone.last_blocks(x, 2)
+    stem = next(layer for layer in backbone.modules() if isinstance(layer, torch.nn.Conv2d))
+    stem.register_forward_hook(lambda *_: passes.append(1))
+    found = backbone.view_and_last_blocks(x, 2)
+    assert torch.equal(found[0], view) and torch.equal(found[1], blocks)
+    assert len(passes) == 1
 
 
 @torch.no_grad()
