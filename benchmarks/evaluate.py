@@ -4,8 +4,8 @@
 
 DIR holds ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``. The plain script computes the features of the images with stock timm
 and its transform, batch by batch, and classifies them by 20-NN, weighted as in the published code, and by scikit-learn's
-logistic regression. `esvit evaluate` measures the same network, and the same network with random weights; with ``--model`` it
-compares that model with it. Without ``--weights`` they are random, and the same for both. Times are of the clock and of
+logistic regression. `esvit evaluate` measures the same network, and the same network with random weights; with ``--model``
+that model as well, which it compares with it. Without ``--weights`` they are random, and the same for both. Times are of the clock and of
 the processors; memory is that of the largest process. The last line is JSON.
 """
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--network", default="resnet18", help="network of timm")
     parser.add_argument("--weights", type=Path, help="its weights; default: random ones")
-    parser.add_argument("--model", help="model that is compared with it")
+    parser.add_argument("--model", help="model that is compared with the network")
     parser.add_argument("--out", type=Path, default=Path("evaluate-runs"), help="folder of the runs")
     parser.add_argument("--plain", action="store_true", help="print the figures of the plain script as JSON, and end")
     arguments = parser.parse_args()
@@ -116,12 +116,11 @@ def main() -> None:
         print(f"plain script: {result['plain']}", flush=True)
         network = f"timm:{arguments.network}:{weights}"
         data = ["--data", str(arguments.folder)]
-        result["esvit"] = esvit(["--model", network, *data], arguments.out)
-        (report,) = arguments.out.glob("evaluate-*/report.json")
+        models = ["--model", arguments.model, "--baseline", network] if arguments.model else ["--model", network]
+        result["esvit"] = esvit([*models, *data], arguments.out)
+        (report,) = arguments.out.glob("evaluate-imported-*/report.json")
         rows = json.loads(report.read_text(encoding="utf-8"))["results"]
         result["esvit"] |= {row["figure"]: row.get("trained") for row in rows if row["figure"] in ("knn/20", "linear")}
-        if arguments.model:  # the network's features are those of its first run
-            result["compared"] = esvit(["--model", arguments.model, "--baseline", network, *data], arguments.out)
     print(json.dumps({key: {name: round(v, 2) for name, v in part.items()} for key, part in result.items()}))
 
 
