@@ -2,11 +2,12 @@
 
     python benchmarks/evaluate.py DIR --weights resnet18.pth [--network resnet18] [--model MODEL] [--out DIR]
 
-DIR holds ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``. The plain script computes the features of the images with stock timm
-and its transform, batch by batch, and classifies them by 20-NN, weighted as in the published code, and by scikit-learn's
-logistic regression. `esvit evaluate` measures the same network, and the same network with random weights; with ``--model``
-that model as well, which it compares with it. Without ``--weights`` they are random, and the same for both. Times are of the clock and of
-the processors; memory is that of the largest process. The last line is JSON.
+DIR holds ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``. The plain script computes the features of the images with stock
+timm and its transform, batch by batch, and classifies them by 20-NN, weighted as in the published code, and by scikit-learn's
+logistic regression. `esvit evaluate` measures the same network and, as its baseline, the same network with other random
+weights; with ``--model`` it also measures that model, and compares the two. Without ``--weights`` the weights are random, the
+same ones for the plain script and for `esvit evaluate`. Times are of the clock and of the processors; memory is that of the
+largest process. The last line is JSON.
 """
 
 from __future__ import annotations
