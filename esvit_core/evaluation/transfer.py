@@ -6,7 +6,7 @@ Lambda is the weight of ``|w|^2 / 2`` relative to the sum of the losses, scikit-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,8 @@ def search_lambda(score: Callable[[list[float]], list[float]]) -> tuple[float, d
     """Search the regularization strength by parametric binary search.
 
     The search starts with 1e-6, 1e-4, ..., 1e6 and halves the interval around the peak until it has eight steps per
-    decade. Among equal scores the strongest regularization is the peak.
+    decade. Where two near each other share the best score, the peak is between them. Of equal scores the strongest
+    regularization is chosen.
 
     Args:
         score: returns the scores of several lambdas on validation images; higher is better.
@@ -83,17 +84,25 @@ def search_lambda(score: Callable[[list[float]], list[float]]) -> tuple[float, d
     """
     scores: dict[int, float] = {}
 
-    def peak(candidates: list[int]) -> int:
+    def try_out(candidates: Iterable[int]) -> None:
         new = [i for i in candidates if 0 <= i < len(LAMBDAS) and i not in scores]
         if new:
             scores.update(zip(new, score([float(LAMBDAS[i]) for i in new]), strict=True))
-        return max(scores, key=lambda i: (scores[i], i))
 
     spacing = _FIRST_SPACING
-    best = peak(list(range(0, len(LAMBDAS), spacing)))
+    try_out(range(0, len(LAMBDAS), spacing))
     while spacing > 1:
+        best = max(scores, key=lambda i: (scores[i], i))
+        equal = [i for i in scores if scores[i] == scores[best] and 0 <= best - i <= 2 * spacing]
         spacing //= 2
-        best = peak([best - spacing, best + spacing])
+        middle = (min(equal) + best) // 2
+        if len(equal) != 2:  # a single peak, or a plateau
+            try_out((best - spacing, best + spacing))
+        elif middle in scores:
+            try_out((middle - spacing, middle + spacing))
+        else:
+            try_out((middle, best + spacing))
+    best = max(scores, key=lambda i: (scores[i], i))
     return float(LAMBDAS[best]), {float(LAMBDAS[i]): scores[i] for i in sorted(scores)}
 
 

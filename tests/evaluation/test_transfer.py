@@ -51,6 +51,25 @@ def test_of_equal_scores_the_stronger_regularisation_wins():
     assert best == pytest.approx(10)
 
 
+def test_the_search_goes_on_between_two_equal_scores():
+    """As of the validation scores of the samples' pixels, whose best lies between the equal scores of 1 and 10."""
+    scores = {-1: 47.9, -0.5: 48.6, 0: 49.15, 0.25: 49.5, 0.375: 49.55, 0.5: 49.1, 0.75: 49.25, 1: 49.15, 1.5: 47.7}
+
+    def score(strengths):
+        exponents = np.log10(strengths)
+        return np.interp(exponents, [-6, *scores, 6], [41, *scores.values(), 24]).round(2).tolist()
+
+    best, tried = search_lambda(score)
+    assert np.log10(best) == pytest.approx(0.375) and len(tried) <= 7 + 4 * 2
+
+
+@given(st.lists(st.integers(0, 3), min_size=97, max_size=97))
+def test_the_search_never_takes_more_than_fifteen_fits(values):
+    best, tried = search_lambda(lambda strengths: [values[int(np.abs(LAMBDAS - s).argmin())] for s in strengths])
+    assert len(tried) <= 7 + 4 * 2
+    assert best == max(strength for strength, value in tried.items() if value == max(tried.values()))
+
+
 def test_every_fold_holds_a_fifth_of_each_class_but_never_its_only_image():
     labels = np.repeat([0, 1, 2, 3], [50, 10, 2, 1])
     fold = validation_folds(labels, seed=0)
