@@ -86,7 +86,7 @@ def _explain_full_disk() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        if "full" not in str(error):
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
             raise
         folder = tempfile.gettempdir()
         raise StoreFull(
