@@ -127,16 +127,18 @@ def test_no_step_starts_after_the_run_was_asked_to_stop(client: Client, server: 
 
 
 RUNNER = """
-import signal, sys
+import sys, threading
 from pathlib import Path
 from esvit_core.launch.signals import outlive_signals
 from esvit_pipelines.local import runner
 
 stopped = Path(sys.argv[1])
-outlive_signals(on_signal=lambda: print("signal", stopped.exists(), flush=True))
+seen = threading.Event()
+outlive_signals(on_signal=lambda: (print("signal", stopped.exists(), flush=True), seen.set()))
 runner._stop_when_parent_ends(stopped)
 print("waits", flush=True)
-signal.pause()
+while not seen.wait(0.05):  # the signal may come before the wait
+    pass
 """
 
 
