@@ -15,7 +15,7 @@ from esvit_core.data.ingest.listing import (
     Scan,
     compare,
     hash_touched_files_in,
-    put_listing,
+    listing_file,
     scan_source,
 )
 from esvit_core.data.ingest.sources import source_fingerprint
@@ -200,7 +200,8 @@ def _plan(
 
 def _begin(run: Run, record: dict[str, Any], files: FileTable) -> None:
     """Write the inputs of the run; the configuration comes last and marks them complete."""
-    put_listing(run.store, run.at(LISTING_PATH), files)
+    with listing_file(files) as path:
+        run.store.put_file(run.at(LISTING_PATH), path)
     run.store.put_if_absent(run.at(RETRAINING), encode_json(record))
     start_run(run.config, record["source"], run.uri, run.store)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import marshal
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 
 from esvit_core.data.ingest.disk_rows import Row
-from esvit_core.storage import StoreFull
+from esvit_core.storage.disk import explain_full_temporary_disk
 
 _AT_ONCE = 1024  # rows that are read or written together
 _CACHE_KIB = 1024
@@ -83,12 +83,10 @@ def _key(name: str) -> bytes:
 
 @contextlib.contextmanager
 def _explain_full_disk() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-            raise
-        folder = tempfile.gettempdir()
-        raise StoreFull(
-            f"{folder}: the disk is full; a list of files needs space there: free some, or set TMPDIR"
-        ) from None
+    with explain_full_temporary_disk("a list of files"):
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            raise OSError(errno.ENOSPC, str(error)) from None

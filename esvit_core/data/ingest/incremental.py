@@ -69,7 +69,7 @@ def _latest(listed: Iterable[File]) -> Iterator[File]:
     for _, group in itertools.groupby(rows, key=lambda row: row[0]):
         files = [File(*values) for *_, values in group]
         # The listing of a reused part may name a file that was bad then and is an image now.
-        yield [file for file in files if file.split or not any(each.split for each in files)][-1]
+        yield ([file for file in files if file.split] or files)[-1]
 
 
 def _listed(store: ObjectStore, prefix: str, manifest: Manifest) -> Iterator[File]:

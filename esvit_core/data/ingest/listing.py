@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import heapq
@@ -268,13 +269,14 @@ def changes(before: FileTable, now: FileTable) -> Iterator[tuple[Change, str]]:
             yield "removed", name
 
 
-def put_listing(store: ObjectStore, uri: str, files: Iterable[File]) -> None:
-    """Write a listing to the store without holding it in memory."""
-    with explain_full_temporary_disk("a list of files"), tempfile.TemporaryDirectory(prefix="esvit-") as folder:
+@contextlib.contextmanager
+def listing_file(files: Iterable[File]) -> Iterator[Path]:
+    """Write a listing to a temporary file, without holding it in memory."""
+    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
         path = Path(folder) / LISTING
-        with path.open("wb") as output:
+        with explain_full_temporary_disk("a list of files"), path.open("wb") as output:
             write_listing(files, output)
-        store.put_file(uri, path)
+        yield path
 
 
 def get_listing(store: ObjectStore, uri: str) -> FileTable:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from esvit_core.data.ingest.decode import describe_bad_files, reason_category
 from esvit_core.data.ingest.file_kinds import ignored_kind
 from esvit_core.data.ingest.layout import SplitName
-from esvit_core.data.ingest.listing import LISTING, File, decode_listing, encode_listing, write_listing
+from esvit_core.data.ingest.listing import LISTING, File, decode_listing, encode_listing, listing_file
 from esvit_core.data.ingest.near_duplicates import find_superfluous
 from esvit_core.data.ingest.parts import PlannedPart
 from esvit_core.data.ingest.preparation import Preparation, check_bad_share
@@ -341,8 +339,5 @@ def _put_others(job: Preparation, unplaced: Sequence[File]) -> NamedFile:
         for entry, reason in job.plan.skipped:
             yield File(entry.name, entry.size, entry.stamp, "skipped", reason=reason)
 
-    with tempfile.TemporaryDirectory(prefix="esvit-") as folder:
-        path = Path(folder) / LISTING
-        with path.open("wb") as output:
-            write_listing(files(), output)
+    with listing_file(files()) as path:
         return job.put_file(LISTING, path)
