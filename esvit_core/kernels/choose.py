@@ -51,11 +51,12 @@ def select_kernels_(network: nn.Module, dtype: torch.dtype, device: torch.device
 
 def select_triton_kernels_(network: nn.Module) -> None:
     """Select the Triton kernels for a training in half precision on a GPU, in place."""
-    from esvit_core.kernels import window_attention_triton
+    from esvit_core.kernels import large_window_attention_triton, window_attention_triton
     from esvit_core.models.packed_swin import views_and_regions_of_sizes
 
     if isinstance(network, MultiCropNetwork) and isinstance(network.backbone, SwinTransformer):
         network.packed = views_and_regions_of_sizes
     for module in network.modules():
         if isinstance(module, WindowAttention):
-            module.triton_kernel = window_attention_triton
+            small = module.window_size <= window_attention_triton.MAX_WINDOW
+            module.triton_kernel = window_attention_triton if small else large_window_attention_triton

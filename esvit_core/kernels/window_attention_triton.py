@@ -117,7 +117,7 @@ def _attend_backward_kernel(  # type: ignore[no-untyped-def]
         grad = _rows(outer, entry, C, column, inside, zeros)
         result = _rows(out, entry, C, column, inside, zeros)
         delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-        log_sum = tl.load(lse + (window * heads + head) * N + positions, mask=positions < N, other=0.0)
+        log_sum = tl.load(lse + (window * heads + head) * N + positions, mask=positions < N, other=float("inf"))
         bias = tl.load(bias_tiles + positions[:, None] * TILE + positions[None, :])
         p = tl.exp(_logits(q, k, entry, bias, scale, SHIFTED) - log_sum[:, None])
         of_v = tl.dot(tl.trans(p.to(v.dtype)), grad, input_precision="ieee")

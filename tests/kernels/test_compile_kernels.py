@@ -15,6 +15,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 F32, BF16, I32, I64 = "*fp32", "*bf16", "*i32", "*i64"
 WINDOW = {"N": 49, "WINDOW": 7, "SHIFTED": True, "D": 32, "TILE": 64, "WIDTH": 32}  # of the published Swins
+LARGE_WINDOW = {"N": 196, "SHIFTED": True, "D": 32, "BLOCK": 64, "WIDTH": 32}
 SIZES = {"count": "i32", "heads": "i32", "scale": "fp32"}
 NORM = {"ADDS": True, "SCALES": True}
 NORMS = [(96, 128, 32, 4), (768, 1024, 4, 8)]  # width of a row, its power of two, rows, warps
@@ -42,6 +43,28 @@ KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int
         | {"of_qkv": BF16, "of_bias": F32, "of_fill": F32, **SIZES},
         WINDOW,
         {"num_warps": 8, "num_stages": 1},
+    ),
+    **{
+        f"attend in large windows, {name}": (
+            "large_window_attention_triton",
+            f"_{name}_kernel",
+            {"qkv": BF16, "fill": F32, "windows": I32, "biases": F32, "out": BF16, "lse": F32, **more, **SIZES},
+            LARGE_WINDOW | ({"STEP": 32} if name == "key_gradient" else {}),
+            {"num_warps": 4, "num_stages": 1},
+        )
+        for name, more in {
+            "attend": {},
+            "query_gradient": {"outer": BF16, "of_qkv": BF16},
+            "bias_gradient": {"outer": BF16, "of_bias": F32},
+            "key_gradient": {"outer": BF16, "of_qkv": BF16, "of_fill": F32},
+        }.items()
+    },
+    "gradient of the bias table of large windows": (
+        "large_window_attention_triton",
+        "_table_gradient_kernel",
+        {"of_bias": F32, "of_table": F32, "programs": "i32", "heads": "i32"},
+        {"WINDOW": 14, "TILE": 256},
+        {},
     ),
     **{
         f"add norm {C}": (

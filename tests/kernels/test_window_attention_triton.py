@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +17,11 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("compiled here, not interpreted", allow_module_level=True)
 
-from esvit_core.kernels import window_attention_triton as kernels
+from esvit_core.kernels import large_window_attention_triton as large
+from esvit_core.kernels import window_attention_triton as small
+from esvit_core.kernels.choose import select_triton_kernels_
 
+BOTH = pytest.mark.parametrize("kernels", [small, large], ids=["small", "large"])
 CPU = torch.device("cpu")
 
 
@@ -43,12 +48,13 @@ def plainly(layer: WindowAttention, qkv: Tensor, maps: tuple[tuple[int, int, int
     maps=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=2),
     heads=st.integers(1, 2),
     width=st.sampled_from([8, 16]),
-    window=st.integers(2, 5),
+    window=st.integers(2, 6),
     shift=st.integers(0, 2),
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_values_and_gradients_are_those_of_the_formula(maps, heads, width, window, shift, bias, seed) -> None:
+@BOTH
+def test_values_and_gradients_are_those_of_the_formula(kernels, maps, heads, width, window, shift, bias, seed) -> None:
     maps, shift = tuple(maps), min(shift, window - 1)
     torch.manual_seed(seed)
     layer = layer_of(heads, width, window, shift, bias)
@@ -65,10 +71,11 @@ def test_values_and_gradients_are_those_of_the_formula(maps, heads, width, windo
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_is_rounded_once() -> None:
+@pytest.mark.parametrize(("kernels", "window"), [(small, 7), (large, 9)])
+def test_half_precision_is_rounded_once(kernels: ModuleType, window: int) -> None:
     """float16, because the interpreter knows no product of bfloat16."""
     torch.manual_seed(0)
-    layer, maps = layer_of(2, 32, 7, 3), ((1, 9, 8),)
+    layer, maps = layer_of(2, 32, window, 3), ((1, 9, 8),)
     layer.triton_kernel = kernels
     qkv = torch.randn(72, 192).half().requires_grad_()
     out = layer.attend_to_maps(qkv, maps)
@@ -82,7 +89,29 @@ def test_half_precision_is_rounded_once() -> None:
     torch.testing.assert_close(qkv.grad.float(), exact.grad, rtol=5e-3, atol=5e-3)
 
 
-def test_the_layer_uses_the_kernel_for_the_windows_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_windows_of_14() -> None:
+    torch.manual_seed(0)
+    layer, maps = layer_of(1, 8, 14, 7), ((1, 15, 14), (1, 6, 6))
+    layer.triton_kernel = large
+    qkv, outer = torch.randn(246, 24, requires_grad=True), torch.randn(246, 8)
+    leaves = [qkv, layer.relative_position_bias_table, layer.qkv.bias]
+    found, expected = layer.attend_to_maps(qkv, maps), plainly(layer, qkv, maps)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(*(torch.autograd.grad(out, leaves, outer) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "kernels"), [(7, small), (8, small), (9, large), (16, large)])
+def test_the_kernels_are_selected_by_the_size_of_the_window(window: int, kernels: ModuleType) -> None:
+    layer = layer_of(1, 8, window, 0)
+    select_triton_kernels_(layer)
+    assert layer.triton_kernel is kernels and layer.supports_triton(window**2)
+
+
+@BOTH
+def test_the_layer_uses_the_kernel_for_the_windows_it_supports(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     layer, x = layer_of(2, 8, 3, 1), torch.randn(2, 5, 4, 16)
     expected = layer(x)
@@ -92,6 +121,7 @@ def test_the_layer_uses_the_kernel_for_the_windows_it_supports(monkeypatch: pyte
     assert torch.equal(layer(x), expected)
 
 
-def test_offsets_that_need_more_than_32_bits_are_not_supported() -> None:
+@BOTH
+def test_offsets_that_need_more_than_32_bits_are_not_supported(kernels: ModuleType) -> None:
     assert kernels.supports(5_000_000, 96, 3, 7)
     assert not kernels.supports(10_000_000, 96, 3, 7)
