@@ -82,7 +82,8 @@ def test_operations_and_bytes_are_those_of_a_real_step() -> None:
 
 
 # GB that torch's CUDA allocator had in use at most in a step of 64 images in bfloat16 with fused AdamW and the Triton
-# kernels (benchmarks/gpu_counts.py, torch 2.14.1, 2026-11-29, windows of 14: 2026-11-30). No kernel ran: allocations do not depend on values.
+# kernels (benchmarks/gpu_counts.py, torch 2.14.1, 2026-11-29; windows of 14: 2026-11-30). No kernel ran: allocations do
+# not depend on values.
 ALLOCATED = {
     "imagenet_swin_tiny_w7": 14.66,
     "imagenet_swin_tiny_w7_view": 10.58,

@@ -169,6 +169,16 @@ def test_a_training_is_followed_to_its_end(
         assert not [v for v in ("ESVIT_S3_ACCESS_KEY", "ESVIT_S3_SECRET_KEY") if credentials[v] in text]
 
 
+def test_a_repeated_step_follows_the_existing_job_which_has_no_state_while_it_runs(
+    kube: KubeServer, train: Callable[..., None], store_env: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = store_env.uri("runs/a")
+    kube.put(train_job(uri, Config.load("demo", ["launch.scheduler=trainjob"]))[1], "Running")
+    kube.script = [RUNNING, DONE]
+    train()
+    assert f"found the TrainJob esvit/{job_name(uri)}; following it" in capfd.readouterr().out
+
+
 def test_a_user_error_is_the_reason(kube: KubeServer, train: Callable[..., None]) -> None:
     kube.script = [RUNNING, Stage("Failed", {0: "lost", 1: "mistake"})]
     with pytest.raises(UserError, match=r"^data: expected images; add some$"):

@@ -193,9 +193,10 @@ class Follower:
         else:
             if owner := self._cluster.owner():
                 self._cluster.patch_metadata(self._backend.kind, self._name, {"ownerReferences": [owner]})
-            self._print(
-                "begin", f"found the {self._title}, {self._backend.message(job) or 'just created'}; following it"
-            )
+            known = ", ".join(
+                filter(None, (self._title, self._backend.message(job)))
+            )  # a TrainJob that runs has no state
+            self._print("begin", f"found the {known}; following it")
             return True
         return False
 
