@@ -101,6 +101,22 @@ def test_the_bytes_of_a_gpu_are_those_that_torch_allocates_there(recipe: str) ->
     assert counted / 1e9 == pytest.approx(ALLOCATED[recipe], rel=0.05)
 
 
+def test_lazy_logits_take_what_torch_allocates_on_a_gpu() -> None:
+    """``benchmarks/gpu_counts.py --set training.lazy_logits=true``, as above, 2026-11-30."""
+    config = Config.load("imagenet_swin_tiny_w7", ["training.lazy_logits=true"])
+    assert count_memory(config, torch.bfloat16, "cuda").bytes(64) / 1e9 == pytest.approx(11.92, rel=0.05)
+
+
+def test_a_plan_counts_lazy_logits_where_a_training_uses_them() -> None:
+    config = Config.load("imagenet_swin_tiny_w7", ["training.batch_size=256"])
+    small, large = (plan_run(config, gpu, 1, 1_281_167).demand for gpu in ("a100", "h200"))
+    assert 256 * large.logit_bytes > 0.1 * 141e9 > 0 and small.image_bytes == large.image_bytes
+    few = plan_run(
+        config.model_copy(update={"training": config.training.model_copy(update={"batch_size": 64})}), "h200", 1, 10**6
+    )
+    assert few.demand.image_bytes == large.image_bytes + large.logit_bytes
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_bytes_of_a_gpu_are_those_of_a_real_step(torch_settings: None) -> None:
     make_deterministic()  # the default, which selects other kernels

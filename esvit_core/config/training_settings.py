@@ -71,6 +71,12 @@ class TrainingConfig(Section):
         description="Maximum micro-batch: a process splits a larger share of the batch into micro-batches. null: no limit.",
         json_schema_extra=EXECUTION,
     )
+    lazy_logits: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compute the logits of a few images at a time instead of storing those of a micro-batch: the same loss up "
+        "to rounding. auto: on a CPU from 16,384 prototypes on; on a GPU if they would take a tenth of its memory.",
+        json_schema_extra=EXECUTION,
+    )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="Data-loading worker processes per training process, and of an evaluation step. 0: load in the process "

@@ -113,37 +113,72 @@ class MatchedCrossEntropyTriton(torch.autograd.Function):
         weights: Tensor,
         *matches: Tensor,
     ) -> Tensor:
-        student, teacher, rows = student.contiguous(), teacher.contiguous(), len(student)
-        table = _table(matches)
-        loss, lse = student.new_empty((2, rows), dtype=torch.float32).unbind()
-        K = student.shape[1]
-        ctx.inverse_temps = [1 / temp for temp in temps]
-        teacher_lse = torch.empty(len(teacher), device=teacher.device)
-        _teacher_kernel[(len(teacher),)](teacher, center, teacher_lse, K, ctx.inverse_temps[1], BLOCK=_block(K))
-        _forward_kernel[(rows,)](
-            *(student, teacher, center, teacher_lse, table, weights, loss, lse, K, *ctx.inverse_temps),
-            Q=table.shape[1],
-            BLOCK=_block(K),
-            num_warps=8,
-        )
-        ctx.save_for_backward(student, teacher, center.clone(), teacher_lse, table, weights, lse)
+        student, teacher = student.contiguous(), teacher.contiguous()
+        table = match_table(matches)
+        loss, lse, teacher_lse = cross_entropies(student, teacher, center, temps, weights, table)
+        ctx.temps = temps
+        # The center is updated before the backward pass.
+        ctx.save_for_backward(student, teacher, center.clone(), weights, table, lse, teacher_lse)
         return loss.sum()
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        student, *others = ctx.saved_tensors
+        student, teacher, center, weights, table, lse, teacher_lse = ctx.saved_tensors
         gradient = torch.empty_like(student)
-        rows, K = student.shape
-        block = _block(K)
-        _backward_kernel[(rows, triton.cdiv(K, block))](
-            *(student, *others, outer.contiguous(), gradient, K, *ctx.inverse_temps),
-            Q=others[3].shape[1],
-            BLOCK=block,
-        )
+        write_gradient(student, teacher, center, ctx.temps, weights, table, lse, teacher_lse, outer, gradient)
         return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def _table(matches: Sequence[Tensor]) -> Tensor:
+def cross_entropies(
+    student: Tensor, teacher: Tensor, center: Tensor, temps: tuple[float, float], weights: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted cross-entropy of each student row (R,), and the log-sum-exps of student (R,) and teacher (T,).
+
+    Args:
+        student: logits, (R, K), contiguous.
+        teacher: logits, (T, K), contiguous.
+        center: (1, K), float32.
+        temps: temperatures of student and teacher.
+        weights: (R,).
+        table: matched teacher rows of each student row, (R, Q); -1: none.
+    """
+    K, inverse_temps = student.shape[1], [1 / temp for temp in temps]
+    loss, lse = student.new_empty((2, len(student)), dtype=torch.float32).unbind()
+    teacher_lse = torch.empty(len(teacher), device=teacher.device)
+    _teacher_kernel[(len(teacher),)](teacher, center, teacher_lse, K, inverse_temps[1], BLOCK=_block(K))
+    _forward_kernel[(len(student),)](
+        *(student, teacher, center, teacher_lse, table, weights, loss, lse, K, *inverse_temps),
+        Q=table.shape[1],
+        BLOCK=_block(K),
+        num_warps=8,
+    )
+    return loss, lse, teacher_lse
+
+
+def write_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    temps: tuple[float, float],
+    weights: Tensor,
+    table: Tensor,
+    lse: Tensor,
+    teacher_lse: Tensor,
+    outer: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Write the gradient of ``outer`` times the sum of the losses to ``gradient`` (R, K), which may be ``student``."""
+    rows, K = student.shape
+    block = _block(K)
+    _backward_kernel[(rows, triton.cdiv(K, block))](
+        *(student, teacher, center, teacher_lse, table, weights, lse, outer.contiguous(), gradient, K),
+        *(1 / temp for temp in temps),
+        Q=table.shape[1],
+        BLOCK=block,
+    )
+
+
+def match_table(matches: Sequence[Tensor]) -> Tensor:
     """Collect the groups' matches in one table (R, Q), padded with -1."""
     Q = max(group.shape[1] for group in matches)
     return torch.cat([torch.nn.functional.pad(group, (0, Q - group.shape[1]), value=-1) for group in matches])

@@ -9,15 +9,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from esvit_core.config import Config
 from esvit_core.kernels.fused_softmax import C_KERNELS, TORCH_KERNELS, select_softmax_kernels
 from esvit_core.kernels.triton_support import triton_problem
 from esvit_core.losses.blockwise import blockwise_cross_entropy
 from esvit_core.losses.cross_entropy import Pairs, Teacher, chunked_cross_entropy, triton_cross_entropy
+from esvit_core.losses.lazy_triton import lazy_triton_cross_entropy
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, Logits
+
+LAZY_SHARE = 0.1  # of a GPU's memory; stored logits of more than that are computed lazily
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class LossStrategy:
 
 CHUNKED = LossStrategy("softmax in torch", "torch", False, chunked_cross_entropy)
 TRITON = LossStrategy("fused Triton kernels", "triton", False, triton_cross_entropy)
+LAZY_TRITON = LossStrategy("lazy logits, fused Triton kernels", "lazy-triton", True, lazy_triton_cross_entropy)
 BLOCKWISE = {
     kernels: LossStrategy(
         f"lazy logits, fused softmax in {kernels.name}",
@@ -50,11 +56,47 @@ BLOCKWISE = {
 }
 
 
-def select_strategy(device: torch.device, prototypes: int) -> LossStrategy:
-    """Select the fastest strategy for a device and a number of prototypes K."""
-    if device.type == "cpu" and prototypes >= MIN_LAZY_PROTOTYPES:
+def select_strategy(
+    device: torch.device, prototypes: int, lazy: bool | Literal["auto"] = "auto", stored_bytes: float = 0
+) -> LossStrategy:
+    """Select the fastest strategy for a device and a number of prototypes K.
+
+    Args:
+        device: of the training.
+        prototypes: K.
+        lazy: ``training.lazy_logits``.
+        stored_bytes: size of the logits of a micro-batch, see :func:`logit_bytes`; only for ``auto`` on a GPU.
+    """
+    if device.type == "cpu" and (prototypes >= MIN_LAZY_PROTOTYPES if lazy == "auto" else lazy):
         return BLOCKWISE[select_softmax_kernels()]
     if device.type == "cuda":
         problem = triton_problem(device)
-        return replace(CHUNKED, name=f"{CHUNKED.name}, because {problem}") if problem else TRITON
+        if problem:
+            return replace(CHUNKED, name=f"{CHUNKED.name}, because {problem}")
+        memory = torch.cuda.get_device_properties(device).total_memory if lazy == "auto" else 0
+        return LAZY_TRITON if wants_lazy_logits(lazy, stored_bytes, memory) else TRITON
     return CHUNKED
+
+
+def wants_lazy_logits(lazy: bool | Literal["auto"], stored_bytes: float, memory: float) -> bool:
+    """Return whether a GPU with so many bytes of memory computes the logits lazily."""
+    return stored_bytes > LAZY_SHARE * memory if lazy == "auto" else lazy
+
+
+def logit_bytes(config: Config, backbone: Any, images: int, dtype: torch.dtype) -> float:
+    """Estimate the size of the stored logits of ``images`` images: the student's, their gradient, and the teacher's.
+
+    Args:
+        config: of the run.
+        backbone: tells by how much it reduces an image; if it does not, 16 is assumed.
+        images: of a micro-batch.
+        dtype: of the logits.
+    """
+    try:
+        reduction = int(backbone.feature_info[-1]["reduction"])
+    except (AttributeError, IndexError, KeyError, TypeError):
+        reduction = 16
+    kinds = (config.augment.global_crops, *config.augment.local_kinds)
+    regions = [(kind.size // reduction) ** 2 for kind in kinds for _ in range(kind.number)]
+    rows = [1 + count * config.objective.region for count in regions]
+    return float(images) * config.head.out_dim * dtype.itemsize * (2 * sum(rows) + sum(rows[:2]))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from esvit_core.models.lazy_logits import WEIGHT_CHUNK_ROWS, LazyLogits, Logits
+from esvit_core.models.lazy_logits import LazyLogits, Logits, chunk_rows
 from esvit_core.torch_private import weight_norm
 
 
@@ -34,7 +34,8 @@ class Prototypes(nn.Module):
         """Map embeddings (rows, in_dim) to logits (rows, K)."""
         if not self.lazy:
             return F.linear(x, self.weight())
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         # With a gradient the weight keeps its dtype, because the gradients of many rows are summed in it.
         needs_grad = torch.is_grad_enabled() and self.weight_v.requires_grad
         return LazyLogits(x.to(dtype), self.weight() if needs_grad else self._cast_weight(dtype))
@@ -43,7 +44,8 @@ class Prototypes(nn.Module):
     def _cast_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the prototypes in ``dtype`` without a float32 copy of all of them."""
         out = torch.empty_like(self.weight_v, dtype=dtype)
-        for part, v, g in zip(*(t.split(WEIGHT_CHUNK_ROWS) for t in (out, self.weight_v, self.weight_g)), strict=True):
+        step = chunk_rows(out)
+        for part, v, g in zip(*(t.split(step) for t in (out, self.weight_v, self.weight_g)), strict=True):
             part.copy_(weight_norm(v, g))
         return out
 

@@ -65,7 +65,7 @@ class LazyLogits:
     def sum(self, dim: Literal[0], *, keepdim: Literal[True], dtype: torch.dtype) -> Tensor:
         """Sum over the rows, (1, K): the product of the summed embeddings."""
         total = self.embeddings.sum(dim, keepdim=keepdim, dtype=dtype)
-        return torch.cat([total @ part.to(dtype).T for part in self.weight.split(WEIGHT_CHUNK_ROWS)], -1)
+        return torch.cat([total @ part.to(dtype).T for part in self.weight.split(chunk_rows(self.weight))], -1)
 
     def materialize(self) -> Tensor:
         """Compute all logits, (rows, K)."""
@@ -73,6 +73,11 @@ class LazyLogits:
 
 
 Logits = Tensor | LazyLogits
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Return how many prototypes to convert at a time: on a GPU all, because each chunk is a launch."""
+    return WEIGHT_CHUNK_ROWS if weight.device.type == "cpu" else len(weight)
 
 
 def materialize(logits: Logits) -> Tensor:

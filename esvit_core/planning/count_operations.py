@@ -23,6 +23,8 @@ from esvit_core.config import Config
 from esvit_core.kernels.choose import select_triton_kernels_
 from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.blockwise import LAZY_BLOCK_ROWS
+from esvit_core.losses.lazy_triton import CHUNK_ROWS
+from esvit_core.losses.strategy import logit_bytes
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
 from esvit_core.planning.fake_network import crop_sizes, fake_crops, fake_network, naming_refused_sizes
@@ -40,12 +42,14 @@ class Memory:
         fixed_bytes: memory that does not depend on the batch.
         image_bytes: additional memory per image of a micro-batch.
         checkpoint_bytes: size of a checkpoint: both networks and the optimizer's averages.
+        logit_bytes: size of the logits of an image, their gradient, and the teacher's, if they are stored.
     """
 
     parameters: int
     fixed_bytes: float
     image_bytes: float
     checkpoint_bytes: float
+    logit_bytes: float
 
     def bytes(self, images: int) -> float:
         """Peak memory of a step with micro-batches of ``images``."""
@@ -74,7 +78,8 @@ def count_demand(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
         config: configuration of the run, including ``launch.activation_checkpointing``.
         dtype: dtype in which the networks compute.
         device_type: ``cpu`` computes the logits of many prototypes blockwise and keeps attention weights; a GPU (``cuda``)
-            stores the logits, keeps no attention weights, and casts other operations under autocast.
+            stores the logits unless ``training.lazy_logits`` is true, keeps no attention weights, and casts other operations
+            under autocast.
 
     Raises:
         UserError: the backbone does not exist or does not take the recipe's crops.
@@ -94,7 +99,8 @@ def count_memory(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
 def _flops(student: MultiCropNetwork, config: Config) -> float:
     """FLOPs per image of forward and backward pass, of the teacher, and of the products with the prototypes."""
     sizes = crop_sizes(config)
-    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
+    lazy = config.training.lazy_logits
+    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES if lazy == "auto" else lazy)
     output, forward = _count(lambda: student(fake_crops(2, sizes)))
     teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
     again = 0.0
@@ -106,7 +112,8 @@ def _flops(student: MultiCropNetwork, config: Config) -> float:
 
 def _memory(student: MultiCropNetwork, config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     sizes = crop_sizes(config)
-    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES)
+    lazy = config.training.lazy_logits
+    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES if lazy == "auto" else lazy)
     student.backbone.set_grad_checkpointing(config.launch.activation_checkpointing)
     halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0
     (kept, _), (more, output) = (_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4))
@@ -121,6 +128,7 @@ def _memory(student: MultiCropNetwork, config: Config, dtype: torch.dtype, devic
         fixed_bytes=8 * parameters + (optimizer - 8) * trained + 2 * halves + (kept - 2 * image) + fixed,
         image_bytes=image + each + 4 * 3 * sum(size**2 for size in sizes),
         checkpoint_bytes=8 * parameters + (optimizer - 12) * trained,
+        logit_bytes=logit_bytes(config, student.backbone, 1, dtype),
     )
 
 
@@ -248,6 +256,10 @@ def _objective_bytes(
         # Logits of a few images, the gradient of a head's prototypes, and a product to add to it.
         few = max(1, LAZY_BLOCK_ROWS // student)
         return (few * (student * width + teacher * 4) + 2 * config.head.bottleneck_dim * 4) * float(K), 0.0
+    if device_type == "cuda" and config.training.lazy_logits is True:
+        # Logits of a few images, the gradients of both heads' prototypes, and a product to add to one of them.
+        few = max(1, CHUNK_ROWS // student)
+        return (few * (student + teacher) * width + 3 * config.head.bottleneck_dim * 4) * float(K), 0.0
     dense = not isinstance(output.view_logits, LazyLogits)  # in which case the student's logits are counted already
     distribution = 0 if device_type == "cuda" else 4  # a GPU's kernels compute it where they use it
     return 0.0, (student * width * (1 if dense else 2) + teacher * (width + distribution)) * float(K)

@@ -14,6 +14,7 @@ import torch
 
 from esvit_core.config import Config
 from esvit_core.errors import UserError
+from esvit_core.losses.strategy import wants_lazy_logits
 from esvit_core.models.precision import choose_precision
 from esvit_core.planning.count_operations import Demand, count_demand, shares
 from esvit_core.planning.rehearse import rehearse
@@ -123,6 +124,9 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, images_per_second
     dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
     demand = count_demand(config, dtype)
     images_per_process, micro_batch = shares(config, gpus)
+    stored = micro_batch * demand.logit_bytes
+    if config.training.lazy_logits == "auto" and wants_lazy_logits("auto", stored, kind.memory):
+        demand = count_demand(_with_lazy_logits(config), dtype)
     return Plan(
         device=kind.name,
         on_cpu=False,
@@ -162,6 +166,10 @@ def _on_cpu(config: Config, steps: int) -> Plan:
     )
 
 
+def _with_lazy_logits(config: Config) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"lazy_logits": True})})
+
+
 def advice(config: Config, plan: Plan) -> list[str]:
     """Suggest settings with which a plan that does not fit would fit, each with the memory that results."""
     room, found = FREE_SHARE * plan.memory, []
@@ -181,6 +189,13 @@ def advice(config: Config, plan: Plan) -> list[str]:
         found.append(
             f"--set launch.activation_checkpointing=true: {amount:.1f} GB, {fits}; a third slower, the same numbers"
         )
+    if not plan.on_cpu and config.training.lazy_logits is not True:
+        amount = count_demand(_with_lazy_logits(config), plan.dtype).bytes(plan.micro_batch)
+        if amount < plan.bytes:
+            fits = "fits" if amount <= room else "not enough by itself"
+            found.append(
+                f"--set training.lazy_logits=true: {amount / 1e9:.1f} GB, {fits}; the same numbers up to rounding"
+            )
     if most >= 1 and not plan.on_cpu:
         found.append(f"--gpus {plan.devices * math.ceil(plan.images_per_process / most)}")
     if not most:

@@ -21,7 +21,7 @@ from esvit_core.errors import UserError
 from esvit_core.kernels.choose import select_kernels_
 from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.objective import Objective
-from esvit_core.losses.strategy import TRITON, select_strategy
+from esvit_core.losses.strategy import CHUNKED, logit_bytes, select_strategy
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.runs.environment import available_cores
@@ -149,10 +149,14 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
     student, teacher = (network.to(world.device) for network in build_student_teacher(config))
     synchronize_batch_norms_(student, world)
     synchronize_batch_norms_(teacher, world)
-    strategy = select_strategy(world.device, config.head.out_dim)
+    precision = choose_precision(config.training.precision, world.device)
+    images = -(-batch_size // world.size)
+    stored = logit_bytes(
+        config, student.backbone, min(images, config.training.max_images_per_process or images), precision.dtype
+    )
+    strategy = select_strategy(world.device, config.head.out_dim, config.training.lazy_logits, stored)
     process_share = Fraction(share.stop - share.start, batch_size)
     objective = Objective(config.objective, config.head.out_dim, process_share, strategy).to(world.device)
-    precision = choose_precision(config.training.precision, world.device)
     for network in (student, teacher):
         select_kernels_(network, precision.dtype, world.device)
         network.set_lazy_logits(strategy.lazy_logits)
@@ -176,7 +180,9 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
         guard=NonFiniteGuard(config, world, progress, loader.steps_per_epoch, networks, optimizer),
         sample_trace=SampleTrace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
-        colors=DeviceColors(config.augment, fused=strategy is TRITON) if world.device.type == "cuda" else None,
+        colors=DeviceColors(config.augment, fused=strategy.cross_entropy is not CHUNKED.cross_entropy)
+        if world.device.type == "cuda"
+        else None,
         half_weights=half_weights,
     )
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from esvit_core.config import Config
 from esvit_core.kernels import triton_support
 from esvit_core.kernels.fused_softmax import select_softmax_kernels
 from esvit_core.losses import strategy
-from esvit_core.losses.strategy import BLOCKWISE, CHUNKED, TRITON, select_strategy
+from esvit_core.losses.strategy import BLOCKWISE, CHUNKED, LAZY_TRITON, TRITON, logit_bytes, select_strategy
 from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
 from esvit_core.models.multicrop import build_network
 
@@ -26,9 +27,28 @@ def test_a_cpu_uses_lazy_logits_from_many_prototypes_on() -> None:
     assert select_strategy(CPU, MIN_LAZY_PROTOTYPES) is BLOCKWISE[select_softmax_kernels()]
 
 
+def test_a_setting_decides_whether_logits_are_lazy() -> None:
+    assert select_strategy(CPU, 512, lazy=True) is BLOCKWISE[select_softmax_kernels()]
+    assert select_strategy(CPU, MIN_LAZY_PROTOTYPES, lazy=False) is CHUNKED
+
+
 def test_a_gpu_uses_triton_if_its_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategy, "triton_problem", lambda device: "")
-    assert select_strategy(GPU, 65536) is TRITON
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24e9))
+    assert select_strategy(GPU, 65536, stored_bytes=2.3e9) is TRITON
+    assert select_strategy(GPU, 65536, stored_bytes=2.5e9) is LAZY_TRITON
+    assert select_strategy(GPU, 512, lazy=True) is LAZY_TRITON
+    assert select_strategy(GPU, 65536, lazy=False, stored_bytes=20e9) is TRITON
+
+
+def test_the_size_of_stored_logits_is_that_of_a_forward_pass() -> None:
+    config = Config.load("demo", ["head.out_dim=64"])
+    network = build_network(config)
+    kinds = (config.augment.global_crops, *config.augment.local_kinds)
+    output = network([torch.zeros(3, 3, kind.size, kind.size) for kind in kinds for _ in range(kind.number)])
+    student = output.view_logits.numel() + output.region_logits.numel()
+    teacher = 64 * 3 * (2 + sum(output.regions_per_crop[:2]))
+    assert logit_bytes(config, network.backbone, 3, torch.bfloat16) == 2 * (2 * student + teacher)
 
 
 def test_a_gpu_on_which_triton_cannot_compile_uses_torch_and_the_reason_is_one_line(
