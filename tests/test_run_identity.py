@@ -107,7 +107,7 @@ def others(key: str, value: Any) -> Iterator[Any]:
         yield {"a": "b"}
     elif isinstance(value, str):
         yield from ("other", "3", "3Gi")
-    yield from (3, 1.5, 0.5, "other", "3Gi", [2, 2])
+    yield from (3, 1.5, 0.5, "other", "3Gi", [2, 2], True)
 
 
 def changed(key: str) -> tuple[Config, Config] | None:

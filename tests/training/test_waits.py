@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from esvit_core.data.loading.loader import Batch
 from esvit_core.kernels import choose
 from esvit_core.losses import cross_entropy
+from esvit_core.losses.strategy import LAZY_TRITON
 from esvit_core.training import nonfinite
 from esvit_core.training.loop import training_step
 from esvit_core.training.optim.optimizer import restore_after_step_where_
@@ -91,12 +92,13 @@ architectures = pytest.mark.parametrize(
     "model",
     [
         {"window_size": 3},
+        {"window_size": 9, "patch_size": 2},
         {"arch": "vil", "stages": "l1,h2,d8,n1,s1,g1,p2,f3,a0_l2,h2,d16,n2,s0,g0,p2,f3,a0"},
         {"arch": "cvt_tiny"},
         {"arch": "deit_tiny", "patch_size": 4},
         {"arch": "resnet18"},
     ],
-    ids=["swin", "vil", "cvt", "vit", "resnet"],
+    ids=["swin", "swin with large windows", "vil", "cvt", "vit", "resnet"],
 )
 
 
@@ -127,6 +129,14 @@ def test_a_skipped_step_is_undone_without_waiting(
     state = assembled(optimizer={"name": name}, training={"on_nonfinite": "skip"})
     with WithoutWaiting():
         step(state)
+
+
+@on_gpu
+def test_lazy_logits_on_a_gpu_wait_for_nothing(assembled: Callable[..., TrainState], torch_settings: None) -> None:
+    changes = {"training": {"lazy_logits": True}, "optimizer": {"freeze_last_layer_epochs": 0}}
+    state = assembled(torch.device("cuda", 0), **changes)
+    assert state.objective.strategy is LAZY_TRITON
+    step_twice_on_a_gpu(state)
 
 
 @on_gpu
