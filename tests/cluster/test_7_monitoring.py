@@ -26,8 +26,13 @@ from conftest import ENDLESS, start_training, upload
 from esvit_core.monitoring.alerts import Durations, alert_rules, prometheus_rule
 from esvit_core.storage import ObjectStore
 
-# Ten minutes become twenty seconds, so that a cause is felt within a minute.
+# Ten minutes become twenty seconds, so that a cause is felt within a minute. Their rates need a scrape every second.
 FACTOR = 1 / 30
+MONITORS = (
+    ("podmonitor", "esvit-step", "podMetricsEndpoints"),
+    ("podmonitor", "esvit-trainer", "podMetricsEndpoints"),
+    ("servicemonitor", "esvit-object-store", "endpoints"),
+)
 
 
 class Prometheus:
@@ -51,8 +56,14 @@ class Prometheus:
 
     def targets(self) -> dict[str, str]:
         """Health of each target by its pod, or by its address."""
-        found = self.ask("targets", state="active")["activeTargets"]
-        return {t["labels"].get("pod", t["scrapeUrl"]): t["health"] for t in found}
+        return {t["labels"].get("pod", t["scrapeUrl"]): t["health"] for t in self._targets()}
+
+    def intervals(self) -> set[str]:
+        """Intervals at which the pods of this project are scraped."""
+        return {t["scrapeInterval"] for t in self._targets() if "/esvit-" in t["scrapePool"]}
+
+    def _targets(self) -> list[dict[str, Any]]:
+        return list(self.ask("targets", state="active")["activeTargets"])
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +80,29 @@ def prometheus(settings: Settings, kube: Kube) -> Iterator[Prometheus]:
     short["metadata"] |= {"name": "esvit-short", "labels": labels}
     short["spec"]["groups"][0] |= {"name": "esvit-short", "interval": "1s"}
     kube.apply(short)
-    yield Prometheus(settings.prometheus)
+    prometheus = Prometheus(settings.prometheus)
+    with scraped_every_second(kube):
+        wait_for("a scrape every second", lambda: prometheus.intervals() == {"1s"}, 180)
+        yield prometheus
     kube.run("delete", "prometheusrule", "esvit-short", "--ignore-not-found")
+
+
+@contextlib.contextmanager
+def scraped_every_second(kube: Kube) -> Iterator[None]:
+    """Let Prometheus scrape the pods of this project every second, and at the end as often as before."""
+    before: list[tuple[str, str, dict[str, Any]]] = []
+    try:
+        for kind, name, field in MONITORS:
+            found = kube.get(kind, name)
+            assert found is not None, f"the {kind} {name} is missing: apply manifests/monitoring"
+            endpoints = found["spec"][field]
+            before.append((kind, name, {field: endpoints}))
+            often = [{**endpoint, "interval": "1s", "scrapeTimeout": "1s"} for endpoint in endpoints]
+            kube.run("patch", kind, name, "--type=merge", "-p", json.dumps({"spec": {field: often}}))
+        yield
+    finally:
+        for kind, name, spec in before:
+            kube.run("patch", kind, name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
 
 def in_pod(kube: Kube, pod: dict, signal: str, module: str = "esvit_core.training", *, children: bool = False) -> None:
@@ -88,7 +120,7 @@ for process in psutil.process_iter():
 
 @contextlib.contextmanager
 def slowed(kube: Kube, pod: dict) -> Iterator[None]:
-    """Stop the training for most of each second, from within its pod: it still answers a scrape."""
+    """Stop the training for most of each second, from within its pod: it still answers most scrapes."""
     code = """
 import psutil, time
 found = [p for p in psutil.process_iter() if "-m" in p.cmdline() and "esvit_core.training" in p.cmdline()]
@@ -138,19 +170,21 @@ def test_targets(prometheus: Prometheus, endless: str, runs: Runs, saw: Saw) -> 
     assert "up" in stores.values()
 
 
-def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube, runs: Runs, saw: Saw) -> None:
+def test_alerts_of_one_training(
+    prometheus: Prometheus, endless: str, kube: Kube, runs: Runs, stamp: str, saw: Saw
+) -> None:
     """Slow, stalled, restarting, store errors, checkpoint too old, gone: one training is disturbed in turn."""
-    pod = runs.pod(endless, TRAIN_STEP)
+    pod, run = runs.pod(endless, TRAIN_STEP), f"disturbed-{stamp}"
     time.sleep(40)  # a past to compare with, which the longer disturbances after this one would raise
     with slowed(kube, pod):
-        fires(prometheus, "EsvitTrainSlow", saw, run="disturbed")
+        fires(prometheus, "EsvitTrainSlow", saw, run=run)
     in_pod(kube, pod, "SIGSTOP", children=True)
-    fires(prometheus, "EsvitTrainStalled", saw, run="disturbed")
+    fires(prometheus, "EsvitTrainStalled", saw, run=run)
     in_pod(kube, pod, "SIGCONT", children=True)
     kube.run("scale", "statefulset/esvit-object-store", "--replicas=0")
     try:
-        fires(prometheus, "EsvitStoreErrors", saw, run="disturbed")
-        fires(prometheus, "EsvitCheckpointTooOld", saw, 240, run="disturbed")
+        fires(prometheus, "EsvitStoreErrors", saw, run=run)
+        fires(prometheus, "EsvitCheckpointTooOld", saw, 240, run=run)
     finally:
         kube.run("scale", "statefulset/esvit-object-store", "--replicas=1")
         kube.run("rollout", "status", "statefulset/esvit-object-store", "--timeout=180s", seconds=200)
@@ -159,9 +193,9 @@ def test_alerts_of_one_training(prometheus: Prometheus, endless: str, kube: Kube
         in_pod(kube, pod, "SIGKILL", module="esvit_core.launch.agent")
         while resumed(kube, pod) == before:
             time.sleep(3)
-    fires(prometheus, "EsvitTrainRestarting", saw, run="disturbed")
+    fires(prometheus, "EsvitTrainRestarting", saw, run=run)
     runs.terminate(endless)
-    fires(prometheus, "EsvitTrainGone", saw, run="disturbed")
+    fires(prometheus, "EsvitTrainGone", saw, run=run)
 
 
 MAX_VOLUME_GIB = 64
@@ -206,9 +240,9 @@ def causes(cli: Cli, runs: Runs, store: ObjectStore, unlabelled: str, stamp: str
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_alert_and_its_cause(name: str, prometheus: Prometheus, causes: None, saw: Saw) -> None:
+def test_alert_and_its_cause(name: str, prometheus: Prometheus, causes: None, stamp: str, saw: Saw) -> None:
     """An alert fires when its cause is there."""
-    fires(prometheus, name, saw, 600, run=run_of(name))
+    fires(prometheus, name, saw, 600, run=f"{run_of(name)}-{stamp}")
 
 
 def test_store_fills_up(prometheus: Prometheus, kube: Kube, saw: Saw) -> None:
