@@ -4,7 +4,10 @@
 
 The features are the pixels of the images, resized to 12 x 12 in colour (digits: scikit-learn's 8 x 8), and two made sets
 whose classes overlap. For each set, scikit-learn's L-BFGS fits every lambda on every validation fold, and so does the batched
-solver for those of the parametric binary search, both until no gradient is above 1e-5. The table gives the best validation
+solver for those of the parametric binary search, both until no gradient is above 1e-5. After 1,000 iterations scikit-learn
+gives up, which it does for weak regularization; therefore, and because a fit at 1e-5 can differ from the optimum by an image
+or two, it fits the lambdas whose scores are within a point of its best again, to 1e-7 and up to 20,000 iterations, and their
+scores are those of these fits. The time of the second fits does not count. The table gives the best validation
 score of both, scikit-learn's at the lambda that the search chose, the p-value of the difference of its two (McNemar's test on
 the same images), the number of lambdas, and the times. The last line is JSON: on how many of the sets the best scores are
 equal, on how many no difference is shown, and the smallest ratios of fits and of time.
@@ -90,7 +93,9 @@ def made(seed: int, classes: int, width: int, count: int, spread: float) -> Labe
     return (x * scales).astype(np.float32), labels
 
 
-def sweep(x: np.ndarray, y: np.ndarray, seed: int, strengths: np.ndarray) -> dict[float, np.ndarray]:
+def sweep(
+    x: np.ndarray, y: np.ndarray, seed: int, strengths: np.ndarray, tolerance: float = 1e-5, iterations: int = 1_000
+) -> dict[float, np.ndarray]:
     """Return which images of the folds scikit-learn classifies correctly with each of these lambdas, (n,) bool."""
     folds = folds_to_use(validation_folds(y, seed))
     truth = np.concatenate([y[held_out] for held_out in folds])
@@ -98,10 +103,16 @@ def sweep(x: np.ndarray, y: np.ndarray, seed: int, strengths: np.ndarray) -> dic
     for strength in strengths.tolist():
         predicted = []
         for held_out in folds:
-            model = LogisticRegression(C=1 / strength, solver="lbfgs", tol=1e-5, max_iter=1_000)
+            model = LogisticRegression(C=1 / strength, solver="lbfgs", tol=tolerance, max_iter=iterations)
             predicted.append(model.fit(wide[~held_out], y[~held_out]).predict(wide[held_out]))
         correct[strength] = np.concatenate(predicted) == truth
     return correct
+
+
+def near_best(correct: dict[float, np.ndarray], chosen: float) -> np.ndarray:
+    """Return the lambdas whose scores are within a point of the best, and the one that the search chose."""
+    scores = {strength: float(values.mean()) for strength, values in correct.items()}
+    return np.array(sorted({chosen} | {s for s, score in scores.items() if score > max(scores.values()) - 0.01}))
 
 
 def main() -> None:
@@ -137,8 +148,7 @@ def main() -> None:
         strengths = LAMBDAS[:: arguments.every]
         correct = sweep(x, y, arguments.seed, strengths)
         swept = (time.perf_counter() - middle) * len(LAMBDAS) / len(strengths)
-        if found.strength not in correct:
-            correct |= sweep(x, y, arguments.seed, np.array([found.strength]))
+        correct |= sweep(x, y, arguments.seed, near_best(correct, found.strength), 1e-7, 20_000)
         best = max(found.validation.values())
         first = max(correct, key=lambda strength: int(correct[strength].sum()))
         expected, there = (100 * float(correct[strength].mean()) for strength in (first, found.strength))
