@@ -60,9 +60,9 @@ class Prometheus:
         """Health of each target by its pod, or by its address."""
         return {t["labels"].get("pod", t["scrapeUrl"]): t["health"] for t in self._targets()}
 
-    def intervals(self) -> set[str]:
-        """Intervals at which the pods of this project are scraped."""
-        return {t["scrapeInterval"] for t in self._targets() if "/esvit-" in t["scrapePool"]}
+    def intervals(self, namespace: str) -> set[str]:
+        """Intervals at which the pods of this project are scraped in a namespace."""
+        return {t["scrapeInterval"] for t in self._targets() if f"/{namespace}/esvit-" in t["scrapePool"]}
 
     def _targets(self) -> list[dict[str, Any]]:
         return list(self.ask("targets", state="active")["activeTargets"])
@@ -84,7 +84,7 @@ def prometheus(settings: Settings, kube: Kube) -> Iterator[Prometheus]:
     kube.apply(short)
     prometheus = Prometheus(settings.prometheus)
     with scraped_every_second(kube):
-        wait_for("a scrape every second", lambda: prometheus.intervals() == {"1s"}, 180)
+        wait_for("a scrape every second", lambda: prometheus.intervals(kube.namespace) == {"1s"}, 180)
         yield prometheus
     kube.run("delete", "prometheusrule", "esvit-short", "--ignore-not-found")
 
