@@ -104,7 +104,7 @@ def test_the_bytes_of_a_gpu_are_those_that_torch_allocates_there(recipe: str) ->
 def test_lazy_logits_take_what_torch_allocates_on_a_gpu() -> None:
     """``benchmarks/gpu_counts.py --set training.lazy_logits=true``, as above, 2026-11-30."""
     config = Config.load("imagenet_swin_tiny_w7", ["training.lazy_logits=true"])
-    assert count_memory(config, torch.bfloat16, "cuda").bytes(64) / 1e9 == pytest.approx(11.92, rel=0.05)
+    assert count_memory(config, torch.bfloat16, "cuda").bytes(64) / 1e9 == pytest.approx(11.56, rel=0.05)
 
 
 def test_a_plan_counts_lazy_logits_where_a_training_uses_them() -> None:

@@ -4,8 +4,8 @@ As in :mod:`esvit_core.kernels.window_attention_triton`, queries, keys and value
 is written there, and attention weights are not saved. A window is too large for one tile, so a program keeps a block of
 queries (in the kernel for the gradients of keys and values, a block of keys) of one head and goes through the blocks of the
 other side, in every n-th window, as FlashAttention does (Dao, 2023). The gradient of the bias has a kernel of its own, which
-adds up one block of pairs in registers. The sums of the programs are added in a fixed order. ``tests/kernels/test_window_attention_triton.py`` runs the kernels in Triton's interpreter
-on a CPU.
+adds up one block of pairs in registers. The sums of the programs are added in a fixed order.
+``tests/kernels/test_window_attention_triton.py`` runs the kernels in Triton's interpreter on a CPU.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class _LazyTritonCrossEntropy(torch.autograd.Function):
                 of_weight += product(logits.T, x, of_weight.dtype)
                 for rows, part in zip(own, (logits @ prototypes).split([_size(rows) for rows in own]), strict=True):
                     of_embeddings[rows] = part
-            del logits, targets  # frees the memory before the next images
+            del logits, targets, arguments  # frees the memory before the next images
         ctx.save_for_backward(*((of_embeddings, of_weight) if needs_grad else ()))
         return torch.stack(losses).sum()
 

@@ -21,7 +21,7 @@ from esvit_core.errors import UserError
 from esvit_core.kernels.choose import select_kernels_
 from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.objective import Objective
-from esvit_core.losses.strategy import CHUNKED, logit_bytes, select_strategy
+from esvit_core.losses.strategy import LAZY_TRITON, TRITON, logit_bytes, select_strategy
 from esvit_core.models.multicrop import MultiCropNetwork, build_student_teacher
 from esvit_core.models.precision import Precision, choose_precision
 from esvit_core.runs.environment import available_cores
@@ -160,7 +160,8 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
     for network in (student, teacher):
         select_kernels_(network, precision.dtype, world.device)
         network.set_lazy_logits(strategy.lazy_logits)
-    half = world.device.type == "cuda" and precision.dtype != torch.float32
+    on_gpu = world.device.type == "cuda"
+    half = on_gpu and precision.dtype != torch.float32
     half_weights = HalfWeights([student, teacher], precision.dtype) if half else None
     optimizer, progress = build_optimizer(student, config), Progress()
     networks = [student, teacher, objective]
@@ -180,9 +181,7 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
         guard=NonFiniteGuard(config, world, progress, loader.steps_per_epoch, networks, optimizer),
         sample_trace=SampleTrace(world),
         profiler=Profiler(world.device, student, teacher, objective, optimizer),
-        colors=DeviceColors(config.augment, fused=strategy.cross_entropy is not CHUNKED.cross_entropy)
-        if world.device.type == "cuda"
-        else None,
+        colors=DeviceColors(config.augment, fused=strategy in (TRITON, LAZY_TRITON)) if on_gpu else None,
         half_weights=half_weights,
     )
 
