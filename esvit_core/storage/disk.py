@@ -56,10 +56,14 @@ def require_folder(directory: Path) -> None:
         PathError: the folder does not exist.
     """
     if not (directory / MARKER).exists():
-        raise PathError(
-            f"{directory}: the folder of the object store was deleted while in use, and its content is lost; "
-            "start again"
-        )
+        raise deleted_folder(directory)
+
+
+def deleted_folder(directory: Path) -> PathError:
+    """Return the error for a folder of the embedded store that is deleted while the store is in use."""
+    return PathError(
+        f"{directory}: the folder of the object store was deleted while in use, and its content is lost; start again"
+    )
 
 
 def disk_error_class(error: OSError) -> type[StoreError]:

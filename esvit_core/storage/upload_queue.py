@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from urllib.parse import quote, unquote
 
 from esvit_core.private_folders import private_folder
 from esvit_core.storage.connection import Connection
-from esvit_core.storage.disk import disk_error_class, is_full, require_folder
+from esvit_core.storage.disk import deleted_folder, disk_error_class, is_full, require_folder
 from esvit_core.storage.publication import MANIFEST
 from esvit_core.storage.retry import RetryPolicy
 from esvit_core.storage.store import ObjectStore
@@ -202,10 +203,13 @@ class UploadQueue:
         """Return the error for a failed disk operation in the queue's folder.
 
         Raises:
-            PathError: the folder of the embedded store, which contains this one, was deleted.
+            PathError: the folder of the embedded store, which contains this one, was deleted, or is just being deleted.
         """
-        if self.store.address.directory is not None:
-            require_folder(self.store.address.directory)
+        directory = self.store.address.directory
+        if directory is not None:
+            if error.errno == errno.ENOENT and self.folder.is_relative_to(directory):
+                raise deleted_folder(directory)  # its files go one after the other, and not all are gone yet
+            require_folder(directory)
         what = "the disk is full" if is_full(error) else error.strerror or str(error)
         return disk_error_class(error)(
             f"{self.folder}: cannot hold files that wait for upload ({what}); free some space, or set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from esvit_core.errors import UserError
 from esvit_core.storage import ObjectStore, StoreRefused, StoreUnavailable, upload_queue
+from esvit_core.storage.store_errors import PathError
 from esvit_core.storage.upload_queue import UploadQueue, pending_folder
 
 
@@ -95,6 +97,14 @@ def test_the_location_of_pending_files(store: Any, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="ESVIT_PENDING_DIR"):
         UploadQueue(store, run, directory=tmp_path / "file")
+
+
+def test_a_folder_that_is_just_being_deleted_is_named_as_deleted(store: Any) -> None:
+    """The marker of the store, which is in the same folder, may be the last file to go."""
+    queue = UploadQueue(store, store.uri("deleted"))
+    shutil.rmtree(queue.folder)
+    with pytest.raises(PathError, match="was deleted while in use"):
+        queue.put("1", b"1")
 
 
 def test_flushed_objects_overtake_a_set_that_is_being_uploaded(store: Any, tmp_path: Path) -> None:
