@@ -33,8 +33,11 @@ _STEP = 32  # queries at a time in the kernel that holds keys; 64 need more regi
 
 
 @triton.jit
-def _fill(fill, offset, inside):  # type: ignore[no-untyped-def]
-    return tl.load(fill + offset, mask=inside, other=0.0)
+def _fills(fill, column, C, inside):  # type: ignore[no-untyped-def]
+    """Return query, key and value of padding, each (WIDTH,)."""
+    q = tl.load(fill + column, mask=inside, other=0.0)
+    k = tl.load(fill + C + column, mask=inside, other=0.0)
+    return q, k, tl.load(fill + 2 * C + column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -75,11 +78,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     C, inside = heads * D, d < D
     column, biases = head * D + d, biases + head * (N * N)
-    fill_q, fill_k, fill_v = (
-        _fill(fill, column, inside),
-        _fill(fill, C + column, inside),
-        _fill(fill, 2 * C + column, inside),
-    )
+    fill_q, fill_k, fill_v = _fills(fill, column, C, inside)
     for window in range(tl.program_id(0), count, tl.num_programs(0)):
         own = _entries(windows, window, queries, N)
         q = _rows(qkv, own, 3 * C, column, inside, fill_q)
@@ -112,11 +111,7 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     queries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     C, inside = heads * D, d < D
     column, biases = head * D + d, biases + head * (N * N)
-    fill_q, fill_k, fill_v = (
-        _fill(fill, column, inside),
-        _fill(fill, C + column, inside),
-        _fill(fill, 2 * C + column, inside),
-    )
+    fill_q, fill_k, fill_v = _fills(fill, column, C, inside)
     zeros = tl.zeros((WIDTH,), tl.float32)
     for window in range(tl.program_id(0), count, tl.num_programs(0)):
         own = _entries(windows, window, queries, N)
@@ -148,11 +143,7 @@ def _key_gradient_kernel(  # type: ignore[no-untyped-def]
     keys = part * BLOCK + tl.arange(0, BLOCK)
     C, inside = heads * D, d < D
     column, biases = head * D + d, biases + head * (N * N)
-    fill_q, fill_k, fill_v = (
-        _fill(fill, column, inside),
-        _fill(fill, C + column, inside),
-        _fill(fill, 2 * C + column, inside),
-    )
+    fill_q, fill_k, fill_v = _fills(fill, column, C, inside)
     zeros = tl.zeros((WIDTH,), tl.float32)
     fill_k_sum = tl.zeros((WIDTH,), tl.float32)
     fill_v_sum = tl.zeros((WIDTH,), tl.float32)
@@ -200,11 +191,7 @@ def _bias_gradient_kernel(  # type: ignore[no-untyped-def]
     keys = tl.program_id(1) % parts * BLOCK + tl.arange(0, BLOCK)
     C, inside = heads * D, d < D
     column, head_biases = head * D + d, biases + head * (N * N)
-    fill_q, fill_k, fill_v = (
-        _fill(fill, column, inside),
-        _fill(fill, C + column, inside),
-        _fill(fill, 2 * C + column, inside),
-    )
+    fill_q, fill_k, fill_v = _fills(fill, column, C, inside)
     zeros = tl.zeros((WIDTH,), tl.float32)
     bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
     for window in range(first, count, tl.num_programs(0)):

@@ -20,7 +20,7 @@ from esvit_core.kernels.triton_support import triton_problem
 from esvit_core.losses.blockwise import blockwise_cross_entropy
 from esvit_core.losses.cross_entropy import Pairs, Teacher, chunked_cross_entropy, triton_cross_entropy
 from esvit_core.losses.lazy_triton import lazy_triton_cross_entropy
-from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, Logits
+from esvit_core.models.lazy_logits import Logits, lazy_on_cpu
 
 LAZY_SHARE = 0.1  # of a GPU's memory; stored logits of more than that are computed lazily
 
@@ -67,7 +67,7 @@ def select_strategy(
         lazy: ``training.lazy_logits``.
         stored_bytes: size of the logits of a micro-batch, see :func:`logit_bytes`; only for ``auto`` on a GPU.
     """
-    if device.type == "cpu" and (prototypes >= MIN_LAZY_PROTOTYPES if lazy == "auto" else lazy):
+    if device.type == "cpu" and lazy_on_cpu(lazy, prototypes):
         return BLOCKWISE[select_softmax_kernels()]
     if device.type == "cuda":
         problem = triton_problem(device)

@@ -83,3 +83,8 @@ def chunk_rows(weight: Tensor) -> int:
 def materialize(logits: Logits) -> Tensor:
     """Return the logits as a tensor, (rows, K)."""
     return logits.materialize() if isinstance(logits, LazyLogits) else logits
+
+
+def lazy_on_cpu(setting: bool | Literal["auto"], prototypes: int) -> bool:
+    """Return whether a CPU computes the logits of K prototypes lazily, given ``training.lazy_logits``."""
+    return prototypes >= MIN_LAZY_PROTOTYPES if setting == "auto" else setting

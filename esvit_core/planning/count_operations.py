@@ -25,7 +25,7 @@ from esvit_core.kernels.half_linear import HalfWeights
 from esvit_core.losses.blockwise import LAZY_BLOCK_ROWS
 from esvit_core.losses.lazy_triton import CHUNK_ROWS
 from esvit_core.losses.strategy import logit_bytes
-from esvit_core.models.lazy_logits import MIN_LAZY_PROTOTYPES, LazyLogits
+from esvit_core.models.lazy_logits import LazyLogits, lazy_on_cpu
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
 from esvit_core.planning.fake_network import crop_sizes, fake_crops, fake_network, naming_refused_sizes
 
@@ -99,8 +99,7 @@ def count_memory(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
 def _flops(student: MultiCropNetwork, config: Config) -> float:
     """FLOPs per image of forward and backward pass, of the teacher, and of the products with the prototypes."""
     sizes = crop_sizes(config)
-    lazy = config.training.lazy_logits
-    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES if lazy == "auto" else lazy)
+    student.set_lazy_logits(lazy_on_cpu(config.training.lazy_logits, config.head.out_dim))
     output, forward = _count(lambda: student(fake_crops(2, sizes)))
     teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
     again = 0.0
@@ -112,8 +111,7 @@ def _flops(student: MultiCropNetwork, config: Config) -> float:
 
 def _memory(student: MultiCropNetwork, config: Config, dtype: torch.dtype, device_type: str) -> Memory:
     sizes = crop_sizes(config)
-    lazy = config.training.lazy_logits
-    student.set_lazy_logits(config.head.out_dim >= MIN_LAZY_PROTOTYPES if lazy == "auto" else lazy)
+    student.set_lazy_logits(lazy_on_cpu(config.training.lazy_logits, config.head.out_dim))
     student.backbone.set_grad_checkpointing(config.launch.activation_checkpointing)
     halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0
     (kept, _), (more, output) = (_kept(student, fake_crops(n, sizes), dtype, device_type) for n in (2, 4))

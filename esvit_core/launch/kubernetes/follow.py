@@ -193,9 +193,8 @@ class Follower:
         else:
             if owner := self._cluster.owner():
                 self._cluster.patch_metadata(self._backend.kind, self._name, {"ownerReferences": [owner]})
-            known = ", ".join(
-                filter(None, (self._title, self._backend.message(job)))
-            )  # a TrainJob that runs has no state
+            # A TrainJob that runs has no state.
+            known = ", ".join(filter(None, (self._title, self._backend.message(job))))
             self._print("begin", f"found the {known}; following it")
             return True
         return False
