@@ -8,7 +8,9 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image
 
-_SIDE = 128  # pixels; the color and the hash are computed from an image of about this size
+_SIDE = (
+    128  # pixels; the color is that of so large a sample, and the hash that of so large an image of averages, at least
+)
 _FLAT = 4.0  # of 255: the hash of an image with a smaller standard deviation says nothing
 
 
@@ -44,8 +46,7 @@ def facts_of(image: np.ndarray | Image.Image, size: tuple[int, int], mode: str) 
     small = np.ascontiguousarray(pixels[::step, ::step])
     mean = small.reshape(-1, small.shape[2] if small.ndim == 3 else 1).mean(0).round().astype(int)
     red, green, blue = (mean if len(mean) == 3 else mean.repeat(3)).tolist()
-    look = "" if small.std() < _FLAT or not can_compare_looks() else _look(small)
-    return ImageFacts(*size, mode, f"{red:02x}{green:02x}{blue:02x}", look)
+    return ImageFacts(*size, mode, f"{red:02x}{green:02x}{blue:02x}", _look(pixels) if can_compare_looks() else "")
 
 
 def can_compare_looks() -> bool:
@@ -56,4 +57,6 @@ def can_compare_looks() -> bool:
 def _look(pixels: np.ndarray) -> str:
     import imagehash
 
-    return str(imagehash.phash(Image.fromarray(pixels)))
+    gray = Image.fromarray(pixels).convert("L")
+    gray = gray.reduce(max(1, min(gray.size) // _SIDE))
+    return "" if np.asarray(gray).std() < _FLAT else str(imagehash.phash(gray))
