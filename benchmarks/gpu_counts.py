@@ -9,7 +9,8 @@ stand-in is preloaded and counts launches in an exported function ``long fake_la
 counts them.
 
 - launches: kernels, copies and fills of one step after two warm-up steps; with a stand-in, which has no cuDNN, a
-  convolution and its backward pass count as one each
+  convolution and its backward pass count as one each. Compiled: with the blocks compiled, where ``training.compile`` of
+  the recipe does so; its peak of memory, too
 - waits: calls that wait for the device, as reported by ``torch.cuda.set_sync_debug_mode``
 - bytes: sizes of the operands and results of torch's operators and of Triton kernels; views count nothing, and every
   library kernel counts as one operator
@@ -36,6 +37,8 @@ from triton.runtime.jit import JITFunction
 from esvit_core.config import Config
 from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.errors import UserError
+from esvit_core.models.compile_blocks import CompiledPasses
+from esvit_core.training.compilation import compile_networks_
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.state import (
@@ -74,6 +77,7 @@ class Counts:
         waits: number of waits for the device.
         bytes: moved by operators.
         peak: bytes of memory.
+        compiled_launches, compiled_peak: the same with compiled blocks; None if they are not compiled.
         operators: bytes by name of the operator.
         launched: launches by name of the operator.
     """
@@ -82,6 +86,8 @@ class Counts:
     waits: int = 0
     bytes: float = 0.0
     peak: int = 0
+    compiled_launches: int | None = None
+    compiled_peak: int | None = None
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
     launched: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -97,6 +103,7 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.bytes: collections.Counter[str] = collections.Counter()
         self.launches: collections.Counter[str] = collections.Counter()
+        self.more_of_convolutions = 0  # launches of convolutions beyond one each
         self._launches = launches or (lambda: 0)
         self._own_operator = False
 
@@ -108,6 +115,7 @@ class Operators(TorchDispatchMode):
         # Without cuDNN a convolution is a loop over images.
         convolution = func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
         self.launches[name] += 1 if convolution else launched
+        self.more_of_convolutions += launched - 1 if convolution else 0
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage()._cdata for t in given}
@@ -158,7 +166,18 @@ def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
         step()
     counts.operators, counts.bytes = operators.bytes, float(sum(operators.bytes.values()))
     counts.launched = operators.launches
+    if _stand_in_launches() is None:
+        operators.more_of_convolutions = 0  # cuDNN launches one kernel
     counts.launches = _count_launches(step) if _stand_in_launches() is None else sum(operators.launches.values())
+    print(f"{config.recipe}: {compile_networks_(state)}")
+    if isinstance(state.student.passes, CompiledPasses) and state.student.passes.blocks:
+        for _ in range(WARM_UP):
+            step()
+        torch.cuda.reset_peak_memory_stats()
+        counts.waits += _count_waits(step)
+        counts.compiled_peak = torch.cuda.max_memory_allocated()
+        launches = _count_launches(step)
+        counts.compiled_launches = None if launches is None else launches - operators.more_of_convolutions
     _release(state)
     return counts
 
@@ -183,6 +202,10 @@ def _stand_in_launches() -> Callable[[], int] | None:
 
 
 def _count_launches(step: Callable[[], None]) -> int | None:
+    if stand_in := _stand_in_launches():
+        before = stand_in()
+        step()
+        return stand_in() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -199,10 +222,18 @@ def _release(state: TrainState) -> None:
 
 def table(rows: dict[str, Counts]) -> list[str]:
     """Return the lines of the Markdown table."""
-    lines = ["| recipe | launches | waits | GB moved | GB at the peak |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| recipe | launches | compiled | waits | GB moved | GB at the peak | compiled |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for recipe, found in rows.items():
         launches = "not counted" if found.launches is None else f"{found.launches:,}"
-        lines.append(f"| `{recipe}` | {launches} | {found.waits} | {found.bytes / 1e9:.1f} | {found.peak / 1e9:.2f} |")
+        compiled = "" if found.compiled_launches is None else f"{found.compiled_launches:,}"
+        compiled_peak = "" if found.compiled_peak is None else f"{found.compiled_peak / 1e9:.2f}"
+        lines.append(
+            f"| `{recipe}` | {launches} | {compiled} | {found.waits} | {found.bytes / 1e9:.1f} "
+            f"| {found.peak / 1e9:.2f} | {compiled_peak} |"
+        )
     return lines
 
 

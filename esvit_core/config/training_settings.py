@@ -77,6 +77,13 @@ class TrainingConfig(Section):
         "to rounding. auto: on a CPU from 16,384 prototypes on; on a GPU if they would take a tenth of its memory.",
         json_schema_extra=EXECUTION,
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile the blocks of the networks with torch.compile, on a GPU: the same formulas up to rounding, in "
+        "fewer kernels. It takes minutes at the first start. auto: where Triton can compile, for networks with linear layers "
+        "that have no kernels of their own (Swin has) and whose batch norms do not communicate.",
+        json_schema_extra=EXECUTION,
+    )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="Data-loading worker processes per training process, and of an evaluation step. 0: load in the process "

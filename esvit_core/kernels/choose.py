@@ -55,7 +55,7 @@ def select_triton_kernels_(network: nn.Module) -> None:
     from esvit_core.models.packed_swin import views_and_regions_of_sizes
 
     if isinstance(network, MultiCropNetwork) and isinstance(network.backbone, SwinTransformer):
-        network.packed = views_and_regions_of_sizes
+        network.passes = views_and_regions_of_sizes
     for module in network.modules():
         if isinstance(module, WindowAttention):
             small = module.window_size <= window_attention_triton.MAX_WINDOW

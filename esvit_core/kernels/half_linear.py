@@ -7,7 +7,7 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,11 +29,34 @@ class HalfLinear(nn.Linear):
         return half_linear(x, self.weight, self.bias, self.half_weight, self.half_bias)
 
 
+class PointwiseConv(nn.Conv2d):
+    """1 x 1 convolution on maps (B, H, W, C), computed as a linear layer.
+
+    Attributes:
+        linear: function that computes it; :mod:`esvit_core.kernels.choose` sets it.
+        half_weight: copy of the weight, (K, D), as in :class:`HalfLinear`; None: ``linear`` computes.
+        half_bias: copy of the bias.
+    """
+
+    linear: Callable[..., Tensor] = staticmethod(F.linear)
+    half_weight: Tensor | None = None
+    half_bias: Tensor | None = None
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
+        super().__init__(in_dim, out_dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(1)
+        if self.half_weight is None:
+            return self.linear(x, weight, self.bias)
+        return half_linear(x, weight, self.bias, self.half_weight, self.half_bias)
+
+
 class HalfWeights:
     """Replaces the linear layers of networks by :class:`HalfLinear`, in place, and updates their copies.
 
     Args:
-        networks: on their device; parameters and their names do not change.
+        networks: on their device; parameters and their names do not change. Their :class:`PointwiseConv` get copies, too.
         dtype: of the copies, such as bfloat16.
     """
 
@@ -44,6 +67,10 @@ class HalfWeights:
             for layer in replace_linear_layers_(network, HalfLinear):
                 layer.half_weight = self._copy(layer.weight, dtype)
                 layer.half_bias = None if layer.bias is None else self._copy(layer.bias, dtype)
+            for module in network.modules():
+                if isinstance(module, PointwiseConv):
+                    module.half_weight = self._copy(module.weight.flatten(1), dtype)
+                    module.half_bias = None if module.bias is None else self._copy(module.bias, dtype)
 
     def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
@@ -75,8 +102,11 @@ def half_linear(
     Returns:
         (..., K) in the dtype of the copies.
     """
-    out: Tensor = _HalfLinear.apply(x.to(half_weight.dtype), weight, bias, half_weight, half_bias)
-    return out
+    rows = x.to(half_weight.dtype).flatten(
+        0, -2
+    )  # with more dimensions, torch multiplies image by image where x has gaps
+    out: Tensor = _HalfLinear.apply(rows, weight, bias, half_weight, half_bias)
+    return out.unflatten(0, x.shape[:-1])
 
 
 class _HalfLinear(torch.autograd.Function):
@@ -92,9 +122,8 @@ class _HalfLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, half_weight = ctx.saved_tensors
         of_x = gradient @ half_weight if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2)
-        of_weight = product(rows.T, x.flatten(0, -2), ctx.dtype) if ctx.needs_input_grad[1] else None
-        of_bias = rows.sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
+        of_weight = product(gradient.T, x, ctx.dtype) if ctx.needs_input_grad[1] else None
+        of_bias = gradient.sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias, None, None
 
 

@@ -14,7 +14,7 @@ channels-last memory. The weights keep the published shapes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from timm.models import checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
 from esvit_core.kernels import window_attention
+from esvit_core.kernels.half_linear import PointwiseConv
 from esvit_core.kernels.window_attention import attend_in_windows
 from esvit_core.models.layers.attention import attend
 from esvit_core.models.layers.stochastic_depth import StochasticDepth
@@ -33,22 +34,6 @@ from esvit_core.models.staged_backbone import StagedBackbone
 from esvit_core.models.timm_entrypoints import default_cfg, register
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-5)
-
-
-class PointwiseConv(nn.Conv2d):
-    """1 x 1 convolution on maps (B, H, W, C).
-
-    Attributes:
-        linear: function that computes it; :mod:`esvit_core.kernels.choose` sets it.
-    """
-
-    linear: Callable[..., Tensor] = staticmethod(F.linear)
-
-    def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
-        super().__init__(in_dim, out_dim, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.weight.flatten(1), self.bias)
 
 
 class DepthWiseConv(nn.Module):

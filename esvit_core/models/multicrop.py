@@ -30,11 +30,11 @@ class MultiCropNetwork(nn.Module):
     """A backbone with a view head and, for the region task, a region head.
 
     Attributes:
-        packed: computes views and regions of batches of several sizes at once; None: each batch has its own pass.
+        passes: computes views and regions of batches of several sizes; None: each batch has its own pass of the backbone.
             :mod:`esvit_core.kernels.choose` sets it.
     """
 
-    packed: Callable[[Any, list[Tensor]], list[tuple[Tensor, Tensor]]] | None = None
+    passes: Callable[[Any, list[Tensor]], list[tuple[Tensor, Tensor]]] | None = None
 
     def __init__(self, backbone: nn.Module, head: nn.Module, head_dense: nn.Module | None = None) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class MultiCropNetwork(nn.Module):
 
     def _views_and_regions(self, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return views (n * B, D) and regions (n * B, N, D) of batches (n * B, 3, S, S)."""
-        if self.packed is not None:
-            return self.packed(self.backbone, batches)
+        if self.passes is not None:
+            return self.passes(self.backbone, batches)
         return [self.backbone.views_and_regions(batch) for batch in batches]
 
 

@@ -27,6 +27,7 @@ from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy, WrittenCheckpoint
 from esvit_core.training.checkpoint_interval import CheckpointInterval
+from esvit_core.training.compilation import compile_networks_
 from esvit_core.training.distributed.lost_peers import PeerWatch
 from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.emergency_save import EmergencySave
@@ -71,6 +72,7 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
         print(f"train: {line}", flush=True)
     if launch.activation_checkpointing:
         apply_activation_checkpointing_(state.student, run.config.model.arch)
+    state.blocks = compile_networks_(state)
     interval = CheckpointInterval(run.config.training.checkpoint_minutes, is_main=world.is_main)
     metrics = _start_metrics(run, state, interval) if world.is_local_main else None
     uploads = _open_uploads(run, patience) if world.is_main else None
@@ -316,7 +318,9 @@ def _print_description(state: TrainState) -> None:
         f"{len(state.loader.dataset):,} images, {config.training.epochs} epochs of {state.loader.steps_per_epoch} "
         f"steps of {config.training.batch_size}; {world.size} {processes} on {world.device.type}, "
         f"{count(torch.get_num_threads(), 'thread')} each, {state.precision.name} ({state.precision.reason}); "
-        f"objective: {state.objective.strategy.name}; data loading: "
+        f"objective: {state.objective.strategy.name}; "
+        + (f"{state.blocks}; " if state.blocks else "")
+        + "data loading: "
         + (f"{state.loader.workers} workers per process" if state.loader.workers else "in the training process"),
         flush=True,
     )

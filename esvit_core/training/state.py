@@ -61,6 +61,7 @@ class TrainState:
     profiler: Profiler
     colors: DeviceColors | None = None
     half_weights: HalfWeights | None = None
+    blocks: str = ""  # how the blocks of the networks compute, for the log
 
     @property
     def stateful(self) -> dict[str, Stateful]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from esvit_core.kernels.half_linear import HalfLinear, HalfWeights
+from esvit_core.kernels.half_linear import HalfLinear, HalfWeights, PointwiseConv
 
 BF16 = torch.bfloat16
 
@@ -41,6 +41,17 @@ def test_values_and_gradients_are_those_of_autocast(shape, widths, bias, seed) -
     for found, wanted in zip(of_weights, expected_of_weights, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-2)  # autocast rounds them to bfloat16
+
+
+def test_a_pointwise_convolution_on_a_map_with_gaps_computes_what_autocast_computes() -> None:
+    torch.manual_seed(0)
+    plain, half = (nn.Sequential(PointwiseConv(6, 5)) for _ in range(2))
+    half.load_state_dict(plain.state_dict())
+    HalfWeights([half], BF16).update_()
+    x, outer = torch.randn(2, 6, 3, 4).permute(0, 2, 3, 1), torch.randn(2, 3, 4, 5)
+    found, expected = measured(half, x, outer, autocast=False), measured(plain, x, outer, autocast=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-2)
 
 
 def test_the_copies_follow_the_weights_and_are_no_part_of_the_state() -> None:

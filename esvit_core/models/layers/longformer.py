@@ -15,6 +15,8 @@ Networks with absolute positions (``a1``) have no relative biases: ``relative=Fa
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from esvit_core.models.layers.attention import attend
+from esvit_core.models.layers.position_table import look_up, places_of_rows
 from esvit_core.models.layers.resize import resize
 from esvit_core.torch_private import draw_below, outside_modes
 
@@ -53,20 +56,55 @@ def window_mask(height: int, width: int, window: int, device: torch.device) -> T
     return outside_modes(_window_mask, height, width, window, device)  # nor must fake tensors
 
 
-def _coordinates(rows: range, columns: range) -> Tensor:
-    grid = torch.meshgrid(torch.tensor(rows), torch.tensor(columns), indexing="ij")
-    return torch.stack(grid).flatten(1)  # (2, N)
+def _coordinates(rows: range, columns: range) -> np.ndarray:
+    return np.stack(np.meshgrid(rows, columns, indexing="ij")).reshape(2, -1)  # (2, N)
 
 
-def _position_index(queries: Tensor, keys: Tensor, reach: int) -> Tensor:
+def _position_index(queries: np.ndarray, keys: np.ndarray, reach: tuple[int, int]) -> np.ndarray:
     """Return the row of the bias table for each query and key, (N, M); differences lie within ``reach``."""
-    row, column = queries[:, :, None] - keys[:, None] + reach
-    return row * (2 * reach + 1) + column
+    row, column = queries[:, :, None] - keys[:, None] + np.reshape(reach, (2, 1, 1))
+    return row * (2 * reach[1] + 1) + column
 
 
-def _take(x: Tensor, windows: list[int]) -> Tensor:
-    """Return ``x[:, windows]``. Indexing with a list copies it to the GPU and waits for the copy; this does not."""
-    return torch.stack([x[:, i] for i in windows], 1)
+def _take(x: Tensor, windows: list[int] | Tensor, dim: int) -> Tensor:
+    """Select windows. Indexing with a list copies it to the GPU and waits for the copy; this does not."""
+    if isinstance(windows, Tensor):
+        return x.index_select(dim, windows)
+    return torch.stack([x.select(dim, i) for i in windows], dim)
+
+
+def draw_neighbors_(layers: Sequence[SparseAttention], device: torch.device) -> None:
+    """Draw on ``device`` the neighbor window of each layer's next call, without waiting for the draw."""
+    if not layers:
+        return
+    drawn = torch.randint(8, (len(layers), 2), device=device)  # rows of 16 bytes, as compiled kernels want them
+    for layer, row in zip(layers, drawn + (drawn >= OWN), strict=True):
+        layer.drawn = row[:1]
+
+
+class _Neighbors(torch.autograd.Function):
+    """Return the neighbor in one direction of each window, at the border that of the opposite side; ``x.roll`` by a tensor.
+
+    x (B, rows, columns, ...); offset (1,), an index into OFFSETS.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: Tensor) -> Tensor:
+        ctx.save_for_backward(offset)
+        return _neighbors(x, offset)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (offset,) = ctx.saved_tensors
+        return _neighbors(gradient, len(OFFSETS) - 1 - offset), None  # those in the opposite direction
+
+
+def _neighbors(x: Tensor, offset: Tensor) -> Tensor:
+    rows, columns = (torch.arange(size, device=x.device) for size in x.shape[1:3])
+    row = (rows + offset // 3 - 1) % x.shape[1]
+    column = (columns + offset % 3 - 1) % x.shape[2]
+    at = row[:, None] * x.shape[2] + column
+    return x.flatten(1, 2).index_select(1, at.flatten()).view(x.shape)
 
 
 class GlobalBias(nn.Module):
@@ -96,6 +134,7 @@ class FullAttention(GlobalBias):
     """Attention between all tokens of a map and its global tokens."""
 
     relative_position_index: Tensor
+    places: Tensor
 
     def __init__(
         self,
@@ -122,15 +161,17 @@ class FullAttention(GlobalBias):
         trunc_normal_(self.local_relative_position_bias_table, std=0.02)
         self._make_global_bias(num_heads, global_tokens)
         positions = _coordinates(range(height), range(width))
-        row, column = positions[:, :, None] - positions[:, None]
-        self.register_buffer("relative_position_index", (row + height - 1) * (2 * width - 1) + column + width - 1)
+        index = _position_index(positions, positions, (height - 1, width - 1))
+        self.register_buffer("relative_position_index", torch.from_numpy(index))
+        places = places_of_rows(index.reshape(1, -1), len(self.local_relative_position_bias_table))
+        self.register_buffer("places", torch.from_numpy(places), persistent=False)
 
     def _bias(self, tokens: int) -> Tensor | None:
         """(1, heads, G + tokens, G + tokens)."""
         if not self.relative:
             return None
         built = len(self.relative_position_index)
-        bias = self.local_relative_position_bias_table[self.relative_position_index.view(-1)]
+        bias = look_up(self.local_relative_position_bias_table, self.relative_position_index.view(1, -1), self.places)
         bias = bias.view(1, built, built, -1).permute(0, 3, 1, 2)  # (1, heads, built, built)
         if built != tokens:
             bias = resize(bias, (tokens, tokens))
@@ -159,9 +200,15 @@ class FullAttention(GlobalBias):
 
 
 class SparseAttention(GlobalBias):
-    """Attention within a window, to its neighbors, and to and from the global tokens."""
+    """Attention within a window, to its neighbors, and to and from the global tokens.
+
+    Attributes:
+        drawn: neighbor of the next call in training in mode 1, as an index into OFFSETS, (1,); None: the call draws it.
+    """
 
     relative_position_index: Tensor
+    places: Tensor
+    drawn: Tensor | None = None
 
     def __init__(
         self,
@@ -198,26 +245,33 @@ class SparseAttention(GlobalBias):
         self._make_global_bias(num_heads, global_tokens)
         own = _coordinates(range(w), range(w))
         keys = [_coordinates(range(r * w, r * w + w), range(c * w, c * w + w)) for r, c in OFFSETS]
-        self.register_buffer("relative_position_index", _position_index(own, torch.cat(keys, 1), 2 * w - 1))
+        index = _position_index(own, np.concatenate(keys, 1), (2 * w - 1, 2 * w - 1))  # (w ** 2, 9 * w ** 2)
+        self.register_buffer("relative_position_index", torch.from_numpy(index))
+        of_windows = index.reshape(w * w, 9, w * w).swapaxes(0, 1).reshape(9, -1)
+        places = places_of_rows(of_windows, len(self.local_relative_position_bias_table))
+        self.register_buffer("places", torch.from_numpy(places), persistent=False)
 
-    def _neighbor_windows(self) -> list[int]:
+    def _neighbor_windows(self) -> list[int] | Tensor:
         """Return the windows of this call as indices into OFFSETS, its own first; mode 1 draws one at random in training."""
         if self.mode == -1:
             return [OWN]
+        if self.mode > 0 and self.training and self.drawn is not None:
+            return F.pad(self.drawn, (1, 0), value=OWN)
         if self.mode > 0 and self.training:
             drawn = draw_below(8)
             return [OWN, drawn + (drawn >= OWN)]
         return [OWN, *(i for i in range(9) if i != OWN)]
 
-    def _bias(self, windows: list[int], mask: Tensor) -> Tensor:
+    def _bias(self, windows: list[int] | Tensor, mask: Tensor) -> Tensor:
         """Return position bias plus mask, (windows, heads, w ** 2, G + keys)."""
         w2 = self.window_size**2
-        masked = _take(mask, windows).transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
+        masked = _take(mask, windows, 1).transpose(1, 2).flatten(2)[:, None]  # (windows, 1, 1, keys)
         if not self.relative:
             return F.pad(masked, (self.global_tokens, 0))
-        index = _take(self.relative_position_index.view(w2, 9, w2), windows).flatten(1)  # (w2, keys)
-        bias = self.local_relative_position_bias_table[index.view(-1)].view(w2, index.shape[1], -1)
-        bias = bias.permute(2, 0, 1) + masked  # (windows, heads, w2, keys)
+        index = _take(self.relative_position_index.view(w2, 9, w2), windows, 1).transpose(0, 1).flatten(1)
+        places = _take(self.places, windows, 0)
+        bias = look_up(self.local_relative_position_bias_table, index, places).unflatten(1, (w2, w2))
+        bias = bias.permute(3, 1, 0, 2).flatten(2) + masked  # (windows, heads, w2, keys)
         if self.global_tokens:
             to_global = self._to_global(w2).expand(len(bias), -1, -1, -1)
             bias = torch.cat((to_global, bias), -1)
@@ -243,7 +297,10 @@ class SparseAttention(GlobalBias):
         local = self._partition(kv[:, G:], height, width)  # (B, rows, columns, w2, 2C)
         rows, columns = q.shape[1:3]
         parts = [kv[:, None, None, :G].expand(-1, rows, columns, -1, -1)] if G else []
-        parts += [local.roll((-OFFSETS[i][0], -OFFSETS[i][1]), (1, 2)) if i != OWN else local for i in windows]
+        if isinstance(windows, Tensor):
+            parts += [local, _Neighbors.apply(local, windows[1:])]
+        else:
+            parts += [local.roll((-OFFSETS[i][0], -OFFSETS[i][1]), (1, 2)) if i != OWN else local for i in windows]
         k, v = (
             torch.cat(parts, 3).flatten(1, 2).unflatten(-1, (2, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
         )  # (B, windows, heads, keys, d)

@@ -57,10 +57,7 @@ def resize_by_products(
     axes = x.ndim - 2
     sizes: list[int | None] = [*size] if isinstance(size, (tuple, list)) else [size] * axes
     scales = [*scale_factor] if isinstance(scale_factor, (tuple, list)) else [scale_factor] * axes
-    matrices = [
-        _matrix(length, target, scale, mode, align_corners, antialias, x.device)
-        for length, target, scale in zip(x.shape[2:], sizes, scales, strict=True)
-    ]
+    matrices = axis_matrices((*x.shape[2:],), (*sizes,), (*scales,), mode, align_corners, antialias, x.device)
     with torch.autocast(x.device.type, enabled=False):
         out = x.float() @ matrices[-1].mT  # (B, C, H, W') or (B, C, L')
         if axes == 2:
@@ -68,10 +65,15 @@ def resize_by_products(
     return out.to(x.dtype)
 
 
-def _matrix(length: int, *arguments: Any) -> Tensor:
+def axis_matrices(
+    lengths: tuple[int, ...], sizes: tuple[int | None, ...], scales: tuple[float | None, ...], *arguments: Any
+) -> tuple[Tensor, ...]:
+    """Return the matrix of the interpolation along each axis; each is computed once per resolution and device."""
     if torch.compiler.is_compiling():  # a trace's tensors must not outlive it
-        return _cached_matrix.__wrapped__(length, *arguments)
-    return outside_modes(_cached_matrix, length, *arguments)  # nor must fake tensors
+        cached = _cached_matrix.__wrapped__
+    else:
+        cached = functools.partial(outside_modes, _cached_matrix)  # nor must fake tensors
+    return tuple(cached(*axis, *arguments) for axis in zip(lengths, sizes, scales, strict=True))
 
 
 @functools.lru_cache(maxsize=64)

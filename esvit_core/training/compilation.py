@@ -1,0 +1,116 @@
+"""Compile the blocks of a training's networks on a GPU, and try them before the first step."""
+
+from __future__ import annotations
+
+import time
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esvit_core.config import Config
+from esvit_core.errors import UserError
+from esvit_core.kernels.half_linear import PointwiseConv
+from esvit_core.kernels.triton_support import LONGEST_REASON, triton_problem
+from esvit_core.models.compile_blocks import CompiledPasses
+from esvit_core.models.multicrop import MultiCropNetwork
+from esvit_core.training.state import TrainState
+
+
+def compile_networks_(state: TrainState) -> str:
+    """Compile student and teacher in place as ``training.compile`` asks.
+
+    Every shape of a step is compiled here, forward and backward. If that fails, the networks compute without compiled
+    blocks.
+
+    Returns:
+        What was done, as part of a line for the log; "" on a CPU.
+
+    Raises:
+        UserError: ``training.compile`` is true, and these networks cannot be compiled here.
+    """
+    setting = state.config.training.compile
+    problem = _why_not(state)
+    if setting is True and problem:
+        raise UserError(f"training.compile: true, but {problem}; expected auto or false")
+    if state.world.device.type != "cuda":
+        return ""
+    if not setting or problem:
+        return f"blocks not compiled ({problem or 'as configured'})"
+    return compile_and_try_(
+        state, **({"options": {"deterministic": True}} if state.config.training.deterministic else {})
+    )
+
+
+def compile_and_try_(state: TrainState, **options: Any) -> str:
+    """Compile student and teacher with ``torch.compile`` and these options; return what :func:`compile_networks_` does."""
+    networks, start = (state.student, state.teacher), time.monotonic()
+    passes = [CompiledPasses(network.backbone, **options) for network in networks]
+    for network, compiled in zip(networks, passes, strict=True):
+        network.passes = compiled
+    count = len(passes[0].blocks)
+    if state.world.is_main:
+        print(f"train: compiling {count} blocks; the first time on a machine this takes minutes", flush=True)
+    try:
+        _try_passes(state, state.world.device)
+    except Exception as error:  # of the compiler, the linker, the driver or torch
+        for compiled in passes:
+            compiled.undo_()
+        reason = " ".join(str(error).splitlines()[:2])  # "backend='inductor' raised:" and the cause
+        return f"blocks not compiled ({type(error).__name__}: {reason[:LONGEST_REASON]})"
+    return f"{count} blocks compiled in {time.monotonic() - start:.0f} s"
+
+
+def _why_not(state: TrainState) -> str:
+    """Return why the networks cannot be compiled here; "" if they can."""
+    config, device, setting = state.config, state.world.device, state.config.training.compile
+    if device.type != "cuda":
+        return "only networks on a GPU are compiled"
+    if problem := triton_problem(device):
+        return problem
+    if state.student.passes is not None:
+        return f"{config.model.arch} has kernels of its own"
+    if config.launch.activation_checkpointing:
+        return "launch.activation_checkpointing computes blocks again"
+    backbone = state.student.backbone
+    if setting == "auto" and not any(isinstance(module, nn.Linear | PointwiseConv) for module in backbone.modules()):
+        return f"{config.model.arch} has no linear layers"  # a compiled ResNet has more kernels
+    if any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules()):
+        return f"the batch norms of {config.model.arch} communicate between the processes"
+    return ""
+
+
+def _try_passes(state: TrainState, device: torch.device) -> None:
+    """Compute the passes of a step forward and backward; buffers, gradients and random numbers stay as they are."""
+    student, teacher = state.student, state.teacher
+    kept = [(buffer, buffer.clone()) for network in (student, teacher) for buffer in network.buffers()]
+    images = -(-state.config.training.batch_size // state.world.size)
+    images = -(-images // state.micro_batches)
+    if state.half_weights is not None:
+        state.half_weights.update_()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), state.precision.autocast():
+            batches = _batches(state.config, images, device)
+            with torch.no_grad():
+                _sum_of_passes(teacher, batches[:1])
+            loss = _sum_of_passes(student, batches)
+        torch.autograd.grad(loss, [p for p in student.backbone.parameters() if p.requires_grad], allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def _batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
+    """Return blank crops as :class:`MultiCropNetwork` batches them; the first batch has the global crops."""
+    kinds = (config.augment.global_crops, *config.augment.local_kinds)
+    sizes = [kind.size for kind in kinds for _ in range(kind.number)]
+    counts = [(size, len(list(group))) for size, group in groupby(sizes)]
+    return [torch.zeros(number * images, 3, size, size, device=device) for size, number in counts]
+
+
+def _sum_of_passes(network: MultiCropNetwork, batches: list[Tensor]) -> Tensor:
+    assert network.passes is not None
+    parts = [part.float().sum() for outputs in network.passes(network.backbone, batches) for part in outputs]
+    return torch.stack(parts).sum()
