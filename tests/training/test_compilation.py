@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from esvit_core.data.loading.loader import Batch
 from esvit_core.errors import UserError
+from esvit_core.training import compilation
 from esvit_core.training.compilation import compile_and_try_, compile_networks_
 from esvit_core.training.loop import training_step
 from esvit_core.training.state import TrainState
@@ -60,3 +63,22 @@ def test_networks_on_a_cpu_are_not_compiled_and_asking_for_it_is_an_error(assemb
     assert state.student.passes is None
     with pytest.raises(UserError, match=r"training\.compile: true, but only networks on a GPU are compiled"):
         compile_networks_(assembled(training={"compile": True}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem", "reason"),
+    [
+        ({"training": {"compile": False}}, "", "as configured"),
+        ({}, "Triton is not installed", "Triton is not installed"),
+        ({"launch": {"activation_checkpointing": True}}, "", "launch.activation_checkpointing computes blocks again"),
+        ({"model": dict.fromkeys(VIT) | {"arch": "resnet18"}}, "", "resnet18 has no linear layers"),
+    ],
+)
+def test_networks_on_a_gpu_that_are_not_compiled_have_a_reason(
+    assembled, monkeypatch, sections, problem, reason
+) -> None:
+    monkeypatch.setattr(compilation, "triton_problem", lambda device: problem)
+    state = assembled(**({"model": VIT} | sections))
+    on_gpu = dataclasses.replace(state, world=dataclasses.replace(state.world, device=torch.device("cuda", 0)))
+    assert compile_networks_(on_gpu) == f"blocks not compiled ({reason})"
+    assert state.student.passes is None
