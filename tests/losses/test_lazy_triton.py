@@ -71,9 +71,9 @@ def test_lazy_logits_give_what_stored_ones_give(images, regions, chunk_rows, dty
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy_triton, "CHUNK_ROWS", chunk_rows)
         found = loss_and_gradients(lazy_triton_cross_entropy, student, False, Teacher(theirs, center, 0.4), pairs, 0.5)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2  # of the norm: a sum may nearly cancel
     for mine, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, wanted, **tolerance)
+        assert (mine - wanted).norm() <= tolerance * wanted.norm() + 1e-4
 
 
 def test_no_more_logits_are_stored_than_those_of_a_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
