@@ -57,8 +57,8 @@ def test_a_process_that_dies_is_an_error_that_names_the_setting(make):
     with Decoders(DecodeSettings.of(DataConfig(), PixelSettings()), 2) as decoders:
         assert decoders.decode(make.file(0), ".png").data == make.file(0)
         for process in decoders._all:
-            process.kill()
-            process.wait()
+            process.popen.kill()
+            process.popen.wait()
         with pytest.raises(InfrastructureError, match=r"SIGKILL \(out of memory\?\); run again.*data\.processes"):
             decoders.decode(make.file(0), ".png")
 
@@ -70,7 +70,7 @@ def test_the_processes_end_with_the_preparation(prepared, images, monkeypatch):
     monkeypatch.setattr(prepare_module, "merge_parts", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepared(images, processes=2, **SMALL)
-    assert len(started) == 2 and all(process.poll() == 0 for process in started)
+    assert len(started) == 2 and all(process.popen.poll() == 0 for process in started)
 
 
 def test_uploads_keep_their_order_and_wait_for_each_other():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pickle
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -24,6 +26,7 @@ from esvit_core.errors import InfrastructureError
 
 _START = "from esvit_core.data.ingest.decoders import serve; serve()"
 _LENGTH = struct.Struct("<Q")
+_REQUESTS = 2  # of each process: one image is checked while the next is on its way
 _WORTHWHILE = 1000  # images; with fewer, starting the processes takes longer than they save
 
 
@@ -49,6 +52,37 @@ class DecodeSettings:
         return to_stored_image(data, self.max_megapixels, self.short_side, self.max_aspect_ratio, self.pixels, ending)
 
 
+class _Process:
+    """A process that checks images, for several threads: it has the next image when it is done with one.
+
+    Attributes:
+        popen: the process.
+    """
+
+    def __init__(self, settings: DecodeSettings) -> None:
+        # Not multiprocessing, which would import the main module of this process again.
+        self.popen = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        self._unanswered: collections.deque[Future[StoredImage | BadImage]] = collections.deque()
+        _send(self.popen.stdin, settings)
+
+    def decode(self, data: bytes, ending: str) -> StoredImage | BadImage:
+        """Return what the process finds.
+
+        Raises:
+            OSError, EOFError: it died.
+        """
+        answer: Future[StoredImage | BadImage] = Future()
+        with self._sending:
+            self._unanswered.append(answer)  # answers come in the order of the requests
+            _send(self.popen.stdin, (data, ending))
+        with self._receiving:
+            while not answer.done():
+                found = _receive(self.popen.stdout)
+                self._unanswered.popleft().set_result(found)
+        return answer.result()
+
+
 class Decoders:
     """Checks and converts images for several threads.
 
@@ -61,26 +95,25 @@ class Decoders:
         self.processes = processes
         self._settings = settings
         self._slots = threading.BoundedSemaphore(reading_threads())  # decoded images take much memory
-        self._all: list[subprocess.Popen[bytes]] = []
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._all: list[_Process] = []
+        self._free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
         for _ in range(self.processes):
-            # Not multiprocessing, which would import the main module of this process again.
-            process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            self._all.append(process)
-            _send(process.stdin, self._settings)
-            self._idle.put(process)
+            self._all.append(_Process(self._settings))
+        for process in _REQUESTS * self._all:
+            self._free.put(process)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._all:
+        processes = [process.popen for process in self._all]
+        for process in processes:
             with contextlib.suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()  # ends the process after its image
-        for process in self._all:
+        for process in processes:
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
@@ -95,14 +128,13 @@ class Decoders:
         if not self.processes:
             with self._slots:
                 return self._settings.decode(data, ending)
-        process = self._idle.get()
+        process = self._free.get()
         try:
-            _send(process.stdin, (data, ending))
-            found = _receive(process.stdout)
+            found = process.decode(data, ending)
         except (OSError, EOFError):
-            raise InfrastructureError(_death(process)) from None
+            raise InfrastructureError(_death(process.popen)) from None
         finally:
-            self._idle.put(process)
+            self._free.put(process)
         if isinstance(found, BadImage):
             raise found
         return found if found.data else replace(found, data=data)
