@@ -17,6 +17,7 @@ LOST_SECONDS_VARIABLE = "ESVIT_LOST_WORK_SECONDS"  # set in a step's own pod: tr
 POD_LOST_SECONDS = 60.0
 DEFAULT_SECONDS = 15 * 60.0
 SHORTEST_SECONDS = 5.0
+_MARGIN = 0.05  # of the bound: one checkpoint takes a little longer than the one before
 _INITIAL_SHARE = 0.25  # of the bound: assumed time of a checkpoint before one has been written
 
 
@@ -46,13 +47,13 @@ class CheckpointInterval:
     def seconds(self) -> float:
         """Seconds from one checkpoint to the request for the next.
 
-        With a bound: what remains of it after the time to write a checkpoint and the two steps that may pass until the
+        With a bound: what remains of it after a margin, the time to write a checkpoint and the two steps that may pass until the
         state is copied. If writing takes more than half of the bound, the interval is the time of writing, so that one
         checkpoint reaches the store before the next begins.
         """
         if self.lost_seconds is None:
             return self._fixed
-        left = max(self.lost_seconds - self._write_seconds - 2 * self._step_seconds, self._write_seconds)
+        left = max((1 - _MARGIN) * self.lost_seconds - self._write_seconds - 2 * self._step_seconds, self._write_seconds)
         return min(max(left, SHORTEST_SECONDS), self.lost_seconds)
 
     @property
