@@ -53,7 +53,9 @@ class CheckpointInterval:
         """
         if self.lost_seconds is None:
             return self._fixed
-        left = max((1 - _MARGIN) * self.lost_seconds - self._write_seconds - 2 * self._step_seconds, self._write_seconds)
+        left = max(
+            (1 - _MARGIN) * self.lost_seconds - self._write_seconds - 2 * self._step_seconds, self._write_seconds
+        )
         return min(max(left, SHORTEST_SECONDS), self.lost_seconds)
 
     @property
