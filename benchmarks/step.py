@@ -43,7 +43,7 @@ from esvit_core.data.loading.loader import Batch, TrainLoader
 from esvit_core.losses import Objective
 from esvit_core.losses.strategy import select_strategy
 from esvit_core.models.multicrop import NetworkOutput
-from esvit_core.planning.fake_network import crop_sizes, fake_crops, fake_network
+from esvit_core.planning.fake_network import fake_crops, fake_network
 from esvit_core.runs.environment import TORCH_ENVIRONMENT
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.distributed.processes import World
@@ -109,7 +109,7 @@ def config_of(options: argparse.Namespace) -> Config:
 
 def crops_of(config: Config, batch: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, 3, size, size, generator=generator) for size in crop_sizes(config)]
+    return [torch.randn(batch, 3, size, size, generator=generator) for size in config.augment.crop_sizes]
 
 
 # The objective alone
@@ -119,7 +119,7 @@ def outputs_of(config: Config, batch: int, device: torch.device, dtype: torch.dt
     """Random outputs with as many regions as the network has; those of the student require gradients."""
     generator = torch.Generator().manual_seed(0)
     with fake_network(config) as network:
-        counts = network(fake_crops(1, crop_sizes(config))).regions_per_crop
+        counts = network(fake_crops(1, config.augment.crop_sizes)).regions_per_crop
 
     def draw(rows: int, width: int) -> torch.Tensor:
         return (0.3 * torch.randn(rows, width, generator=generator)).to(device, dtype)

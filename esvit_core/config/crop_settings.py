@@ -85,6 +85,11 @@ class AugmentConfig(Section):
         """The kinds of local crops, as a tuple."""
         return (self.local_crops,) if isinstance(self.local_crops, CropConfig) else self.local_crops
 
+    @property
+    def crop_sizes(self) -> list[int]:
+        """The size of each crop of an image in training, pixels; the two global crops first."""
+        return [kind.size for kind in (self.global_crops, *self.local_kinds) for _ in range(kind.number)]
+
     @model_validator(mode="before")
     @classmethod
     def _complete_crops(cls, given: Any) -> Any:

@@ -27,7 +27,7 @@ from esvit_core.losses.lazy_triton import CHUNK_ROWS
 from esvit_core.losses.strategy import logit_bytes
 from esvit_core.models.lazy_logits import LazyLogits, lazy_on_cpu
 from esvit_core.models.multicrop import MultiCropNetwork, NetworkOutput
-from esvit_core.planning.fake_network import crop_sizes, fake_crops, fake_network, naming_refused_sizes
+from esvit_core.planning.fake_network import fake_crops, fake_network, naming_refused_sizes
 
 # In float32: the student, its gradient, the optimizer's averages (AdamW: two), the teacher.
 BYTES_A_PARAMETER = {"adamw": 20, "sgd": 16, "lars": 16}
@@ -98,7 +98,7 @@ def count_memory(config: Config, dtype: torch.dtype, device_type: str = "cuda") 
 
 def _flops(student: MultiCropNetwork, config: Config) -> float:
     """FLOPs per image of forward and backward pass, of the teacher, and of the products with the prototypes."""
-    sizes = crop_sizes(config)
+    sizes = config.augment.crop_sizes
     student.set_lazy_logits(lazy_on_cpu(config.training.lazy_logits, config.head.out_dim))
     output, forward = _count(lambda: student(fake_crops(2, sizes)))
     teacher = _count(lambda: student(fake_crops(2, sizes[:2])))[1]
@@ -110,7 +110,7 @@ def _flops(student: MultiCropNetwork, config: Config) -> float:
 
 
 def _memory(student: MultiCropNetwork, config: Config, dtype: torch.dtype, device_type: str) -> Memory:
-    sizes = crop_sizes(config)
+    sizes = config.augment.crop_sizes
     student.set_lazy_logits(lazy_on_cpu(config.training.lazy_logits, config.head.out_dim))
     student.backbone.set_grad_checkpointing(config.launch.activation_checkpointing)
     halves = _select_gpu_kernels_(student, dtype) if device_type == "cuda" and dtype != torch.float32 else 0

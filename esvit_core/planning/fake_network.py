@@ -55,12 +55,6 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> t
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
-def crop_sizes(config: Config) -> list[int]:
-    """Return the size of each crop of an image in training, pixels; the two global crops first."""
-    kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    return [kind.size for kind in kinds for _ in range(kind.number)]
-
-
 def fake_crops(images: int, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Crops of ``images`` images, one tensor (B, 3, S, S) for each of ``sizes``; call it in :func:`fake_network`."""
     return [torch.empty(images, 3, size, size) for size in sizes]

@@ -130,11 +130,8 @@ def _train(config: Config) -> Size:
     if workers == "auto":
         workers = WORKERS_PER_GPU if pod.accelerators else 0
     images = shares(config, min(training.batch_size, nodes * processes))[0]
-    sizes = [
-        kind.size for kind in (config.augment.global_crops, *config.augment.local_kinds) for _ in range(kind.number)
-    ]
     on_gpu = pod.accelerators and config.augment.policy == "dino"  # workers load levels, uint8
-    crops = 3 * (1 if on_gpu else 4) * sum(size**2 for size in sizes)  # bytes of an image's crops
+    crops = 3 * (1 if on_gpu else 4) * sum(size**2 for size in config.augment.crop_sizes)  # bytes of an image's crops
     needed = float(processes * (workers * PREFETCH_FACTOR + 1) * images * crops) if workers else 0.0
     auto = GIB * math.ceil(max(needed, GIB) / GIB)
     shared = 0.0

@@ -104,9 +104,7 @@ def _try_passes(state: TrainState, device: torch.device) -> None:
 
 def _batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
     """Return blank crops as :class:`MultiCropNetwork` batches them; the first batch has the global crops."""
-    kinds = (config.augment.global_crops, *config.augment.local_kinds)
-    sizes = [kind.size for kind in kinds for _ in range(kind.number)]
-    counts = [(size, len(list(group))) for size, group in groupby(sizes)]
+    counts = [(size, len(list(group))) for size, group in groupby(config.augment.crop_sizes)]
     return [torch.zeros(number * images, 3, size, size, device=device) for size, number in counts]
 
 
