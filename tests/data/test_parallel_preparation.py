@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 import time
 
 import pytest
@@ -18,7 +17,6 @@ from esvit_core.data.ingest import prepare_part as module
 from esvit_core.data.ingest.decoders import Decoders, DecodeSettings, choose_processes
 from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prepare import prepare
-from esvit_core.data.ingest.shard_uploads import ShardUploads
 from esvit_core.errors import InfrastructureError
 from esvit_core.storage import ObjectStore
 
@@ -71,19 +69,6 @@ def test_the_processes_end_with_the_preparation(prepared, images, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         prepared(images, processes=2, **SMALL)
     assert len(started) == 2 and all(process.popen.poll() == 0 for process in started)
-
-
-def test_uploads_keep_their_order_and_wait_for_each_other():
-    done: list[int] = []
-    go = threading.Event()
-    with ShardUploads() as uploads:
-        uploads.submit(lambda: go.wait(20) and done.append(0))
-        uploads.submit(lambda: done.append(1))
-        threading.Timer(0.05, go.set).start()
-        uploads.submit(lambda: done.append(2))  # waits, so that shards do not pile up
-        assert done[0] == 0
-        uploads.finish()
-    assert done == [0, 1, 2]
 
 
 def test_an_upload_that_fails_ends_the_preparation(store, prepared, images, monkeypatch):

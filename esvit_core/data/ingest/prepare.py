@@ -81,7 +81,8 @@ def prepare(
         if number := job.records.count_shards():
             print(f"prepare: resuming with {number:,} shards that an unfinished preparation stored", flush=True)
         with _working(job, len(job.plan.candidates)):
-            parts = [(part, prepare_part(job, part)) for part in _parts(job)]
+            stored = [(part, prepare_part(job, part)) for part in _parts(job)]
+            parts = [(part, future.result()) for part, future in stored]
         try:
             merged = merge_parts(job, parts)
         except UserError:
@@ -117,8 +118,8 @@ def prepare_share(
         everything = _parts(job)
         parts = share.of(everything)
         with _working(job, sum(part.stop - part.start for part in parts)):
-            for part in parts:
-                prepare_part(job, part)
+            for future in [prepare_part(job, part) for part in parts]:
+                future.result()
         print(f"prepare: share {share} is done: {len(parts):,} of {len(everything):,} parts", flush=True)
 
 

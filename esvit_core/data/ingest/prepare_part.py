@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,10 @@ _READ_AHEAD = 2  # images in memory per thread
 _Loaded = tuple[str, StoredImage | BadImage | FileReadError | NotAnImage]
 
 
-def prepare_part(job: Preparation, part: PlannedPart) -> Part:
-    """Return a part; what an unfinished preparation of the same content did is not done again.
+def prepare_part(job: Preparation, part: PlannedPart) -> Future[Part]:
+    """Return the future of a part, the end of which is still being uploaded.
+
+    What an unfinished preparation of the same content did is not done again.
 
     Raises:
         UserError: too many files are bad.
@@ -37,7 +40,7 @@ def prepare_part(job: Preparation, part: PlannedPart) -> Part:
     try:
         if (finished := _finished(job, part, candidates)) is not None:
             job.progress.update(len(candidates))
-            return finished
+            return job.uploads.submit(lambda: finished)
         return _PartPreparation(job, part, job.records.read_shards(part)).run(candidates)
     except StaleProgressError:
         print("prepare: the source differs from the records of an unfinished preparation; starting over", flush=True)
@@ -106,8 +109,8 @@ class _PartPreparation:
         self._others: list[File] = []
         self._first: dict[str, str] = {}  # name of the first image with a digest
 
-    def run(self, candidates: Sequence[Candidate]) -> Part:
-        """Read, check and write every candidate, in order.
+    def run(self, candidates: Sequence[Candidate]) -> Future[Part]:
+        """Read, check and write every candidate, in order; return the future of the stored part.
 
         Raises:
             StaleProgressError: the recorded results do not match the candidates.
@@ -123,7 +126,10 @@ class _PartPreparation:
                 self._add(candidate, *found)
             job.progress.update(1)
         self._writer.close()
-        job.uploads.finish()
+        return job.uploads.submit(partial(self._store_part, candidates))  # after its shards
+
+    def _store_part(self, candidates: Sequence[Candidate]) -> Part:
+        job = self._job
         index = job.put(f"index/{self._part.name}.npy", encode_array(self._writer.index()))
         listing = job.put(f"files/{self._part.name}.jsonl.gz", encode_listing(self._files))
         finished = Part(shards=self._writer.shards, index=index, listing=listing)

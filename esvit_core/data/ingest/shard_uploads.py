@@ -1,4 +1,4 @@
-"""Upload finished shards while the next one is filled."""
+"""Upload finished shards and parts while the next ones are prepared."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
-_WAITING = 2  # shards on disk beside the one that is filled
+Result = TypeVar("Result")
+
+_WAITING = 3  # uploads; so many shards are on disk at most, beside the one that is filled
 
 
 class ShardUploads:
-    """Uploads, one after the other in the order of their submission, so that the records of shards have no gaps."""
+    """Uploads, one after the other in the order of their submission; none after one that failed.
+
+    Hence what is stored about shards and parts never has gaps.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._waiting: deque[Future[None]] = deque()
+        self._waiting: deque[Future[Any]] = deque()
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -26,15 +32,20 @@ class ShardUploads:
     ) -> None:
         self._thread.shutdown(wait=True, cancel_futures=error is not None)
 
-    def submit(self, upload: Callable[[], None]) -> None:
-        """Upload something soon; if two uploads wait already, wait for the first of them.
+    def submit(self, upload: Callable[[], Result]) -> Future[Result]:
+        """Upload something soon; if three uploads wait already, wait for the first of them.
+
+        Returns:
+            The future of what ``upload`` returns.
 
         Raises:
             StoreError: an earlier upload failed.
         """
         while len(self._waiting) >= _WAITING:
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(upload))
+        future = self._thread.submit(self._run, upload)
+        self._waiting.append(future)
+        return future
 
     def finish(self) -> None:
         """Wait for all uploads.
@@ -44,3 +55,12 @@ class ShardUploads:
         """
         while self._waiting:
             self._waiting.popleft().result()
+
+    def _run(self, upload: Callable[[], Result]) -> Result:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return upload()
+        except BaseException as error:
+            self._failure = error
+            raise
