@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import os
 import pickle
 import queue
@@ -26,7 +27,8 @@ from esvit_core.errors import InfrastructureError
 
 _START = "from esvit_core.data.ingest.decoders import serve; serve()"
 _LENGTH = struct.Struct("<Q")
-_REQUESTS = 2  # of each process: one image is checked while the next is on its way
+_REQUESTS = 4  # of each process, so that it never waits for its next image
+_PIPE_BYTES = 2**20  # the most that Linux allows every user
 _WORTHWHILE = 1000  # images; with fewer, starting the processes takes longer than they save
 
 
@@ -62,6 +64,7 @@ class _Process:
     def __init__(self, settings: DecodeSettings) -> None:
         # Not multiprocessing, which would import the main module of this process again.
         self.popen = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        _widen(self.popen.stdin)
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         self._unanswered: collections.deque[Future[StoredImage | BadImage]] = collections.deque()
         _send(self.popen.stdin, settings)
@@ -171,6 +174,13 @@ def serve() -> None:
             except BadImage as error:
                 answer = error
             _send(answers, answer)
+
+
+def _widen(pipe: BinaryIO | Any) -> None:
+    """Let a pipe hold whole images, so that who writes one need not wait; by default, Linux has 64 KiB."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):  # the user's pipes may have reached their limit
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _send(pipe: BinaryIO | Any, value: object) -> None:
