@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
-POOL_SIZE = 16
+POOL_SIZE = 64  # connections that are kept open; more requests at a time would connect anew for each
 PAGE = 1000  # objects that are listed by a request, the most that S3 allows
 # User metadata that identifies the request that wrote an object, so that a repeated request recognizes its own result.
 WRITER = "x-amz-meta-esvit-writer"

@@ -22,7 +22,7 @@ from esvit_core.storage.uri import SCHEME
 
 T = TypeVar("T")
 
-PART_BYTES = 16 * 2**20  # S3 allows 10,000 parts: objects of up to 156 GiB
+PART_BYTES = 8 * 2**20  # S3 allows 10,000 parts: objects of up to 78 GiB
 PARALLEL = 4
 
 

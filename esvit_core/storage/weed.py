@@ -148,7 +148,8 @@ def write_configuration(directory: Path) -> None:
         write_private(directory / CERTIFICATE, certificate)
     # Written at each start: the keys are short-lived, and the directory may have been moved.
     write_private(directory / SECURITY, security(directory))
-    write_private(directory / "master.toml", "[master.volume_growth]\ncopy_1 = 1\n")
+    # A new volume is created when those that are written to are half full: writes that find no room wait for 1 s.
+    write_private(directory / "master.toml", "[master.volume_growth]\ncopy_1 = 2\nthreshold = 0.5\n")
     path = json.dumps(str(directory / "data" / "filerldb2"))
     write_private(directory / "filer.toml", f"[leveldb2]\nenabled = true\ndir = {path}\n")
 
