@@ -52,7 +52,9 @@ def test_so_many_processes_are_used(monkeypatch):
 
 
 def test_a_process_that_dies_is_an_error_that_names_the_setting(make):
-    with Decoders(DecodeSettings.of(DataConfig(), PixelSettings()), 2) as decoders:
+    with Decoders() as decoders:
+        decoders.start(2)
+        decoders.configure(DecodeSettings.of(DataConfig(), PixelSettings()))
         assert decoders.decode(make.file(0), ".png").data == make.file(0)
         for process in decoders._all:
             process.popen.kill()
@@ -61,14 +63,39 @@ def test_a_process_that_dies_is_an_error_that_names_the_setting(make):
             decoders.decode(make.file(0), ".png")
 
 
-def test_the_processes_end_with_the_preparation(prepared, images, monkeypatch):
-    started: list = []
-    enter = Decoders.__enter__
-    monkeypatch.setattr(Decoders, "__enter__", lambda self: (enter(self), started.extend(self._all))[0])
+@pytest.fixture
+def started(monkeypatch) -> list:
+    """The processes that preparations start."""
+    found: list = []
+    begin = Decoders.start
+
+    def start(self, processes: int) -> None:
+        begin(self, processes)
+        found.extend(process for process in self._all if process not in found)
+
+    monkeypatch.setattr(Decoders, "start", start)
+    return found
+
+
+def test_the_processes_end_with_the_preparation(prepared, images, monkeypatch, started):
     monkeypatch.setattr(prepare_module, "merge_parts", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepared(images, processes=2, **SMALL)
     assert len(started) == 2 and all(process.popen.poll() == 0 for process in started)
+
+
+def test_processes_that_were_started_for_nothing_end_at_once(prepared, images, monkeypatch, started):
+    monkeypatch.setattr(prepare_module, "plan_ingest", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepared(images, processes=2, **SMALL)
+    assert len(started) == 2 and all(process.popen.poll() == -signal.SIGKILL for process in started)
+
+
+def test_no_process_starts_for_data_that_are_prepared(prepared, images, started):
+    first = prepared(images, processes=2, **SMALL)
+    assert len(started) == 2
+    assert prepared(images, processes=2, **SMALL) == first
+    assert len(started) == 2
 
 
 def test_an_upload_that_fails_ends_the_preparation(store, prepared, images, monkeypatch):

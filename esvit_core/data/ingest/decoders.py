@@ -61,13 +61,17 @@ class _Process:
         popen: the process.
     """
 
-    def __init__(self, settings: DecodeSettings) -> None:
+    def __init__(self) -> None:
         # Not multiprocessing, which would import the main module of this process again.
         self.popen = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         _widen(self.popen.stdin)
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         self._unanswered: collections.deque[Future[StoredImage | BadImage]] = collections.deque()
-        _send(self.popen.stdin, settings)
+
+    def configure(self, settings: DecodeSettings) -> None:
+        """Send the settings, which come before all images."""
+        with contextlib.suppress(OSError):  # it died: its first image says so
+            _send(self.popen.stdin, settings)
 
     def decode(self, data: bytes, ending: str) -> StoredImage | BadImage:
         """Return what the process finds.
@@ -87,25 +91,37 @@ class _Process:
 
 
 class Decoders:
-    """Checks and converts images for several threads.
+    """Checks and converts images for several threads; :meth:`configure` comes before the first image.
 
-    Args:
-        settings: how.
-        processes: number of processes; 0: the calling threads do it.
+    The processes take half a second to start, so they are started before the settings are known.
     """
 
-    def __init__(self, settings: DecodeSettings, processes: int) -> None:
-        self.processes = processes
-        self._settings = settings
+    def __init__(self) -> None:
+        self.processes = 0
+        self._settings: DecodeSettings | None = None
         self._slots = threading.BoundedSemaphore(reading_threads())  # decoded images take much memory
         self._all: list[_Process] = []
         self._free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
-    def __enter__(self) -> Self:
-        for _ in range(self.processes):
-            self._all.append(_Process(self._settings))
+    def start(self, processes: int) -> None:
+        """Start processes, if there are none yet.
+
+        Args:
+            processes: their number; 0: the calling threads check the images.
+        """
+        while len(self._all) < processes and not self.processes:
+            self._all.append(_Process())
+        self.processes = len(self._all)
+
+    def configure(self, settings: DecodeSettings) -> None:
+        """Set how images are checked and converted."""
+        self._settings = settings
+        for process in self._all:
+            process.configure(settings)
         for process in _REQUESTS * self._all:
             self._free.put(process)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -113,6 +129,8 @@ class Decoders:
     ) -> None:
         processes = [process.popen for process in self._all]
         for process in processes:
+            if self._settings is None:
+                process.kill()  # it may still be starting, for nothing
             with contextlib.suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()  # ends the process after its image
@@ -128,6 +146,7 @@ class Decoders:
             BadImage: it is not usable.
             InfrastructureError: a process died.
         """
+        assert self._settings is not None
         if not self.processes:
             with self._slots:
                 return self._settings.decode(data, ending)
@@ -162,8 +181,8 @@ def serve() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     sys.stdout = sys.stderr  # nothing else may be written between the answers
     warnings.filterwarnings("ignore", module="PIL")  # about malformed files; bad files are listed
-    settings: DecodeSettings = _receive(requests)
     with contextlib.suppress(EOFError, BrokenPipeError):
+        settings: DecodeSettings = _receive(requests)
         while True:
             data, ending = _receive(requests)
             answer: StoredImage | BadImage

@@ -33,8 +33,8 @@ class Preparation:
         scales: values that become black and white in images of more than 8 bits, by the type of their pixels.
         records: what this and former preparations of the same content have finished.
         existing: sizes of the objects below the destination at the start, by name.
-        folder: local folder for the shards.
         decoders: check and convert images.
+        folder: local folder for the shards.
         readers: threads that read files.
         progress: counts the candidates.
         uploads: uploads of finished shards.
@@ -53,8 +53,8 @@ class Preparation:
     scales: dict[str, Scale]
     records: PartRecords
     existing: dict[str, int]
+    decoders: Decoders
     folder: Path = field(init=False)
-    decoders: Decoders = field(init=False)
     readers: ThreadPoolExecutor = field(init=False)
     progress: ProgressLine = field(init=False)
     uploads: ShardUploads = field(default_factory=ShardUploads)

@@ -26,7 +26,7 @@ from esvit_core.data.ingest.pixels import PixelSettings, Scale
 from esvit_core.data.ingest.prefetch import reading_threads
 from esvit_core.data.ingest.preparation import Preparation
 from esvit_core.data.ingest.prepare_part import REQUESTS, prepare_part
-from esvit_core.data.ingest.publish_manifest import find_data, objects_below, publish_data, remove_objects
+from esvit_core.data.ingest.publish_manifest import find_data, has_data, objects_below, publish_data, remove_objects
 from esvit_core.data.ingest.source_lists import require_weights
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
 from esvit_core.data.ingest.thread_heaps import share_heap
@@ -134,6 +134,9 @@ def _planned(
     with contextlib.ExitStack() as stack:
         # Folders and prefixes are opened immediately, archives only if they have to be read.
         opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None
+        decoders = stack.enter_context(Decoders())
+        if opened is not None and not has_data(store, destination):
+            decoders.start(choose_processes(config, len(opened.entries)))  # while the content is sampled
         fingerprint = source_fingerprint(source, store, opened) if scan is None else scan.fingerprint
         if (present := find_data(store, destination, fingerprint, config.identity_values())) is not None:
             if scan is None and opened is not None:
@@ -152,7 +155,7 @@ def _planned(
         existing = objects_below(store, destination)
         records = PartRecords(store, destination, fingerprint, config, base, existing)
         yield Preparation(
-            source, fingerprint, opened, plan, config, store, destination, earlier, scales, records, existing
+            source, fingerprint, opened, plan, config, store, destination, earlier, scales, records, existing, decoders
         )
 
 
@@ -165,14 +168,14 @@ def _parts(job: Preparation) -> list[PlannedPart]:
 @contextlib.contextmanager
 def _working(job: Preparation, files: int) -> Iterator[None]:
     """Have what preparing parts needs: processes, threads, and a local folder."""
-    settings = DecodeSettings.of(job.config, PixelSettings.of(job.config, job.scales))
+    job.decoders.start(choose_processes(job.config, files))
+    job.decoders.configure(DecodeSettings.of(job.config, PixelSettings.of(job.config, job.scales)))
     share_heap()
     with (
         explain_full_temporary_disk("a shard"),
         tempfile.TemporaryDirectory(prefix="esvit-") as folder,
         warnings.catch_warnings(),
         job.uploads,
-        Decoders(settings, choose_processes(job.config, files)) as job.decoders,
         ThreadPoolExecutor(max(REQUESTS, reading_threads()), thread_name_prefix="prepare") as job.readers,
         ProgressLine(files, unit="images", label="prepare") as job.progress,
     ):

@@ -11,6 +11,11 @@ from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.storage import NotFound, ObjectStore, StoreError, join_uri
 
 
+def has_data(store: ObjectStore, destination: str) -> bool:
+    """Return whether there are prepared data at ``destination``, whatever they are."""
+    return store.exists(join_uri(destination, MANIFEST))
+
+
 def find_data(store: ObjectStore, destination: str, fingerprint: str, settings: dict[str, object]) -> Manifest | None:
     """Return the manifest of the prepared data at ``destination``; None if there is none.
 
