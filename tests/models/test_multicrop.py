@@ -196,6 +196,19 @@ def test_crop_sizes_that_a_timm_network_does_not_accept_are_refused(arch, local,
         build_student_teacher(config)
 
 
+def test_a_compiler_that_fails_is_not_reported_as_a_crop_size():
+    config = Config.from_mapping({**MICRO, "model": {"arch": "timm:resnet10t"}})
+    backbone = build_student_teacher(config)[0].backbone
+
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    backbone.model.layer1[0].compile(backend=fail)
+    with pytest.raises(Exception, match="no compiler") as caught:
+        backbone.views_and_regions(torch.zeros(1, 3, 64, 64))
+    assert not isinstance(caught.value, UserError)
+
+
 def test_a_bug_in_a_timm_network_is_not_reported_as_a_crop_size(monkeypatch):
     config = Config.from_mapping({**MICRO, "model": {"arch": "timm:resnet10t"}})
     backbone = build_student_teacher(config)[0].backbone
