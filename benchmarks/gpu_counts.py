@@ -168,7 +168,9 @@ def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
     counts.launched = operators.launches
     if _stand_in_launches() is None:
         operators.more_of_convolutions = 0  # cuDNN launches one kernel
-    counts.launches = _count_launches(step) if _stand_in_launches() is None else sum(operators.launches.values())
+        counts.launches = _count_launches(step)
+    else:
+        counts.launches = sum(operators.launches.values())
     print(f"{config.recipe}: {compile_networks_(state)}")
     if isinstance(state.student.passes, CompiledPasses) and state.student.passes.blocks:
         for _ in range(WARM_UP):

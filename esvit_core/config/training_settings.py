@@ -156,6 +156,19 @@ class TrainingConfig(Section):
         json_schema_extra=EXECUTION,
     )
 
+    def largest_share(self, processes: int) -> tuple[int, int]:
+        """Return the images of a process and step, and the number of micro-batches into which each process splits them.
+
+        Both are of the process with the largest share of a batch; the number is the same for all.
+        """
+        images = -(-self.batch_size // processes)
+        return images, -(-images // (self.max_images_per_process or images))
+
+    def micro_batch(self, processes: int) -> int:
+        """Return the images of the largest micro-batch."""
+        images, number = self.largest_share(processes)
+        return -(-images // number)
+
 
 class DiagnosticsConfig(Section):
     """How often student and teacher are measured, and the thresholds of each figure (training/diagnostics.py).

@@ -147,13 +147,6 @@ def count_parameters(config: Config) -> int:
         return sum(p.numel() for p in network.parameters())
 
 
-def shares(config: Config, processes: int) -> tuple[int, int]:
-    """Images per process and step (the largest share), and the size of its micro-batches."""
-    images = -(-config.training.batch_size // processes)
-    most = config.training.max_images_per_process or images
-    return images, -(-images // -(-images // most))
-
-
 def _count(forward: Callable[[], Any]) -> tuple[Any, float]:
     """Output and FLOPs of a forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

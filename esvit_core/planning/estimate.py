@@ -16,7 +16,7 @@ from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.losses.strategy import wants_lazy_logits
 from esvit_core.models.precision import choose_precision
-from esvit_core.planning.count_operations import Demand, count_demand, shares
+from esvit_core.planning.count_operations import Demand, count_demand
 from esvit_core.planning.rehearse import rehearse
 
 FREE_SHARE = 0.92  # of a device's memory; the driver and fragmentation take the rest
@@ -123,7 +123,8 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, images_per_second
     kind = GPUS[gpu]
     dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
     demand = count_demand(config, dtype)
-    images_per_process, micro_batch = shares(config, gpus)
+    images_per_process, _ = config.training.largest_share(gpus)
+    micro_batch = config.training.micro_batch(gpus)
     stored = micro_batch * demand.logit_bytes
     if config.training.lazy_logits == "auto" and wants_lazy_logits("auto", stored, kind.memory):
         demand = count_demand(_with_lazy_logits(config), dtype)
@@ -148,7 +149,8 @@ def _on_cpu(config: Config, steps: int) -> Plan:
     dtype = choose_precision(config.training.precision, torch.device("cpu")).dtype
     demand = count_demand(config, dtype, "cpu")
     rehearsal = rehearse(config, demand.flops)
-    images_per_process, micro_batch = shares(config, rehearsal.processes)
+    images_per_process, _ = config.training.largest_share(rehearsal.processes)
+    micro_batch = config.training.micro_batch(rehearsal.processes)
     return Plan(
         device=f"this machine, {rehearsal.threads} threads per process",
         on_cpu=True,

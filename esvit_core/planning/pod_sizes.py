@@ -116,7 +116,7 @@ def _evaluate(config: Config) -> Size:
 
 
 def _train(config: Config) -> Size:
-    from esvit_core.planning.count_operations import BYTES_A_PARAMETER, shares
+    from esvit_core.planning.count_operations import BYTES_A_PARAMETER
 
     training, pod = config.training, config.cluster.train
     if config.launch.scheduler != "local":
@@ -129,7 +129,8 @@ def _train(config: Config) -> Size:
     workers = training.workers
     if workers == "auto":
         workers = WORKERS_PER_GPU if pod.accelerators else 0
-    images = shares(config, min(training.batch_size, nodes * processes))[0]
+    everywhere = min(training.batch_size, nodes * processes)
+    images, _ = training.largest_share(everywhere)
     on_gpu = pod.accelerators and config.augment.policy == "dino"  # workers load levels, uint8
     crops = 3 * (1 if on_gpu else 4) * sum(size**2 for size in config.augment.crop_sizes)  # bytes of an image's crops
     needed = float(processes * (workers * PREFETCH_FACTOR + 1) * images * crops) if workers else 0.0
@@ -143,7 +144,7 @@ def _train(config: Config) -> Size:
         cores, cores_limit = float(GPU_CORES * pod.accelerators), 2.0 * GPU_CORES * pod.accelerators
     else:
         fixed, image = _step_bytes(_network(config))
-        memory += processes * (fixed + image * shares(config, min(training.batch_size, nodes * processes))[1])
+        memory += processes * (fixed + image * training.micro_batch(everywhere))
         cores, cores_limit = (0.5 if parameters < SMALL_PARAMETERS else 2.0), 8.0
     memory = MEMORY_STEP * math.ceil(memory / MEMORY_STEP)
     return Size(cores, cores_limit, memory, 2 * memory, _scratch(config, "train", CHECKPOINTS_ON_DISK), auto)

@@ -85,8 +85,7 @@ def _try_passes(state: TrainState, device: torch.device) -> None:
     """Compute the passes of a step forward and backward; buffers, gradients and random numbers stay as they are."""
     student, teacher = state.student, state.teacher
     kept = [(buffer, buffer.clone()) for network in (student, teacher) for buffer in network.buffers()]
-    images = -(-state.config.training.batch_size // state.world.size)
-    images = -(-images // state.micro_batches)
+    images = state.config.training.micro_batch(state.world.size)
     if state.half_weights is not None:
         state.half_weights.update_()
     try:

@@ -84,9 +84,7 @@ class TrainState:
     @property
     def micro_batches(self) -> int:
         """Number of micro-batches into which each process splits its share of a batch; the same in every process."""
-        batch_size, most = self.config.training.batch_size, self.config.training.max_images_per_process
-        largest = -(-batch_size // self.world.size)
-        return -(-largest // (most or largest))
+        return self.config.training.largest_share(self.world.size)[1]
 
     def weight(self, images: int) -> float:
         """Weight of a mean over ``images`` in the mean over the global batch, which is averaged over the processes."""
@@ -151,10 +149,7 @@ def assemble_train_state(config: Config, world: World, loader: TrainLoader) -> T
     synchronize_batch_norms_(student, world)
     synchronize_batch_norms_(teacher, world)
     precision = choose_precision(config.training.precision, world.device)
-    images = -(-batch_size // world.size)
-    stored = logit_bytes(
-        config, student.backbone, min(images, config.training.max_images_per_process or images), precision.dtype
-    )
+    stored = logit_bytes(config, student.backbone, config.training.micro_batch(world.size), precision.dtype)
     strategy = select_strategy(world.device, config.head.out_dim, config.training.lazy_logits, stored)
     process_share = Fraction(share.stop - share.start, batch_size)
     objective = Objective(config.objective, config.head.out_dim, process_share, strategy).to(world.device)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from esvit_core.data.loading.sampler import epoch_order, rank_batches
+from esvit_core.config.training_settings import TrainingConfig
+from esvit_core.data.loading.sampler import epoch_order, rank_batches, rank_share
 
 sizes = st.lists(st.integers(1, 30), min_size=0, max_size=12)
 
@@ -98,3 +99,14 @@ def test_a_rank_reads_few_shards_at_a_time():
         last = {s: max(i for i, read in enumerate(shards) if s in read) for s in range(60)}
         needed = [sum(first[s] <= i <= last[s] for s in range(60)) for i in range(len(steps))]
         assert max(needed) <= 2 * window and np.median(needed) <= window
+
+
+@given(batch_size=st.integers(1, 300), world=st.integers(1, 9), most=st.none() | st.integers(2, 40))
+def test_the_largest_micro_batch_is_that_of_the_largest_share(batch_size, world, most):
+    assume(batch_size >= world)
+    training = TrainingConfig(batch_size=batch_size, max_images_per_process=most)
+    images, number = training.largest_share(world)
+    shares = [rank_share(batch_size, rank, world) for rank in range(world)]
+    sizes = [len(part) for share in shares for part in np.array_split(range(share.start, share.stop), number)]
+    assert images == max(share.stop - share.start for share in shares)
+    assert training.micro_batch(world) == max(sizes) and (most is None or max(sizes) <= most)
