@@ -205,7 +205,7 @@ def test_a_compiler_that_fails_is_not_reported_as_a_crop_size():
 
     backbone.model.layer1[0].compile(backend=fail)
     with pytest.raises(Exception, match="no compiler") as caught:
-        backbone.views_and_regions(torch.zeros(1, 3, 64, 64))
+        backbone.views_and_regions(torch.zeros(1, 3, backbone.img_size, backbone.img_size))
     assert not isinstance(caught.value, UserError)
 
 
