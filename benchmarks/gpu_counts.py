@@ -162,11 +162,12 @@ def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
     torch.cuda.reset_peak_memory_stats()
     counts.waits = _count_waits(step)
     counts.peak = torch.cuda.max_memory_allocated()
-    with Operators(_stand_in_launches()) as operators:
+    stand_in = _stand_in_launches()
+    with Operators(stand_in) as operators:
         step()
     counts.operators, counts.bytes = operators.bytes, float(sum(operators.bytes.values()))
     counts.launched = operators.launches
-    if _stand_in_launches() is None:
+    if stand_in is None:
         operators.more_of_convolutions = 0  # cuDNN launches one kernel
         counts.launches = _count_launches(step)
     else:

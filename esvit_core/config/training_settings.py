@@ -156,18 +156,18 @@ class TrainingConfig(Section):
         json_schema_extra=EXECUTION,
     )
 
-    def largest_share(self, processes: int) -> tuple[int, int]:
-        """Return the images of a process and step, and the number of micro-batches into which each process splits them.
+    def largest_share(self, processes: int) -> int:
+        """Return the images of a step in the process that has most of them."""
+        return -(-self.batch_size // processes)
 
-        Both are of the process with the largest share of a batch; the number is the same for all.
-        """
-        images = -(-self.batch_size // processes)
-        return images, -(-images // (self.max_images_per_process or images))
+    def micro_batches(self, processes: int) -> int:
+        """Return the number of micro-batches into which each process splits its share; the same in every process."""
+        images = self.largest_share(processes)
+        return -(-images // (self.max_images_per_process or images))
 
     def micro_batch(self, processes: int) -> int:
         """Return the images of the largest micro-batch."""
-        images, number = self.largest_share(processes)
-        return -(-images // number)
+        return -(-self.largest_share(processes) // self.micro_batches(processes))
 
 
 class DiagnosticsConfig(Section):

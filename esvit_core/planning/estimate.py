@@ -123,7 +123,7 @@ def plan_run(config: Config, gpu: str, gpus: int, images: int, images_per_second
     kind = GPUS[gpu]
     dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
     demand = count_demand(config, dtype)
-    images_per_process, _ = config.training.largest_share(gpus)
+    images_per_process = config.training.largest_share(gpus)
     micro_batch = config.training.micro_batch(gpus)
     stored = micro_batch * demand.logit_bytes
     if config.training.lazy_logits == "auto" and wants_lazy_logits("auto", stored, kind.memory):
@@ -149,7 +149,7 @@ def _on_cpu(config: Config, steps: int) -> Plan:
     dtype = choose_precision(config.training.precision, torch.device("cpu")).dtype
     demand = count_demand(config, dtype, "cpu")
     rehearsal = rehearse(config, demand.flops)
-    images_per_process, _ = config.training.largest_share(rehearsal.processes)
+    images_per_process = config.training.largest_share(rehearsal.processes)
     micro_batch = config.training.micro_batch(rehearsal.processes)
     return Plan(
         device=f"this machine, {rehearsal.threads} threads per process",

@@ -130,7 +130,7 @@ def _train(config: Config) -> Size:
     if workers == "auto":
         workers = WORKERS_PER_GPU if pod.accelerators else 0
     everywhere = min(training.batch_size, nodes * processes)
-    images, _ = training.largest_share(everywhere)
+    images = training.largest_share(everywhere)
     on_gpu = pod.accelerators and config.augment.policy == "dino"  # workers load levels, uint8
     crops = 3 * (1 if on_gpu else 4) * sum(size**2 for size in config.augment.crop_sizes)  # bytes of an image's crops
     needed = float(processes * (workers * PREFETCH_FACTOR + 1) * images * crops) if workers else 0.0

@@ -80,7 +80,7 @@ def rehearse(config: Config, flops: float) -> Rehearsal:
         UserError: a process fails.
     """
     processes, threads = divide_cores(config, use_gpus=False)
-    share = -(-config.training.batch_size // processes)
+    share = config.training.largest_share(processes)
     most = min(share, config.training.max_images_per_process or share)
     larger = int(min(most, max(4, MAX_FLOPS // flops)))
     sizes = max(1, larger // 2), larger

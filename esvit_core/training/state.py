@@ -84,7 +84,7 @@ class TrainState:
     @property
     def micro_batches(self) -> int:
         """Number of micro-batches into which each process splits its share of a batch; the same in every process."""
-        return self.config.training.largest_share(self.world.size)[1]
+        return self.config.training.micro_batches(self.world.size)
 
     def weight(self, images: int) -> float:
         """Weight of a mean over ``images`` in the mean over the global batch, which is averaged over the processes."""

@@ -105,7 +105,7 @@ def test_a_rank_reads_few_shards_at_a_time():
 def test_the_largest_micro_batch_is_that_of_the_largest_share(batch_size, world, most):
     assume(batch_size >= world)
     training = TrainingConfig(batch_size=batch_size, max_images_per_process=most)
-    images, number = training.largest_share(world)
+    images, number = training.largest_share(world), training.micro_batches(world)
     shares = [rank_share(batch_size, rank, world) for rank in range(world)]
     sizes = [len(part) for share in shares for part in np.array_split(range(share.start, share.stop), number)]
     assert images == max(share.stop - share.start for share in shares)

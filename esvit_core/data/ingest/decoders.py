@@ -97,7 +97,6 @@ class Decoders:
     """
 
     def __init__(self) -> None:
-        self.processes = 0
         self._settings: DecodeSettings | None = None
         self._slots = threading.BoundedSemaphore(reading_threads())  # decoded images take much memory
         self._all: list[_Process] = []
@@ -109,9 +108,9 @@ class Decoders:
         Args:
             processes: their number; 0: the calling threads check the images.
         """
-        while len(self._all) < processes and not self.processes:
-            self._all.append(_Process())
-        self.processes = len(self._all)
+        if not self._all:
+            for _ in range(processes):
+                self._all.append(_Process())
 
     def configure(self, settings: DecodeSettings) -> None:
         """Set how images are checked and converted."""
@@ -147,7 +146,7 @@ class Decoders:
             InfrastructureError: a process died.
         """
         assert self._settings is not None
-        if not self.processes:
+        if not self._all:
             with self._slots:
                 return self._settings.decode(data, ending)
         process = self._free.get()
