@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #define BLOCK 16 /* rows, and columns, that are processed together */
+#define CHANNELS 3
 
 /* The weights of one direction: output i is the sum over k < number[i] of values[i * taps + k] * input[first[i] + k], over
  * 2^precision. The numbers are even: the last weight may be 0. */
@@ -87,53 +88,53 @@ static inline int32_t pair_of(const int16_t *weights)
     return pair;
 }
 
-/* For 16 values, sum(weights[k] * input[k]) over 2^precision as bytes, with `groups` inputs beside each other.
+/* For 16 values of each channel, sum(weights[k] * input[k]) over 2^precision as bytes.
  *
- * input + k * step holds 16 pairs: the values k and k + 1. Group g of the input is 2 * BLOCK * g bytes further; its result
- * is written to out + g * out_step. */
-static inline void sum_pairs(const uint8_t *input, int64_t step, int groups, const int16_t *weights, int64_t number,
+ * input + k * step holds 16 pairs: the values k and k + 1. Channel c of the input is c * in_step bytes further; its result is
+ * written to out + c * out_step. */
+static inline void sum_pairs(const uint8_t *input, int64_t step, int64_t in_step, const int16_t *weights, int64_t number,
                              int precision, uint8_t *out, int64_t out_step)
 {
     int32_t half = precision ? 1 << (precision - 1) : 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-    __m512i total[3];
-    for (int g = 0; g < groups; g++)
-        total[g] = _mm512_set1_epi32(half);
+    __m512i total[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++)
+        total[c] = _mm512_set1_epi32(half);
     for (int64_t k = 0; k < number; k += 2) {
         __m512i weight = _mm512_set1_epi32(pair_of(weights + k));
-        for (int g = 0; g < groups; g++) {
-            __m256i bytes = _mm256_loadu_si256((const __m256i *)(input + k * step + 2 * BLOCK * g));
+        for (int c = 0; c < CHANNELS; c++) {
+            __m256i bytes = _mm256_loadu_si256((const __m256i *)(input + k * step + c * in_step));
 #if defined(__AVX512VNNI__)
-            total[g] = _mm512_dpwssd_epi32(total[g], _mm512_cvtepu8_epi16(bytes), weight);
+            total[c] = _mm512_dpwssd_epi32(total[c], _mm512_cvtepu8_epi16(bytes), weight);
 #else
-            total[g] = _mm512_add_epi32(total[g], _mm512_madd_epi16(_mm512_cvtepu8_epi16(bytes), weight));
+            total[c] = _mm512_add_epi32(total[c], _mm512_madd_epi16(_mm512_cvtepu8_epi16(bytes), weight));
 #endif
         }
     }
-    for (int g = 0; g < groups; g++) {
-        total[g] = _mm512_max_epi32(_mm512_sra_epi32(total[g], _mm_cvtsi32_si128(precision)), _mm512_setzero_si512());
-        _mm_storeu_si128((__m128i *)(out + g * out_step), _mm512_cvtusepi32_epi8(total[g]));
+    for (int c = 0; c < CHANNELS; c++) {
+        total[c] = _mm512_max_epi32(_mm512_sra_epi32(total[c], _mm_cvtsi32_si128(precision)), _mm512_setzero_si512());
+        _mm_storeu_si128((__m128i *)(out + c * out_step), _mm512_cvtusepi32_epi8(total[c]));
     }
 #else
-    __m256i low[3], high[3];
-    for (int g = 0; g < groups; g++)
-        low[g] = high[g] = _mm256_set1_epi32(half);
+    __m256i low[CHANNELS], high[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++)
+        low[c] = high[c] = _mm256_set1_epi32(half);
     for (int64_t k = 0; k < number; k += 2) {
         __m256i weight = _mm256_set1_epi32(pair_of(weights + k));
-        for (int g = 0; g < groups; g++) {
-            const __m128i *bytes = (const __m128i *)(input + k * step + 2 * BLOCK * g);
+        for (int c = 0; c < CHANNELS; c++) {
+            const __m128i *bytes = (const __m128i *)(input + k * step + c * in_step);
             __m256i first = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes));
             __m256i second = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes + 1));
-            low[g] = _mm256_add_epi32(low[g], _mm256_madd_epi16(first, weight));
-            high[g] = _mm256_add_epi32(high[g], _mm256_madd_epi16(second, weight));
+            low[c] = _mm256_add_epi32(low[c], _mm256_madd_epi16(first, weight));
+            high[c] = _mm256_add_epi32(high[c], _mm256_madd_epi16(second, weight));
         }
     }
-    for (int g = 0; g < groups; g++) {
-        __m256i first = _mm256_sra_epi32(low[g], _mm_cvtsi32_si128(precision));
-        __m256i second = _mm256_sra_epi32(high[g], _mm_cvtsi32_si128(precision));
+    for (int c = 0; c < CHANNELS; c++) {
+        __m256i first = _mm256_sra_epi32(low[c], _mm_cvtsi32_si128(precision));
+        __m256i second = _mm256_sra_epi32(high[c], _mm_cvtsi32_si128(precision));
         __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
         __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-        _mm_storeu_si128((__m128i *)(out + g * out_step), packed);
+        _mm_storeu_si128((__m128i *)(out + c * out_step), packed);
     }
 #endif
 }
@@ -197,6 +198,23 @@ static int image_strips(const uint8_t *image, int64_t height, int64_t width, uin
     return 0;
 }
 
+/* Write the values x to x + 15 of a line, as far as there are so many, or their mirror image. */
+static inline void write_values(const uint8_t *bytes, int64_t x, float *line, int64_t size, int64_t flip)
+{
+    if (size - x < BLOCK) {
+        for (int64_t i = x; i < size; i++)
+            line[flip ? size - 1 - i : i] = bytes[i - x];
+        return;
+    }
+    const __m128i mirrored = _mm_setr_epi8(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m128i values = _mm_loadu_si128((const __m128i *)bytes);
+    if (flip)
+        values = _mm_shuffle_epi8(values, mirrored);
+    float *out = line + (flip ? size - BLOCK - x : x);
+    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(values)));
+    _mm256_storeu_ps(out + BLOCK / 2, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(values, BLOCK / 2))));
+}
+
 /* Cut out a crop and resize it; values 0 to 255. The strips are those of image_strips. Returns 0, or 1 if out of memory. */
 static int resize_crop(const uint8_t *strips, int64_t image_width, const struct crop *crop)
 {
@@ -215,7 +233,7 @@ static int resize_crop(const uint8_t *strips, int64_t image_width, const struct 
     for (int64_t y = 0; y < rows; y += BLOCK, strip++) {
         const uint8_t *input = strips + 2 * BLOCK * 3 * (strip * image_width + crop->left);
         for (int64_t i = 0; i < size; i++)
-            sum_pairs(input + 2 * BLOCK * 3 * across.first[i], 2 * BLOCK * 3, 3, across.values + i * across.taps,
+            sum_pairs(input + 2 * BLOCK * 3 * across.first[i], 2 * BLOCK * 3, 2 * BLOCK, across.values + i * across.taps,
                       across.number[i], across.precision, narrow + i * BLOCK, stride * BLOCK);
         for (int64_t x = 0; x < row; x += BLOCK)
             transpose(narrow + x * BLOCK, BLOCK, middle + y * row + x, row);
@@ -225,20 +243,12 @@ static int resize_crop(const uint8_t *strips, int64_t image_width, const struct 
         interleave(middle + i, middle + i + row, pairs + 2 * i);
     for (int64_t y = 0; y < size; y++) {
         const uint8_t *input = pairs + 2 * row * (above + along.first[y]);
-        for (int64_t c = 0; c < 3; c++) {
-            float *line = crop->out + (c * size + y) * size;
-            for (int64_t x = 0; x < size; x += BLOCK) {
-                uint8_t bytes[BLOCK];
-                sum_pairs(input + 2 * (c * stride + x), 2 * row, 1, along.values + y * along.taps, along.number[y],
-                          along.precision, bytes, 0);
-                int64_t number = size - x < BLOCK ? size - x : BLOCK;
-                if (crop->flip)
-                    for (int64_t i = 0; i < number; i++)
-                        line[size - 1 - x - i] = bytes[i];
-                else
-                    for (int64_t i = 0; i < number; i++)
-                        line[x + i] = bytes[i];
-            }
+        for (int64_t x = 0; x < size; x += BLOCK) {
+            uint8_t bytes[CHANNELS * BLOCK];
+            sum_pairs(input + 2 * x, 2 * row, 2 * stride, along.values + y * along.taps, along.number[y], along.precision,
+                      bytes, BLOCK);
+            for (int64_t c = 0; c < CHANNELS; c++)
+                write_values(bytes + c * BLOCK, x, crop->out + (c * size + y) * size, size, crop->flip);
         }
     }
 end:
