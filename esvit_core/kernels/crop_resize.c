@@ -174,7 +174,7 @@ static inline void interleave(const uint8_t *first, const uint8_t *second, uint8
  * right neighbor, which is 0 at the border. Returns 0, or 1 if out of memory. */
 static int image_strips(const uint8_t *image, int64_t height, int64_t width, uint8_t *strips)
 {
-    int64_t bytes = 3 * width, padded = (bytes + BLOCK - 1) / BLOCK * BLOCK + BLOCK;
+    int64_t bytes = CHANNELS * width, padded = (bytes + BLOCK - 1) / BLOCK * BLOCK + BLOCK;
     uint8_t *turned = calloc(padded, BLOCK), block[BLOCK * BLOCK];
     if (!turned)
         return 1;
@@ -192,7 +192,7 @@ static int image_strips(const uint8_t *image, int64_t height, int64_t width, uin
             transpose(block, BLOCK, turned + x * BLOCK, BLOCK);
         }
         for (int64_t x = 0; x < bytes; x++)
-            interleave(turned + x * BLOCK, turned + (x + 3) * BLOCK, strips + 2 * BLOCK * x);
+            interleave(turned + x * BLOCK, turned + (x + CHANNELS) * BLOCK, strips + 2 * BLOCK * x);
     }
     free(turned);
     return 0;
@@ -218,9 +218,9 @@ static inline void write_values(const uint8_t *bytes, int64_t x, float *line, in
 /* Cut out a crop and resize it; values 0 to 255. The strips are those of image_strips. Returns 0, or 1 if out of memory. */
 static int resize_crop(const uint8_t *strips, int64_t image_width, const struct crop *crop)
 {
-    int64_t size = crop->size, stride = (size + BLOCK - 1) / BLOCK * BLOCK, row = 3 * stride;
+    int64_t size = crop->size, stride = (size + BLOCK - 1) / BLOCK * BLOCK, row = CHANNELS * stride;
     int64_t strip = crop->top / BLOCK, above = crop->top % BLOCK;
-    int64_t rows = (above + crop->height + BLOCK - 1) / BLOCK * BLOCK;
+    int64_t rows = (above + crop->height + BLOCK - 1) / BLOCK * BLOCK, column = 2 * BLOCK * CHANNELS; /* bytes */
     struct weights across = {0}, along = {0};
     int failed = make_weights(&across, crop->width, size) || make_weights(&along, crop->height, size);
     uint8_t *narrow = calloc(row, BLOCK);            /* a strip, resized along its rows: (3, stride, 16) */
@@ -231,9 +231,9 @@ static int resize_crop(const uint8_t *strips, int64_t image_width, const struct 
         goto end;
     }
     for (int64_t y = 0; y < rows; y += BLOCK, strip++) {
-        const uint8_t *input = strips + 2 * BLOCK * 3 * (strip * image_width + crop->left);
+        const uint8_t *input = strips + column * (strip * image_width + crop->left);
         for (int64_t i = 0; i < size; i++)
-            sum_pairs(input + 2 * BLOCK * 3 * across.first[i], 2 * BLOCK * 3, 2 * BLOCK, across.values + i * across.taps,
+            sum_pairs(input + column * across.first[i], column, 2 * BLOCK, across.values + i * across.taps,
                       across.number[i], across.precision, narrow + i * BLOCK, stride * BLOCK);
         for (int64_t x = 0; x < row; x += BLOCK)
             transpose(narrow + x * BLOCK, BLOCK, middle + y * row + x, row);
@@ -265,7 +265,7 @@ end:
 int make_crops(const uint8_t *image, int64_t height, int64_t width, const struct crop *crops, int64_t n, const float *scales,
                const float *shifts)
 {
-    uint8_t *strips = malloc((height + BLOCK - 1) / BLOCK * BLOCK * width * 6);
+    uint8_t *strips = malloc((height + BLOCK - 1) / BLOCK * BLOCK * width * 2 * CHANNELS);
     int failed = !strips || image_strips(image, height, width, strips);
     for (int64_t i = 0; i < n && !failed; i++)
         failed = resize_crop(strips, width, crops + i) || augment_colors(crops + i, scales, shifts);
