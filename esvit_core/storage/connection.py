@@ -6,18 +6,18 @@ import functools
 import os
 import ssl
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import certifi
 import urllib3
 from minio import Minio
-from minio.datatypes import Object, parse_list_objects
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
 from esvit_core.storage import disk
 from esvit_core.storage.address import ACCESS_KEY, CA_FILE, ENDPOINT, REGION, SECRET_KEY, SECURE, StoreAddress
 from esvit_core.storage.identity import StsUnavailable, WebIdentityCredentials
+from esvit_core.storage.list_page import ListedObject, parse_list_page
 from esvit_core.storage.retry import RetryPolicy, ShortBodyError, is_transient, with_retries
 from esvit_core.storage.store_errors import (
     NotFound,
@@ -44,6 +44,20 @@ _NO_ROOM_STATUS = 507  # Insufficient Storage
 _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFound", "NoSuchUpload"})
 
 
+class ReadBytes(NamedTuple):
+    """Bytes that were read of an object.
+
+    Attributes:
+        data: the bytes.
+        etag: ETag of the object.
+        size: number of bytes of the whole object.
+    """
+
+    data: bytes
+    etag: str
+    size: int
+
+
 class S3Client(Minio):
     """``Minio`` plus S3 requests that its public methods do not offer: conditional puts and explicit multipart uploads.
 
@@ -57,8 +71,8 @@ class S3Client(Minio):
         """
         return str(self._put_object(bucket, key, data, dict(headers)).etag)
 
-    def read(self, bucket: str, key: str, offset: int = 0, length: int | None = None) -> tuple[bytes, str]:
-        """Read bytes of an object; return them and its ETag.
+    def read(self, bucket: str, key: str, offset: int = 0, length: int | None = None) -> ReadBytes:
+        """Read bytes of an object.
 
         Args:
             offset: first byte.
@@ -76,7 +90,9 @@ class S3Client(Minio):
         promised = int(response.headers.get("Content-Length", len(data)))
         if len(data) != promised:
             raise ShortBodyError(f"the connection ended after {len(data)} of {promised} bytes")
-        return data, str(response.headers.get("ETag", "")).strip('"')
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]  # "bytes 0-9/100"
+        etag = str(response.headers.get("ETag", "")).strip('"')
+        return ReadBytes(data, etag, int(total) if total.isdecimal() else len(data))
 
     def writer(self, bucket: str, key: str) -> tuple[str | None, str | None]:
         """Return the ETag and the writer's mark of an object; both None if there is none."""
@@ -88,7 +104,7 @@ class S3Client(Minio):
             raise
         return (found.etag or "").strip('"'), (found.metadata or {}).get(WRITER)
 
-    def list_page(self, bucket: str, prefix: str, recursive: bool, token: str) -> tuple[list[Object], str]:
+    def list_page(self, bucket: str, prefix: str, recursive: bool, token: str) -> tuple[list[ListedObject], str]:
         """List some objects, at most :data:`PAGE`.
 
         Args:
@@ -97,11 +113,18 @@ class S3Client(Minio):
 
         Returns:
             The objects, and the token for the next page; empty if this is the last one.
+
+        Raises:
+            InvalidResponseError: the response is not a listing.
         """
         query: dict[str, Any] = {"list-type": "2", "encoding-type": "url", "max-keys": str(PAGE), "prefix": prefix}
         query |= {"delimiter": "" if recursive else "/"} | ({"continuation-token": token} if token else {})
-        objects, has_more, following, _ = parse_list_objects(self._execute("GET", bucket, query_params=query))
-        return objects, (following or "") if has_more else ""
+        response = self._execute("GET", bucket, query_params=query)
+        try:
+            return parse_list_page(response.data)
+        except ValueError:
+            kind = response.headers.get("Content-Type")
+            raise InvalidResponseError(response.status, kind, response.data.decode(errors="replace")) from None
 
     def remove_all(self, bucket: str, keys: list[str]) -> None:
         """Delete objects, a thousand per request.

@@ -16,6 +16,9 @@ from esvit_core.storage.store_errors import LocalDiskError, PathError, StoreErro
 # Kept free on the disk of the embedded server: its index and log keep growing, and parts that other processes are
 # uploading are not on the disk yet.
 RESERVE_BYTES = 64 * 2**20
+# Bytes that are written by one call. From 2 MiB on, a call gets huge pages for the file, which a virtual machine may have to
+# get from its host first: 2.4 ms a MiB instead of 0.25 (Linux 6.18, ext4).
+_PIECE = 2**20
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _WRONG_PATH = frozenset(
     {
@@ -88,7 +91,7 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
     """
     left = memoryview(data)
     while left:
-        written = os.pwrite(descriptor, left, offset)
+        written = os.pwrite(descriptor, left[:_PIECE], offset)
         if written == 0:
             raise OSError(errno.EIO, "nothing was written")
         left, offset = left[written:], offset + written

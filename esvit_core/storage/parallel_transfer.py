@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 from minio.datatypes import Part
 from minio.error import S3Error
 
-from esvit_core.storage.connection import WRITER, Connection, S3Client
+from esvit_core.storage.connection import WRITER, Connection, ReadBytes, S3Client
 from esvit_core.storage.disk import disk_error_class, is_full, read_at, write_at
 from esvit_core.storage.store_errors import IntegrityError, NotFound, StoreFull
 from esvit_core.storage.uri import SCHEME
@@ -118,21 +118,29 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
         PathError, LocalDiskError: the file cannot be written.
     """
     uri = f"{SCHEME}{bucket}/{key}"
-    found = connection.call(uri, lambda client: client.stat_object(bucket, key))
-    size, etag = found.size or 0, (found.etag or "").strip('"')
+
+    def read(client: S3Client, offset: int) -> ReadBytes:
+        try:
+            return client.read(bucket, key, offset, PART_BYTES)
+        except S3Error as error:
+            if error.code == "InvalidRange" and not offset:
+                return client.read(bucket, key)  # an empty object has no range
+            raise
+
+    first = connection.call(uri, lambda client: read(client, 0))
 
     def get(offset: int, file: BinaryIO) -> None:
-        data, now = connection.call(uri, lambda client: client.read(bucket, key, offset, PART_BYTES))
-        if now != etag:
+        part = connection.call(uri, lambda client: read(client, offset)) if offset else first
+        if part.etag != first.etag:
             raise IntegrityError(f"{uri}: the object was replaced while being read; read it again")
-        write_at(file.fileno(), data, offset)
+        write_at(file.fileno(), part.data, offset)
 
     try:
         with _atomic_file(path) as file:
-            _in_parallel(lambda offset: get(offset, file), range(0, size, PART_BYTES))
+            _in_parallel(lambda offset: get(offset, file), range(0, first.size, PART_BYTES))
     except OSError as error:
         if is_full(error):
-            raise StoreFull(f"{path}: the disk is full, {size} bytes needed; free some space there") from error
+            raise StoreFull(f"{path}: the disk is full, {first.size} bytes needed; free some space there") from error
         raise disk_error_class(error)(f"{path}: cannot be written ({error.strerror or error})") from error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from minio.error import S3Error
 
-from esvit_core.storage.connection import WRITER, Connection, S3Client
+from esvit_core.storage.connection import WRITER, Connection, ReadBytes, S3Client
 from esvit_core.storage.json_text import encode_json
 from esvit_core.storage.store_errors import IntegrityError
 from esvit_core.storage.uri import SCHEME
@@ -49,7 +49,7 @@ def read(connection: Connection, bucket: str, key: str) -> Pointer | None:
     """Return the pointer's current state; None if it was never set."""
     uri = f"{SCHEME}{bucket}/{key}"
 
-    def get(client: S3Client) -> tuple[bytes, str] | None:
+    def get(client: S3Client) -> ReadBytes | None:
         try:
             return client.read(bucket, key)
         except S3Error as error:
@@ -60,14 +60,13 @@ def read(connection: Connection, bucket: str, key: str) -> Pointer | None:
     found = connection.call(uri, get)
     if found is None:
         return None
-    data, etag = found
     try:
-        value = json.loads(data)
+        value = json.loads(found.data)
     except ValueError:
         value = None
     if not isinstance(value, dict):
         raise IntegrityError(f"{uri}: not a pointer; remove the object if it is not needed")
-    return Pointer(value, etag)
+    return Pointer(value, found.etag)
 
 
 def _put_if(

@@ -219,9 +219,8 @@ class ObjectStore:
                 prefix_uri, partial(S3Client.list_page, bucket=bucket, prefix=prefix, recursive=recursive, token=token)
             )
             for item in objects:
-                if item.object_name != prefix:
-                    uri = f"{SCHEME}{bucket}/{item.object_name}"
-                    yield ObjectStat(uri, item.size or 0, (item.etag or "").strip('"'), item.last_modified)
+                if item.key != prefix:
+                    yield ObjectStat(f"{SCHEME}{bucket}/{item.key}", item.size, item.etag, item.modified)
             if not token:
                 return
 
@@ -313,7 +312,7 @@ class ObjectStore:
 
         def read(client: S3Client) -> bytes:
             try:
-                return client.read(bucket, key, offset, length)[0]
+                return client.read(bucket, key, offset, length).data
             except S3Error as error:
                 if error.code == "InvalidRange":  # the offset is beyond the object's end
                     return b""

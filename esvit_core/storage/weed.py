@@ -32,6 +32,9 @@ MASTER = "master"
 CERTIFICATE, PRIVATE_KEY, SECURITY = "certificate.pem", "private-key.pem", "security.toml"
 _ROLES = ("s3", "master", "volume", "filer")
 _VOLUME_MIB = 256
+# With less memory the garbage collector runs continuously during uploads, which then take three times as long; with more
+# than 1 GiB, nothing gets faster.
+_MIN_MEMORY_MIB, _MAX_MEMORY_MIB = 384, 1024
 _VOLUMES = 100_000  # not preallocated; the disk is the limit
 # Below this free space the server stops writing; the client (disk.py) stops well before.
 _MIN_FREE = "32MiB"
@@ -124,8 +127,13 @@ def data_argument(directory: Path) -> str:
 def environment(directory: Path) -> dict[str, str]:
     """Return the complete environment of the server."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "TMPDIR") if name in os.environ}
-    # With less memory the garbage collector runs continuously during uploads, which then take three times as long.
-    return {**kept, "HOME": str(directory), "GOMEMLIMIT": "384MiB"}
+    return {**kept, "HOME": str(directory), "GOMEMLIMIT": f"{_memory_limit()}MiB"}
+
+
+def _memory_limit() -> int:
+    """Return the memory above which the server collects garbage at once, MiB: a sixteenth of the machine's, within bounds."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    return min(max(memory // 16, _MIN_MEMORY_MIB), _MAX_MEMORY_MIB)
 
 
 def sockets(ports: Ports) -> list[Path]:

@@ -32,10 +32,11 @@ class Shards:
             raise OSError("the store is away")
 
     def wait_for(self, count: int) -> list[int]:
+        """Return the shards once there are so many, sorted: several are fetched at a time."""
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.fetched) >= count, 20)
         time.sleep(0.05)  # it would go on
-        return self.fetched
+        return sorted(self.fetched)
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
@@ -65,7 +66,22 @@ def test_so_many_shards_ahead_of_those_in_use_are_fetched():
     prefetcher.reach(30)
     assert shards.wait_for(30) == list(range(30))
     prefetcher.plan([(0, 7)])  # the next epoch
-    assert shards.wait_for(31)[-1] == 7
+    assert shards.wait_for(31) == sorted([*range(30), 7])
+
+
+def test_a_shard_is_fetched_while_another_one_takes_long():
+    shards, go = Shards(3), threading.Event()
+    fetch = shards.fetch_shard
+
+    def slow(number: int) -> None:
+        fetch(number)
+        if number == 0:
+            assert go.wait(20)
+
+    shards.fetch_shard = slow  # type: ignore[method-assign]
+    ShardPrefetcher(shards).plan([(0, shard) for shard in range(3)])
+    assert shards.wait_for(3) == [0, 1, 2]
+    go.set()
 
 
 def test_a_shard_that_cannot_be_fetched_is_left_to_its_reader(monkeypatch):

@@ -42,6 +42,14 @@ def test_an_upload_waits_for_earlier_ones_so_that_shards_do_not_pile_up() -> Non
     assert done == [0, 1, 2, 3]
 
 
+def test_small_objects_are_uploaded_several_at_a_time() -> None:
+    together = threading.Barrier(3)
+    with ShardUploads(parallel=3) as uploads:
+        futures = [uploads.submit(lambda: together.wait(20)) for _ in range(3)]
+        uploads.finish()
+    assert sorted(future.result() for future in futures) == [0, 1, 2]
+
+
 def test_nothing_is_uploaded_after_a_failure() -> None:
     """The record of a part must not be stored if one of its shards is not."""
     stored: list[str] = []

@@ -63,6 +63,13 @@ def test_permanent_failures_are_not_retried(scripted, answer: tuple[int, str], e
     assert "s3://bucket/key" in str(caught.value) and "nobody-sees" not in str(caught.value)
 
 
+def test_a_server_that_lists_nonsense_is_not_taken_for_an_empty_store(scripted) -> None:
+    server = scripted((200, ""))
+    with pytest.raises(StoreUnavailable, match="not a working S3 server"):
+        list(server.store().list("s3://bucket/key"))
+    assert len(server.requests) == 1
+
+
 def test_retries_are_limited(scripted) -> None:
     server = scripted((503, "SlowDown"))
     with pytest.raises(StoreError, match="SlowDown"):

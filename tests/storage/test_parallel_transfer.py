@@ -34,6 +34,26 @@ def test_files_of_any_number_of_parts_survive_a_round_trip(store, tmp_path: Path
     assert not pending(store)
 
 
+@pytest.mark.parametrize(("size", "requests"), [(0, 2), (1, 1), (5 * MIB, 1), (5 * MIB + 1, 2)])
+def test_a_download_takes_one_request_per_part(
+    store, tmp_path: Path, small_parts: int, monkeypatch: pytest.MonkeyPatch, size: int, requests: int
+) -> None:
+    """A store may answer after 30 ms, so the size is not asked for first. An empty object has no part."""
+    store.put_bytes(store.uri("object"), bytes(size))
+    made = []
+    client = store.connection.client
+    execute = client._url_open
+
+    def counted(*arguments, **named):
+        made.append(arguments)
+        return execute(*arguments, **named)
+
+    monkeypatch.setattr(client, "_url_open", counted)
+    store.get_file(store.uri("object"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == bytes(size)
+    assert len(made) == requests
+
+
 def test_an_upload_survives_cut_connections(store, through_proxy, proxy, tmp_path: Path, small_parts: int) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(12 * MIB))
@@ -47,7 +67,7 @@ def test_an_upload_survives_cut_connections(store, through_proxy, proxy, tmp_pat
 def test_a_download_survives_cut_connections(store, through_proxy, proxy, tmp_path: Path, small_parts: int) -> None:
     data = os.urandom(12 * MIB)
     store.put_bytes(store.uri("file.bin"), data)
-    proxy.plan = [10_000, 3 * MIB, "refuse", 1000, 70_000]
+    proxy.plan = [10_000, 3 * MIB, 6 * MIB, "refuse", 70_000]  # the first part twice, then the others
     through_proxy.get_file(store.uri("file.bin"), tmp_path / "copy")
     assert proxy.cuts >= 4
     assert (tmp_path / "copy").read_bytes() == data
@@ -163,11 +183,12 @@ def test_a_replaced_object_is_not_mixed_with_the_new_one(
     client = type(store.connection.client)
     read = client.read
 
-    def replace_then_read(self, *arguments):
+    def read_then_replace(self, *arguments):
+        found = read(self, *arguments)
         store.put_bytes(store.uri("object"), b"new" * 2 * MIB)
-        return read(self, *arguments)
+        return found
 
-    monkeypatch.setattr(client, "read", replace_then_read)
+    monkeypatch.setattr(client, "read", read_then_replace)
     with pytest.raises(IntegrityError, match="replaced while being read"):
         store.get_file(store.uri("object"), tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == []

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image
 
-_SIDE = (
-    128  # pixels; the color is that of so large a sample, and the hash that of so large an image of averages, at least
-)
+# Pixels; the color is that of so large a sample, and the hash that of so large an image of averages, at least.
+_SIDE = 128
 _FLAT = 4.0  # of 255: the hash of an image with a smaller standard deviation says nothing
 
 
@@ -56,9 +55,7 @@ def can_compare_looks() -> bool:
 def _sampled_mean(pixels: np.ndarray, step: int) -> np.ndarray:
     """Return the mean over every ``step``-th row and column, exactly; bands may follow these two axes."""
     rows = pixels[::step]
-    columns = np.add.reduce(rows, axis=0, dtype=np.uint32)[
-        ::step
-    ]  # in this order 15 times as fast as pixels.mean((0, 1))
+    columns = np.add.reduce(rows, axis=0, dtype=np.uint32)[::step]  # 15 times as fast as pixels.mean((0, 1))
     return columns.sum(0) / (len(rows) * len(columns))
 
 

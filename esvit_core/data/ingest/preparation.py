@@ -69,12 +69,23 @@ class Preparation:
         """Return the name of a class; empty for -1."""
         return self.plan.classes[label] if label >= 0 else ""
 
-    def put(self, name: str, data: bytes) -> NamedFile:
-        """Store an object under a name that contains the digest of its content."""
+    def put(self, name: str, data: bytes, uploads: ShardUploads | None = None) -> NamedFile:
+        """Store an object under a name that contains the digest of its content.
+
+        Args:
+            uploads: store it soon, with others; None: store it now.
+        """
         sha256 = hashlib.sha256(data).hexdigest()
         file = NamedFile(name=content_addressed_name(name, sha256), bytes=len(data), sha256=sha256)
-        self.store.put_bytes(self.uri(file.name), data)
-        self.written.add(file.name)
+
+        def upload() -> None:
+            self.store.put_bytes(self.uri(file.name), data)
+            self.written.add(file.name)
+
+        if uploads is None:
+            upload()
+        else:
+            uploads.submit(upload)
         return file
 
     def put_file(self, name: str, path: Path) -> NamedFile:

@@ -26,7 +26,13 @@ from esvit_core.data.ingest.pixels import PixelSettings, Scale
 from esvit_core.data.ingest.prefetch import reading_threads
 from esvit_core.data.ingest.preparation import Preparation
 from esvit_core.data.ingest.prepare_part import REQUESTS, prepare_part
-from esvit_core.data.ingest.publish_manifest import find_data, has_data, objects_below, publish_data, remove_objects
+from esvit_core.data.ingest.publish_manifest import (
+    find_data,
+    objects_below,
+    publish_data,
+    remove_objects,
+    require_same,
+)
 from esvit_core.data.ingest.source_lists import require_weights
 from esvit_core.data.ingest.sources import is_listed, open_source, source_fingerprint
 from esvit_core.data.ingest.thread_heaps import share_heap
@@ -135,10 +141,12 @@ def _planned(
         # Folders and prefixes are opened immediately, archives only if they have to be read.
         opened = stack.enter_context(open_source(source, store)) if is_listed(source, store) else None
         decoders = stack.enter_context(Decoders())
-        if opened is not None and not has_data(store, destination):
+        present = find_data(store, destination)
+        if opened is not None and present is None:
             decoders.start(choose_processes(config, len(opened.entries)))  # while the content is sampled
         fingerprint = source_fingerprint(source, store, opened) if scan is None else scan.fingerprint
-        if (present := find_data(store, destination, fingerprint, config.identity_values())) is not None:
+        if present is not None:
+            require_same(present, destination, fingerprint, config.identity_values())
             if scan is None and opened is not None:
                 warn_of_edits(store, destination, present, opened)
             print(f"prepare: already done, {present.describe()}", flush=True)

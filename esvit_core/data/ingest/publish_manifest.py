@@ -11,31 +11,31 @@ from esvit_core.errors import InfrastructureError, UserError
 from esvit_core.storage import NotFound, ObjectStore, StoreError, join_uri
 
 
-def has_data(store: ObjectStore, destination: str) -> bool:
-    """Return whether there are prepared data at ``destination``, whatever they are."""
-    return store.exists(join_uri(destination, MANIFEST))
+def find_data(store: ObjectStore, destination: str) -> Manifest | None:
+    """Return the manifest of the prepared data at ``destination``, whatever they are; None if there are none."""
+    try:
+        return Manifest.read(store, destination)
+    except NotFound:
+        return None
 
 
-def find_data(store: ObjectStore, destination: str, fingerprint: str, settings: dict[str, object]) -> Manifest | None:
-    """Return the manifest of the prepared data at ``destination``; None if there is none.
+def require_same(present: Manifest, destination: str, fingerprint: str, settings: dict[str, object]) -> None:
+    """Raise an error if prepared data are not the expected ones.
 
     Args:
+        present: their manifest.
+        destination: their folder.
         fingerprint: fingerprint of the expected data's source.
         settings: the ``data`` section of the expected data's configuration.
 
     Raises:
-        UserError: the destination holds other data.
+        UserError: they are others.
     """
-    try:
-        present = Manifest.read(store, destination)
-    except NotFound:
-        return None
-    if (present.source_fingerprint, present.settings) == (fingerprint, settings):
-        return present
-    raise UserError(
-        f"{destination}: already holds images of {present.source} with different content or settings; "
-        "choose another run"
-    )
+    if (present.source_fingerprint, present.settings) != (fingerprint, settings):
+        raise UserError(
+            f"{destination}: already holds images of {present.source} with different content or settings; "
+            "choose another run"
+        )
 
 
 def objects_below(store: ObjectStore, destination: str) -> dict[str, int]:
@@ -87,7 +87,7 @@ def publish_data(
 def _adopt(store: ObjectStore, destination: str, manifest: Manifest, written: Collection[str]) -> Manifest:
     present = Manifest.read(store, destination)
     remove_objects(store, destination, {*written} - stored_objects(store, destination, present).keys())
-    find_data(store, destination, manifest.source_fingerprint, manifest.settings)
+    require_same(present, destination, manifest.source_fingerprint, manifest.settings)
     print("prepare: another preparation of the same content finished first; using its data", flush=True)
     return present
 

@@ -14,13 +14,17 @@ _WAITING = 3  # uploads; so many shards are on disk at most, beside the one that
 
 
 class ShardUploads:
-    """Uploads, one after the other in the order of their submission; none after one that failed.
+    """Uploads that begin in the order of their submission; none after one that failed.
 
-    Hence what is stored about shards and parts never has gaps.
+    By default, one ends before the next begins, so what is stored about shards and parts never has gaps.
+
+    Args:
+        parallel: uploads at a time.
     """
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="upload")
+    def __init__(self, parallel: int = 1) -> None:
+        self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="upload")
+        self._limit = _WAITING * parallel
         self._waiting: deque[Future[Any]] = deque()
         self._failure: BaseException | None = None
 
@@ -30,10 +34,10 @@ class ShardUploads:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=error is not None)
+        self._threads.shutdown(wait=True, cancel_futures=error is not None)
 
     def submit(self, upload: Callable[[], Result]) -> Future[Result]:
-        """Upload something soon; if three uploads wait already, wait for the first of them.
+        """Upload something soon; if three uploads per thread wait already, wait for the first of them.
 
         Returns:
             The future of what ``upload`` returns.
@@ -41,9 +45,9 @@ class ShardUploads:
         Raises:
             StoreError: an earlier upload failed.
         """
-        while len(self._waiting) >= _WAITING:
+        while len(self._waiting) >= self._limit:
             self._waiting.popleft().result()
-        future = self._thread.submit(self._run, upload)
+        future = self._threads.submit(self._run, upload)
         self._waiting.append(future)
         return future
 

@@ -106,15 +106,15 @@ class TrainLoader:
         batches = self._rank_batches(epoch)[start_step:]
         keys = [(epoch, indices) for indices in batches]
         loaded = self._load_in_workers(keys) if self._workers else self._load_in_process(keys)
+        if self._prefetcher is not None:  # after the workers have been forked: no thread may run then
+            following = first_uses(self._rank_batches(epoch + 1), self.dataset.shard_sizes)[:AHEAD]
+            uses = first_uses(batches, self.dataset.shard_sizes)
+            self._prefetcher.plan(uses + [(len(batches) + step, shard) for step, shard in following])
         for position, indices in enumerate(batches):
             start = time.perf_counter()
-            *crops, last = next(loaded)
-            if self._prefetcher is not None:  # after the workers have been forked: no thread may run then
-                if position == 0:
-                    following = first_uses(self._rank_batches(epoch + 1), self.dataset.shard_sizes)[:AHEAD]
-                    uses = first_uses(batches, self.dataset.shard_sizes)
-                    self._prefetcher.plan(uses + [(len(batches) + step, shard) for step, shard in following])
+            if self._prefetcher is not None:
                 self._prefetcher.reach(position)
+            *crops, last = next(loaded)
             waited = time.perf_counter() - start
             yield (
                 Batch(crops, indices, waited, last) if self._batches.levels else Batch([*crops, last], indices, waited)

@@ -14,6 +14,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 AHEAD = 8  # shards beyond those in use: the next window of esvit_core.data.loading.sampler
+_THREADS = 2  # shards that are fetched at a time: while one is checked and written, another one travels
 _PAUSE_SECONDS = 5.0  # after a failed download
 
 
@@ -44,7 +45,7 @@ def first_uses(batches: Sequence[np.ndarray], shard_sizes: Sequence[int]) -> lis
 
 
 class ShardPrefetcher:
-    """Fetches shards in a thread, at most :data:`AHEAD` beyond those that are in use.
+    """Fetches shards in threads, at most :data:`AHEAD` beyond those that are in use.
 
     A shard that cannot be fetched is left to whoever reads it, which raises the error or waits for the store.
 
@@ -58,23 +59,23 @@ class ShardPrefetcher:
         self._shards: list[int] = []
         self._position, self._next = 0, 0
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def plan(self, uses: list[tuple[int, int]]) -> None:
-        """Replace the plan by another one, see :func:`first_uses`; the first call starts the thread."""
+        """Replace the plan by another one, see :func:`first_uses`; the first call starts the threads."""
         with self._changed:
             self._positions, self._shards = [position for position, _ in uses], [shard for _, shard in uses]
             self._position, self._next = 0, 0
-            self._changed.notify()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
-            self._thread.start()
+            self._changed.notify_all()
+        while len(self._threads) < _THREADS:
+            self._threads.append(threading.Thread(target=self._run, name="shard-prefetch", daemon=True))
+            self._threads[-1].start()
 
     def reach(self, position: int) -> None:
         """Say that the batch at a position of the plan is in use."""
         with self._changed:
             self._position = position
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _run(self) -> None:
         while True:

@@ -65,16 +65,18 @@ class WorkerBatches:
         )
 
     def load(self, keys: Sequence[Any]) -> Iterator[Crops]:
-        """Yield the batches of the keys, in order.
+        """Let the workers begin, and return an iterator over the batches of the keys, in order.
 
-        Raises:
+        Raises, as the iterator does:
             UserError: there is too little shared memory.
             InfrastructureError: a worker died, or none has answered for a long time.
             Exception: the exception that a worker raised.
         """
         self._keys.keys = keys
-        loaded = self._wait(self._start)
-        for _ in keys:
+        return self._received(self._wait(self._start), len(keys))
+
+    def _received(self, loaded: Iterator[Any], count: int) -> Iterator[Crops]:
+        for _ in range(count):
             with self._limited():
                 item = self._wait(lambda: next(loaded))
             if isinstance(item, Exception):
