@@ -109,7 +109,7 @@ def read(source: str, count: int) -> list[bytes]:
                 break
             try:
                 if not is_ignored(entry.name):
-                    encoded.append(to_stored_image(opened.read(entry), 100, None).data)
+                    encoded.append(to_stored_image(opened.read(entry), 100, None, 100).data)
             except BadImage:
                 continue
     return encoded

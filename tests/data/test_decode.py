@@ -17,7 +17,7 @@ from esvit_core.data.shards.reader import decode_image
 
 def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool]:
     """Return the image for training, and whether it was encoded again."""
-    found = to_stored_image(data, 1.0, short_side)
+    found = to_stored_image(data, 1.0, short_side, 100.0)
     with Image.open(io.BytesIO(found.data)) as image:
         assert image.format == {"jpg": "JPEG", "png": "PNG"}[found.suffix]
         assert image.mode in ("RGB", "L")
@@ -27,7 +27,7 @@ def stored(data: bytes, short_side: int | None = None) -> tuple[np.ndarray, bool
 
 def reason(data: bytes, megapixels: float = 1.0) -> str:
     with pytest.raises(BadImage) as error:
-        to_stored_image(data, megapixels, None)
+        to_stored_image(data, megapixels, None, 100.0)
     return str(error.value)
 
 
@@ -45,7 +45,7 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_plain_images_keep_their_bytes(make, form, mode):
     data = make.file(Image.fromarray(make.pixels()).convert(mode), form)
-    found = to_stored_image(data, 1.0, None)
+    found = to_stored_image(data, 1.0, None, 100.0)
     assert found.data == data and not found.reencoded
     assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
@@ -108,7 +108,7 @@ def test_sixteen_bit_color_is_stored_as_eight_bit():
     line = b"\x00" + struct.pack(">6H", 0x1234, 0x8000, 0xFFFF, 0, 0x00FF, 0x0100)  # Pillow cannot write these
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
     data += chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
-    found = to_stored_image(data, 1.0, None)
+    found = to_stored_image(data, 1.0, None, 100.0)
     assert found.reencoded and found.data[24] == 8
     assert decode_image(found.data).tolist() == [[[0x12, 0x80, 0xFF], [0, 0, 1]]]
 
@@ -180,20 +180,20 @@ def test_damaged_files_are_bad(make):
 def test_decompression_bombs_are_refused_by_their_header(make):
     assert reason(bomb(40_000, 30_000), 100) == "too large (1,200 megapixels, more than max_megapixels 100)"
     assert reason(bomb(1200, 1000), 1.0) == "too large (1.2 megapixels, more than max_megapixels 1)"
-    assert not to_stored_image(make.file(make.pixels(0, 1000, 1000)), 1.0, None).reencoded
+    assert not to_stored_image(make.file(make.pixels(0, 1000, 1000)), 1.0, None, 100.0).reencoded
     # Above Pillow's own limit (179 megapixels), if the user allows it, the pixels are decoded; here there are none.
     assert reason(bomb(20_000, 10_000), 300).startswith(("truncated", "damaged"))
 
 
 def test_pillow_s_own_limit_is_left_as_it_was(make):
     before = Image.MAX_IMAGE_PIXELS
-    to_stored_image(make.file(0), 1.0, None)
+    to_stored_image(make.file(0), 1.0, None, 100.0)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_the_same_file_gives_the_same_bytes(make):
     data = make.file(make.pixels(0, 80, 60), "JPEG")
-    assert to_stored_image(data, 1.0, 30).data == to_stored_image(data, 1.0, 30).data
+    assert to_stored_image(data, 1.0, 30, 100.0).data == to_stored_image(data, 1.0, 30, 100.0).data
 
 
 def exif_block(entries: bytes, count: int) -> bytes:
@@ -238,7 +238,7 @@ def test_no_damage_of_a_file_raises_anything_but_bad_image(make, form):
         for position in rng.integers(0, len(data), 4):
             damaged[position] = rng.integers(0, 256)
         with contextlib.suppress(BadImage):
-            to_stored_image(bytes(damaged), 1.0, None)
+            to_stored_image(bytes(damaged), 1.0, None, 100.0)
 
 
 def test_very_long_images_are_refused(make):

@@ -32,7 +32,7 @@ def tiff(values: np.ndarray, **options) -> bytes:
 
 def stored(data: bytes, ending: str = "", **settings) -> tuple[np.ndarray, StoredImage]:
     config = DataConfig(**settings)
-    found = to_stored_image(data, 1.0, None, pixels=PixelSettings.of(config), ending=ending)
+    found = to_stored_image(data, 1.0, None, 100.0, pixels=PixelSettings.of(config), ending=ending)
     return decode_image(found.data), found
 
 

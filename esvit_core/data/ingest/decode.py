@@ -13,7 +13,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from esvit_core.config import DataConfig
 from esvit_core.data.ingest.deep_pixels import is_deep, is_dicom, is_tiff, read_deep, read_dicom, read_raw, read_tiff
 from esvit_core.data.ingest.image_facts import ImageFacts, facts_of
 from esvit_core.data.ingest.optional_formats import RAW_SUFFIXES, register_formats
@@ -122,7 +121,7 @@ def to_stored_image(
     data: bytes,
     max_megapixels: float,
     short_side: int | None,
-    max_aspect_ratio: float = DataConfig().max_aspect_ratio,
+    max_aspect_ratio: float,
     pixels: PixelSettings | None = None,
     ending: str = "",
 ) -> StoredImage:

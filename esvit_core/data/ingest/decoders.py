@@ -17,13 +17,15 @@ import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-from esvit_core.config import DataConfig
 from esvit_core.data.ingest.decode import BadImage, StoredImage, to_stored_image
 from esvit_core.data.ingest.pixels import PixelSettings
 from esvit_core.data.ingest.prefetch import reading_threads
 from esvit_core.errors import InfrastructureError
+
+if TYPE_CHECKING:
+    from esvit_core.config import DataConfig  # a process that checks images starts without pydantic
 
 _START = "from esvit_core.data.ingest.decoders import serve; serve()"
 _LENGTH = struct.Struct("<Q")
@@ -93,7 +95,7 @@ class _Process:
 class Decoders:
     """Checks and converts images for several threads; :meth:`configure` comes before the first image.
 
-    The processes take half a second to start, so they are started before the settings are known.
+    The processes take a third of a second to start, so they are started before the settings are known.
     """
 
     def __init__(self) -> None:

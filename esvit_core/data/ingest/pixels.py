@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from esvit_core.config import DataConfig
+if TYPE_CHECKING:
+    from esvit_core.config import DataConfig  # a process that checks images starts without pydantic
+
 
 Scale = tuple[float, float]
 #: Value that becomes black, and value that becomes white, if no image of the type was in the sample.
