@@ -126,8 +126,7 @@ def merge_parts(job: Preparation, parts: Sequence[tuple[PlannedPart, Part]]) -> 
         duplicate_of = find_superfluous(digests, looks, splits, job.config.drop_duplicates, job.plan.splits_assigned)
         kept = duplicate_of < 0
         statistics = ImageStatistics(digests[kept], looks[kept], splits[kept] != _SPLITS.index("train"))
-        totals = _Totals(bad=list(job.plan.bad), ignored=Counter(job.plan.ignored))
-        totals.copies = int(kept.sum()) - len(np.unique(digests[kept]))
+        totals = _Totals(bad=list(job.plan.bad), ignored=Counter(job.plan.ignored), copies=statistics.copies)
         merger = _Merger(job, puts, totals, statistics, duplicate_of)
         for piece, content in prefetch(pool, partial(_Piece.read, job=job), pieces, _AHEAD):
             merger.add(piece, *content.result())

@@ -11,9 +11,8 @@ import numpy as np
 DISTANCE = 3
 _CHUNKS = 4  # two hashes that differ in fewer bits than this are equal in at least one quarter
 _BITS = 64 // _CHUNKS
-_MOST = (
-    4096  # different hashes with one quarter in common; a larger group is of one kind of image, such as scanned text
-)
+# Different hashes with one quarter in common; a larger group is of one kind of image, such as scanned text.
+_MOST = 4096
 
 
 def group_alike(looks: np.ndarray) -> list[list[int]]:
@@ -25,7 +24,8 @@ def group_alike(looks: np.ndarray) -> list[list[int]]:
     Returns:
         The numbers of the images of each group of at least two, ascending.
     """
-    values, value_of = np.unique(looks, return_inverse=True)
+    hashed = np.flatnonzero(looks)
+    values, value_of = np.unique(looks[hashed], return_inverse=True)
     parent = np.arange(len(values))
 
     def root(i: int) -> int:
@@ -34,19 +34,21 @@ def group_alike(looks: np.ndarray) -> list[list[int]]:
             i = int(parent[i])
         return i
 
-    for one, other in _close_pairs(values[values > 0]):
-        first = int(values[0] == 0)  # number of the first value that is a hash
-        parent[max(root(one + first), root(other + first))] = min(root(one + first), root(other + first))
-    roots = np.array([root(i) for i in range(len(values))], dtype=np.int64)
-    return [group for group in equal_groups(roots[value_of]) if looks[group[0]]]
+    for one, other in _close_pairs(values):
+        parent[max(root(one), root(other))] = min(root(one), root(other))
+    while not np.array_equal(parent, parent[parent]):
+        parent = parent[parent]
+    return [hashed[group].tolist() for group in equal_groups(parent[value_of])]
 
 
 def equal_groups(keys: np.ndarray) -> list[list[int]]:
     """Return the positions of each value that occurs at least twice, ascending, in the order of their first ones."""
     order = np.argsort(keys, kind="stable")
-    ends = np.flatnonzero(np.diff(keys[order])) + 1
-    bounds = zip([0, *ends.tolist()], [*ends.tolist(), len(keys)], strict=True)
-    return sorted(order[start:end].tolist() for start, end in bounds if end - start > 1)
+    ordered = keys[order]
+    equals_next = ordered[1:] == ordered[:-1]
+    changes = np.diff(equals_next.view(np.int8), prepend=0, append=0)
+    bounds = zip(np.flatnonzero(changes == 1).tolist(), np.flatnonzero(changes == -1).tolist(), strict=True)
+    return sorted(order[first : last + 1].tolist() for first, last in bounds)
 
 
 def find_superfluous(digests: np.ndarray, looks: np.ndarray, splits: np.ndarray, drop: str, apart: bool) -> np.ndarray:
@@ -62,12 +64,11 @@ def find_superfluous(digests: np.ndarray, looks: np.ndarray, splits: np.ndarray,
     Returns:
         For each image the number of the one that it is a duplicate of, (N,) int64; -1: it is kept.
     """
-    _, first, value_of = np.unique(digests, return_index=True, return_inverse=True)
-    original = first[value_of]
-    copies = original != np.arange(len(digests))
-    if drop == "none":
-        copies &= apart & (splits[original] != splits)
-    duplicate_of = np.where(copies, original, -1)
+    duplicate_of = np.full(len(digests), -1)
+    for first, *others in equal_groups(digests):
+        for other in others:
+            if drop != "none" or (apart and splits[other] != splits[first]):
+                duplicate_of[other] = first
     if drop == "near":
         kept = np.flatnonzero(duplicate_of < 0)
         for group in group_alike(looks[kept]):

@@ -44,6 +44,11 @@ class ImageStatistics:
         )
         self._numbers, self._color = Counter[str](), np.zeros(3, np.int64)
 
+    @property
+    def copies(self) -> int:
+        """Number of images that equal an earlier one."""
+        return sum(len(group) - 1 for group in self._exact)
+
     def add(self, file: File) -> None:
         """Add the next image."""
         if self._images in self._examples:
