@@ -49,6 +49,7 @@ def make_step(options: argparse.Namespace, batch_size: int) -> tuple[Any, Callab
     from noise_batch import noise_batch
 
     from esvit_core.training.compilation import compile_networks_
+    from esvit_core.training.cuda_graphs import graph_networks_
     from esvit_core.training.distributed.processes import World
     from esvit_core.training.loop import training_step
     from esvit_core.training.state import assemble_train_state, make_deterministic
@@ -61,7 +62,7 @@ def make_step(options: argparse.Namespace, batch_size: int) -> tuple[Any, Callab
         make_deterministic()
     device = torch.device("cuda", 0)
     state = assemble_train_state(config, World(0, 1, device, None), OneBatch())  # type: ignore[arg-type]
-    state.blocks = compile_networks_(state)
+    state.blocks = "; ".join(filter(None, (compile_networks_(state), graph_networks_(state))))
     batch = noise_batch(config, batch_size)
 
     def step() -> None:

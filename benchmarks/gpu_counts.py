@@ -10,7 +10,7 @@ counts them.
 
 - launches: kernels, copies and fills of one step after two warm-up steps; with a stand-in, which has no cuDNN, a
   convolution and its backward pass count as one each. Compiled: with the blocks compiled, where ``training.compile`` of
-  the recipe does so; its peak of memory, too
+  the recipe does so; its peak of memory, too. Graphs: with ``training.cuda_graphs``, where a graph is one launch
 - waits: calls that wait for the device, as reported by ``torch.cuda.set_sync_debug_mode``
 - bytes: sizes of the operands and results of torch's operators and of Triton kernels; views count nothing, and every
   library kernel counts as one operator
@@ -38,7 +38,9 @@ from esvit_core.config import Config
 from esvit_core.data.loading.loader import TrainLoader
 from esvit_core.errors import UserError
 from esvit_core.models.compile_blocks import CompiledPasses
+from esvit_core.models.graphed_passes import GraphedPasses
 from esvit_core.training.compilation import compile_networks_
+from esvit_core.training.cuda_graphs import graph_networks_
 from esvit_core.training.distributed.processes import World
 from esvit_core.training.loop import training_step
 from esvit_core.training.state import (
@@ -78,6 +80,7 @@ class Counts:
         bytes: moved by operators.
         peak: bytes of memory.
         compiled_launches, compiled_peak: the same with compiled blocks; None if they are not compiled.
+        graph_launches: with CUDA graphs of the passes; None if there are none.
         operators: bytes by name of the operator.
         launched: launches by name of the operator.
     """
@@ -88,6 +91,7 @@ class Counts:
     peak: int = 0
     compiled_launches: int | None = None
     compiled_peak: int | None = None
+    graph_launches: int | None = None
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
     launched: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -181,8 +185,24 @@ def count_step(config: Config, batch_size: int, device: torch.device) -> Counts:
         counts.compiled_peak = torch.cuda.max_memory_allocated()
         launches = _count_launches(step)
         counts.compiled_launches = None if launches is None else launches - operators.more_of_convolutions
+    _set_graphs(state)
+    if isinstance(state.student.passes, GraphedPasses):
+        for _ in range(WARM_UP):
+            step()
+        counts.waits += _count_waits(step)
+        counts.graph_launches = _count_launches(step)
     _release(state)
     return counts
+
+
+def _set_graphs(state: TrainState) -> None:
+    """Let the networks replay CUDA graphs, if these settings and this device allow it."""
+    training = state.config.training.model_copy(update={"cuda_graphs": True})
+    state.config = state.config.model_copy(update={"training": training})
+    try:
+        print(f"{state.config.recipe}: {graph_networks_(state)}")
+    except UserError as error:
+        print(f"{state.config.recipe}: {error}")
 
 
 def _count_waits(step: Callable[[], None]) -> int:
@@ -226,15 +246,16 @@ def _release(state: TrainState) -> None:
 def table(rows: dict[str, Counts]) -> list[str]:
     """Return the lines of the Markdown table."""
     lines = [
-        "| recipe | launches | compiled | waits | GB moved | GB at the peak | compiled |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | launches | compiled | graphs | waits | GB moved | GB at the peak | compiled |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for recipe, found in rows.items():
         launches = "not counted" if found.launches is None else f"{found.launches:,}"
         compiled = "" if found.compiled_launches is None else f"{found.compiled_launches:,}"
+        graphs = "" if found.graph_launches is None else f"{found.graph_launches:,}"
         compiled_peak = "" if found.compiled_peak is None else f"{found.compiled_peak / 1e9:.2f}"
         lines.append(
-            f"| `{recipe}` | {launches} | {compiled} | {found.waits} | {found.bytes / 1e9:.1f} "
+            f"| `{recipe}` | {launches} | {compiled} | {graphs} | {found.waits} | {found.bytes / 1e9:.1f} "
             f"| {found.peak / 1e9:.2f} | {compiled_peak} |"
         )
     return lines

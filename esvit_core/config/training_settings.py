@@ -84,6 +84,12 @@ class TrainingConfig(Section):
         "that have no kernels of their own (Swin has) and whose batch norms do not communicate.",
         json_schema_extra=EXECUTION,
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="Replay the passes of the networks as CUDA graphs, so that a processor that launches kernels more slowly "
+        "than the GPU runs them no longer holds it up. For one process without micro-batches.",
+        json_schema_extra=EXECUTION,
+    )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="Data-loading worker processes per training process, and of an evaluation step. 0: load in the process "

@@ -27,11 +27,15 @@ class Precision:
     def name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the context manager for the forward passes of the networks."""
+    def autocast(self, cache: bool = True) -> AbstractContextManager[object]:
+        """Return the context manager for the forward passes of the networks.
+
+        Args:
+            cache: keep converted weights until its end.
+        """
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        return torch.autocast(self.device_type, dtype=self.dtype, cache_enabled=cache)
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:

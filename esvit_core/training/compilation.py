@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esvit_core.config import Config
 from esvit_core.errors import UserError
 from esvit_core.kernels.half_linear import PointwiseConv
 from esvit_core.kernels.triton_support import LONGEST_REASON, triton_problem
@@ -53,7 +54,7 @@ def compile_and_try_(state: TrainState, **options: Any) -> str:
     if state.world.is_main:
         print(f"train: compiling {count} blocks; the first time on a machine this takes minutes", flush=True)
     try:
-        _try_passes(state, state.world.device)
+        _try_passes(state)
     except Exception as error:  # of the compiler, the linker, the driver or torch
         for compiled in passes:
             compiled.undo_()
@@ -81,30 +82,39 @@ def _why_not(state: TrainState) -> str:
     return ""
 
 
-def _try_passes(state: TrainState, device: torch.device) -> None:
+def _try_passes(state: TrainState) -> None:
     """Compute the passes of a step forward and backward; buffers, gradients and random numbers stay as they are."""
     student, teacher = state.student, state.teacher
-    kept = [(buffer, buffer.clone()) for network in (student, teacher) for buffer in network.buffers()]
-    images = state.config.training.micro_batch(state.world.size)
-    if state.half_weights is not None:
-        state.half_weights.update_()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), state.precision.autocast():
-            batches = _batches(state.config, images, device)
+    with unchanged(state):
+        batches = blank_batches(state)
+        with state.precision.autocast():
             with torch.no_grad():
                 _sum_of_passes(teacher, batches[:1])
             loss = _sum_of_passes(student, batches)
         torch.autograd.grad(loss, [p for p in student.backbone.parameters() if p.requires_grad], allow_unused=True)
+
+
+@contextlib.contextmanager
+def unchanged(state: TrainState) -> Iterator[None]:
+    """Restore buffers and random numbers after passes that are no part of the training."""
+    device = state.world.device
+    kept = [(buffer, buffer.clone()) for network in (state.student, state.teacher) for buffer in network.buffers()]
+    if state.half_weights is not None:
+        state.half_weights.update_()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
     finally:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
 
 
-def _batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
-    """Return blank crops as :class:`MultiCropNetwork` batches them; the first batch has the global crops."""
-    counts = [(size, len(list(group))) for size, group in groupby(config.augment.crop_sizes)]
-    return [torch.zeros(number * images, 3, size, size, device=device) for size, number in counts]
+def blank_batches(state: TrainState) -> list[Tensor]:
+    """Return blank crops as :class:`MultiCropNetwork` batches those of a step; the first batch has the global crops."""
+    images = state.config.training.micro_batch(state.world.size)
+    counts = [(size, len(list(group))) for size, group in groupby(state.config.augment.crop_sizes)]
+    return [torch.zeros(number * images, 3, size, size, device=state.world.device) for size, number in counts]
 
 
 def _sum_of_passes(network: MultiCropNetwork, batches: list[Tensor]) -> Tensor:
