@@ -48,8 +48,7 @@ def make_step(options: argparse.Namespace, batch_size: int) -> tuple[Any, Callab
     """Return the state of a training of ``batch_size`` images, and its step."""
     from noise_batch import noise_batch
 
-    from esvit_core.training.compilation import compile_networks_
-    from esvit_core.training.cuda_graphs import graph_networks_
+    from esvit_core.training.cuda_graphs import compile_and_graph_networks_
     from esvit_core.training.distributed.processes import World
     from esvit_core.training.loop import training_step
     from esvit_core.training.state import assemble_train_state, make_deterministic
@@ -62,7 +61,7 @@ def make_step(options: argparse.Namespace, batch_size: int) -> tuple[Any, Callab
         make_deterministic()
     device = torch.device("cuda", 0)
     state = assemble_train_state(config, World(0, 1, device, None), OneBatch())  # type: ignore[arg-type]
-    state.blocks = "; ".join(filter(None, (compile_networks_(state), graph_networks_(state))))
+    state.blocks = compile_and_graph_networks_(state)
     batch = noise_batch(config, batch_size)
 
     def step() -> None:

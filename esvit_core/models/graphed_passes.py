@@ -7,15 +7,12 @@ random numbers are drawn anew at each replay, from the device's default generato
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esvit_core.models.multicrop import MultiCropNetwork
-
-Passes = Callable[[Any, list[Tensor]], list[tuple[Tensor, Tensor]]]
+from esvit_core.models.multicrop import MultiCropNetwork, Passes, passes_one_by_one
 
 
 class GraphedPasses:
@@ -29,15 +26,15 @@ class GraphedPasses:
     """
 
     def __init__(self, network: MultiCropNetwork, batches: list[Tensor]) -> None:
-        self.plain: Passes | None = network.passes
+        self._plain: Passes = network.passes or passes_one_by_one
         self._shapes = [batch.shape for batch in batches]
-        passes = _FlatPasses(network.backbone, self.plain or _one_by_one)
+        passes = _FlatPasses(network.backbone, self._plain)
         self._replay: Any = torch.cuda.make_graphed_callables(passes, tuple(batches), allow_unused_input=True)
 
     def __call__(self, backbone: Any, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return views (B, D) and regions (B, N, D) of each batch (B, 3, S, S); they are valid until the next call."""
         if not backbone.training or [batch.shape for batch in batches] != self._shapes:
-            return (self.plain or _one_by_one)(backbone, batches)
+            return self._plain(backbone, batches)
         found = self._replay(*batches)
         return list(zip(found[::2], found[1::2], strict=True))
 
@@ -51,7 +48,3 @@ class _FlatPasses(nn.Module):
 
     def forward(self, *batches: Tensor) -> tuple[Tensor, ...]:
         return tuple(part for outputs in self._passes(self._backbone, list(batches)) for part in outputs)
-
-
-def _one_by_one(backbone: Any, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [backbone.views_and_regions(batch) for batch in batches]

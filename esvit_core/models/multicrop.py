@@ -15,6 +15,14 @@ from esvit_core.models.heads import ProjectionHead
 from esvit_core.models.lazy_logits import Logits
 from esvit_core.models.timm_backbone import TimmBackbone
 
+#: Computes views (n * B, D) and regions (n * B, N, D) of each batch (n * B, 3, S, S) with a backbone.
+Passes = Callable[[Any, list[Tensor]], list[tuple[Tensor, Tensor]]]
+
+
+def passes_one_by_one(backbone: Any, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Compute a pass of the backbone for each batch, see :data:`Passes`."""
+    return [backbone.views_and_regions(batch) for batch in batches]
+
 
 class NetworkOutput(NamedTuple):
     """Output for V crops of B images; rows are ordered by crop, then image, then region."""
@@ -34,7 +42,7 @@ class MultiCropNetwork(nn.Module):
             :mod:`esvit_core.kernels.choose` sets it.
     """
 
-    passes: Callable[[Any, list[Tensor]], list[tuple[Tensor, Tensor]]] | None = None
+    passes: Passes | None = None
 
     def __init__(self, backbone: nn.Module, head: nn.Module, head_dense: nn.Module | None = None) -> None:
         super().__init__()
@@ -52,7 +60,8 @@ class MultiCropNetwork(nn.Module):
         """Map crops (B, 3, S, S) to logits and features; consecutive crops of equal size share one pass."""
         views, regions, counts = [], [], []
         groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
-        for group, (view, region) in zip(groups, self._views_and_regions([torch.cat(g) for g in groups]), strict=True):
+        passes = self.passes or passes_one_by_one
+        for group, (view, region) in zip(groups, passes(self.backbone, [torch.cat(g) for g in groups]), strict=True):
             views.append(view)
             regions.append(region.flatten(0, 1))
             counts += [region.shape[1]] * len(group)
@@ -62,12 +71,6 @@ class MultiCropNetwork(nn.Module):
             return NetworkOutput(view_logits, None, None, counts, view_features)
         features = torch.cat(regions)
         return NetworkOutput(view_logits, self.head_dense(features), features, counts, view_features)
-
-    def _views_and_regions(self, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return views (n * B, D) and regions (n * B, N, D) of batches (n * B, 3, S, S)."""
-        if self.passes is not None:
-            return self.passes(self.backbone, batches)
-        return [self.backbone.views_and_regions(batch) for batch in batches]
 
 
 def build_network(config: Config, drop_path: float | None = None) -> MultiCropNetwork:

@@ -71,8 +71,7 @@ def hardware() -> dict[str, str | int | float]:
     import torch
 
     found: dict[str, str | int | float] = {"processor": _processor(), "cores": available_cores()}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    found["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["gpus"] = torch.cuda.device_count()

@@ -78,10 +78,18 @@ class S3Client(Minio):
             offset: first byte.
             length: maximum number of bytes; None: to the end. Must not be 0.
 
+        Returns:
+            What there is: nothing, without ETag and size, from the end of the object on.
+
         Raises:
             ShortBodyError: the connection ended before the body, which neither minio nor urllib3 treat as an error.
         """
-        response = self.get_object(bucket, key, offset=offset, length=length or 0)
+        try:
+            response = self.get_object(bucket, key, offset=offset, length=length or 0)
+        except S3Error as error:
+            if error.code == "InvalidRange":
+                return ReadBytes(b"", "", 0)
+            raise
         try:
             data = bytes(response.read())
         finally:

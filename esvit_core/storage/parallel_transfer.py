@@ -119,18 +119,13 @@ def download(connection: Connection, bucket: str, key: str, path: Path) -> None:
     """
     uri = f"{SCHEME}{bucket}/{key}"
 
-    def read(client: S3Client, offset: int) -> ReadBytes:
-        try:
-            return client.read(bucket, key, offset, PART_BYTES)
-        except S3Error as error:
-            if error.code == "InvalidRange" and not offset:
-                return client.read(bucket, key)  # an empty object has no range
-            raise
+    def read(offset: int) -> ReadBytes:
+        return connection.call(uri, lambda client: client.read(bucket, key, offset, PART_BYTES))
 
-    first = connection.call(uri, lambda client: read(client, 0))
+    first = read(0)
 
     def get(offset: int, file: BinaryIO) -> None:
-        part = connection.call(uri, lambda client: read(client, offset)) if offset else first
+        part = read(offset) if offset else first
         if part.etag != first.etag:
             raise IntegrityError(f"{uri}: the object was replaced while being read; read it again")
         write_at(file.fileno(), part.data, offset)

@@ -309,16 +309,7 @@ class ObjectStore:
 
     def _read(self, uri: str, offset: int, length: int | None) -> bytes:
         bucket, key = _object(uri)
-
-        def read(client: S3Client) -> bytes:
-            try:
-                return client.read(bucket, key, offset, length).data
-            except S3Error as error:
-                if error.code == "InvalidRange":  # the offset is beyond the object's end
-                    return b""
-                raise
-
-        return self.connection.call(uri, read)
+        return self.connection.call(uri, lambda client: client.read(bucket, key, offset, length)).data
 
 
 def _object(uri: str) -> tuple[str, str]:

@@ -24,6 +24,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from esvit_core.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -132,8 +134,8 @@ def environment(directory: Path) -> dict[str, str]:
 
 def _memory_limit() -> int:
     """Return the memory above which the server collects garbage at once, MiB: a sixteenth of the machine's, within bounds."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    return min(max(memory // 16, _MIN_MEMORY_MIB), _MAX_MEMORY_MIB)
+    share = psutil.virtual_memory().total // 2**20 // 16
+    return min(max(share, _MIN_MEMORY_MIB), _MAX_MEMORY_MIB)
 
 
 def sockets(ports: Ports) -> list[Path]:

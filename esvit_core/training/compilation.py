@@ -58,9 +58,14 @@ def compile_and_try_(state: TrainState, **options: Any) -> str:
     except Exception as error:  # of the compiler, the linker, the driver or torch
         for compiled in passes:
             compiled.undo_()
-        reason = " ".join(str(error).splitlines()[:2])  # "backend='inductor' raised:" and the cause
-        return f"blocks not compiled ({type(error).__name__}: {reason[:LONGEST_REASON]})"
+        return f"blocks not compiled ({describe_failure(error)})"
     return f"{count} blocks compiled in {time.monotonic() - start:.0f} s"
+
+
+def describe_failure(error: Exception) -> str:
+    """Describe an error of a compiler or of the driver in one short line."""
+    reason = " ".join(str(error).splitlines()[:2])  # such as "backend='inductor' raised:" and the cause
+    return f"{type(error).__name__}: {reason[:LONGEST_REASON]}"
 
 
 def _why_not(state: TrainState) -> str:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 
 from esvit_core.errors import UserError
-from esvit_core.kernels.triton_support import LONGEST_REASON
 from esvit_core.models.graphed_passes import GraphedPasses
-from esvit_core.training.compilation import blank_batches, unchanged
+from esvit_core.training.compilation import blank_batches, compile_networks_, describe_failure, unchanged
 from esvit_core.training.state import TrainState
+
+
+def compile_and_graph_networks_(state: TrainState) -> str:
+    """Compile student and teacher and record their graphs, as the settings ask; return what was done, for the log.
+
+    Raises:
+        UserError: a setting does not fit the training or this machine.
+    """
+    return "; ".join(filter(None, (compile_networks_(state), graph_networks_(state))))
 
 
 def graph_networks_(state: TrainState) -> str:
@@ -40,8 +48,7 @@ def graph_networks_(state: TrainState) -> str:
     except Exception as error:  # of the driver or torch
         for network, passes in zip(networks, before, strict=True):
             network.passes = passes
-        reason = " ".join(str(error).splitlines()[:2])
-        return f"no CUDA graphs ({type(error).__name__}: {reason[:LONGEST_REASON]})"
+        return f"no CUDA graphs ({describe_failure(error)})"
     return "passes replayed as CUDA graphs"
 
 

@@ -27,8 +27,7 @@ from esvit_core.storage.upload_queue import UploadQueue
 from esvit_core.training.allocator import keep_freed_memory
 from esvit_core.training.checkpoint import Checkpointer, RetentionPolicy, WrittenCheckpoint
 from esvit_core.training.checkpoint_interval import CheckpointInterval
-from esvit_core.training.compilation import compile_networks_
-from esvit_core.training.cuda_graphs import graph_networks_
+from esvit_core.training.cuda_graphs import compile_and_graph_networks_
 from esvit_core.training.distributed.lost_peers import PeerWatch
 from esvit_core.training.distributed.processes import init_world
 from esvit_core.training.emergency_save import EmergencySave
@@ -73,7 +72,7 @@ def run_training(run_uri: str, stop: StopRequest) -> int:
         print(f"train: {line}", flush=True)
     if launch.activation_checkpointing:
         apply_activation_checkpointing_(state.student, run.config.model.arch)
-    state.blocks = "; ".join(filter(None, (compile_networks_(state), graph_networks_(state))))
+    state.blocks = compile_and_graph_networks_(state)
     interval = CheckpointInterval(run.config.training.checkpoint_minutes, is_main=world.is_main)
     metrics = _start_metrics(run, state, interval) if world.is_local_main else None
     uploads = _open_uploads(run, patience) if world.is_main else None

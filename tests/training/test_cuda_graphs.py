@@ -72,8 +72,13 @@ def recorder(monkeypatch) -> Recorder:
 
 @pytest.mark.parametrize("model", [{}, RESNET])
 def test_a_recorded_training_takes_the_same_step(assembled, recorder, model) -> None:
-    """Recording computes the passes several times, which changes neither running statistics nor random numbers."""
-    plain, recorded = assembled(model=model), assembled(model=model, **ON)
+    """Recording computes the passes several times, which changes neither running statistics nor random numbers.
+
+    In float32: for a map of one pixel, torch's convolution in bfloat16 returns uninitialized gradients on a CPU.
+    """
+    training = {"precision": "float32"}
+    plain = assembled(model=model, training=training)
+    recorded = assembled(model=model, training=training | ON["training"])
     random = torch.get_rng_state()
     assert graph_networks_(recorded) == "passes replayed as CUDA graphs"
     assert torch.equal(torch.get_rng_state(), random)
@@ -82,14 +87,14 @@ def test_a_recorded_training_takes_the_same_step(assembled, recorder, model) -> 
     assert take_step(recorded) == take_step(plain)
     assert recorder.replays == 2  # of teacher and student
     for before, after in zip(plain.student.state_dict().values(), recorded.student.state_dict().values(), strict=True):
-        torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)  # one step is too much for a ResNet
+        assert torch.equal(before, after)
 
 
 def test_other_batches_and_an_evaluation_are_computed_without_the_graph(assembled, recorder) -> None:
     state = assembled(**ON)
     graph_networks_(state)
-    crops = [torch.randn(3, 3, kind.size, kind.size) for kind in (state.config.augment.global_crops,)]
-    assert state.student(crops).view_logits.shape[0] == 3
+    size = state.config.augment.global_crops.size
+    assert state.student([torch.randn(3, 3, size, size)]).view_logits.shape[0] == 3
     assert recorder.replays == 0
     batches = cuda_graphs.blank_batches(state)
     state.student.eval()

@@ -102,7 +102,6 @@ class _Totals:
     ignored: Counter[str] = field(default_factory=Counter)
     found_ignored: int = 0
     dropped: int = 0
-    copies: int = 0
     reencoded: int = 0
     weights: array[float] = field(default_factory=lambda: array("f"))
     unplaced: list[File] = field(default_factory=list)
@@ -126,14 +125,14 @@ def merge_parts(job: Preparation, parts: Sequence[tuple[PlannedPart, Part]]) -> 
         duplicate_of = find_superfluous(digests, looks, splits, job.config.drop_duplicates, job.plan.splits_assigned)
         kept = duplicate_of < 0
         statistics = ImageStatistics(digests[kept], looks[kept], splits[kept] != _SPLITS.index("train"))
-        totals = _Totals(bad=list(job.plan.bad), ignored=Counter(job.plan.ignored), copies=statistics.copies)
+        totals = _Totals(bad=list(job.plan.bad), ignored=Counter(job.plan.ignored))
         merger = _Merger(job, puts, totals, statistics, duplicate_of)
         for piece, content in prefetch(pool, partial(_Piece.read, job=job), pieces, _AHEAD):
             merger.add(piece, *content.result())
         _require_images(job, totals)
-        manifest = merger.manifest()
+        merged = merger.manifest()
         puts.finish()
-    return manifest
+    return merged
 
 
 @dataclass(frozen=True)
@@ -341,7 +340,7 @@ class _Merger:
             ignored=totals.ignored.total(),
             ignored_kinds=dict(sorted(totals.ignored.items())),
             duplicates=job.opened.duplicates,
-            copies=totals.copies,
+            copies=self._statistics.copies,
             not_chosen=plan.not_chosen,
             reencoded=totals.reencoded,
             listing=listing.name,
